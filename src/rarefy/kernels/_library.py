@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rarefy.kernels
+
+_NAMES = ("librarefy.so", "librarefy.dylib", "rarefy.dll")
+
+#: Set to "portable", "avx2", "avx512", ... to allow no better instruction set, or to "pytorch" to use no native kernel.
+ENVIRONMENT = "RAREFY_ISA"
+
+_forced: str | None = os.environ.get(ENVIRONMENT)
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("isa", ctypes.c_char_p),
+        ("supported", ctypes.c_int32),
+        ("entry", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of the native table: what it computes, for which instruction set, and whether this CPU has it."""
+
+    name: str
+    isa: str
+    supported: bool
+    address: int
+
+
+def library_path() -> Path | None:
+    """Where the native library lies, or None when the package was built without one."""
+    folders = [Path(folder) for folder in rarefy.kernels.__path__]
+    return next((folder / name for folder in folders for name in _NAMES if (folder / name).is_file()), None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    path = library_path()
+    return None if path is None else ctypes.CDLL(str(path))
+
+
+@functools.cache
+def table() -> tuple[Kernel, ...]:
+    """Every kernel of the native library, best instruction set first for each name; empty without the library."""
+    library = _library()
+    if library is None:
+        return ()
+    entries = ctypes.POINTER(_Entry)()
+    library.rarefy_kernels.restype = ctypes.c_int64
+    count = library.rarefy_kernels(ctypes.byref(entries))
+    return tuple(
+        Kernel(entries[i].name.decode(), entries[i].isa.decode(), bool(entries[i].supported), entries[i].entry)
+        for i in range(count)
+    )
+
+
+@functools.cache
+def _function(name: str, isa: str | None, restype: Any, argtypes: tuple[Any, ...]) -> Any:
+    known = {kernel.isa for kernel in table()} | {"pytorch"}
+    if isa is not None and table() and isa not in known:
+        raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(sorted(known))}, got {isa!r}")
+    for kernel in table():
+        if kernel.name == name and kernel.supported and isa in (None, kernel.isa):
+            return ctypes.CFUNCTYPE(restype, *argtypes)(kernel.address)
+    return None
+
+
+def find(name: str, restype: Any, *argtypes: Any) -> Any:
+    """The best kernel of this name as a ctypes function, or None: then the caller computes it in PyTorch.
+
+    Raises ValueError when ``RAREFY_ISA`` names an instruction set that the library was not built for.
+    """
+    return _function(name, _forced, restype, argtypes)
+
+
+@contextlib.contextmanager
+def forced(isa: str | None) -> Iterator[None]:
+    """Within the block use this instruction set alone ("pytorch": no native kernel; None: the best there is)."""
+    global _forced
+    before, _forced = _forced, isa
+    try:
+        yield
+    finally:
+        _forced = before
