@@ -1,0 +1,147 @@
+"""The command line: ``rarefy train``, ``rarefy report``, ``rarefy info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit status: 0, 1 for an error, 2 for a wrong call, 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"rarefy: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")
+    train.add_argument("recipe", type=Path, help="a YAML file, for example recipes/demo.yaml")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: method.target=0.95"
+    )
+    train.add_argument("--data", metavar="FOLDER", help="where the data set's files lie (data.folder)")
+    train.add_argument("--run", type=Path, metavar="FOLDER", help="the run's folder; default a new one, runs/NAME")
+    train.add_argument("--resume", action="store_true", help="go on with the run in that folder where it stopped")
+    train.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="a dense run's folder, to compare with in the report"
+    )
+    train.set_defaults(command=_train)
+
+    report = commands.add_parser("report", help="write a run's report as one HTML file")
+    report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    report.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run's folder, to compare with")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page; default RUN/report.html")
+    report.set_defaults(command=_report)
+
+    info = commands.add_parser("info", help="versions, processor, and which native kernels load")
+    info.set_defaults(command=_info)
+
+    for command in (train, report, info):
+        command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rarefy import report, train
+    from rarefy.train.progress import watched
+
+    changes = list(arguments.set)
+    if arguments.data is not None:
+        changes.append(f"data.folder={json.dumps(arguments.data)}")
+    recipe = train.load(arguments.recipe, changes)
+    folder = arguments.run or _folder(recipe.name, arguments.resume)
+    if not arguments.resume and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds a run already: add --resume to go on with it, or name another --run")
+    if arguments.baseline is not None:
+        report.load(arguments.baseline)
+    with watched(quiet=arguments.json) as observer:
+        run = train.Classification(recipe, folder, resume=arguments.resume, observer=observer)
+        if not arguments.json:
+            print(f"training {recipe.model.name} with {recipe.method.name} into {folder}", file=sys.stderr, flush=True)
+        try:
+            summary = run.train()
+        except train.TrainingInterruptedError as stopped:
+            print(f"rarefy: {stopped}; the same command with --run {folder} --resume goes on", file=sys.stderr)
+            return INTERRUPTED
+    page = report.write(folder, baseline=arguments.baseline)
+    if arguments.json:
+        print(json.dumps({**summary, "report": str(page)}))
+    else:
+        _print_summary(summary, folder, page)
+    return 0
+
+
+def _folder(name: str, resume: bool) -> Path:
+    """The first of runs/NAME, runs/NAME-2, ... that is free; to resume, the last that is not."""
+    candidate, number = Path("runs") / name, 1
+    last = candidate
+    while candidate.exists():
+        last, number = candidate, number + 1
+        candidate = Path("runs") / f"{name}-{number}"
+    return last if resume else candidate
+
+
+def _print_summary(summary: dict[str, Any], folder: Path, page: Path) -> None:
+    rows = [
+        ("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"),
+        (
+            "sparsity",
+            f"{100 * summary['sparsity']:.2f} %  ({summary['nonzeros']:,} of {summary['parameters']:,} weights)",
+        ),
+        ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
+        ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
+        ("training time", f"{summary['seconds']:.0f} s"),
+        ("model", str(folder / "model.safetensors")),
+        ("report", str(page)),
+    ]
+    for name, value in rows:
+        print(f"{name:>16}  {value}")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rarefy import report
+
+    page = report.write(arguments.folder, baseline=arguments.baseline, output=arguments.output)
+    print(json.dumps({"report": str(page)}) if arguments.json else page)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from rarefy import environment, kernels
+
+    about = environment.describe()
+    library = kernels.library_path()
+    about["native_library"] = None if library is None else str(library)
+    about["kernels"] = [{"name": k.name, "isa": k.isa, "supported": k.supported} for k in kernels.table()]
+    if arguments.json:
+        print(json.dumps(about))
+        return 0
+    for key in ("rarefy", "torch", "python", "platform", "cpu", "threads", "gpu"):
+        print(f"{key:>10}  {about[key] if about[key] is not None else 'none'}")
+    if library is None:
+        print(f"{'kernels':>10}  none: built without a C++ compiler, everything runs in PyTorch")
+        return 0
+    print(f"{'kernels':>10}  {library}")
+    best: dict[str, str] = {}
+    for kernel in kernels.table():
+        if kernel.supported:
+            best.setdefault(kernel.name, kernel.isa)
+    for name, isa in best.items():
+        print(f"{'':>10}  {name}: {isa}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Learned soft thresholds ``W^ = sign(W) * max(|W| - g(s), 0)``, and STR, which trains them by plain gradients.
+
+Source: Soft Threshold Reparameterization (Kusupati et al., ICML 2020), equations 2 to 6.
+
+What makes sparsity here is *pressure*: a decay of s towards 0, which raises g(s) towards g(0) until the loss holds
+against it. STR and AutoSparse leave it to the optimizer's weight decay, where its effect hangs on the learning rate,
+the momentum, the schedule, the length of the run and the kind of optimizer. Here the sparsifier applies it after every
+step, decoupled, so that over a run ``log|s|`` falls by ``pressure`` if the loss does not answer. For SGD that equals a
+decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from rarefy.kernels.soft_threshold import count_above, soft_threshold
+from rarefy.sparse.base import LayerState, Prunable, Selection, Sparsifier
+from rarefy.sparse.budget import log_error, trim
+from rarefy.sparse.masks import top_k, within_budget
+
+
+def _sigmoid_inverse(threshold: Tensor) -> Tensor:
+    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
+    edge = 1.0 - 1e-6
+    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
+
+
+def _softplus_inverse(threshold: Tensor) -> Tensor:
+    return threshold + torch.log(-torch.expm1(-threshold.clamp(min=1e-30)))
+
+
+def _log(threshold: Tensor) -> Tensor:
+    return torch.log(threshold.clamp(min=1e-30))
+
+
+#: g and its inverse, by name.
+THRESHOLD_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "sigmoid": (torch.sigmoid, _sigmoid_inverse),
+    "exp": (torch.exp, _log),
+    "softplus": (F.softplus, _softplus_inverse),
+}
+
+
+class Thresholded(nn.Module):
+    """What a layer gains while it trains: s, alpha, and a forward that uses the thresholded weight."""
+
+    weight: Tensor
+    raw_threshold: nn.Parameter  # s, of shape (1, ..., 1) or (out, 1, ..., 1)
+    alpha: Tensor  # a buffer: a Python float would recompile at every change
+    lower: Tensor | None  # bound of the sparse backward, shaped as s
+    threshold_function: str
+
+    def threshold(self) -> Tensor:
+        """T = g(s) in float32, shaped as s."""
+        return THRESHOLD_FUNCTIONS[self.threshold_function][0](self.raw_threshold.float())
+
+    def sparse_weight(self) -> Tensor:
+        """W^, what the layer computes with."""
+        return soft_threshold(self.weight, self.threshold(), self.alpha, self.lower)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's own forward, with W^ in place of W."""
+        return self._conv_forward(x, self.sparse_weight(), self.bias)  # type: ignore[operator, no-any-return]
+
+
+class ThresholdedLinear(Thresholded, nn.Linear):  # noqa: D101
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return F.linear(x, self.sparse_weight(), self.bias)
+
+
+class ThresholdedConv1d(Thresholded, nn.Conv1d):  # noqa: D101
+    pass
+
+
+class ThresholdedConv2d(Thresholded, nn.Conv2d):  # noqa: D101
+    pass
+
+
+class ThresholdedConv3d(Thresholded, nn.Conv3d):  # noqa: D101
+    pass
+
+
+_CLASSES: dict[type[nn.Module], type[Thresholded]] = {
+    nn.Linear: ThresholdedLinear,
+    nn.Conv1d: ThresholdedConv1d,
+    nn.Conv2d: ThresholdedConv2d,
+    nn.Conv3d: ThresholdedConv3d,
+}
+_PLAIN = {thresholded: plain for plain, thresholded in _CLASSES.items()}
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """Does nothing; but with a hook on, TransformerEncoderLayer's fast path, which reads ``weight`` itself, is off."""
+
+
+def _attach(layer: Prunable, s: Tensor, function: str, sparse_backward: bool) -> Thresholded:
+    layer.__class__ = _CLASSES[type(layer)]  # type: ignore[assignment]
+    thresholded = cast(Thresholded, layer)
+    thresholded.threshold_function = function
+    thresholded.raw_threshold = nn.Parameter(s)
+    thresholded.register_buffer("alpha", torch.zeros((), device=s.device))
+    thresholded.register_buffer("lower", torch.zeros_like(s) if sparse_backward else None)
+    return thresholded
+
+
+def _detach(layer: Thresholded) -> None:
+    del layer.raw_threshold, layer.alpha, layer.lower, layer.threshold_function
+    layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
+
+
+def _separate(magnitude: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:
+    """The nearest threshold, row by row, that has the magnitudes in ``mask`` above it and the others below."""
+    rows = [dim for dim in range(magnitude.dim()) if threshold.shape[dim] == 1]
+    least_kept = magnitude.masked_fill(~mask, torch.inf).amin(rows, keepdim=True)
+    most_dropped = magnitude.masked_fill(mask, 0.0).amax(rows, keepdim=True)
+    between = torch.where(least_kept.isinf(), most_dropped * 1.001, (least_kept + most_dropped) / 2)
+    return torch.where((threshold < most_dropped) | (threshold >= least_kept), between, threshold)
+
+
+class SoftThresholdOptions(Selection, total=False):
+    """The keyword arguments of :class:`SoftThreshold`, for the methods built on it."""
+
+    pressure: float | None
+    granularity: str
+    threshold_function: str
+    threshold_init: float
+    threshold_lr: float
+
+
+class SoftThreshold(Sparsifier):
+    """Thresholds, pressure, floors and the landing on a budget: all but alpha, which is the method's (a subclass).
+
+    Args:
+        model, total_steps, target, target_flops, example_input, include, exclude, floor: see :class:`Sparsifier`.
+        pressure: total decay of s over the run (see the module); None takes the method's own for the target.
+        granularity: one threshold a "layer" or an output "channel".
+        threshold_function: g: "sigmoid", "exp" or "softplus".
+        threshold_init: the first s; -5 gives thresholds of 0.0067.
+        threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD; under Adam, whose step does not
+            grow with the gradient, s moves by no more than the learning rate a step, and about 50 suits it.
+    """
+
+    #: Share of the run after which the thresholds are trimmed to the target.
+    trim_from: ClassVar[float]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        pressure: float | None = None,
+        granularity: str = "layer",
+        threshold_function: str = "sigmoid",
+        threshold_init: float = -5.0,
+        threshold_lr: float = 1.0,
+        sparse_backward: bool = False,
+        **selection: Unpack[Selection],
+    ) -> None:
+        _one_of("granularity", granularity, ("layer", "channel"))
+        _one_of("threshold_function", threshold_function, THRESHOLD_FUNCTIONS)
+        for option, value in (("pressure", pressure), ("threshold_lr", threshold_lr)):
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ValueError(f"{option} must be a finite number that is not negative, got {value}")
+        super().__init__(model, total_steps=total_steps, **selection)
+        self.threshold_lr = threshold_lr
+        self.pressure = self._default_pressure() if pressure is None else pressure
+        self._inverse = THRESHOLD_FUNCTIONS[threshold_function][1]
+        self._thresholded: dict[str, Thresholded] = {}
+        for name, layer in self._layers.items():
+            weight = layer.weight
+            out = weight.shape[0] if granularity == "channel" else 1
+            s = torch.full((out,) + (1,) * (weight.dim() - 1), float(threshold_init), device=weight.device)
+            self._thresholded[name] = _attach(layer, s, threshold_function, sparse_backward)
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                for child in module.children():
+                    if isinstance(child, Thresholded):
+                        child.register_forward_pre_hook(_no_fast_path)
+        self._density = 1.0 if self.budget is None else self.budget.density(self._count())
+
+    def _default_pressure(self) -> float:
+        raise NotImplementedError
+
+    def _steer(self, error: float | None) -> None:
+        """Set alpha for the next step; ``error`` is the log error of the density, in the steps that measure it."""
+
+    def _weight_grad_density(self, alpha: float, density: float) -> float:
+        return 1.0 if alpha > 0.0 else density
+
+    def layers(self) -> list[LayerState]:
+        """See :meth:`Sparsifier.layers`."""
+        states = []
+        for (name, layer), live in zip(self._thresholded.items(), self._count(), strict=True):
+            alpha = float(layer.alpha)
+            weight_grad = self._weight_grad_density(alpha, live / layer.weight.numel())
+            threshold = float(layer.threshold().detach().mean())
+            states.append(LayerState(name, tuple(layer.weight.shape), live, weight_grad, threshold, alpha))
+        return states
+
+    def _count(self) -> list[int]:
+        counts = [count_above(layer.weight, layer.threshold()) for layer in self._thresholded.values()]
+        return [int(count) for count in torch.stack(counts).tolist()]
+
+    def _own_parameters(self) -> list[Tensor]:
+        return [layer.raw_threshold for layer in self._thresholded.values()]
+
+    def _own_options(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        options: dict[str, Any] = {"weight_decay": 0.0}
+        if self.threshold_lr != 1.0:
+            if "lr" not in defaults:
+                raise ValueError(f"threshold_lr={self.threshold_lr:g} is a multiple of lr: call param_groups(lr=...)")
+            options["lr"] = defaults["lr"] * self.threshold_lr
+        return options
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if any(not isinstance(layer, Thresholded) for layer in self._thresholded.values()):
+            raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+        if self.steps > self.total_steps:
+            return
+        goal = 0.0 if self.budget is None else self.budget.goal
+        if self._density > goal:
+            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1
+            share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
+            torch._foreach_mul_(self._own_parameters(), math.exp(-self.pressure * share))
+        error = None
+        if self.steps % self.interval == 0 or self.steps == self.total_steps:
+            error = self._measure()
+        self._steer(error)
+
+    def _measure(self) -> float | None:
+        """Keep floors, land on the budget; gives the log error of the density against the aim of now."""
+        live = self._count()
+        for (name, layer), count in zip(self._thresholded.items(), live, strict=True):
+            if count < self._least[name]:
+                self._move(layer, top_k(self._scores(layer), self._least[name]))
+        if self.budget is None:
+            return None
+        self._density = self.budget.density(live)
+        if self.steps == self.total_steps:
+            for layer, mask in zip(self._thresholded.values(), self._select(self._thresholded), strict=True):
+                self._move(layer, mask)
+        elif self.progress >= self.trim_from or self._density < self.budget.goal:
+            shift = trim(log_error(self._density, self.budget.goal))
+            torch._foreach_add_(self._own_parameters(), shift)
+        return log_error(self._density, self.budget.aim(self.progress))
+
+    def _scores(self, layer: Thresholded) -> Tensor:
+        """How far s may rise before each weight is masked: ``g^-1(|W|) - s``."""
+        return self._inverse(layer.weight.detach().double().abs()) - layer.raw_threshold.detach().double()
+
+    def _select(self, layers: Mapping[str, Thresholded]) -> list[Tensor]:
+        """The masks that a common shift of s gives, cut exactly at the budget."""
+        scores = [self._scores(layer) for layer in layers.values()]
+        assert self.budget is not None
+        least = [self._least[name] for name in layers]
+        return within_budget(scores, self.budget.costs, self.budget.available, least)
+
+    def _move(self, layer: Thresholded, mask: Tensor) -> None:
+        """Move s as little as makes the layer's mask this one."""
+        threshold = _separate(layer.weight.detach().double().abs(), layer.threshold().double(), mask)
+        moved = threshold != layer.threshold().double()
+        layer.raw_threshold.copy_(torch.where(moved, self._inverse(threshold), layer.raw_threshold.double()))
+
+    def _state(self) -> dict[str, Any]:
+        return {"density": self._density}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        self._density = state["density"]
+
+    def _finalize(self, layers: Mapping[str, nn.Module]) -> None:
+        plain = [name for name, layer in layers.items() if not isinstance(layer, Thresholded)]
+        if plain:
+            raise ValueError(f"layer {plain[0]!r} is a plain {type(layers[plain[0]]).__name__}: already finalized?")
+        thresholded: dict[str, Thresholded] = dict(layers)  # type: ignore[arg-type]
+        if self.budget is not None:
+            masks: Sequence[Tensor] = self._select(thresholded)
+        else:
+            masks = [layer.weight.abs() > layer.threshold() for layer in thresholded.values()]
+        for layer, mask in zip(thresholded.values(), masks, strict=True):
+            magnitude = layer.weight.detach().float().abs()
+            threshold = _separate(magnitude, layer.threshold(), mask)
+            # A weight that the exact budget keeps at the very edge stays a nonzero.
+            shrunk = (magnitude - threshold).clamp(min=torch.finfo(layer.weight.dtype).tiny)
+            layer.weight.copy_(torch.where(mask, shrunk.copysign(layer.weight), 0.0))
+            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _no_fast_path]:
+                del layer._forward_pre_hooks[key]
+            _detach(layer)
+
+
+class STR(SoftThreshold):
+    """Soft Threshold Reparameterization (Kusupati et al., ICML 2020): masked weights get no gradient from the loss.
+
+    The paper's sparsity is whatever the weight decay on s gives. With a ``target`` the pressure is chosen for it and
+    the thresholds are trimmed to it over the last quarter of the run; everything else is the paper's.
+
+    Args: see :class:`SoftThreshold`.
+    """
+
+    trim_from = 0.75
+
+    def _default_pressure(self) -> float:
+        # Fitted on a small network (fashion_cnn, 8 epochs), where 6.1, 10 and 17.5 gave 90, 95 and 98 %.
+        return 10.0 if self.budget is None else 1.37 * self.budget.goal**-0.65
+
+
+def _one_of(option: str, value: object, known: Sequence[str] | Mapping[str, object]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, known))}, got {value!r}")
