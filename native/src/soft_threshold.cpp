@@ -65,7 +65,7 @@ struct Backward {
 void backward_chunk(void *context, int64_t index) {
     const Backward &c = *static_cast<const Backward *>(context);
     const Span s = span(index, c.cols);
-    const float t = c.threshold[c.per_row ? s.row : 0], low = c.lower[c.per_row ? s.row : 0], alpha = c.alpha;
+    const float t = c.threshold[c.per_row ? s.row : 0], low = c.lower ? c.lower[c.per_row ? s.row : 0] : 0.0f, alpha = c.alpha;
     const float *__restrict grad = c.grad + s.begin, *__restrict w = c.w + s.begin;
     float *__restrict grad_w = c.grad_w + s.begin;
     Doubles sums[LANES / WIDTH] = {};

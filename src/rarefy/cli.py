@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit status: 0, 1 for an error, 2 for a wrong call, 130 when interrupted."""
+    """Run the command; gives the exit status.
+
+    0; 1 for an error; 130 after Ctrl-C and 143 after SIGTERM (128 and the signal's number, as shells count). A call
+    that cannot be understood exits with 2.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        print("rarefy: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"rarefy: {error}", file=sys.stderr)
         return 1
@@ -24,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
+    parser.add_argument("--version", action="version", version=f"rarefy {version('rarefy')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")
@@ -59,22 +67,31 @@ def _train(arguments: argparse.Namespace) -> int:
 
     changes = list(arguments.set)
     if arguments.data is not None:
-        changes.append(f"data.folder={json.dumps(arguments.data)}")
+        changes.append(f"data.folder={json.dumps(arguments.data, ensure_ascii=False)}")
     recipe = train.load(arguments.recipe, changes)
     folder = arguments.run or _folder(recipe.name, arguments.resume)
     if not arguments.resume and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds a run already: add --resume to go on with it, or name another --run")
     if arguments.baseline is not None:
         report.load(arguments.baseline)
-    with watched(quiet=arguments.json) as observer:
-        run = train.Classification(recipe, folder, resume=arguments.resume, observer=observer)
-        if not arguments.json:
-            print(f"training {recipe.model.name} with {recipe.method.name} into {folder}", file=sys.stderr, flush=True)
+    # Every process has looked at the folder before the main one writes: they meet when the data is loaded.
+    run = train.Classification(recipe, folder, resume=arguments.resume)
+    if run.is_main:
+        begun = f", from step {run.step} of {run.total_steps}" if run.step else ""
+        about = f"training {recipe.model.name} with {recipe.method.name} into {folder}{begun}"
+        print(about, file=sys.stderr, flush=True)
+    with watched(quiet=not run.is_main) as watch:
         try:
-            summary = run.train()
+            summary = run.train(watch)
         except train.TrainingInterruptedError as stopped:
-            print(f"rarefy: {stopped}; the same command with --run {folder} --resume goes on", file=sys.stderr)
-            return INTERRUPTED
+            summary = None
+            if run.is_main:
+                print(f"rarefy: {stopped}; the same with --run {folder} --resume goes on", file=sys.stderr)
+    run.accelerator.end_training()
+    if summary is None:
+        return 128 + (watch.signal or signal.SIGTERM)  # another process may have got the signal
+    if not run.is_main:
+        return 0
     page = report.write(folder, baseline=arguments.baseline)
     if arguments.json:
         print(json.dumps({**summary, "report": str(page)}))
@@ -96,10 +113,8 @@ def _folder(name: str, resume: bool) -> Path:
 def _print_summary(summary: dict[str, Any], folder: Path, page: Path) -> None:
     rows = [
         ("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"),
-        (
-            "sparsity",
-            f"{100 * summary['sparsity']:.2f} %  ({summary['nonzeros']:,} of {summary['parameters']:,} weights)",
-        ),
+        ("sparsity", f"{100 * summary['sparsity']:.2f} %"),
+        ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
         ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
         ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
         ("training time", f"{summary['seconds']:.0f} s"),
@@ -128,18 +143,19 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(about))
         return 0
-    for key in ("rarefy", "torch", "python", "platform", "cpu", "threads", "gpu"):
-        print(f"{key:>10}  {about[key] if about[key] is not None else 'none'}")
+    about["cpu_features"] = " ".join(about["cpu_features"])
+    for key in ("rarefy", "torch", "python", "platform", "cpu", "cpu_features", "threads", "gpu"):
+        print(f"{key.replace('_', ' '):>12}  {about[key] or 'none'}")
     if library is None:
-        print(f"{'kernels':>10}  none: built without a C++ compiler, everything runs in PyTorch")
+        print(f"{'kernels':>12}  none: built without a C++ compiler, everything runs in PyTorch")
         return 0
-    print(f"{'kernels':>10}  {library}")
+    print(f"{'kernels':>12}  {library}")
     best: dict[str, str] = {}
     for kernel in kernels.table():
         if kernel.supported:
             best.setdefault(kernel.name, kernel.isa)
     for name, isa in best.items():
-        print(f"{'':>10}  {name}: {isa}")
+        print(f"{'':>12}  {name}: {isa}")
     return 0
 
 

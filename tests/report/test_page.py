@@ -129,7 +129,7 @@ def test_the_comparison_has_both_runs(html: str, sparse_run: Path, dense_run: Pa
     assert "6 min 05 s5 min 21 s\u00d7 1.14" in text
     assert "The recipes also differ in 1 setting" in text  # the seed
     assert "not measured" in text
-    assert "One multiply-accumulate counts as one FLOP" in text
+    assert "One multiply-accumulate is one FLOP" in text
 
 
 def test_recipe_environment_and_command_are_there(html: str, sparse_run: Path) -> None:
@@ -284,7 +284,7 @@ def test_without_the_extra_the_error_says_what_to_install() -> None:
         (wording.duration(3725), "1 h 02 min"),
         (wording.duration(59.96), "1 min 00 s"),
         (wording.duration(7.25), "7.2 s"),
-        (wording.points(-0.004), "-0.4 points"),
+        (wording.points(-0.004), "\u22120.4 points"),
         (wording.points(0.0001), "0.0 points"),
         (wording.against(-0.004, "dense"), "0.4 points below dense"),
         (wording.against(0.0002, "dense"), "within 0.1 points of dense"),

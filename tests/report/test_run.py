@@ -50,12 +50,18 @@ def test_an_unfinished_run_has_what_was_logged(make_run: Callable[..., Path], tm
     run = load(make_run(tmp_path / "run", finished=False))
     assert run.summary is None
     assert (run.epoch, run.epochs) == (15, 30)
-    assert run.target == 0.9
+    assert (run.target, run.target_kind) == (0.9, "sparsity")
     assert run.sparsity == run.train[-1].sparsity
     assert run.test_accuracy == run.evals[-1].test_accuracy
     assert len(run.layers) == 20
     assert run.layers[3].initial_density == run.train[0].layers[3].density
     assert run.layers[3].density == run.train[-1].layers[3].density
+
+
+def test_an_unfinished_run_towards_flops_knows_its_target(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    (folder / "recipe.yaml").write_text("name: x\nmethod: {name: autosparse, target_flops: 0.08}\n")
+    assert (load(folder).target, load(folder).target_kind) == (0.08, "flops")
 
 
 @pytest.mark.parametrize("cut", ['{"event": "train", "st', '{"event": "eval"', "{"])

@@ -8,9 +8,11 @@ path; the threshold's gradient is a sum whose order, and so last bits, may diffe
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rarefy import kernels
 
@@ -39,27 +41,19 @@ def _native(weight: Tensor, threshold: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("rarefy::soft_threshold", mutates_args=())
-def _soft_threshold(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None) -> Tensor:
+def _forward(weight: Tensor, threshold: Tensor) -> Tensor:
     kernel = kernels.find("soft_threshold_f32", None, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32)
     if kernel is not None and _native(weight, threshold):
         out = torch.empty_like(weight)
         threshold = threshold.contiguous()
-        kernel(
-            weight.data_ptr(), threshold.data_ptr(), out.data_ptr(), *_rows(weight, threshold), torch.get_num_threads()
-        )
+        shape = _rows(weight, threshold)
+        kernel(weight.data_ptr(), threshold.data_ptr(), out.data_ptr(), *shape, torch.get_num_threads())
         return out
     return torch.where(weight.abs() <= threshold, 0.0, weight - threshold.copysign(weight)).to(weight.dtype)
 
 
-@_soft_threshold.register_fake
-def _(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None) -> Tensor:
-    return torch.empty_like(weight)
-
-
-@torch.library.custom_op("rarefy::soft_threshold_backward", mutates_args=())
-def _soft_threshold_backward(
-    grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None
+def _backward(
+    grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     kernel = kernels.find(
         "soft_threshold_backward_f32",
@@ -71,13 +65,13 @@ def _soft_threshold_backward(
         if grad.stride() != weight.stride():
             grad = torch.empty_like(weight).copy_(grad)
         rows, cols, per_row = _rows(weight, threshold)
-        grad_weight, grad_threshold = torch.empty_like(weight), torch.empty_like(threshold)
-        lower = torch.zeros_like(threshold) if lower is None else lower.contiguous()
         threshold = threshold.contiguous()
+        grad_weight, grad_threshold = torch.empty_like(weight), torch.empty_like(threshold)
+        lower = None if lower is None else lower.contiguous()
         partial = torch.empty(rows * -(-cols // _CHUNK), dtype=torch.float64)
         kernel(
-            *(grad.data_ptr(), weight.data_ptr(), threshold.data_ptr(), lower.data_ptr(), float(alpha)),
-            *(grad_weight.data_ptr(), grad_threshold.data_ptr(), partial.data_ptr()),
+            *(grad.data_ptr(), weight.data_ptr(), threshold.data_ptr(), None if lower is None else lower.data_ptr()),
+            *(float(alpha), grad_weight.data_ptr(), grad_threshold.data_ptr(), partial.data_ptr()),
             *(rows, cols, per_row, torch.get_num_threads()),
         )
         return grad_weight, grad_threshold
@@ -92,22 +86,51 @@ def _soft_threshold_backward(
     return grad_weight, grad_threshold
 
 
-@_soft_threshold_backward.register_fake
+class _Eager(torch.autograd.Function):
+    """The same as the operators below with fewer layers of Python: called for every layer in every step."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, threshold, alpha, lower)
+        return _forward(weight, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad, *ctx.saved_tensors), None, None)
+
+
+@torch.library.custom_op("rarefy::soft_threshold", mutates_args=())
+def _operator(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None) -> Tensor:
+    return _forward(weight, threshold)
+
+
+@torch.library.custom_op("rarefy::soft_threshold_backward", mutates_args=())
+def _operator_backward(
+    grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _backward(grad, weight, threshold, alpha, lower)
+
+
+@_operator.register_fake
+def _(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@_operator_backward.register_fake
 def _(
     grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(threshold)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(tensor for tensor in inputs if tensor is not None))
+def _setup(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: torch.autograd.function.BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_soft_threshold_backward(grad, *ctx.saved_tensors), None, None)
-
-
-_soft_threshold.register_autograd(_backward, setup_context=_setup)
+_operator.register_autograd(
+    lambda ctx, grad: (*_operator_backward(grad, *ctx.saved_tensors), None, None), setup_context=_setup
+)
 
 
 def soft_threshold(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None) -> Tensor:
@@ -122,7 +145,9 @@ def soft_threshold(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tens
 
     Source: AutoSparse (arXiv 2304.06941), the proxy derivative ``h'(x) = 1 if x > 0 else alpha`` of ``x = |W| - T``.
     """
-    return _soft_threshold(weight, threshold, alpha, lower)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        return _operator(weight, threshold, alpha, lower)  # type: ignore[no-any-return]
+    return _Eager.apply(weight, threshold, alpha, lower)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def count_above(weight: Tensor, threshold: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ from rarefy.report.wording import (
 
 #: What a FLOP is under each convention of `rarefy.cost`.
 CONVENTIONS = {
-    "macs": "One multiply-accumulate counts as one FLOP; normalisation, activation functions and biases count nothing.",
-    "rigl": "A multiply and an add count as one FLOP each, as in the RigL paper.",
+    "macs": "One multiply-accumulate is one FLOP; biases, normalisations and activation functions do not count.",
+    "rigl": "A multiplication and an addition count one FLOP each, and an activation function one for each output.",
 }
 
 
@@ -151,7 +151,7 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
     if run.test_accuracy is not None:
         notes = []
         if summary and summary.best_test_accuracy is not None:
-            notes.append(f"best {percent(summary.best_test_accuracy)}")
+            notes.append(f"best epoch {percent(summary.best_test_accuracy)}")
         if baseline and baseline.test_accuracy is not None:
             final = "" if summary else " at its end"
             notes.append(f"{baseline_name(baseline)} {percent(baseline.test_accuracy)}{final}")

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 NAMED_LINES = 8
 HISTOGRAMS = 12
 
+#: From so many evaluations on the first ones may lie under the axis of the accuracy.
+CLIPPED_EPOCHS = 12
+
 
 @STYLE
 def accuracy(run: Run, baseline: Run | None) -> Plot | None:
@@ -59,7 +62,7 @@ def accuracy(run: Run, baseline: Run | None) -> Plot | None:
     low, high = float(np.quantile(values, 0.2)), max(values)
     room = 0.15 * (high - low) + 0.001
     caption = "On the test set."
-    if min(values) < low - room:
+    if len(run.evals) >= CLIPPED_EPOCHS and min(values) < low - room:
         axes.set_ylim(low - room, high + room)
         caption += f" The axis begins at {percent(low - room)}; earlier epochs lie below it."
     percent_axis(axes.yaxis)
@@ -170,7 +173,7 @@ def thresholds(run: Run) -> Plot | None:
     named = {round(i) for i in np.linspace(0, len(lines) - 1, min(len(lines), NAMED_LINES))}
     for i, (colour, (name, (x, y))) in enumerate(zip(depth_colours(len(lines)), lines.items(), strict=True)):
         width = 1.7 if len(lines) <= NAMED_LINES else 1.2
-        axes.plot(x, y, color=colour, linewidth=width, label=label(name, 20) if i in named else "")
+        axes.plot(x, y, color=colour, linewidth=width, label=label(name, 24) if i in named else "")
     every = np.concatenate([y for _, y in lines.values()])
     every = every[np.isfinite(every)]
     if len(every) and every.min() > 0 and every.max() > 20 * every.min():

@@ -348,7 +348,11 @@ def load(run: Path) -> Run:
 
     method = recipe.get("method")
     planned = _Fields(method if isinstance(method, dict) else {}, f"{run / 'recipe.yaml'}: method")
-    said = summary or planned
+    if summary:
+        target, kind = summary.number("target"), summary.text("target_kind")
+    else:
+        sparsity, flops = planned.number("target"), planned.number("target_flops")
+        target, kind = (sparsity, "sparsity") if sparsity is not None else (flops, None if flops is None else "flops")
 
     def called(key: str) -> str:
         """The name of the model, the data or the method: the summary's word, else the recipe's."""
@@ -362,8 +366,8 @@ def load(run: Path) -> Run:
         method=called("method"),
         model=called("model"),
         data=called("data"),
-        target=said.number("target"),
-        target_kind=said.text("target_kind"),
+        target=target,
+        target_kind=kind,
         recipe=recipe,
         recipe_text=recipe_text,
         environment=dict(environment.value) if environment else {},

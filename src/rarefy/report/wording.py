@@ -56,7 +56,8 @@ def duration(seconds: float | None) -> str:
 def points(difference: float) -> str:
     """A difference of two shares as "+0.4 points", with a sign."""
     rounded = round(100 * difference, 1)
-    return f"{rounded:+.1f}{_SPACE}points" if rounded else f"0.0{_SPACE}points"
+    sign = "" if not rounded else "+" if rounded > 0 else "\u2212"
+    return f"{sign}{abs(rounded):.1f}{_SPACE}points"
 
 
 def against(difference: float, other: str) -> str:

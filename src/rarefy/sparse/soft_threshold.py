@@ -96,6 +96,10 @@ _CLASSES: dict[type[nn.Module], type[Thresholded]] = {
 _PLAIN = {thresholded: plain for plain, thresholded in _CLASSES.items()}
 
 
+#: The most that s moves in one optimizer step: a factor of 1.2 on a small threshold.
+MAX_MOVE = 0.2
+
+
 def _no_fast_path(module: nn.Module, args: Any) -> None:
     """Does nothing; but with a hook on, TransformerEncoderLayer's fast path, which reads ``weight`` itself, is off."""
 
@@ -183,6 +187,8 @@ class SoftThreshold(Sparsifier):
                 for child in module.children():
                     if isinstance(child, Thresholded):
                         child.register_forward_pre_hook(_no_fast_path)
+        self._least_s = threshold_init - 3.0
+        self._before = [s.detach().clone() for s in self._own_parameters()]
         self._density = 1.0 if self.budget is None else self.budget.density(self._count())
 
     def _default_pressure(self) -> float:
@@ -225,15 +231,25 @@ class SoftThreshold(Sparsifier):
             raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
         if self.steps > self.total_steps:
             return
-        goal = 0.0 if self.budget is None else self.budget.goal
-        if self._density > goal:
+        self._limit()
+        if self._density > self._rest():
             # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
             torch._foreach_mul_(self._own_parameters(), math.exp(-self.pressure * share))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             error = self._measure()
+        torch._foreach_copy_(self._before, self._own_parameters())
         self._steer(error)
+
+    def _rest(self) -> float:
+        """The density below which pressure rests: it never pushes past the target."""
+        return 0.0 if self.budget is None else self.budget.goal
+
+    def _limit(self) -> None:
+        """Bound what the optimizer did to s: a threshold that falls to nothing has no gradient to come back by."""
+        for s, before in zip(self._own_parameters(), self._before, strict=True):
+            torch.clamp(s, min=torch.clamp(before - MAX_MOVE, min=self._least_s), max=before + MAX_MOVE, out=s)
 
     def _measure(self) -> float | None:
         """Keep floors, land on the budget; gives the log error of the density against the aim of now."""
@@ -270,10 +286,12 @@ class SoftThreshold(Sparsifier):
         layer.raw_threshold.copy_(torch.where(moved, self._inverse(threshold), layer.raw_threshold.double()))
 
     def _state(self) -> dict[str, Any]:
-        return {"density": self._density}
+        return {"density": self._density, "before": [s.cpu() for s in self._before]}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         self._density = state["density"]
+        for mine, saved in zip(self._before, state["before"], strict=True):
+            mine.copy_(saved)
 
     def _finalize(self, layers: Mapping[str, nn.Module]) -> None:
         plain = [name for name, layer in layers.items() if not isinstance(layer, Thresholded)]

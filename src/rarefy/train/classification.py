@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from rarefy.data import fashion_mnist
 from rarefy.environment import environment
 from rarefy.sparse import Sparsifier
 from rarefy.train.batches import Batches, mixed_seed, normalise
-from rarefy.train.recipe import Recipe
+from rarefy.train.optimizer import learning_rate, make_optimizer
+from rarefy.train.recipe import Recipe, differences, load
 from rarefy.train.recorder import Recorder, histograms
 from rarefy.train.run_folder import RunFolder, write_atomically
 
-#: Seconds after which a checkpoint is written in the middle of an epoch.
+#: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
 CHECKPOINT_SECONDS = 600.0
 
 #: How often a run writes a training record when no sparsifier says.
@@ -35,7 +37,7 @@ BEST_SLACK = 1.02
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss or a weight is no longer a finite number; the last checkpoint is from before."""
 
 
 class TrainingInterruptedError(RuntimeError):
@@ -58,33 +60,44 @@ class Progress:
 Observer = Callable[[Progress], bool | None]
 
 
-def learning_rate(step: float, warmup: float, total: float) -> float:
-    """Factor on the learning rate: linear from 0 over ``warmup`` steps, then half a cosine down to 0 at ``total``."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2.0
-
-
 class Classification:
-    """One run of a recipe into a folder; ``observer`` is called after every step, and stops it by returning True."""
+    """One run of a recipe into a folder.
 
-    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False, observer: Observer | None = None) -> None:
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+    Args:
+        recipe: what to do.
+        folder: where to; nothing is written before :meth:`train`.
+        resume: go on after the last checkpoint in the folder, to the same bits as without the interruption (on the
+            same machine, with as many threads and processes).
+
+    Raises:
+        ValueError: something in the recipe that the data, the model or the method refuses; when resuming, another
+            recipe than the run's (only ``data.folder`` may differ), or a damaged checkpoint.
+        FileNotFoundError: no run to resume, or no data.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         self.recipe = recipe
         self.folder = RunFolder(folder)
-        self.observer = observer
+        state = self._checkpoint() if resume else None
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         self.accelerator = Accelerator(
-            mixed_precision=recipe.precision, gradient_accumulation_steps=recipe.schedule.accumulate
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            gradient_accumulation_steps=recipe.schedule.accumulate,
         )
         self._load_data()
         self._build()
         self.step = 0
         self.seconds = 0.0
         self.best = -1.0
-        state = self.folder.load("last") if resume else None
+        self._losses: list[Tensor] = []  # since the last record
         if state is not None:
             self._restore(state)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
 
     @property
     def total_steps(self) -> int:
@@ -109,15 +122,12 @@ class Classification:
             world=self.accelerator.num_processes,
         )
         self.test_images, self.test_labels = normalise(loaded.test_images), loaded.test_labels
+        self.classes = len(loaded.classes)
 
     def _build(self) -> None:
         recipe = self.recipe
         torch.manual_seed(mixed_seed(recipe.seed))
-        options = dict(recipe.model.options)
-        if "in_channels" in models.options(recipe.model.name):
-            options.setdefault("in_channels", 1)
-        model = models.create(recipe.model.name, **options)
-        example = self.test_images[:1]
+        model, example = self._make_model(), self.test_images[:1]
         self.cost = cost.count(model, example)
         model = model.to(self.accelerator.device)
         if recipe.channels_last:
@@ -134,44 +144,50 @@ class Classification:
         self.plain_model = model
         self.interval = max(1, self.total_steps // RECORDS) if self.sparsifier is None else self.sparsifier.interval
         self.recorder = Recorder(self.folder, self.cost, self.sparsifier, len(self.batches))
-        self.model, self.optimizer = self.accelerator.prepare(model, self._make_optimizer(model))
+        self.model, self.optimizer = self.accelerator.prepare(
+            model, make_optimizer(recipe.optimizer, model, self.sparsifier)
+        )
 
-    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        options = self.recipe.optimizer
-        defaults = {"lr": options.lr, "weight_decay": options.weight_decay}
-        if self.sparsifier is None:
-            groups: list[dict[str, Any]] = [{"params": list(model.parameters()), **defaults}]
-        else:
-            groups = self.sparsifier.param_groups(**defaults)
-        linear_biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.Linear)}
-        everything = groups[0]["params"]
-        norms = [p for p in everything if p.dim() <= 1 and id(p) not in linear_biases]
-        chosen = {id(p) for p in norms}
-        groups[0]["params"] = [p for p in everything if id(p) not in chosen]
-        groups.append({"params": norms, "lr": options.lr, "weight_decay": options.norm_weight_decay})
-        for group in groups:
-            group["peak_lr"] = group["lr"]
-        if options.name == "adamw":
-            return torch.optim.AdamW(groups, lr=options.lr)
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
+    def _make_model(self) -> nn.Module:
+        """The recipe's model, for the images and the classes of the data."""
+        name, example = self.recipe.model.name, self.test_images[:1]
+        fitting = {"in_channels": example.shape[1], "num_classes": self.classes}
+        defaults = {option: value for option, value in fitting.items() if option in models.options(name)}
+        model = models.create(name, **{**defaults, **self.recipe.model.options})
+        try:
+            with torch.no_grad():
+                outputs = model.eval()(example).shape[1:]
+        except RuntimeError as error:
+            raise ValueError(f"{name} does not take images of shape {tuple(example.shape[1:])}: {error}") from error
+        if outputs != (self.classes,):
+            raise ValueError(
+                f"{name} gives {tuple(outputs)} numbers an image, but {self.recipe.data.name} has {self.classes} "
+                f"classes: leave model.num_classes out, or set it to {self.classes}"
+            )
+        return model
 
     # Training
 
-    def train(self) -> dict[str, Any]:
-        """Train to the end and write the results; gives what ``summary.json`` holds.
+    def train(self, observer: Observer | None = None) -> dict[str, Any]:
+        """Train to the end and write the results; gives what ``summary.json`` holds, in the main process.
+
+        ``observer`` is called after every step, and stops the run by returning True. A run that has finished before is
+        left alone.
 
         Raises TrainingDivergedError on a loss that is not finite, TrainingInterruptedError when the observer stops it.
         """
-        main = self.accelerator.is_main_process
+        finished = self.folder.path / "summary.json"
+        if self.step == self.total_steps and finished.exists():
+            return dict(json.loads(finished.read_text())) if self.is_main else {}
         try:
-            if main:
+            if self.is_main:
                 about = environment(self.accelerator.num_processes, str(self.accelerator.device))
                 self.folder.write_yaml("recipe.yaml", self.recipe.to_dict())
                 self.folder.write_json("environment.json", about)
                 self.recorder.open(self.step)
                 if self.step == 0:
                     self._record(None)
-            self._loop()
+            self._loop(observer)
             return self._finish()
         finally:
             self.recorder.close()
@@ -184,59 +200,69 @@ class Classification:
         warmup = self.recipe.schedule.warmup_epochs * len(self.batches)
         return learning_rate(self.step, warmup, self.total_steps)
 
-    def _loop(self) -> None:
-        device = self.accelerator.device
+    def _loop(self, observer: Observer | None) -> None:
         steps = len(self.batches)
         began, saved = time.monotonic() - self.seconds, time.monotonic()
-        losses: list[Tensor] = []
-        stop, loss_value, accuracy = False, None, None
+        loss, accuracy = None, None
         for epoch in range(self.step // steps, self.recipe.schedule.epochs):
             for micro_batches in self.batches.epoch(epoch, self.step - epoch * steps):
-                self.model.train()
-                # Every step's randomness follows from the seed and the step, so a resumed run needs no generator state.
-                torch.manual_seed(mixed_seed(self.recipe.seed, self.step, self.accelerator.process_index))
-                factor = self._lr()
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-                for x, y in micro_batches:
-                    with self.accelerator.accumulate(self.model):
-                        output = self.model(self._to_device(x))
-                        smoothing = self.recipe.schedule.label_smoothing
-                        loss = F.cross_entropy(output.float(), y.to(device), label_smoothing=smoothing)
-                        self.accelerator.backward(loss)
-                        self.optimizer.step()
-                        self.optimizer.zero_grad()
-                    losses.append(loss.detach())
-                self.step += 1
-                if self.sparsifier is not None:
-                    self.sparsifier.step()
+                self._optimizer_step(micro_batches)
                 self.seconds = time.monotonic() - began
                 end_of_epoch = self.step == (epoch + 1) * steps
-                if self.step % self.interval == 0 or end_of_epoch:
-                    loss_value = float(torch.stack(losses).mean())
-                    losses.clear()
-                    self._check_finite(loss_value)
-                    if self.accelerator.is_main_process:
-                        self._record(loss_value)
+                record = self.step % self.interval == 0 or end_of_epoch
+                if record:
+                    loss = self._mean_loss()
+                    if self.is_main:
+                        self._record(loss)
                 if end_of_epoch:
                     accuracy = self._evaluate_and_record()
-                if self.observer is not None:
-                    where = (self.step, self.total_steps, self.step / steps)
-                    stop = bool(
-                        self.observer(Progress(*where, loss_value, accuracy, self.recorder.sparsity, self.seconds))
-                    )
-                if stop or end_of_epoch or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    if losses:
-                        self._check_finite(float(torch.stack(losses).mean()))
+                seen = Progress(
+                    self.step, self.total_steps, self.step / steps, loss, accuracy, self.recorder.sparsity, self.seconds
+                )
+                stop = self._agreed(observer is not None and bool(observer(seen)))
+                if stop or end_of_epoch or (record and time.monotonic() - saved > CHECKPOINT_SECONDS):
                     self._save("last")
                     saved = time.monotonic()
                 if stop and self.step < self.total_steps:
                     raise TrainingInterruptedError(f"stopped after step {self.step} of {self.total_steps}")
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _optimizer_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.model.train()
+        # Every step's randomness follows from the seed and the step, so a resumed run needs no generator state.
+        torch.manual_seed(mixed_seed(self.recipe.seed, self.step, self.accelerator.process_index))
+        factor = self._lr()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        smoothing = self.recipe.schedule.label_smoothing
+        for x, y in micro_batches:
+            with self.accelerator.accumulate(self.model):
+                output = self.model(self._to_device(x)).float()
+                loss = F.cross_entropy(output, y.to(self.accelerator.device), label_smoothing=smoothing)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self._losses.append(loss.detach())
+        self.step += 1
+        if self.sparsifier is not None:
+            self.sparsifier.step()
+
+    def _mean_loss(self) -> float:
+        """Over the steps since the last record and over all processes, checked."""
+        loss = float(self.accelerator.reduce(torch.stack(self._losses).mean(), reduction="mean"))
+        self._losses.clear()
+        self._check_finite(loss, "the loss")
+        return loss
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process was asked to stop: all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        return bool(self.accelerator.reduce(torch.tensor([float(stop)], device=self.accelerator.device)) > 0)
+
+    def _check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
             raise TrainingDivergedError(
-                f"the loss is {loss} at step {self.step} (epoch {self.step / len(self.batches):.2f}); a lower "
+                f"{what} is {value} at step {self.step} (epoch {self.step / len(self.batches):.2f}); a lower "
                 f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or a warm-up (schedule.warmup_epochs) usually helps"
             )
 
@@ -245,10 +271,15 @@ class Classification:
         return x.to(self.accelerator.device, memory_format=kind)
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module, batch: int = 1000) -> tuple[float, float]:
+    def _evaluate(self, batch: int = 1000) -> tuple[float, float]:
         """(accuracy, loss) on the test images, over all processes."""
-        model.eval()
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        # The processes may have unequal numbers of batches, so each runs the model itself and not its DDP wrapper; the
+        # main process's running statistics count, as they do there.
+        model = self.plain_model.eval()
+        if world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         images, labels = (torch.split(t, batch)[rank::world] for t in (self.test_images, self.test_labels))
         for x, y in zip(images, labels, strict=True):
@@ -256,11 +287,12 @@ class Classification:
             sums[0] += (output.argmax(1) == truth).sum()
             sums[1] += F.cross_entropy(output, truth, reduction="sum").double()
         accuracy, loss = (self.accelerator.reduce(sums) / len(self.test_images)).tolist()
+        self._check_finite(loss, "the test loss")
         return accuracy, loss
 
     def _evaluate_and_record(self) -> float:
-        accuracy, loss = self._evaluate(self.model)
-        if self.accelerator.is_main_process:
+        accuracy, loss = self._evaluate()
+        if self.is_main:
             self.recorder.evaluation(self.step, test_accuracy=accuracy, test_loss=loss)
         if accuracy > self.best and self._within_budget():
             self.best = accuracy
@@ -277,13 +309,17 @@ class Classification:
     # Checkpoints and results
 
     def _save(self, name: str) -> None:
-        if not self.accelerator.is_main_process:
+        for key, parameter in self.plain_model.named_parameters():
+            if not parameter.isfinite().all():
+                self._check_finite(math.nan, f"a number in {key}")
+        if not self.is_main:
             return
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "losses": self._losses,
             "recipe": self.recipe.to_dict(),
             "model": self.plain_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -292,20 +328,29 @@ class Classification:
         }
         self.folder.save(name, state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state["recipe"] != self.recipe.to_dict():
-            old, new = state["recipe"], self.recipe.to_dict()
-            changed = [key for key in new if old.get(key) != new[key]]
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, of this recipe; None for a run that ended before its first one."""
+        path, state = self.folder.path, self.folder.load("last")
+        if state is None and not (path / "recipe.yaml").is_file():
+            raise FileNotFoundError(f"there is no run in {path} to resume; without --resume it starts there")
+        old, new = state["recipe"] if state else load(path / "recipe.yaml").to_dict(), self.recipe.to_dict()
+        old["data"]["folder"] = new["data"]["folder"]  # the content of the data is checked, wherever it lies
+        changed = differences(old, new)
+        if changed:
             raise ValueError(
-                f"{self.folder.path} was started with another recipe (it differs in {', '.join(changed)}); "
-                "resume with the same one, or start a new run"
+                f"{path} was started with another recipe, which differs in {', '.join(changed)}; resume with the same "
+                "one, or start a new run"
             )
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.plain_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(state["sparsifier"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
 
     def _finish(self) -> dict[str, Any]:
@@ -314,8 +359,8 @@ class Classification:
         magnitudes = [] if self.sparsifier is None else histograms(self.plain_model, self.sparsifier)
         if self.sparsifier is not None:
             self.sparsifier.finalize()
-        accuracy, loss = self._evaluate(self.model)
-        if not self.accelerator.is_main_process:
+        accuracy, loss = self._evaluate()
+        if not self.is_main:
             return {}
         final = cost.count(self.plain_model, self._to_device(self.test_images[:1]))
         summary = {

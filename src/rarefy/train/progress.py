@@ -1,19 +1,20 @@
-"""Watching a run: a live bar on a terminal, a plain line an epoch elsewhere; Ctrl-C and SIGTERM stop it cleanly."""
+"""Watching a run: a live bar on a terminal, plain lines elsewhere; Ctrl-C and SIGTERM stop it cleanly."""
 
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from rarefy.train.classification import Observer, Progress
+
+#: A plain line is written after every epoch, and after so many seconds without one.
+SILENCE_SECONDS = 60.0
 
 
 def _status(seen: Progress) -> str:
@@ -29,60 +30,73 @@ def _status(seen: Progress) -> str:
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _plain(stream: TextIO) -> Observer:
-    announced = 0
+def _plain(console: Console) -> Observer:
+    first: Progress | None = None
+    told: Progress | None = None
 
-    def observe(seen: Progress) -> None:
-        nonlocal announced
-        if int(seen.epoch) > announced:
-            announced = int(seen.epoch)
-            pace = seen.seconds / seen.step
-            left = _clock(pace * (seen.total_steps - seen.step))
-            print(f"{_status(seen)}  {_clock(seen.seconds)} gone, {left} left", file=stream, flush=True)
+    def tell(seen: Progress) -> None:
+        nonlocal first, told
+        first, told = first or seen, told or seen
+        if int(seen.epoch) == int(told.epoch) and seen.seconds - told.seconds < SILENCE_SECONDS:
+            return
+        told = seen
+        done = f"{100 * seen.step / seen.total_steps:3.0f} %"
+        left = _clock(seen.seconds / seen.step * (seen.total_steps - seen.step))
+        line = f"{done}  {_status(seen)}  {_clock(seen.seconds)} gone, {left} left"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    return observe
+    return tell
+
+
+class Watch:
+    """An observer that shows the run, and stops it when a signal has come: ``signal`` is its number, or None."""
+
+    def __init__(self, console: Console, show: Observer) -> None:
+        self.signal: int | None = None
+        self._console, self._show = console, show
+
+    def __call__(self, seen: Progress) -> bool:
+        """Show where the run is; True if it is to stop."""
+        self._show(seen)
+        if self.signal is not None:
+            self._console.print("stopping: writing a checkpoint", highlight=False)
+        return self.signal is not None
 
 
 @contextmanager
-def watched(quiet: bool = False) -> Iterator[Observer]:
+def watched(quiet: bool = False) -> Iterator[Watch]:
     """An observer that shows progress on standard error, and stops the run when the user or the system asks.
 
     A second signal acts as usual: it ends the process at once.
     """
-    asked: list[int] = []
+    console = Console(stderr=True, quiet=quiet)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        print("stopping after this step: writing a checkpoint", file=sys.stderr, flush=True)
+        watch.signal = number
+        restore()
+
+    def restore() -> None:
         for name, handler in before.items():
             signal.signal(name, handler)
 
+    if console.is_terminal and not quiet:
+        columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left  {task.description}"))
+        bar = Bar(*columns, console=console, transient=True)
+        task = bar.add_task("starting")
+
+        def show(seen: Progress) -> None:
+            bar.update(task, total=seen.total_steps, completed=seen.step, description=_status(seen))
+
+        watch = Watch(console, show)
+    else:
+        bar, watch = Bar(console=console, disable=True), Watch(console, _plain(console))
     before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-    console = Console(stderr=True)
     try:
-        if quiet:
-            yield lambda seen: bool(asked)
-        elif console.is_terminal:
-            columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            with Bar(*columns, console=console, transient=True) as bar:
-                task = bar.add_task("starting")
-
-                def show(seen: Progress) -> bool:
-                    bar.update(task, total=seen.total_steps, completed=seen.step, description=_status(seen))
-                    return bool(asked)
-
-                yield show
-        else:
-            tell = _plain(sys.stderr)
-
-            def report(seen: Progress) -> bool:
-                tell(seen)
-                return bool(asked)
-
-            yield report
+        with bar:
+            yield watch
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        restore()

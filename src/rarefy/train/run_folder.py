@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,21 @@ from typing import Any
 import torch
 import yaml
 
+#: What a checkpoint holds.
+_STATE = {"step", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier", "scaler"}
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then rename it: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        write(partial)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
+        partial.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -53,8 +55,8 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics of steps after ``step``: a resumed run writes them again."""
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if 0 < step >= record["step"]]
         write_atomically(self.metrics, lambda p: p.write_text("".join(kept)))
 
     def checkpoint(self, name: str) -> Path:
@@ -66,6 +68,23 @@ class RunFolder:
         write_atomically(self.checkpoint(name), lambda p: torch.save(dict(state), p))
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """A checkpoint, on the CPU; None if there is none."""
+        """A checkpoint, on the CPU; None if there is none. Raises ValueError for one that is cut off or altered."""
         path = self.checkpoint(name)
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                altered = archive.testzip()
+            state = None if altered else torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # there is no end to what a reader stumbles over in a damaged file
+            raise ValueError(self._damaged(path)) from error
+        if not isinstance(state, dict) or not state.keys() >= _STATE:
+            raise ValueError(self._damaged(path))
+        return state
+
+    def _damaged(self, path: Path) -> str:
+        best = self.checkpoint("best")
+        other = f", or put {best.name} in its place to go on from there" if best.exists() else ""
+        return f"{path} is cut off, altered or not a checkpoint of a run; delete it to train from the start{other}"
