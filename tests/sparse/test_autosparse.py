@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from rarefy import cost
 from rarefy.sparse import AutoSparse, anneal
-from rarefy.sparse.soft_threshold import THRESHOLD_FUNCTIONS, Thresholded
+from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded
 from tests.sparse.methods import STEPS, TARGETED, Run, accuracy
 
 
@@ -119,6 +119,21 @@ def test_a_collapsing_layer_is_brought_back():
     for _ in range(sparsifier.interval):
         sparsifier.step()
     assert sparsifier.layers()[0].live >= 250
+
+
+def test_s_moves_and_falls_no_further_than_its_bounds():
+    # a gradient that is a sum over a layer took a threshold from 0.38 to nothing in four steps, for good
+    model = linear_model()
+    sparsifier = AutoSparse(model, total_steps=1000, pressure=0.0)
+    with torch.no_grad():
+        model[0].raw_threshold.fill_(-40.0)
+    sparsifier.step()
+    assert model[0].raw_threshold.item() == pytest.approx(-5.2)
+    for _ in range(30):
+        with torch.no_grad():
+            model[0].raw_threshold.sub_(1.0)
+        sparsifier.step()
+    assert model[0].raw_threshold.item() == pytest.approx(-8.0)
 
 
 def test_pressure_rests_below_the_target():

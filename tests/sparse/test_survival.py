@@ -167,7 +167,7 @@ def _rank(rank, folder):
             F.cross_entropy(run.model(images), labels).backward()
             run.optimizer.step()
             run.sparsifier.step()
-        masks = {name: p for name, p in run.sparsifier.finalize().named_parameters()}
+        masks = dict(run.sparsifier.finalize().named_parameters())
         states[case] = (run.sparsifier.steps, masks)
     torch.save(states, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """Every test here trains on the CPU, on synthetic data."""
 
 import pytest
+
 from tests.train.runs import prepare
 
 

@@ -108,7 +108,9 @@ def use_model(monkeypatch: pytest.MonkeyPatch, build: Callable[[], nn.Module]) -
 
 
 def without_norm() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 32), nn.ReLU(), nn.Linear(32, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
 
 
 def with_dropout() -> nn.Module:

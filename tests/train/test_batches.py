@@ -76,8 +76,14 @@ def test_ranks_are_augmented_apart() -> None:
     ("changes", "message"),
     [
         ({"batch_size": 51}, "schedule.batch_size=51 is more than the 50 training images"),
-        ({"batch_size": 8, "accumulate": 3}, "batch_size=8 must be divisible by schedule.accumulate=3 times 1 processes"),
-        ({"batch_size": 8, "accumulate": 4, "world": 4}, "must be divisible by schedule.accumulate=4 times 4 processes"),
+        (
+            {"batch_size": 8, "accumulate": 3},
+            "batch_size=8 must be divisible by schedule.accumulate=3 times 1 processes",
+        ),
+        (
+            {"batch_size": 8, "accumulate": 4, "world": 4},
+            "must be divisible by schedule.accumulate=4 times 4 processes",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, int], message: str) -> None:

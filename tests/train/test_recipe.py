@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.train.runs import plain
 
 from rarefy.train import load, parse
 from rarefy.train.recipe import differences
+from tests.train.runs import plain
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 
@@ -51,8 +51,8 @@ def test_the_round_trip_with_every_key_set() -> None:
         ({"optimizer": {"weight_decai": 1}}, "key in optimizer: 'weight_decai'; did you mean 'weight_decay'?"),
         ({"schedule": {"epoch": 1}}, "unknown key in schedule: 'epoch'; did you mean 'epochs'?"),
         ({"data": {"augmnt": "none"}}, "unknown key in data: 'augmnt'; did you mean 'augment'?"),
-        ({"lr": 0.1}, "unknown key in the recipe: 'lr'; did you mean 'optimizer.lr'?"),
-        ({"optimizer": {"seed": 1}}, "unknown key in optimizer: 'seed'; did you mean 'seed'?"),
+        ({"lr": 0.1}, "unknown key in the recipe: 'lr'; did you mean 'optimizer.lr', counted from the top?"),
+        ({"optimizer": {"seed": 1}}, "unknown key in optimizer: 'seed'; did you mean 'seed', counted from the top?"),
         ({"zzz": 1}, "unknown key in the recipe: 'zzz' (there is name, model, method, data"),
         ({"model": {"name": "resnet2"}}, "unknown model.name: 'resnet2'; did you mean 'resnet20'?"),
         ({"model": {"name": "resnet20", "widht": 8}}, "option of model 'resnet20': 'widht'; did you mean 'width'?"),
@@ -61,7 +61,7 @@ def test_the_round_trip_with_every_key_set() -> None:
         ({"method": {"name": "str", "policy": "cost"}}, "unknown option of method 'str': 'policy'"),
         ({"method": {"name": "dense", "target": 0.9}}, "option of method 'dense': 'target' (there is none)"),
         ({"method": {"name": "str", "total_steps": 9}}, "unknown option of method 'str': 'total_steps'"),
-        ({"data": {"name": "mnist"}}, "unknown data.name: 'mnist'; did you mean 'fashion_mnist'?"),
+        ({"data": {"name": "fashion-mnist"}}, "unknown data.name: 'fashion-mnist'; did you mean 'fashion_mnist'?"),
         ({"data": {"augment": "crop_flip"}}, "unknown data.augment: 'crop_flip'; did you mean 'crop-flip'?"),
         ({"optimizer": {"name": "adam"}}, "unknown optimizer.name: 'adam'; did you mean 'adamw'?"),
         ({"precision": "fp23"}, "unknown precision: 'fp23'; did you mean 'fp32'?"),
@@ -100,9 +100,9 @@ def test_a_misspelt_name_gets_the_nearest_right_one(changes: dict[str, Any], mes
         ({"name": "a/b"}, "name must be a folder's name, got 'a/b'"),
         ({"name": ".."}, "name must be a folder's name, got '..'"),
         ({"name": ""}, "name must be a folder's name, got ''"),
-        ({"data": {"train_size": 0}}, "data.train_size must be at least 1, and finite, got 0"),
-        ({"schedule": {"epochs": 0}}, "schedule.epochs must be at least 1, and finite, got 0"),
-        ({"schedule": {"batch_size": -1}}, "schedule.batch_size must be at least 1, and finite, got -1"),
+        ({"data": {"train_size": 0}}, "data.train_size must be at least 1, got 0"),
+        ({"schedule": {"epochs": 0}}, "schedule.epochs must be at least 1, got 0"),
+        ({"schedule": {"batch_size": -1}}, "schedule.batch_size must be at least 1, got -1"),
         ({"schedule": {"accumulate": 0}}, "schedule.accumulate must be a divisor of batch_size=32, got 0"),
         ({"schedule": {"accumulate": 3}}, "schedule.accumulate must be a divisor of batch_size=32, got 3"),
         ({"schedule": {"warmup_epochs": 3}}, "schedule.warmup_epochs must be in [0, epochs=3), got 3.0"),
@@ -113,9 +113,12 @@ def test_a_misspelt_name_gets_the_nearest_right_one(changes: dict[str, Any], mes
         ({"optimizer": {"momentum": 1}}, "optimizer.momentum must be in [0, 1), got 1.0"),
         ({"optimizer": {"momentum": 0, "nesterov": True}}, "optimizer.nesterov must be false without SGD's momentum"),
         ({"optimizer": {"name": "adamw", "nesterov": True}}, "optimizer.nesterov must be false without SGD's momentum"),
-        ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay must be at least 0, and finite, got -1.0"),
-        ({"optimizer": {"norm_weight_decay": float("nan")}}, "optimizer.norm_weight_decay must be at least 0, and fini"),
-        ({"threads": 0}, "threads must be at least 1, and finite, got 0"),
+        ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay must be at least 0.0, and finite, got -1.0"),
+        (
+            {"optimizer": {"norm_weight_decay": float("nan")}},
+            "optimizer.norm_weight_decay must be at least 0.0, and fini",
+        ),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_right(changes: dict[str, Any], message: str) -> None:
@@ -211,5 +214,8 @@ def test_no_file(name: str, tmp_path: Path) -> None:
 
 def test_differences_name_the_inmost_key() -> None:
     old = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "gone": 4}
-    assert differences(old, {"a": 1, "b": {"c": 5, "d": {"e": 3}}}) == ["b.c (2 there, 5 here)", "gone (4 there, None here)"]
+    assert differences(old, {"a": 1, "b": {"c": 5, "d": {"e": 3}}}) == [
+        "b.c (2 there, 5 here)",
+        "gone (4 there, None here)",
+    ]
     assert differences(old, old) == []

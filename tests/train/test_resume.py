@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.runs import AUTOSPARSE, STEPS, outcome, recipe, records, run, stop_at, use_model, with_dropout
 
 from rarefy.train import Classification, TrainingInterruptedError, classification
+from tests.train.runs import AUTOSPARSE, STEPS, outcome, recipe, records, run, stop_at, use_model, with_dropout
 
 COST = {"method": {"name": "autosparse", "target": 0.8, "policy": "cost"}}
 ADAMW = {"optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.01}}

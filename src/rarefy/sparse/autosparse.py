@@ -90,7 +90,10 @@ class AutoSparse(SoftThreshold):
         self.cutoff = 0.45 if cutoff is None and self.policy == "cost" else cutoff
         self.steps_per_epoch = steps_per_epoch or 1
         self.backward_density = backward_density
-        super().__init__(model, total_steps=total_steps, sparse_backward=backward_density is not None, **options)
+        super().__init__(model, total_steps=total_steps, **options)
+        if backward_density is not None:
+            for layer in self._thresholded.values():
+                layer.lower = torch.zeros_like(layer.raw_threshold)
         self._set_alpha(alpha if self._controller is not None else self._annealed())
         self._bound_backward()
 

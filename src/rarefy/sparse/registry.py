@@ -26,8 +26,7 @@ def options(name: str) -> set[str]:
         raise ValueError(unknown("method", name, names()))
     constructors = [vars(cls)["__init__"] for cls in METHODS[name].__mro__[:-1] if "__init__" in vars(cls)]
     parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
-    # sparse_backward is between the methods and their base
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"sparse_backward"}
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:

@@ -12,120 +12,26 @@ decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from rarefy.kernels.soft_threshold import count_above, soft_threshold
-from rarefy.sparse.base import LayerState, Prunable, Selection, Sparsifier
+from rarefy.kernels.soft_threshold import count_above
+from rarefy.sparse.base import LayerState, Selection, Sparsifier
 from rarefy.sparse.budget import log_error, trim
 from rarefy.sparse.masks import top_k, within_budget
+from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, guard_fast_paths, separate
 
-
-def _sigmoid_inverse(threshold: Tensor) -> Tensor:
-    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
-    edge = 1.0 - 1e-6
-    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
-
-
-def _softplus_inverse(threshold: Tensor) -> Tensor:
-    return threshold + torch.log(-torch.expm1(-threshold.clamp(min=1e-30)))
-
-
-def _log(threshold: Tensor) -> Tensor:
-    return torch.log(threshold.clamp(min=1e-30))
-
-
-#: g and its inverse, by name.
-THRESHOLD_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "sigmoid": (torch.sigmoid, _sigmoid_inverse),
-    "exp": (torch.exp, _log),
-    "softplus": (F.softplus, _softplus_inverse),
-}
-
-
-class Thresholded(nn.Module):
-    """What a layer gains while it trains: s, alpha, and a forward that uses the thresholded weight."""
-
-    weight: Tensor
-    raw_threshold: nn.Parameter  # s, of shape (1, ..., 1) or (out, 1, ..., 1)
-    alpha: Tensor  # a buffer: a Python float would recompile at every change
-    lower: Tensor | None  # bound of the sparse backward, shaped as s
-    threshold_function: str
-
-    def threshold(self) -> Tensor:
-        """T = g(s) in float32, shaped as s."""
-        return THRESHOLD_FUNCTIONS[self.threshold_function][0](self.raw_threshold.float())
-
-    def sparse_weight(self) -> Tensor:
-        """W^, what the layer computes with."""
-        return soft_threshold(self.weight, self.threshold(), self.alpha, self.lower)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's own forward, with W^ in place of W."""
-        return self._conv_forward(x, self.sparse_weight(), self.bias)  # type: ignore[operator, no-any-return]
-
-
-class ThresholdedLinear(Thresholded, nn.Linear):  # noqa: D101
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return F.linear(x, self.sparse_weight(), self.bias)
-
-
-class ThresholdedConv1d(Thresholded, nn.Conv1d):  # noqa: D101
-    pass
-
-
-class ThresholdedConv2d(Thresholded, nn.Conv2d):  # noqa: D101
-    pass
-
-
-class ThresholdedConv3d(Thresholded, nn.Conv3d):  # noqa: D101
-    pass
-
-
-_CLASSES: dict[type[nn.Module], type[Thresholded]] = {
-    nn.Linear: ThresholdedLinear,
-    nn.Conv1d: ThresholdedConv1d,
-    nn.Conv2d: ThresholdedConv2d,
-    nn.Conv3d: ThresholdedConv3d,
-}
-_PLAIN = {thresholded: plain for plain, thresholded in _CLASSES.items()}
-
-
-#: The most that s moves in one optimizer step: a factor of 1.2 on a small threshold.
+#: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
+#: layer and can be huge while alpha is near 1.
 MAX_MOVE = 0.2
 
-
-def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """Does nothing; but with a hook on, TransformerEncoderLayer's fast path, which reads ``weight`` itself, is off."""
-
-
-def _attach(layer: Prunable, s: Tensor, function: str, sparse_backward: bool) -> Thresholded:
-    layer.__class__ = _CLASSES[type(layer)]  # type: ignore[assignment]
-    thresholded = cast(Thresholded, layer)
-    thresholded.threshold_function = function
-    thresholded.raw_threshold = nn.Parameter(s)
-    thresholded.register_buffer("alpha", torch.zeros((), device=s.device))
-    thresholded.register_buffer("lower", torch.zeros_like(s) if sparse_backward else None)
-    return thresholded
-
-
-def _detach(layer: Thresholded) -> None:
-    del layer.raw_threshold, layer.alpha, layer.lower, layer.threshold_function
-    layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
-
-
-def _separate(magnitude: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:
-    """The nearest threshold, row by row, that has the magnitudes in ``mask`` above it and the others below."""
-    rows = [dim for dim in range(magnitude.dim()) if threshold.shape[dim] == 1]
-    least_kept = magnitude.masked_fill(~mask, torch.inf).amin(rows, keepdim=True)
-    most_dropped = magnitude.masked_fill(mask, 0.0).amax(rows, keepdim=True)
-    between = torch.where(least_kept.isinf(), most_dropped * 1.001, (least_kept + most_dropped) / 2)
-    return torch.where((threshold < most_dropped) | (threshold >= least_kept), between, threshold)
+#: How far below its first value s may fall: a threshold of nothing has no gradient to come back by.
+MAX_FALL = 3.0
 
 
 class SoftThresholdOptions(Selection, total=False):
@@ -164,7 +70,6 @@ class SoftThreshold(Sparsifier):
         threshold_function: str = "sigmoid",
         threshold_init: float = -5.0,
         threshold_lr: float = 1.0,
-        sparse_backward: bool = False,
         **selection: Unpack[Selection],
     ) -> None:
         _one_of("granularity", granularity, ("layer", "channel"))
@@ -181,19 +86,17 @@ class SoftThreshold(Sparsifier):
             weight = layer.weight
             out = weight.shape[0] if granularity == "channel" else 1
             s = torch.full((out,) + (1,) * (weight.dim() - 1), float(threshold_init), device=weight.device)
-            self._thresholded[name] = _attach(layer, s, threshold_function, sparse_backward)
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                for child in module.children():
-                    if isinstance(child, Thresholded):
-                        child.register_forward_pre_hook(_no_fast_path)
-        self._least_s = threshold_init - 3.0
+            self._thresholded[name] = attach(layer, s, threshold_function)
+        guard_fast_paths(model)
+        self._least_s = threshold_init - MAX_FALL
         self._before = [s.detach().clone() for s in self._own_parameters()]
         self._density = 1.0 if self.budget is None else self.budget.density(self._count())
 
+    @abstractmethod
     def _default_pressure(self) -> float:
-        raise NotImplementedError
+        """The pressure that suits the budget."""
 
+    @abstractmethod
     def _steer(self, error: float | None) -> None:
         """Set alpha for the next step; ``error`` is the log error of the density, in the steps that measure it."""
 
@@ -232,7 +135,7 @@ class SoftThreshold(Sparsifier):
         if self.steps > self.total_steps:
             return
         self._limit()
-        if self._density > self._rest():
+        if self.budget is None or self._density > self.budget.goal:
             # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
             torch._foreach_mul_(self._own_parameters(), math.exp(-self.pressure * share))
@@ -242,14 +145,13 @@ class SoftThreshold(Sparsifier):
         torch._foreach_copy_(self._before, self._own_parameters())
         self._steer(error)
 
-    def _rest(self) -> float:
-        """The density below which pressure rests: it never pushes past the target."""
-        return 0.0 if self.budget is None else self.budget.goal
-
     def _limit(self) -> None:
-        """Bound what the optimizer did to s: a threshold that falls to nothing has no gradient to come back by."""
-        for s, before in zip(self._own_parameters(), self._before, strict=True):
-            torch.clamp(s, min=torch.clamp(before - MAX_MOVE, min=self._least_s), max=before + MAX_MOVE, out=s)
+        """Bound what the optimizer did to s."""
+        parameters = self._own_parameters()
+        lowest, highest = torch._foreach_sub(self._before, MAX_MOVE), torch._foreach_add(self._before, MAX_MOVE)
+        torch._foreach_clamp_min_(lowest, self._least_s)
+        torch._foreach_maximum_(parameters, lowest)
+        torch._foreach_minimum_(parameters, highest)
 
     def _measure(self) -> float | None:
         """Keep floors, land on the budget; gives the log error of the density against the aim of now."""
@@ -281,12 +183,12 @@ class SoftThreshold(Sparsifier):
 
     def _move(self, layer: Thresholded, mask: Tensor) -> None:
         """Move s as little as makes the layer's mask this one."""
-        threshold = _separate(layer.weight.detach().double().abs(), layer.threshold().double(), mask)
+        threshold = separate(layer.weight.detach().double().abs(), layer.threshold().double(), mask)
         moved = threshold != layer.threshold().double()
         layer.raw_threshold.copy_(torch.where(moved, self._inverse(threshold), layer.raw_threshold.double()))
 
     def _state(self) -> dict[str, Any]:
-        return {"density": self._density, "before": [s.cpu() for s in self._before]}
+        return {"density": self._density, "before": [s.clone() for s in self._before]}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         self._density = state["density"]
@@ -304,13 +206,11 @@ class SoftThreshold(Sparsifier):
             masks = [layer.weight.abs() > layer.threshold() for layer in thresholded.values()]
         for layer, mask in zip(thresholded.values(), masks, strict=True):
             magnitude = layer.weight.detach().float().abs()
-            threshold = _separate(magnitude, layer.threshold(), mask)
+            threshold = separate(magnitude, layer.threshold(), mask)
             # A weight that the exact budget keeps at the very edge stays a nonzero.
             shrunk = (magnitude - threshold).clamp(min=torch.finfo(layer.weight.dtype).tiny)
             layer.weight.copy_(torch.where(mask, shrunk.copysign(layer.weight), 0.0))
-            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _no_fast_path]:
-                del layer._forward_pre_hooks[key]
-            _detach(layer)
+            detach(layer)
 
 
 class STR(SoftThreshold):
@@ -323,6 +223,9 @@ class STR(SoftThreshold):
     """
 
     trim_from = 0.75
+
+    def _steer(self, error: float | None) -> None:
+        """Alpha stays 0."""
 
     def _default_pressure(self) -> float:
         # Fitted on a small network (fashion_cnn, 8 epochs), where 6.1, 10 and 17.5 gave 90, 95 and 98 %.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ from rarefy.train.run_folder import RunFolder, write_atomically
 
 #: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
 CHECKPOINT_SECONDS = 600.0
+
+#: Test images at once.
+EVALUATION_BATCH = 1000
 
 #: How often a run writes a training record when no sparsifier says.
 RECORDS = 125
@@ -81,10 +85,12 @@ class Classification:
         state = self._checkpoint() if resume else None
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        self.accelerator = Accelerator(
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-            gradient_accumulation_steps=recipe.schedule.accumulate,
-        )
+        # As a plugin, since the environment would override a mere number of steps.
+        accumulation = GradientAccumulationPlugin(num_steps=recipe.schedule.accumulate)
+        precision = "no" if recipe.precision == "fp32" else recipe.precision
+        self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
+        if recipe.precision == "fp16" and self.accelerator.scaler is None:
+            raise ValueError(f"precision: fp16 does not run on {self.accelerator.device.type}; take bf16 or fp32")
         self._load_data()
         self._build()
         self.step = 0
@@ -271,7 +277,7 @@ class Classification:
         return x.to(self.accelerator.device, memory_format=kind)
 
     @torch.no_grad()
-    def _evaluate(self, batch: int = 1000) -> tuple[float, float]:
+    def _evaluate(self) -> tuple[float, float]:
         """(accuracy, loss) on the test images, over all processes."""
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         # The processes may have unequal numbers of batches, so each runs the model itself and not its DDP wrapper; the
@@ -281,7 +287,7 @@ class Classification:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        images, labels = (torch.split(t, batch)[rank::world] for t in (self.test_images, self.test_labels))
+        images, labels = (torch.split(t, EVALUATION_BATCH)[rank::world] for t in (self.test_images, self.test_labels))
         for x, y in zip(images, labels, strict=True):
             output, truth = model(self._to_device(x)).float(), y.to(device)
             sums[0] += (output.argmax(1) == truth).sum()

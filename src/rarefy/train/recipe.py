@@ -202,7 +202,8 @@ def _unknown_key(key: str, where: str, known: Mapping[str, object]) -> str:
         homes = ["", *(section for section, kind in kinds.items() if is_dataclass(kind) and kind is not Named)]
         for home in homes:
             if key in {f.name for f in fields(kinds.get(home, Recipe))}:
-                return f"unknown key in {where or 'the recipe'}: {key!r}; did you mean {f'{home}.{key}'.lstrip('.')!r}?"
+                right = f"{home}.{key}" if home else key
+                return f"unknown key in {where or 'the recipe'}: {key!r}; did you mean {right!r}, counted from the top?"
     return message
 
 
@@ -254,7 +255,8 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"{where} must be {expected}, got {value!r}")
 
     def at_least(least: float, where: str, value: float | None) -> None:
-        require(value is None or least <= value < math.inf, where, f"at least {least}, and finite", value)
+        expected = f"at least {least}" + (", and finite" if isinstance(least, float) else "")
+        require(value is None or least <= value < math.inf, where, expected, value)
 
     schedule, optimizer, data = recipe.schedule, recipe.optimizer, recipe.data
     _one_of("data.name", data.name, ["fashion_mnist"])
@@ -275,6 +277,6 @@ def _check(recipe: Recipe) -> None:
     require(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)", optimizer.momentum)
     nesterov = not optimizer.nesterov or (optimizer.name == "sgd" and optimizer.momentum > 0)
     require(nesterov, "optimizer.nesterov", "false without SGD's momentum", optimizer.nesterov)
-    at_least(0, "optimizer.weight_decay", optimizer.weight_decay)
-    at_least(0, "optimizer.norm_weight_decay", optimizer.norm_weight_decay)
+    at_least(0.0, "optimizer.weight_decay", optimizer.weight_decay)
+    at_least(0.0, "optimizer.norm_weight_decay", optimizer.norm_weight_decay)
     at_least(1, "threads", recipe.threads)
