@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")
-    train.add_argument("recipe", type=Path, help="a YAML file, for example recipes/demo.yaml")
+    train.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, for example recipes/demo.yaml")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: method.target=0.95"
     )
@@ -150,11 +150,8 @@ def _info(arguments: argparse.Namespace) -> int:
         print(f"{'kernels':>12}  none: built without a C++ compiler, everything runs in PyTorch")
         return 0
     print(f"{'kernels':>12}  {library}")
-    best: dict[str, str] = {}
-    for kernel in kernels.table():
-        if kernel.supported:
-            best.setdefault(kernel.name, kernel.isa)
-    for name, isa in best.items():
+    in_use = environment.native_kernels() or {"none in use": "RAREFY_ISA asks for no kernel that runs here"}
+    for name, isa in in_use.items():
         print(f"{'':>12}  {name}: {isa}")
     return 0
 
