@@ -24,5 +24,22 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/pytest
 
+# Two runs on one thread each: a sparse one that is watched, and beside it, the first time, the dense one to compare with.
+DEMO := $(BIN)/rarefy train recipes/demo.yaml --set threads=1
+demo: $(STAMP)
+	@$(BIN)/python -c "from rarefy.data import fashion_mnist; fashion_mnist.load()"
+	@run=runs/demo-$$(date +%Y%m%d-%H%M%S); dense=runs/demo-dense; \
+	if [ ! -e $$dense/summary.json ]; then \
+	    rm -rf $$dense; $(DEMO) --set 'method={name: dense}' --run $$dense --json >/dev/null 2>&1 & \
+	fi; \
+	$(DEMO) --run $$run >/dev/null && echo "waiting for the dense run" && wait && \
+	$(BIN)/rarefy report $$run --baseline $$dense
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/overhead.py
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/alpha.py
+
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -265,10 +265,10 @@ def test_the_report_of_a_run_and_of_a_stopped_one(
     assert main(["train", "small.yaml"]) == 143
     capsys.readouterr()
     assert main(["report", "runs/test"]) == 0
-    assert capsys.readouterr().out == "runs/test/report.html\n"
+    assert capsys.readouterr().out.split() == ["report", "runs/test/report.html"]
     assert main(["report", "runs/test", "--output", "page.html", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": "page.html"}
-    assert Path("page.html").read_text().startswith("<!doctype html>") or Path("page.html").stat().st_size > 1000
+    assert "<html" in Path("page.html").read_text()
     assert "nowhere is not a folder" in refused(capsys, "report", "runs/test", "--baseline", "nowhere")
     assert "small.yaml" in refused(capsys, "report", "runs/test", "--output", "small.yaml/page.html")
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from rarefy import kernels
-from rarefy.kernels._library import ENVIRONMENT as ISA_VARIABLE
 
 #: What /proc/cpuinfo calls the features that matter to the kernels and to PyTorch.
 _FEATURES = (
@@ -45,7 +44,7 @@ def cpu_features() -> list[str]:
 
 def native_kernels() -> dict[str, str]:
     """The native kernels that run here, each with its instruction set: the best there is, or that of RAREFY_ISA."""
-    asked = os.environ.get(ISA_VARIABLE)
+    asked = os.environ.get(kernels.ENVIRONMENT)
     best: dict[str, str] = {}
     for kernel in kernels.table():
         if kernel.supported and asked in (None, kernel.isa):

@@ -14,7 +14,7 @@ import rarefy.kernels
 
 _NAMES = ("librarefy.so", "librarefy.dylib", "rarefy.dll")
 
-#: Set to "portable", "avx2", "avx512", ... to allow no better instruction set, or to "pytorch" to use no native kernel.
+#: Set to "portable", "avx2", "avx512", ... to use that instruction set alone, or to "pytorch" to use no native kernel.
 ENVIRONMENT = "RAREFY_ISA"
 
 _ASKED = os.environ.get(ENVIRONMENT)
