@@ -30,7 +30,7 @@ demo: $(STAMP)
 	@$(BIN)/python -c "from rarefy.data import fashion_mnist; fashion_mnist.load()"
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S); dense=runs/demo-dense; \
 	if [ ! -e $$dense/summary.json ]; then \
-	    rm -rf $$dense; $(DEMO) --set 'method={name: dense}' --run $$dense --json >/dev/null 2>&1 & \
+	    rm -rf $$dense; $(DEMO) --set 'method={name: dense}' --set name=demo-dense --run $$dense --json >/dev/null 2>&1 & \
 	fi; \
 	$(DEMO) --run $$run >/dev/null && echo "waiting for the dense run" && wait && \
 	$(BIN)/rarefy report $$run --baseline $$dense

@@ -31,8 +31,8 @@ class AutoSparse(SoftThreshold):
 
     With a ``target`` (or ``target_flops``) the run lands on it by itself, in one of two ways:
 
-    - ``policy="accuracy"``: alpha is controlled against a cubic curve to the target, near 1 while the run is sparser than
-      the curve; the thresholds are trimmed over the last fifth of the run.
+    - ``policy="accuracy"``: alpha is controlled against a cubic curve to the target, near 1 while the run is ahead of it;
+      the thresholds are trimmed over the last fifth of the run.
     - ``policy="cost"``: alpha is annealed and 0 from 45 % of the run on, from where the weight gradient is sparse too;
       the thresholds are trimmed over the last quarter. Fewest training FLOPs.
 
