@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # Two runs on one thread each: a sparse one that is watched, and beside it, the first time, the dense one to compare with.
 DEMO := $(BIN)/rarefy train recipes/demo.yaml --set threads=1

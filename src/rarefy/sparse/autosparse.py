@@ -31,7 +31,7 @@ class AutoSparse(SoftThreshold):
 
     With a ``target`` (or ``target_flops``) the run lands on it by itself, in one of two ways:
 
-    - ``policy="accuracy"``: alpha is controlled against a cubic curve to the target, near 1 while the run is ahead of it;
+    - ``policy="accuracy"``: alpha is controlled against a cubic curve to the target, near 1 while the run is ahead;
       the thresholds are trimmed over the last fifth of the run.
     - ``policy="cost"``: alpha is annealed and 0 from 45 % of the run on, from where the weight gradient is sparse too;
       the thresholds are trimmed over the last quarter. Fewest training FLOPs.
