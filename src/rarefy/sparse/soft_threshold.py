@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from rarefy.kernels.soft_threshold import count_above
-from rarefy.sparse.base import LayerState, Selection, Sparsifier
+from rarefy.sparse.base import Info, LayerState, Selection, Sparsifier
 from rarefy.sparse.budget import log_error, trim
 from rarefy.sparse.masks import top_k, within_budget
 from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, guard_fast_paths, separate
@@ -128,10 +128,7 @@ class SoftThreshold(Sparsifier):
             options["lr"] = defaults["lr"] * self.threshold_lr
         return options
 
-    @torch.no_grad()
     def _update(self) -> None:
-        if any(not isinstance(layer, Thresholded) for layer in self._thresholded.values()):
-            raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
         if self.steps > self.total_steps:
             return
         self._limit()
@@ -222,6 +219,13 @@ class STR(SoftThreshold):
     Args: see :class:`SoftThreshold`.
     """
 
+    info = Info(
+        "STR",
+        "Soft Threshold Reparameterization, Kusupati et al., ICML 2020, arXiv 2002.03231",
+        "dense",
+        "optional",
+        "at the density of the weights",
+    )
     trim_from = 0.75
 
     def _steer(self, error: float | None) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.kernels.soft_threshold import soft_threshold
-from rarefy.sparse.base import Prunable
+from rarefy.sparse.selection import Prunable
 
 
 def _sigmoid_inverse(threshold: Tensor) -> Tensor:
