@@ -30,6 +30,13 @@ CASES = {
     "mest-soft": ("mest", {"target": 0.9, "soft": True}),
     "granet": ("granet", {"target": 0.9}),
     "acdc": ("acdc", {"target": 0.9}),
+    "st3": ("st3", {"target": 0.9, "rescale": False}),
+    "st3-sigma": ("st3", {"target": 0.7, "sigma": True}),
+    "feather": ("feather", {"target": 0.9, "theta": 0.5}),
+    "topk": ("topk", {"target": 0.8}),
+    "powerprop": ("powerprop", {"target": 0.9}),
+    "topkast": ("topkast", {"target": 0.9}),
+    "topkast-power": ("topkast", {"target": 0.9, "power": 1.5, "superset": 4.0}),
 }
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
 

@@ -3,16 +3,21 @@
 from rarefy.sparse.acdc import ACDC
 from rarefy.sparse.autosparse import AutoSparse
 from rarefy.sparse.base import Info, LayerState, Sparsifier
+from rarefy.sparse.feather import Feather
 from rarefy.sparse.gmp import GMP
 from rarefy.sparse.granet import GraNet
 from rarefy.sparse.mest import MEST
+from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.registry import create, names, options
 from rarefy.sparse.registry import list_methods as list
 from rarefy.sparse.rigl import RigL
 from rarefy.sparse.set import SET
 from rarefy.sparse.snfs import SNFS
 from rarefy.sparse.soft_threshold import STR
+from rarefy.sparse.st3 import ST3
 from rarefy.sparse.static import Static
+from rarefy.sparse.topk import TopK
+from rarefy.sparse.topkast import TopKAST
 
 __all__ = [
     "ACDC",
@@ -20,14 +25,19 @@ __all__ = [
     "MEST",
     "SET",
     "SNFS",
+    "ST3",
     "STR",
     "AutoSparse",
+    "Feather",
     "GraNet",
     "Info",
     "LayerState",
+    "PowerPropagation",
     "RigL",
     "Sparsifier",
     "Static",
+    "TopK",
+    "TopKAST",
     "create",
     "list",
     "names",

@@ -12,26 +12,36 @@ from rarefy._names import unknown
 from rarefy.sparse.acdc import ACDC
 from rarefy.sparse.autosparse import AutoSparse
 from rarefy.sparse.base import Info, Sparsifier
+from rarefy.sparse.feather import Feather
 from rarefy.sparse.gmp import GMP
 from rarefy.sparse.granet import GraNet
 from rarefy.sparse.mest import MEST
+from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.rigl import RigL
 from rarefy.sparse.set import SET
 from rarefy.sparse.snfs import SNFS
 from rarefy.sparse.soft_threshold import STR
+from rarefy.sparse.st3 import ST3
 from rarefy.sparse.static import Static
+from rarefy.sparse.topk import TopK
+from rarefy.sparse.topkast import TopKAST
 
 METHODS: dict[str, type[Sparsifier]] = {
     "acdc": ACDC,
     "autosparse": AutoSparse,
+    "feather": Feather,
     "gmp": GMP,
     "granet": GraNet,
     "mest": MEST,
+    "powerprop": PowerPropagation,
     "rigl": RigL,
     "set": SET,
     "snfs": SNFS,
+    "st3": ST3,
     "static": Static,
     "str": STR,
+    "topk": TopK,
+    "topkast": TopKAST,
 }
 
 

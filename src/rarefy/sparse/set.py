@@ -59,10 +59,9 @@ class SET(Masked):
         if not 0.0 < stop <= 1.0:
             raise ValueError(f"stop must be a share of the run in (0, 1], got {stop}")
         self.drop_fraction, self.stop = drop_fraction, stop
-        if (options.get("update_every") or 1) > stop * total_steps:
-            raise ValueError(
-                f"update_every={options.get('update_every')} leaves no update within {stop:.0%} of total_steps={total_steps}"
-            )
+        every = options.get("update_every") or 1
+        if every > stop * total_steps:
+            raise ValueError(f"update_every={every} leaves no update within {stop:.0%} of total_steps={total_steps}")
         super().__init__(model, total_steps=total_steps, **options)
 
     def _first_masks(self) -> list[Tensor]:

@@ -24,7 +24,8 @@ from rarefy.kernels.soft_threshold import count_above
 from rarefy.sparse.base import Info, LayerState, Selection, Sparsifier
 from rarefy.sparse.budget import log_error, trim
 from rarefy.sparse.masks import top_k, within_budget
-from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, guard_fast_paths, separate
+from rarefy.sparse.swapped import check_swapped, guard_fast_paths
+from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, separate
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
 #: layer and can be huge while alpha is near 1.
@@ -193,10 +194,7 @@ class SoftThreshold(Sparsifier):
             mine.copy_(saved)
 
     def _finalize(self, layers: Mapping[str, nn.Module]) -> None:
-        plain = [name for name, layer in layers.items() if not isinstance(layer, Thresholded)]
-        if plain:
-            raise ValueError(f"layer {plain[0]!r} is a plain {type(layers[plain[0]]).__name__}: already finalized?")
-        thresholded: dict[str, Thresholded] = dict(layers)  # type: ignore[arg-type]
+        thresholded: dict[str, Thresholded] = check_swapped(layers)  # type: ignore[assignment]
         if self.budget is not None:
             masks: Sequence[Tensor] = self._select(thresholded)
         else:
