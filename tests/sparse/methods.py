@@ -20,6 +20,23 @@ CASES = {
     "autosparse-sparse-backward": ("autosparse", {"target": 0.8, "backward_density": 0.5}),
     "str": ("str", {}),
     "str-target": ("str", {"target": 0.9}),
+    "static": ("static", {"target": 0.9, "distribution": "uniform"}),
+    "gmp": ("gmp", {"target": 0.9}),
+    "gmp-flops": ("gmp", {"target_flops": 0.2, "distribution": "erk"}),
+    "set": ("set", {"target": 0.9}),
+    "rigl": ("rigl", {"target": 0.9}),
+    "snfs": ("snfs", {"target": 0.9}),
+    "mest": ("mest", {"target": 0.9, "gradient_weight": 0.1}),
+    "mest-soft": ("mest", {"target": 0.9, "soft": True}),
+    "granet": ("granet", {"target": 0.9}),
+    "acdc": ("acdc", {"target": 0.9}),
+    "st3": ("st3", {"target": 0.9, "rescale": False}),
+    "st3-sigma": ("st3", {"target": 0.7, "sigma": True}),
+    "feather": ("feather", {"target": 0.9, "theta": 0.5}),
+    "topk": ("topk", {"target": 0.8}),
+    "powerprop": ("powerprop", {"target": 0.9}),
+    "topkast": ("topkast", {"target": 0.9}),
+    "topkast-power": ("topkast", {"target": 0.9, "power": 1.5, "superset": 4.0}),
 }
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
 
@@ -76,6 +93,7 @@ class Run:
         else:
             groups = self.sparsifier.param_groups(lr=0.05, weight_decay=5e-4)
             self.optimizer = torch.optim.SGD(groups, momentum=0.9)
+        self.sparsifier.attach(self.optimizer)
 
     def train(self, steps: int) -> "Run":
         """Go on for so many steps."""

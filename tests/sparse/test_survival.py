@@ -46,7 +46,7 @@ def test_finalize_leaves_a_plain_model(case):
         assert not type(module).__module__.startswith("rarefy")
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-        leftovers = {"raw_threshold", "alpha", "lower", "threshold_function"}
+        leftovers = {"raw_threshold", "alpha", "lower", "threshold_function", "reparam"}
         assert not leftovers & (set(vars(module)) | set(module._parameters) | set(module._buffers))
     assert {id(p) for p in model.parameters()} <= {id(p) for g in run.optimizer.param_groups for p in g["params"]}
     torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)

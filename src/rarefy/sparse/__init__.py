@@ -1,8 +1,45 @@
-"""Which weights live while a network trains."""
+"""Which weights live while a network trains: one method a file, all under the contract of :class:`Sparsifier`."""
 
+from rarefy.sparse.acdc import ACDC
 from rarefy.sparse.autosparse import AutoSparse
-from rarefy.sparse.base import LayerState, Sparsifier
+from rarefy.sparse.base import Info, LayerState, Sparsifier
+from rarefy.sparse.feather import Feather
+from rarefy.sparse.gmp import GMP
+from rarefy.sparse.granet import GraNet
+from rarefy.sparse.mest import MEST
+from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.registry import create, names, options
+from rarefy.sparse.registry import list_methods as list
+from rarefy.sparse.rigl import RigL
+from rarefy.sparse.set import SET
+from rarefy.sparse.snfs import SNFS
 from rarefy.sparse.soft_threshold import STR
+from rarefy.sparse.st3 import ST3
+from rarefy.sparse.static import Static
+from rarefy.sparse.topk import TopK
+from rarefy.sparse.topkast import TopKAST
 
-__all__ = ["STR", "AutoSparse", "LayerState", "Sparsifier", "create", "names", "options"]
+__all__ = [
+    "ACDC",
+    "GMP",
+    "MEST",
+    "SET",
+    "SNFS",
+    "ST3",
+    "STR",
+    "AutoSparse",
+    "Feather",
+    "GraNet",
+    "Info",
+    "LayerState",
+    "PowerPropagation",
+    "RigL",
+    "Sparsifier",
+    "Static",
+    "TopK",
+    "TopKAST",
+    "create",
+    "list",
+    "names",
+    "options",
+]

@@ -19,6 +19,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from rarefy.sparse.anneal import SCHEDULES
+from rarefy.sparse.base import Info
 from rarefy.sparse.budget import AlphaController
 from rarefy.sparse.soft_threshold import SoftThreshold, SoftThresholdOptions, _one_of
 
@@ -52,6 +53,14 @@ class AutoSparse(SoftThreshold):
     Raises:
         ValueError: as :class:`Sparsifier`; an option out of its range, or one that the policy leaves no use for.
     """
+
+    info = Info(
+        "AutoSparse",
+        "Kundu et al., 2023, arXiv 2304.06941",
+        "dense",
+        "optional",
+        "dense while alpha > 0 (or at backward_density), then at the density of the weights",
+    )
 
     def __init__(
         self,

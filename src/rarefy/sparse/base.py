@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from rarefy import cost
-from rarefy._names import unknown
-from rarefy.sparse.budget import ACTIONS, Budget
-
-#: The layers that can be sparsified. Exactly these types: what a subclass does in its forward is not known.
-PRUNABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-Prunable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+from rarefy.sparse.budget import ACTIONS, check_feasible, make_budget
+from rarefy.sparse.selection import DEFAULT_FLOOR, Prunable, check_patterns, floor_of, select_layers
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,26 @@ class LayerState:
         return self.live / self.weights
 
 
+@dataclass(frozen=True)
+class Info:
+    """What :func:`rarefy.sparse.list` tells about a method.
+
+    Attributes:
+        title: the method's own name.
+        paper: where it is from.
+        start: "dense" (dense to sparse) or "sparse" (sparse to sparse, from the first step).
+        targeted: "always" (a target must be given), "optional", or "never".
+        training_flops: what a training step costs, as ``LayerState`` reports it: forward and input gradient at the
+            density of the weights used, and the weight gradient as said here.
+    """
+
+    title: str
+    paper: str
+    start: str
+    targeted: str
+    training_flops: str
+
+
 class Selection(TypedDict, total=False):
     """The keyword arguments of :class:`Sparsifier` besides ``total_steps``, for the methods built on it."""
 
@@ -72,6 +86,7 @@ class Sparsifier(ABC):
 
         sparsifier = AutoSparse(model, target=0.9, total_steps=epochs * len(loader))
         optimizer = torch.optim.SGD(sparsifier.param_groups(weight_decay=5e-4), lr=0.1, momentum=0.9)
+        sparsifier.attach(optimizer)
         for x, y in batches:
             ...
             optimizer.step()
@@ -94,7 +109,14 @@ class Sparsifier(ABC):
             floors or the dense layers make impossible.
     """
 
-    default_floor = 0.005
+    #: What the registry tells about the method.
+    info: ClassVar[Info]
+
+    #: Whether the method must see the optimizer's steps (:meth:`attach`).
+    needs_optimizer: ClassVar[bool] = False
+
+    #: The fewest steps that the method's schedule fits into.
+    least_steps: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -106,23 +128,31 @@ class Sparsifier(ABC):
         example_input: Any = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        floor: float | Mapping[str, float] = default_floor,
+        floor: float | Mapping[str, float] = DEFAULT_FLOOR,
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be a positive whole number of optimizer steps, got {total_steps!r}")
+        if total_steps < self.least_steps:
+            raise ValueError(
+                f"total_steps={total_steps} is too few for the schedule of {type(self).__name__}, which needs at least "
+                f"{self.least_steps}"
+            )
         layers = select_layers(model, include, exclude)
-        floors = {name: _floor_of(name, floor) for name in layers}
+        floors = {name: floor_of(name, floor) for name in layers}
         if isinstance(floor, Mapping):
-            _check_patterns(floor, layers, "floor")
+            check_patterns(floor, layers, "floor")
         self.model = model
         self.total_steps = total_steps
         self.steps = 0
+        self._finalized = False
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hooks: list[RemovableHandle] = []
         self.interval = max(1, total_steps // ACTIONS)
         self._layers = layers
         self._least = {name: max(1, math.ceil(floors[name] * m.weight.numel())) for name, m in layers.items()}
         self.budget = make_budget(model, layers, target, target_flops, example_input)
         if self.budget is not None:
-            _check_feasible(self.budget, list(self._least.values()))
+            check_feasible(self.budget, list(self._least.values()))
 
     # What a method provides
 
@@ -154,6 +184,12 @@ class Sparsifier(ABC):
         """The optimizer options of the method's own parameters, given those of all others."""
         return {"weight_decay": 0.0}
 
+    def _before_optimizer(self) -> None:  # noqa: B027
+        """What the method does when the gradients are whole and the optimizer is about to step."""
+
+    def _after_optimizer(self) -> None:  # noqa: B027
+        """What the method does when the optimizer has stepped."""
+
     # What every method has
 
     @property
@@ -172,8 +208,48 @@ class Sparsifier(ABC):
             groups.append({"params": self._own_parameters(), **defaults, **self._own_options(defaults)})
         return groups
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the method see this optimizer's steps, until :meth:`finalize`; replaces one attached before.
+
+        Methods with hard masks hold their zeros, and clear the optimizer's state of weights that come back, this way;
+        others add the gradient of their penalty. Where nothing needs it this does nothing, so call it always, before
+        the optimizer is wrapped.
+
+        Raises:
+            ValueError: the optimizer does not hold the weights of the sparsified layers.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self._layers.items():
+            if id(layer.weight) not in held:
+                raise ValueError(
+                    f"the optimizer does not hold the weight of layer {name!r}; make it from param_groups()"
+                )
+        self._detach()
+        if self.needs_optimizer:
+            self._optimizer = optimizer
+            self._hooks = [
+                optimizer.register_step_pre_hook(lambda *_: self._before_optimizer()),
+                optimizer.register_step_post_hook(lambda *_: self._after_optimizer()),
+            ]
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizer = [], None
+
+    @torch.no_grad()
     def step(self) -> None:
-        """Call once after every optimizer step."""
+        """Call once after every optimizer step.
+
+        Raises RuntimeError after :meth:`finalize`, and without :meth:`attach` where the method needs it.
+        """
+        if self._finalized:
+            raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+        if self.needs_optimizer and self._optimizer is None:
+            raise RuntimeError(
+                f"{type(self).__name__} works on the optimizer's steps: call sparsifier.attach(optimizer) once, before "
+                "training"
+            )
         self.steps += 1
         self._update()
 
@@ -189,6 +265,8 @@ class Sparsifier(ABC):
         finalize a copy of the trained model instead (an exponential moving average, a deepcopy).
         """
         model = self.model if model is None else model
+        if model is self.model and self._finalized:
+            raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
         modules = dict(model.named_modules())
         if self.budget is not None and self.steps < self.total_steps:
             warnings.warn(
@@ -203,6 +281,9 @@ class Sparsifier(ABC):
             )
         with torch.no_grad():
             self._finalize({name: modules[name] for name in self._layers})
+        if model is self.model:
+            self._finalized = True
+            self._detach()
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,112 +300,3 @@ class Sparsifier(ABC):
                 )
         self.steps = int(state["steps"])
         self._load_state(state)
-
-
-def select_layers(
-    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> dict[str, Prunable]:
-    """The layers to sparsify by name, in the model's order. Raises ValueError as :class:`Sparsifier` says."""
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    prunable = {name: m for name, m in model.named_modules() if type(m) in PRUNABLE}
-    _check_patterns(include or (), prunable, "include")
-    _check_patterns(exclude or (), prunable, "exclude")
-    chosen = {
-        name: module
-        for name, module in prunable.items()
-        if (include is None or _matches(name, include)) and not _matches(name, exclude or ())
-    }
-    if not chosen:
-        raise ValueError(
-            f"nothing to sparsify: the model has {len(prunable)} Conv1d/2d/3d or Linear layers"
-            + (", and include and exclude leave none" if prunable else "")
-        )
-    for name, module in chosen.items():
-        if isinstance(module.weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"layer {name!r} is lazy and has no weight yet; call the model once on an example first")
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            raise ValueError(
-                f"the weight of layer {name!r} is not a parameter (a parametrization or torch.nn.utils.prune is on "
-                "it); remove that first or exclude the layer"
-            )
-    _check_shared(model, chosen)
-    return chosen
-
-
-def _check_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    owners: dict[int, str] = {}
-    for owner, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is None:
-                continue
-            other = owners.setdefault(id(parameter), owner)
-            if other != owner and (owner in chosen or other in chosen):
-                raise ValueError(
-                    f"layers {other!r} and {owner!r} share one weight, which cannot be sparse in one of them alone; "
-                    f"pass exclude=[{(owner if owner in chosen else other)!r}]"
-                )
-
-
-def make_budget(
-    model: nn.Module,
-    layers: Mapping[str, Prunable],
-    target: float | None,
-    target_flops: float | None,
-    example_input: Any,
-) -> Budget | None:
-    """The budget that the options name, or None without a target."""
-    if target is not None and target_flops is not None:
-        raise ValueError("give target (a sparsity) or target_flops, not both")
-    for option, value in (("target", target), ("target_flops", target_flops)):
-        if value is not None and not 0.0 < value < 1.0:
-            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
-            raise ValueError(f"{option} must be in (0, 1), got {value}{hint}")
-    sizes = [module.weight.numel() for module in layers.values()]
-    if target is not None:
-        return Budget("sparsity", 1.0 - target, (1.0,) * len(sizes), 0.0, float(sum(sizes)))
-    if target_flops is None:
-        return None
-    if example_input is None:
-        raise ValueError("target_flops needs example_input, what the model is called with, to count FLOPs")
-    counted = cost.count(model, example_input)
-    dense = {layer.name: float(layer.dense) for layer in counted.layers}
-    uncalled = [name for name in layers if not dense.get(name)]
-    if uncalled:
-        raise ValueError(f"layer {uncalled[0]!r} is not called for example_input; exclude it")
-    costs = tuple(dense[name] / size for name, size in zip(layers, sizes, strict=True))
-    fixed = counted.dense - sum(dense[name] for name in layers)
-    return Budget("flops", target_flops, costs, fixed, float(counted.dense))
-
-
-def _check_feasible(budget: Budget, least: Sequence[int]) -> None:
-    lowest = budget.density(least)
-    if lowest > budget.goal:
-        asked = f"target={1 - budget.goal:g}" if budget.kind == "sparsity" else f"target_flops={budget.goal:g}"
-        raise ValueError(
-            f"{asked} cannot be reached: the floors of the layers and what stays dense already keep {lowest:.4g} of "
-            f"the network, more than {budget.goal:.4g}; lower floor, or exclude fewer layers"
-        )
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_patterns(patterns: Iterable[str], names: Iterable[str], option: str) -> None:
-    names = list(names)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(unknown(f"Conv1d/2d/3d or Linear layer in {option}:", pattern, names))
-
-
-def _floor_of(name: str, floor: float | Mapping[str, float]) -> float:
-    if isinstance(floor, Mapping):
-        matching = [value for pattern, value in floor.items() if fnmatch.fnmatchcase(name, pattern)]
-        value = matching[0] if matching else Sparsifier.default_floor
-    else:
-        value = floor
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"floor must be a density in [0, 1], got {value}")
-    return value

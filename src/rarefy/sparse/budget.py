@@ -8,10 +8,15 @@ serve 80 % and 98 %, and every controller acts a fixed number of times in a run,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from rarefy import cost
 from rarefy.sparse import anneal
+from rarefy.sparse.selection import Prunable
 
 #: How often in a run the controllers act.
 ACTIONS = 125
@@ -45,7 +50,11 @@ class Budget:
     @property
     def available(self) -> float:
         """What the live weights may cost."""
-        return self.goal * self.total - self.fixed
+        return self.available_at(self.goal)
+
+    def available_at(self, density: float) -> float:
+        """What the live weights may cost for the network to have this density."""
+        return density * self.total - self.fixed
 
     def aim(self, progress: float) -> float:
         """The density to be at, now: cubic from 1 to the goal."""
@@ -74,3 +83,45 @@ class AlphaController:
 def trim(error: float, gain: float = 0.3, limit: float = 0.5) -> float:
     """The common shift of all threshold parameters that answers this error: up when too dense."""
     return min(max(-gain * error, -limit), limit)
+
+
+def make_budget(
+    model: nn.Module,
+    layers: Mapping[str, Prunable],
+    target: float | None,
+    target_flops: float | None,
+    example_input: Any,
+) -> Budget | None:
+    """The budget that the options name, or None without a target."""
+    if target is not None and target_flops is not None:
+        raise ValueError("give target (a sparsity) or target_flops, not both")
+    for option, value in (("target", target), ("target_flops", target_flops)):
+        if value is not None and not 0.0 < value < 1.0:
+            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
+            raise ValueError(f"{option} must be in (0, 1), got {value}{hint}")
+    sizes = [module.weight.numel() for module in layers.values()]
+    if target is not None:
+        return Budget("sparsity", 1.0 - target, (1.0,) * len(sizes), 0.0, float(sum(sizes)))
+    if target_flops is None:
+        return None
+    if example_input is None:
+        raise ValueError("target_flops needs example_input, what the model is called with, to count FLOPs")
+    counted = cost.count(model, example_input)
+    dense = {layer.name: float(layer.dense) for layer in counted.layers}
+    uncalled = [name for name in layers if not dense.get(name)]
+    if uncalled:
+        raise ValueError(f"layer {uncalled[0]!r} is not called for example_input; exclude it")
+    costs = tuple(dense[name] / size for name, size in zip(layers, sizes, strict=True))
+    fixed = counted.dense - sum(dense[name] for name in layers)
+    return Budget("flops", target_flops, costs, fixed, float(counted.dense))
+
+
+def check_feasible(budget: Budget, least: Sequence[int]) -> None:
+    """Raise ValueError for a budget that these least numbers of live weights already overrun."""
+    lowest = budget.density(least)
+    if lowest > budget.goal:
+        asked = f"target={1 - budget.goal:g}" if budget.kind == "sparsity" else f"target_flops={budget.goal:g}"
+        raise ValueError(
+            f"{asked} cannot be reached: the floors of the layers and what stays dense already keep {lowest:.4g} of "
+            f"the network, more than {budget.goal:.4g}; lower floor, or exclude fewer layers"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,3 +47,47 @@ def within_budget(
     live[order] = cost[order].cumsum(0) <= budget + slack
     parts = torch.split(live, [layer.numel() for layer in scores])
     return [part.view(layer.shape) for part, layer in zip(parts, scores, strict=True)]
+
+
+def block_sum(scores: Tensor, block: int) -> Tensor:
+    """(out, in, ...) -> (out, in / block, ...): the sum over each block of consecutive inputs."""
+    if block == 1:
+        return scores
+    return scores.reshape(scores.shape[0], -1, block, *scores.shape[2:]).sum(2)
+
+
+def block_expand(blocks: Tensor, block: int) -> Tensor:
+    """(out, in / block, ...) -> (out, in, ...): what holds for a block, for each of its weights."""
+    return blocks if block == 1 else blocks.repeat_interleave(block, dim=1)
+
+
+def check_divisible(shapes: Mapping[str, Sequence[int]], width: int, what: str) -> None:
+    """Raise ValueError for a layer whose inputs ``width`` does not divide; ``what`` names what is laid over them."""
+    odd = {name: shape[1] for name, shape in shapes.items() if shape[1] % width}
+    if odd:
+        name, inputs = next(iter(odd.items()))
+        raise ValueError(
+            f"layer {name!r} has {inputs} inputs to an output, which {what} do not divide; pass exclude={list(odd)}"
+        )
+
+
+def best_of_each(scores: Tensor, n: int, m: int) -> Tensor:
+    """Mask of the n best of every m consecutive inputs of an output: scores (out, in, ...), ties to the lower index."""
+    groups = scores.reshape(scores.shape[0], -1, m, *scores.shape[2:]).movedim(2, -1)
+    order = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+    return mask.movedim(-1, 2).flatten(1, 2)
+
+
+def random_scores(shape: Sequence[int], *numbers: int) -> Tensor:
+    """Uniform random numbers that follow from the numbers alone, the same on every device and rank.
+
+    Made on the CPU; double, so that ties practically never happen.
+    """
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:  # the splitmix64 finalizer over each
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(state >> 1), dtype=torch.float64)

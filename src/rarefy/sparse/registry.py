@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from rarefy._names import unknown
+from rarefy.sparse.acdc import ACDC
 from rarefy.sparse.autosparse import AutoSparse
-from rarefy.sparse.base import Sparsifier
+from rarefy.sparse.base import Info, Sparsifier
+from rarefy.sparse.feather import Feather
+from rarefy.sparse.gmp import GMP
+from rarefy.sparse.granet import GraNet
+from rarefy.sparse.mest import MEST
+from rarefy.sparse.powerprop import PowerPropagation
+from rarefy.sparse.rigl import RigL
+from rarefy.sparse.set import SET
+from rarefy.sparse.snfs import SNFS
 from rarefy.sparse.soft_threshold import STR
+from rarefy.sparse.st3 import ST3
+from rarefy.sparse.static import Static
+from rarefy.sparse.topk import TopK
+from rarefy.sparse.topkast import TopKAST
 
-METHODS: dict[str, type[Sparsifier]] = {"autosparse": AutoSparse, "str": STR}
+METHODS: dict[str, type[Sparsifier]] = {
+    "acdc": ACDC,
+    "autosparse": AutoSparse,
+    "feather": Feather,
+    "gmp": GMP,
+    "granet": GraNet,
+    "mest": MEST,
+    "powerprop": PowerPropagation,
+    "rigl": RigL,
+    "set": SET,
+    "snfs": SNFS,
+    "st3": ST3,
+    "static": Static,
+    "str": STR,
+    "topk": TopK,
+    "topkast": TopKAST,
+}
 
 
 def names() -> list[str]:
     """The names that :func:`create` knows."""
     return sorted(METHODS)
+
+
+@overload
+def list_methods(pattern: str = "*", details: Literal[False] = False) -> list[str]: ...
+
+
+@overload
+def list_methods(pattern: str = "*", *, details: Literal[True]) -> dict[str, Info]: ...
+
+
+def list_methods(pattern: str = "*", details: bool = False) -> list[str] | dict[str, Info]:
+    """The names that match a shell pattern, in order; with ``details``, what each method is, by name.
+
+    As ``rarefy.sparse.list``: ``list("s*")`` gives ``["set", "snfs", ...]``.
+    """
+    found = fnmatch.filter(names(), pattern)
+    return {name: METHODS[name].info for name in found} if details else found
 
 
 def options(name: str) -> set[str]:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from rarefy.kernels.soft_threshold import count_above
-from rarefy.sparse.base import LayerState, Selection, Sparsifier
+from rarefy.sparse.base import Info, LayerState, Selection, Sparsifier
 from rarefy.sparse.budget import log_error, trim
 from rarefy.sparse.masks import top_k, within_budget
-from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, guard_fast_paths, separate
+from rarefy.sparse.swapped import check_swapped, guard_fast_paths
+from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, separate
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
 #: layer and can be huge while alpha is near 1.
@@ -128,10 +129,7 @@ class SoftThreshold(Sparsifier):
             options["lr"] = defaults["lr"] * self.threshold_lr
         return options
 
-    @torch.no_grad()
     def _update(self) -> None:
-        if any(not isinstance(layer, Thresholded) for layer in self._thresholded.values()):
-            raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
         if self.steps > self.total_steps:
             return
         parameters = self._own_parameters()
@@ -196,10 +194,7 @@ class SoftThreshold(Sparsifier):
             mine.copy_(saved)
 
     def _finalize(self, layers: Mapping[str, nn.Module]) -> None:
-        plain = [name for name, layer in layers.items() if not isinstance(layer, Thresholded)]
-        if plain:
-            raise ValueError(f"layer {plain[0]!r} is a plain {type(layers[plain[0]]).__name__}: already finalized?")
-        thresholded: dict[str, Thresholded] = dict(layers)  # type: ignore[arg-type]
+        thresholded: dict[str, Thresholded] = check_swapped(layers)  # type: ignore[assignment]
         if self.budget is not None:
             masks: Sequence[Tensor] = self._select(thresholded)
         else:
@@ -222,6 +217,13 @@ class STR(SoftThreshold):
     Args: see :class:`SoftThreshold`.
     """
 
+    info = Info(
+        "STR",
+        "Soft Threshold Reparameterization, Kusupati et al., ICML 2020, arXiv 2002.03231",
+        "dense",
+        "optional",
+        "at the density of the weights",
+    )
     trim_from = 0.75
 
     def _steer(self, error: float | None) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rarefy.kernels import soft_threshold as kernel
-from rarefy.sparse.base import Prunable
+from rarefy.sparse.selection import Prunable
+from rarefy.sparse.swapped import Swapped, SwappedConv1d, SwappedConv2d, SwappedConv3d, SwappedLinear, unguard
 
 
 def _sigmoid_inverse(threshold: Tensor) -> Tensor:
@@ -64,10 +65,9 @@ class _SparseWeight(torch.autograd.Function):
         return grad_weight, (grad_threshold * ctx.g.derivative(threshold)).to(ctx.dtype), None, None, None
 
 
-class Thresholded(nn.Module):
+class Thresholded(Swapped):
     """What a layer gains while it trains: s, alpha, and a forward that uses the thresholded weight."""
 
-    weight: Tensor
     raw_threshold: nn.Parameter  # s, of shape (1, ..., 1) or (out, 1, ..., 1)
     alpha: Tensor  # a buffer: a Python float would recompile at every change
     lower: Tensor | None  # bound of the sparse backward, shaped as s
@@ -85,28 +85,20 @@ class Thresholded(nn.Module):
         inputs = (self.weight, self.raw_threshold, self.alpha, self.lower, g)
         return _SparseWeight.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's own forward, with W^ in place of W."""
-        return self._conv_forward(x, self.sparse_weight(), self.bias)  # type: ignore[operator, no-any-return]
 
-
-class ThresholdedLinear(Thresholded, nn.Linear):
+class ThresholdedLinear(Thresholded, SwappedLinear):
     """:class:`torch.nn.Linear` with W^ for W."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's own forward, with W^ in place of W."""
-        return F.linear(x, self.sparse_weight(), self.bias)
 
-
-class ThresholdedConv1d(Thresholded, nn.Conv1d):
+class ThresholdedConv1d(Thresholded, SwappedConv1d):
     """:class:`torch.nn.Conv1d` with W^ for W."""
 
 
-class ThresholdedConv2d(Thresholded, nn.Conv2d):
+class ThresholdedConv2d(Thresholded, SwappedConv2d):
     """:class:`torch.nn.Conv2d` with W^ for W."""
 
 
-class ThresholdedConv3d(Thresholded, nn.Conv3d):
+class ThresholdedConv3d(Thresholded, SwappedConv3d):
     """:class:`torch.nn.Conv3d` with W^ for W."""
 
 
@@ -117,19 +109,6 @@ _CLASSES: dict[type[nn.Module], type[Thresholded]] = {
     nn.Conv3d: ThresholdedConv3d,
 }
 _PLAIN = {thresholded: plain for plain, thresholded in _CLASSES.items()}
-
-
-def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """Does nothing; but with a hook on, TransformerEncoderLayer's fast path, which reads ``weight`` itself, is off."""
-
-
-def guard_fast_paths(model: nn.Module) -> None:
-    """Keep PyTorch's fused transformer layers from reading W past the forward of their thresholded parts."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in module.children():
-                if isinstance(child, Thresholded):
-                    child.register_forward_pre_hook(_no_fast_path)
 
 
 def attach(layer: Prunable, s: Tensor, function: str) -> Thresholded:
@@ -145,8 +124,7 @@ def attach(layer: Prunable, s: Tensor, function: str) -> Thresholded:
 
 def detach(layer: Thresholded) -> None:
     """The plain layer again: undoes :func:`attach`, weight and bias as they are."""
-    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _no_fast_path]:
-        del layer._forward_pre_hooks[key]
+    unguard(layer)
     del layer.raw_threshold, layer.alpha, layer.lower, layer.threshold_function
     layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 

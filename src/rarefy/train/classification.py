@@ -150,9 +150,10 @@ class Classification:
         self.plain_model = model
         self.interval = max(1, self.total_steps // RECORDS) if self.sparsifier is None else self.sparsifier.interval
         self.recorder = Recorder(self.folder, self.cost, self.sparsifier, len(self.batches))
-        self.model, self.optimizer = self.accelerator.prepare(
-            model, make_optimizer(recipe.optimizer, model, self.sparsifier)
-        )
+        optimizer = make_optimizer(recipe.optimizer, model, self.sparsifier)
+        if self.sparsifier is not None:
+            self.sparsifier.attach(optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _make_model(self) -> nn.Module:
         """The recipe's model, for the images and the classes of the data."""

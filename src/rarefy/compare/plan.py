@@ -1,0 +1,135 @@
+"""What is compared: a file that names a recipe, methods with their options, targets and seeds.
+
+::
+
+    name: fashion-mnist
+    recipe: fashion-mnist.yaml           # beside this file; everything that the methods share
+    seeds: 3                             # 0, 1, 2
+    targets: [0.9, 0.95]
+    changes: {schedule.epochs: 8}        # of the recipe, if any
+    methods:
+      dense: {name: dense}
+      RigL: {name: rigl, drop_fraction: 0.3}
+      GMP: {name: gmp, targets: [0.8, 0.9, 0.95, 0.98], seeds: 5}     # instead of those above
+      2:4: {name: nm, n: 2, m: 4}        # no target: its options say how sparse it gets
+
+A recipe itself will do too: then every method runs with its own defaults at the recipe's target, with one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rarefy import sparse
+from rarefy._names import unknown
+from rarefy.train import Recipe
+from rarefy.train import load as load_recipe
+from rarefy.train.recipe import parse
+
+_KEYS = ("name", "recipe", "seeds", "targets", "changes", "methods")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: ``label`` is the method's in the comparison; ``target`` is None for a method that takes none."""
+
+    label: str
+    target: float | None
+    seed: int
+    recipe: Recipe
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder, unique in a comparison."""
+        parts = [re.sub(r"[^A-Za-z0-9.+-]+", "-", self.label).strip("-")]
+        parts += [] if self.target is None else [f"{self.target:g}"]
+        return "_".join([*parts, f"seed{self.seed}"])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is to run, in the order of the file: target by target, seed by seed."""
+
+    name: str
+    jobs: tuple[Job, ...] = field(repr=False)
+
+    def labels(self) -> list[str]:
+        """The methods' labels in the order of the file."""
+        return list(dict.fromkeys(job.label for job in self.jobs))
+
+
+def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
+    """Read a comparison and check all of it; ``changes`` are ``KEY=VALUE`` for the recipe (see ``rarefy train``).
+
+    Raises ValueError that names what is wrong, FileNotFoundError without the file or its recipe.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no comparison {str(path)!r}; see recipes/compare-fashion-mnist.yaml")
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path} must hold keys such as recipe, methods and targets, got {plain!r:.80}")
+    if "recipe" not in plain:
+        recipe = load_recipe(path, changes)
+        target = recipe.method.options.get("target", 0.9)
+        every: dict[str, Any] = {"dense": {"name": "dense"}, **{name: {"name": name} for name in sparse.names()}}
+        return _comparison(recipe.name, recipe, every, [target], 1)
+    for key in plain:
+        if key not in _KEYS:
+            raise ValueError(unknown(f"key in {path}:", str(key), _KEYS))
+    own = [f"{key}={json.dumps(value)}" for key, value in (plain.get("changes") or {}).items()]
+    recipe = load_recipe(path.parent / plain["recipe"], [*own, *changes])
+    methods = plain.get("methods")
+    if not isinstance(methods, dict) or not methods:
+        raise ValueError(f"{path}: methods must map labels to methods, such as 'RigL: {{name: rigl}}'")
+    name = str(plain.get("name", path.stem))
+    return _comparison(name, recipe, methods, plain.get("targets", [0.9]), plain.get("seeds", 3))
+
+
+def _comparison(
+    name: str, recipe: Recipe, methods: Mapping[str, Any], targets: Sequence[float], seeds: int
+) -> Comparison:
+    base = recipe.to_dict()
+    jobs = []
+    for label, method in methods.items():
+        if not isinstance(method, Mapping) or "name" not in method:
+            raise ValueError(f"method {label!r} must be a mapping with a name, such as {{name: rigl}}, got {method!r}")
+        options = {key: value for key, value in method.items() if key not in ("targets", "seeds")}
+        aims: Sequence[float | None] = method.get("targets", targets) if _targeted(options) else (None,)
+        for target in aims:
+            aim = {} if target is None else {"target": target}
+            for seed in range(_count(method.get("seeds", seeds), label)):
+                parsed = parse({**base, "method": {**options, **aim}, "seed": base["seed"] + seed})
+                jobs.append(Job(str(label), target, seed, parsed))
+    folders = [job.folder for job in jobs]
+    if len(set(folders)) < len(folders):
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise ValueError(f"two runs of {name} would share the folder {twice!r}: give their methods other labels")
+    order = {target: index for index, target in enumerate(dict.fromkeys(job.target for job in jobs))}
+    return Comparison(name, tuple(sorted(jobs, key=lambda job: (order[job.target], job.seed))))
+
+
+def _targeted(options: Mapping[str, Any]) -> bool:
+    name = options["name"]
+    if name == "dense" or "target_flops" in options:
+        return False
+    if name not in sparse.names():
+        raise ValueError(unknown("method", str(name), ["dense", *sparse.names()]))
+    return sparse.list(name, details=True)[name].targeted != "never"
+
+
+def _count(seeds: object, label: str) -> int:
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"seeds must be a positive whole number, got {seeds!r} for {label!r}")
+    return seeds
+
+
+def pending(comparison: Comparison, folder: Path) -> Iterator[Job]:
+    """The runs that are not finished yet."""
+    return (job for job in comparison.jobs if not (folder / job.folder / "summary.json").is_file())

@@ -1,0 +1,109 @@
+"""The finished runs of a comparison as rows, as a CSV file, and as means with confidence intervals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rarefy import sparse
+from rarefy.compare.plan import Comparison, Job
+from rarefy.train.run_folder import write_atomically
+
+#: Two-sided 95 % quantiles of Student's t distribution by degrees of freedom.
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+
+_ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python", "date")
+
+
+def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
+    """A row a finished run, in the comparison's order.
+
+    ``test_accuracy`` is in percent; ``sparsity`` and the two FLOPs are shares, of the sparsified weights and of the
+    dense network's; ``training_flops_convention`` says what the method's weight gradient is counted at;
+    ``layer_densities`` is JSON.
+    """
+    return [
+        _row(job, folder / job.folder) for job in comparison.jobs if (folder / job.folder / "summary.json").is_file()
+    ]
+
+
+def _row(job: Job, path: Path) -> dict[str, Any]:
+    summary = json.loads((path / "summary.json").read_text())
+    about = json.loads((path / "environment.json").read_text())
+    name = job.recipe.method.name
+    options = {key: value for key, value in job.recipe.method.options.items() if key != "target"}
+    convention = "dense" if name == "dense" else sparse.list(name, details=True)[name].training_flops
+    return {
+        "label": job.label,
+        "method": name,
+        "options": json.dumps(options),
+        "target": "" if job.target is None else job.target,
+        "seed": job.seed,
+        "test_accuracy": round(100 * summary["test_accuracy"], 2),
+        "sparsity": round(summary["sparsity"], 6),
+        "inference_flops": round(summary["inference_flops_ratio"], 4),
+        "training_flops": round(summary["training_flops_ratio"], 4),
+        "training_flops_convention": convention,
+        "seconds": round(summary["seconds"], 1),
+        "model": summary["model"],
+        "epochs": summary["epochs"],
+        "layer_densities": json.dumps({layer["name"]: round(layer["density"], 5) for layer in summary["layers"]}),
+        **{key: about[key] for key in _ABOUT},
+        "threads": 1,
+        "command": f"rarefy compare recipes/compare-{job.recipe.name}.yaml",
+    }
+
+
+def write_csv(path: Path, content: Sequence[dict[str, Any]]) -> Path:
+    """Replace the file by these rows. Raises ValueError without any."""
+    if not content:
+        raise ValueError("no run of the comparison is finished yet")
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(content[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(content)
+
+    write_atomically(path, fill)
+    return path
+
+
+@dataclass(frozen=True)
+class Mean:
+    """One method at one target over its seeds; ``interval`` is half the 95 % confidence interval, NaN for one run."""
+
+    label: str
+    target: float | None
+    runs: int
+    accuracy: float
+    interval: float
+    sparsity: float
+    inference_flops: float
+    training_flops: float
+    seconds: float
+
+
+def means(content: Sequence[dict[str, Any]]) -> list[Mean]:
+    """One entry a method and target, best accuracy first within a target."""
+    groups: dict[tuple[Any, str], list[dict[str, Any]]] = {}
+    for row in content:
+        groups.setdefault((row["target"], row["label"]), []).append(row)
+    found = []
+    for (target, label), same in groups.items():
+        accuracies = [float(row["test_accuracy"]) for row in same]
+        freedom = len(accuracies) - 1
+        half = math.nan
+        if freedom:
+            half = _T95.get(freedom, 1.96) * statistics.stdev(accuracies) / math.sqrt(len(accuracies))
+        columns = ("sparsity", "inference_flops", "training_flops", "seconds")
+        averages = [statistics.mean(float(row[column]) for row in same) for column in columns]
+        aim = None if target == "" else float(target)
+        found.append(Mean(label, aim, len(same), statistics.mean(accuracies), half, *averages))
+    return sorted(found, key=lambda mean: (mean.target is not None, mean.target or 0.0, -mean.accuracy))
