@@ -100,8 +100,11 @@ def shift(table: Table) -> Block | None:
     return _block(np.array(header, dtype=fmt.dtype), _padded(shifts, 32, fmt.dtype), _padded(base, 32, fmt.dtype))
 
 
-def program(table: Table) -> Program:
-    """The kernels for a table of integers; none for a table in float32 that is not of the paper's size."""
+def program(table: Table, answers: npt.NDArray[Any] | None = None) -> Program:
+    """The kernels for a table of integers; none for a table in float32 that is not of the paper's size.
+
+    ``answers`` are its results for all inputs, where they are known already.
+    """
     fmt = formats.get(table.format)
     steps: list[tuple[str, Block]] = []
     linear, shifted = linear16(table), shift(table)
@@ -110,7 +113,7 @@ def program(table: Table) -> Program:
     if shifted is not None:
         steps.append((f"act_shift{fmt.bits}", shifted))
     if fmt.bits <= 16:
-        steps += lookup(fmt.name, table.compute(fmt.all_bits())).steps
+        steps += lookup(fmt.name, table.compute(fmt.all_bits()) if answers is None else answers).steps
     return Program(fmt.dtype, tuple(steps))
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -115,6 +115,8 @@ class Table:
     saturate_above: int = 0
     fraction_bits: int = 0
     offset: int = 0
+    #: The table as JSON: what an operator of PyTorch takes, and an attribute since a traced program can read one.
+    text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         fmt = formats.get(self.format)
@@ -133,6 +135,7 @@ class Table:
         {"shift": self._check_bits, "carry": self._check_bits, "linear": self._check_linear}.get(
             self.form, self._check_segments
         )(fmt)
+        object.__setattr__(self, "text", self._json())
 
     def _check_bits(self, fmt: Format) -> None:
         assert isinstance(self.index, BitIndex)
@@ -278,9 +281,12 @@ class Table:
 
     def to_json(self) -> str:
         """The table as JSON, one line a row, rows last; :meth:`from_json` gives an equal table back."""
+        return self.text
+
+    def _json(self) -> str:
         index = {f.name: getattr(self.index, f.name) for f in fields(self.index)}
         head: dict[str, Any] = {"rarefy_table": FILE_VERSION}
-        head |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("index", "rows")}
+        head |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("index", "rows", "text")}
         head["index"] = index
         text = json.dumps(head, indent=1)[:-2]
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
