@@ -11,6 +11,7 @@
 
 #if defined(__AVX512BW__)
 #include "rarefy_act_avx512.h"
+#include "rarefy_act_gate_avx512.h"
 #elif defined(__AVX2__)
 #include "rarefy_act_avx2.h"
 #elif defined(__aarch64__)

@@ -83,6 +83,11 @@ void shift32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
     map32<4>(x, y, n, TanhShift32(*static_cast<const rarefy_shift32 *>(table)));
 }
 
+template <Gated KIND>
+void gate(const uint16_t *x, uint16_t *y, int64_t n, const void *table) {
+    map16<4>(x, y, n, Gate<KIND>(static_cast<const uint16_t *>(table)));
+}
+
 void tanh32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
     map32<4>(x, y, n, TanhQuartic32(*static_cast<const rarefy_quartic32 *>(table)));
 }
@@ -225,6 +230,12 @@ extern const rarefy_kernel act_kernels[] = {
     RAREFY_KERNEL("act_linear16", (over_chunks<uint16_t, linear16>)),
     RAREFY_KERNEL("act_shift16", (over_chunks<uint16_t, shift16>)),
     RAREFY_KERNEL("act_hard16", (over_chunks<uint16_t, hard16>)),
+#endif
+#ifdef __AVX512BW__
+    RAREFY_KERNEL("act_sigmoid_bf16", (over_chunks<uint16_t, gate<Gated::sigmoid>>)),
+    RAREFY_KERNEL("act_silu_bf16", (over_chunks<uint16_t, gate<Gated::silu>>)),
+    RAREFY_KERNEL("act_gelu_bf16", (over_chunks<uint16_t, gate<Gated::gelu>>)),
+    RAREFY_KERNEL("act_gelu_tanh_bf16", (over_chunks<uint16_t, gate<Gated::gelu_tanh>>)),
 #endif
     RAREFY_KERNEL("act_lut16", (over_chunks<uint16_t, lookup<uint16_t>>)),
     RAREFY_KERNEL("act_lut8", (over_chunks<uint8_t, lookup8>)),

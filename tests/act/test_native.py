@@ -49,6 +49,21 @@ def test_every_input(table, isa):
         assert np.array_equal(got, want), name
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS[1:])
+def test_gates_on_every_input(function, isa):
+    bits = np.arange(65536, dtype=np.uint16)
+    want = act.load(f"{function}_bf16").compute(bits)
+    with kernels.forced(isa):
+        names = [name for name, _ in steps(native.gate(function, want))]
+        assert (f"act_{function}_bf16" in names) == isa.startswith("avx512")
+        for _, program in steps(native.gate(function, want)):
+            assert np.array_equal(run(program, bits), want)
+            # in another order, so that common and rare inputs share a vector
+            shuffled = np.random.default_rng(0).permutation(bits)
+            assert np.array_equal(run(program, shuffled), want[shuffled])
+
+
 def test_vector_kernels_run_the_tables_they_are_for():
     first = {t.name: native.program(t).steps[0][0] for t in TABLES}
     assert first["tanh_bf16"] == "act_linear16"
@@ -137,6 +152,7 @@ def test_tails_alignments_and_in_place(isa):
         native.program(act.load("tanh_bf16")),
         native.program(KTANH["bf16"]),
         native.program(act.load("silu_fp16")),
+        native.gate("gelu", act.load("gelu_bf16").compute(np.arange(65536))),
         native.program(act.load("silu_e4m3fn")),
         native.program(KTANH["fp32"]),
         native.quartic(quartic.tanh()),

@@ -178,7 +178,9 @@ def _program(function: str, mode: str, dtype: torch.dtype, table: str) -> native
     if key not in _programs:
         fmt, given = FORMAT_OF[dtype], given_table(table)
         direct = spec.table_for(function, mode, fmt, given)
-        if direct is not None:
+        if mode == "exact" and fmt.name == "bf16" and function != "tanh":
+            _programs[key] = native.gate(function, spec.answers(function, mode, fmt))
+        elif direct is not None:
             _programs[key] = native.program(
                 direct, spec.answers(function, mode, fmt, given) if fmt.bits <= 16 else None
             )

@@ -125,6 +125,11 @@ def lookup(fmt: str, answers: npt.NDArray[Any], first: str | None = None) -> Pro
     return Program(f.dtype, tuple((name, block) for name in [*names, f"act_lut{f.bits}"]))
 
 
+def gate(function: str, answers: npt.NDArray[Any]) -> Program:
+    """Exact sigmoid, silu, gelu or gelu_tanh in bf16: by float32 arithmetic where a kernel does it, else looked up."""
+    return lookup("bf16", answers, f"act_{function}_bf16")
+
+
 def hard16(fmt: str) -> Block:
     """The table of ``act_hard16``."""
     f = formats.get(fmt)
