@@ -225,6 +225,8 @@ void lookup8(const uint8_t *x, uint8_t *y, int64_t n, const void *table) {
 constexpr auto lookup8 = lookup<uint8_t>;
 #endif
 
+#include "act_wide.h"
+
 }  // namespace
 
 extern const rarefy_kernel act_kernels[] = {
@@ -241,6 +243,10 @@ extern const rarefy_kernel act_kernels[] = {
 #endif
     RAREFY_KERNEL("act_lut16", (over_chunks<uint16_t, lookup<uint16_t>>)),
     RAREFY_KERNEL("act_lut8", (over_chunks<uint8_t, lookup8>)),
+    RAREFY_KERNEL("act_sigmoid32", (over_chunks<uint32_t, wide<Wide::sigmoid>>)),
+    RAREFY_KERNEL("act_silu32", (over_chunks<uint32_t, wide<Wide::silu>>)),
+    RAREFY_KERNEL("act_gelu32", (over_chunks<uint32_t, wide<Wide::gelu>>)),
+    RAREFY_KERNEL("act_gelu_tanh32", (over_chunks<uint32_t, wide<Wide::gelu_tanh>>)),
     RAREFY_KERNEL("act_shift32", (over_chunks<uint32_t, shift32>)),
     RAREFY_KERNEL("act_tanh32", (over_chunks<uint32_t, tanh32>)),
 };

@@ -39,7 +39,7 @@ def cases() -> list[Case]:
 
 
 def write(path: Path) -> None:
-    """The number of cases, then each: name, width of a value, input, answer, table; blocks are preceded by their size."""
+    """The number of cases, then for each: name, width of a value, input, answer, table; a size before every block."""
     with path.open("wb") as file:
 
         def number(value: int) -> None:

@@ -112,6 +112,22 @@ def test_float32(isa):
     assert np.isnan(got[nan].view(np.float32)).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS[1:])
+def test_float32_gates_are_rounded_once(function, isa):
+    x = np.concatenate([float_inputs()[::3], np.array([0x7F800000, 0xFF800000, 0, 0x80000000], dtype=np.uint32)])
+    nan = formats.FP32.is_nan(x)
+    with kernels.forced(isa):
+        got = run(native.wide(function), x)
+    assert np.array_equal(got[nan], x[nan])
+    y, true = formats.FP32.decode(got[~nan]), oracle.evaluate(function, formats.FP32.decode(x[~nan]))
+    finite = np.isfinite(true)
+    assert np.array_equal(y[~finite], true[~finite])
+    assert np.array_equal(np.signbit(y), np.signbit(true))
+    last = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(true[finite]), 1e-300))), -126.0) - 23.0)
+    assert (np.abs(y[finite] - true[finite]) / last).max() <= 0.51
+
+
 def test_float32_tanh_keeps_its_bounds():
     x = float_inputs()
     x = x[~formats.FP32.is_nan(x)]

@@ -11,7 +11,6 @@ are one operator there, ``rarefy::activation``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,11 +96,18 @@ def _call(
 ) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced(function, x, mode, grad, out, table)
-    plain = type(x) is Tensor and out is None and table is None and not (x.requires_grad and torch.is_grad_enabled())
-    if plain and grad is None and not _transformed():
-        run = _runs.get((function, mode, x.dtype, x.device.type, kernels.isa()))
-        if run is not None and x.is_contiguous() and not x.is_neg():
-            return run(x)
+    # The short way: plain contiguous data that was computed before.
+    if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
+        known = _known.get((function, mode, x.dtype, x.device.type, kernels.isa()))
+        if known is not None and x.is_contiguous() and not x.is_neg() and not _transformed():
+            y = torch.empty_like(x) if out is None else out
+            if out is None or (_matches(x, out) and not _overlaps(x, out)):
+                n = x.numel()
+                threads = 1 if n < _THREADED else torch.get_num_threads()
+                known[0](x.data_ptr(), y.data_ptr(), n, known[1], threads)
+                if out is not None:
+                    torch.autograd.graph.increment_version(out)
+                return y
     text = _text(table)
     _check(function, x, mode, text)
     direction = gradients.resolve(function, mode, grad)
@@ -113,6 +119,25 @@ def _call(
         result: Tensor = torch.ops.rarefy.activation(x, function, mode, direction, text)
         return result
     return _into(x, function, mode, text, out)
+
+
+def _matches(x: Tensor, out: Tensor) -> bool:
+    """Whether a kernel may write the result of contiguous ``x`` to ``out`` as it lies."""
+    return (
+        type(out) is Tensor
+        and out.dtype is x.dtype
+        and out.shape == x.shape
+        and out.device == x.device
+        and out.is_contiguous()
+        and not out.is_neg()
+        and not (out.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _overlaps(x: Tensor, out: Tensor) -> bool:
+    """Whether two contiguous tensors of one size share memory without being the same."""
+    a, b, size = x.data_ptr(), out.data_ptr(), x.numel() * x.element_size()
+    return a != b and a < b + size and b < a + size
 
 
 def _text(table: Table | str | None) -> str:
@@ -152,9 +177,7 @@ def _into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> Tenso
 
 def _direct_into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> bool:
     """Let the kernel write to ``out`` itself where layouts allow; whether it did."""
-    same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride()
-    apart = x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
-    if not (x.is_contiguous() and out.is_contiguous() and (same or apart)) or _transformed() or x.is_neg():
+    if _transformed() or x.is_neg() or not x.is_contiguous() or not _matches(x, out) or _overlaps(x, out):
         return False
     kernel = _kernel(x, function, mode, table)
     if kernel is None:
@@ -169,16 +192,18 @@ def _threads(n: int) -> int:
 
 
 _programs: dict[tuple[str, str, torch.dtype, str], native.Program | None] = {}
-_runs: dict[tuple[str, str, torch.dtype, str, str | None], Callable[[Tensor], Tensor]] = {}
+_known: dict[tuple[str, str, torch.dtype, str, str | None], tuple[Any, int]] = {}
 
 
-def _program(function: str, mode: str, dtype: torch.dtype, table: str) -> native.Program | None:
+def program(function: str, mode: str, dtype: torch.dtype, table: str = "") -> native.Program | None:
     """The native program of a function, made when it is first needed; None for what has no kernel of its own."""
     key = (function, mode, dtype, table)
     if key not in _programs:
         fmt, given = FORMAT_OF[dtype], given_table(table)
         direct = spec.table_for(function, mode, fmt, given)
-        if mode == "exact" and fmt.name == "bf16" and function != "tanh":
+        if (function, mode) == ("tanh", "hard") and fmt.bits == 16:
+            _programs[key] = native.hard(fmt.name, spec.answers(function, mode, fmt))
+        elif mode == "exact" and fmt.name == "bf16" and function != "tanh":
             _programs[key] = native.gate(function, spec.answers(function, mode, fmt))
         elif direct is not None:
             _programs[key] = native.program(
@@ -188,6 +213,8 @@ def _program(function: str, mode: str, dtype: torch.dtype, table: str) -> native
             _programs[key] = native.lookup(fmt.name, spec.answers(function, mode, fmt, given))
         elif (function, mode) == ("tanh", "exact"):
             _programs[key] = native.quartic(quartic_tanh())
+        elif mode == "exact":
+            _programs[key] = native.wide(function)
         else:
             _programs[key] = None
     return _programs[key]
@@ -196,8 +223,8 @@ def _program(function: str, mode: str, dtype: torch.dtype, table: str) -> native
 def _kernel(x: Tensor, function: str, mode: str, table: str) -> tuple[Any, int] | None:
     if x.device.type != "cpu" or _transformed():
         return None
-    program = _program(function, mode, x.dtype, table)
-    return None if program is None else program.kernel()
+    chosen = program(function, mode, x.dtype, table)
+    return None if chosen is None else chosen.kernel()
 
 
 def _forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
@@ -211,26 +238,13 @@ def _forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
             x, y = x.contiguous(), y.contiguous()
         kernel[0](x.data_ptr(), y.data_ptr(), x.numel(), kernel[1], _threads(x.numel()))
         if not table:
-            _runs[function, mode, x.dtype, "cpu", kernels.isa()] = _runner(*kernel)
+            _known[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
         return y
     if x.dtype == torch.float32 and mode == "ktanh" and function != "tanh":
         core = given_table(table)
         if core is None or core.function == "tanh":
             return aten.derived32(x, function, lambda z: _forward(z, "tanh", mode, table))
     return aten.activation(x, function, mode, table)
-
-
-def _runner(kernel: Any, block: int) -> Callable[[Tensor], Tensor]:
-    """The shortest way from a contiguous tensor to its result."""
-    empty_like = torch.empty_like
-
-    def run(x: Tensor) -> Tensor:
-        y = empty_like(x)
-        n = x.numel()
-        kernel(x.data_ptr(), y.data_ptr(), n, block, 1 if n < _THREADED else torch.get_num_threads())
-        return y
-
-    return run
 
 
 @torch.library.custom_op("rarefy::activation", mutates_args=())

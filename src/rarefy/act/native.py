@@ -130,10 +130,20 @@ def gate(function: str, answers: npt.NDArray[Any]) -> Program:
     return lookup("bf16", answers, f"act_{function}_bf16")
 
 
+def wide(function: str) -> Program:
+    """Exact sigmoid, silu, gelu or gelu_tanh in float32, computed in float64; the kernels read no table."""
+    return Program(np.uint32, ((f"act_{function}32", _block(np.zeros(16, dtype=np.uint32))),))
+
+
 def hard16(fmt: str) -> Block:
     """The table of ``act_hard16``."""
     f = formats.get(fmt)
     return _block(np.array([f.one, f.last], dtype=np.uint16))
+
+
+def hard(fmt: str, answers: npt.NDArray[Any]) -> Program:
+    """HardTanh of a 16-bit format."""
+    return Program(np.uint16, (("act_hard16", hard16(fmt)), *lookup(fmt, answers).steps))
 
 
 def quartic(table: Quartic) -> Program:
