@@ -182,6 +182,8 @@ def _direct_into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -
     kernel = _kernel(x, function, mode, table)
     if kernel is None:
         return False
+    if not table:
+        _known[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
     kernel[0](x.data_ptr(), out.data_ptr(), x.numel(), kernel[1], _threads(x.numel()))
     torch.autograd.graph.increment_version(out)
     return True
