@@ -52,3 +52,9 @@ test-neon: $(NATIVE)/cases.bin
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	cmake --build $(NATIVE)/aarch64 --target exhaustive
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/exhaustive $(NATIVE)/cases.bin
+
+# The Triton kernels, in Triton's interpreter: no GPU needed, but the package.
+.PHONY: test-triton
+test-triton: $(STAMP)
+	$(BIN)/pip install -q triton
+	$(BIN)/pytest -q tests/act/check_triton.py
