@@ -70,6 +70,7 @@ class Peers:
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
         self.sleef = False
+        self.alive: list[object] = []  # tables that timers point to
         source = Path(__file__).parents[3] / "native" / "bench" / "act_peers.c"
         if not source.is_file():
             return
@@ -118,6 +119,7 @@ def _kernels(peers: Peers, dtype: torch.dtype, x: Tensor, y: Tensor) -> dict[str
         with kernels.forced(isa):
             kernel = program.kernel() if program is not None else None
         if kernel is not None:
+            peers.alive.append(program)
             timers[entry] = peers.timer(*kernel, x, y)
 
     for function in FUNCTIONS:
