@@ -1,7 +1,8 @@
-"""The same bits in plain PyTorch operators: for other devices, for torch.compile to fuse, and without a native library.
+"""The same bits in plain PyTorch operators: for other devices, for torch.compile to fuse, without a native library.
 
-``linear`` and ``shift`` tables are integer arithmetic and two small gathers; exact tanh of bf16 is a quotient in float32
-that rounds to the same; all else of at most 16 bits is one gather from the 2^16 or 2^8 answers. float32 is arithmetic that rounds as the reference does.
+``linear`` and ``shift`` tables are integer arithmetic and two small gathers; exact tanh of bf16 is a quotient in
+float32 that rounds to the same; all else of at most 16 bits is one gather from the 2^16 or 2^8 answers. float32 is
+arithmetic that rounds as the reference does.
 """
 
 from __future__ import annotations
@@ -133,15 +134,16 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
 def _rational(x: Tensor) -> Tensor:
     """Exact tanh of bf16 without a gather, which Inductor turns into vectors: the 7/6 continued fraction in float32.
 
-    Rounded to bf16 it is the table's result on every input, with fused multiply-adds or without: the tests try them all.
+    Rounded to bf16 it is the table's result on every input, with fused multiply-adds or without; tests try them all.
     """
-    a = x.float().abs()
+    wide = x.float()
+    a = wide.abs()
     c = a.clamp(max=4.97)
     s = c * c
     p = c * (((s + 378.0) * s + 17325.0) * s + 135135.0)
     q = ((28.0 * s + 3150.0) * s + 62370.0) * s + 135135.0
-    y = torch.minimum((p / q).clamp(max=1.0), a).to(torch.bfloat16)
-    return torch.where(torch.isnan(x), x, torch.copysign(y, x))
+    y = torch.copysign(torch.minimum((p / q).clamp(max=1.0), a), wide).to(torch.bfloat16)
+    return torch.where(x == x, y, x)  # a NaN as it came
 
 
 def _finish(x: Tensor, bits: Tensor, u: Tensor, y: Tensor, fmt: Format) -> Tensor:
