@@ -4,7 +4,8 @@ Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
 last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.
 
-Under torch.compile the functions are traced as integer operators, which Inductor fuses with what stands around them.
+Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
+(but exact float32 on the CPU, whose fused form is slow, is one operator that runs the kernel).
 So they are in a graph of ``torch.export(..., strict=True)``, which then needs no rarefy to run; without ``strict`` they
 are one operator there, ``rarefy::activation``.
 """
@@ -312,7 +313,9 @@ def _traced(
     text = _text(table)
     _validated(function, mode, str(x.dtype), text)
     direction = gradients.resolve(function, mode, grad)
-    if not torch.compiler.is_dynamo_compiling():  # export without dynamo: one operator
+    # One operator in an export without dynamo, and where the fused form would cost far more than the kernel.
+    slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
+    if not torch.compiler.is_dynamo_compiling() or (slow_fused and not torch.compiler.is_exporting()):
         result: Tensor = torch.ops.rarefy.activation(x, function, mode, direction, text)
     elif x.requires_grad and torch.is_grad_enabled():
         result = _apply(x, function, mode, direction, text)
