@@ -1,8 +1,7 @@
 """The same bits in plain PyTorch operators: for other devices, for torch.compile to fuse, without a native library.
 
-``linear`` and ``shift`` tables are integer arithmetic and two small gathers; exact tanh of bf16 is a quotient in
-float32 that rounds to the same; all else of at most 16 bits is one gather from the 2^16 or 2^8 answers. float32 is
-arithmetic that rounds as the reference does.
+A function of at most 16 bits is one gather from its 2^16 or 2^8 answers, or, on devices where arithmetic is cheap, the
+integer operations of its ``linear`` or ``shift`` table. float32 is arithmetic that rounds as the reference does.
 """
 
 from __future__ import annotations
@@ -39,15 +38,18 @@ def given_table(text: str) -> Table | None:
     return Table.from_json(text) if text.startswith("{") else load(text)
 
 
-def activation(x: Tensor, function: str, mode: str, table: str = "") -> Tensor:
-    """``function`` of every element in plain PyTorch operators, without a gradient."""
+def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic: bool | None = None) -> Tensor:
+    """``function`` of every element in plain PyTorch operators, without a gradient.
+
+    ``arithmetic`` computes 16-bit ``linear`` and ``shift`` tables instead of looking all answers up; the default does
+    so except on the CPU, where Inductor makes the faster code of the gather.
+    """
     fmt = FORMAT_OF[x.dtype]
     if fmt.bits == 32:
         return _float32(x, function, mode, table)
     bits = x.view(_INTEGER[fmt.bits]).to(torch.int32)
-    plan = _plan(function, mode, fmt.name, table)
-    if plan == "rational":
-        return _rational(x)
+    compute = arithmetic if arithmetic is not None else x.device.type != "cpu"
+    plan = _plan(function, mode, fmt.name, table) if compute else "answers"
     if plan == "linear":
         return _linear16(x, bits, function, mode, table)
     if plan == "shift":
@@ -62,8 +64,6 @@ def _plan(function: str, mode: str, fmt: str, table: str) -> str:
     """How the table is computed here: its form where arithmetic is cheap, else "answers"."""
     f = formats.get(fmt)
     direct = spec.table_for(function, mode, f, given_table(table))
-    if (function, mode, fmt) == ("tanh", "exact", "bf16"):
-        return "rational"
     if direct is not None and direct.form == "linear" and direct.symmetry == "odd":
         return "linear"
     if direct is not None and direct.form in ("shift", "carry"):
@@ -129,21 +129,6 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def _rational(x: Tensor) -> Tensor:
-    """Exact tanh of bf16 without a gather, which Inductor turns into vectors: the 7/6 continued fraction in float32.
-
-    Rounded to bf16 it is the table's result on every input, with fused multiply-adds or without; tests try them all.
-    """
-    wide = x.float()
-    a = wide.abs()
-    c = a.clamp(max=4.97)
-    s = c * c
-    p = c * (((s + 378.0) * s + 17325.0) * s + 135135.0)
-    q = ((28.0 * s + 3150.0) * s + 62370.0) * s + 135135.0
-    y = torch.copysign(torch.minimum((p / q).clamp(max=1.0), a), wide).to(torch.bfloat16)
-    return torch.where(x == x, y, x)  # noqa: PLR0124 (isnan is slow in compiled code); a NaN stays as it came
 
 
 def _finish(x: Tensor, bits: Tensor, u: Tensor, y: Tensor, fmt: Format) -> Tensor:
