@@ -58,3 +58,13 @@ test-neon: $(NATIVE)/cases.bin
 test-triton: $(STAMP)
 	$(BIN)/pip install -q triton
 	$(BIN)/pytest -q tests/act/check_triton.py
+
+# All 2^32 float32 inputs of tanh, for a night.
+.PHONY: test-float32 act-figures
+test-float32: $(STAMP)
+	$(BIN)/python -m tests.act.check_float32
+
+# The benchmark of the activations and the figures of docs/activations.md.
+act-figures: $(STAMP)
+	$(BIN)/python benchmarks/act.py
+	$(BIN)/python benchmarks/act_figures.py

@@ -1,8 +1,9 @@
 """``rarefy bench act``: the activation functions against PyTorch, SLEEF, HardTanh and memcpy, in one interleaved run.
 
 One pinned thread. Every entry runs for a few milliseconds in each round, all entries in turn, and the median over
-rounds counts: what disturbs the machine for a while disturbs all alike. ``kernel`` entries are native functions in a
-loop of C, ``call`` entries go through Python into an existing output (``out=``), as PyTorch's do. Inputs are N(0, 2).
+rounds counts: what disturbs the machine for a while disturbs all alike. The clock is the processor time of the thread,
+so that turns of other programs on the core do not count. ``kernel`` entries are native functions in a loop of C,
+``call`` entries go through Python into an existing output (``out=``), as PyTorch's do. Inputs are N(0, 2).
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ class Peers:
 
 def _python_timer(call: Callable[[], object]) -> Timer:
     def run(n: int) -> float:
-        begin = time.perf_counter_ns()
+        begin = time.thread_time_ns()
         for _ in range(n):
             call()
-        return float(time.perf_counter_ns() - begin)
+        return float(time.thread_time_ns() - begin)
 
     return run
 
@@ -302,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
     options = parser.parse_args(argv)
     given = list(sys.argv[1:] if argv is None else argv)
+    given = [Path(word).name if os.path.isabs(word) else word for word in given]  # no folders of a machine
     about = environment(" ".join(["rarefy bench act", *given]))
     found = run(options.sizes.split(","), options.rounds, compiled=not options.no_inductor)
     judged = targets(found)
