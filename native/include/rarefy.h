@@ -25,9 +25,9 @@ int64_t rarefy_kernels(const rarefy_kernel **table);
 typedef void rarefy_soft_threshold_f32(
     const float *w, const float *threshold, float *out, int64_t rows, int64_t cols, int32_t per_row, int32_t threads);
 
-// "soft_threshold_backward_f32": with factor = 1 where |w| > threshold, alpha where lower <= |w| <= threshold, else 0,
+// "soft_threshold_backward_f32": with factor = 1 where |w| > threshold, alpha where lower <= |w| <= threshold, else 0 (lower may be null: then 0),
 //   grad_w = grad * factor,   grad_threshold = -sum(grad * factor * sign(w))  (over everything, or a row when per_row is 1).
-// The sum is taken in double over a fixed order: the same bits for every instruction set and number of threads.
+// The sum is taken in a fixed order, in double over blocks of 256: the same bits for every instruction set and number of threads.
 // partial is scratch for rows * ceil(cols / RAREFY_CHUNK) doubles.
 typedef void rarefy_soft_threshold_backward_f32(
     const float *grad, const float *w, const float *threshold, const float *lower, float alpha, float *grad_w,

@@ -8,7 +8,11 @@ namespace {
 
 constexpr int64_t CHUNK = RAREFY_CHUNK;  // a unit of work: partial sums are per chunk, whatever the threads
 constexpr int64_t SERIAL = 1 << 20;      // below this many values a thread costs more than it saves
-constexpr int LANES = 16;                // fixed, so that every instruction set adds in the same order
+
+// Sums run over a fixed number of lanes, so that every instruction set adds in the same order.
+constexpr int LANES = 16, WIDTH = 8, BLOCK = 256;
+typedef float Floats __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 
 inline float magnitude(float x) { return __builtin_fabsf(x); }
 
@@ -61,26 +65,36 @@ struct Backward {
 void backward_chunk(void *context, int64_t index) {
     const Backward &c = *static_cast<const Backward *>(context);
     const Span s = span(index, c.cols);
-    const float t = c.threshold[c.per_row ? s.row : 0], low = c.lower[c.per_row ? s.row : 0], alpha = c.alpha;
+    const float t = c.threshold[c.per_row ? s.row : 0], low = c.lower ? c.lower[c.per_row ? s.row : 0] : 0.0f, alpha = c.alpha;
     const float *__restrict grad = c.grad + s.begin, *__restrict w = c.w + s.begin;
     float *__restrict grad_w = c.grad_w + s.begin;
-    double sums[LANES] = {};
-    auto one = [&](int64_t i, int lane) __attribute__((always_inline)) {
-        const float a = magnitude(w[i]);
-        // h'(|W| - T) = 1 if |W| > T, alpha if not; 0 below the sparse backward's bound
-        const float masked = grad[i] * alpha;
-        const float g = a <= t ? (a < low ? 0.0f : masked) : grad[i];
-        grad_w[i] = g;
-        // dL/dT = -sum g * sign(W), with sign(0) = 0
-        sums[lane] += static_cast<double>(a > 0.0f ? (w[i] < 0.0f ? -g : g) : 0.0f);
-    };
-    int64_t i = 0;
-    for (; i + LANES <= s.size; i += LANES)
-        for (int lane = 0; lane < LANES; ++lane) one(i + lane, lane);
-    for (int lane = 0; i < s.size; ++i, ++lane) one(i, lane);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-    c.partial[index] = sums[0];
+    Doubles sums[LANES / WIDTH] = {};
+    for (int64_t begin = 0; begin < s.size; begin += BLOCK) {
+        const int64_t size = s.size - begin < BLOCK ? s.size - begin : BLOCK;
+        float signed_grad[BLOCK] = {};
+        for (int64_t i = 0; i < size; ++i) {
+            const float x = w[begin + i], a = magnitude(x), g = grad[begin + i];
+            // h'(|W| - T) = 1 if |W| > T, alpha if not; 0 below the sparse backward's bound
+            const float masked = a < low ? 0.0f : g * alpha;
+            const float kept = a <= t ? masked : g;
+            grad_w[begin + i] = kept;
+            // dL/dT = -sum g * sign(W), with sign(0) = 0
+            signed_grad[i] = x > 0.0f ? kept : x < 0.0f ? -kept : 0.0f;
+        }
+        // In float within a block, 16 values a lane, then in double.
+        Floats lanes[LANES / WIDTH] = {};
+        for (int64_t i = 0; i < BLOCK; i += LANES)
+            for (int part = 0; part < LANES / WIDTH; ++part) {
+                Floats values;
+                __builtin_memcpy(&values, signed_grad + i + part * WIDTH, sizeof values);
+                lanes[part] += values;
+            }
+        for (int part = 0; part < LANES / WIDTH; ++part) sums[part] += __builtin_convertvector(lanes[part], Doubles);
+    }
+    double sum = 0.0;
+    for (const Doubles &part : sums)
+        for (int lane = 0; lane < WIDTH; ++lane) sum += part[lane];
+    c.partial[index] = sum;
 }
 
 void soft_threshold_backward(

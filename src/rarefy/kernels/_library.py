@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import rarefy.kernels
 
 _NAMES = ("librarefy.so", "librarefy.dylib", "rarefy.dll")
 
-#: Set to "portable", "avx2", "avx512", ... to allow no better instruction set, or to "pytorch" to use no native kernel.
+#: Set to "portable", "avx2", "avx512", ... to use that instruction set alone, or to "pytorch" to use no native kernel.
 ENVIRONMENT = "RAREFY_ISA"
 
-_forced: str | None = os.environ.get(ENVIRONMENT)
+_ASKED = os.environ.get(ENVIRONMENT)
+_forced: ContextVar[str | None] = ContextVar("forced_isa", default=_ASKED)
 
 
 class _Entry(ctypes.Structure):
@@ -81,20 +83,19 @@ def find(name: str, restype: Any, *argtypes: Any) -> Any:
 
     Raises ValueError when ``RAREFY_ISA`` names an instruction set that the library was not built for.
     """
-    return _function(name, _forced, restype, argtypes)
+    return _function(name, _forced.get(), restype, argtypes)
 
 
 def isa() -> str | None:
     """The instruction set that :func:`find` is held to now, or None for the best there is."""
-    return _forced
+    return _forced.get()
 
 
 @contextlib.contextmanager
 def forced(isa: str | None) -> Iterator[None]:
     """Within the block use this instruction set alone ("pytorch": no native kernel; None: the best there is)."""
-    global _forced
-    before, _forced = _forced, isa
+    token = _forced.set(isa)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)

@@ -1,0 +1,24 @@
+"""One training run as a process of its own, kept when finished and resumed when not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "fashion-mnist.yaml"
+
+
+def run(folder: Path, changes: Sequence[str]) -> dict[str, Any]:
+    """The summary of recipes/fashion-mnist.yaml with these changes, trained into ``folder`` unless it is there."""
+    summary = folder / "summary.json"
+    if not summary.exists():
+        command = [sys.executable, "-m", "rarefy.cli", "train", str(RECIPE), "--run", str(folder), "--json"]
+        command += [part for change in changes for part in ("--set", change)]
+        resume = ["--resume"] if (folder / "checkpoints" / "last.pt").exists() else []
+        subprocess.run([*command, *resume], check=True, stdout=subprocess.DEVNULL)
+    content: dict[str, Any] = json.loads(summary.read_text())
+    return content

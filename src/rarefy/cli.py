@@ -1,0 +1,172 @@
+"""The command line: ``rarefy train``, ``rarefy report``, ``rarefy info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit status.
+
+    0; 1 for an error; 130 after Ctrl-C and 143 after SIGTERM (128 and the signal's number, as shells count). A call
+    that cannot be understood exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        print("rarefy: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"rarefy: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
+    parser.add_argument("--version", action="version", version=f"rarefy {version('rarefy')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")
+    train.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, for example recipes/demo.yaml")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: method.target=0.95"
+    )
+    train.add_argument("--data", metavar="FOLDER", help="where the data set's files lie (data.folder)")
+    train.add_argument("--run", type=Path, metavar="FOLDER", help="the run's folder; default a new one, runs/NAME")
+    train.add_argument("--resume", action="store_true", help="go on with the run in that folder where it stopped")
+    train.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="a dense run's folder, to compare with in the report"
+    )
+    train.set_defaults(command=_train)
+
+    report = commands.add_parser("report", help="write a run's report as one HTML file")
+    report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    report.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run's folder, to compare with")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page; default RUN/report.html")
+    report.set_defaults(command=_report)
+
+    info = commands.add_parser("info", help="versions, processor, and which native kernels load")
+    info.set_defaults(command=_info)
+
+    for command in (train, report, info):
+        command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rarefy import report, train
+    from rarefy.train.progress import watched
+
+    changes = list(arguments.set)
+    if arguments.data is not None:
+        changes.append(f"data.folder={json.dumps(arguments.data, ensure_ascii=False)}")
+    recipe = train.load(arguments.recipe, changes)
+    folder = arguments.run or _folder(recipe.name, arguments.resume)
+    if not arguments.resume and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds a run already: add --resume to go on with it, or name another --run")
+    if arguments.baseline is not None:
+        report.load(arguments.baseline)
+    # Every process has looked at the folder before the main one writes: they meet when the data is loaded.
+    run = train.Classification(recipe, folder, resume=arguments.resume)
+    if run.is_main:
+        begun = f", from step {run.step} of {run.total_steps}" if run.step else ""
+        about = f"training {recipe.model.name} with {recipe.method.name} into {folder}{begun}"
+        print(about, file=sys.stderr, flush=True)
+    with watched(quiet=not run.is_main) as watch:
+        try:
+            summary = run.train(watch)
+        except train.TrainingInterruptedError as stopped:
+            summary = None
+            if run.is_main:
+                print(f"rarefy: {stopped}; the same with --run {folder} --resume goes on", file=sys.stderr)
+    run.accelerator.end_training()
+    if summary is None:
+        return 128 + (watch.signal or signal.SIGTERM)  # another process may have got the signal
+    if not run.is_main:
+        return 0
+    page = report.write(folder, baseline=arguments.baseline)
+    if arguments.json:
+        print(json.dumps({**summary, "report": str(page)}))
+    else:
+        _print_summary(folder, page, arguments.baseline)
+    return 0
+
+
+def _folder(name: str, resume: bool) -> Path:
+    """The first of runs/NAME, runs/NAME-2, ... that is free; to resume, the last that is not."""
+    candidate, number = Path("runs") / name, 1
+    last = candidate
+    while candidate.exists():
+        last, number = candidate, number + 1
+        candidate = Path("runs") / f"{name}-{number}"
+    return last if resume else candidate
+
+
+def _print_summary(folder: Path, page: Path, baseline: Path | None) -> None:
+    """What a finished run came to, read from its folder; an unfinished one has only its page."""
+    summary, dense = _summary(folder), None if baseline is None else _summary(baseline)
+    rows = [("report", str(page))]
+    if summary is not None:
+        rows[:0] = [
+            ("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"),
+            *([("of the baseline", f"{100 * dense['test_accuracy']:.2f} %")] if dense is not None else []),
+            ("sparsity", f"{100 * summary['sparsity']:.2f} %"),
+            ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
+            ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
+            ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
+            ("training time", f"{summary['seconds']:.0f} s"),
+            ("model", str(folder / "model.safetensors")),
+        ]
+    for name, value in rows:
+        print(f"{name:>16}  {value}")
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rarefy import report
+
+    page = report.write(arguments.folder, baseline=arguments.baseline, output=arguments.output)
+    if arguments.json:
+        print(json.dumps({"report": str(page)}))
+    else:
+        _print_summary(arguments.folder, page, arguments.baseline)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from rarefy import environment, kernels
+
+    about = environment.describe()
+    library = kernels.library_path()
+    about["native_library"] = None if library is None else str(library)
+    about["kernels"] = [{"name": k.name, "isa": k.isa, "supported": k.supported} for k in kernels.table()]
+    if arguments.json:
+        print(json.dumps(about))
+        return 0
+    about["cpu_features"] = " ".join(about["cpu_features"])
+    for key in ("rarefy", "torch", "python", "platform", "cpu", "cpu_features", "threads", "gpu"):
+        print(f"{key.replace('_', ' '):>12}  {about[key] or 'none'}")
+    if library is None:
+        print(f"{'kernels':>12}  none: built without a C++ compiler, everything runs in PyTorch")
+        return 0
+    print(f"{'kernels':>12}  {library}")
+    in_use = environment.native_kernels() or {"none in use": "RAREFY_ISA asks for no kernel that runs here"}
+    for name, isa in in_use.items():
+        print(f"{'':>12}  {name}: {isa}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

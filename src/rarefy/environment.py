@@ -1,0 +1,79 @@
+"""What a run ran on: enough to say what a figure was measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rarefy import kernels
+
+#: What /proc/cpuinfo calls the features that matter to the kernels and to PyTorch.
+_FEATURES = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_bf16", "amx_int8", "asimd", "asimdhp", "sve", "sve2", "bf16"),
+)
+
+
+def _cpu_information() -> dict[str, str]:
+    """What the system tells of its first processor; empty where there is no /proc/cpuinfo."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    pairs = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    return _cpu_information().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The vector extensions of the processor; empty where the system does not tell."""
+    about = _cpu_information()
+    present = set((about.get("flags") or about.get("Features") or "").split())
+    return [feature for feature in _FEATURES if feature in present]
+
+
+def native_kernels() -> dict[str, str]:
+    """The native kernels that run here, each with its instruction set: the best there is, or that of RAREFY_ISA."""
+    asked = os.environ.get(kernels.ENVIRONMENT)
+    best: dict[str, str] = {}
+    for kernel in kernels.table():
+        if kernel.supported and asked in (None, kernel.isa):
+            best.setdefault(kernel.name, kernel.isa)
+    return best
+
+
+def native_isa() -> str:
+    """The instruction set that the native kernels run with here; "pytorch" where they do not run."""
+    return next(iter(native_kernels().values()), "pytorch")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, processor, the instruction set that the kernels use of it, threads, GPU."""
+    return {
+        "rarefy": version("rarefy"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "threads": torch.get_num_threads(),
+        "native_isa": native_isa(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def environment(processes: int, device: str) -> dict[str, Any]:
+    """:func:`describe`, and the command, the date, the device and the number of processes of this run."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**describe(), "device": device, "processes": processes, "command": command, "date": date}

@@ -1,0 +1,378 @@
+"""Reading the folder that a training run leaves behind.
+
+``recipe.yaml`` and ``metrics.jsonl`` make a folder a run; ``summary.json`` is there once it has finished, and
+``environment.json`` and ``histograms.json`` where there was something to write. Shares (sparsity, density, accuracy,
+FLOPs ratios) are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+
+class RunError(ValueError):
+    """The folder is not a run, or a file in it cannot be read; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer at one step: the share of weights kept and the threshold that decides it."""
+
+    name: str
+    density: float | None
+    threshold: float | None
+    weight_grad_density: float | None
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One logged training step; what a dense run does not have is None or empty."""
+
+    step: int
+    epoch: float
+    loss: float | None
+    learning_rate: float | None
+    alpha: float | None
+    sparsity: float | None
+    target_sparsity: float | None
+    inference_flops_ratio: float | None
+    seconds: float | None
+    layers: tuple[LayerRecord, ...]
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation on the test set."""
+
+    step: int
+    epoch: float
+    test_accuracy: float | None
+    test_loss: float | None
+    sparsity: float | None
+    inference_flops_ratio: float | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as it ended: counts of its weight tensor, and FLOPs for one input under the summary's convention."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int | None
+    nonzeros: int | None
+    density: float | None
+    dense_flops: float | None
+    inference_flops: float | None
+    initial_density: float | None
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run reports."""
+
+    test_accuracy: float | None
+    best_test_accuracy: float | None
+    sparsity: float | None
+    inference_flops_ratio: float | None
+    training_flops_ratio: float | None
+    dense_flops: float | None
+    inference_flops: float | None
+    parameters: int | None
+    nonzeros: int | None
+    convention: str | None
+    seconds: float | None
+    epochs: float | None
+    steps: int | None
+    seed: int | None
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Magnitudes of a layer's raw weights before the last threshold was applied: n counts between n + 1 edges."""
+
+    name: str
+    edges: tuple[float, ...]
+    counts: tuple[float, ...]
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read. `summary` is None while it is unfinished."""
+
+    path: Path
+    name: str
+    method: str
+    model: str
+    data: str
+    target: float | None
+    target_kind: str | None
+    recipe: Mapping[str, object]
+    recipe_text: str
+    environment: Mapping[str, object]
+    train: tuple[TrainRecord, ...]
+    evals: tuple[EvalRecord, ...]
+    summary: Summary | None
+    histograms: tuple[Histogram, ...]
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """The final accuracy, or that of the last evaluation so far."""
+        if self.summary is not None and self.summary.test_accuracy is not None:
+            return self.summary.test_accuracy
+        return next((record.test_accuracy for record in reversed(self.evals) if record.test_accuracy is not None), None)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The final share of zero weights, or the last one logged so far."""
+        if self.summary is not None and self.summary.sparsity is not None:
+            return self.summary.sparsity
+        return next((record.sparsity for record in reversed(self.train) if record.sparsity is not None), None)
+
+    @property
+    def inference_flops_ratio(self) -> float | None:
+        """The final share of the dense inference FLOPs that is left, or the last one logged so far."""
+        if self.summary is not None and self.summary.inference_flops_ratio is not None:
+            return self.summary.inference_flops_ratio
+        ratios = (record.inference_flops_ratio for record in reversed(self.train))
+        return next((ratio for ratio in ratios if ratio is not None), None)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no weight was ever made zero."""
+        return not self.sparsity and not any(record.sparsity for record in self.train)
+
+    @property
+    def epochs(self) -> float | None:
+        """The epochs that the run took or is to take."""
+        if self.summary is not None and self.summary.epochs is not None:
+            return self.summary.epochs
+        schedule = self.recipe.get("schedule")
+        planned = schedule.get("epochs") if isinstance(schedule, Mapping) else None
+        return float(planned) if isinstance(planned, (int, float)) else None
+
+    @property
+    def epoch(self) -> float:
+        """The epoch of the last record."""
+        last = [record.epoch for record in self.train[-1:]] + [record.epoch for record in self.evals[-1:]]
+        return max(last, default=0.0)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The summary's layers; of an unfinished run, those of the log with their first and their latest density."""
+        if self.summary is not None:
+            return self.summary.layers
+        logged = [record.layers for record in self.train if record.layers]
+        if not logged:
+            return ()
+        first = {layer.name: layer.density for layer in logged[0]}
+        return tuple(
+            Layer(
+                name=layer.name,
+                kind="",
+                shape=(),
+                parameters=None,
+                nonzeros=None,
+                density=layer.density,
+                dense_flops=None,
+                inference_flops=None,
+                initial_density=first.get(layer.name),
+                threshold=layer.threshold,
+            )
+            for layer in logged[-1]
+        )
+
+
+_T = TypeVar("_T")
+
+
+class _Fields:
+    """A JSON object and where it stands, so that a value of the wrong type is named in the error."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise RunError(f"{where}: expected a JSON object, got {value!r:.80}")
+        self.value = value
+        self.where = where
+
+    def number(self, key: str) -> float | None:
+        value = self.value.get(key)
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return None if value is None else float(value)
+        raise RunError(f"{self.where}: {key} must be a number, got {value!r:.80}")
+
+    def integer(self, key: str) -> int | None:
+        value = self.number(key)
+        if value is None or value.is_integer():
+            return None if value is None else int(value)
+        raise RunError(f"{self.where}: {key} must be a whole number, got {value!r}")
+
+    def text(self, key: str) -> str | None:
+        value = self.value.get(key)
+        if value is None or isinstance(value, str):
+            return value
+        raise RunError(f"{self.where}: {key} must be text, got {value!r:.80}")
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        value = self.value.get(key)
+        if isinstance(value, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value):
+            return tuple(float(x) for x in value)
+        raise RunError(f"{self.where}: {key} must be a list of numbers, got {value!r:.80}")
+
+    def objects(self, key: str) -> list[_Fields]:
+        value = self.value.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise RunError(f"{self.where}: {key} must be a list, got {value!r:.80}")
+        return [_Fields(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(value)]
+
+    def read(self, kind: type[_T], /, **given: object) -> _T:
+        """A dataclass of this object's values: those not given are read by the type of their field."""
+        readers = {"float": self.number, "int": self.integer, "str": self.text}
+        values = dict(given)
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind here is a dataclass
+            if field.name not in given:
+                wanted, optional, _ = str(field.type).partition(" | None")
+                values[field.name] = readers[wanted](field.name)
+                if values[field.name] is None and not optional:
+                    raise RunError(f"{self.where}: {field.name} is missing")
+        return kind(**values)
+
+
+def _train_record(fields: _Fields) -> TrainRecord:
+    return fields.read(TrainRecord, layers=tuple(layer.read(LayerRecord) for layer in fields.objects("layers")))
+
+
+def _layer(fields: _Fields) -> Layer:
+    shape = tuple(int(size) for size in fields.numbers("shape")) if "shape" in fields.value else ()
+    return fields.read(Layer, kind=fields.text("kind") or "", shape=shape)
+
+
+def _summary(fields: _Fields) -> Summary:
+    return fields.read(Summary, layers=tuple(_layer(layer) for layer in fields.objects("layers")))
+
+
+def _histogram(fields: _Fields) -> Histogram:
+    edges, counts = fields.numbers("edges"), fields.numbers("counts")
+    if not counts or len(edges) != len(counts) + 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise RunError(
+            f"{fields.where}: n counts need n + 1 rising edges, got {len(counts)} counts and {len(edges)} edges"
+        )
+    return fields.read(Histogram, edges=edges, counts=counts)
+
+
+def _json(path: Path) -> _Fields | None:
+    """The JSON object in this file; None where there is no such file."""
+    try:
+        return _Fields(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path}: not JSON ({error}); mend the file, or delete it to report without it") from error
+
+
+def _metrics(path: Path) -> tuple[tuple[TrainRecord, ...], tuple[EvalRecord, ...]]:
+    """Both kinds of records in order of step; other events are left to whoever wrote them."""
+    train: list[TrainRecord] = []
+    evals: list[EvalRecord] = []
+    last = -1
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = _Fields(json.loads(line), where)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no line end: being written just now, or cut when the run was stopped
+                break
+            raise RunError(f"{where}: not JSON ({error}); delete that line and report again") from error
+        event = fields.value.get("event")
+        if event not in ("train", "eval"):
+            continue
+        record = _train_record(fields) if event == "train" else fields.read(EvalRecord)
+        if record.step < last:  # resumed from a checkpoint: what came after it was run again
+            train = [old for old in train if old.step < record.step]
+            evals = [old for old in evals if old.step < record.step]
+        last = record.step
+        if isinstance(record, TrainRecord):
+            train.append(record)
+        else:
+            evals.append(record)
+    return tuple(train), tuple(evals)
+
+
+def load(run: Path) -> Run:
+    """Read a run's folder, finished or not.
+
+    A last line of ``metrics.jsonl`` without its line end is left out if it is not whole; where a resumed run logged a
+    step again, the later record counts. Raises RunError where the folder is not a run, has no record yet or holds a
+    file that cannot be read.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise RunError(f"{run} is not a folder; expected the folder that `rarefy train` wrote")
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{run} is not a run's folder: it has no recipe.yaml; expected what `rarefy train` wrote")
+    if not (run / "metrics.jsonl").is_file():
+        raise RunError(f"{run} has no metrics.jsonl: the run has logged nothing yet, or the file was lost")
+
+    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    try:
+        recipe = yaml.safe_load(recipe_text)
+    except yaml.YAMLError as error:
+        raise RunError(f"{run / 'recipe.yaml'}: not YAML ({error})") from error
+    if not isinstance(recipe, dict):
+        raise RunError(f"{run / 'recipe.yaml'}: expected a mapping of name, data, model, ...; got {recipe!r:.80}")
+
+    train, evals = _metrics(run / "metrics.jsonl")
+    summary = _json(run / "summary.json")
+    if summary is None and not train and not evals:
+        raise RunError(f"{run} has no records yet: report again once the run has logged its first step")
+    histograms = _json(run / "histograms.json")
+    environment = _json(run / "environment.json")
+
+    method = recipe.get("method")
+    planned = _Fields(method if isinstance(method, dict) else {}, f"{run / 'recipe.yaml'}: method")
+    if summary:
+        target, kind = summary.number("target"), summary.text("target_kind")
+    else:
+        sparsity, flops = planned.number("target"), planned.number("target_flops")
+        target, kind = (sparsity, "sparsity") if sparsity is not None else (flops, None if flops is None else "flops")
+
+    def called(key: str) -> str:
+        """The name of the model, the data or the method: the summary's word, else the recipe's."""
+        part = recipe.get(key)
+        named = part.get("name") if isinstance(part, dict) else part
+        return (summary.text(key) if summary else None) or str(named or "")
+
+    return Run(
+        path=run,
+        name=called("name") or run.resolve().name,
+        method=called("method"),
+        model=called("model"),
+        data=called("data"),
+        target=target,
+        target_kind=kind,
+        recipe=recipe,
+        recipe_text=recipe_text,
+        environment=dict(environment.value) if environment else {},
+        train=train,
+        evals=evals,
+        summary=_summary(summary) if summary else None,
+        histograms=tuple(_histogram(item) for item in histograms.objects("layers")) if histograms else (),
+    )

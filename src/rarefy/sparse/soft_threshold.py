@@ -1,0 +1,237 @@
+"""Learned soft thresholds ``W^ = sign(W) * max(|W| - g(s), 0)``, and STR, which trains them by plain gradients.
+
+Source: Soft Threshold Reparameterization (Kusupati et al., ICML 2020), equations 2 to 6.
+
+What makes sparsity here is *pressure*: a decay of s towards 0, which raises g(s) towards g(0) until the loss holds
+against it. STR and AutoSparse leave it to the optimizer's weight decay, where its effect hangs on the learning rate,
+the momentum, the schedule, the length of the run and the kind of optimizer. Here the sparsifier applies it after every
+step, decoupled, so that over a run ``log|s|`` falls by ``pressure`` if the loss does not answer. For SGD that equals a
+decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from rarefy.kernels.soft_threshold import count_above
+from rarefy.sparse.base import LayerState, Selection, Sparsifier
+from rarefy.sparse.budget import log_error, trim
+from rarefy.sparse.masks import top_k, within_budget
+from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, guard_fast_paths, separate
+
+#: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
+#: layer and can be huge while alpha is near 1.
+MAX_MOVE = 0.2
+
+#: How far below its first value s may fall: a threshold of nothing has no gradient to come back by.
+MAX_FALL = 3.0
+
+
+class SoftThresholdOptions(Selection, total=False):
+    """The keyword arguments of :class:`SoftThreshold`, for the methods built on it."""
+
+    pressure: float | None
+    granularity: str
+    threshold_function: str
+    threshold_init: float
+    threshold_lr: float
+
+
+class SoftThreshold(Sparsifier):
+    """Thresholds, pressure, floors and the landing on a budget: all but alpha, which is the method's (a subclass).
+
+    Args:
+        model, total_steps, target, target_flops, example_input, include, exclude, floor: see :class:`Sparsifier`.
+        pressure: total decay of s over the run (see the module); None takes the method's own for the target.
+        granularity: one threshold a "layer" or an output "channel".
+        threshold_function: g: "sigmoid", "exp" or "softplus".
+        threshold_init: the first s; -5 gives thresholds of 0.0067.
+        threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD; under Adam, whose step does not
+            grow with the gradient, s moves by no more than the learning rate a step, and about 50 suits it.
+    """
+
+    #: Share of the run after which the thresholds are trimmed to the target.
+    trim_from: ClassVar[float]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        pressure: float | None = None,
+        granularity: str = "layer",
+        threshold_function: str = "sigmoid",
+        threshold_init: float = -5.0,
+        threshold_lr: float = 1.0,
+        **selection: Unpack[Selection],
+    ) -> None:
+        _one_of("granularity", granularity, ("layer", "channel"))
+        _one_of("threshold_function", threshold_function, THRESHOLD_FUNCTIONS)
+        for option, value in (("pressure", pressure), ("threshold_lr", threshold_lr)):
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ValueError(f"{option} must be a finite number that is not negative, got {value}")
+        super().__init__(model, total_steps=total_steps, **selection)
+        self.threshold_lr = threshold_lr
+        self.pressure = self._default_pressure() if pressure is None else pressure
+        self._inverse = THRESHOLD_FUNCTIONS[threshold_function].inverse
+        self._thresholded: dict[str, Thresholded] = {}
+        for name, layer in self._layers.items():
+            weight = layer.weight
+            out = weight.shape[0] if granularity == "channel" else 1
+            s = torch.full((out,) + (1,) * (weight.dim() - 1), float(threshold_init), device=weight.device)
+            self._thresholded[name] = attach(layer, s, threshold_function)
+        guard_fast_paths(model)
+        self._least_s = threshold_init - MAX_FALL
+        self._before = [s.detach().clone() for s in self._own_parameters()]
+        self._density = 1.0 if self.budget is None else self.budget.density(self._count())
+
+    @abstractmethod
+    def _default_pressure(self) -> float:
+        """The pressure that suits the budget."""
+
+    @abstractmethod
+    def _steer(self, error: float | None) -> None:
+        """Set alpha for the next step; ``error`` is the log error of the density, in the steps that measure it."""
+
+    def _weight_grad_density(self, alpha: float, density: float) -> float:
+        return 1.0 if alpha > 0.0 else density
+
+    def layers(self) -> list[LayerState]:
+        """See :meth:`Sparsifier.layers`."""
+        states = []
+        for (name, layer), live in zip(self._thresholded.items(), self._count(), strict=True):
+            alpha = float(layer.alpha)
+            weight_grad = self._weight_grad_density(alpha, live / layer.weight.numel())
+            threshold = float(layer.threshold().detach().mean())
+            states.append(LayerState(name, tuple(layer.weight.shape), live, weight_grad, threshold, alpha))
+        return states
+
+    def _count(self) -> list[int]:
+        counts = [count_above(layer.weight, layer.threshold()) for layer in self._thresholded.values()]
+        return [int(count) for count in torch.stack(counts).tolist()]
+
+    def _own_parameters(self) -> list[Tensor]:
+        return [layer.raw_threshold for layer in self._thresholded.values()]
+
+    def _own_options(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        options: dict[str, Any] = {"weight_decay": 0.0}
+        if self.threshold_lr != 1.0:
+            if "lr" not in defaults:
+                raise ValueError(f"threshold_lr={self.threshold_lr:g} is a multiple of lr: call param_groups(lr=...)")
+            options["lr"] = defaults["lr"] * self.threshold_lr
+        return options
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if any(not isinstance(layer, Thresholded) for layer in self._thresholded.values()):
+            raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+        if self.steps > self.total_steps:
+            return
+        parameters = self._own_parameters()
+        self._limit(parameters)
+        if self.budget is None or self._density > self.budget.goal:
+            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1
+            share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
+            torch._foreach_mul_(parameters, math.exp(-self.pressure * share))
+        error = None
+        if self.steps % self.interval == 0 or self.steps == self.total_steps:
+            error = self._measure()
+        torch._foreach_copy_(self._before, parameters)
+        self._steer(error)
+
+    def _limit(self, parameters: list[Tensor]) -> None:
+        """Bound what the optimizer did to s."""
+        lowest, highest = torch._foreach_sub(self._before, MAX_MOVE), torch._foreach_add(self._before, MAX_MOVE)
+        torch._foreach_clamp_min_(lowest, self._least_s)
+        torch._foreach_maximum_(parameters, lowest)
+        torch._foreach_minimum_(parameters, highest)
+
+    def _measure(self) -> float | None:
+        """Keep floors, land on the budget; gives the log error of the density against the aim of now."""
+        live = self._count()
+        for (name, layer), count in zip(self._thresholded.items(), live, strict=True):
+            if count < self._least[name]:
+                self._move(layer, top_k(self._scores(layer), self._least[name]))
+        if self.budget is None:
+            return None
+        self._density = self.budget.density(live)
+        if self.steps == self.total_steps:
+            for layer, mask in zip(self._thresholded.values(), self._select(self._thresholded), strict=True):
+                self._move(layer, mask)
+        elif self.progress >= self.trim_from or self._density < self.budget.goal:
+            shift = trim(log_error(self._density, self.budget.goal))
+            torch._foreach_add_(self._own_parameters(), shift)
+        return log_error(self._density, self.budget.aim(self.progress))
+
+    def _scores(self, layer: Thresholded) -> Tensor:
+        """How far s may rise before each weight is masked: ``g^-1(|W|) - s``."""
+        return self._inverse(layer.weight.detach().double().abs()) - layer.raw_threshold.detach().double()
+
+    def _select(self, layers: Mapping[str, Thresholded]) -> list[Tensor]:
+        """The masks that a common shift of s gives, cut exactly at the budget."""
+        scores = [self._scores(layer) for layer in layers.values()]
+        assert self.budget is not None
+        least = [self._least[name] for name in layers]
+        return within_budget(scores, self.budget.costs, self.budget.available, least)
+
+    def _move(self, layer: Thresholded, mask: Tensor) -> None:
+        """Move s as little as makes the layer's mask this one."""
+        threshold = separate(layer.weight.detach().double().abs(), layer.threshold().double(), mask)
+        moved = threshold != layer.threshold().double()
+        layer.raw_threshold.copy_(torch.where(moved, self._inverse(threshold), layer.raw_threshold.double()))
+
+    def _state(self) -> dict[str, Any]:
+        return {"density": self._density, "before": [s.clone() for s in self._before]}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        self._density = state["density"]
+        for mine, saved in zip(self._before, state["before"], strict=True):
+            mine.copy_(saved)
+
+    def _finalize(self, layers: Mapping[str, nn.Module]) -> None:
+        plain = [name for name, layer in layers.items() if not isinstance(layer, Thresholded)]
+        if plain:
+            raise ValueError(f"layer {plain[0]!r} is a plain {type(layers[plain[0]]).__name__}: already finalized?")
+        thresholded: dict[str, Thresholded] = dict(layers)  # type: ignore[arg-type]
+        if self.budget is not None:
+            masks: Sequence[Tensor] = self._select(thresholded)
+        else:
+            masks = [layer.weight.abs() > layer.threshold() for layer in thresholded.values()]
+        for layer, mask in zip(thresholded.values(), masks, strict=True):
+            magnitude = layer.weight.detach().float().abs()
+            threshold = separate(magnitude, layer.threshold(), mask)
+            # A weight that the exact budget keeps at the very edge stays a nonzero.
+            shrunk = (magnitude - threshold).clamp(min=torch.finfo(layer.weight.dtype).tiny)
+            layer.weight.copy_(torch.where(mask, shrunk.copysign(layer.weight), 0.0))
+            detach(layer)
+
+
+class STR(SoftThreshold):
+    """Soft Threshold Reparameterization (Kusupati et al., ICML 2020): masked weights get no gradient from the loss.
+
+    The paper's sparsity is whatever the weight decay on s gives. With a ``target`` the pressure is chosen for it and
+    the thresholds are trimmed to it over the last quarter of the run; everything else is the paper's.
+
+    Args: see :class:`SoftThreshold`.
+    """
+
+    trim_from = 0.75
+
+    def _steer(self, error: float | None) -> None:
+        """Alpha stays 0."""
+
+    def _default_pressure(self) -> float:
+        # Fitted on a small network (fashion_cnn, 8 epochs), where 6.1, 10 and 17.5 gave 90, 95 and 98 %.
+        return 10.0 if self.budget is None else 1.37 * self.budget.goal**-0.65
+
+
+def _one_of(option: str, value: object, known: Sequence[str] | Mapping[str, object]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, known))}, got {value!r}")

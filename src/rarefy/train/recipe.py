@@ -1,0 +1,285 @@
+"""A recipe: everything that a run depends on, in one YAML file whose every key is checked before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from rarefy import models, sparse
+from rarefy._names import unknown
+from rarefy.sparse.registry import METHODS
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        name: "fashion_mnist".
+        folder: where its files lie; null looks in the usual places and fetches it if need be.
+        train_size: only the first so many training images; null takes all.
+        augment: "none", or "crop-flip": shifts by up to two pixels and mirror images.
+    """
+
+    name: str = "fashion_mnist"
+    folder: str | None = None
+    train_size: int | None = None
+    augment: str = "none"
+
+
+@dataclass(frozen=True)
+class Named:
+    """Something chosen by name, and its own options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How the weights move. ``norm_weight_decay`` is the weight decay of vectors: norms' scales and all biases but
+    those of linear layers.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    norm_weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images an optimizer step, over all processes and accumulated micro-batches.
+        accumulate: micro-batches an optimizer step.
+        warmup_epochs: the learning rate rises linearly for so long, then falls to 0 on a half cosine.
+        label_smoothing: in [0, 1).
+    """
+
+    epochs: int = 8
+    batch_size: int = 128
+    accumulate: int = 1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run. ``precision`` is "fp32", or "bf16" or "fp16" (autocast); ``threads`` null leaves it to PyTorch."""
+
+    name: str
+    model: Named
+    method: Named = field(default_factory=lambda: Named("dense"))
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    seed: int = 0
+    precision: str = "fp32"
+    channels_last: bool = True
+    threads: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it would stand in a file, every default written out."""
+        plain = asdict(self)
+        for key in ("model", "method"):
+            plain[key] = {"name": plain[key]["name"], **plain[key]["options"]}
+        return plain
+
+
+def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, change it by ``KEY=VALUE`` (``method.target=0.95``, values in YAML), and check all of it.
+
+    Raises ValueError that names the key and the nearest right one; FileNotFoundError without the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}; recipes are YAML files such as recipes/demo.yaml")
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path} must hold keys such as name, model and method, got {plain!r:.80}")
+    for change in changes:
+        _set(plain, change)
+    plain.setdefault("name", path.stem)
+    return parse(plain)
+
+
+def parse(plain: Mapping[str, Any]) -> Recipe:
+    """The recipe that a mapping (as from YAML) describes, checked. Raises ValueError as :func:`load`."""
+    recipe = _build(Recipe, plain, "")
+    _check(recipe)
+    return recipe
+
+
+def _set(plain: dict[str, Any], change: str) -> None:
+    path, equals, value = change.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set takes KEY=VALUE, such as method.target=0.95, got {change!r}")
+    *parents, last = path.split(".")
+    for parent in parents:
+        inner = plain.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {change}: {parent!r} holds {inner!r}, not keys")
+        plain = inner
+    try:
+        plain[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {change}: {value!r} is not valid YAML: {error}") from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """What differs between two recipes as mappings: ``["schedule.epochs (8 there, 9 here)"]``."""
+    found = []
+    for key in {**old, **new}:
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{where}{key}.")
+        elif one != other:
+            found.append(f"{where}{key} ({one!r} there, {other!r} here)")
+    return found
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], plain: Any, where: str) -> T:
+    if cls is Named:
+        return typing.cast(T, _named(plain, where))
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"{where or 'the recipe'} must be a mapping of keys, got {plain!r}")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in plain:
+        if key not in known:
+            raise ValueError(_unknown_key(str(key), where, known))
+    for key, f in known.items():
+        if key not in plain and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where or 'the recipe'} lacks {key!r}")
+    kinds = typing.get_type_hints(cls)
+    return cls(**{key: _value(kinds[key], value, f"{where}.{key}".lstrip(".")) for key, value in plain.items()})
+
+
+def _named(plain: Any, where: str) -> Named:
+    if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
+        raise ValueError(f"{where} needs a name, such as `{where}: {{name: ...}}`, got {plain!r}")
+    name = plain["name"]
+    if where == "model":
+        _one_of("model.name", name, models.names())
+        kinds = typing.get_type_hints(getattr(models, name))
+        known = set(models.options(name))
+    else:
+        _one_of("method.name", name, ["dense", *sparse.names()])
+        kinds, known = {}, set()
+        if name != "dense":
+            constructors = [vars(cls)["__init__"] for cls in METHODS[name].__mro__[:-1] if "__init__" in vars(cls)]
+            kinds = {key: kind for init in constructors for key, kind in typing.get_type_hints(init).items()}
+            known = sparse.options(name) - {"example_input", "total_steps"}
+    options = {}
+    for key, value in plain.items():
+        if key != "name":
+            _one_of(f"option of {where} {name!r}", str(key), sorted(known))
+            options[key] = _value(kinds[key], value, f"{where}.{key}")
+    return Named(name, options)
+
+
+def _unknown_key(key: str, where: str, known: Mapping[str, object]) -> str:
+    message = unknown(f"key in {where or 'the recipe'}:", key, known)
+    if "did you mean" not in message:
+        kinds = typing.get_type_hints(Recipe)
+        homes = ["", *(section for section, kind in kinds.items() if is_dataclass(kind) and kind is not Named)]
+        for home in homes:
+            if key in {f.name for f in fields(kinds.get(home, Recipe))}:
+                right = f"{home}.{key}" if home else key
+                return f"unknown key in {where or 'the recipe'}: {key!r}; did you mean {right!r}, counted from the top?"
+    return message
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    types.NoneType: "null",
+    Sequence: "a list",
+    Mapping: "a mapping",
+}
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return _build(typing.cast(type[Any], kind), value, where)
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for one in allowed:
+        with contextlib.suppress(TypeError, ValueError):
+            return _converted(one, value)
+    names = " or ".join(_KINDS[typing.get_origin(one) or one] for one in allowed)
+    raise ValueError(f"{where} must be {names}, got {value!r}")
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """The value as this type; TypeError or ValueError if it is of another."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is Sequence and isinstance(value, list):
+        return [_converted(inner[0], item) for item in value]
+    if typing.get_origin(kind) is Mapping and isinstance(value, Mapping):
+        return {_converted(inner[0], key): _converted(inner[1], item) for key, item in value.items()}
+    # YAML reads 5e-4 as text: its floats want a dot.
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return float(value)
+    if inner or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError
+    return value
+
+
+def _one_of(where: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(unknown(f"{where}:", value, known))
+
+
+def _check(recipe: Recipe) -> None:
+    def require(ok: bool, where: str, expected: str, value: object) -> None:
+        if not ok:
+            raise ValueError(f"{where} must be {expected}, got {value!r}")
+
+    def at_least(least: float, where: str, value: float | None) -> None:
+        expected = f"at least {least}" + (", and finite" if isinstance(least, float) else "")
+        require(value is None or least <= value < math.inf, where, expected, value)
+
+    schedule, optimizer, data = recipe.schedule, recipe.optimizer, recipe.data
+    _one_of("data.name", data.name, ["fashion_mnist"])
+    _one_of("data.augment", data.augment, ["none", "crop-flip"])
+    _one_of("optimizer.name", optimizer.name, ["sgd", "adamw"])
+    _one_of("precision", recipe.precision, ["fp32", "bf16", "fp16"])
+    folder = recipe.name not in ("", ".", "..") and not set(recipe.name) & set("/\\\0")
+    require(folder, "name", "a folder's name", recipe.name)
+    for option, value in recipe.model.options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(not number or 0 < value < math.inf, f"model.{option}", "above 0, and finite", value)
+    at_least(1, "data.train_size", data.train_size)
+    at_least(1, "schedule.epochs", schedule.epochs)
+    at_least(1, "schedule.batch_size", schedule.batch_size)
+    fits = schedule.accumulate >= 1 and schedule.batch_size % schedule.accumulate == 0
+    require(fits, "schedule.accumulate", f"a divisor of batch_size={schedule.batch_size}", schedule.accumulate)
+    warmup, smoothing = schedule.warmup_epochs, schedule.label_smoothing
+    require(0 <= warmup < schedule.epochs, "schedule.warmup_epochs", f"in [0, epochs={schedule.epochs})", warmup)
+    require(0 <= smoothing < 1, "schedule.label_smoothing", "in [0, 1)", smoothing)
+    require(0 < optimizer.lr < math.inf, "optimizer.lr", "above 0, and finite", optimizer.lr)
+    require(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)", optimizer.momentum)
+    nesterov = not optimizer.nesterov or (optimizer.name == "sgd" and optimizer.momentum > 0)
+    require(nesterov, "optimizer.nesterov", "false without SGD's momentum", optimizer.nesterov)
+    at_least(0.0, "optimizer.weight_decay", optimizer.weight_decay)
+    at_least(0.0, "optimizer.norm_weight_decay", optimizer.norm_weight_decay)
+    at_least(1, "threads", recipe.threads)

@@ -1,0 +1,146 @@
+"""What a run writes down: metrics as they come, and at the end what it came to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from rarefy import cost
+from rarefy.sparse import Sparsifier
+from rarefy.train.recipe import Recipe
+from rarefy.train.run_folder import RunFolder
+
+_SCALARS = ("loss", "learning_rate", "alpha", "sparsity", "inference_flops_ratio", "test_accuracy", "test_loss")
+
+
+class Recorder:
+    """Metrics of a run in its folder and as TensorBoard events.
+
+    Attributes:
+        sparsity: of the sparsified layers when last recorded; None for a dense run.
+    """
+
+    def __init__(
+        self, folder: RunFolder, dense: cost.Cost, sparsifier: Sparsifier | None, steps_per_epoch: int
+    ) -> None:
+        self.folder, self.cost, self.sparsifier, self.steps_per_epoch = folder, dense, sparsifier, steps_per_epoch
+        self.sparsity: float | None = None
+        self._events: SummaryWriter | None = None
+
+    def open(self, step: int) -> None:
+        """Begin after this step, forgetting what was recorded later."""
+        self.folder.rewind(step)
+        self._events = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=step + 1)
+
+    def close(self) -> None:
+        """Write out the events."""
+        if self._events is not None:
+            self._events.close()
+
+    def train(self, step: int, **values: Any) -> None:
+        """Record the training up to this step: the values, and every sparsified layer."""
+        self._write("train", step, {**values, **self._sparse_state()})
+
+    def evaluation(self, step: int, **values: Any) -> None:
+        """Record an evaluation."""
+        state = self._sparse_state()
+        state.pop("layers", None)
+        self._write("eval", step, {**values, **state})
+
+    def _sparse_state(self) -> dict[str, Any]:
+        if self.sparsifier is None:
+            return {}
+        layers = self.sparsifier.layers()
+        densities = {layer.name: layer.density for layer in layers}
+        self.sparsity = 1.0 - sum(layer.live for layer in layers) / sum(layer.weights for layer in layers)
+        return {
+            "alpha": layers[0].alpha,
+            "sparsity": self.sparsity,
+            "inference_flops_ratio": self.cost.with_densities(densities).ratio,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "density": layer.density,
+                    "threshold": layer.threshold,
+                    "weight_grad_density": layer.weight_grad_density,
+                }
+                for layer in layers
+            ],
+        }
+
+    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        self.folder.append({"event": event, "step": step, "epoch": step / self.steps_per_epoch, **values})
+        if self._events is not None:
+            for key in _SCALARS:
+                if values.get(key) is not None:
+                    self._events.add_scalar(f"{event}/{key}", values[key], step)
+
+    def training_ratio(self) -> float:
+        """Training FLOPs as a share of the dense run's, from the densities in the metrics."""
+        if self.sparsifier is None:
+            return 1.0
+        log, last = [], 0
+        for record in self._with_layers():
+            forward = {layer["name"]: layer["density"] for layer in record["layers"]}
+            gradient = {layer["name"]: layer["weight_grad_density"] for layer in record["layers"]}
+            log.append(cost.TrainingSteps(record["step"] - last, forward, gradient))
+            last = record["step"]
+        return cost.training_ratio(self.cost, log)
+
+    def _with_layers(self) -> list[dict[str, Any]]:
+        return [record for record in self.folder.records() if record.get("layers")]
+
+    def summary(self, recipe: Recipe, final: cost.Cost, thresholds: dict[str, float | None]) -> dict[str, Any]:
+        """What the finished run came to; ``thresholds`` are the sparsified layers' last ones."""
+        budget = None if self.sparsifier is None else self.sparsifier.budget
+        goal = None if budget is None else 1.0 - budget.goal if budget.kind == "sparsity" else budget.goal
+        pruned = [layer for layer in final.layers if layer.name in thresholds] or list(final.layers)
+        first: dict[str, Any] = next(iter(self._with_layers()), {"layers": []})
+        initial = {layer["name"]: layer["density"] for layer in first["layers"]}
+        return {
+            "name": recipe.name,
+            "method": recipe.method.name,
+            "model": recipe.model.name,
+            "data": recipe.data.name,
+            "target": goal,
+            "target_kind": None if budget is None else budget.kind,
+            "sparsity": 1.0 - sum(layer.nonzeros for layer in pruned) / sum(layer.parameters for layer in pruned),
+            "inference_flops_ratio": final.ratio,
+            "training_flops_ratio": self.training_ratio(),
+            "dense_flops": final.dense,
+            "inference_flops": final.inference,
+            "parameters": final.parameters,
+            "nonzeros": final.nonzeros,
+            "convention": final.convention,
+            "epochs": recipe.schedule.epochs,
+            "seed": recipe.seed,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "shape": list(layer.shape),
+                    "parameters": layer.parameters,
+                    "nonzeros": layer.nonzeros,
+                    "density": layer.density,
+                    "dense_flops": layer.dense,
+                    "inference_flops": layer.inference,
+                    "initial_density": initial.get(layer.name, 1.0),
+                    "threshold": thresholds.get(layer.name),
+                }
+                for layer in final.layers
+            ],
+        }
+
+
+def histograms(model: nn.Module, sparsifier: Sparsifier, bins: int = 60) -> list[dict[str, Any]]:
+    """Magnitudes of the raw weights of each sparsified layer, to be seen about their threshold."""
+    modules, found = dict(model.named_modules()), []
+    for layer in sparsifier.layers():
+        weight = modules[layer.name].get_parameter("weight")
+        counts, edges = torch.histogram(weight.detach().float().abs().flatten().cpu(), bins)
+        named = {"name": layer.name, "threshold": layer.threshold}
+        found.append({**named, "edges": edges.tolist(), "counts": [int(count) for count in counts]})
+    return found

@@ -1,0 +1,90 @@
+"""The folder of a run: whole files replaced atomically, metrics appended a line at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+#: What a checkpoint holds.
+_STATE = {"step", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier", "scaler"}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """Where a run keeps what it did."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace the file ``name``."""
+        write_atomically(self.path / name, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+    def write_yaml(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace the file ``name``."""
+        write_atomically(self.path / name, lambda p: p.write_text(yaml.safe_dump(dict(content), sort_keys=False)))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record to the metrics."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The metrics so far; a last line cut off by a crash is left out."""
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if 0 < step >= record["step"]]
+        write_atomically(self.metrics, lambda p: p.write_text("".join(kept)))
+
+    def checkpoint(self, name: str) -> Path:
+        """Path of the checkpoint of this name ("last", "best")."""
+        return self.path / "checkpoints" / f"{name}.pt"
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Replace a checkpoint."""
+        write_atomically(self.checkpoint(name), lambda p: torch.save(dict(state), p))
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """A checkpoint, on the CPU; None if there is none. Raises ValueError for one that is cut off or altered."""
+        path = self.checkpoint(name)
+        if not path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                altered = archive.testzip()
+            state = None if altered else torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # there is no end to what a reader stumbles over in a damaged file
+            raise ValueError(self._damaged(path)) from error
+        if not isinstance(state, dict) or not state.keys() >= _STATE:
+            raise ValueError(self._damaged(path))
+        return state
+
+    def _damaged(self, path: Path) -> str:
+        best = self.checkpoint("best")
+        other = f", or put {best.name} in its place to go on from there" if best.exists() else ""
+        return f"{path} is cut off, altered or not a checkpoint of a run; delete it to train from the start{other}"

@@ -1,0 +1,112 @@
+"""Every method and policy under one name, and a task that trains in a second: new methods join the tests here."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rarefy import sparse
+
+STEPS = 200
+
+#: name of the case -> (name of the method, its options)
+CASES = {
+    "autosparse": ("autosparse", {}),
+    "autosparse-channel": ("autosparse", {"granularity": "channel", "steps_per_epoch": 20, "cutoff": 0.5}),
+    "autosparse-accuracy": ("autosparse", {"target": 0.9}),
+    "autosparse-cost": ("autosparse", {"target": 0.9, "policy": "cost"}),
+    "autosparse-flops": ("autosparse", {"target_flops": 0.2}),
+    "autosparse-sparse-backward": ("autosparse", {"target": 0.8, "backward_density": 0.5}),
+    "str": ("str", {}),
+    "str-target": ("str", {"target": 0.9}),
+}
+TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
+
+
+def network(norm: bool = True) -> nn.Sequential:
+    """(B, 2, 8, 8) -> (B, 4), with every kind of layer that can be sparsified in an image network."""
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, groups=2),
+        nn.ReLU(),
+        nn.Flatten(2),
+        nn.Conv1d(16, 8, 3),
+        nn.Flatten(),
+        nn.Linear(56, 4),
+    )
+
+
+def batch(step: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch that is a pure function of the step: the class is the quadrant with a bright patch."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(4, (size,), generator=generator)
+    images = torch.randn(size, 2, 8, 8, generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = divmod(label, 2)
+        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1.0
+    return images, labels
+
+
+class Run:
+    """A model, its sparsifier and its optimizer."""
+
+    def __init__(
+        self,
+        case: str,
+        *,
+        total_steps: int = STEPS,
+        norm: bool = True,
+        adam: bool = False,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+        **options,
+    ) -> None:
+        torch.manual_seed(1)
+        self.plain = network(norm)
+        self.dense_keys = {key: value.shape for key, value in self.plain.state_dict().items()}
+        name, known = CASES[case]
+        arguments = {"example_input": torch.zeros(1, 2, 8, 8), **known, **options}
+        self.sparsifier = sparse.create(name, self.plain, total_steps=total_steps, **arguments)
+        self.model = wrap(self.plain)
+        if adam:
+            groups = self.sparsifier.param_groups(lr=3e-3)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
+        else:
+            groups = self.sparsifier.param_groups(lr=0.05, weight_decay=5e-4)
+            self.optimizer = torch.optim.SGD(groups, momentum=0.9)
+
+    def train(self, steps: int) -> "Run":
+        """Go on for so many steps."""
+        self.model.train()
+        for _ in range(steps):
+            images, labels = batch(self.sparsifier.steps)
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(images), labels).backward()
+            self.optimizer.step()
+            self.sparsifier.step()
+        return self
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        return {
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+        }
+
+    def load(self, state: dict) -> "Run":
+        """Take a checkpoint back."""
+        self.plain.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        return self
+
+
+def accuracy(model: nn.Module) -> float:
+    """On images that no training step saw."""
+    model.eval()
+    images, labels = batch(10_000, 500)
+    with torch.no_grad():
+        return (model(images).argmax(1) == labels).float().mean().item()

@@ -1,0 +1,72 @@
+"""Files are replaced whole or not at all, and a cut line of the metrics harms nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rarefy.train.run_folder import RunFolder, write_atomically
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    write_atomically(path, lambda p: p.write_text("one"))
+    write_atomically(path, lambda p: p.write_text("two"))
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(partial: Path) -> None:
+        partial.write_text("ne")
+        assert path.read_text() == "old"
+        raise error("no space left")
+
+    with pytest.raises(error):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_leaves_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / ".file.partial").write_text("a longer one than what comes")
+    write_atomically(tmp_path / "file", lambda p: p.write_text("new"))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]
+
+
+def test_an_error_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    tensors = dict.fromkeys(("seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier", "scaler"))
+    folder.save("last", {"step": 1, **tensors})
+
+    class Unsaveable:
+        def __reduce__(self) -> str:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        folder.save("last", {"step": 2, "big": torch.zeros(1000), **tensors, "model": Unsaveable()})
+    state = folder.load("last")
+    assert state is not None
+    assert state["step"] == 1
+    assert folder.load("best") is None
+
+
+def test_records_without_a_cut_last_line_and_rewinding(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.records() == []
+    for step in range(4):
+        folder.append({"step": step})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [record["step"] for record in folder.records()] == [0, 1, 2, 3]
+    folder.rewind(2)
+    folder.append({"step": 3})
+    assert folder.metrics.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    folder.rewind(0)
+    assert folder.records() == []
