@@ -86,6 +86,11 @@ def find(name: str, restype: Any, *argtypes: Any) -> Any:
     return _function(name, _forced.get(), restype, argtypes)
 
 
+def isa() -> str | None:
+    """The instruction set that :func:`find` is held to now, or None for the best there is."""
+    return _forced.get()
+
+
 @contextlib.contextmanager
 def forced(isa: str | None) -> Iterator[None]:
     """Within the block use this instruction set alone ("pytorch": no native kernel; None: the best there is)."""
