@@ -2,7 +2,7 @@
 
     python benchmarks/alpha.py [--jobs 2]
 
-recipes/fashion-mnist.yaml without a target, every run but one under the same pressure, in ``runs/alpha`` on one thread each.
+recipes/fashion-mnist.yaml without a target, all but one under the same pressure, in ``runs/alpha``, a thread each.
 alpha = 0 (STR's gradient) runs away, a large constant alpha holds on to its weights, an annealed one goes between.
 Finished runs are kept: started again, it does only what is missing.
 """

@@ -41,13 +41,8 @@ ADAMW = {"name": "adamw", "lr": 0.003, "weight_decay": 0.01}
 def run(label: str, target: float | None, seed: int) -> dict[str, Any]:
     """One finished run's row; trains it if it is not there."""
     method = {**METHODS[label], **({} if target is None else {"target": target})}
-    folder = RUNS / "-".join(
-        [
-            label.replace(", ", "-").replace(" ", "-").replace("%", "percent"),
-            *([] if target is None else [f"{target:g}"]),
-            f"seed{seed}",
-        ]
-    )
+    name = label.replace(", ", "-").replace(" ", "-").replace("%", "percent")
+    folder = RUNS / "-".join([name, *([] if target is None else [f"{target:g}"]), f"seed{seed}"])
     optimizer = [f"optimizer={json.dumps(ADAMW)}"] if label.endswith("AdamW") else []
     summary = training.run(folder, [f"method={json.dumps(method)}", f"seed={seed}", *optimizer])
     row = {
