@@ -36,6 +36,11 @@ CASES = {
     "topk": ("topk", {"target": 0.8}),
     "powerprop": ("powerprop", {"target": 0.9}),
     "topkast": ("topkast", {"target": 0.9}),
+    "optg": ("optg", {"target": 0.9}),
+    "dst": ("dst", {"target": 0.9}),
+    "dst-free": ("dst", {}),
+    "ltp": ("ltp", {"target": 0.9}),
+    "cs": ("cs", {"target": 0.9}),
     "topkast-power": ("topkast", {"target": 0.9, "power": 1.5, "superset": 4.0}),
 }
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
