@@ -18,6 +18,8 @@ CASES = {
     "autosparse-cost": ("autosparse", {"target": 0.9, "policy": "cost"}),
     "autosparse-flops": ("autosparse", {"target_flops": 0.2}),
     "autosparse-sparse-backward": ("autosparse", {"target": 0.8, "backward_density": 0.5}),
+    "autosparse-block": ("autosparse", {"target": 0.8, "block": 4, "exclude": ["0"]}),
+    "nm": ("nm", {"n": 1, "m": 4, "exclude": ["0"]}),
     "str": ("str", {}),
     "str-target": ("str", {"target": 0.9}),
     "static": ("static", {"target": 0.9, "distribution": "uniform"}),

@@ -10,6 +10,7 @@ from rarefy.sparse.gmp import GMP
 from rarefy.sparse.granet import GraNet
 from rarefy.sparse.ltp import LTP
 from rarefy.sparse.mest import MEST
+from rarefy.sparse.nm import NM
 from rarefy.sparse.optg import OptG
 from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.registry import create, names, options
@@ -29,6 +30,7 @@ __all__ = [
     "GMP",
     "LTP",
     "MEST",
+    "NM",
     "SET",
     "SNFS",
     "ST3",

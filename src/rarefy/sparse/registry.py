@@ -19,6 +19,7 @@ from rarefy.sparse.gmp import GMP
 from rarefy.sparse.granet import GraNet
 from rarefy.sparse.ltp import LTP
 from rarefy.sparse.mest import MEST
+from rarefy.sparse.nm import NM
 from rarefy.sparse.optg import OptG
 from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.rigl import RigL
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Sparsifier]] = {
     "granet": GraNet,
     "ltp": LTP,
     "mest": MEST,
+    "nm": NM,
     "optg": OptG,
     "powerprop": PowerPropagation,
     "rigl": RigL,
