@@ -22,7 +22,67 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
+
+# Two runs on one thread each: a sparse one that is watched, and beside it, the first time, the dense one to compare with.
+DEMO := $(BIN)/rarefy train recipes/demo.yaml --set threads=1
+demo: $(STAMP)
+	@$(BIN)/python -c "from rarefy.data import fashion_mnist; fashion_mnist.load()"
+	@run=runs/demo-$$(date +%Y%m%d-%H%M%S); dense=runs/demo-dense; \
+	if [ ! -e $$dense/summary.json ]; then \
+	    rm -rf $$dense; $(DEMO) --set 'method={name: dense}' --set name=demo-dense --run $$dense --json >/dev/null 2>&1 & \
+	fi; \
+	$(DEMO) --run $$run >/dev/null && echo "waiting for the dense run" && wait && \
+	$(BIN)/rarefy report $$run --baseline $$dense
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/overhead.py
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/alpha.py
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+# The native kernels on recorded cases, without Python: under sanitizers, and for aarch64 in an emulator.
+# Needs cmake; for aarch64 the packages g++-aarch64-linux-gnu and qemu-user.
+NATIVE := build/native
+NATIVE_CMAKE := -DCMAKE_BUILD_TYPE=Release -DRAREFY_NATIVE_TESTS=ON -DRAREFY_WERROR=ON
+
+.PHONY: test-native test-sanitize test-neon
+
+test-native: test-sanitize test-neon
+
+$(NATIVE)/cases.bin: $(STAMP) tests/act/native_cases.py $(wildcard src/rarefy/act/*.py src/rarefy/act/tables/*.json)
+	mkdir -p $(NATIVE)
+	$(BIN)/python -m tests.act.native_cases $@
+
+test-sanitize: $(NATIVE)/cases.bin
+	for kind in address,undefined thread; do \
+	  folder=$(NATIVE)/$${kind%%,*} && \
+	  cmake -S . -B $$folder $(NATIVE_CMAKE) -DRAREFY_SANITIZE=$$kind && \
+	  cmake --build $$folder --target exhaustive && \
+	  $$folder/exhaustive $(NATIVE)/cases.bin || exit 1; \
+	done
+
+test-neon: $(NATIVE)/cases.bin
+	cmake -S . -B $(NATIVE)/aarch64 $(NATIVE_CMAKE) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build $(NATIVE)/aarch64 --target exhaustive
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/exhaustive $(NATIVE)/cases.bin
+
+# The Triton kernels, in Triton's interpreter: no GPU needed, but the package.
+.PHONY: test-triton
+test-triton: $(STAMP)
+	$(BIN)/pip install -q triton
+	$(BIN)/pytest -q tests/act/check_triton.py
+
+# All 2^32 float32 inputs of tanh, for a night.
+.PHONY: test-float32 act-figures
+test-float32: $(STAMP)
+	$(BIN)/python -m tests.act.check_float32
+
+# The benchmark of the activations and the figures of docs/activations.md.
+act-figures: $(STAMP)
+	$(BIN)/python benchmarks/act.py
+	$(BIN)/python benchmarks/act_figures.py

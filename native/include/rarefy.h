@@ -27,7 +27,7 @@ typedef void rarefy_soft_threshold_f32(
 
 // "soft_threshold_backward_f32": with factor = 1 where |w| > threshold, alpha where lower <= |w| <= threshold, else 0 (lower may be null: then 0),
 //   grad_w = grad * factor,   grad_threshold = -sum(grad * factor * sign(w))  (over everything, or a row when per_row is 1).
-// The sum is taken in double over a fixed order: the same bits for every instruction set and number of threads.
+// The sum is taken in a fixed order, in double over blocks of 256: the same bits for every instruction set and number of threads.
 // partial is scratch for rows * ceil(cols / RAREFY_CHUNK) doubles.
 typedef void rarefy_soft_threshold_backward_f32(
     const float *grad, const float *w, const float *threshold, const float *lower, float alpha, float *grad_w,
@@ -39,6 +39,44 @@ enum { RAREFY_CHUNK = 1 << 15 };
 // "count_above_f32": the number of |w| > threshold; rows, cols and per_row as above. One thread.
 typedef int64_t rarefy_count_above_f32(
     const float *w, const float *threshold, int64_t rows, int64_t cols, int32_t per_row);
+
+// Activation functions: y[i] = f(x[i]) for i < n on the bits of numbers, from the table that is passed. x and y are the
+// same array or do not overlap. A NaN comes back unchanged.
+//
+// Tables as their kernels read them; rarefy.act.Table says what each field means.
+typedef struct {
+    uint16_t start, length, factor, offset, last, reserved[3];  // last: the bits of infinity
+    uint16_t slope[64], base[64];                               // 6 fraction bits; slopes below 256
+} rarefy_linear16;
+
+typedef struct {
+    uint16_t identity_below, saturate_above, one, last, index_shift, mantissa_mask, reserved[2];
+    uint16_t shift[32], base[32];  // base: E << m plus b
+} rarefy_shift16;
+
+typedef struct {
+    uint32_t identity_below, saturate_above, one, last, index_shift, mantissa_mask, reserved[2];
+    uint32_t shift[32], base[32];
+} rarefy_shift32;
+
+// The quartic of segment i = bits(|x| + 1) >> 20 mod 32: y = c0 + f (c1 + f (c2 + f (c3 + f c4))), f = |x| - begin.
+typedef struct {
+    float limit;  // |x| is clamped to it
+    float reserved[15];
+    float begin[32], coefficient[5][32];
+} rarefy_quartic32;
+
+// "act_linear16": any odd function as 64 lines; the table's values must not exceed the inputs'.
+// "act_shift16": K-TanH of 32 rows in bf16 or fp16.
+// "act_lut16": any function as its 65536 values. "act_lut8": any function of an 8-bit format as its 256 values.
+// "act_hard16": min(|x|, 1) with the sign of x; the table is {bits of 1, bits of infinity}.
+// "act_sigmoid_bf16", "act_silu_bf16", "act_gelu_bf16", "act_gelu_tanh_bf16": computed in float32; the table is that of
+//   act_lut16, read for the few inputs outside the range where float32 gives the correctly rounded bits.
+typedef void rarefy_act16(const uint16_t *x, uint16_t *y, int64_t n, const void *table, int32_t threads);
+typedef void rarefy_act8(const uint8_t *x, uint8_t *y, int64_t n, const void *table, int32_t threads);
+// "act_shift32": K-TanH of 32 rows in float32. "act_tanh32": tanh from a rarefy_quartic32.
+// "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": computed in double; they read no table.
+typedef void rarefy_act32(const uint32_t *x, uint32_t *y, int64_t n, const void *table, int32_t threads);
 
 #ifdef __cplusplus
 }

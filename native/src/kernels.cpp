@@ -5,17 +5,23 @@
 
 #include "rarefy.h"
 
-#define RAREFY_DECLARE(isa)                                            \
-    namespace rarefy::isa {                                            \
-    extern const rarefy_kernel soft_threshold_kernels[];               \
-    extern const int64_t soft_threshold_kernel_count;                  \
-    }
-
-#ifdef RAREFY_X86
-RAREFY_DECLARE(avx512)
-RAREFY_DECLARE(avx2)
+// Every source that holds kernels, and every instruction set they are built for, best first.
+#define RAREFY_SOURCES(X, isa) X(isa, soft_threshold) X(isa, act)
+#if defined(RAREFY_X86)
+#define RAREFY_ISAS(X) X(avx512_vbmi2) X(avx512) X(avx2) X(portable)
+#elif defined(RAREFY_NEON)
+#define RAREFY_ISAS(X) X(neon) X(portable)
+#else
+#define RAREFY_ISAS(X) X(portable)
 #endif
-RAREFY_DECLARE(portable)
+
+#define RAREFY_DECLARE(isa, source)                   \
+    namespace rarefy::isa {                           \
+    extern const rarefy_kernel source##_kernels[];    \
+    extern const int64_t source##_kernel_count;       \
+    }
+#define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
+RAREFY_ISAS(RAREFY_DECLARE_ISA)
 
 namespace {
 
@@ -40,11 +46,9 @@ std::vector<rarefy_kernel> collect() {
             all.back().supported = runs(kernels[i].isa);
         }
     };
-#ifdef RAREFY_X86
-    add(rarefy::avx512::soft_threshold_kernels, rarefy::avx512::soft_threshold_kernel_count);
-    add(rarefy::avx2::soft_threshold_kernels, rarefy::avx2::soft_threshold_kernel_count);
-#endif
-    add(rarefy::portable::soft_threshold_kernels, rarefy::portable::soft_threshold_kernel_count);
+#define RAREFY_ADD(isa, source) add(rarefy::isa::source##_kernels, rarefy::isa::source##_kernel_count);
+#define RAREFY_ADD_ISA(isa) RAREFY_SOURCES(RAREFY_ADD, isa)
+    RAREFY_ISAS(RAREFY_ADD_ISA)
     return all;
 }
 

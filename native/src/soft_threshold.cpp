@@ -81,12 +81,15 @@ void backward_chunk(void *context, int64_t index) {
             // dL/dT = -sum g * sign(W), with sign(0) = 0
             signed_grad[i] = x > 0.0f ? kept : x < 0.0f ? -kept : 0.0f;
         }
+        // In float within a block, 16 values a lane, then in double.
+        Floats lanes[LANES / WIDTH] = {};
         for (int64_t i = 0; i < BLOCK; i += LANES)
             for (int part = 0; part < LANES / WIDTH; ++part) {
                 Floats values;
                 __builtin_memcpy(&values, signed_grad + i + part * WIDTH, sizeof values);
-                sums[part] += __builtin_convertvector(values, Doubles);
+                lanes[part] += values;
             }
+        for (int part = 0; part < LANES / WIDTH; ++part) sums[part] += __builtin_convertvector(lanes[part], Doubles);
     }
     double sum = 0.0;
     for (const Doubles &part : sums)

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")
-    train.add_argument("recipe", type=Path, help="a YAML file, for example recipes/demo.yaml")
+    train.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, for example recipes/demo.yaml")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: method.target=0.95"
     )
@@ -96,7 +96,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**summary, "report": str(page)}))
     else:
-        _print_summary(summary, folder, page)
+        _print_summary(folder, page, arguments.baseline)
     return 0
 
 
@@ -110,26 +110,38 @@ def _folder(name: str, resume: bool) -> Path:
     return last if resume else candidate
 
 
-def _print_summary(summary: dict[str, Any], folder: Path, page: Path) -> None:
-    rows = [
-        ("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"),
-        ("sparsity", f"{100 * summary['sparsity']:.2f} %"),
-        ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
-        ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
-        ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
-        ("training time", f"{summary['seconds']:.0f} s"),
-        ("model", str(folder / "model.safetensors")),
-        ("report", str(page)),
-    ]
+def _print_summary(folder: Path, page: Path, baseline: Path | None) -> None:
+    """What a finished run came to, read from its folder; an unfinished one has only its page."""
+    summary, dense = _summary(folder), None if baseline is None else _summary(baseline)
+    rows = [("report", str(page))]
+    if summary is not None:
+        rows[:0] = [
+            ("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"),
+            *([("of the baseline", f"{100 * dense['test_accuracy']:.2f} %")] if dense is not None else []),
+            ("sparsity", f"{100 * summary['sparsity']:.2f} %"),
+            ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
+            ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
+            ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
+            ("training time", f"{summary['seconds']:.0f} s"),
+            ("model", str(folder / "model.safetensors")),
+        ]
     for name, value in rows:
         print(f"{name:>16}  {value}")
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from rarefy import report
 
     page = report.write(arguments.folder, baseline=arguments.baseline, output=arguments.output)
-    print(json.dumps({"report": str(page)}) if arguments.json else page)
+    if arguments.json:
+        print(json.dumps({"report": str(page)}))
+    else:
+        _print_summary(arguments.folder, page, arguments.baseline)
     return 0
 
 
@@ -150,11 +162,8 @@ def _info(arguments: argparse.Namespace) -> int:
         print(f"{'kernels':>12}  none: built without a C++ compiler, everything runs in PyTorch")
         return 0
     print(f"{'kernels':>12}  {library}")
-    best: dict[str, str] = {}
-    for kernel in kernels.table():
-        if kernel.supported:
-            best.setdefault(kernel.name, kernel.isa)
-    for name, isa in best.items():
+    in_use = environment.native_kernels() or {"none in use": "RAREFY_ISA asks for no kernel that runs here"}
+    for name, isa in in_use.items():
         print(f"{'':>12}  {name}: {isa}")
     return 0
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from rarefy import kernels
-from rarefy.kernels._library import ENVIRONMENT as ISA_VARIABLE
 
 #: What /proc/cpuinfo calls the features that matter to the kernels and to PyTorch.
 _FEATURES = (
@@ -43,11 +42,19 @@ def cpu_features() -> list[str]:
     return [feature for feature in _FEATURES if feature in present]
 
 
+def native_kernels() -> dict[str, str]:
+    """The native kernels that run here, each with its instruction set: the best there is, or that of RAREFY_ISA."""
+    asked = os.environ.get(kernels.ENVIRONMENT)
+    best: dict[str, str] = {}
+    for kernel in kernels.table():
+        if kernel.supported and asked in (None, kernel.isa):
+            best.setdefault(kernel.name, kernel.isa)
+    return best
+
+
 def native_isa() -> str:
     """The instruction set that the native kernels run with here; "pytorch" where they do not run."""
-    asked = os.environ.get(ISA_VARIABLE)
-    usable = (kernel.isa for kernel in kernels.table() if kernel.supported and asked in (None, kernel.isa))
-    return next(usable, "pytorch")
+    return next(iter(native_kernels().values()), "pytorch")
 
 
 def describe() -> dict[str, Any]:

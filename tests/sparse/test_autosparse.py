@@ -56,6 +56,21 @@ def test_forward_and_backward_by_hand():
     assert model[0].raw_threshold.grad.item() == 0.25 * 1.5
 
 
+@pytest.mark.parametrize("name", THRESHOLD_FUNCTIONS)
+def test_compiled_and_eager_weights_have_the_same_gradients(name):
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = linear_model()
+        AutoSparse(model, total_steps=10, threshold_function=name, threshold_init=-2.0)
+        layers.append(model)
+    x = torch.randn(5, 20)
+    layers[0](x).square().sum().backward()
+    torch.compile(layers[1], backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_pressure_alone_decays_s_by_its_size():
     model = linear_model()
     nn.init.constant_(model[0].weight, 2.0)  # out of reach of the threshold, so that the floor does not hold it
@@ -68,9 +83,12 @@ def test_pressure_alone_decays_s_by_its_size():
 
 @pytest.mark.parametrize("name", THRESHOLD_FUNCTIONS)
 def test_threshold_functions_and_their_inverses(name):
-    function, inverse = THRESHOLD_FUNCTIONS[name]
+    function, inverse, derivative = THRESHOLD_FUNCTIONS[name]
     s = torch.linspace(-9, 3, 200, dtype=torch.float64)
     torch.testing.assert_close(inverse(function(s)), s, rtol=1e-5, atol=1e-6)
+    s.requires_grad_()
+    (slope,) = torch.autograd.grad(function(s).sum(), s)
+    torch.testing.assert_close(derivative(function(s)), slope)
     magnitudes = torch.linspace(0, 3, 1001, dtype=torch.float64)
     assert (inverse(magnitudes).diff() > 0).all(), "order must hold beyond the function's range too"
 

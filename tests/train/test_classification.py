@@ -1,5 +1,6 @@
 """What a run does, writes and refuses."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_the_learning_rate_rises_on_a_line_and_falls_on_half_a_cosine() -> None:
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[12] == pytest.approx(0.5)
     assert rates[20] == pytest.approx(0.0, abs=1e-15)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert learning_rate(0, 0, 10) == 1.0
     assert 0 < learning_rate(9, 0, 10) < 0.03
 

@@ -48,14 +48,11 @@ def work(folder: Path, patch: pytest.MonkeyPatch) -> int:
     plainly.train()
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
 
-    patch.undo()
-    prepare_again = pytest.MonkeyPatch()
-    prepare(prepare_again)
     if rank == 0:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain()))
-    else:
-        while not (folder / "recipe.yaml").exists():
-            pass
+    whole.accelerator.wait_for_everyone()
+    patch.undo()
+    prepare(patch)
     return main(["train", str(folder / "recipe.yaml"), "--run", str(folder / "cli"), "--json"])
 
 

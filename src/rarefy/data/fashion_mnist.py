@@ -114,8 +114,8 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
                 return data
     raise DataNotFoundError(
         f"Fashion-MNIST is not on this machine ({'; '.join(failures)}). There are three ways: put {_LISTING} into a "
-        f"folder and give load() its name; install Debian's package (apt-get install {_PACKAGE}); or call "
-        f"load(download=True) with a connection to a Debian mirror or to {_HOME}"
+        f"folder and name it (--data FOLDER, or load(FOLDER)); install Debian's package (apt-get install {_PACKAGE}); "
+        f"or let it be fetched, with a connection to a Debian mirror or to {_HOME}"
     )
 
 

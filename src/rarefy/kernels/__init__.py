@@ -4,6 +4,6 @@ The library holds one table of kernels; :func:`table` is that table, and :func:`
 When the library is missing (no compiler when the package was built) both come back empty and callers run in PyTorch.
 """
 
-from rarefy.kernels._library import Kernel, find, forced, library_path, table
+from rarefy.kernels._library import ENVIRONMENT, Kernel, find, forced, isa, library_path, table
 
-__all__ = ["Kernel", "find", "forced", "library_path", "table"]
+__all__ = ["ENVIRONMENT", "Kernel", "find", "forced", "isa", "library_path", "table"]

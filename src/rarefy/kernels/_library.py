@@ -14,7 +14,7 @@ import rarefy.kernels
 
 _NAMES = ("librarefy.so", "librarefy.dylib", "rarefy.dll")
 
-#: Set to "portable", "avx2", "avx512", ... to allow no better instruction set, or to "pytorch" to use no native kernel.
+#: Set to "portable", "avx2", "avx512", ... to use that instruction set alone, or to "pytorch" to use no native kernel.
 ENVIRONMENT = "RAREFY_ISA"
 
 _ASKED = os.environ.get(ENVIRONMENT)
@@ -84,6 +84,11 @@ def find(name: str, restype: Any, *argtypes: Any) -> Any:
     Raises ValueError when ``RAREFY_ISA`` names an instruction set that the library was not built for.
     """
     return _function(name, _forced.get(), restype, argtypes)
+
+
+def isa() -> str | None:
+    """The instruction set that :func:`find` is held to now, or None for the best there is."""
+    return _forced.get()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rarefy import kernels
 
@@ -41,7 +40,8 @@ def _native(weight: Tensor, threshold: Tensor) -> bool:
     )
 
 
-def _forward(weight: Tensor, threshold: Tensor) -> Tensor:
+def forward(weight: Tensor, threshold: Tensor) -> Tensor:
+    """``sign(W) * max(|W| - T, 0)``, without autograd; see :func:`soft_threshold`."""
     kernel = kernels.find("soft_threshold_f32", None, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32)
     if kernel is not None and _native(weight, threshold):
         out = torch.empty_like(weight)
@@ -52,9 +52,10 @@ def _forward(weight: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(weight.abs() <= threshold, 0.0, weight - threshold.copysign(weight)).to(weight.dtype)
 
 
-def _backward(
+def backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """The gradients with respect to W and T; see :func:`soft_threshold`."""
     kernel = kernels.find(
         "soft_threshold_backward_f32",
         None,
@@ -86,30 +87,16 @@ def _backward(
     return grad_weight, grad_threshold
 
 
-class _Eager(torch.autograd.Function):
-    """The same as the operators below with fewer layers of Python: called for every layer in every step."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, threshold, alpha, lower)
-        return _forward(weight, threshold)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors), None, None)
-
-
 @torch.library.custom_op("rarefy::soft_threshold", mutates_args=())
 def _operator(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None) -> Tensor:
-    return _forward(weight, threshold)
+    return forward(weight, threshold)
 
 
 @torch.library.custom_op("rarefy::soft_threshold_backward", mutates_args=())
 def _operator_backward(
     grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _backward(grad, weight, threshold, alpha, lower)
+    return backward(grad, weight, threshold, alpha, lower)
 
 
 @_operator.register_fake
@@ -145,9 +132,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor, alpha: Tensor, lower: Tens
 
     Source: AutoSparse (arXiv 2304.06941), the proxy derivative ``h'(x) = 1 if x > 0 else alpha`` of ``x = |W| - T``.
     """
-    if torch.compiler.is_compiling():
-        return _operator(weight, threshold, alpha, lower)  # type: ignore[no-any-return]
-    return _Eager.apply(weight, threshold, alpha, lower)  # type: ignore[no-any-return, no-untyped-call]
+    return _operator(weight, threshold, alpha, lower)  # type: ignore[no-any-return]
 
 
 def count_above(weight: Tensor, threshold: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class AutoSparse(SoftThreshold):
 
     With a ``target`` (or ``target_flops``) the run lands on it by itself, in one of two ways:
 
-    - ``policy="accuracy"``: alpha is controlled so that the density follows a cubic curve to the target; the thresholds
-      are trimmed over the last fifth of the run.
+    - ``policy="accuracy"``: alpha is controlled against a cubic curve to the target, near 1 while the run is ahead;
+      the thresholds are trimmed over the last fifth of the run.
     - ``policy="cost"``: alpha is annealed and 0 from 45 % of the run on, from where the weight gradient is sparse too;
       the thresholds are trimmed over the last quarter. Fewest training FLOPs.
 

@@ -90,7 +90,7 @@ class SoftThreshold(Sparsifier):
         self.block = block
         self.threshold_lr = threshold_lr
         self.pressure = self._default_pressure() if pressure is None else pressure
-        self._inverse = THRESHOLD_FUNCTIONS[threshold_function][1]
+        self._inverse = THRESHOLD_FUNCTIONS[threshold_function].inverse
         self._thresholded: dict[str, Thresholded] = {}
         for name, layer in self._layers.items():
             weight = layer.weight
@@ -141,20 +141,20 @@ class SoftThreshold(Sparsifier):
     def _update(self) -> None:
         if self.steps > self.total_steps:
             return
-        self._limit()
+        parameters = self._own_parameters()
+        self._limit(parameters)
         if self.budget is None or self._density > self.budget.goal:
             # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
-            torch._foreach_mul_(self._own_parameters(), math.exp(-self.pressure * share))
+            torch._foreach_mul_(parameters, math.exp(-self.pressure * share))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             error = self._measure()
-        torch._foreach_copy_(self._before, self._own_parameters())
+        torch._foreach_copy_(self._before, parameters)
         self._steer(error)
 
-    def _limit(self) -> None:
+    def _limit(self, parameters: list[Tensor]) -> None:
         """Bound what the optimizer did to s."""
-        parameters = self._own_parameters()
         lowest, highest = torch._foreach_sub(self._before, MAX_MOVE), torch._foreach_add(self._before, MAX_MOVE)
         torch._foreach_clamp_min_(lowest, self._least_s)
         torch._foreach_maximum_(parameters, lowest)

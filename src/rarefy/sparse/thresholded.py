@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from rarefy.kernels.soft_threshold import count_above, soft_threshold
+from rarefy.kernels import soft_threshold as kernel
 from rarefy.sparse.masks import block_expand, block_sum
 from rarefy.sparse.selection import Prunable
 from rarefy.sparse.swapped import Swapped, SwappedConv1d, SwappedConv2d, SwappedConv3d, SwappedLinear, unguard
@@ -29,12 +30,40 @@ def _log(threshold: Tensor) -> Tensor:
     return torch.log(threshold.clamp(min=1e-30))
 
 
-#: g and its inverse by name; both keep order over all magnitudes.
-THRESHOLD_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "sigmoid": (torch.sigmoid, _sigmoid_inverse),
-    "exp": (torch.exp, _log),
-    "softplus": (F.softplus, _softplus_inverse),
+class ThresholdFunction(NamedTuple):
+    """g, its inverse, which keeps order over all magnitudes, and its derivative as a function of T = g(s)."""
+
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+THRESHOLD_FUNCTIONS = {
+    "sigmoid": ThresholdFunction(torch.sigmoid, _sigmoid_inverse, lambda t: (1.0 - t) * t),
+    "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
+    "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
 }
+
+
+class _SparseWeight(torch.autograd.Function):
+    """W^ from W and s in one node of the graph, since it runs for every layer in every step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, s: Tensor, alpha: Tensor, lower: Tensor | None, g: ThresholdFunction
+    ) -> Tensor:
+        threshold = g.forward(s.float())
+        ctx.save_for_backward(weight, threshold, alpha, lower)
+        ctx.g, ctx.dtype = g, s.dtype
+        return kernel.forward(weight, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, threshold, alpha, lower = ctx.saved_tensors
+        grad_weight, grad_threshold = kernel.backward(grad, weight, threshold, alpha, lower)
+        # dL/ds = dL/dT g'(s)
+        return grad_weight, (grad_threshold * ctx.g.derivative(threshold)).to(ctx.dtype), None, None, None
 
 
 class Thresholded(Swapped):
@@ -48,12 +77,16 @@ class Thresholded(Swapped):
 
     def threshold(self) -> Tensor:
         """T = g(s) in float32, shaped as s."""
-        return THRESHOLD_FUNCTIONS[self.threshold_function][0](self.raw_threshold.float())
+        return THRESHOLD_FUNCTIONS[self.threshold_function].forward(self.raw_threshold.float())
 
     def sparse_weight(self) -> Tensor:
         """W^, what the layer computes with."""
         if self.block == 1:
-            return soft_threshold(self.weight, self.threshold(), self.alpha, self.lower)
+            if torch.compiler.is_compiling():
+                return kernel.soft_threshold(self.weight, self.threshold(), self.alpha, self.lower)
+            g = THRESHOLD_FUNCTIONS[self.threshold_function]
+            inputs = (self.weight, self.raw_threshold, self.alpha, self.lower, g)
+            return _SparseWeight.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
         # W * max(1 - T/B, 0), B the mean |W| of the block; backward 1 or alpha to W, and to T that along W/B
         weight, threshold, size = self.weight, self.threshold(), self.magnitude().clamp(min=1e-30)
         factor = torch.where(size > threshold, 1.0, self.alpha)
@@ -69,7 +102,7 @@ class Thresholded(Swapped):
     def count(self) -> Tensor:
         """How many weights live, as a tensor."""
         if self.block == 1:
-            return count_above(self.weight, self.threshold())
+            return kernel.count_above(self.weight, self.threshold())
         return (self.magnitude() > self.threshold()).sum()
 
 

@@ -255,10 +255,17 @@ class Classification:
 
     def _mean_loss(self) -> float:
         """Over the steps since the last record and over all processes, checked."""
-        loss = float(self.accelerator.reduce(torch.stack(self._losses).mean(), reduction="mean"))
+        loss: float = self._summed_losses().mean().item() / self.accelerator.num_processes
         self._losses.clear()
         self._check_finite(loss, "the loss")
         return loss
+
+    def _summed_losses(self) -> Tensor:
+        """The losses since the last record, each summed over all processes."""
+        if not self._losses:
+            return torch.zeros(0)
+        losses: Tensor = self.accelerator.reduce(torch.stack(self._losses))
+        return losses
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process was asked to stop: all stop after the same step."""
@@ -319,6 +326,7 @@ class Classification:
         for key, parameter in self.plain_model.named_parameters():
             if not parameter.isfinite().all():
                 self._check_finite(math.nan, f"a number in {key}")
+        losses = self._summed_losses()
         if not self.is_main:
             return
         scaler = self.accelerator.scaler
@@ -326,7 +334,7 @@ class Classification:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
-            "losses": self._losses,
+            "losses": losses,
             "recipe": self.recipe.to_dict(),
             "model": self.plain_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -357,7 +365,8 @@ class Classification:
             self.sparsifier.load_state_dict(state["sparsifier"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self._losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
+        losses = state["losses"].to(self.accelerator.device)
+        self._losses = list(losses if self.is_main else torch.zeros_like(losses))
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
 
     def _finish(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from rarefy.train.classification import Observer, Progress
 
@@ -84,7 +85,9 @@ def watched(quiet: bool = False) -> Iterator[Watch]:
             signal.signal(name, handler)
 
     if console.is_terminal and not quiet:
-        columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left  {task.description}"))
+        # On a narrow terminal it is the bar that gives way.
+        left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+        columns = (BarColumn(20), TaskProgressColumn(), left, TextColumn("left {task.description}"))
         bar = Bar(*columns, console=console, transient=True)
         task = bar.add_task("starting")
 

@@ -265,6 +265,9 @@ def _check(recipe: Recipe) -> None:
     _one_of("precision", recipe.precision, ["fp32", "bf16", "fp16"])
     folder = recipe.name not in ("", ".", "..") and not set(recipe.name) & set("/\\\0")
     require(folder, "name", "a folder's name", recipe.name)
+    for option, value in recipe.model.options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(not number or 0 < value < math.inf, f"model.{option}", "above 0, and finite", value)
     at_least(1, "data.train_size", data.train_size)
     at_least(1, "schedule.epochs", schedule.epochs)
     at_least(1, "schedule.batch_size", schedule.batch_size)

@@ -1,0 +1,324 @@
+"""``rarefy bench act``: the activation functions against PyTorch, SLEEF, HardTanh and memcpy, in one interleaved run.
+
+One pinned thread. Every entry runs for a few milliseconds in each round, all entries in turn, and the median over
+rounds counts: what disturbs the machine for a while disturbs all alike. The clock is the processor time of the thread,
+so that turns of other programs on the core do not count. ``kernel`` entries are native functions in a loop of C,
+``call`` entries go through Python into an existing output (``out=``), as PyTorch's do. Inputs are N(0, 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy import act, kernels
+from rarefy.act import functional, native
+from rarefy.act.oracle import FUNCTIONS
+
+#: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
+SIZES = {"L1": 1 << 13, "L2": 1 << 17, "DRAM": 1 << 25}
+_SLICE = 2e6  # nanoseconds an entry runs in a round
+
+Timer = Callable[[int], float]  # repetitions -> nanoseconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One entry at one size: median and least time over the rounds, in nanoseconds an element (a call for "call8")."""
+
+    size: str
+    dtype: str
+    entry: str
+    ns: float
+    least_ns: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A claim: what was measured, and the bound it is held to ("at least" when ``least``, else "at most")."""
+
+    claim: str
+    value: float
+    bound: float
+    least: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured value keeps the bound."""
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+
+class Peers:
+    """The C functions to compare with and the clock, compiled on the spot; absent without a compiler or the sources."""
+
+    def __init__(self) -> None:
+        self.library: ctypes.CDLL | None = None
+        self.sleef = False
+        self.alive: list[object] = []  # tables that timers point to
+        source = Path(__file__).parents[3] / "native" / "bench" / "act_peers.c"
+        if not source.is_file():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for extra in (["-DPEER_SLEEF", "-lsleef"], []):
+                target = Path(folder) / f"peers{len(extra)}.so"
+                command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(target), *extra]
+                try:
+                    subprocess.run(command, check=True, capture_output=True)
+                except (OSError, subprocess.CalledProcessError):
+                    continue
+                self.library, self.sleef = ctypes.CDLL(str(target)), bool(extra)
+                break
+        if self.library is not None:
+            self.library.peer_clock.restype = ctypes.c_double
+            pointers = [ctypes.c_void_p] * 3
+            self.library.peer_clock.argtypes = [*pointers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+
+    def timer(self, function: Any, table: int, x: Tensor, y: Tensor) -> Timer:
+        """Time a kernel in a loop of C, or of Python when there is no clock."""
+        if self.library is None:
+            pointers = (x.data_ptr(), y.data_ptr(), x.numel(), table, 1)
+            return _python_timer(lambda: function(*pointers))
+        clock, address = self.library.peer_clock, ctypes.cast(function, ctypes.c_void_p).value
+        return lambda n: float(clock(address, x.data_ptr(), y.data_ptr(), x.numel(), table, n))
+
+    def find(self, name: str) -> Any:
+        """A peer by name, or None."""
+        return getattr(self.library, name, None) if self.library is not None else None
+
+
+def _python_timer(call: Callable[[], object]) -> Timer:
+    def run(n: int) -> float:
+        begin = time.thread_time_ns()
+        for _ in range(n):
+            call()
+        return float(time.thread_time_ns() - begin)
+
+    return run
+
+
+def _kernels(peers: Peers, dtype: torch.dtype, x: Tensor, y: Tensor) -> dict[str, Timer]:
+    timers: dict[str, Timer] = {}
+
+    def add(entry: str, program: native.Program | None, isa: str | None = None) -> None:
+        with kernels.forced(isa):
+            kernel = program.kernel() if program is not None else None
+        if kernel is not None:
+            peers.alive.append(program)
+            timers[entry] = peers.timer(*kernel, x, y)
+
+    for function in FUNCTIONS:
+        for mode in ("exact", "ktanh", "hard"):
+            add(f"kernel {function} {mode}", functional.program(function, mode, dtype))
+    if dtype == torch.bfloat16:
+        table = native.program(act.load("tanh_bf16"))
+        for isa in ("avx512", "avx2", "portable"):
+            add(f"kernel tanh exact {isa}", table, isa)
+            add(f"kernel tanh ktanh {isa}", native.program(act.load("tanh_bf16_ktanh")), isa)
+        answers = native.Program(table.dtype, table.steps[-1:])
+        add("kernel lookup of 65536 answers", answers)
+    if dtype == torch.float32:
+        for isa in ("avx2", "portable"):
+            add(f"kernel tanh exact {isa}", functional.program("tanh", "exact", dtype), isa)
+    names = {2: ["memcpy16"], 4: ["memcpy32", "hard32", "sleef_u10", "sleef_u35"]}[x.element_size()]
+    for name in names:
+        peer = peers.find(f"peer_{name}")
+        if peer is not None:
+            timers[name.rstrip("1632") if name.startswith("memcpy") else f"peer {name}"] = peers.timer(peer, 0, x, y)
+    return timers
+
+
+def _calls(x: Tensor, y: Tensor, compiled: bool) -> dict[str, Timer]:
+    aten = torch.ops.aten
+    calls: dict[str, Callable[[], object]] = {
+        "torch.tanh": lambda: torch.tanh(x, out=y),
+        "torch.sigmoid": lambda: torch.sigmoid(x, out=y),
+        "torch.silu": lambda: aten.silu.out(x, out=y),
+        "torch.gelu": lambda: aten.gelu.out(x, out=y),
+        "torch.gelu_tanh": lambda: aten.gelu.out(x, approximate="tanh", out=y),
+        "torch.hardtanh": lambda: aten.hardtanh.out(x, out=y),
+        "call tanh exact": lambda: act.tanh(x, out=y),
+        "call tanh ktanh": lambda: act.tanh(x, "ktanh", out=y),
+        "call sigmoid exact": lambda: act.sigmoid(x, out=y),
+        "call silu exact": lambda: act.silu(x, out=y),
+        "call gelu exact": lambda: act.gelu(x, out=y),
+        "call gelu_tanh exact": lambda: act.gelu(x, approximate="tanh", out=y),
+    }
+    if compiled:
+        for name, function in (("torch.tanh", torch.tanh), ("tanh exact", act.tanh)):
+            fast = torch.compile(lambda v, o, f=function: o.copy_(f(v)), fullgraph=True)
+            fast(x, y)
+            calls[f"inductor {name}"] = lambda fast=fast: fast(x, y)  # type: ignore[misc]
+    return {entry: _python_timer(call) for entry, call in calls.items()}
+
+
+def _interleave(timers: dict[str, Timer], elements: int, rounds: int) -> dict[str, tuple[float, float]]:
+    repeat = {}
+    for entry, timer in timers.items():
+        timer(1)
+        repeat[entry] = max(1, int(_SLICE / max(timer(2) / 2, 1.0)))
+    samples: dict[str, list[float]] = {entry: [] for entry in timers}
+    for _ in range(rounds):
+        for entry, timer in timers.items():
+            samples[entry].append(timer(repeat[entry]) / repeat[entry] / elements)
+    return {entry: (statistics.median(values), min(values)) for entry, values in samples.items()}
+
+
+def run(sizes: Sequence[str] = tuple(SIZES), rounds: int = 21, *, compiled: bool = True) -> list[Measured]:
+    """Measure everything at the sizes ("L1", "L2", "DRAM") on one thread; ``compiled`` adds Inductor's code."""
+    unknown = [size for size in sizes if size not in SIZES]
+    if unknown or rounds < 1:
+        raise ValueError(f"sizes must be among {', '.join(SIZES)} and rounds at least 1, got {unknown or rounds}")
+    threads, cores = torch.get_num_threads(), _pin()
+    try:
+        torch.set_num_threads(1)
+        peers, found = Peers(), []
+        for size in sizes:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                n = SIZES[size] if dtype != torch.float32 else SIZES[size] // 2
+                x = (torch.randn(n, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+                y = torch.zeros_like(x)
+                timers = _kernels(peers, dtype, x, y) | _calls(x, y, compiled and size == "L2")
+                times = _interleave(timers, n, rounds if size != "DRAM" else max(3, rounds // 3))
+                found += [Measured(size, str(dtype).removeprefix("torch."), e, *t) for e, t in times.items()]
+        x = torch.randn(8).to(torch.bfloat16)
+        small = {"torch.tanh": lambda: torch.tanh(x), "act.tanh": lambda: act.tanh(x), "act.silu": lambda: act.silu(x)}
+        times = _interleave({entry: _python_timer(call) for entry, call in small.items()}, 1, rounds)
+        return found + [Measured("call8", "bfloat16", e, *t) for e, t in times.items()]
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def _pin() -> set[int]:
+    """Stay on one core (the last that is allowed); returns the cores before, empty where that is not possible."""
+    if not hasattr(os, "sched_setaffinity"):
+        return set()
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    return before
+
+
+def targets(found: Sequence[Measured]) -> list[Target]:
+    """The claims that the measured entries allow to judge."""
+    ns = {(m.size, m.dtype, m.entry): m.ns for m in found}
+    b, f = "bfloat16", "float32"
+    wanted: list[tuple[str, tuple[str, str, str], tuple[str, str, str], float, bool]] = [
+        ("tanh exact: times torch.tanh, L2", ("L2", b, "torch.tanh"), ("L2", b, "kernel tanh exact"), 30, True),
+        ("tanh exact: of memcpy, L2", ("L2", b, "kernel tanh exact"), ("L2", b, "memcpy"), 2.2, False),
+        ("tanh exact: of memcpy, DRAM", ("DRAM", b, "kernel tanh exact"), ("DRAM", b, "memcpy"), 1.1, False),
+        ("tanh ktanh: times torch.tanh, L2", ("L2", b, "torch.tanh"), ("L2", b, "kernel tanh ktanh"), 35, True),
+        ("sigmoid exact: times torch, L2", ("L2", b, "torch.sigmoid"), ("L2", b, "kernel sigmoid exact"), 2.2, True),
+        ("silu exact: times torch, L2", ("L2", b, "torch.silu"), ("L2", b, "kernel silu exact"), 2.2, True),
+        ("silu exact, stretch: times torch, L2", ("L2", b, "torch.silu"), ("L2", b, "kernel silu exact"), 4, True),
+        (
+            "gelu_tanh exact: times torch, L2",
+            ("L2", b, "torch.gelu_tanh"),
+            ("L2", b, "kernel gelu_tanh exact"),
+            7,
+            True,
+        ),
+        ("gelu exact: times torch, L2", ("L2", b, "torch.gelu"), ("L2", b, "kernel gelu exact"), 1.2, True),
+        ("float32 tanh: times SLEEF u35, L2", ("L2", f, "peer sleef_u35"), ("L2", f, "kernel tanh exact"), 3, True),
+        ("float32 tanh: times torch.tanh, L2", ("L2", f, "torch.tanh"), ("L2", f, "kernel tanh exact"), 20, True),
+        ("AVX2 tanh exact: times torch.tanh", ("L2", b, "torch.tanh"), ("L2", b, "kernel tanh exact avx2"), 3.5, True),
+        ("portable tanh exact: times torch", ("L2", b, "torch.tanh"), ("L2", b, "kernel tanh exact portable"), 1, True),
+        ("call on 8 elements: of torch.tanh's", ("call8", b, "act.tanh"), ("call8", b, "torch.tanh"), 5, False),
+    ]
+    return [
+        Target(claim, ns[over] / ns[under], bound, least)
+        for claim, over, under, bound, least in wanted
+        if over in ns and under in ns
+    ]
+
+
+def environment(command: str) -> dict[str, str]:
+    """Machine, versions, date and command, as they go into every row of the results."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    isa = next((kernel.isa for kernel in kernels.table() if kernel.supported), "none")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": str(os.cpu_count()),
+        "load": load,
+        "isa": isa,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": command,
+    }
+
+
+def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> None:
+    """One row an entry; the file is written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *about])
+        writer.writeheader()
+        for m in found:
+            writer.writerow({**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about})
+    beside.replace(path)
+
+
+def _table(found: Sequence[Measured]) -> str:
+    lines = []
+    for size in dict.fromkeys(m.size for m in found):
+        for dtype in dict.fromkeys(m.dtype for m in found if m.size == size):
+            rows = [m for m in found if (m.size, m.dtype) == (size, dtype)]
+            base = next((m.ns for m in rows if m.entry == "memcpy"), None)
+            lines.append(f"{size} {dtype}" + (" (ns per element, times memcpy)" if base else " (ns)"))
+            for m in sorted(rows, key=lambda m: m.ns):
+                lines.append(f"  {m.entry:34s} {m.ns:10.4f}" + (f" {m.ns / base:8.2f}" if base else ""))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 0. ``--json`` prints one object with "environment", "measured" and "targets"."""
+    parser = argparse.ArgumentParser(prog="rarefy bench act", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated: L1, L2, DRAM")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--no-inductor", action="store_true", help="leave out compiled code")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    options = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    given = [Path(word).name if os.path.isabs(word) else word for word in given]  # no folders of a machine
+    about = environment(" ".join(["rarefy bench act", *given]))
+    found = run(options.sizes.split(","), options.rounds, compiled=not options.no_inductor)
+    judged = targets(found)
+    if options.csv is not None:
+        write_csv(options.csv, found, about)
+    if options.json:
+        claims = [{**asdict(t), "met": t.met} for t in judged]
+        print(json.dumps({"environment": about, "measured": [asdict(m) for m in found], "targets": claims}, indent=1))
+        return 0
+    print(_table(found))
+    for t in judged:
+        bound = f"at {'least' if t.least else 'most'} {t.bound:g}"
+        print(f"{'met   ' if t.met else 'MISSED'} {t.claim}: {t.value:.2f} ({bound})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

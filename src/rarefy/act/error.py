@@ -1,0 +1,73 @@
+"""How far a table, or any array of answers for all inputs of a format, is from the true function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.act import formats, oracle
+from rarefy.act.formats import Format
+from rarefy.act.table import Table
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Exhaustive errors over every input of a format that is not NaN.
+
+    Attributes:
+        max_abs: largest absolute error against the true function.
+        worst: the input of that error.
+        max_ulp: largest distance to the correctly rounded result, counted in representable numbers.
+        misrounded: how many inputs do not give the correctly rounded result.
+        falls: how often the result falls from one input to the next larger one (SiLU and GELU do so by nature).
+        rmse: root of the mean square error for x uniform on [-4, 4].
+
+    """
+
+    max_abs: float
+    worst: float
+    max_ulp: int
+    misrounded: int
+    falls: int
+    rmse: float
+
+
+def measure(function: str, fmt: str | Format, answers: npt.ArrayLike) -> Errors:
+    """The errors of ``answers[bits]``, the results for all bit patterns of a format of at most 16 bits."""
+    f = formats.get(fmt)
+    bits = f.all_bits()
+    y = np.asarray(answers, dtype=np.int64)
+    if y.shape != bits.shape:
+        raise ValueError(
+            f"answers must hold one result for each of the {bits.size} patterns of {f.name}, got {y.shape}"
+        )
+    right, _ = oracle.rounded(function, f, bits)
+    # by rising value: negative patterns in reverse, then the positive ones
+    order = np.concatenate([np.arange(f.sign + f.last, f.sign - 1, -1), np.arange(0, f.last + 1)])
+    bits, y, right = bits[order], y[order], right[order]
+    x, value = f.decode(bits), f.decode(y)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(value - oracle.evaluate(function, x))
+    error = np.where(y == right, np.where(np.isfinite(error), error, 0.0), error)
+    ordinal, target = (np.where(b & f.sign, -(b & (f.sign - 1)), b) for b in (y, right))
+    inside = np.abs(x) <= 4.0
+    gaps = np.gradient(x[inside])  # what each input stands for on the real line
+    worst = int(np.nanargmax(error))
+    return Errors(
+        max_abs=float(error[worst]),
+        worst=float(x[worst]),
+        max_ulp=int(np.abs(ordinal - target).max()),
+        misrounded=int((y != right).sum()),
+        falls=int((np.diff(ordinal) < 0).sum()),
+        rmse=float(np.sqrt(np.average(error[inside] ** 2, weights=gaps))),
+    )
+
+
+def of(table: Table) -> Errors:
+    """The errors of a table for one of the known functions, over all inputs of its format."""
+    fmt = formats.get(table.format)
+    answers: npt.NDArray[Any] = table.compute(fmt.all_bits())
+    return measure(table.function, fmt, answers)

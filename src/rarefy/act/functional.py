@@ -1,0 +1,330 @@
+"""tanh, sigmoid, silu and gelu on tensors: native kernels on the CPU, plain PyTorch operators elsewhere, the same bits.
+
+Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec`. Error of
+``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
+last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.
+
+Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
+(but exact float32 on the CPU, whose fused form is slow, is one operator that runs the kernel).
+So they are in a graph of ``torch.export(..., strict=True)``, which then needs no rarefy to run; without ``strict`` they
+are one operator there, ``rarefy::activation``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy import kernels
+from rarefy.act import aten, gradients, native, spec
+from rarefy.act.aten import FORMAT_OF, given_table
+from rarefy.act.quartic import tanh as quartic_tanh
+from rarefy.act.table import Table
+
+_THREADED = 1 << 18  # elements from which a kernel uses more than one thread
+
+
+def tanh(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """The hyperbolic tangent of every element, in [-1, 1], odd.
+
+    Args:
+        x: a floating-point tensor of any shape and layout.
+        mode: "exact", "ktanh" (the paper, or ``table``) or "hard" (HardTanh).
+        grad: "y" (1 - y^2, as PyTorch; the default) or "x" (from the input); in mode "hard" only "x".
+        out: where to put the result, of the same shape and dtype; ``x`` itself computes in place. No gradient then.
+        table: for mode "ktanh": a :class:`Table` of the input's format, or the name of a shipped one.
+
+    Raises TypeError for integers, complex numbers and float64; ValueError for an unknown mode or gradient, for a table
+    of another format or function, and for an ``out`` that does not match.
+
+    """
+    return _call("tanh", x, mode, grad, out, table)
+
+
+def sigmoid(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """The logistic function 1 / (1 + e^-x) of every element, in [0, 1]; arguments and errors as :func:`tanh`."""
+    return _call("sigmoid", x, mode, grad, out, table)
+
+
+def silu(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """SiLU or Swish, x * sigmoid(x); arguments and errors as :func:`tanh`, but ``grad`` is "x" alone."""
+    return _call("silu", x, mode, grad, out, table)
+
+
+def gelu(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    approximate: str = "none",
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """GELU: x Phi(x) for ``approximate="none"``, the form by tanh for "tanh" (mode "ktanh" always has that form).
+
+    Other arguments and errors as :func:`tanh`, but ``grad`` is "x" alone.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
+    return _call("gelu" if approximate == "none" else "gelu_tanh", x, mode, grad, out, table)
+
+
+def _call(
+    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _traced(function, x, mode, grad, out, table)
+    # The short way: plain contiguous data that was computed before.
+    if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
+        known = _known.get((function, mode, x.dtype, x.device.type, kernels.isa()))
+        if known is not None and x.is_contiguous() and not x.is_neg() and not _transformed():
+            y = torch.empty_like(x) if out is None else out
+            if out is None or (_matches(x, out) and not _overlaps(x, out)):
+                n = x.numel()
+                threads = 1 if n < _THREADED else torch.get_num_threads()
+                known[0](x.data_ptr(), y.data_ptr(), n, known[1], threads)
+                if out is not None:
+                    torch.autograd.graph.increment_version(out)
+                return y
+    text = _text(table)
+    _check(function, x, mode, text)
+    direction = gradients.resolve(function, mode, grad)
+    if out is None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return _apply(x, function, mode, direction, text)
+        if type(x) is Tensor and not x.requires_grad and not _transformed():
+            return _forward(x, function, mode, text)
+        result: Tensor = torch.ops.rarefy.activation(x, function, mode, direction, text)
+        return result
+    return _into(x, function, mode, text, out)
+
+
+def _matches(x: Tensor, out: Tensor) -> bool:
+    """Whether a kernel may write the result of contiguous ``x`` to ``out`` as it lies."""
+    return (
+        type(out) is Tensor
+        and out.dtype is x.dtype
+        and out.shape == x.shape
+        and out.device == x.device
+        and out.is_contiguous()
+        and not out.is_neg()
+        and not (out.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _overlaps(x: Tensor, out: Tensor) -> bool:
+    """Whether two contiguous tensors of one size share memory without being the same."""
+    a, b, size = x.data_ptr(), out.data_ptr(), x.numel() * x.element_size()
+    return a != b and a < b + size and b < a + size
+
+
+def _text(table: Table | str | None) -> str:
+    if table is None:
+        return ""
+    return table if isinstance(table, str) else table.text
+
+
+def _check(function: str, x: Tensor, mode: str, table: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function} takes a tensor, got {type(x).__name__}")
+    _check_dtype(function, x.dtype, mode, table)
+
+
+def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> None:
+    if dtype not in FORMAT_OF:
+        known = ", ".join(str(each).removeprefix("torch.") for each in FORMAT_OF)
+        raise TypeError(f"{function} takes {known}; got {str(dtype).removeprefix('torch.')}: convert it first")
+    spec.check(function, mode, FORMAT_OF[dtype], given_table(table))
+
+
+def _transformed() -> bool:
+    """Whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> Tensor:
+    if out.dtype != x.dtype or out.shape != x.shape or out.device != x.device:
+        raise ValueError(
+            f"out must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}),"
+            f" got {tuple(out.shape)}, {out.dtype}, {out.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
+    return out.copy_(_forward(x, function, mode, table)) if not _direct_into(x, function, mode, table, out) else out
+
+
+def _direct_into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> bool:
+    """Let the kernel write to ``out`` itself where layouts allow; whether it did."""
+    if _transformed() or x.is_neg() or not x.is_contiguous() or not _matches(x, out) or _overlaps(x, out):
+        return False
+    kernel = _kernel(x, function, mode, table)
+    if kernel is None:
+        return False
+    if not table:
+        _known[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
+    kernel[0](x.data_ptr(), out.data_ptr(), x.numel(), kernel[1], _threads(x.numel()))
+    torch.autograd.graph.increment_version(out)
+    return True
+
+
+def _threads(n: int) -> int:
+    return torch.get_num_threads() if n >= _THREADED else 1
+
+
+_programs: dict[tuple[str, str, torch.dtype, str], native.Program | None] = {}
+_known: dict[tuple[str, str, torch.dtype, str, str | None], tuple[Any, int]] = {}
+
+
+def program(function: str, mode: str, dtype: torch.dtype, table: str = "") -> native.Program | None:
+    """The native program of a function, made when it is first needed; None for what has no kernel of its own."""
+    key = (function, mode, dtype, table)
+    if key not in _programs:
+        fmt, given = FORMAT_OF[dtype], given_table(table)
+        direct = spec.table_for(function, mode, fmt, given)
+        if (function, mode) == ("tanh", "hard") and fmt.bits == 16:
+            _programs[key] = native.hard(fmt.name, spec.answers(function, mode, fmt))
+        elif mode == "exact" and fmt.name == "bf16" and function != "tanh":
+            _programs[key] = native.gate(function, spec.answers(function, mode, fmt))
+        elif direct is not None:
+            _programs[key] = native.program(
+                direct, spec.answers(function, mode, fmt, given) if fmt.bits <= 16 else None
+            )
+        elif fmt.bits <= 16:
+            _programs[key] = native.lookup(fmt.name, spec.answers(function, mode, fmt, given))
+        elif (function, mode) == ("tanh", "exact"):
+            _programs[key] = native.quartic(quartic_tanh())
+        elif mode == "exact":
+            _programs[key] = native.wide(function)
+        else:
+            _programs[key] = None
+    return _programs[key]
+
+
+def _kernel(x: Tensor, function: str, mode: str, table: str) -> tuple[Any, int] | None:
+    if x.device.type != "cpu" or _transformed():
+        return None
+    chosen = program(function, mode, x.dtype, table)
+    return None if chosen is None else chosen.kernel()
+
+
+def _forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
+    """The result of real data, without a gradient."""
+    x = x.detach()
+    kernel = _kernel(x, function, mode, table)
+    if kernel is not None:
+        x = x.resolve_neg()
+        y = torch.empty_like(x)
+        if x.stride() != y.stride():  # overlapping or with gaps; empty_like keeps every other layout
+            x, y = x.contiguous(), y.contiguous()
+        kernel[0](x.data_ptr(), y.data_ptr(), x.numel(), kernel[1], _threads(x.numel()))
+        if not table:
+            _known[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
+        return y
+    if x.dtype == torch.float32 and mode == "ktanh" and function != "tanh":
+        core = given_table(table)
+        if core is None or core.function == "tanh":
+            return aten.derived32(x, function, lambda z: _forward(z, "tanh", mode, table))
+    return aten.activation(x, function, mode, table)
+
+
+@torch.library.custom_op("rarefy::activation", mutates_args=())
+def activation(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+    """The operator behind the functions; ``table`` is "", the name of a shipped table, or a table's JSON."""
+    _check(function, x, mode, table)
+    result = _forward(x, function, mode, table)
+    return result.clone() if result is x else result
+
+
+@activation.register_fake
+def _(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.function, ctx.mode, ctx.grad, _ = inputs
+    ctx.save_for_backward(output if ctx.grad == "y" else x)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    (saved,) = ctx.saved_tensors
+    return gradients.backward(upstream, saved, ctx.function, ctx.mode, ctx.grad), None, None, None, None
+
+
+activation.register_autograd(_backward, setup_context=_setup)
+
+
+class _Activation(torch.autograd.Function):
+    """The function for torch.compile, which traces through it, and for the transforms of torch.func."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+        if torch.compiler.is_compiling():
+            return aten.activation(x, function, mode, table)
+        return _forward(x, function, mode, table)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, upstream[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[Any, ...], x: Tensor, function: str, mode: str, grad: str, table: str
+    ) -> tuple[Tensor, Any]:
+        return _apply(x, function, mode, grad, table), dims[0]
+
+
+def _apply(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+    result: Tensor = _Activation.apply(x, function, mode, grad, table)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _traced(
+    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
+) -> Tensor:
+    text = _text(table)
+    _validated(function, mode, str(x.dtype), text)
+    direction = gradients.resolve(function, mode, grad)
+    # One operator in an export without dynamo, and where the fused form would cost far more than the kernel.
+    slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
+    if not torch.compiler.is_dynamo_compiling() or (slow_fused and not torch.compiler.is_exporting()):
+        result: Tensor = torch.ops.rarefy.activation(x, function, mode, direction, text)
+    elif x.requires_grad and torch.is_grad_enabled():
+        result = _apply(x, function, mode, direction, text)
+    else:
+        result = aten.activation(x, function, mode, text)
+    return result if out is None else out.copy_(result)
+
+
+@torch.compiler.assume_constant_result
+def _validated(function: str, mode: str, dtype: str, table: str) -> bool:
+    _check_dtype(function, getattr(torch, dtype.removeprefix("torch.")), mode, table)
+    return True

@@ -1,0 +1,77 @@
+"""Gradients of the activation functions, in PyTorch operators.
+
+``grad="y"`` is the formula in the result, as PyTorch's own backward (tanh: 1 - y^2; sigmoid: y (1 - y)). With exact y
+it equals PyTorch's bits. In bf16 it is 0 from |x| = 3.469 on, where y rounds to 1; with K-TanH's y it is biased
+upwards, since errors of y that cancel in the mean do not cancel in y^2.
+
+``grad="x"`` is the derivative of the true function at the input, computed in float32 and rounded once: it neither
+vanishes early nor carries a bias. silu and gelu, which are not invertible, have this form alone. In mode ``hard`` it is
+the derivative of the piecewise linear function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_WIDE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+_PYTORCH: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
+    ("tanh", "y"): torch.ops.aten.tanh_backward,
+    ("sigmoid", "y"): torch.ops.aten.sigmoid_backward,
+    ("silu", "x"): torch.ops.aten.silu_backward,
+    ("gelu", "x"): torch.ops.aten.gelu_backward,
+    ("gelu_tanh", "x"): lambda upstream, x: torch.ops.aten.gelu_backward(upstream, x, approximate="tanh"),
+}
+
+
+def resolve(function: str, mode: str, grad: str | None) -> str:
+    """Which form of gradient ("y" or "x") is meant; None is "y" where there is one. Raises ValueError otherwise."""
+    possible = ("y", "x") if function in ("tanh", "sigmoid") and mode != "hard" else ("x",)
+    if grad is None:
+        return possible[0]
+    if grad not in possible:
+        known = " or ".join(f'"{g}"' for g in possible)
+        raise ValueError(f'grad must be {known} for {function} in mode "{mode}", got {grad!r}')
+    return grad
+
+
+def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: str) -> Tensor:
+    """The gradient of the input from that of the result; ``saved`` is the result for "y", the input for "x"."""
+    if saved.dtype not in _WIDE:  # 8-bit formats have no arithmetic
+        return backward(upstream.float(), saved.float(), function, mode, grad).to(saved.dtype)
+    if mode == "hard":
+        return (upstream * _hard(saved, function)).to(saved.dtype)
+    if function == "silu" and torch.is_grad_enabled():  # PyTorch's operator has no derivative of its own
+        gate = torch.sigmoid(saved)
+        return upstream * (gate * (1.0 + saved * (1.0 - gate)))
+    if (function, grad) in _PYTORCH:
+        result: Tensor = _PYTORCH[function, grad](upstream, saved)
+        return result
+    x = saved.float()
+    if function == "tanh":
+        # sech^2 x = 4 e / (1 + e)^2,  e = exp(-2 |x|)
+        e = torch.exp(-2.0 * x.abs())
+        slope = 4.0 * e / (1.0 + e).square()
+    else:
+        # sigmoid(x) sigmoid(-x) = e / (1 + e)^2,  e = exp(-|x|)
+        e = torch.exp(-x.abs())
+        slope = e / (1.0 + e).square()
+    return (upstream.float() * slope).to(saved.dtype)
+
+
+def _hard(x: Tensor, function: str) -> Tensor:
+    wide = x.float()
+    if function == "tanh":
+        return (wide.abs() < 1.0).float()
+    inside = wide.abs() < 3.0
+    if function == "sigmoid":
+        return inside.float() / 6.0
+    # x (k x + 3) / 6 inside, so (2 k x + 3) / 6
+    k = 1.0 if function == "silu" else 1.702
+    slope = torch.where((k * wide).abs() < 3.0, (2.0 * k * wide + 3.0) / 6.0, (wide > 0).float())
+    return torch.where(torch.isnan(wide), math.nan, slope)

@@ -1,0 +1,114 @@
+"""The functions as modules, and an LSTM cell made of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.act import functional, gradients, spec
+from rarefy.act.aten import given_table
+from rarefy.act.table import Table
+
+
+class Activation(nn.Module):
+    """What the modules share: ``mode``, ``grad`` and ``table`` as in :mod:`rarefy.act.functional`."""
+
+    function: str
+    mode: str
+    grad: str | None
+    table: Table | None
+
+    def __init__(self, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> None:
+        super().__init__()
+        self.configure(mode, grad, table)
+
+    def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
+        """Set the three options; raises ValueError for those that no function takes."""
+        given = given_table(table) if isinstance(table, str) else table
+        if mode not in spec.MODES:
+            raise ValueError(f"mode must be one of {', '.join(spec.MODES)}, got {mode!r}")
+        if given is not None and mode != "ktanh":
+            raise ValueError(f'a table goes with mode="ktanh", got mode={mode!r}')
+        gradients.resolve(self.function, mode, grad)
+        self.mode, self.grad, self.table = mode, grad, given
+
+    def extra_repr(self) -> str:
+        """The options that are not the default."""
+        parts = [f"mode={self.mode!r}"]
+        parts += [f"grad={self.grad!r}"] if self.grad is not None else []
+        parts += [f"table={self.table.name!r}"] if self.table is not None else []
+        return ", ".join(parts)
+
+
+class Tanh(Activation):
+    """:func:`rarefy.act.tanh` as a module."""
+
+    function = "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape in, the same out."""
+        return functional.tanh(x, self.mode, grad=self.grad, table=self.table)
+
+
+class Sigmoid(Activation):
+    """:func:`rarefy.act.sigmoid` as a module."""
+
+    function = "sigmoid"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape in, the same out."""
+        return functional.sigmoid(x, self.mode, grad=self.grad, table=self.table)
+
+
+class SiLU(Activation):
+    """:func:`rarefy.act.silu` as a module."""
+
+    function = "silu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape in, the same out."""
+        return functional.silu(x, self.mode, grad=self.grad, table=self.table)
+
+
+class GELU(Activation):
+    """:func:`rarefy.act.gelu` as a module; ``approximate`` is "none" or "tanh"."""
+
+    function = "gelu"
+
+    def __init__(
+        self,
+        mode: str = "exact",
+        *,
+        approximate: str = "none",
+        grad: str | None = None,
+        table: Table | str | None = None,
+    ) -> None:
+        super().__init__(mode, grad=grad, table=table)
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape in, the same out."""
+        return functional.gelu(x, self.mode, approximate=self.approximate, grad=self.grad, table=self.table)
+
+
+class LSTMCell(nn.LSTMCell):
+    """``torch.nn.LSTMCell`` (same parameters, same order of gates) with these activations.
+
+    ``mode`` is that of both functions; ``table``, for mode "ktanh", is a table of tanh, from which sigmoid derives.
+    """
+
+    mode: str = "exact"
+    table: Table | None = None
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step: input [batch, input_size] and (h, c), each [batch, hidden_size]; returns the new (h, c)."""
+        h, c = hx if hx is not None else (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
+        gates = nn.functional.linear(input, self.weight_ih, self.bias_ih)
+        gates = gates + nn.functional.linear(h, self.weight_hh, self.bias_hh)
+        i, f, g, o = gates.chunk(4, dim=-1)
+        # c' = sigmoid(f) c + sigmoid(i) tanh(g),   h' = sigmoid(o) tanh(c')
+        i, f, o = (functional.sigmoid(gate, self.mode, table=self.table) for gate in (i, f, o))
+        c = torch.addcmul(f * c, i, functional.tanh(g, self.mode, table=self.table))
+        return o * functional.tanh(c, self.mode, table=self.table), c

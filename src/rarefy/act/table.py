@@ -1,0 +1,333 @@
+"""``Table``: one object that is the specification of an activation unit, its software model and its file.
+
+Three forms of table map the bits of a number to the bits of the function's value, with integer operations alone:
+
+``shift`` and ``carry`` (K-TanH, arXiv 1909.07729, algorithm 1)
+    ``u`` is the magnitude's bits, ``M`` its mantissa field of ``m`` bits. The low ``exponent_bits`` of the exponent and
+    the high ``mantissa_bits`` of the mantissa are the row ``t``, whose parameters are (E, r, b):
+    ``y = E << m | ((M >> r) + b)`` (``shift``; the sum stays inside the mantissa field), or the same with a plus, so
+    that a row may cross into the next exponent (``carry``). Below T1 y is the input, above T2 it is 1.
+
+``linear``
+    ``d = clamp(u - start, 0, length)``, row ``t = d * factor >> 16`` with parameters (S, B):
+    ``y = offset + (((B + S * d) mod 2^16) >> fraction_bits)``; below ``identity_below`` y is the input. A table without
+    symmetry has as many rows again for negative inputs, above the others.
+
+``segments``
+    Row (first, S, B) holds from the pattern ``first`` up to the next row's: ``y = (B + S * (u - first)) >> f`` with
+    ``f = fraction_bits``. With odd symmetry ``u`` is the magnitude, else the whole pattern, the sign bit included.
+
+In every form a NaN passes unchanged, and under odd symmetry y takes the sign of the input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.act import formats
+from rarefy.act.formats import Bits, Format
+
+FILE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BitIndex:
+    """Row index of ``shift`` and ``carry``: low bits of the exponent, then high bits of the mantissa."""
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows such an index addresses."""
+        return 1 << (self.exponent_bits + self.mantissa_bits)
+
+
+@dataclass(frozen=True)
+class MultiplyIndex:
+    """Row index of ``linear``: ``clamp(u - start, 0, length) * factor >> 16``."""
+
+    start: int
+    length: int
+    factor: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows such an index addresses."""
+        return (self.length * self.factor >> 16) + 1
+
+
+@dataclass(frozen=True)
+class CutIndex:
+    """Row index of ``segments``: the last row whose first pattern is not above the input's."""
+
+
+Index: TypeAlias = BitIndex | MultiplyIndex | CutIndex
+
+_INDEX_OF: dict[str, type[BitIndex] | type[MultiplyIndex] | type[CutIndex]] = {
+    "shift": BitIndex,
+    "carry": BitIndex,
+    "linear": MultiplyIndex,
+    "segments": CutIndex,
+}
+FORMS = tuple(_INDEX_OF)
+_COLUMNS = {"shift": 3, "carry": 3, "linear": 2, "segments": 3}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A function in a format as rows of integers; see the module for the three forms.
+
+    Args:
+        name: what files and messages call it.
+        function: the function it stands for: "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", or a name of your own.
+        format: name of the format of input and output ("bf16", "fp16", "fp32", "e4m3fn", "e5m2").
+        form: "shift", "carry", "linear" or "segments".
+        index: how a row is chosen; :class:`BitIndex`, :class:`MultiplyIndex` or :class:`CutIndex` by form.
+        rows: the parameters, one tuple of integers a row.
+        symmetry: "odd" (f(-x) = -f(x), rows hold magnitudes) or "none".
+        identity_below: T1 as bits: magnitudes below give themselves (shift, carry, linear).
+        saturate_above: T2 as bits: magnitudes above give 1.0 (shift, carry).
+        fraction_bits: fraction bits of the sum (linear, segments).
+        offset: what is added after the shift (linear).
+
+    Raises ValueError, naming the row, when the table is not one that its form can hold.
+
+    """
+
+    name: str
+    function: str
+    format: str
+    form: str
+    index: Index
+    rows: tuple[tuple[int, ...], ...]
+    symmetry: str = "odd"
+    identity_below: int = 0
+    saturate_above: int = 0
+    fraction_bits: int = 0
+    offset: int = 0
+    #: The table as JSON: what an operator of PyTorch takes, and an attribute since a traced program can read one.
+    text: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        fmt = formats.get(self.format)
+        if self.form not in FORMS:
+            raise ValueError(f"{self.name}: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.symmetry not in ("odd", "none"):
+            raise ValueError(f'{self.name}: symmetry must be "odd" or "none", got {self.symmetry!r}')
+        if not isinstance(self.index, _INDEX_OF[self.form]):
+            raise ValueError(f"{self.name}: form {self.form} needs a {_INDEX_OF[self.form].__name__}, got {self.index}")
+        if not self.rows:
+            raise ValueError(f"{self.name}: a table needs rows")
+        columns = _COLUMNS[self.form]
+        for t, row in enumerate(self.rows):
+            if len(row) != columns or not all(type(value) is int for value in row):
+                raise ValueError(f"{self.name}: row {t} must be {columns} integers, got {row!r}")
+        {"shift": self._check_bits, "carry": self._check_bits, "linear": self._check_linear}.get(
+            self.form, self._check_segments
+        )(fmt)
+        object.__setattr__(self, "text", self._json())
+
+    def _check_bits(self, fmt: Format) -> None:
+        assert isinstance(self.index, BitIndex)
+        if self.symmetry != "odd":
+            raise ValueError(f'{self.name}: form {self.form} has symmetry "odd"')
+        if not (
+            0 < self.index.exponent_bits <= fmt.exponent_bits and 0 <= self.index.mantissa_bits <= fmt.mantissa_bits
+        ):
+            raise ValueError(f"{self.name}: {self.index} does not fit {fmt.name}")
+        if len(self.rows) != self.index.rows:
+            raise ValueError(f"{self.name}: {self.index} addresses {self.index.rows} rows, got {len(self.rows)}")
+        if not 0 <= self.identity_below <= self.saturate_above <= fmt.last:
+            raise ValueError(
+                f"{self.name}: needs 0 <= T1 <= T2, got {self.identity_below:#x} and {self.saturate_above:#x}"
+            )
+        if self.fraction_bits or self.offset:
+            raise ValueError(f"{self.name}: form {self.form} has no fraction bits and no offset")
+        for t, (e, r, _) in enumerate(self.rows):
+            if not 0 <= e < 1 << fmt.exponent_bits or not 0 <= r <= fmt.mantissa_bits:
+                raise ValueError(f"{self.name}: row {t} must have E in {fmt.name} and 0 <= r <= {fmt.mantissa_bits}")
+        # Only rows that inputs between T1 and T2 reach must stay in range; the rest are never read.
+        m, low = fmt.mantissa_bits, fmt.mantissa_bits - self.index.mantissa_bits
+        for chunk in range(self.identity_below >> low, (self.saturate_above >> low) + 1):
+            t = chunk & (self.index.rows - 1)
+            e, r, b = self.rows[t]
+            first = max(chunk << low, self.identity_below) & fmt.mantissa_mask
+            last = min((chunk << low) + (1 << low) - 1, self.saturate_above) & fmt.mantissa_mask
+            least, most = (first >> r) + b, (last >> r) + b
+            if self.form == "shift" and not (least >= 0 and most <= fmt.mantissa_mask):
+                raise ValueError(f"{self.name}: row {t} {self.rows[t]} leaves the mantissa field ({least} to {most})")
+            if (e << m) + least < 0 or (e << m) + most > fmt.last:
+                raise ValueError(f"{self.name}: row {t} {self.rows[t]} leaves the range of {fmt.name}")
+
+    def _check_linear(self, fmt: Format) -> None:
+        i = self.index
+        assert isinstance(i, MultiplyIndex)
+        if fmt.bits != 16:
+            raise ValueError(f"{self.name}: form linear is for formats of 16 bits, got {fmt.name}")
+        if not (i.start >= 0 and i.length > 0 and i.start + i.length <= fmt.last and 0 < i.factor < 1 << 16):
+            raise ValueError(f"{self.name}: {i} does not fit {fmt.name}")
+        rows = i.rows * (1 if self.symmetry == "odd" else 2)
+        if len(self.rows) != rows:
+            raise ValueError(
+                f"{self.name}: {i} with symmetry {self.symmetry!r} needs {rows} rows, got {len(self.rows)}"
+            )
+        if not 0 <= self.fraction_bits < 16 or not 0 <= self.identity_below <= fmt.last or self.saturate_above:
+            raise ValueError(f"{self.name}: fraction_bits must be 0 to 15, T1 a magnitude, and T2 is not used")
+        for t, row in enumerate(self.rows):
+            if not all(0 <= value < 1 << 16 for value in row):
+                raise ValueError(f"{self.name}: row {t} must be two 16-bit numbers, got {row!r}")
+        if not 0 <= self.offset <= fmt.last - (0xFFFF >> self.fraction_bits):
+            raise ValueError(f"{self.name}: offset {self.offset:#x} lets values leave the range of {fmt.name}")
+
+    def _check_segments(self, fmt: Format) -> None:
+        if self.identity_below or self.saturate_above or self.offset:
+            raise ValueError(f"{self.name}: form segments has no thresholds and no offset")
+        if not 0 <= self.fraction_bits <= 31 or fmt.bits > 16:
+            raise ValueError(f"{self.name}: form segments needs 0 to 31 fraction bits and a format of at most 16 bits")
+        firsts = [row[0] for row in self.rows]
+        if firsts[0] != 0 or any(a >= b for a, b in pairwise(firsts)) or firsts[-1] >= 1 << fmt.bits:
+            raise ValueError(f"{self.name}: rows must begin at 0 and ascend within {fmt.bits} bits")
+        u = np.arange(1 << fmt.bits if self.symmetry == "none" else fmt.last + 1, dtype=np.int64)
+        y = self._segments(u)
+        bad = ((y < 0) | (y >= 1 << fmt.bits)) & ~fmt.is_nan(u)
+        if bad.any():
+            row = int(np.searchsorted(firsts, u[bad][0], side="right")) - 1
+            raise ValueError(f"{self.name}: row {row} {self.rows[row]} leaves the range of {fmt.name}")
+
+    def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
+        """The function of an array of bit patterns, any shape, as unsigned integers of the format's width.
+
+        This is the reference: every kernel, the PyTorch fallback and the hardware equal it bit for bit.
+        Raises TypeError for an array that does not hold integers, ValueError for patterns wider than the format.
+        """
+        fmt = formats.get(self.format)
+        given = np.asarray(bits)
+        if given.dtype.kind not in "ui":
+            raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
+        x = given.astype(np.int64)
+        if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
+            raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
+        u = x & (fmt.sign - 1)
+        if self.form == "segments":
+            y = self._segments(u if self.symmetry == "odd" else x)
+        elif self.form == "linear":
+            y = self._linear(u, (x & fmt.sign) != 0)
+        else:
+            y = self._shift(u, fmt)
+        if self.symmetry == "odd":
+            y = y | (x & fmt.sign)
+        result: npt.NDArray[Any] = np.where(fmt.is_nan(x), x, y).astype(fmt.dtype)
+        return result
+
+    def _columns(self) -> tuple[Bits, ...]:
+        return tuple(np.array(column, dtype=np.int64) for column in zip(*self.rows, strict=True))
+
+    def _shift(self, u: Bits, fmt: Format) -> Bits:
+        assert isinstance(self.index, BitIndex)
+        exponents, shifts, biases = self._columns()
+        t = (u >> (fmt.mantissa_bits - self.index.mantissa_bits)) & (self.index.rows - 1)
+        # y = (E, (M >> r) + b)
+        y = (exponents[t] << fmt.mantissa_bits) + ((u & fmt.mantissa_mask) >> shifts[t]) + biases[t]
+        y = np.where(u < self.identity_below, u, y)
+        return np.where(u > self.saturate_above, fmt.one, y)
+
+    def _linear(self, u: Bits, negative: npt.NDArray[np.bool_]) -> Bits:
+        assert isinstance(self.index, MultiplyIndex)
+        slopes, bases = self._columns()
+        d = np.clip(u - self.index.start, 0, self.index.length)
+        t = d * self.index.factor >> 16
+        if self.symmetry == "none":
+            t = np.where(negative, t + self.index.rows, t)
+        # y = offset + (B + S d mod 2^16) / 2^f
+        y = self.offset + (((bases[t] + slopes[t] * d) & 0xFFFF) >> self.fraction_bits)
+        return np.where(u < self.identity_below, u, y)
+
+    def _segments(self, u: Bits) -> Bits:
+        firsts, slopes, bases = self._columns()
+        t = np.searchsorted(firsts, u, side="right") - 1
+        # y = (B + S d) / 2^f
+        return (bases[t] + slopes[t] * (u - firsts[t])) >> self.fraction_bits
+
+    def to_format(self, fmt: str | Format, name: str | None = None) -> Table:
+        """The same ``shift`` or ``carry`` table in a format with at least as many mantissa bits (bf16 to fp16 or fp32).
+
+        E moves by the difference of the biases; b, T1 and T2 gain zeros at their low end. T2 keeps its value.
+        """
+        old, new = formats.get(self.format), formats.get(fmt)
+        extra = new.mantissa_bits - old.mantissa_bits
+        if self.form not in ("shift", "carry") or extra < 0:
+            raise ValueError(
+                f"{self.name}: only shift and carry tables move to another format, and to no shorter mantissa"
+            )
+        rebias = new.bias - old.bias
+        return replace(
+            self,
+            name=name or f"{self.name}_{new.name}",
+            format=new.name,
+            rows=tuple((e + rebias, r, b << extra) for e, r, b in self.rows),
+            identity_below=(self.identity_below << extra) + (rebias << new.mantissa_bits),
+            saturate_above=(self.saturate_above << extra) + (rebias << new.mantissa_bits),
+        )
+
+    def to_json(self) -> str:
+        """The table as JSON, one line a row, rows last; :meth:`from_json` gives an equal table back."""
+        return self.text
+
+    def _json(self) -> str:
+        index = {f.name: getattr(self.index, f.name) for f in fields(self.index)}
+        head: dict[str, Any] = {"rarefy_table": FILE_VERSION}
+        head |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("index", "rows", "text")}
+        head["index"] = index
+        text = json.dumps(head, indent=1)[:-2]
+        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
+        return f'{text},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """The table of a JSON text; raises ValueError when the text is none or the table is not valid."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a table: {error}") from None
+        if not isinstance(data, Mapping) or data.get("rarefy_table") != FILE_VERSION:
+            raise ValueError(f"not a table of version {FILE_VERSION}")
+        values = {key: value for key, value in data.items() if key != "rarefy_table"}
+        try:
+            index = _INDEX_OF[values["form"]](**values.pop("index"))
+            rows = tuple(tuple(row) for row in values.pop("rows"))
+            return cls(index=index, rows=rows, **values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a table: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to a file: beside it first, then renamed, so that no half-written file is left."""
+        target = Path(path)
+        beside = target.with_name(target.name + ".tmp")
+        beside.write_text(self.to_json(), encoding="utf-8")
+        beside.replace(target)
+
+
+def names() -> list[str]:
+    """The names of the shipped tables."""
+    folder = resources.files("rarefy.act") / "tables"
+    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load(name: str | Path) -> Table:
+    """A shipped table by its name, or a table from a ``.json`` file; raises ValueError when there is none."""
+    if str(name).endswith(".json"):
+        return Table.from_json(Path(name).read_text(encoding="utf-8"))
+    entry = resources.files("rarefy.act") / "tables" / f"{name}.json"
+    if not entry.is_file():
+        raise ValueError(f"table must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
+    return Table.from_json(entry.read_text(encoding="utf-8"))

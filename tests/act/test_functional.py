@@ -1,0 +1,288 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rarefy import act, kernels
+from rarefy.act import aten, formats, oracle, spec
+
+SMALL = {dtype: fmt for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16}
+DTYPES = list(aten.FORMAT_OF)
+PATHS = [None, "portable", "pytorch"]
+INTEGER = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+
+
+def call(function: str, x: Tensor, mode: str = "exact", **options: object) -> Tensor:
+    if function == "gelu_tanh":
+        return act.gelu(x, mode, approximate="tanh", **options)  # type: ignore[arg-type]
+    return getattr(act, function)(x, mode, **options)  # type: ignore[no-any-return]
+
+
+def theirs(function: str, x: Tensor) -> Tensor:
+    if function == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return getattr(F if function in ("silu", "gelu") else torch, function)(x)  # type: ignore[no-any-return]
+
+
+def everything(dtype: torch.dtype) -> Tensor:
+    fmt = aten.FORMAT_OF[dtype]
+    return torch.from_numpy(fmt.all_bits().astype(fmt.dtype)).view(dtype)
+
+
+def bits_of(x: Tensor) -> Tensor:
+    return x.contiguous().view(INTEGER[8 * x.element_size()])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits; in float32 any NaN equals any other."""
+    if a.dtype == torch.float32:
+        a, b = (torch.where(torch.isnan(t), torch.nan, t) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
+
+
+def floats() -> Tensor:
+    rng = np.random.default_rng(0)
+    u = rng.integers(0, 1 << 32, 60_000, dtype=np.uint32)
+    x = torch.from_numpy(u).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.75, 0.25, 15.0, 88.8, -88.8])
+    return torch.cat([special, x, torch.randn(60_000, generator=torch.Generator().manual_seed(0)) * 4])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_every_input_on_every_path(function, mode, path):
+    for dtype, fmt in SMALL.items():
+        x = everything(dtype)
+        want = torch.from_numpy(spec.answers(function, mode, fmt).view(np.int16 if fmt.bits == 16 else np.uint8).copy())
+        with kernels.forced(path):
+            assert torch.equal(bits_of(call(function, x, mode)), want)
+            for arithmetic in (False, True):
+                assert torch.equal(bits_of(aten.activation(x, function, mode, arithmetic=arithmetic)), want)
+
+
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_exact_is_correctly_rounded(function):
+    for dtype, fmt in SMALL.items():
+        right, _ = oracle.rounded(function, fmt, fmt.all_bits())
+        got = bits_of(call(function, everything(dtype))).numpy().astype(np.int64) & ((1 << fmt.bits) - 1)
+        assert np.array_equal(got, right)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_float32_ktanh_and_hard_are_their_definition(function, path):
+    x = floats()
+    bits = x.view(torch.int32).numpy().view(np.uint32)
+    for mode in ("ktanh", "hard"):
+        want = torch.from_numpy(spec.compute(function, mode, formats.FP32, bits)).view(torch.float32)
+        with kernels.forced(path):
+            assert same(call(function, x, mode), want)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_float32_exact_keeps_its_bound(function, path):
+    x = floats()
+    keep = ~torch.isnan(x)
+    with kernels.forced(path):
+        got = call(function, x)
+    assert torch.isnan(got[~keep]).all()
+    true = oracle.evaluate(function, x[keep].double().numpy())
+    y = got[keep].double().numpy()
+    finite = np.isfinite(true)
+    assert np.array_equal(y[~finite], true[~finite])
+    last = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(true[finite]), 1e-300))), -126.0) - 23.0)
+    assert (np.abs(y[finite] - true[finite]) / last).max() <= (6.0 if function == "tanh" else 0.51)
+    assert np.array_equal(np.signbit(y), np.signbit(true))
+
+
+def test_ktanh_table_argument():
+    x = everything(torch.bfloat16)
+    table = act.load("tanh_bf16_monotone")
+    want = torch.from_numpy(table.compute(np.arange(65536)).view(np.int16))
+    for given in (table, "tanh_bf16_monotone"):
+        assert torch.equal(bits_of(act.tanh(x, "ktanh", table=given)), want)
+    for arithmetic in (False, True):
+        assert torch.equal(bits_of(aten.activation(x, "tanh", "ktanh", table.text, arithmetic)), want)
+    wide = act.tanh(floats(), "ktanh", table=table.to_format("fp32"))
+    with kernels.forced("pytorch"):
+        assert same(wide, act.tanh(floats(), "ktanh", table=table.to_format("fp32")))
+    derived = spec.answers("sigmoid", "ktanh", formats.BF16, table)
+    assert torch.equal(bits_of(act.sigmoid(x, "ktanh", table=table)), torch.from_numpy(derived.view(np.int16).copy()))
+    direct = act.load("sigmoid_bf16")
+    assert same(act.sigmoid(x, "ktanh", table=direct), act.sigmoid(x))
+
+
+def test_derived_functions_are_near():
+    """Maximum errors of the derived functions, |x| <= 16, in bf16."""
+    x = everything(torch.bfloat16)
+    x = x[x.abs() <= 16]
+    for function, bound in {"sigmoid": 0.0059, "silu": 0.0283, "gelu_tanh": 0.0144}.items():
+        true = oracle.evaluate(function, x.double().numpy())
+        assert np.abs(call(function, x, "ktanh").double().numpy() - true).max() < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_shapes_and_layouts(function, dtype):
+    base = (torch.randn(6, 10, 8, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    for mode in spec.MODES:
+        whole = call(function, base, mode)
+        assert same(call(function, base.transpose(0, 2), mode), whole.transpose(0, 2))
+        assert call(function, base.transpose(0, 2), mode).stride() == base.transpose(0, 2).stride()
+        assert same(call(function, base[::2, 1::3, 3:], mode), whole[::2, 1::3, 3:])
+        assert same(call(function, base[:, :1].expand(6, 10, 8), mode), whole[:, :1].expand(6, 10, 8))
+        assert same(call(function, base[0, 0, 0], mode), whole[0, 0, 0])
+        assert call(function, base[:0], mode).shape == (0, 10, 8)
+        nchw = base.unsqueeze(0).to(memory_format=torch.channels_last)
+        assert same(call(function, nchw, mode), whole.unsqueeze(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_out_and_in_place(dtype):
+    x = (torch.randn(7, 9) * 3).to(dtype)
+    for function in oracle.FUNCTIONS:
+        for mode in spec.MODES:
+            want = call(function, x, mode)
+            out = torch.empty_like(x)
+            assert call(function, x, mode, out=out) is out
+            assert same(out, want)
+            strided = torch.empty(9, 7, dtype=dtype).t()
+            assert same(call(function, x, mode, out=strided), want)
+            itself = x.clone()
+            version = itself._version
+            assert same(call(function, itself, mode, out=itself), want)
+            assert itself._version > version
+            room = torch.cat([x.reshape(-1), x.new_zeros(5)])
+            assert same(call(function, room[:63], mode, out=room[5:]), want.reshape(-1))
+
+
+def test_negated_views():
+    z = torch.randn(50, dtype=torch.complex64).conj().imag
+    assert z.is_neg()
+    assert same(act.tanh(z), act.tanh(z.clone()))
+
+
+def test_threads(monkeypatch):
+    x = torch.randn(1 << 19).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = act.tanh(x)
+        torch.set_num_threads(2)
+        two = act.tanh(x)
+    finally:
+        torch.set_num_threads(before)
+    assert same(one, two)
+    assert same(one, torch.tanh(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float64, torch.bool], ids=str)
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match=r"tanh takes bfloat16, .*; got " + str(dtype).removeprefix("torch.")):
+        act.tanh(torch.zeros(3, dtype=dtype))
+
+
+def test_bad_arguments_are_named():
+    x = torch.zeros(3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="mode must be one of exact, ktanh, hard, got 'fast'"):
+        act.tanh(x, "fast")
+    with pytest.raises(ValueError, match='a table goes with mode="ktanh"'):
+        act.tanh(x, table="tanh_bf16_monotone")
+    with pytest.raises(ValueError, match="is for bf16, the input is fp16"):
+        act.tanh(x.half(), "ktanh", table="tanh_bf16_monotone")
+    with pytest.raises(ValueError, match="tanh needs a table of tanh"):
+        act.tanh(x, "ktanh", table="gelu_bf16")
+    with pytest.raises(ValueError, match="table must be"):
+        act.tanh(x, "ktanh", table="nothing")
+    with pytest.raises(ValueError, match="grad must be"):
+        act.tanh(x, grad="z")
+    with pytest.raises(ValueError, match='grad must be "x" for silu'):
+        act.silu(x, grad="y")
+    with pytest.raises(ValueError, match='in mode "hard"'):
+        act.tanh(x, "hard", grad="y")
+    with pytest.raises(ValueError, match="approximate must be"):
+        act.gelu(x, approximate="erf")
+    with pytest.raises(ValueError, match="out must have"):
+        act.tanh(x, out=torch.zeros(3))
+    with pytest.raises(ValueError, match="out must have"):
+        act.tanh(x, out=torch.zeros(4, dtype=x.dtype))
+    with pytest.raises(TypeError, match="takes a tensor, got list"):
+        act.tanh([1.0])  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="does not support gradients"):
+        act.tanh(x.requires_grad_(), out=torch.zeros(3, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("path", [None, "pytorch"])
+def test_gradient_y_equals_pytorchs_bits(path):
+    x = everything(torch.bfloat16)
+    x = x[torch.isfinite(x)]
+    for function in ("tanh",):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with kernels.forced(path):
+            call(function, a).backward(torch.ones_like(x))  # type: ignore[no-untyped-call]
+        theirs(function, b).backward(torch.ones_like(x))  # type: ignore[no-untyped-call]
+        assert a.grad is not None
+        assert b.grad is not None
+        assert same(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("mode", ["exact", "ktanh"])
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_gradients_against_float64(function, mode):
+    """grad="x" is the derivative of the true function, whatever the mode; "y" follows the result's error."""
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 0.006)):
+        x = (torch.linspace(-9, 9, 4001)).to(dtype)
+        wide = x.double().requires_grad_()
+        theirs(function, wide).sum().backward()  # type: ignore[no-untyped-call]
+        ours = x.clone().requires_grad_()
+        call(function, ours, mode, grad="x").sum().backward()  # type: ignore[no-untyped-call]
+        assert ours.grad is not None
+        assert wide.grad is not None
+        assert (ours.grad.double() - wide.grad).abs().max() < bound
+        assert ours.grad.dtype == dtype
+
+
+def test_gradient_x_does_not_vanish_and_has_no_bias():
+    x = torch.tensor([3.6, 5.0, 8.0, -20.0], dtype=torch.bfloat16, requires_grad=True)
+    (y,) = torch.autograd.grad(act.tanh(x, grad="y").sum(), x)
+    (direct,) = torch.autograd.grad(act.tanh(x, grad="x").sum(), x)
+    assert (y == 0).all()
+    assert (direct > 0).all()
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    true = 1 - torch.tanh(x.detach().double()) ** 2
+    bias = {}
+    for mode, grad in (("ktanh", "y"), ("ktanh", "x"), ("exact", "y")):
+        (g,) = torch.autograd.grad(act.tanh(x, mode, grad=grad).sum(), x)
+        bias[mode, grad] = float((g.double() - true).mean())
+    assert bias["ktanh", "y"] == pytest.approx(1.1e-3, rel=0.15)
+    assert abs(bias["ktanh", "x"]) < 5e-5
+    assert abs(bias["exact", "y"]) < 5e-5
+
+
+def test_hard_gradients():
+    for function in oracle.FUNCTIONS:
+        x = torch.linspace(-4.03, 4.01, 311, dtype=torch.float32, requires_grad=True)
+        (g,) = torch.autograd.grad(call(function, x, "hard").sum(), x)
+        wide = x.detach().double().requires_grad_()
+        (true,) = torch.autograd.grad(aten.hard32(wide, function).sum(), wide)
+        assert torch.allclose(g.double(), true, atol=1e-6)
+
+
+def test_gradient_of_8_bit_formats():
+    x = torch.tensor([0.5, -1.0, 2.0]).to(torch.float8_e4m3fn).requires_grad_()
+    y = act.tanh(x)
+    (g,) = torch.autograd.grad(y, x, torch.ones(3).to(torch.float8_e4m3fn))
+    assert same(g, (1 - y.detach().float() ** 2).to(torch.float8_e4m3fn))
+
+
+def test_autocast_leaves_the_dtype_alone():
+    layer = torch.nn.Linear(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = act.silu(layer(torch.randn(4, 8)))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()  # type: ignore[no-untyped-call]
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
