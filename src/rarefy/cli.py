@@ -1,4 +1,4 @@
-"""The command line: ``rarefy train``, ``rarefy report``, ``rarefy info``."""
+"""The command line: ``rarefy train``, ``rarefy report``, ``rarefy compare``, ``rarefy info``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, processor, and which native kernels load")
     info.set_defaults(command=_info)
 
-    for command in (train, report, info):
+    compare = commands.add_parser("compare", help="methods x targets x seeds: a table and a page")
+    compare.add_argument(
+        "comparison", metavar="FILE", type=Path, help="a comparison (recipes/compare-fashion-mnist.yaml), or a recipe"
+    )
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe: schedule.epochs=2"
+    )
+    compare.add_argument("--data", metavar="FOLDER", help="where the data set's files lie (data.folder)")
+    compare.add_argument("--run", type=Path, metavar="FOLDER", help="where the runs go; default runs/compare-NAME")
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, a core each; default all cores")
+    compare.add_argument("--ray", metavar="ADDRESS", help='run through Ray: "auto", "local" or a cluster\'s address')
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="the table; default compare.csv in the runs' folder")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="the page; default compare.html in the runs' folder")
+    compare.add_argument("--write-only", action="store_true", help="run nothing: table and page of what is finished")
+    compare.set_defaults(command=_compare)
+
+    for command in (train, report, compare, info):
         command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return parser
 
@@ -143,6 +159,12 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         _print_summary(arguments.folder, page, arguments.baseline)
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rarefy.compare.command import compare
+
+    return compare(arguments)
 
 
 def _info(arguments: argparse.Namespace) -> int:

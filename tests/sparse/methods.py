@@ -18,6 +18,8 @@ CASES = {
     "autosparse-cost": ("autosparse", {"target": 0.9, "policy": "cost"}),
     "autosparse-flops": ("autosparse", {"target_flops": 0.2}),
     "autosparse-sparse-backward": ("autosparse", {"target": 0.8, "backward_density": 0.5}),
+    "autosparse-block": ("autosparse", {"target": 0.8, "block": 4, "exclude": ["0"]}),
+    "nm": ("nm", {"n": 1, "m": 4, "exclude": ["0"]}),
     "str": ("str", {}),
     "str-target": ("str", {"target": 0.9}),
     "static": ("static", {"target": 0.9, "distribution": "uniform"}),
@@ -36,6 +38,11 @@ CASES = {
     "topk": ("topk", {"target": 0.8}),
     "powerprop": ("powerprop", {"target": 0.9}),
     "topkast": ("topkast", {"target": 0.9}),
+    "optg": ("optg", {"target": 0.9}),
+    "dst": ("dst", {"target": 0.9}),
+    "dst-free": ("dst", {}),
+    "ltp": ("ltp", {"target": 0.9}),
+    "cs": ("cs", {"target": 0.9}),
     "topkast-power": ("topkast", {"target": 0.9, "power": 1.5, "superset": 4.0}),
 }
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}

@@ -58,6 +58,7 @@ class Comparison:
     """Everything that is to run, in the order of the file: target by target, seed by seed."""
 
     name: str
+    source: Path
     jobs: tuple[Job, ...] = field(repr=False)
 
     def labels(self) -> list[str]:
@@ -79,7 +80,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
         recipe = load_recipe(path, changes)
         target = recipe.method.options.get("target", 0.9)
         every: dict[str, Any] = {"dense": {"name": "dense"}, **{name: {"name": name} for name in sparse.names()}}
-        return _comparison(recipe.name, recipe, every, [target], 1)
+        return _comparison(recipe.name, path, recipe, every, [target], 1)
     for key in plain:
         if key not in _KEYS:
             raise ValueError(unknown(f"key in {path}:", str(key), _KEYS))
@@ -89,11 +90,11 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
     if not isinstance(methods, dict) or not methods:
         raise ValueError(f"{path}: methods must map labels to methods, such as 'RigL: {{name: rigl}}'")
     name = str(plain.get("name", path.stem))
-    return _comparison(name, recipe, methods, plain.get("targets", [0.9]), plain.get("seeds", 3))
+    return _comparison(name, path, recipe, methods, plain.get("targets", [0.9]), plain.get("seeds", 3))
 
 
 def _comparison(
-    name: str, recipe: Recipe, methods: Mapping[str, Any], targets: Sequence[float], seeds: int
+    name: str, source: Path, recipe: Recipe, methods: Mapping[str, Any], targets: Sequence[float], seeds: int
 ) -> Comparison:
     base = recipe.to_dict()
     jobs = []
@@ -112,7 +113,7 @@ def _comparison(
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"two runs of {name} would share the folder {twice!r}: give their methods other labels")
     order = {target: index for index, target in enumerate(dict.fromkeys(job.target for job in jobs))}
-    return Comparison(name, tuple(sorted(jobs, key=lambda job: (order[job.target], job.seed))))
+    return Comparison(name, source, tuple(sorted(jobs, key=lambda job: (order[job.target], job.seed))))
 
 
 def _targeted(options: Mapping[str, Any]) -> bool:

@@ -17,6 +17,9 @@ from typing import Any
 
 from rarefy.compare.plan import Comparison, Job, pending
 
+#: What a run's process runs.
+WORKER = ("-m", "rarefy.compare.worker")
+
 #: What the caller is told after every run: the job, None or the error, how many are done of how many, seconds left.
 Told = Callable[[Job, str | None, int, int, float], None]
 
@@ -118,12 +121,11 @@ def _local(todo: list[Job], folder: Path, jobs: int | None) -> Iterator[tuple[Jo
     def one(job: Job) -> str | None:
         cpu = free.get()
         try:
-            command = [sys.executable, "-m", "rarefy.compare.worker", str(folder / job.folder)]
+            command = [sys.executable, *WORKER, str(folder / job.folder)]
             status, error = processes.finish(command, json.dumps(_plain(job)), cpu)
         finally:
             free.put(cpu)
-        lines = error.strip().splitlines()
-        return None if status == 0 else lines[-1] if lines else f"ended with status {status}"
+        return None if status == 0 else _last_line(status, error)
 
     with ThreadPoolExecutor(workers) as pool, _ended(processes):
         futures = {pool.submit(one, job): job for job in todo}
@@ -131,17 +133,22 @@ def _local(todo: list[Job], folder: Path, jobs: int | None) -> Iterator[tuple[Jo
             yield futures[future], future.result()
 
 
-def _remote(plain: dict[str, Any], name: str) -> dict[str, bytes]:
-    """A run on whatever machine this is; gives the files of its folder that a comparison reads."""
+def _remote(plain: dict[str, Any], name: str, worker: tuple[str, ...]) -> dict[str, bytes]:
+    """A run on whatever machine this is; gives the files of its folder that a comparison reads, or its error."""
     import tempfile
-
-    from rarefy.compare.worker import train
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        train(plain, path)
+        status, error = _Processes().finish([sys.executable, *worker, str(path)], json.dumps(plain), None)
+        if status:
+            return {"error": _last_line(status, error).encode()}
         kept = ("summary.json", "environment.json", "metrics.jsonl", "recipe.yaml")
         return {file: (path / file).read_bytes() for file in kept}
+
+
+def _last_line(status: int, error: str) -> str:
+    lines = error.strip().splitlines()
+    return lines[-1] if lines else f"ended with status {status}"
 
 
 def _through_ray(todo: list[Job], folder: Path, address: str, jobs: int | None) -> Iterator[tuple[Job, str | None]]:
@@ -155,15 +162,17 @@ def _through_ray(todo: list[Job], folder: Path, address: str, jobs: int | None) 
         ray.init(address=address, log_to_driver=False)
     try:
         remote = ray.remote(num_cpus=1, max_retries=2)(_remote)
-        waiting = {remote.remote(_plain(job), job.folder): job for job in todo}
+        waiting = {remote.remote(_plain(job), job.folder, WORKER): job for job in todo}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(ready)
             try:
                 files = ray.get(ready)
             except ray.exceptions.RayError as error:
-                lines = str(error).strip().splitlines()
-                yield job, lines[-1] if lines else type(error).__name__
+                yield job, _last_line(1, str(error))
+                continue
+            if "error" in files:
+                yield job, files["error"].decode()
                 continue
             path = folder / job.folder
             path.mkdir(parents=True, exist_ok=True)

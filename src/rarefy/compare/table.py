@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,11 @@ def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
     dense network's; ``training_flops_convention`` says what the method's weight gradient is counted at;
     ``layer_densities`` is JSON.
     """
-    return [
-        _row(job, folder / job.folder) for job in comparison.jobs if (folder / job.folder / "summary.json").is_file()
-    ]
+    finished = [job for job in comparison.jobs if (folder / job.folder / "summary.json").is_file()]
+    return [_row(job, folder / job.folder, comparison.source) for job in finished]
 
 
-def _row(job: Job, path: Path) -> dict[str, Any]:
+def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
     summary = json.loads((path / "summary.json").read_text())
     about = json.loads((path / "environment.json").read_text())
     name = job.recipe.method.name
@@ -56,7 +55,7 @@ def _row(job: Job, path: Path) -> dict[str, Any]:
         "layer_densities": json.dumps({layer["name"]: round(layer["density"], 5) for layer in summary["layers"]}),
         **{key: about[key] for key in _ABOUT},
         "threads": 1,
-        "command": f"rarefy compare recipes/compare-{job.recipe.name}.yaml",
+        "command": f"rarefy compare {source}",
     }
 
 
@@ -90,9 +89,9 @@ class Mean:
     seconds: float
 
 
-def means(content: Sequence[dict[str, Any]]) -> list[Mean]:
+def means(content: Sequence[Mapping[str, Any]]) -> list[Mean]:
     """One entry a method and target, best accuracy first within a target."""
-    groups: dict[tuple[Any, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, str], list[Mapping[str, Any]]] = {}
     for row in content:
         groups.setdefault((row["target"], row["label"]), []).append(row)
     found = []

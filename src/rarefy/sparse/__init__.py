@@ -3,10 +3,15 @@
 from rarefy.sparse.acdc import ACDC
 from rarefy.sparse.autosparse import AutoSparse
 from rarefy.sparse.base import Info, LayerState, Sparsifier
+from rarefy.sparse.cs import ContinuousSparsification
+from rarefy.sparse.dst import DST
 from rarefy.sparse.feather import Feather
 from rarefy.sparse.gmp import GMP
 from rarefy.sparse.granet import GraNet
+from rarefy.sparse.ltp import LTP
 from rarefy.sparse.mest import MEST
+from rarefy.sparse.nm import NM
+from rarefy.sparse.optg import OptG
 from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.registry import create, names, options
 from rarefy.sparse.registry import list_methods as list
@@ -21,17 +26,22 @@ from rarefy.sparse.topkast import TopKAST
 
 __all__ = [
     "ACDC",
+    "DST",
     "GMP",
+    "LTP",
     "MEST",
+    "NM",
     "SET",
     "SNFS",
     "ST3",
     "STR",
     "AutoSparse",
+    "ContinuousSparsification",
     "Feather",
     "GraNet",
     "Info",
     "LayerState",
+    "OptG",
     "PowerPropagation",
     "RigL",
     "Sparsifier",

@@ -48,7 +48,7 @@ class AutoSparse(SoftThreshold):
         steps_per_epoch: anneal once an epoch of so many steps, as in the paper; None anneals every step.
         backward_density: the sparse backward: only this share of each layer's weights, those of largest
             |W| - T, gets a gradient (the paper uses 0.5). None reaches all of them while alpha is not 0.
-        pressure, granularity, threshold_function, threshold_init, threshold_lr: see :class:`SoftThreshold`.
+        pressure, granularity, threshold_function, threshold_init, threshold_lr, block: see :class:`SoftThreshold`.
 
     Raises:
         ValueError: as :class:`Sparsifier`; an option out of its range, or one that the policy leaves no use for.
@@ -99,6 +99,8 @@ class AutoSparse(SoftThreshold):
         self.cutoff = 0.45 if cutoff is None and self.policy == "cost" else cutoff
         self.steps_per_epoch = steps_per_epoch or 1
         self.backward_density = backward_density
+        if backward_density is not None and options.get("block", 1) != 1:
+            raise ValueError("backward_density chooses single weights: leave it out with block")
         super().__init__(model, total_steps=total_steps, **options)
         if backward_density is not None:
             for layer in self._thresholded.values():

@@ -125,9 +125,9 @@ class Projected(Budgeted):
     def _estimator(self, weight: Tensor) -> Estimator:
         """The estimator of a layer, which may change the weight to begin with."""
 
-    def _score(self, dense: Tensor) -> Tensor:
-        """What masks are chosen by, given the weight without a mask."""
-        return dense.abs()
+    def _score(self, estimator: Estimator, weight: Tensor) -> Tensor:
+        """What masks are chosen by: the magnitude of the weight without a mask."""
+        return estimator.dense(weight).abs()
 
     def _steer(self) -> None:
         """What else the method does after a step."""
@@ -152,7 +152,7 @@ class Projected(Budgeted):
 
     def _project(self) -> None:
         pairs = list(zip(self._estimators, self._weights(), strict=True))
-        masks = self._choose([self._score(estimator.dense(weight)) for estimator, weight in pairs], self._aim())
+        masks = self._choose([self._score(estimator, weight) for estimator, weight in pairs], self._aim())
         for (estimator, weight), mask in zip(pairs, masks, strict=True):
             estimator.project(weight, mask)
 
@@ -181,7 +181,7 @@ class Projected(Budgeted):
         assert self.budget is not None
         swapped = list(check_swapped(layers).values())
         pairs: Sequence[tuple[Estimator, Tensor]] = [(layer.reparam, layer.weight) for layer in swapped]  # type: ignore[misc]
-        scores = [self._score(estimator.dense(weight)) for estimator, weight in pairs]
+        scores = [self._score(estimator, weight) for estimator, weight in pairs]
         masks = self._choose(scores, self.budget.goal)
         for layer, (estimator, weight), mask in zip(swapped, pairs, masks, strict=True):
             estimator.project(weight, mask)

@@ -12,10 +12,15 @@ from rarefy._names import unknown
 from rarefy.sparse.acdc import ACDC
 from rarefy.sparse.autosparse import AutoSparse
 from rarefy.sparse.base import Info, Sparsifier
+from rarefy.sparse.cs import ContinuousSparsification
+from rarefy.sparse.dst import DST
 from rarefy.sparse.feather import Feather
 from rarefy.sparse.gmp import GMP
 from rarefy.sparse.granet import GraNet
+from rarefy.sparse.ltp import LTP
 from rarefy.sparse.mest import MEST
+from rarefy.sparse.nm import NM
+from rarefy.sparse.optg import OptG
 from rarefy.sparse.powerprop import PowerPropagation
 from rarefy.sparse.rigl import RigL
 from rarefy.sparse.set import SET
@@ -29,10 +34,15 @@ from rarefy.sparse.topkast import TopKAST
 METHODS: dict[str, type[Sparsifier]] = {
     "acdc": ACDC,
     "autosparse": AutoSparse,
+    "cs": ContinuousSparsification,
+    "dst": DST,
     "feather": Feather,
     "gmp": GMP,
     "granet": GraNet,
+    "ltp": LTP,
     "mest": MEST,
+    "nm": NM,
+    "optg": OptG,
     "powerprop": PowerPropagation,
     "rigl": RigL,
     "set": SET,

@@ -56,8 +56,6 @@ def select_layers(
             + (", and include and exclude leave none" if prunable else "")
         )
     for name, module in chosen.items():
-        if module.weight.is_meta:
-            raise ValueError(f"the weight of layer {name!r} is on the meta device; give it memory first (to_empty)")
         if is_lazy(module.weight):
             raise ValueError(f"layer {name!r} is lazy and has no weight yet; call the model once on an example first")
         if not isinstance(module._parameters.get("weight"), nn.Parameter):

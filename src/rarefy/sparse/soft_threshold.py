@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from rarefy.kernels.soft_threshold import count_above
 from rarefy.sparse.base import Info, LayerState, Selection, Sparsifier
 from rarefy.sparse.budget import Budget, log_error, trim
-from rarefy.sparse.masks import top_k, within_budget
+from rarefy.sparse.masked import write_sparse
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k, within_budget
 from rarefy.sparse.swapped import check_swapped, guard_fast_paths
 from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, detach, separate
 
@@ -47,6 +47,7 @@ class SoftThresholdOptions(Selection, total=False):
     threshold_function: str
     threshold_init: float
     threshold_lr: float
+    block: int
 
 
 class SoftThreshold(Sparsifier):
@@ -60,6 +61,8 @@ class SoftThreshold(Sparsifier):
         threshold_init: the first s; -5 gives thresholds of 0.0067.
         threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD and Adam; a larger one lets the loss
             push the thresholds down.
+        block: 4 thresholds blocks of 4 consecutive inputs of one output by their mean |W|, which integer dot products
+            of CPUs want: W^ = W * max(1 - T/mean, 0). 1 thresholds single weights.
 
     Raises:
         ValueError: as :class:`Sparsifier`; an option out of its range; weights so large that sigmoid thresholds, which
@@ -79,6 +82,7 @@ class SoftThreshold(Sparsifier):
         threshold_function: str = "sigmoid",
         threshold_init: float = -5.0,
         threshold_lr: float = 1.0,
+        block: int = 1,
         **selection: Unpack[Selection],
     ) -> None:
         _one_of("granularity", granularity, ("layer", "channel"))
@@ -88,9 +92,17 @@ class SoftThreshold(Sparsifier):
                 raise ValueError(f"{option} must be a finite number that is not negative, got {value}")
         if not math.isfinite(threshold_init):
             raise ValueError(f"threshold_init must be a finite number, got {threshold_init}")
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"block must be a positive whole number of weights, got {block!r}")
         super().__init__(model, total_steps=total_steps, **selection)
+        for name, layer in self._layers.items():
+            if layer.weight.is_meta:
+                raise ValueError(f"the weight of layer {name!r} is on the meta device; give it memory first (to_empty)")
+        shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
+        check_divisible(shapes, block, f"blocks of {block}")
         if threshold_function == "sigmoid" and self.budget is not None:
             self._check_reach(self.budget)
+        self.block = block
         self.threshold_lr = threshold_lr
         self.threshold_function = threshold_function
         self.pressure = self._default_pressure() if pressure is None else pressure
@@ -99,10 +111,9 @@ class SoftThreshold(Sparsifier):
         for name, layer in self._layers.items():
             weight = layer.weight
             out = weight.shape[0] if granularity == "channel" else 1
-            s = torch.full(
-                (out,) + (1,) * (weight.dim() - 1), float(threshold_init), dtype=torch.float32, device=weight.device
-            )
-            self._thresholded[name] = attach(layer, s, threshold_function)
+            shape = (out,) + (1,) * (weight.dim() - 1)
+            s = torch.full(shape, float(threshold_init), dtype=torch.float32, device=weight.device)
+            self._thresholded[name] = attach(layer, s, threshold_function, block)
         guard_fast_paths(model)
         self._least_s = threshold_init - MAX_FALL
         self._before = [s.detach().clone() for s in self._own_parameters()]
@@ -142,7 +153,7 @@ class SoftThreshold(Sparsifier):
     def _count(self) -> list[int]:
         if self._finalized:
             raise RuntimeError("the model is finalized: count what is left with rarefy.cost.count(model, x)")
-        counts = [count_above(layer.weight, layer.threshold()) for layer in self._thresholded.values()]
+        counts = [layer.count() for layer in self._thresholded.values()]
         return [int(count) for count in torch.stack(counts).tolist()]
 
     def _own_parameters(self) -> list[Tensor]:
@@ -192,7 +203,8 @@ class SoftThreshold(Sparsifier):
         live = self._count()
         for (name, layer), count in zip(self._thresholded.items(), live, strict=True):
             if count < self._least[name]:
-                self._move(layer, top_k(self._scores(layer), self._least[name]))
+                blocks = top_k(self._scores(layer), self._least_blocks(name))
+                self._move(layer, block_expand(blocks, self.block))
         if self.budget is None:
             return None
         self._density = self.budget.density(live)
@@ -205,19 +217,25 @@ class SoftThreshold(Sparsifier):
         return log_error(self._density, self.budget.aim(self.progress))
 
     def _scores(self, layer: Thresholded) -> Tensor:
-        """How far s may rise before each weight is masked: ``g^-1(|W|) - s``."""
-        return self._inverse(layer.weight.detach().double().abs()) - layer.raw_threshold.detach().double()
+        """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""
+        magnitude = block_sum(layer.weight.detach().double().abs(), self.block) / self.block
+        return self._inverse(magnitude) - layer.raw_threshold.detach().double()
+
+    def _least_blocks(self, name: str) -> int:
+        return math.ceil(self._least[name] / self.block)
 
     def _select(self, layers: Mapping[str, Thresholded]) -> list[Tensor]:
         """The masks that a common shift of s gives, cut exactly at the budget."""
         scores = [self._scores(layer) for layer in layers.values()]
         assert self.budget is not None
-        least = [self._least[name] for name in layers]
-        return within_budget(scores, self.budget.costs, self.budget.available, least)
+        least = [self._least_blocks(name) for name in layers]
+        costs = [cost * self.block for cost in self.budget.costs]
+        masks = within_budget(scores, costs, self.budget.available, least)
+        return [block_expand(mask, self.block) for mask in masks]
 
     def _move(self, layer: Thresholded, mask: Tensor) -> None:
         """Move s as little as makes the layer's mask this one."""
-        threshold = separate(layer.weight.detach().double().abs(), layer.threshold().double(), mask)
+        threshold = separate(layer.magnitude().double(), layer.threshold().double(), mask)
         moved = threshold != layer.threshold().double()
         layer.raw_threshold.copy_(torch.where(moved, self._inverse(threshold), layer.raw_threshold.double()))
 
@@ -238,13 +256,12 @@ class SoftThreshold(Sparsifier):
         if self.budget is not None:
             masks: Sequence[Tensor] = self._select(thresholded)
         else:
-            masks = [layer.weight.abs() > layer.threshold() for layer in thresholded.values()]
+            masks = [layer.magnitude() > layer.threshold() for layer in thresholded.values()]
         for layer, mask in zip(thresholded.values(), masks, strict=True):
-            magnitude = layer.weight.detach().float().abs()
-            threshold = separate(magnitude, layer.threshold(), mask)
-            # A weight that the exact budget keeps at the very edge stays a nonzero.
-            shrunk = (magnitude - threshold).clamp(min=torch.finfo(layer.weight.dtype).tiny)
-            layer.weight.copy_(torch.where(mask, shrunk.copysign(layer.weight), 0.0))
+            size = layer.magnitude()
+            share = (1.0 - separate(size, layer.threshold(), mask) / size.clamp(min=1e-30)).clamp(min=0.0)
+            # sign(W) * (|W| - T), or for blocks W * (1 - T/B)
+            write_sparse(layer.weight, layer.weight * share, mask)
             detach(layer)
 
 

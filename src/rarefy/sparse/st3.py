@@ -87,9 +87,8 @@ class ST3(Projected):
     def _estimator(self, weight: Tensor) -> Estimator:
         return _SoftThreshold(weight, self.rescale)
 
-    def _score(self, dense: Tensor) -> Tensor:
-        magnitude = dense.abs()
-        return magnitude / dense.std().clamp(min=1e-12) if self.sigma else magnitude
+    def _score(self, estimator: Estimator, weight: Tensor) -> Tensor:
+        return weight.abs() / weight.std().clamp(min=1e-12) if self.sigma else weight.abs()
 
     def _alpha(self) -> float | None:
         return 1.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rarefy.kernels import soft_threshold as kernel
+from rarefy.sparse.masks import block_expand, block_sum
 from rarefy.sparse.selection import Prunable
 from rarefy.sparse.swapped import Swapped, SwappedConv1d, SwappedConv2d, SwappedConv3d, SwappedLinear, unguard
 
@@ -72,6 +73,7 @@ class Thresholded(Swapped):
     alpha: Tensor  # a buffer: a Python float would recompile at every change
     lower: Tensor | None  # bound of the sparse backward, shaped as s
     threshold_function: str
+    block: int  # consecutive inputs that are thresholded together
 
     def threshold(self) -> Tensor:
         """T = g(s) in float32, shaped as s."""
@@ -79,11 +81,29 @@ class Thresholded(Swapped):
 
     def sparse_weight(self) -> Tensor:
         """W^, what the layer computes with."""
-        if torch.compiler.is_compiling():
-            return kernel.soft_threshold(self.weight, self.threshold(), self.alpha, self.lower)
-        g = THRESHOLD_FUNCTIONS[self.threshold_function]
-        inputs = (self.weight, self.raw_threshold, self.alpha, self.lower, g)
-        return _SparseWeight.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+        if self.block == 1:
+            if torch.compiler.is_compiling():
+                return kernel.soft_threshold(self.weight, self.threshold(), self.alpha, self.lower)
+            g = THRESHOLD_FUNCTIONS[self.threshold_function]
+            inputs = (self.weight, self.raw_threshold, self.alpha, self.lower, g)
+            return _SparseWeight.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+        # W * max(1 - T/B, 0), B the mean |W| of the block; backward 1 or alpha to W, and to T that along W/B
+        weight, threshold, size = self.weight, self.threshold(), self.magnitude().clamp(min=1e-30)
+        factor = torch.where(size > threshold, 1.0, self.alpha)
+        value = weight.detach() * (1.0 - threshold.detach() / size).clamp(min=0.0)
+        along = (weight.detach() / size) * (threshold - threshold.detach())
+        return value + factor * (weight - weight.detach() - along)
+
+    def magnitude(self) -> Tensor:
+        """What is compared with T, in float32: |W|, or for each weight the mean |W| of its block."""
+        magnitude = self.weight.detach().float().abs()
+        return block_expand(block_sum(magnitude, self.block) / self.block, self.block)
+
+    def count(self) -> Tensor:
+        """How many weights live, as a tensor."""
+        if self.block == 1:
+            return kernel.count_above(self.weight, self.threshold())
+        return (self.magnitude() > self.threshold()).sum()
 
 
 class ThresholdedLinear(Thresholded, SwappedLinear):
@@ -111,11 +131,11 @@ _CLASSES: dict[type[nn.Module], type[Thresholded]] = {
 _PLAIN = {thresholded: plain for plain, thresholded in _CLASSES.items()}
 
 
-def attach(layer: Prunable, s: Tensor, function: str) -> Thresholded:
+def attach(layer: Prunable, s: Tensor, function: str, block: int = 1) -> Thresholded:
     """Change the layer's class in place, and give it s, alpha and room for the bound of the sparse backward."""
     layer.__class__ = _CLASSES[type(layer)]  # type: ignore[assignment]
     thresholded = cast(Thresholded, layer)
-    thresholded.threshold_function = function
+    thresholded.threshold_function, thresholded.block = function, block
     thresholded.raw_threshold = nn.Parameter(s)
     thresholded.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device=s.device))
     thresholded.register_buffer("lower", None)
@@ -125,7 +145,7 @@ def attach(layer: Prunable, s: Tensor, function: str) -> Thresholded:
 def detach(layer: Thresholded) -> None:
     """The plain layer again: undoes :func:`attach`, weight and bias as they are."""
     unguard(layer)
-    del layer.raw_threshold, layer.alpha, layer.lower, layer.threshold_function
+    del layer.raw_threshold, layer.alpha, layer.lower, layer.threshold_function, layer.block
     layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 
 

@@ -1,0 +1,181 @@
+"""Comparisons: what a file says, what is run and kept, and what is told of it."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rarefy import sparse
+from rarefy.cli import main
+from rarefy.compare import load, rows, run, runner, write
+from rarefy.compare.table import means
+from tests.train.runs import plain
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _synthetic_worker(monkeypatch):
+    monkeypatch.setattr(runner, "WORKER", ("-m", "tests.compare.driver"))
+    monkeypatch.chdir(ROOT)
+
+
+def comparison(folder, **changes):
+    """A comparison file beside its recipe."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain(schedule={"epochs": 3})))
+    content = {
+        "name": "small",
+        "recipe": "recipe.yaml",
+        "seeds": 1,
+        "targets": [0.8],
+        "methods": {"dense": {"name": "dense"}, "RigL, ERK": {"name": "rigl"}},
+        **changes,
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "compare.yaml"
+
+
+def test_what_a_file_says(tmp_path):
+    methods = {
+        "dense": {"name": "dense"},
+        "GMP": {"name": "gmp", "targets": [0.5, 0.9], "seeds": 1},
+        "2:4": {"name": "nm", "exclude": ["conv1"]},
+        "RigL": {"name": "rigl"},
+    }
+    found = load(comparison(tmp_path, methods=methods, seeds=2, targets=[0.9], changes={"optimizer.lr": 0.25}))
+    assert [job.folder for job in found.jobs] == [
+        *("dense_seed0", "2-4_seed0", "dense_seed1", "2-4_seed1"),
+        "GMP_0.5_seed0",
+        *("GMP_0.9_seed0", "RigL_0.9_seed0", "RigL_0.9_seed1"),
+    ]
+    assert found.labels() == ["dense", "2:4", "GMP", "RigL"]
+    assert {job.recipe.optimizer.lr for job in found.jobs} == {0.25}
+    assert [job.recipe.seed for job in found.jobs][:4] == [0, 0, 1, 1]
+    assert found.jobs[-1].recipe.method.options == {"target": 0.9}
+
+
+def test_a_recipe_alone_compares_every_method_that_can(tmp_path):
+    comparison(tmp_path)
+    found = load(tmp_path / "recipe.yaml")
+    assert set(found.labels()) == {"dense", *sparse.names()}
+    assert {job.target for job in found.jobs} == {None, 0.9}
+
+
+def test_the_shipped_comparison_names_every_method():
+    for path in (ROOT / "recipes").glob("compare-*.yaml"):
+        found = load(path)
+        assert found.jobs, path
+    found = load(ROOT / "recipes" / "compare-fashion-mnist.yaml")
+    assert {job.recipe.method.name for job in found.jobs} >= set(sparse.names()) - {"nm"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methds": {}}, "unknown key in .* 'methds'; did you mean 'methods'"),
+        ({"methods": {}}, "methods must map labels to methods"),
+        ({"methods": {"a": {"name": "rgl"}}}, "unknown method 'rgl'; did you mean 'rigl'"),
+        ({"methods": {"a": "rigl"}}, "method 'a' must be a mapping with a name"),
+        ({"methods": {"a": {"name": "rigl", "drop": 0.3}}}, "drop"),
+        ({"methods": {"a b": {"name": "rigl"}, "a, b": {"name": "set"}}}, "would share the folder 'a-b_0.8_seed0'"),
+        ({"seeds": 0}, "seeds must be a positive whole number, got 0"),
+        ({"changes": {"optimizer.rate": 1}}, "rate"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(comparison(tmp_path, **changes))
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no comparison"):
+        load(tmp_path / "none.yaml")
+
+
+def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
+    methods = {"dense": {"name": "dense"}, "RigL": {"name": "rigl"}, "bad": {"name": "rigl", "drop_fraction": 2.0}}
+    made, folder = load(comparison(tmp_path, methods=methods)), tmp_path / "runs"
+    told = []
+    failed = run(made, folder, jobs=2, tell=lambda *seen: told.append(seen))
+    assert list(failed) == ["bad_0.8_seed0"]
+    assert failed["bad_0.8_seed0"] == "ValueError: drop_fraction must be in (0, 1), got 2.0"
+    assert sorted(seen[2] for seen in told) == [1, 2, 3]
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
+    assert len(before) == 2
+    told.clear()
+    assert list(run(made, folder, jobs=1, tell=lambda *seen: told.append(seen))) == ["bad_0.8_seed0"]
+    assert [seen[0].label for seen in told] == ["bad"]
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")} == before
+
+    content = rows(made, folder)
+    assert [row["label"] for row in content] == ["dense", "RigL"]
+    assert content[1]["sparsity"] == pytest.approx(0.8, abs=1e-4)
+    assert content[1]["training_flops_convention"] == sparse.list("rigl", details=True)["rigl"].training_flops
+    assert set(json.loads(content[1]["layer_densities"])) == {"conv1", "conv2", "conv3", "conv4", "conv5", "fc"}
+    page = write(made, folder)
+    text = page.read_text()
+    assert "RigL" in text
+    assert "Target 80 %" in text
+    assert text.count("<svg") == 4  # against both FLOPs, by layer, over the training
+    with (folder / "compare.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["dense", "RigL"]
+
+
+def test_the_command(tmp_path, capsys):
+    path = comparison(tmp_path, methods={"dense": {"name": "dense"}})
+    assert main(["compare", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["means"][0]["label"] == "dense"
+    assert "1/1  dense_seed0  done" in printed.err
+    assert main(["compare", str(path), "--run", str(tmp_path / "runs"), "--write-only"]) == 0
+    assert "dense" in capsys.readouterr().out
+    assert main(["compare", str(path), "--run", str(tmp_path / "none"), "--write-only"]) == 1
+    assert "no run of the comparison is finished yet" in capsys.readouterr().err
+
+
+def test_means_and_intervals():
+    row = {"label": "a", "target": 0.9, "sparsity": 0.9, "inference_flops": 0.1, "training_flops": 0.5, "seconds": 9}
+    content = [{**row, "test_accuracy": accuracy} for accuracy in (88.0, 89.0, 90.0)]
+    content.append({**row, "label": "b", "test_accuracy": 91.0})
+    first, second = means(content)
+    assert (first.label, first.runs, first.accuracy) == ("b", 1, 91.0)
+    assert math.isnan(first.interval)
+    # t(2, 97.5 %) * 1 / sqrt(3)
+    assert second.interval == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_no_runs_at_all_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        run(load(comparison(tmp_path)), tmp_path, jobs=0)
+
+
+def test_a_terminated_comparison_leaves_no_process_and_goes_on(tmp_path):
+    path = comparison(tmp_path, methods={"dense": {"name": "dense"}}, changes={"schedule.epochs": 400})
+    code = (
+        "import sys; from rarefy.compare import runner; from rarefy.cli import main;"
+        "runner.WORKER = ('-m', 'tests.compare.driver'); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "compare", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = tmp_path / "runs" / "dense_seed0" / "checkpoints" / "last.pt"
+    try:
+        until = time.monotonic() + 60
+        while not checkpoint.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGINT
+        time.sleep(0.2)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert checkpoint.exists()
