@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from rarefy.act import bench
+from rarefy.cli import main
 
 if __name__ == "__main__":
-    sys.exit(bench.main(["--csv", str(Path(__file__).parents[1] / "results" / "act.csv"), *sys.argv[1:]]))
+    target = Path(__file__).parents[1] / "results" / "act.csv"
+    sys.exit(main(["bench", "act", "--csv", str(target), *sys.argv[1:]]))
