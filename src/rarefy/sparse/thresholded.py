@@ -117,7 +117,7 @@ def attach(layer: Prunable, s: Tensor, function: str) -> Thresholded:
     thresholded = cast(Thresholded, layer)
     thresholded.threshold_function = function
     thresholded.raw_threshold = nn.Parameter(s)
-    thresholded.register_buffer("alpha", torch.zeros((), device=s.device))
+    thresholded.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device=s.device))
     thresholded.register_buffer("lower", None)
     return thresholded
 
