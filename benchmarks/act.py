@@ -1,9 +1,113 @@
-"""The figures of the activation functions: ``python benchmarks/act.py`` writes results/act.csv."""
+"""The figures of the activation functions: ``python benchmarks/act.py`` writes results/act.csv.
 
+``python benchmarks/act.py --print`` prints the tables and figures of README.md and docs/activations.md from that file.
+"""
+
+from __future__ import annotations
+
+import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from rarefy.act import bench
+import numpy as np
+
+from rarefy.act import formats, oracle, spec
+from rarefy.cli import main
+
+RESULTS = Path(__file__).parents[1] / "results" / "act.csv"
+B, F = "bfloat16", "float32"
+NAMES = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU by tanh"}
+LABELS = {"exact": "exact", "ktanh": "K-TanH", "hard": "HardTanh"}
+
+Times = dict[tuple[str, str, str], float]
+
+
+def read(path: Path = RESULTS) -> Times:
+    """Median nanoseconds an element (a call, for size "call8") by size, dtype and entry."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return {(row["size"], row["dtype"], row["entry"]): float(row["ns"]) for row in csv.DictReader(file)}
+
+
+def figure(value: float) -> str:
+    """Three digits that count, without an exponent."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def largest_error(function: str, mode: str) -> float:
+    """Over all bfloat16 inputs with |x| <= 16."""
+    bits = formats.BF16.all_bits()
+    bits = bits[np.abs(formats.BF16.decode(bits)) <= 16]
+    y = formats.BF16.decode(spec.answers(function, mode, formats.BF16)[bits])
+    return float(np.abs(y - oracle.evaluate(function, formats.BF16.decode(bits))).max())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bfloat16(ns: Times) -> str:
+    """Every 16-bit function beside PyTorch's, in cache and in memory."""
+    rows = [["memcpy", "", figure(ns["L2", B, "memcpy"]), figure(ns["DRAM", B, "memcpy"]), "", "", ""]]
+    for mode, function in [("hard", "tanh"), ("ktanh", "tanh"), *(("exact", f) for f in oracle.FUNCTIONS)]:
+        name = "HardTanh" if mode == "hard" else "K-TanH" if mode == "ktanh" else f"{NAMES[function]}, exact"
+        theirs = "torch.hardtanh" if mode == "hard" else f"torch.{function}"
+        ours = [ns[size, B, f"kernel {function} {mode}"] for size in ("L2", "DRAM")]
+        peers = [ns[size, B, theirs] for size in ("L2", "DRAM")]
+        ratios = [f"{peer / our:.1f}" for peer, our in zip(peers, ours, strict=True)]
+        rows += [[name, f"{largest_error(function, mode):.5f}", *map(figure, ours), figure(peers[0]), *ratios]]
+    return table(["bfloat16", "largest error", "ns, L2", "ns, DRAM", "PyTorch's, L2", "ratio, L2", "ratio, DRAM"], rows)
+
+
+def float32(ns: Times) -> str:
+    """Every float32 function beside PyTorch's and SLEEF's."""
+    rows = [["memcpy", *(figure(ns[size, F, "memcpy"]) for size in ("L2", "DRAM")), "", ""]]
+    entries = {"K-TanH": "kernel tanh ktanh"} | {f"{NAMES[f]}, exact": f"kernel {f} exact" for f in oracle.FUNCTIONS}
+    for name, entry in entries.items():
+        theirs, ours = ns["L2", F, f"torch.{entry.split()[1]}"], [ns[size, F, entry] for size in ("L2", "DRAM")]
+        rows += [[name, *map(figure, ours), figure(theirs), f"{theirs / ours[0]:.2f}"]]
+    for name, entry in {"tanh, SLEEF u35": "peer sleef_u35", "tanh, SLEEF u10": "peer sleef_u10"}.items():
+        rows += [[name, *(figure(ns[size, F, entry]) for size in ("L2", "DRAM")), "", ""]]
+    return table(["float32", "ns, L2", "ns, DRAM", "PyTorch's, L2", "ratio, L2"], rows)
+
+
+def sentences(ns: Times) -> dict[str, str]:
+    """What README and docs say in words, by a name."""
+
+    def ratio(over: str, under: str, size: str = "L2", dtype: str = B) -> float:
+        return ns[size, dtype, over] / ns[size, dtype, under]
+
+    slower = {f: ratio(f"kernel {f} exact", f"torch.{f}", dtype=F) for f in ("sigmoid", "silu", "gelu")}
+    faster = [ratio(f"torch.{f}", f"kernel {f} exact") for f in oracle.FUNCTIONS]
+    memory = {f: ratio(f"kernel {f} exact", "memcpy", "DRAM") for f in oracle.FUNCTIONS}
+    extra = 100 * (ratio("kernel tanh exact", "kernel tanh ktanh") - 1)
+    return {
+        "range": f"{min(faster):.1f} to {max(faster):.0f} times faster than PyTorch's",
+        "memory": f"tanh {memory['tanh']:.1f} times, sigmoid, SiLU and GELU by tanh"
+        f" {min(memory[f] for f in ('sigmoid', 'silu', 'gelu_tanh')):.1f} to"
+        f" {max(memory[f] for f in ('sigmoid', 'silu', 'gelu_tanh')):.1f}, GELU {memory['gelu']:.1f}",
+        "hard": f"{ratio('kernel tanh ktanh', 'kernel tanh hard'):.1f} times faster than K-TanH",
+        "torch hard": f"{ratio('torch.hardtanh', 'kernel tanh ktanh'):.1f} times faster than PyTorch's own HardTanh",
+        "exact": f"{extra:.0f} % more than K-TanH",
+        "gelu": f"{ratio('torch.gelu', 'kernel gelu exact'):.1f} times faster in cache and"
+        f" {ratio('torch.gelu', 'kernel gelu exact', 'DRAM'):.1f} times in memory",
+        "float32": f"{slower['sigmoid']:.1f}, {slower['silu']:.1f} and {slower['gelu']:.1f} times",
+        "call": f"{ns['call8', B, 'act.tanh'] / 1000:.1f} us on 8 elements,"
+        f" {ns['call8', B, 'act.tanh'] / ns['call8', B, 'torch.tanh']:.1f} times that of `torch.tanh`",
+        "avx2": f"{figure(ns['L2', B, 'kernel tanh exact avx2'])} ns"
+        f" ({ratio('torch.tanh', 'kernel tanh exact avx2'):.1f} times faster than `torch.tanh`)",
+        "portable": f"plain C looks answers up in {figure(ns['L2', B, 'kernel tanh exact portable'])} ns",
+        "inductor": f"{figure(ns['L2', B, 'inductor tanh exact'])} ns for exact tanh, where compiled `torch.tanh` takes"
+        f" {figure(ns['L2', B, 'inductor torch.tanh'])}",
+        "sleef": f"{ratio('peer sleef_u35', 'kernel tanh exact', dtype=F):.1f} times faster than SLEEF's u35",
+    }
+
 
 if __name__ == "__main__":
-    sys.exit(bench.main(["--csv", str(Path(__file__).parents[1] / "results" / "act.csv"), *sys.argv[1:]]))
+    if sys.argv[1:] == ["--print"]:
+        times = read()
+        print(bfloat16(times), float32(times), *sentences(times).values(), sep="\n\n")
+        sys.exit(0)
+    sys.exit(main(["bench", "act", "--csv", str(RESULTS), *sys.argv[1:]]))

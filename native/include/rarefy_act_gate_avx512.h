@@ -1,7 +1,8 @@
 // sigmoid, SiLU and GELU of bf16 on AVX-512, correctly rounded: x * 1 / (1 + 2^z) in float32, rounded to bf16.
 //
 // No result lies near enough to a tie for the float32 errors to matter, for inputs up to the limit of each function; this
-// was decided by trying all of them. Beyond the limit, and for NaN, the answer is read from the table of all answers.
+// was decided by trying all of them. Beyond the limit, and for NaN, the answer is read from the table of all answers:
+// a branch, which random data may take by surprise, so one for all vectors at a time, and limits that are far out.
 #pragma once
 
 #include "rarefy_act_avx512.h"
@@ -24,7 +25,7 @@ enum class Gated { sigmoid, silu, gelu, gelu_tanh };
 
 // The largest |x|, as bf16 bits, whose result float32 decides: 2^z neither over- nor underflows, and z is precise.
 constexpr uint16_t limit_of(Gated kind) {
-    return kind == Gated::gelu ? 0x40A0 : kind == Gated::gelu_tanh ? 0x411E : 0x42AE;
+    return kind == Gated::gelu ? 0x40D0 : kind == Gated::gelu_tanh ? 0x411E : 0x42AE;
 }
 
 template <Gated KIND>
@@ -51,17 +52,29 @@ struct Gate {
             y[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(x[i], high));
         }
         wide(y);
+        __mmask32 outside[N], any = 0;
+        __m512i result[N];
         for (int i = 0; i < N; ++i) {
             const __m512i even = _mm512_add_epi32(_mm512_castps_si512(y[2 * i]), half);
             const __m512i odd = _mm512_add_epi32(_mm512_castps_si512(y[2 * i + 1]), half);
             __m512i r = _mm512_permutex2var_epi16(even, pack, odd);
             if (KIND != Gated::sigmoid) r = select(sign, x[i], r);
-            __mmask32 outside = _mm512_cmpgt_epu16_mask(_mm512_and_si512(x[i], magnitude), limit);
+            if (KIND == Gated::gelu) {  // x itself above the limit, NaN included
+                outside[i] = _mm512_cmpgt_epu16_mask(x[i], all16(static_cast<uint16_t>(0x8000 + limit_of(KIND))));
+                r = _mm512_mask_mov_epi16(r, _mm512_cmpgt_epi16_mask(x[i], limit), x[i]);
+            } else {
+                outside[i] = _mm512_cmpgt_epu16_mask(_mm512_and_si512(x[i], magnitude), limit);
+            }
             // here the true result is nearer to a tie than float32 can tell
-            if (KIND == Gated::sigmoid || KIND == Gated::silu) outside |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3C00));
-            if (KIND == Gated::sigmoid) outside |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3E69));
-            x[i] = __builtin_expect(outside != 0, 0) ? look_up(x[i], r, outside) : r;
+            if (KIND == Gated::sigmoid || KIND == Gated::silu) outside[i] |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3C00));
+            if (KIND == Gated::sigmoid) outside[i] |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3E69));
+            any |= outside[i];
+            result[i] = r;
         }
+        if (__builtin_expect(any != 0, 0)) {
+            for (int i = 0; i < N; ++i) result[i] = look_up(x[i], result[i], outside[i]);
+        }
+        for (int i = 0; i < N; ++i) x[i] = result[i];
     }
     RAREFY_ONE
 
@@ -92,7 +105,9 @@ struct Gate {
                 RAREFY_EACH y[i] = _mm512_fmadd_ps(y[i], all(-0.102943240f), all(-2.30220819f));
             } else {
                 // z = -log2(Phi(x) / Phi(-x)) = x P(x^2)
-                constexpr float P[] = {-2.3022258281707764f, -0.10478488355875015f, 5.132544902153313e-05f, 0.00017508903692942113f, -1.4239522897696588e-05f, 6.455504149016633e-07f, -1.775822333627275e-08f, 2.7600113861048214e-10f, -1.859903507248073e-12f};
+                constexpr float P[] = {-2.3022377490997314f, -0.10475478321313858f, 2.9396600439213216e-05f, 0.00018221413483843207f,
+                                       -1.547751708130818e-05f, 7.711315674896468e-07f, -2.547687572018731e-08f, 5.628076338304311e-10f,
+                                       -7.995158354812126e-12f, 6.603264891260827e-14f, -2.4087822368855307e-16f};
                 constexpr int DEGREE = sizeof P / sizeof *P - 1;
                 RAREFY_EACH f[i] = all(P[DEGREE]);
                 _Pragma("GCC unroll 16") for (int k = DEGREE - 1; k >= 0; --k)

@@ -1,4 +1,4 @@
-"""The command line: ``rarefy train``, ``rarefy report``, ``rarefy compare``, ``rarefy info``."""
+"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table`` and ``info``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from rarefy import _act_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run's folder, to compare with")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page; default RUN/report.html")
     report.set_defaults(command=_report)
+
+    _act_commands.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, and which native kernels load")
     info.set_defaults(command=_info)

@@ -1,41 +1,102 @@
-"""Every float32 input through tanh, exact and K-TanH: ``make test-float32`` runs all 2^32, for a night.
+"""Every float32 input, all 2^32 of them, through every kernel of every function: ``make test-float32``.
 
-``python -m tests.act.check_float32 [PIECES]`` tries that many of the 1024 pieces, evenly spread.
+``python -m tests.act.check_float32 [--pieces N] [FUNCTION ...]`` tries N of the 1024 pieces, evenly spread; the
+functions are ktanh, tanh, sigmoid, silu, gelu, gelu_tanh. A function takes minutes on one core. K-TanH must equal its
+table, tanh its quartics, bit for bit; the exact functions must keep their bounds against float64, NaN stay NaN and
+infinities give their limits.
 """
 
+import argparse
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from rarefy import act
-from rarefy.act import formats, native, quartic
+from rarefy import act, kernels
+from rarefy.act import formats, native, oracle, quartic
 
 PIECES = 1024
+CHUNK = 1 << 16  # small enough that everything stays in the cache
+FUNCTIONS = ("ktanh", *oracle.FUNCTIONS)
+ISAS = sorted({kernel.isa for kernel in kernels.table() if kernel.supported})
+
+Words = npt.NDArray[np.uint32]
 
 
-def check(piece: int) -> float:
-    """One piece of 2^22 inputs; returns the largest error in units of the last place. Raises AssertionError."""
-    x = np.arange(piece << 22, (piece + 1) << 22, dtype=np.int64).astype(np.uint32)
-    table, exact = act.load("tanh_bf16_ktanh").to_format("fp32"), quartic.tanh()
-    y = np.empty_like(x)
-    native.program(table).run(x, y)
-    assert np.array_equal(y, table.compute(x))
-    native.quartic(exact).run(x, y)
+@dataclass
+class Worst:
+    """The largest errors found so far."""
+
+    absolute: float = 0.0
+    ulp: float = 0.0
+
+
+def chunks(piece: int) -> Iterator[Words]:
+    for begin in range(piece << 22, (piece + 1) << 22, CHUNK):
+        yield np.arange(begin, begin + CHUNK, dtype=np.int64).astype(np.uint32)
+
+
+def check(function: str, x: Words, worst: Worst) -> None:
+    """One chunk through the kernels of each instruction set. Raises AssertionError."""
+    if function == "ktanh":
+        table = act.load("tanh_bf16_ktanh").to_format("fp32")
+        want = table.compute(x)
+        for isa, y in ran(native.program(table), x):
+            assert np.array_equal(y, want), isa
+        return
     nan = formats.FP32.is_nan(x)
-    assert np.array_equal(y[~nan], exact.compute(x[~nan]))
-    assert np.isnan(y[nan].view(np.float32)).all()
-    true = np.tanh(x[~nan].view(np.float32).astype(np.float64))
-    error = np.abs(y[~nan].view(np.float32) - true)
-    assert error.max(initial=0.0) <= quartic.MAX_ABS
-    last = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(true), 1e-45))), -126.0) - 23.0)
-    ulp = float((error / last).max(initial=0.0))
-    assert ulp <= quartic.MAX_ULP
-    return ulp
+    real = x[~nan]
+    program = native.quartic(quartic.tanh()) if function == "tanh" else native.wide(function)
+    with np.errstate(under="ignore", over="ignore"):
+        true = oracle.evaluate(function, real.view(np.float32).astype(np.float64))
+    last = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(true), 1e-300))), -126.0) - 23.0)
+    exact = quartic.tanh().compute(real) if function == "tanh" else None
+    before = None
+    for isa, y in ran(program, x):
+        assert np.isnan(y[nan].view(np.float32)).all(), isa
+        got = y[~nan]
+        assert exact is None or np.array_equal(got, exact), isa
+        if before is not None and np.array_equal(got, before):
+            continue  # the bounds hold as they did
+        before = got
+        value = got.view(np.float32).astype(np.float64)
+        assert np.array_equal(got >> 31, (np.signbit(true)).astype(np.uint32)), isa
+        with np.errstate(invalid="ignore"):
+            error = np.where(value == true, 0.0, np.abs(value - true))  # infinities too
+        worst.absolute = max(worst.absolute, float(error.max(initial=0.0)))
+        worst.ulp = max(worst.ulp, float((error / last).max(initial=0.0)))
+    assert worst.ulp <= (quartic.MAX_ULP if function == "tanh" else 0.51)
+    assert function != "tanh" or worst.absolute <= quartic.MAX_ABS
+
+
+def ran(program: native.Program, x: Words) -> Iterator[tuple[str, Words]]:
+    for isa in ISAS:
+        with kernels.forced(isa):
+            y = np.empty_like(x)
+            program.run(x, y)
+        yield isa, y
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("functions", nargs="*", choices=[*FUNCTIONS, []], metavar="FUNCTION")
+    parser.add_argument("--pieces", type=int, default=PIECES, metavar="N")
+    options = parser.parse_args()
+    for function in options.functions or FUNCTIONS:
+        worst, begin = Worst(), time.process_time()
+        for done in range(options.pieces):
+            for x in chunks(done * PIECES // options.pieces):
+                check(function, x, worst)
+        bits = "equal to its table" if function == "ktanh" else f"at most {worst.ulp:.4f} ulp"
+        if function == "tanh":
+            bits += f" and {worst.absolute:.3e}, equal to its quartics"
+        seconds = time.process_time() - begin
+        print(f"{function}: {options.pieces << 22} inputs, {', '.join(ISAS)}: {bits} ({seconds:.0f} s)", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else PIECES
-    worst = 0.0
-    for done in range(count):
-        worst = max(worst, check(done * PIECES // count))
-    print(f"{count << 22} inputs: no difference, at most {worst:.2f} units of the last place")
+    sys.exit(main())

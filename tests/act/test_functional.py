@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rarefy import act, kernels
@@ -260,6 +261,47 @@ def test_gradient_x_does_not_vanish_and_has_no_bias():
     assert bias["ktanh", "y"] == pytest.approx(1.1e-3, rel=0.15)
     assert abs(bias["ktanh", "x"]) < 5e-5
     assert abs(bias["exact", "y"]) < 5e-5
+
+
+# PyTorch's own decompositions for forward mode are scripted
+scripted = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@scripted
+@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_forward_mode_equals_reverse_mode(function, mode):
+    x = torch.linspace(-4.03, 4.01, 101)
+    tangent = torch.randn(101, generator=torch.Generator().manual_seed(0))
+    for grad in ("y", "x") if function in ("tanh", "sigmoid") and mode != "hard" else ("x",):
+
+        def f(v: Tensor, grad: str = grad) -> Tensor:
+            return call(function, v, mode, grad=grad)
+
+        y, forward = torch.func.jvp(f, (x,), (tangent,))  # type: ignore[no-untyped-call]
+        _, pull = torch.func.vjp(f, x)
+        assert same(y, f(x))
+        assert torch.allclose(forward, pull(tangent)[0], atol=1e-6)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent)))
+        assert dual.tangent is not None
+        assert same(dual.tangent, forward)
+        assert same(dual.primal, y)
+        some = x[:4]
+        assert torch.allclose(
+            torch.func.hessian(lambda v: f(v).sum())(some),  # type: ignore[no-untyped-call]
+            torch.func.jacrev(torch.func.jacrev(lambda v: f(v).sum()))(some),  # type: ignore[no-untyped-call]
+            atol=1e-5,
+        )
+
+
+@scripted
+def test_out_refuses_tangents():
+    x = torch.zeros(3)
+    with forward_ad.dual_level():
+        assert act.tanh(x, out=torch.empty(3)).shape == (3,)
+        with pytest.raises(RuntimeError, match="does not support gradients"):
+            act.tanh(forward_ad.make_dual(x, x), out=torch.empty(3))
 
 
 def test_hard_gradients():

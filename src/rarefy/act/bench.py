@@ -8,16 +8,13 @@ so that turns of other programs on the core do not count. ``kernel`` entries are
 
 from __future__ import annotations
 
-import argparse
 import csv
 import ctypes
 import datetime
-import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -281,7 +278,8 @@ def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> N
     beside.replace(path)
 
 
-def _table(found: Sequence[Measured]) -> str:
+def text(found: Sequence[Measured], judged: Sequence[Target]) -> str:
+    """The entries by size and format, fastest first, and the targets, for people."""
     lines = []
     for size in dict.fromkeys(m.size for m in found):
         for dtype in dict.fromkeys(m.dtype for m in found if m.size == size):
@@ -290,35 +288,7 @@ def _table(found: Sequence[Measured]) -> str:
             lines.append(f"{size} {dtype}" + (" (ns per element, times memcpy)" if base else " (ns)"))
             for m in sorted(rows, key=lambda m: m.ns):
                 lines.append(f"  {m.entry:34s} {m.ns:10.4f}" + (f" {m.ns / base:8.2f}" if base else ""))
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 0. ``--json`` prints one object with "environment", "measured" and "targets"."""
-    parser = argparse.ArgumentParser(prog="rarefy bench act", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated: L1, L2, DRAM")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--no-inductor", action="store_true", help="leave out compiled code")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    options = parser.parse_args(argv)
-    given = list(sys.argv[1:] if argv is None else argv)
-    given = [Path(word).name if os.path.isabs(word) else word for word in given]  # no folders of a machine
-    about = environment(" ".join(["rarefy bench act", *given]))
-    found = run(options.sizes.split(","), options.rounds, compiled=not options.no_inductor)
-    judged = targets(found)
-    if options.csv is not None:
-        write_csv(options.csv, found, about)
-    if options.json:
-        claims = [{**asdict(t), "met": t.met} for t in judged]
-        print(json.dumps({"environment": about, "measured": [asdict(m) for m in found], "targets": claims}, indent=1))
-        return 0
-    print(_table(found))
     for t in judged:
         bound = f"at {'least' if t.least else 'most'} {t.bound:g}"
-        print(f"{'met   ' if t.met else 'MISSED'} {t.claim}: {t.value:.2f} ({bound})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        lines.append(f"{'met   ' if t.met else 'MISSED'} {t.claim}: {t.value:.2f} ({bound})")
+    return "\n".join(lines)

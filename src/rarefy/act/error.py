@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from rarefy.act import formats, oracle
 from rarefy.act.formats import Format
+from rarefy.act.oracle import Function
 from rarefy.act.table import Table
 
 
@@ -35,8 +36,11 @@ class Errors:
     rmse: float
 
 
-def measure(function: str, fmt: str | Format, answers: npt.ArrayLike) -> Errors:
-    """The errors of ``answers[bits]``, the results for all bit patterns of a format of at most 16 bits."""
+def measure(function: Function, fmt: str | Format, answers: npt.ArrayLike) -> Errors:
+    """The errors of ``answers[bits]``, the results for all bit patterns of a format of at most 16 bits.
+
+    Inputs where the function has no value (a callable may give NaN at infinity) do not count.
+    """
     f = formats.get(fmt)
     bits = f.all_bits()
     y = np.asarray(answers, dtype=np.int64)
@@ -47,6 +51,7 @@ def measure(function: str, fmt: str | Format, answers: npt.ArrayLike) -> Errors:
     right, _ = oracle.rounded(function, f, bits)
     # by rising value: negative patterns in reverse, then the positive ones
     order = np.concatenate([np.arange(f.sign + f.last, f.sign - 1, -1), np.arange(0, f.last + 1)])
+    order = order[~np.isnan(oracle.evaluate(function, f.decode(bits[order])))]
     bits, y, right = bits[order], y[order], right[order]
     x, value = f.decode(bits), f.decode(y)
     with np.errstate(invalid="ignore"):
@@ -66,8 +71,8 @@ def measure(function: str, fmt: str | Format, answers: npt.ArrayLike) -> Errors:
     )
 
 
-def of(table: Table) -> Errors:
-    """The errors of a table for one of the known functions, over all inputs of its format."""
+def of(table: Table, function: Function | None = None) -> Errors:
+    """The errors of a table over all inputs of its format, against ``function`` or the known one that it names."""
     fmt = formats.get(table.format)
     answers: npt.NDArray[Any] = table.compute(fmt.all_bits())
-    return measure(table.function, fmt, answers)
+    return measure(function or table.function, fmt, answers)

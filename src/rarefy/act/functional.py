@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rarefy import kernels
 from rarefy.act import aten, gradients, native, spec
@@ -113,7 +114,7 @@ def _call(
     _check(function, x, mode, text)
     direction = gradients.resolve(function, mode, grad)
     if out is None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None or _dual():
             return _apply(x, function, mode, direction, text)
         if type(x) is Tensor and not x.requires_grad and not _transformed():
             return _forward(x, function, mode, text)
@@ -162,7 +163,14 @@ def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> No
 
 def _transformed() -> bool:
     """Whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None or _dual()
+    )
+
+
+def _dual() -> bool:
+    """Whether tensors may carry tangents of forward-mode differentiation."""
+    return forward_ad._current_level >= 0
 
 
 def _into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> Tensor:
@@ -171,7 +179,11 @@ def _into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> Tenso
             f"out must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}),"
             f" got {tuple(out.shape)}, {out.dtype}, {out.device}"
         )
-    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+    tangents = _dual() and any(
+        forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+        for t in (x, out)
+    )
+    if tangents or (torch.is_grad_enabled() and (x.requires_grad or out.requires_grad)):
         raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
     return out.copy_(_forward(x, function, mode, table)) if not _direct_into(x, function, mode, table, out) else out
 
@@ -302,8 +314,23 @@ class _Activation(torch.autograd.Function):
         return _apply(x, function, mode, grad, table), dims[0]
 
 
+class _ForwardMode(_Activation):
+    """The same with forward-mode derivatives, which torch.compile does not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup(ctx, inputs, output)
+        ctx.save_for_forward(output if ctx.grad == "y" else inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (saved,) = ctx.saved_tensors
+        return gradients.backward(tangent, saved, ctx.function, ctx.mode, ctx.grad)
+
+
 def _apply(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
-    result: Tensor = _Activation.apply(x, function, mode, grad, table)  # type: ignore[no-untyped-call]
+    kind = _Activation if torch.compiler.is_compiling() else _ForwardMode
+    result: Tensor = kind.apply(x, function, mode, grad, table)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from rarefy.act.formats import Bits, Format, Values
 
 #: Bound of the relative error of the functions below; the tests hold them against 200-bit arithmetic.
 RELATIVE_ERROR = 2.0**-42
+
+#: One of :data:`FUNCTIONS` by name, or a function of your own from float64 arrays to float64 arrays.
+Function: TypeAlias = str | Callable[[Values], Values]
 
 FUNCTIONS = ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
 
@@ -67,17 +71,38 @@ _HALVES = ("silu", "gelu", "gelu_tanh")
 _TINY = 2.0**-60
 
 
-def evaluate(function: str, x: Values) -> Values:
-    """The true value of ``function`` ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh") at float64 ``x``."""
-    if function not in _ORACLES:
-        raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}, got {function!r}")
-    return _ORACLES[function](np.asarray(x, dtype=np.float64))
+def evaluate(function: Function, x: Values) -> Values:
+    """The true value at float64 ``x`` of "tanh", "sigmoid", "silu", "gelu", "gelu_tanh" or a callable."""
+    wide = np.asarray(x, dtype=np.float64)
+    if isinstance(function, str):
+        if function not in _ORACLES:
+            raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}, got {function!r}")
+        return _ORACLES[function](wide)
+    with np.errstate(all="ignore"):  # infinities are among the inputs
+        value = np.asarray(function(wide), dtype=np.float64)
+    if value.shape != wide.shape:
+        raise ValueError(f"{name_of(function)} must give one number for each input: {wide.shape} gave {value.shape}")
+    return value
 
 
-def rounded(function: str, fmt: Format, bits: Bits) -> tuple[Bits, float]:
+def name_of(function: Function) -> str:
+    """What a table calls the function."""
+    return function if isinstance(function, str) else getattr(function, "__name__", "function")
+
+
+def is_odd(function: Function) -> bool:
+    """Whether f(-x) = -f(x), tried at 1000 points up to 16."""
+    if isinstance(function, str):
+        return function == "tanh"
+    x = np.linspace(0.0, 16.0, 1000)
+    return bool(np.allclose(evaluate(function, -x), -evaluate(function, x), rtol=1e-9, atol=1e-12))
+
+
+def rounded(function: Function, fmt: Format, bits: Bits) -> tuple[Bits, float]:
     """Correctly rounded ``function`` of every bit pattern, and the least distance to a tie, in units of the last place.
 
     NaN patterns come back unchanged. Raises ArithmeticError when a value lies so near a tie that float64 cannot decide.
+    A callable is taken at its word: what is rounded are its float64 values, and nothing is proven about them.
     """
     x = fmt.decode(bits)
     value = evaluate(function, x)
@@ -85,6 +110,6 @@ def rounded(function: str, fmt: Format, bits: Bits) -> tuple[Bits, float]:
     open_ties = np.isfinite(value) & (residual == 0)
     margin = float(fmt.tie_distance(value[open_ties]).min()) if open_ties.any() else 0.5
     # An error of RELATIVE_ERROR is at most 2^(m+1) times as much in units of the last place.
-    if margin <= RELATIVE_ERROR * 2.0 ** (fmt.mantissa_bits + 1):
+    if isinstance(function, str) and margin <= RELATIVE_ERROR * 2.0 ** (fmt.mantissa_bits + 1):
         raise ArithmeticError(f"{function} in {fmt.name} comes within {margin} ulp of a tie: float64 cannot decide")
     return np.where(fmt.is_nan(bits), bits, fmt.encode(value, residual)), margin

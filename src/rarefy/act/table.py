@@ -80,7 +80,8 @@ _INDEX_OF: dict[str, type[BitIndex] | type[MultiplyIndex] | type[CutIndex]] = {
     "segments": CutIndex,
 }
 FORMS = tuple(_INDEX_OF)
-_COLUMNS = {"shift": 3, "carry": 3, "linear": 2, "segments": 3}
+#: What the integers of a row are called.
+COLUMNS = {"shift": ("E", "r", "b"), "carry": ("E", "r", "b"), "linear": ("S", "B"), "segments": ("first", "S", "B")}
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Table:
             raise ValueError(f"{self.name}: form {self.form} needs a {_INDEX_OF[self.form].__name__}, got {self.index}")
         if not self.rows:
             raise ValueError(f"{self.name}: a table needs rows")
-        columns = _COLUMNS[self.form]
+        columns = len(COLUMNS[self.form])
         for t, row in enumerate(self.rows):
             if len(row) != columns or not all(type(value) is int for value in row):
                 raise ValueError(f"{self.name}: row {t} must be {columns} integers, got {row!r}")

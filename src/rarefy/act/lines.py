@@ -1,0 +1,211 @@
+"""Tables of straight lines: ``linear`` and ``segments``, fitted by exact integer arithmetic.
+
+An input has an interval of results that are allowed: the correctly rounded one, or all within an error. :func:`line`
+decides whether one line of integers passes through all intervals of a row.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from rarefy.act import formats, oracle
+from rarefy.act.formats import Bits, Format
+from rarefy.act.oracle import Function
+from rarefy.act.table import CutIndex, MultiplyIndex, Table
+
+
+def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | None:
+    """Integers (S, B) with ``low[d] <= (B + S * d) >> f <= high[d]`` for every d, and the room left over; None if none.
+
+    The room ``max(L - S d) - min(H - S d)`` is convex in S, so bisection over the integers finds its least value.
+    """
+    d = np.arange(len(low), dtype=np.int64)
+    floor, ceiling = low << fraction_bits, ((high + 1) << fraction_bits) - 1
+
+    def gap(s: int) -> int:
+        return int((floor - s * d).max() - (ceiling - s * d).min())
+
+    span = max(len(low) - 1, 1)
+    left = (int(low[-1]) - int(high[0]) - 1 << fraction_bits) // span - 1
+    right = (int(high[-1]) - int(low[0]) + 1 << fraction_bits) // span + 1
+    while left < right:
+        middle = (left + right) // 2
+        if gap(middle) <= gap(middle + 1):
+            right = middle
+        else:
+            left = middle + 1
+    room = -gap(left)
+    if room < 0:
+        return None
+    lowest = int((floor - left * d).max())
+    return left, lowest + room // 2, room
+
+
+def _allowed(function: Function, fmt: Format, bits: Bits, max_abs: float | None) -> tuple[Bits, Bits]:
+    """The least and largest magnitude allowed for each input: the rounded one, or all within ``max_abs`` and that."""
+    rounded = oracle.rounded(function, fmt, bits)[0] & (fmt.sign - 1)
+    if max_abs is None:
+        return rounded, rounded
+    value = np.abs(oracle.evaluate(function, fmt.decode(bits)))
+    grid = fmt.decode(np.arange(fmt.last + 1, dtype=np.int64))
+    low = np.searchsorted(grid, value - max_abs)
+    high = np.searchsorted(grid, value + max_abs, side="right") - 1
+    return np.minimum(low, rounded), np.maximum(high, rounded)
+
+
+def fit_linear(
+    function: Function = "tanh",
+    fmt: str | Format = "bf16",
+    rows: int = 64,
+    *,
+    fraction_bits: int = 6,
+    max_abs: float | None = None,
+    starts: int = 24,
+    name: str | None = None,
+) -> Table:
+    """A ``linear`` table, correctly rounded or within ``max_abs``, of an odd function: x near 0 and constant far out.
+
+    Within ``max_abs`` everywhere that rounding alone is not farther off. Searches ``starts`` beginnings below the first
+    input that is not its own value, and factors that fill the rows. Raises ValueError for a function that is not so,
+    and when no table with that many rows and fraction bits does it. Formats of 16 bits.
+    """
+    f = formats.get(fmt)
+    named = oracle.name_of(function)
+    if f.bits != 16 or not oracle.is_odd(function):
+        raise ValueError(f"linear tables are for odd functions and formats of 16 bits, not {named} in {f.name}")
+    u = np.arange(f.last + 1, dtype=np.int64)
+    low, high = _allowed(function, f, u, max_abs)
+    first = int(np.argmin((low <= u) & (u <= high)))  # the first input that must not stay as it is
+    # From `end` on one result does for all inputs, infinity included: the row that ends there holds it.
+    least, most = np.maximum.accumulate(low[::-1])[::-1], np.minimum.accumulate(high[::-1])[::-1]
+    end = int(np.argmax(least <= most))
+    if not starts < first < end:
+        raise ValueError(f"linear tables are for functions like tanh: x near 0, constant far out; {named} is not")
+    # What a sum of 16 bits can hold above the offset.
+    room = 1 << (16 - fraction_bits)
+    offset = int(low[first - starts]) // room * room
+    low, high = np.maximum(low, offset), np.minimum(high, offset + room - 1)
+    low[end], high[end] = max(least[end], offset), min(most[end], offset + room - 1)
+    if (low[first - starts : end + 1] > high[first - starts : end + 1]).any():
+        raise ValueError(
+            f"the results of {named} in {f.name} span more than {room} numbers: take fewer than {fraction_bits}"
+            " fraction bits"
+        )
+    fits: dict[tuple[int, int], tuple[int, int] | None] = {}
+    for start in range(first - 1, first - 1 - starts, -1):
+        length = end - start
+        fullest = (rows << 16) // length + 1
+        d = np.arange(length + 1, dtype=np.int64)
+        for factor in range(min(fullest, 0xFFFF), fullest - fullest // 5, -1):
+            t = d * factor >> 16
+            if t[-1] >= rows:
+                continue
+            lines = _rows(
+                low, high, start, np.searchsorted(t, np.arange(t[-1] + 2)) + start, fits, offset, fraction_bits
+            )
+            if lines is not None:
+                return Table(
+                    name=name or f"{named}_{f.name}_linear{rows}",
+                    function=named,
+                    format=f.name,
+                    form="linear",
+                    index=MultiplyIndex(start, length, factor),
+                    rows=tuple(lines),
+                    identity_below=start,
+                    fraction_bits=fraction_bits,
+                    offset=offset,
+                )
+    raise ValueError(f"no linear table of {rows} rows does it; ask for more rows or a larger max_abs")
+
+
+def _rows(
+    low: Bits,
+    high: Bits,
+    start: int,
+    cuts: Bits,
+    fits: dict[tuple[int, int], tuple[int, int] | None],
+    offset: int,
+    fraction_bits: int,
+) -> list[tuple[int, int]] | None:
+    """(S, B) of every row between the cuts, or None when one has no line; ``fits`` remembers lines by their row."""
+    lines = []
+    for a, b in pairwise(cuts):
+        key = (int(a), int(b))
+        if key not in fits:
+            found = line(low[a:b] - offset, high[a:b] - offset, fraction_bits)
+            fits[key] = found and found[:2]
+        fitted = fits[key]
+        if fitted is None:
+            return None
+        slope, base = fitted
+        lines.append((slope & 0xFFFF, (base - slope * (key[0] - start)) & 0xFFFF))
+    return lines
+
+
+def fit_segments(
+    function: Function,
+    fmt: str | Format,
+    *,
+    fraction_bits: int = 10,
+    max_abs: float | None = None,
+    symmetry: str | None = None,
+    name: str | None = None,
+) -> Table:
+    """The ``segments`` table with the fewest rows that is correctly rounded, or within ``max_abs``, on every input.
+
+    Each row reaches as far as a line can (which is optimal for cutting a line into intervals). Where rounding alone is
+    farther off than ``max_abs``, it is correctly rounded. Symmetry is "odd" for odd functions and "none" for others
+    unless given. Raises ValueError for a format of more than 16 bits.
+    """
+    f = formats.get(fmt)
+    if f.bits > 16:
+        raise ValueError(f"fits go over every input, so {f.name} is too wide")
+    symmetry = symmetry or ("odd" if oracle.is_odd(function) else "none")
+    rows: list[tuple[int, int, int]] = []
+    for sign in (0,) if symmetry == "odd" else (0, f.sign):
+        bits = np.arange(f.last + 1, dtype=np.int64) + sign
+        low, high = _allowed(function, f, bits, max_abs)
+        negative = oracle.rounded(function, f, bits)[0] & f.sign
+        low, high = low + negative, high + negative
+        at, reach = 0, 64
+        while at < len(bits):
+            reach, fit = _furthest(low[at:], high[at:], fraction_bits, reach)
+            rows.append((int(bits[at]), *fit))
+            at += reach
+    return Table(
+        name=name or f"{oracle.name_of(function)}_{f.name}",
+        function=oracle.name_of(function),
+        format=f.name,
+        form="segments",
+        index=CutIndex(),
+        rows=tuple(rows),
+        symmetry=symmetry,
+        fraction_bits=fraction_bits,
+    )
+
+
+def _furthest(low: Bits, high: Bits, fraction_bits: int, guess: int) -> tuple[int, tuple[int, int]]:
+    """The longest prefix that one line fits, and the line: gallop from the guess, then bisect."""
+
+    def attempt(n: int) -> tuple[int, int, int] | None:
+        return line(low[:n], high[:n], fraction_bits)
+
+    total = len(low)
+    good, bad = 1, total + 1
+    n = min(max(guess, 2), total)
+    while good < n < bad:
+        if attempt(n):
+            good, n = n, min(n * 2, total)
+        else:
+            bad = n
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if attempt(middle):
+            good = middle
+        else:
+            bad = middle
+    found = attempt(good)
+    assert found is not None
+    return good, found[:2]
