@@ -13,7 +13,7 @@ from rarefy.sparse.mest import MEST
 from rarefy.sparse.nm import NM
 from rarefy.sparse.optg import OptG
 from rarefy.sparse.powerprop import PowerPropagation
-from rarefy.sparse.registry import create, names, options
+from rarefy.sparse.registry import create, names, options, register
 from rarefy.sparse.registry import list_methods as list
 from rarefy.sparse.rigl import RigL
 from rarefy.sparse.set import SET
@@ -52,4 +52,5 @@ __all__ = [
     "list",
     "names",
     "options",
+    "register",
 ]
