@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -15,15 +16,24 @@ from rarefy.train.run_folder import write_atomically
 
 FOLDER = Path(__file__).parent.parent / "results"
 
-_ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python")
+_ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python", "threads", "date")
 
 
-def provenance() -> dict[str, Any]:
-    """The columns that every row ends with."""
-    about = environment.describe()
+def commit() -> str:
+    """The commit of the working tree, "-dirty" behind it where it was changed."""
+    command = ["git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def provenance(about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The columns that every row ends with: of a run by its environment and commit, otherwise of this process."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    known: Mapping[str, Any] = {**environment.describe(), "date": now, "commit": commit()} if about is None else about
     command = shlex.join(["python", str(Path(sys.argv[0])), *sys.argv[1:]])
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return {**{key: about[key] for key in _ABOUT}, "threads": 1, "date": date, "command": command}
+    return {
+        **{key: str(known[key])[:10] if key == "date" else known[key] for key in (*_ABOUT, "commit")},
+        "command": command,
+    }
 
 
 def read(name: str) -> list[dict[str, str]]:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import results
+from rarefy.train.run_folder import write_atomically
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "fashion-mnist.yaml"
 
 
@@ -20,5 +23,12 @@ def run(folder: Path, changes: Sequence[str]) -> dict[str, Any]:
         command += [part for change in changes for part in ("--set", change)]
         resume = ["--resume"] if (folder / "checkpoints" / "last.pt").exists() else []
         subprocess.run([*command, *resume], check=True, stdout=subprocess.DEVNULL)
+        about = {**json.loads((folder / "environment.json").read_text()), "commit": results.commit()}
+        write_atomically(folder / "about.json", lambda path: path.write_text(json.dumps(about)))
     content: dict[str, Any] = json.loads(summary.read_text())
     return content
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """The columns of a finished run's row that say where it came from."""
+    return results.provenance(json.loads((folder / "about.json").read_text()))

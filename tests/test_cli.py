@@ -346,14 +346,14 @@ def test_the_instruction_set_that_was_asked_for(
 ) -> None:
     table = tuple(kernels.Kernel("k", isa, isa != "best", 0) for isa in ("best", "good", "portable"))
     monkeypatch.setattr(kernels, "table", lambda: table)
-    monkeypatch.delenv("RAREFY_ISA", raising=False)
     assert environment.native_isa() == "good"
     assert environment.native_kernels() == {"k": "good"}
     for asked, found in (("portable", "portable"), ("pytorch", "pytorch"), ("best", "pytorch")):
-        monkeypatch.setenv("RAREFY_ISA", asked)
-        assert environment.native_isa() == found
+        with kernels.forced(asked):
+            assert environment.native_isa() == found
     monkeypatch.setattr(kernels, "library_path", lambda: Path("librarefy.so"))
-    assert main(["info"]) == 0
+    with kernels.forced("best"):
+        assert main(["info"]) == 0
     assert "none in use: RAREFY_ISA asks for no kernel that runs here" in capsys.readouterr().out
 
 

@@ -180,8 +180,9 @@ def _info(arguments: argparse.Namespace) -> int:
     about["cpu_features"] = " ".join(about["cpu_features"])
     for key in ("rarefy", "torch", "python", "platform", "cpu", "cpu_features", "threads", "gpu"):
         print(f"{key.replace('_', ' '):>12}  {about[key] or 'none'}")
-    if library is None:
-        print(f"{'kernels':>12}  none: built without a C++ compiler, everything runs in PyTorch")
+    if not kernels.table():
+        why = "built without a C++ compiler" if library is None else f"{library} does not load"
+        print(f"{'kernels':>12}  none: {why}, everything runs in PyTorch")
         return 0
     print(f"{'kernels':>12}  {library}")
     in_use = environment.native_kernels() or {"none in use": "RAREFY_ISA asks for no kernel that runs here"}

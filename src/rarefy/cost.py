@@ -280,7 +280,9 @@ def count(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], conventi
         tallies = _run(model, tuple(value.to(device) for value in inputs))
         # In here because a re-parametrised weight is computed on access, and may be another one in training mode.
         weights = [(name, module, module.weight) for name, module in layers]
-        nonzeros = [int(torch.count_nonzero(weight)) for _, _, weight in weights]
+        # A layer that is still being sparsified computes with another weight than it stores.
+        used = [getattr(module, "sparse_weight", lambda weight=weight: weight)() for _, module, weight in weights]
+        nonzeros = [int(torch.count_nonzero(weight)) for weight in used]
     if not any(tallies[name].positions for name, _ in layers):
         raise ValueError(
             f"no convolution or linear layer of {type(model).__name__} ran on example_input; "

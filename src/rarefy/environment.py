@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import sys
@@ -43,8 +42,8 @@ def cpu_features() -> list[str]:
 
 
 def native_kernels() -> dict[str, str]:
-    """The native kernels that run here, each with its instruction set: the best there is, or that of RAREFY_ISA."""
-    asked = os.environ.get(kernels.ENVIRONMENT)
+    """The native kernels that run here, each with its instruction set: the best there is, or the one asked for."""
+    asked = kernels.isa()
     best: dict[str, str] = {}
     for kernel in kernels.table():
         if kernel.supported and asked in (None, kernel.isa):

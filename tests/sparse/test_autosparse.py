@@ -1,5 +1,6 @@
 """AutoSparse and STR: the rule, the schedules, the landing."""
 
+import copy
 import math
 
 import pytest
@@ -206,7 +207,8 @@ def test_param_groups_put_thresholds_apart_without_decay():
 def test_layers_inside_a_transformer_are_thresholded_in_its_fast_path_too():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    sparsifier = AutoSparse(model, total_steps=10, threshold_init=-1.5)
+    with pytest.warns(UserWarning, match="50 % of the matrix weights stay dense, self_attn.in_proj_weight"):
+        sparsifier = AutoSparse(model, total_steps=10, threshold_init=-1.5)
     assert [layer.name for layer in sparsifier.layers()] == ["linear1", "linear2"]
     x = torch.randn(3, 5, 8)
     expected = model.train()(x)
@@ -222,6 +224,8 @@ def test_subclasses_and_excluded_layers_are_left_alone():
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Mine(4, 4), nn.Conv2d(1, 1, 1), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="33 % of the matrix weights stay dense, 1.weight among them"):
+        AutoSparse(copy.deepcopy(model), total_steps=10)
     sparsifier = AutoSparse(model, total_steps=10, exclude=["3"])
     assert [layer.name for layer in sparsifier.layers()] == ["0", "2"]
     assert [isinstance(module, Thresholded) for module in model] == [True, False, True, False]
@@ -238,7 +242,7 @@ def test_without_a_target_finalize_keeps_what_training_left():
 
 def test_finalize_before_the_end_warns_and_is_exact():
     run = Run("autosparse-accuracy").train(10)
-    with pytest.warns(UserWarning, match=r"finalize\(\) after 10 of 200 steps"):
+    with pytest.warns(UserWarning, match=r"finalize\(\) after 10 of 200 steps cuts from a density of .* to 0.1000"):
         model = run.sparsifier.finalize()
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
     total = sum(w.numel() for w in weights)
@@ -270,6 +274,8 @@ MISTAKES = {
     "g": ({"threshold_function": "relu"}, "threshold_function must be one of"),
     "pressure": ({"pressure": -1.0}, "pressure must be a finite number that is not negative, got -1"),
     "epochs": ({"steps_per_epoch": 0}, "steps_per_epoch must be at least 1, got 0"),
+    "text": ({"target": "0.9"}, r"target must be a number in \(0, 1\), got the text '0.9'"),
+    "init": ({"threshold_init": float("nan")}, "threshold_init must be a finite number, got nan"),
     "backward": ({"backward_density": 2.0}, r"backward_density must be in \[0, 1\], got 2"),
 }
 
@@ -322,6 +328,11 @@ def test_checkpoints_of_another_run_are_refused():
         Run("autosparse-accuracy", total_steps=60).sparsifier.load_state_dict(state)
     with pytest.raises(ValueError, match="method='AutoSparse', this one 'STR'"):
         Run("str", total_steps=50).sparsifier.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"target=\['sparsity', 0.09.*this one \['sparsity', 0.5\]"):
+        Run("autosparse-accuracy", total_steps=50, target=0.5).sparsifier.load_state_dict(state)
+    state = Run("autosparse-accuracy", total_steps=50, pressure=9.0).sparsifier.state_dict()
+    with pytest.raises(ValueError, match="policy='accuracy', this one 'cost'"):
+        Run("autosparse-accuracy", total_steps=50, policy="cost", pressure=9.0).sparsifier.load_state_dict(state)
 
 
 def test_steps_beyond_the_end_change_nothing():
@@ -331,6 +342,53 @@ def test_steps_beyond_the_end_change_nothing():
         run.sparsifier.step()
     assert [layer.threshold for layer in run.sparsifier.layers()] == thresholds
     assert run.sparsifier.progress == 1.0
+
+
+@pytest.mark.parametrize("case", ["autosparse-accuracy", "autosparse-cost", "str-target"])
+@pytest.mark.parametrize("target", [0.95, 0.98])
+def test_high_targets_in_short_runs_do_not_run_away(case, target):
+    # pressure that grew with the target alone drove every threshold to 1 and the weights to hundreds
+    run = Run(case, target=target, total_steps=3 * STEPS).train(3 * STEPS)
+    assert run.sparsifier.sparsity() == pytest.approx(target, abs=2e-3)
+    assert max(layer.threshold for layer in run.sparsifier.layers()) < 0.9
+    assert accuracy(run.sparsifier.finalize()) > 0.7
+
+
+def test_weights_beyond_the_reach_of_a_sigmoid_are_refused():
+    model = nn.Sequential(nn.Linear(50, 50))
+    nn.init.normal_(model[0].weight, std=3.0)
+    with pytest.raises(ValueError, match=r"too large for sigmoid thresholds.*target leaves 10.0 %.*softplus"):
+        AutoSparse(model, total_steps=10, target=0.9)
+    sparsifier = AutoSparse(model, total_steps=10, target=0.9, threshold_function="softplus")
+    for _ in range(10):
+        sparsifier.step()
+    assert sparsifier.sparsity() == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_sparsifier_comes_before_the_wrapper_and_once():
+    model = linear_model()
+    with pytest.raises(ValueError, match="wrapped in DataParallel.*make the sparsifier on the plain model, then wrap"):
+        AutoSparse(nn.DataParallel(model), total_steps=10)
+    AutoSparse(model, total_steps=10)
+    with pytest.raises(ValueError, match=r"layer '0' is being sparsified already; finalize\(\)"):
+        AutoSparse(model, total_steps=10)
+    with pytest.raises(ValueError, match="layer '0' is on the meta device"):
+        AutoSparse(nn.Sequential(nn.Linear(3, 3, device="meta")), total_steps=10)
+
+
+def test_a_cast_after_the_sparsifier_was_made_is_refused():
+    model = linear_model()
+    sparsifier = AutoSparse(model, total_steps=10)
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match=r"thresholds became torch.bfloat16.*cast the model before"):
+        sparsifier.step()
+    assert AutoSparse(linear_model().bfloat16(), total_steps=10).model[0].raw_threshold.dtype == torch.float32
+
+
+def test_count_sees_the_zeros_while_training():
+    run = Run("autosparse-accuracy").train(100)
+    counted = cost.count(run.plain, torch.zeros(1, 2, 8, 8))
+    assert counted.sparsity == pytest.approx(run.sparsifier.sparsity())
 
 
 def test_create_names_the_nearest():

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -49,7 +50,11 @@ def library_path() -> Path | None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     path = library_path()
-    return None if path is None else ctypes.CDLL(str(path))
+    try:
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError as error:
+        warnings.warn(f"{path} does not load, so everything runs in PyTorch: {error}", stacklevel=2)
+        return None
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
     if run.test_accuracy is not None:
         notes = []
         if summary and summary.best_test_accuracy is not None:
-            notes.append(f"best epoch {percent(summary.best_test_accuracy)}")
+            notes.append(f"best epoch, picked on the test set, {percent(summary.best_test_accuracy)}")
         if baseline and baseline.test_accuracy is not None:
             final = "" if summary else " at its end"
             notes.append(f"{baseline_name(baseline)} {percent(baseline.test_accuracy)}{final}")
@@ -229,7 +229,7 @@ def _comparison(run: Run, baseline: Run) -> Iterator[Comparison]:
     yield from shares("Test accuracy", run.test_accuracy, baseline.test_accuracy)
     if (b := baseline.summary) is None:
         return
-    yield from shares("Best test accuracy", a.best_test_accuracy, b.best_test_accuracy)
+    yield from shares("Best epoch (picked on the test set)", a.best_test_accuracy, b.best_test_accuracy)
     yield from shares("Zero weights", a.sparsity or 0.0, b.sparsity or 0.0)
     yield from amounts("Parameters", a.parameters, b.parameters, whole)
     yield from amounts("Parameters left", a.nonzeros, b.nonzeros, whole)

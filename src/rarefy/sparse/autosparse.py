@@ -94,7 +94,7 @@ class AutoSparse(SoftThreshold):
                 "policy='accuracy' controls alpha itself: anneal, cutoff and steps_per_epoch have no use; "
                 "leave them out or take policy='cost'"
             )
-        self.alpha = alpha
+        self._initial_alpha = alpha
         self.schedule = SCHEDULES[anneal or "sigmoid-cosine"]
         self.cutoff = 0.45 if cutoff is None and self.policy == "cost" else cutoff
         self.steps_per_epoch = steps_per_epoch or 1
@@ -114,14 +114,18 @@ class AutoSparse(SoftThreshold):
         return _POLICIES[self.policy or "accuracy"][1]
 
     def _default_pressure(self) -> float:
-        # Without a target: about what the paper's ImageNet recipe amounts to, if s shares the weights' decay.
-        return 12.0 if self.budget is None else _POLICIES[self.policy or "accuracy"][0] / self.budget.goal
+        # Without a target: what the paper's ImageNet recipe amounts to, if s shares the weights' decay (1.95 / 0.125).
+        return 15.0 if self.budget is None else _POLICIES[self.policy or "accuracy"][0] / self.budget.goal
 
     def _annealed(self) -> float:
         """alpha_0 * schedule(progress), and 0 from the cut-off on."""
         step = min(self.steps, self.total_steps) // self.steps_per_epoch * self.steps_per_epoch
         progress = step / self.total_steps
-        return 0.0 if self.cutoff is not None and progress >= self.cutoff else self.alpha * self.schedule(progress)
+        return (
+            0.0
+            if self.cutoff is not None and progress >= self.cutoff
+            else self._initial_alpha * self.schedule(progress)
+        )
 
     def _steer(self, error: float | None) -> None:
         if self._controller is None:
@@ -151,6 +155,16 @@ class AutoSparse(SoftThreshold):
         if alpha == 0.0:
             return density
         return 1.0 if self.backward_density is None else max(density, self.backward_density)
+
+    def _config(self) -> dict[str, Any]:
+        own = {"policy": self.policy, "alpha": self._initial_alpha, "cutoff": self.cutoff}
+        return {**super()._config(), **own, "backward_density": self.backward_density}
+
+    def aim(self) -> float | None:
+        """See :meth:`Sparsifier.aim`."""
+        if self.budget is None or self._controller is None:
+            return None
+        return self.budget.aim(self.progress)
 
     def _state(self) -> dict[str, Any]:
         integral = None if self._controller is None else self._controller.integral

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rarefy.sparse.budget import ACTIONS, check_feasible, make_budget
-from rarefy.sparse.selection import DEFAULT_FLOOR, Prunable, check_patterns, floor_of, select_layers
+from rarefy.sparse.selection import DEFAULT_FLOOR, Prunable, check_patterns, floor_of, select_layers, warn_of_dense
+
+#: finalize() warns where it changes the density by more than this share of it.
+CUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,12 @@ class Sparsifier(ABC):
         target: sparsity to land on, in (0, 1): the share of zeros among the weights of the sparsified layers.
         target_flops: instead of it, the inference FLOPs to land on as a share of the whole dense network's, in (0, 1).
         example_input: what ``model`` is called with, to count FLOPs; needed with ``target_flops``.
-        include: shell patterns of the names of the layers to sparsify; default all Conv1d/2d/3d and Linear.
+        include: shell patterns of the names of the layers to sparsify; default all that are exactly a Conv1d/2d/3d or
+            Linear. Where that leaves a good part of the matrix weights dense, as attention layers and subclasses, a
+            warning names them.
         exclude: shell patterns of the names of layers to leave dense.
-        floor: the least density of a layer, in (0, 1], or a mapping of shell patterns to floors (others: the default).
-            No layer goes below it, nor below one weight.
+        floor: the least density of a layer, in [0, 1], or a mapping of shell patterns to floors (others: the default).
+            No layer ends below it, nor below one weight; while training this is seen to 125 times in the run.
 
     Raises:
         ValueError: an option out of its range, a pattern that matches nothing, nothing to sparsify, a target that the
@@ -130,8 +136,9 @@ class Sparsifier(ABC):
         exclude: Sequence[str] | None = None,
         floor: float | Mapping[str, float] = DEFAULT_FLOOR,
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps < 1:
             raise ValueError(f"total_steps must be a positive whole number of optimizer steps, got {total_steps!r}")
+        total_steps = operator.index(total_steps)
         if total_steps < self.least_steps:
             raise ValueError(
                 f"total_steps={total_steps} is too few for the schedule of {type(self).__name__}, which needs at least "
@@ -150,6 +157,8 @@ class Sparsifier(ABC):
         self.interval = max(1, total_steps // ACTIONS)
         self._layers = layers
         self._least = {name: max(1, math.ceil(floors[name] * m.weight.numel())) for name, m in layers.items()}
+        if include is None and exclude is None:
+            warn_of_dense(model, layers)
         self.budget = make_budget(model, layers, target, target_flops, example_input)
         if self.budget is not None:
             check_feasible(self.budget, list(self._least.values()))
@@ -268,12 +277,15 @@ class Sparsifier(ABC):
         if model is self.model and self._finalized:
             raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
         modules = dict(model.named_modules())
-        if self.budget is not None and self.steps < self.total_steps:
-            warnings.warn(
-                f"finalize() after {self.steps} of {self.total_steps} steps: the target is reached by cutting at once, "
-                "which costs accuracy; train on or fine-tune",
-                stacklevel=2,
-            )
+        if model is self.model and self.budget is not None:
+            density = self.budget.density([layer.live for layer in self.layers()])
+            if abs(density / self.budget.goal - 1.0) > CUT:
+                warnings.warn(
+                    f"finalize() after {self.steps} of {self.total_steps} steps cuts from a density of {density:.4f} "
+                    f"to {self.budget.goal:.4f} at once, which costs accuracy; train to the last step first (an "
+                    "optimizer step after finalize() fills zeros again)",
+                    stacklevel=2,
+                )
         missing = [name for name in self._layers if name not in modules]
         if missing:
             raise ValueError(
@@ -286,16 +298,29 @@ class Sparsifier(ABC):
             self._detach()
         return model
 
+    def aim(self) -> float | None:
+        """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
+        return None
+
+    def _config(self) -> dict[str, Any]:
+        """What a checkpoint's sparsifier must have in common with the one that goes on."""
+        return {
+            "method": type(self).__name__,
+            "total_steps": self.total_steps,
+            "target": None if self.budget is None else [self.budget.kind, self.budget.goal],
+            "layers": {name: list(layer.weight.shape) for name, layer in self._layers.items()},
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's state."""
-        return {"method": type(self).__name__, "steps": self.steps, "total_steps": self.total_steps, **self._state()}
+        return {"config": self._config(), "steps": self.steps, **self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken. Raises ValueError if it is of another method or length of run."""
-        for key, mine in (("method", type(self).__name__), ("total_steps", self.total_steps)):
-            if state.get(key) != mine:
+        """Go on where :meth:`state_dict` was taken. Raises ValueError if it is of a sparsifier with other options."""
+        for key, mine in self._config().items():
+            if state["config"].get(key) != mine:
                 raise ValueError(
-                    f"the checkpoint's sparsifier has {key}={state.get(key)!r}, this one {mine!r}; "
+                    f"the checkpoint's sparsifier has {key}={state['config'].get(key)!r}, this one {mine!r}; "
                     "make it with the options of the run that is resumed"
                 )
         self.steps = int(state["steps"])

@@ -88,14 +88,16 @@ def trim(error: float, gain: float = 0.3, limit: float = 0.5) -> float:
 def make_budget(
     model: nn.Module,
     layers: Mapping[str, Prunable],
-    target: float | None,
-    target_flops: float | None,
+    target: Any,
+    target_flops: Any,
     example_input: Any,
 ) -> Budget | None:
     """The budget that the options name, or None without a target."""
     if target is not None and target_flops is not None:
         raise ValueError("give target (a sparsity) or target_flops, not both")
     for option, value in (("target", target), ("target_flops", target_flops)):
+        if isinstance(value, str):
+            raise ValueError(f"{option} must be a number in (0, 1), got the text {value!r}")
         if value is not None and not 0.0 < value < 1.0:
             hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
             raise ValueError(f"{option} must be in (0, 1), got {value}{hint}")

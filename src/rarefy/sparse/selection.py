@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
@@ -13,6 +14,8 @@ from rarefy._names import unknown
 PRUNABLE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Prunable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 #: The least density of a layer, where nothing else is asked for.
 DEFAULT_FLOOR = 0.005
@@ -27,7 +30,19 @@ def select_layers(
     for option, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    prunable = {name: m for name, m in model.named_modules() if type(m) in PRUNABLE}
+    for name, module in model.named_modules():
+        if isinstance(module, _WRAPPERS) or type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}, which would not see what a sparsifier adds: make "
+                "the sparsifier on the plain model, then wrap it"
+            )
+        if hasattr(module, "sparse_weight"):
+            raise ValueError(f"layer {name!r} is being sparsified already; finalize() that sparsifier first")
+    prunable = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) in PRUNABLE and (is_lazy(m.weight) or m.weight.numel() > 0)
+    }
     check_patterns(include or (), prunable, "include")
     check_patterns(exclude or (), prunable, "exclude")
     chosen = {
@@ -41,7 +56,9 @@ def select_layers(
             + (", and include and exclude leave none" if prunable else "")
         )
     for name, module in chosen.items():
-        if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        if module.weight.is_meta:
+            raise ValueError(f"the weight of layer {name!r} is on the meta device; give it memory first (to_empty)")
+        if is_lazy(module.weight):
             raise ValueError(f"layer {name!r} is lazy and has no weight yet; call the model once on an example first")
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             raise ValueError(
@@ -50,6 +67,27 @@ def select_layers(
             )
     _check_shared(model, chosen)
     return chosen
+
+
+def warn_of_dense(model: nn.Module, chosen: Mapping[str, nn.Module], share: float = 0.05) -> None:
+    """Warn if more than ``share`` of the model's matrix weights lie outside the chosen layers, naming where."""
+    mine = {id(module.weight) for module in chosen.values()}
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
+    outside = {name: p.numel() for name, p in matrices.items() if id(p) not in mine}
+    left = sum(outside.values()) / sum(p.numel() for p in matrices.values())
+    if left > share:
+        largest = sorted(outside, key=outside.__getitem__, reverse=True)[:3]
+        warnings.warn(
+            f"{100 * left:.0f} % of the matrix weights stay dense, {', '.join(largest)} among them: only layers that "
+            "are exactly Conv1d/2d/3d or Linear are sparsified, and targets are about those; include=[...] names the "
+            "layers and silences this",
+            stacklevel=4,
+        )
+
+
+def is_lazy(weight: object) -> bool:
+    """Whether a lazy module has not made this parameter yet."""
+    return isinstance(weight, nn.parameter.UninitializedParameter)
 
 
 def _check_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

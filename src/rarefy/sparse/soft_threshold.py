@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from rarefy.sparse.base import Info, LayerState, Selection, Sparsifier
-from rarefy.sparse.budget import log_error, trim
+from rarefy.sparse.budget import Budget, log_error, trim
 from rarefy.sparse.masked import write_sparse
 from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k, within_budget
 from rarefy.sparse.swapped import check_swapped, guard_fast_paths
@@ -30,6 +30,10 @@ from rarefy.sparse.thresholded import THRESHOLD_FUNCTIONS, Thresholded, attach, 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
 #: layer and can be huge while alpha is near 1.
 MAX_MOVE = 0.2
+
+#: The most that pressure takes off log|s| in one step: the weights could not follow more, and ran away. In a very short
+#: run it is this much over the whole run instead, to have an effect at all.
+MAX_DECAY, LEAST_REACH = 0.05, 6.0
 
 #: How far below its first value s may fall: a threshold of nothing has no gradient to come back by.
 MAX_FALL = 3.0
@@ -55,10 +59,14 @@ class SoftThreshold(Sparsifier):
         granularity: one threshold a "layer" or an output "channel".
         threshold_function: g: "sigmoid", "exp" or "softplus".
         threshold_init: the first s; -5 gives thresholds of 0.0067.
-        threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD; under Adam, whose step does not
-            grow with the gradient, s moves by no more than the learning rate a step, and about 50 suits it.
+        threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD and Adam; a larger one lets the loss
+            push the thresholds down.
         block: 4 thresholds blocks of 4 consecutive inputs of one output by their mean |W|, which integer dot products
             of CPUs want: W^ = W * max(1 - T/mean, 0). 1 thresholds single weights.
+
+    Raises:
+        ValueError: as :class:`Sparsifier`; an option out of its range; weights so large that sigmoid thresholds, which
+            end at 1, cannot reach the target; a layer whose inputs blocks do not divide.
     """
 
     #: Share of the run after which the thresholds are trimmed to the target.
@@ -82,25 +90,42 @@ class SoftThreshold(Sparsifier):
         for option, value in (("pressure", pressure), ("threshold_lr", threshold_lr)):
             if value is not None and not 0.0 <= value < math.inf:
                 raise ValueError(f"{option} must be a finite number that is not negative, got {value}")
+        if not math.isfinite(threshold_init):
+            raise ValueError(f"threshold_init must be a finite number, got {threshold_init}")
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"block must be a positive whole number of weights, got {block!r}")
         super().__init__(model, total_steps=total_steps, **selection)
         shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
         check_divisible(shapes, block, f"blocks of {block}")
         self.block = block
+        if threshold_function == "sigmoid" and self.budget is not None:
+            self._check_reach(self.budget)
         self.threshold_lr = threshold_lr
+        self.threshold_function = threshold_function
         self.pressure = self._default_pressure() if pressure is None else pressure
         self._inverse = THRESHOLD_FUNCTIONS[threshold_function].inverse
         self._thresholded: dict[str, Thresholded] = {}
         for name, layer in self._layers.items():
             weight = layer.weight
             out = weight.shape[0] if granularity == "channel" else 1
-            s = torch.full((out,) + (1,) * (weight.dim() - 1), float(threshold_init), device=weight.device)
+            s = torch.full(
+                (out,) + (1,) * (weight.dim() - 1), float(threshold_init), dtype=torch.float32, device=weight.device
+            )
             self._thresholded[name] = attach(layer, s, threshold_function, block)
         guard_fast_paths(model)
         self._least_s = threshold_init - MAX_FALL
         self._before = [s.detach().clone() for s in self._own_parameters()]
         self._density = 1.0 if self.budget is None else self.budget.density(self._count())
+
+    def _check_reach(self, budget: Budget) -> None:
+        """Refuse weights that no sigmoid threshold can mask."""
+        beyond = [int((layer.weight.detach().abs() >= 1.0).sum()) for layer in self._layers.values()]
+        least = budget.density(beyond)
+        if least > budget.goal:
+            raise ValueError(
+                f"the weights are too large for sigmoid thresholds, which end at 1: {100 * least:.1f} % of the cost "
+                f"lies above, and the target leaves {100 * budget.goal:.1f} %; take threshold_function='softplus'"
+            )
 
     @abstractmethod
     def _default_pressure(self) -> float:
@@ -124,6 +149,8 @@ class SoftThreshold(Sparsifier):
         return states
 
     def _count(self) -> list[int]:
+        if self._finalized:
+            raise RuntimeError("the model is finalized: count what is left with rarefy.cost.count(model, x)")
         counts = [layer.count() for layer in self._thresholded.values()]
         return [int(count) for count in torch.stack(counts).tolist()]
 
@@ -142,11 +169,18 @@ class SoftThreshold(Sparsifier):
         if self.steps > self.total_steps:
             return
         parameters = self._own_parameters()
+        if parameters[0].dtype != torch.float32:
+            raise RuntimeError(
+                f"the thresholds became {parameters[0].dtype}, too coarse to train them: cast the model before the "
+                "sparsifier is made, or use autocast"
+            )
         self._limit(parameters)
         if self.budget is None or self._density > self.budget.goal:
-            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1
+            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1.
+            # It only raises thresholds: s above 0 is the trim's doing.
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
-            torch._foreach_mul_(parameters, math.exp(-self.pressure * share))
+            decay = min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
+            torch._foreach_maximum_(parameters, torch._foreach_mul(parameters, math.exp(-decay)))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             error = self._measure()
@@ -155,6 +189,8 @@ class SoftThreshold(Sparsifier):
 
     def _limit(self, parameters: list[Tensor]) -> None:
         """Bound what the optimizer did to s."""
+        if self._before[0].device != parameters[0].device:  # the model was moved
+            self._before = [before.to(s.device) for before, s in zip(self._before, parameters, strict=True)]
         lowest, highest = torch._foreach_sub(self._before, MAX_MOVE), torch._foreach_add(self._before, MAX_MOVE)
         torch._foreach_clamp_min_(lowest, self._least_s)
         torch._foreach_maximum_(parameters, lowest)
@@ -201,6 +237,10 @@ class SoftThreshold(Sparsifier):
         moved = threshold != layer.threshold().double()
         layer.raw_threshold.copy_(torch.where(moved, self._inverse(threshold), layer.raw_threshold.double()))
 
+    def _config(self) -> dict[str, Any]:
+        own = {"pressure": self.pressure, "threshold_function": self.threshold_function}
+        return {**super()._config(), **own}
+
     def _state(self) -> dict[str, Any]:
         return {"density": self._density, "before": [s.clone() for s in self._before]}
 
@@ -226,8 +266,9 @@ class SoftThreshold(Sparsifier):
 class STR(SoftThreshold):
     """Soft Threshold Reparameterization (Kusupati et al., ICML 2020): masked weights get no gradient from the loss.
 
-    The paper's sparsity is whatever the weight decay on s gives. With a ``target`` the pressure is chosen for it and
-    the thresholds are trimmed to it over the last quarter of the run; everything else is the paper's.
+    The paper's sparsity is whatever the weight decay on s gives, from thresholds that start at 0. Here s starts at -5
+    and its decay is the pressure (see the module), with the bounds and floors of :class:`SoftThreshold`; with a
+    ``target`` the pressure is chosen for it, and the thresholds are trimmed to it over the last quarter of the run.
 
     Args: see :class:`SoftThreshold`.
     """

@@ -137,7 +137,7 @@ def attach(layer: Prunable, s: Tensor, function: str, block: int = 1) -> Thresho
     thresholded = cast(Thresholded, layer)
     thresholded.threshold_function, thresholded.block = function, block
     thresholded.raw_threshold = nn.Parameter(s)
-    thresholded.register_buffer("alpha", torch.zeros((), device=s.device))
+    thresholded.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device=s.device))
     thresholded.register_buffer("lower", None)
     return thresholded
 

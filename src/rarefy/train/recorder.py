@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Recorder:
         self.sparsity = 1.0 - sum(layer.live for layer in layers) / sum(layer.weights for layer in layers)
         return {
             "alpha": layers[0].alpha,
+            "target_sparsity": self._aim(),
             "sparsity": self.sparsity,
             "inference_flops_ratio": self.cost.with_densities(densities).ratio,
             "layers": [
@@ -82,13 +84,20 @@ class Recorder:
         """Training FLOPs as a share of the dense run's, from the densities in the metrics."""
         if self.sparsifier is None:
             return 1.0
-        log, last = [], 0
-        for record in self._with_layers():
+        log = []
+        for record, following in itertools.pairwise(self._with_layers()):
+            # The steps between two records begin with what the first of them found.
             forward = {layer["name"]: layer["density"] for layer in record["layers"]}
             gradient = {layer["name"]: layer["weight_grad_density"] for layer in record["layers"]}
-            log.append(cost.TrainingSteps(record["step"] - last, forward, gradient))
-            last = record["step"]
+            log.append(cost.TrainingSteps(following["step"] - record["step"], forward, gradient))
         return cost.training_ratio(self.cost, log)
+
+    def _aim(self) -> float | None:
+        """The sparsity that the method steers towards now, if its target is one."""
+        if self.sparsifier is None or self.sparsifier.budget is None or self.sparsifier.budget.kind != "sparsity":
+            return None
+        aim = self.sparsifier.aim()
+        return None if aim is None else 1.0 - aim
 
     def _with_layers(self) -> list[dict[str, Any]]:
         return [record for record in self.folder.records() if record.get("layers")]
