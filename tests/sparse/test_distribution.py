@@ -10,7 +10,7 @@ from torch import nn
 
 from rarefy import models, sparse
 from rarefy.sparse import distribution as spread
-from rarefy.sparse.selection import select_layers
+from rarefy.sparse.selection import PRUNABLE
 
 
 def erk(shapes, sparsity):
@@ -24,7 +24,8 @@ def erk(shapes, sparsity):
 
 def resnet50():
     with torch.device("meta"):
-        return {name: tuple(m.weight.shape) for name, m in select_layers(models.resnet50(), None, None).items()}
+        layers = models.resnet50().named_modules()
+    return {name: tuple(module.weight.shape) for name, module in layers if type(module) in PRUNABLE}
 
 
 def test_erk_of_resnet50_is_the_published_one():

@@ -107,6 +107,18 @@ def test_st3_by_hand():
     assert gradient(model) == [1] * 8
 
 
+def test_st3_with_an_annealed_alpha():
+    options = {"rescale": False, "start": 0.0, "end": 0.1, "alpha": 0.8, "anneal": "linear"}
+    model, sparsifier, _ = layer("st3", **options)
+    for _ in range(5):
+        sparsifier.step()
+    assert gradient(model) == pytest.approx([1, 1] + [0.4] * 6)
+    for _ in range(5):
+        sparsifier.step()
+    assert gradient(model) == [1, 1] + [0] * 6
+    assert sparsifier.layers()[0].weight_grad_density == 0.25
+
+
 def test_st3_rescales_each_channel_in_the_forward_alone():
     model, sparsifier, _ = layer("st3", start=0.0, end=0.1)
     sparsifier.step()
@@ -236,6 +248,8 @@ def test_finalize_early_warns_and_lands():
         ("feather", {"power": 0.5}, "power must be at least 1, got 0.5"),
         ("feather", {"theta": 2.0}, r"theta must be in \[0, 1\], got 2"),
         ("feather", {"block": 4}, "Feather thresholds single weights"),
+        ("st3", {"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2"),
+        ("st3", {"anneal": "never"}, "anneal must be one of"),
         ("st3", {"block": 4}, "ST3 thresholds single weights"),
     ],
 )

@@ -102,27 +102,33 @@ def _cells(mean: Mean) -> list[str]:
 
 
 def _points(axes: Axes, kind: str, drawn: Sequence[Mean], dense: Sequence[Mean]) -> None:
-    for colour, mean in zip(depth_colours(len(drawn)), drawn, strict=True):
+    for rank, (colour, mean) in enumerate(zip(depth_colours(len(drawn)), drawn, strict=True), start=1):
         error = None if math.isnan(mean.interval) else mean.interval
         x = getattr(mean, _COSTS[kind])
-        axes.errorbar([x], [mean.accuracy], yerr=error, fmt="o", color=colour, markersize=4, linewidth=0.9)
-        axes.annotate(label(mean.label, 24), (x, mean.accuracy), (4, 3), textcoords="offset points", fontsize=7)
+        name = f"{rank}  {label(mean.label, 26)}"
+        axes.errorbar([x], [mean.accuracy], yerr=error, fmt="o", color=colour, markersize=4, linewidth=0.7, label=name)
+        axes.annotate(str(rank), (x, mean.accuracy), (3, 2), textcoords="offset points", fontsize=8)
     for mean in dense:
         axes.axhline(mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"dense, {mean.accuracy:.2f}")
+    accuracies = [mean.accuracy for mean in (*drawn, *dense)]
+    room = 0.15 * (max(accuracies) - min(accuracies)) + 0.2
+    axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
 
 
 @STYLE
 def _against(kind: str, target: float, same: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
     """Mean accuracy with its confidence interval against FLOPs."""
-    drawn = figure(height=400, width=560)
+    drawn = figure(height=430, width=640)
     axes = drawn.subplots()
     shown = [mean for mean in same if mean.accuracy >= same[0].accuracy - FAR_BELOW]
     _points(axes, kind, shown, dense)
     axes.set(xlabel=f"{kind} FLOPs, share of dense", ylabel="test accuracy, %")
     percent_axis(axes.xaxis)
-    legend_above(axes)
+    drawn.legend(loc="outside right upper", fontsize=8, labelspacing=0.25, handlelength=1.0)
     hidden = len(same) - len(shown)
-    caption = "Mean over the seeds, and its 95 % confidence interval where there are several."
+    caption = (
+        "Mean over the seeds, by rank, and its 95 % confidence interval (cut at the axis) where there are several."
+    )
     caption += f" {hidden} more than {FAR_BELOW:g} points under the best: see the table." if hidden else ""
     title = f"Accuracy against {kind} FLOPs at {100 * target:g} %"
     best = ", ".join(f"{mean.label} {mean.accuracy:.2f}" for mean in shown[:5])

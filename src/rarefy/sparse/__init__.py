@@ -13,8 +13,7 @@ from rarefy.sparse.mest import MEST
 from rarefy.sparse.nm import NM
 from rarefy.sparse.optg import OptG
 from rarefy.sparse.powerprop import PowerPropagation
-from rarefy.sparse.registry import create, names, options
-from rarefy.sparse.registry import list_methods as list
+from rarefy.sparse.registry import create, list_methods, names, options, register
 from rarefy.sparse.rigl import RigL
 from rarefy.sparse.set import SET
 from rarefy.sparse.snfs import SNFS
@@ -49,7 +48,11 @@ __all__ = [
     "TopK",
     "TopKAST",
     "create",
-    "list",
+    "list_methods",
     "names",
     "options",
+    "register",
 ]
+
+#: ``rarefy.sparse.list``; not in ``__all__``, since a star import would hide Python's own.
+list = list_methods

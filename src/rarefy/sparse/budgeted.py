@@ -115,6 +115,9 @@ class Budgeted(Sparsifier):
             masks = [top_k(layer, k) for layer, k in zip(sums, self._live_counts(density), strict=True)]
         return [block_expand(mask, self.block) for mask in masks]
 
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "distribution": self.distribution, "block": self.block}
+
     def _layer_states(self, masks: Sequence[Tensor], weight_grads: Sequence[float], **about: Any) -> list[LayerState]:
         rows = zip(self._layers.items(), torch.stack([m.sum() for m in masks]).tolist(), weight_grads, strict=True)
         return [

@@ -54,12 +54,12 @@ class GMP(Masked):
         self.start, self.end = start, end
         super().__init__(model, total_steps=total_steps, **options)
 
-    def _aim(self) -> float:
-        """The density that the schedule asks for now."""
+    def aim(self) -> float:
+        """The density that the schedule asks for now, in (0, 1]."""
         assert self.budget is not None
         return 1.0 - (1.0 - self.budget.goal) * cubic_ramp(self.progress, self.start, self.end)
 
     def _change(self) -> list[Tensor] | None:
         if not self._due(self.end) and self.steps != self.total_steps:
             return None
-        return self._choose(self._live_magnitudes(), self._aim())
+        return self._choose(self._live_magnitudes(), self.aim())

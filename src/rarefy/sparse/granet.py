@@ -73,8 +73,8 @@ class GraNet(RigL):
             return self._masks
         return self._random_masks(self._live_counts(self.initial_density))
 
-    def _aim(self) -> float:
-        """The density that the schedule asks for now."""
+    def aim(self) -> float:
+        """The density that the schedule asks for now, in (0, 1]."""
         assert self.budget is not None
         fall = self.initial_density - self.budget.goal
         return self.initial_density - fall * cubic_ramp(self.progress, 0.0, self.end)
@@ -82,7 +82,7 @@ class GraNet(RigL):
     def _change(self) -> list[Tensor] | None:
         if not self._due(max(self.end, self.stop)) and self.steps != self.total_steps:
             return None
-        masks = self._choose(self._live_magnitudes(), self._aim())
+        masks = self._choose(self._live_magnitudes(), self.aim())
         growth: Sequence[Tensor] | None = self._growth()
         fraction = cosine_decay(self.drop_fraction, self.progress, self.stop)
         if growth is None or fraction == 0.0:

@@ -196,6 +196,10 @@ class Learned(Sparsifier):
         if self.tracks or self.progress >= TRIM_FROM or density < self.budget.goal:
             self._trim(self.budget.aim(self.progress) if self.tracks else self.budget.goal)
 
+    def aim(self) -> float | None:
+        """The density of the curve that a target is followed on, in (0, 1]."""
+        return None if self.budget is None else self.budget.aim(self.progress)
+
     def _control(self, error: float) -> None:
         """Answer an error of the density's logarithm, above 0 when too dense, by the factor on the penalty."""
         self._integral = min(max(self._integral + INTEGRAL * error, -RANGE), RANGE)

@@ -147,6 +147,9 @@ class Masked(Budgeted):
         last = self.steps - self.update_every
         return self.steps % self.update_every == 0 and last < until * self.total_steps
 
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "update_every": self.update_every, "seed": self.seed}
+
     def _state(self) -> dict[str, Any]:
         return {"masks": [mask.clone() for mask in self._masks]}
 

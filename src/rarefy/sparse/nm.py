@@ -103,6 +103,9 @@ class NM(Sparsifier):
     def _update(self) -> None:
         """Nothing: the masks follow from the weights."""
 
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "n": self.n, "m": self.m}
+
     def _state(self) -> dict[str, Any]:
         return {}
 

@@ -140,8 +140,8 @@ class Projected(Budgeted):
 
     # What all have
 
-    def _aim(self) -> float:
-        """The density that the schedule asks for now."""
+    def aim(self) -> float:
+        """The density that the schedule asks for now, in (0, 1]."""
         assert self.budget is not None
         if self.end == 0.0:
             return self.budget.goal
@@ -152,7 +152,7 @@ class Projected(Budgeted):
 
     def _project(self) -> None:
         pairs = list(zip(self._estimators, self._weights(), strict=True))
-        masks = self._choose([self._score(estimator, weight) for estimator, weight in pairs], self._aim())
+        masks = self._choose([self._score(estimator, weight) for estimator, weight in pairs], self.aim())
         for (estimator, weight), mask in zip(pairs, masks, strict=True):
             estimator.project(weight, mask)
 

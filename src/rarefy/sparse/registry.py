@@ -77,6 +77,18 @@ def list_methods(pattern: str = "*", details: bool = False) -> list[str] | dict[
     return {name: METHODS[name].info for name in found} if details else found
 
 
+def register(name: str, method: type[Sparsifier]) -> None:
+    """Let :func:`create`, recipes and comparisons in this process know a method of your own by this name.
+
+    Raises ValueError for a name that is taken, and for what is no subclass of :class:`Sparsifier`.
+    """
+    if name in METHODS:
+        raise ValueError(f"there is a method {name!r} already")
+    if not (isinstance(method, type) and issubclass(method, Sparsifier)):
+        raise ValueError(f"a method is a subclass of Sparsifier, got {method!r}")
+    METHODS[name] = method
+
+
 def options(name: str) -> set[str]:
     """The keyword arguments of the method of this name. Raises ValueError for a name that is not there."""
     if name not in METHODS:

@@ -66,7 +66,7 @@ class SoftThreshold(Sparsifier):
 
     Raises:
         ValueError: as :class:`Sparsifier`; an option out of its range; weights so large that sigmoid thresholds, which
-            end at 1, cannot reach the target.
+            end at 1, cannot reach the target; a layer whose inputs blocks do not divide.
     """
 
     #: Share of the run after which the thresholds are trimmed to the target.
@@ -100,9 +100,9 @@ class SoftThreshold(Sparsifier):
                 raise ValueError(f"the weight of layer {name!r} is on the meta device; give it memory first (to_empty)")
         shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
         check_divisible(shapes, block, f"blocks of {block}")
+        self.block = block
         if threshold_function == "sigmoid" and self.budget is not None:
             self._check_reach(self.budget)
-        self.block = block
         self.threshold_lr = threshold_lr
         self.threshold_function = threshold_function
         self.pressure = self._default_pressure() if pressure is None else pressure

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from rarefy.kernels.soft_threshold import soft_threshold
+from rarefy.sparse.anneal import SCHEDULES
 from rarefy.sparse.base import Info
 from rarefy.sparse.projected import Estimator, Projected, RampOptions
 from rarefy.sparse.thresholded import separate
@@ -62,9 +63,11 @@ class ST3(Projected):
         update_every, start, end: see :class:`Projected`; 5 to 50 % of the run.
         sigma: compare weights in units of their layer's standard deviation.
         rescale: scale each output channel up by what the threshold took from it, as in the paper.
+        alpha, anneal: the factor on the gradient of masked weights and its schedule, as of AutoSparse: with less than 1
+            this is AutoSparse with its thresholds on the budget instead of learned. The paper has 1, "constant".
 
     Raises:
-        ValueError: as :class:`Budgeted`; blocks.
+        ValueError: as :class:`Budgeted`; blocks; an option out of its range.
     """
 
     info = Info("ST-3", "Vanderschueren and De Vleeschouwer, WACV 2023, arXiv 2212.01076", "dense", "always", "dense")
@@ -77,12 +80,19 @@ class ST3(Projected):
         total_steps: int,
         sigma: bool = False,
         rescale: bool = True,
+        alpha: float = 1.0,
+        anneal: str = "constant",
         **options: Unpack[RampOptions],
     ) -> None:
         if options.get("block", 1) != 1:
             raise ValueError(f"{type(self).__name__} thresholds single weights: leave block out")
-        self.sigma, self.rescale = sigma, rescale
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        if anneal not in SCHEDULES:
+            raise ValueError(f"anneal must be one of {', '.join(map(repr, SCHEDULES))}, got {anneal!r}")
+        self.sigma, self.rescale, self.alpha, self.schedule = sigma, rescale, alpha, SCHEDULES[anneal]
         super().__init__(model, total_steps=total_steps, **options)
+        self._steer()
 
     def _estimator(self, weight: Tensor) -> Estimator:
         return _SoftThreshold(weight, self.rescale)
@@ -90,5 +100,13 @@ class ST3(Projected):
     def _score(self, estimator: Estimator, weight: Tensor) -> Tensor:
         return weight.abs() / weight.std().clamp(min=1e-12) if self.sigma else weight.abs()
 
-    def _alpha(self) -> float | None:
-        return 1.0
+    def _alpha(self) -> float:
+        return self.alpha * self.schedule(self.progress)
+
+    def _steer(self) -> None:
+        for estimator in self._estimators:
+            assert isinstance(estimator, _SoftThreshold)
+            estimator.alpha.fill_(self._alpha())
+
+    def _weight_grad_density(self, density: float) -> float:
+        return 1.0 if self._alpha() > 0.0 else density
