@@ -101,6 +101,8 @@ def sentences(ns: Times) -> dict[str, str]:
         "portable": f"plain C looks answers up in {figure(ns['L2', B, 'kernel tanh exact portable'])} ns",
         "inductor": f"{figure(ns['L2', B, 'inductor tanh exact'])} ns for exact tanh, where compiled `torch.tanh` takes"
         f" {figure(ns['L2', B, 'inductor torch.tanh'])}",
+        "onednn": f"{figure(ns['L2', B, 'onednn tanh'])} ns in bfloat16,"
+        f" {ratio('onednn tanh', 'kernel tanh exact'):.0f} times ours",
         "sleef": f"{ratio('peer sleef_u35', 'kernel tanh exact', dtype=F):.1f} times faster than SLEEF's u35",
     }
 

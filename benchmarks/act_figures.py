@@ -37,11 +37,11 @@ def errors(path: Path) -> None:
         axis.set_title(function)
         axis.set_ylim(1e-6, 1)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(loc="lower left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("x")
     figure.supylabel("absolute error, bf16")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, metadata={"Date": None})
 
 

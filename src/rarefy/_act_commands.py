@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     bench.add_argument("--sizes", default="L1,L2,DRAM", help="comma-separated: L1, L2, DRAM (default: all)")
     bench.add_argument("--rounds", type=int, default=21, metavar="N", help="how often each is measured (default: 21)")
-    bench.add_argument("--no-inductor", action="store_true", help="leave out compiled code, which takes a compiler")
+    bench.add_argument("--no-inductor", action="store_true", help="leave out oneDNN and compiled code")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows to this file")
     bench.set_defaults(command=_bench)
 

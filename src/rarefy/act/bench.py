@@ -157,6 +157,10 @@ def _calls(x: Tensor, y: Tensor, compiled: bool) -> dict[str, Timer]:
         "call gelu exact": lambda: act.gelu(x, out=y),
         "call gelu_tanh exact": lambda: act.gelu(x, approximate="tanh", out=y),
     }
+    if compiled and torch._C._has_mkldnn and x.dtype != torch.float16:
+        # oneDNN's own kernels work on its own tensors, and have no out=
+        theirs = x.to_mkldnn()
+        calls |= {"onednn tanh": lambda: torch.tanh(theirs), "onednn sigmoid": lambda: torch.sigmoid(theirs)}
     if compiled:
         for name, function in (("torch.tanh", torch.tanh), ("tanh exact", act.tanh)):
             fast = torch.compile(lambda v, o, f=function: o.copy_(f(v)), fullgraph=True)
@@ -178,7 +182,7 @@ def _interleave(timers: dict[str, Timer], elements: int, rounds: int) -> dict[st
 
 
 def run(sizes: Sequence[str] = tuple(SIZES), rounds: int = 21, *, compiled: bool = True) -> list[Measured]:
-    """Measure everything at the sizes ("L1", "L2", "DRAM") on one thread; ``compiled`` adds Inductor's code."""
+    """Measure everything at the sizes ("L1", "L2", "DRAM") on one thread; ``compiled`` adds oneDNN and Inductor."""
     unknown = [size for size in sizes if size not in SIZES]
     if unknown or rounds < 1:
         raise ValueError(f"sizes must be among {', '.join(SIZES)} and rounds at least 1, got {unknown or rounds}")
