@@ -97,7 +97,7 @@ def test_create_passes_its_options_on() -> None:
 def test_errors_name_the_nearest_right_one() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'resnet_20'; did you mean 'resnet20'\? .there is fashion_cnn"):
         models.create("resnet_20")
-    with pytest.raises(ValueError, match=r"unknown option of resnet20 'widht'; did you mean 'width'\?"):
+    with pytest.raises(ValueError, match=r"unknown option of model 'resnet20': 'widht'; did you mean 'width'\?"):
         models.create("resnet20", widht=8)
     with pytest.raises(ValueError, match=r"unknown option of fashion_cnn 'width' .there is none"):
         models.create("fashion_cnn", width=8)
