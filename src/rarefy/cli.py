@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rarefy import _act_commands
 
@@ -29,6 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"rarefy: {error}", file=sys.stderr)
         return 1
+
+
+def script() -> NoReturn:
+    """The ``rarefy`` command of a shell: :func:`main`, then the end of the process with its status."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with ``status``; as one of several (``WORLD_SIZE``), without the end of the interpreter.
+
+    There a thread of the process group that still lets go of a tensor would want the interpreter's lock, and abort
+    (pytorch/pytorch#190489); DistributedDataParallel keeps those threads even when the group is destroyed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -109,3 +109,8 @@ def test_the_command_line_speaks_in_one_of_them(both: Path) -> None:
 
 def test_the_method_was_the_one_meant(both: Path) -> None:
     assert told(both, 0)["summary"]["sparsity"] == pytest.approx(AUTOSPARSE["method"]["target"], abs=1e-3)
+
+
+def test_they_leave_without_the_end_of_the_interpreter(both: Path) -> None:
+    # In which a thread of the process group may abort the process (pytorch/pytorch#190489).
+    assert not list(both.glob("ended*"))

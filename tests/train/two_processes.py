@@ -1,5 +1,6 @@
 """What each of two processes does in test_processes.py: ``python -m tests.train.two_processes FOLDER``."""
 
+import atexit
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from rarefy.cli import main
+from rarefy.cli import leave, main
 from rarefy.train import Classification, TrainingInterruptedError, classification
 from rarefy.train.classification import Progress
 from tests.train.runs import AUTOSPARSE, STEPS, digest, plain, prepare, recipe, use_model, without_norm
@@ -59,5 +60,7 @@ def work(folder: Path, patch: pytest.MonkeyPatch) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    folder = Path(sys.argv[1])
+    atexit.register((folder / f"ended{os.environ['RANK']}").touch)
     with pytest.MonkeyPatch.context() as patch:
-        sys.exit(work(Path(sys.argv[1]), patch))
+        leave(work(folder, patch))
