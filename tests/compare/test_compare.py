@@ -4,10 +4,10 @@ import csv
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -164,18 +164,22 @@ def test_a_terminated_comparison_leaves_no_process_and_goes_on(tmp_path):
         "runner.WORKER = ('-m', 'tests.compare.driver'); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "compare", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    checkpoint = tmp_path / "runs" / "dense_seed0" / "checkpoints" / "last.pt"
+    # The run writes into the pipe when its first checkpoint is there, and holds it open for as long as it lives.
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    told = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "TOLD": str(fifo)}
+    )
     try:
-        until = time.monotonic() + 60
-        while not checkpoint.exists() and time.monotonic() < until:
-            time.sleep(0.1)
+        assert select.select([told], [], [], 120)[0], "no checkpoint"
+        assert os.read(told, 1) == b"."
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGINT
-        time.sleep(0.2)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        assert select.select([told], [], [], 30)[0], "the run is still there"
+        assert os.read(told, 1) == b""
     finally:
+        os.close(told)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert checkpoint.exists()
+    assert (tmp_path / "runs" / "dense_seed0" / "checkpoints" / "last.pt").exists()
