@@ -58,7 +58,7 @@ def write(comparison: Comparison, folder: Path, *, csv: Path | None = None, html
 def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder: Path) -> str:
     """The page as HTML."""
     found = means(content)
-    dense = [mean for mean in found if mean.target is None]
+    dense = [mean for mean in found if mean.inference_flops == 1]
     targets = list(dict.fromkeys(mean.target for mean in found if mean.target is not None))
     plots = []
     for target in targets:
@@ -109,7 +109,7 @@ def _points(axes: Axes, kind: str, drawn: Sequence[Mean], dense: Sequence[Mean])
         axes.errorbar([x], [mean.accuracy], yerr=error, fmt="o", color=colour, markersize=4, linewidth=0.7, label=name)
         axes.annotate(str(rank), (x, mean.accuracy), (3, 2), textcoords="offset points", fontsize=8)
     for mean in dense:
-        axes.axhline(mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"dense, {mean.accuracy:.2f}")
+        axes.axhline(mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"{mean.label}, {mean.accuracy:.2f}")
     accuracies = [mean.accuracy for mean in (*drawn, *dense)]
     room = 0.15 * (max(accuracies) - min(accuracies)) + 0.2
     axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
