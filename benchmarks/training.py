@@ -15,11 +15,15 @@ from rarefy.train.run_folder import write_atomically
 RECIPE = Path(__file__).parent.parent / "recipes" / "fashion-mnist.yaml"
 
 
-def run(folder: Path, changes: Sequence[str]) -> dict[str, Any]:
+#: What stands before the arguments of ``rarefy train``.
+TRAIN = ("-m", "rarefy.cli", "train")
+
+
+def run(folder: Path, changes: Sequence[str], program: Sequence[str] = TRAIN) -> dict[str, Any]:
     """The summary of recipes/fashion-mnist.yaml with these changes, trained into ``folder`` unless it is there."""
     summary = folder / "summary.json"
     if not summary.exists():
-        command = [sys.executable, "-m", "rarefy.cli", "train", str(RECIPE), "--run", str(folder), "--json"]
+        command = [sys.executable, *program, str(RECIPE), "--run", str(folder), "--json"]
         command += [part for change in changes for part in ("--set", change)]
         resume = ["--resume"] if (folder / "checkpoints" / "last.pt").exists() else []
         subprocess.run([*command, *resume], check=True, stdout=subprocess.DEVNULL)

@@ -109,7 +109,9 @@ def _points(axes: Axes, kind: str, drawn: Sequence[Mean], dense: Sequence[Mean])
         axes.errorbar([x], [mean.accuracy], yerr=error, fmt="o", color=colour, markersize=4, linewidth=0.7, label=name)
         axes.annotate(str(rank), (x, mean.accuracy), (3, 2), textcoords="offset points", fontsize=8)
     for mean in dense:
-        axes.axhline(mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"{mean.label}, {mean.accuracy:.2f}")
+        axes.axhline(
+            mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"{mean.label}, {mean.accuracy:.2f}"
+        )
     accuracies = [mean.accuracy for mean in (*drawn, *dense)]
     room = 0.15 * (max(accuracies) - min(accuracies)) + 0.2
     axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
