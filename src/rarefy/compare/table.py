@@ -89,6 +89,14 @@ class Mean:
     seconds: float
 
 
+def half_interval(sample: Sequence[float]) -> float:
+    """Half the 95 % confidence interval of the mean, by Student's t distribution; NaN for a sample of one."""
+    freedom = len(sample) - 1
+    if freedom == 0:
+        return math.nan
+    return _T95.get(freedom, 1.96) * statistics.stdev(sample) / math.sqrt(len(sample))
+
+
 def means(content: Sequence[Mapping[str, Any]]) -> list[Mean]:
     """One entry a method and target, best accuracy first within a target."""
     groups: dict[tuple[Any, str], list[Mapping[str, Any]]] = {}
@@ -97,12 +105,8 @@ def means(content: Sequence[Mapping[str, Any]]) -> list[Mean]:
     found = []
     for (target, label), same in groups.items():
         accuracies = [float(row["test_accuracy"]) for row in same]
-        freedom = len(accuracies) - 1
-        half = math.nan
-        if freedom:
-            half = _T95.get(freedom, 1.96) * statistics.stdev(accuracies) / math.sqrt(len(accuracies))
         columns = ("sparsity", "inference_flops", "training_flops", "seconds")
         averages = [statistics.mean(float(row[column]) for row in same) for column in columns]
         aim = None if target == "" else float(target)
-        found.append(Mean(label, aim, len(same), statistics.mean(accuracies), half, *averages))
+        found.append(Mean(label, aim, len(same), statistics.mean(accuracies), half_interval(accuracies), *averages))
     return sorted(found, key=lambda mean: (mean.target is not None, mean.target or 0.0, -mean.accuracy))

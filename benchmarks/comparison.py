@@ -1,0 +1,90 @@
+"""The tables of docs/comparison.md, from results/compare-*.csv.
+
+    python benchmarks/comparison.py
+
+prints them. The results come from ``rarefy compare recipes/compare-NAME.yaml``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import results
+from rarefy.compare.table import half_interval, means
+
+Rows = Sequence[Mapping[str, Any]]
+
+#: What is published, and the pairs of runs that say whether it holds here: the claim, (the better, the worse).
+ORDERINGS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "ERK above uniform at equal sparsity": [
+        ("GMP, ERK", "GMP, uniform"),
+        ("RigL", "RigL, uniform"),
+        ("static", "static, uniform"),
+        ("Top-K with GA, ERK", "Top-K with GA"),
+    ],
+    "RigL above SET above static": [("RigL", "SET"), ("SET", "static"), ("RigL", "static")],
+    "AutoSparse above STR": [("AutoSparse, accuracy", "STR"), ("AutoSparse, cost", "STR")],
+}
+
+
+def read(name: str) -> Rows:
+    """The rows of results/compare-NAME.csv."""
+    return results.read(f"compare-{name}")
+
+
+def table(rows: Rows, targets: Sequence[float | None]) -> str:
+    """A row a method: accuracy in percent with half its 95 % confidence interval, and both FLOPs, target by target."""
+    found = {(mean.label, mean.target): mean for mean in means(rows)}
+    lines = [["method"], ["---"]]
+    for target in targets:
+        lines[0] += ["accuracy" if target is None else f"accuracy, {100 * target:g} %", "inference", "training"]
+        lines[1] += ["---"] * 3
+    labels = list(dict.fromkeys(label for label, target in found if target in targets))
+    best = {
+        label: [-found[label, t].accuracy if (label, t) in found else math.inf for t in targets] for label in labels
+    }
+    for label in sorted(labels, key=best.__getitem__):
+        line = [label]
+        for target in targets:
+            mean = found.get((label, target))
+            if mean is None:
+                line += [""] * 3
+                continue
+            spread = "" if math.isnan(mean.interval) else f" ± {mean.interval:.2f}"
+            line += [f"{mean.accuracy:.2f}{spread}", f"{mean.inference_flops:.3f}", f"{mean.training_flops:.3f}"]
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(rows: Rows) -> str:
+    """A row for each pair of ``ORDERINGS`` and target: the difference in accuracy, paired by the seeds."""
+    accuracy = {(row["label"], row["target"], row["seed"]): float(row["test_accuracy"]) for row in rows}
+    lines = ["| published | here | target | points | holds? |", "| --- | --- | --- | --- | --- |"]
+    for claim, pairs in ORDERINGS.items():
+        for better, worse in pairs:
+            for target in sorted({row["target"] for row in rows} - {""}):
+                seeds = [s for (label, t, s) in accuracy if (label, t) == (better, target)]
+                both = [s for s in seeds if (worse, target, s) in accuracy]
+                if len(both) < 2:
+                    continue
+                found = [accuracy[better, target, s] - accuracy[worse, target, s] for s in both]
+                mean, half = statistics.mean(found), half_interval(found)
+                holds = "yes" if mean > half else "no, the reverse" if -mean > half else "not to be told"
+                here = f"{better} over {worse}"
+                lines.append(f"| {claim} | {here} | {float(target):g} | {mean:+.2f} ± {half:.2f} | {holds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    rows = read("fashion-mnist")
+    for targets in ([None], [0.9, 0.95], [0.8, 0.98]):
+        print(table(rows, targets), end="\n\n")
+    print(differences(rows), end="\n\n")
+    print(table(read("autosparse"), [0.95]))
+
+
+if __name__ == "__main__":
+    main()
