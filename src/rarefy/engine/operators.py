@@ -187,7 +187,7 @@ def _activation(call: Call, function: Activation) -> Step | None:
 
 
 for _name in ("relu", "relu6", "silu", "tanh", "sigmoid", "hardswish", "hardsigmoid"):
-    _HANDLERS[f"aten.{_name}.default"] = partial(_activation, function=cast(Activation, _name))
+    _HANDLERS[f"aten.{_name}.default"] = partial(_activation, function=_name)
 
 
 @_handles("gelu.default")
