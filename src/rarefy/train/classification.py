@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rarefy import cost, models, sparse
+from rarefy._files import write_atomically
 from rarefy.data import fashion_mnist
 from rarefy.environment import environment
 from rarefy.sparse import Sparsifier
@@ -25,7 +26,7 @@ from rarefy.train.batches import Batches, mixed_seed, normalise
 from rarefy.train.optimizer import learning_rate, make_optimizer
 from rarefy.train.recipe import Recipe, differences, load
 from rarefy.train.recorder import Recorder, histograms
-from rarefy.train.run_folder import RunFolder, write_atomically
+from rarefy.train.run_folder import RunFolder
 
 #: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
 CHECKPOINT_SECONDS = 600.0
