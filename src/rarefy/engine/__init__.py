@@ -8,6 +8,7 @@ is skipped where a sparse kernel computes a layer: zero times infinity or NaN is
 from rarefy.engine.capture import CaptureError
 from rarefy.engine.compiler import compile
 from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.file import load, save
 from rarefy.engine.profile import Profile, Row
 
-__all__ = ["CaptureError", "Engine", "Port", "Profile", "Report", "Row", "compile"]
+__all__ = ["CaptureError", "Engine", "Port", "Profile", "Report", "Row", "compile", "load", "save"]

@@ -50,7 +50,16 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    plan = optimize(capture(model, inputs))
+    engine = build(optimize(capture(model, inputs)), inputs, threads, weights, choose, tune_seconds)
+    engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
+    return engine
+
+
+def build(
+    plan: Plan, inputs: Sequence[Tensor], threads: int | None, weights: Weights, choose: Choose, tune_seconds: float
+) -> Engine:
+    """The engine of a plan; arguments as those of :func:`compile`, not checked."""
+    begun = time.perf_counter()
     if weights == "bfloat16":
         plan = replace(plan, steps=tuple(_rounded(step) for step in plan.steps))
     threads_now = threads or torch.get_num_threads()

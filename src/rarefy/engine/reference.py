@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,8 @@ def resolve(target: str) -> Callable[..., Any]:
     if target in FUNCTIONS:
         return FUNCTIONS[target]
     found: Any = torch.ops
+    if target.startswith("rarefy."):
+        importlib.import_module("rarefy.act.functional")  # registers them
     try:
         namespace, name, overload = target.split(".")
         found = getattr(getattr(getattr(torch.ops, namespace), name), overload)

@@ -59,12 +59,17 @@ class Segment:
         self, values: dict[str, Any], threads: int, seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None
     ) -> None:
         """Read the inputs from ``values``, and put the outputs there."""
-        inputs = [values[port.value].contiguous() for port in self.inputs]
+        inputs = [self._input(values[port.value], port) for port in self.inputs]
         batch = inputs[0].shape[: inputs[0].dim() - len(self.inputs[0].shape)]
         outputs = [torch.empty((*batch, *port.shape)) for port in self.outputs]
         if (count := math.prod(batch)) > 0:
             self.program.run(inputs, outputs, count, threads, seconds)
         values.update(zip(self.makes, outputs, strict=True))
+
+    def _input(self, x: Tensor, port: Port) -> Tensor:
+        if x.dtype is not torch.float32 or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
+            raise ValueError(f"{port.value} must end in {port.shape} of float32, got {tuple(x.shape)} of {x.dtype}")
+        return x.contiguous()
 
 
 @dataclass(frozen=True)
