@@ -78,6 +78,9 @@ typedef void rarefy_act8(const uint8_t *x, uint8_t *y, int64_t n, const void *ta
 // "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": computed in double; they read no table.
 typedef void rarefy_act32(const uint32_t *x, uint32_t *y, int64_t n, const void *table, int32_t threads);
 
+// "fma_peak_f32": multiplies and adds between registers, and gives back how many floating-point operations that were.
+typedef int64_t rarefy_fma_peak_f32(int64_t repeats);
+
 #ifdef __cplusplus
 }
 #endif

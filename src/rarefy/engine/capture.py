@@ -76,9 +76,10 @@ def _explain(model: nn.Module, error: BaseException) -> str:
     name = getattr(error, "func", None) or (found and found[0])
     if name is None and getattr(error, "partial_fx_graph", None) is not None:
         name = "aten.item"  # Python reads a value, and decides
+    what = f"the operator {name}" if name else "its forward"
     return (
-        f"{type(model).__name__} cannot be traced: {f'the operator {name}' if name else 'its forward'} has no fixed "
-        f"graph{where} ({_first_line(error)}). A model for the engine computes tensors from tensors without control flow on their values; leave that part "
+        f"{type(model).__name__} cannot be traced: {what} has no fixed graph{where} ({_first_line(error)}). "
+        "A model for the engine computes tensors from tensors without control flow on their values; leave that part "
         "out of the model and run it before or after"
     )
 
