@@ -1,4 +1,4 @@
-// The C ABI of librarefy: one table of kernels, nothing else is exported.
+// The C ABI of librarefy: one table of kernels; and the engine, which has a header of its own (rarefy_engine.h).
 //
 // A kernel is a plain function; its signature is the typedef named beside its name below. Kernels keep no state, allocate
 // nothing that outlives the call, and use at most the number of threads that the caller passes.
