@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -70,8 +72,11 @@ def _explain(model: nn.Module, error: BaseException) -> str:
     """What could not be traced, and where in the model's code."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    operator = getattr(error, "func", None)
-    what = f"the operator {operator}" if operator is not None else "its forward"
+    found = re.search(r"\b\w+(::\w+|\.\w+\.\w+)", _first_line(error))
+    name = getattr(error, "func", None) or (found and found[0])
+    if name is None and getattr(error, "partial_fx_graph", None) is not None:
+        name = "aten.item"  # Python reads a value, and decides
+    what = f"the operator {name}" if name else "its forward"
     return (
         f"{type(model).__name__} cannot be traced: {what} has no fixed graph{where} ({_first_line(error)}). "
         "A model for the engine computes tensors from tensors without control flow on their values; leave that part "
@@ -144,7 +149,7 @@ class _Graph:
         target = str(node.target)
         if not node.users and "_assert" not in target:
             return True
-        if target in operators.IDENTITIES and isinstance(node.args[0], fx.Node):
+        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(node.args[0], fx.Node):
             self.aliases[node.name] = node.args[0]
             return True
         if node.target is operator.getitem:
@@ -153,7 +158,7 @@ class _Graph:
             if isinstance(made.meta["val"], Tensor):  # a batch normalisation, whose step gives the tensor alone
                 self.aliases[node.name] = made
                 return True
-        known = node.all_input_nodes and all(each.name in self.constants for each in node.all_input_nodes)
+        known = all(each.name in self.constants for each in node.all_input_nodes)
         if not known or not isinstance(node.meta.get("val"), Tensor) or not isinstance(node.target, OpOverload):
             return False
         if torch.Tag.nondeterministic_seeded not in node.target.tags:
@@ -190,6 +195,14 @@ class _Graph:
                 "takes the tensors out"
             )
         return tuple(node.name for node in result), single
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether the node is a slice that takes everything."""
+    if str(node.target) != "aten.slice.Tensor":
+        return False
+    given = _arguments(node)
+    return given["start"] in (None, 0) and given["end"] in (None, sys.maxsize) and given["step"] == 1
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
