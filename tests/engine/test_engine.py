@@ -111,9 +111,10 @@ def test_threads_are_the_callers_unless_given(monkeypatch, compiled):
 
 
 def test_a_forced_instruction_set_is_what_runs():
+    plan = optimize(capture(thinned(UNet()), (IMAGE,)))
     for isa in paths():
         with kernels.forced(isa):
-            compiled = engine.compile(thinned(UNet()), IMAGE, choose="native", threads=1)
+            compiled = compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0)
         assert compiled.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
         assert {item.program.facts.isa for item in compiled._items if hasattr(item, "program")} <= {isa}
 
