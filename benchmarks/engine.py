@@ -2,7 +2,7 @@
 
     make peers                                  # .venv-peers: onnxruntime, OpenVINO and deepsparse
     python benchmarks/engine_masks.py           # once, a quarter of an hour: the trained masks
-    python benchmarks/engine.py [--only resnet50-90] [--rounds 11]
+    python benchmarks/engine.py [--only "resnet50-90 b1"] [--rounds 11]
     python benchmarks/engine.py --print         # the tables of docs/engine.md from the file
 
 Every runtime is a process of its own on the same core; a round asks each in turn for some runs. ``ms`` is the median of
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import os
 import statistics
@@ -292,7 +293,7 @@ def started(cell: Cell, kept: dict[object, Worker]) -> Iterator[dict[Runtime, Wo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help='cells whose name contains this: "resnet50-90 b1"; others stay')
+    parser.add_argument("--only", default="*", help='cells by a shell pattern: "resnet50-90 b1", "*b16"; others stay')
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--print", action="store_true", help="print the tables of the stored results, measure nothing")
     arguments = parser.parse_args()
@@ -304,7 +305,7 @@ def main() -> None:
     torch.set_num_threads(1)
     kept: dict[object, Worker] = {}
     for cell in CELLS:
-        if arguments.only not in str(cell):
+        if not fnmatch.fnmatchcase(str(cell), arguments.only):
             continue
         with started(cell, kept) as workers:
             rows = measure(cell, workers, arguments.rounds)
