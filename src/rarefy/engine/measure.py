@@ -128,7 +128,12 @@ def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mappi
     native = lower(plan, options)
     slow = _slower_than_torch(native, plan, inputs, layers)
     dense = in_torch(plan, "PyTorch is faster")
-    ways = {"native": native, "PyTorch": dense, "PyTorch, oneDNN": _by_onednn(dense, options.shapes)}
+    ways = {
+        "native": native,
+        "native by rule": lower(plan, replace(options, tune_seconds=0.0)),  # measuring on a busy machine may mislead
+        "PyTorch": dense,
+        "PyTorch, oneDNN": _by_onednn(dense, options.shapes),
+    }
     if slow:
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
     times = _race(ways, plan, inputs, options.threads)
