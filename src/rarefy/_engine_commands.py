@@ -50,6 +50,9 @@ def add(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench.add_argument("--weights", default="float32", help="float32 (default) or bfloat16: how weights are stored")
     bench.add_argument("--rounds", type=int, default=21, metavar="N", help="how often it runs (default: 21)")
     bench.add_argument("--save", type=Path, metavar="FILE", help="also write the engine to this file")
+    bench.add_argument(
+        "--peers", action="store_true", help="beside onnxruntime and OpenVINO, those that are installed (needs onnx)"
+    )
     bench.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     bench.set_defaults(command=_bench)
 
@@ -58,16 +61,22 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
 
     from rarefy import engine
+    from rarefy.engine import peers
 
     if arguments.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.density is not None and not 0 < arguments.density <= 1:
         raise ValueError(f"--density must be in (0, 1], got {arguments.density}; 0.1 keeps a tenth of the weights")
+    if arguments.peers and not peers.installed():
+        raise ValueError("--peers needs another runtime: pip install onnxruntime, or openvino")
     torch.set_num_threads(1)
+    others: dict[str, float] = {}
     torch.manual_seed(0)
     if Path(arguments.source).suffix == ".engine":
-        if any(getattr(arguments, name) for name in ("model", "set", "input", "density")):
-            raise ValueError("an engine's file is what it is: leave --model, --set, --input and --density out")
+        if any(getattr(arguments, name) for name in ("model", "set", "input", "density", "peers")):
+            raise ValueError("an engine's file is what it is: leave all but --batch, --rounds and --json out")
         compiled = engine.load(arguments.source)
     else:
         model, sample = _network(arguments)
@@ -75,10 +84,12 @@ def _bench(arguments: argparse.Namespace) -> int:
             _prune(model, arguments.density)
         x = torch.randn(arguments.batch, *sample.shape[1:])
         compiled = engine.compile(model, x, threads=1, weights=arguments.weights)
+        if arguments.peers:
+            others = peers.race(model, compiled, x, arguments.rounds)
     if arguments.save is not None:
         engine.save(compiled, arguments.save)
     inputs = [torch.randn(arguments.batch, *port.shape[1:], dtype=port.dtype) for port in compiled.inputs]
-    _print(arguments, compiled, compiled.profile(*inputs, rounds=arguments.rounds))
+    _print(arguments, compiled, compiled.profile(*inputs, rounds=arguments.rounds), others)
     return 0
 
 
@@ -110,18 +121,20 @@ def _prune(model: nn.Module, density: float) -> None:
         weight.mul_(top_k(weight.abs(), round(density * weight.numel())))
 
 
-def _print(arguments: argparse.Namespace, compiled: Engine, found: Profile) -> None:
+def _print(arguments: argparse.Namespace, compiled: Engine, found: Profile, others: dict[str, float]) -> None:
     report = compiled.report
     if arguments.json:
         from rarefy import environment
 
         about: dict[str, Any] = {"environment": environment.describe(), "report": asdict(report)}
-        print(json.dumps({**about, "profile": found.to_dict()}))
+        print(json.dumps({**about, "profile": found.to_dict(), "peers": others}))
         return
     print(found)
     ways = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in report.candidates.items())
     print(f"runs by: {report.chosen}" + (f" ({ways})" if ways else ""))
     print(f"compiled in {report.seconds:.1f} s, of which measuring {report.measuring_seconds:.1f} s")
     print(f"weights {report.weight_bytes:,} bytes ({report.weights}), scratch {report.scratch_bytes:,} bytes")
+    for name, seconds in others.items():
+        print(f"{name:>12}  {1e3 * seconds:.2f} ms, {seconds / others['rarefy']:.2f} times rarefy's")
     if arguments.save is not None:
         print(f"written to {arguments.save}")
