@@ -111,13 +111,14 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
         call.low = clamp.low;
         call.high = clamp.high;
         call.stores = tiling.stores.data() + tile.store;
+        call.shape = tile.shape;
         Block *block_kernel = k.block[s.config.kind][s.config.rows][tile.vectors];
         for (int32_t block = 0; block < blocks; ++block) {
             const int32_t from = s.weights.chunks[block * chunks + first_chunk], to = s.weights.chunks[block * chunks + last_chunk];
             if (from == to) continue;
             const int32_t c = block * s.config.block;
             k.pack(x.at + c * x.stride + tile.source, x.stride, std::min(channels - c, s.config.block), packed, tiling.channel_floats,
-                   tiling.packs.data() + tile.pack, tiling.pack_count(), tiling.tables.data());
+                   tiling.packs.data() + tile.pack, tiling.pack_count(), tiling.tables.data(), tile.pixels);
             call.groups = s.weights.groups.data() + from;
             call.rows = s.weights.row_ids.data() + int64_t{from} * s.config.rows;
             call.count = to - from;

@@ -36,7 +36,7 @@ struct Tile {
     int32_t store;   // first Store
     int32_t y;       // where the Stores' offsets count from, in the plane of results
     int32_t pixels;  // the results are y .. y + pixels
-    int32_t first;   // the first vector, among those of all tiles
+    int32_t shape;   // enum StoreShape
 };
 
 struct Tiling {
