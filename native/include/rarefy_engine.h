@@ -128,7 +128,7 @@ void rarefy_program_free(rarefy_program *program);
 
 // Runs the program: inputs in the order of rarefy_builder_input, outputs in that of rarefy_builder_output, each `batch`
 // images in its layout; outputs must not overlap inputs. Uses at most `threads` threads (the calling one among them).
-// seconds: NULL, or rarefy_program_steps numbers to which the wall time of every step is *added* (then one thread is used).
+// seconds: NULL, or rarefy_program_steps numbers to which the CPU time of every step is *added* (then one thread is used).
 // Returns 0; or 1 when there is no memory for the scratch, or an argument is out of range.
 int32_t rarefy_program_run(const rarefy_program *program, const float *const *inputs, float *const *outputs, int64_t batch,
                            int32_t threads, double *seconds);

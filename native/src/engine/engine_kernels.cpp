@@ -23,39 +23,57 @@ using namespace engine;
 
 // ---- packing
 
-inline V packed_vector(const float *plane, const Pack &op, const int32_t *tables, V padding) {
+// out[c * out_stride] = f(plane of channel c), for every channel.
+template <class F>
+inline void over_channels(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const F &f) {
+    for (int64_t c = 0; c < channels; ++c) store(out + c * out_stride, f(x + c * x_stride));
+}
+
+void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack &op,
+                 const int32_t *tables, V padding) {
+    const auto each = [&](auto f) { over_channels(x + op.a, x_stride, channels, out, out_stride, f); };
+    const uint32_t lanes = op.lanes;
     switch (op.kind) {
-        case PACK_FULL: return loadu(plane + op.a);
-        case PACK_COPY: return blend(op.lanes, load_some(plane + op.a, op.lanes), padding);
+        case PACK_FULL: return each([](const float *p) { return loadu(p); });
+        case PACK_COPY: return each([=](const float *p) { return blend(lanes, load_some(p, lanes), padding); });
 #ifdef __AVX512F__
         case PACK_ONE: {
             const __m512i index = _mm512_loadu_si512(tables + op.table);
-            return blend(op.lanes, _mm512_permutexvar_ps(index, load_some(plane + op.a, op.load_a)), padding);
+            const uint32_t load_a = op.load_a;
+            return each([=](const float *p) { return blend(lanes, _mm512_permutexvar_ps(index, load_some(p, load_a)), padding); });
         }
         case PACK_TWO: {
             const __m512i index = _mm512_loadu_si512(tables + op.table);
-            const V a = load_some(plane + op.a, op.load_a), b = load_some(plane + op.b, op.load_b);
-            return blend(op.lanes, _mm512_permutex2var_ps(a, index, b), padding);
+            const int64_t between = op.b - op.a;
+            const uint32_t load_a = op.load_a, load_b = op.load_b;
+            return each([=](const float *p) {
+                return blend(lanes, _mm512_permutex2var_ps(load_some(p, load_a), index, load_some(p + between, load_b)), padding);
+            });
         }
 #endif
-        case PACK_PADDING: return padding;
+        case PACK_PADDING: return each([=](const float *) { return padding; });
         default: {
-            alignas(64) float lane[L];
-            store(lane, padding);
-            for (int i = 0; i < L; ++i)
-                if (op.lanes >> i & 1) lane[i] = plane[op.a + tables[op.table + i]];
-            return load(lane);
+            const int32_t *index = tables + op.table;
+            return each([=](const float *p) {
+                alignas(64) float lane[L];
+                store(lane, padding);
+                for (int i = 0; i < L; ++i)
+                    if (lanes >> i & 1) lane[i] = p[index[i]];
+                return load(lane);
+            });
         }
     }
 }
 
 void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops, int64_t count,
-          const int32_t *tables, float padding) {
-    const V pad = all(padding);
-    for (int64_t c = 0; c < channels; ++c) {
-        const float *plane = x + c * x_stride;
-        float *line = out + c * out_stride;
-        for (int64_t i = 0; i < count; ++i) store(line + i * L, packed_vector(plane, ops[i], tables, pad));
+          const int32_t *tables) {
+    // a few channels at a time: what to do is decided once for all of them, and their pages and lines stay at hand
+    constexpr int64_t SOME = 8;
+    const V zero = all(0.0f);
+    for (int64_t c = 0; c < channels; c += SOME) {
+        const int64_t n = channels - c < SOME ? channels - c : SOME;
+        for (int64_t i = 0; i < count; ++i)
+            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, zero);
     }
 }
 
@@ -197,17 +215,46 @@ void dense(const BlockCall *call) {
 
 // ---- windows
 
-void window(const float *packed, const uint16_t *taps, int64_t tap_count, int32_t vectors, int32_t average, const float *scale,
-            float *y, const Store *stores) {
-    for (int32_t t = 0; t < vectors; ++t) {
-        const float *x = packed + t * L;
-        V v = loadu(x + taps[0]);
-        for (int64_t k = 1; k < tap_count; ++k) {
-            const V next = loadu(x + taps[k]);
-            v = average ? add(v, next) : maximum(next, v);
+inline V every_second(const float *p) {
+#ifdef __AVX512F__
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(loadu(p), even, loadu(p + L));
+#else
+    alignas(64) float lane[L];
+    for (int i = 0; i < L; ++i) lane[i] = p[2 * i];
+    return load(lane);
+#endif
+}
+
+inline V strided(const float *p, int64_t stride) {
+    if (stride == 1) return loadu(p);
+    if (stride == 2) return every_second(p);
+    alignas(64) float lane[L];
+    for (int64_t i = 0; i < L; ++i) lane[i] = p[i * stride];
+    return load(lane);
+}
+
+void window(const WindowCall *call) {
+    const WindowCall &w = *call;
+    // down the columns into the line, then along it
+    for (int64_t i = 0; i < w.width; i += L) {
+        const uint32_t lanes = w.width - i < L ? (1u << (w.width - i)) - 1 : (1u << L) - 1;
+        V v = load_some(w.rows[0] + i, lanes);
+        for (int64_t k = 1; k < w.row_count; ++k) {
+            const V next = load_some(w.rows[k] + i, lanes);
+            v = w.average ? add(v, next) : maximum(next, v);
         }
-        if (average) v = mul(v, loadu(scale + t * L));
-        store_some(y + stores[t].at, stores[t].dense, compress(v, stores[t]));
+        store_some(w.line + i, lanes, v);
+    }
+    for (int64_t i = 0; i < w.out_width; i += L) {
+        const float *from = w.line - w.left + i * w.stride;
+        V v = strided(from, w.stride);
+        for (int64_t k = 1; k < w.taps; ++k) {
+            const V next = strided(from + k * w.dilation, w.stride);
+            v = w.average ? add(v, next) : maximum(next, v);
+        }
+        if (w.average) v = mul(v, mul(all(w.row_scale), loadu(w.scale + i)));
+        store_some(w.y + i, w.out_width - i < L ? (1u << (w.out_width - i)) - 1 : (1u << L) - 1, v);
     }
 }
 

@@ -13,9 +13,9 @@ namespace engine {
 
 enum { MAX_ROWS = 8, MAX_VECTORS = 14, MAX_LANES = 16 };
 
-// How one vector of the packed buffer is made of the channel's plane: lane i is plane[index[i]], or the padding value.
+// How one vector of the packed buffer is made of the channel's plane: lane i is plane[index[i]], or 0.
 enum PackKind : uint32_t {
-    PACK_PADDING,  // padding alone
+    PACK_PADDING,  // zeros alone
     PACK_FULL,     // plane[a + i]
     PACK_COPY,     // plane[a + i] in the lanes of `lanes`
     PACK_ONE,      // lanes of the vector at a (of which `load_a` may be read) by the index table
@@ -82,6 +82,20 @@ struct VectorCall {
     float low, high;
 };
 
+// One row of a maximum or average over windows.
+struct WindowCall {
+    const float *const *rows;  // of the input that the window meets, `width` floats each
+    int64_t row_count, width;
+    float *line;               // width floats; what stands beyond, on both sides, is the padding
+    int64_t left;              // columns of padding
+    int64_t taps, stride, dilation;
+    int64_t out_width;
+    int32_t average;
+    float row_scale;           // an average is multiplied by row_scale * scale[x]
+    const float *scale;        // out_width floats, and L more that may be read
+    float *y;
+};
+
 enum WeightKind { SPARSE_F32, SPARSE_BF16, DENSE_F32, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
@@ -91,10 +105,8 @@ struct Kernels {
     Block *block[WEIGHT_KINDS][MAX_ROWS + 1][MAX_VECTORS + 1];
     // `count` vectors for each of `channels` planes: out + c * out_stride.
     void (*pack)(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
-                 int64_t count, const int32_t *tables, float padding);
-    // Windows over packed vectors: T vectors of maximum or sum over `taps` offsets; sums are multiplied by scale.
-    void (*window)(const float *packed, const uint16_t *taps, int64_t tap_count, int32_t vectors, int32_t average,
-                   const float *scale, float *y, const Store *stores);
+                 int64_t count, const int32_t *tables);
+    void (*window)(const WindowCall *call);
     void (*vector)(const VectorCall *call, int32_t bf16);
     void (*add)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);

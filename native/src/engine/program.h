@@ -71,7 +71,7 @@ struct Step {
     Weights weights;
     Array<float> first, other;
     std::shared_ptr<const Tiling> one, many;
-    std::vector<float> scale_one, scale_many;  // average pooling: a factor for every lane of every vector
+    std::vector<float> scale;        // average pooling: a factor for every column
     int64_t total_weights = 0, nonzeros = 0, macs = 0, dense_macs = 0;
     double tuned_seconds = 0.0, dense_seconds = 0.0;
 
@@ -151,8 +151,14 @@ struct Frame {
     int32_t part, parts;       // this thread among those that work on the same images
 };
 
+// Floats on each side of a pooling's line that may be read.
+int64_t pool_margin(const Step &step);
+
 // Runs a step on `images` images (1 or step.group) from image `at` of the frame's share.
 void run_step(const Frame &frame, const Step &step, int64_t at, int64_t images);
+
+// CPU time of this thread.
+double thread_seconds();
 
 int32_t fail(char *error, int64_t size, const std::string &message);
 

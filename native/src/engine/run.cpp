@@ -1,7 +1,6 @@
 // Runs a program: hands out images, or the parts of one image's steps, to threads.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdlib>
 #include <system_error>
 #include <thread>
@@ -12,7 +11,6 @@ namespace rarefy::engine {
 
 namespace {
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Where threads wait for one another.
 class Barrier {
@@ -42,10 +40,10 @@ struct Runner {
 
     void steps(const Segment &segment, int64_t at, int64_t images) {
         for (int32_t i = segment.first; i < segment.last; ++i) {
-            const double before = seconds ? now() : 0.0;
+            const double before = seconds ? thread_seconds() : 0.0;
             run_step(frame, frame.program->steps[i], at, images);
             barrier->wait();
-            if (seconds) seconds[i] += now() - before;
+            if (seconds) seconds[i] += thread_seconds() - before;
         }
     }
 

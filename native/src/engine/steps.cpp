@@ -117,7 +117,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
             if (from == to) continue;
             const int32_t c = block * s.config.block;
             k.pack(x.at + c * x.stride + tile.source, x.stride, std::min(channels - c, s.config.block), packed, tiling.channel_floats,
-                   tiling.packs.data() + tile.pack, tiling.pack_count(), tiling.tables.data(), 0.0f);
+                   tiling.packs.data() + tile.pack, tiling.pack_count(), tiling.tables.data());
             call.groups = s.weights.groups.data() + from;
             call.rows = s.weights.row_ids.data() + int64_t{from} * s.config.rows;
             call.count = to - from;
@@ -132,19 +132,40 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
 }
 
 void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
-    const Kernels &k = *f.program->kernels;
-    const Tiling &tiling = s.tiling(images);
+    const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const Share mine(f, f.program->plan.values[s.node.out].shape.channels);
     const bool average = s.node.flag;
-    const std::vector<float> &scale = images == 1 ? s.scale_one : s.scale_many;
+    // a line with its padding on both sides, and the rows of one window
+    float *line = f.scratch + pool_margin(s), *end = line + (w.in_w + 15) / 16 * 16 + pool_margin(s);
+    std::fill(f.scratch, end, average ? 0.0f : -std::numeric_limits<float>::infinity());
+    const float **rows = reinterpret_cast<const float **>(end);
+    WindowCall call = {};
+    call.rows = rows;
+    call.width = w.in_w;
+    call.line = line;
+    call.left = w.left;
+    call.taps = w.kernel[1];
+    call.stride = w.stride[1];
+    call.dilation = w.dilation[1];
+    call.out_width = w.out_w;
+    call.average = average;
+    call.scale = s.scale.data();
     for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (const Tile &tile : tiling.tiles) {
-            k.pack(x.at + c * x.stride + tile.source, 0, 1, f.scratch, 0, tiling.packs.data() + tile.pack, tiling.pack_count(),
-                   tiling.tables.data(), average ? 0.0f : -std::numeric_limits<float>::infinity());
-            k.window(f.scratch, tiling.taps.data(), static_cast<int64_t>(tiling.taps.size()), tile.vectors, average,
-                     average ? scale.data() + int64_t{tile.first} * k.lanes : nullptr, y.at + c * y.stride + tile.y,
-                     tiling.stores.data() + tile.store);
+        for (int64_t row = 0; row < w.out_h * images; ++row) {
+            const int64_t image = row / w.out_h;
+            call.row_count = 0;
+            for (int64_t k = 0; k < w.kernel[0]; ++k) {
+                const int64_t from = row % w.out_h * w.stride[0] + k * w.dilation[0] - w.top;
+                if (from >= 0 && from < w.in_h) rows[call.row_count++] = x.at + c * x.stride + (image * w.in_h + from) * w.in_w;
+            }
+            call.row_scale = 1.0f / static_cast<float>(s.node.count_padding ? w.kernel[0] : call.row_count);
+            call.y = y.at + c * y.stride + row * w.out_w;
+            if (call.row_count == 0) {  // dilation can step over all rows
+                std::fill(call.y, call.y + w.out_w, line[-1]);
+                continue;
+            }
+            f.program->kernels->window(&call);
         }
     }
 }

@@ -29,10 +29,11 @@ void append(std::vector<uint8_t> &bytes, T value) {
     std::memcpy(bytes.data() + at, &value, sizeof value);
 }
 
-void append_weight(std::vector<uint8_t> &bytes, int32_t kind, float value, uint32_t offset) {
-    if (kind == SPARSE_BF16) append(bytes, static_cast<uint32_t>(to_bf16(value)) << 16 | offset);
-    else if (kind == DENSE_BF16) append(bytes, to_bf16(value));
-    else append(bytes, value);
+void put(uint8_t *at, int32_t kind, float value, uint32_t offset) {
+    const uint32_t half = kind == SPARSE_BF16 || kind == DENSE_BF16 ? to_bf16(value) : 0, word = half << 16 | offset;
+    if (kind == SPARSE_BF16) std::memcpy(at, &word, sizeof word);
+    else if (kind == DENSE_BF16) std::memcpy(at, &half, 2);
+    else std::memcpy(at, &value, sizeof value);
 }
 
 Weights make_vector_weights(const Matrix &matrix, const Entries &entries, const Config &config, int32_t lanes) {
@@ -138,12 +139,17 @@ class Maker {
             group.offset = known.first->second;
             if (known.second) offsets_.insert(offsets_.end(), shared.begin(), shared.end());
         }
+        const size_t rows = static_cast<size_t>(config_.rows), begin = values_.size(), width = config_.kind == DENSE_BF16 ? 2 : 4;
+        values_.resize(begin + static_cast<size_t>(length) * rows * width);
+        if (config_.kind == SPARSE_F32) offsets_.resize(offsets_.size() + static_cast<size_t>(length) * rows);
+        uint8_t *value = values_.data() + begin;
+        uint16_t *place = offsets_.data() + group.offset;
         for (int64_t k = 0; k < length; ++k) {
-            for (size_t r = 0; r < static_cast<size_t>(config_.rows); ++r) {
+            for (size_t r = 0; r < rows; ++r, value += width) {
                 const bool some = r < count && k < parts[r].length();
                 const uint32_t at = some ? offset(block, parts[r].from[k]) : zero;
-                append_weight(values_, config_.kind, some ? parts[r].from[k].value : 0.0f, at);
-                if (config_.kind == SPARSE_F32) offsets_.push_back(static_cast<uint16_t>(at));
+                put(value, config_.kind, some ? parts[r].from[k].value : 0.0f, at);
+                if (config_.kind == SPARSE_F32) *place++ = static_cast<uint16_t>(at);
             }
         }
         for (size_t r = 0; r < static_cast<size_t>(config_.rows); ++r) row_ids_.push_back(r < count ? parts[r].row : -1);

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rarefy.engine import measure, native
 from rarefy.engine.capture import capture
 from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
 from rarefy.engine.segments import Options, Segment, lower
@@ -68,7 +69,8 @@ def build(
     items = found.lowered.items
     read = {name for item in items if not isinstance(item, Segment) for name in item.inputs} | {*plan.outputs}
     programs = [item.program.facts for item in items if isinstance(item, Segment)]
-    left = [tensor for item in items if not isinstance(item, Segment) for tensor in tensors(item).values()]
+    steps = [item.step if isinstance(item, Packed) else item for item in items if not isinstance(item, Segment)]
+    left = [tensor for step in steps for tensor in tensors(step).values()]
     return Engine(
         items=items,
         inputs=[Port(name, tuple(x.shape), x.dtype) for name, x in zip(plan.inputs, inputs, strict=True)],

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
-from rarefy.engine.plan import Step
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Segment
+from rarefy.engine.segments import Item
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Report:
     Attributes:
         seconds: what compiling took, all in all.
         measuring_seconds: the part of it that went into measuring which kernel is fastest.
-        chosen: what runs the network: "native", "PyTorch", "PyTorch, channels last" or "native and PyTorch".
+        chosen: what runs the network: "native", "PyTorch", "PyTorch, oneDNN" or "native and PyTorch".
         candidates: seconds of each of these on the example, where they were measured.
         weights: how they are stored, "float32" or "bfloat16".
         weight_bytes: weights, biases and indices in memory.
@@ -56,7 +55,7 @@ class Engine:
     def __init__(
         self,
         *,
-        items: Sequence[Segment | Step],
+        items: Sequence[Item],
         inputs: Sequence[Port],
         outputs: Sequence[Port],
         single: bool,

@@ -27,9 +27,10 @@ from rarefy._files import write_atomically
 from rarefy.engine import native, plan, reference
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.measure import LayerFacts
-from rarefy.engine.plan import Operator, Ref, Step
+from rarefy.engine.onednn import Packed, packed
+from rarefy.engine.plan import Conv, Operator, Ref, Step
+from rarefy.engine.segments import Item, Segment
 from rarefy.engine.segments import Port as ProgramPort
-from rarefy.engine.segments import Segment
 
 VERSION = 1
 #: Whose operators a file may name.
@@ -104,13 +105,15 @@ class _Writer:
             return {"tuple": [self.value(each) for each in value]}
         raise ValueError(f"an argument of type {type(value).__name__} cannot be saved: {value!r}")
 
-    def item(self, item: Segment | Step) -> _Json:
+    def item(self, item: Item) -> _Json:
         """An item of an engine as JSON."""
         if isinstance(item, Segment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
             return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps)}
         if isinstance(item, Operator):
             _check_target(item.target)
+        if isinstance(item, Packed):
+            return {**self.item(item.step), "packed": list(item.shape)}
         about = {each.name: self.value(getattr(item, each.name)) for each in fields(item)}
         return {"step": type(item).__name__, "fields": about}
 
@@ -266,7 +269,7 @@ class _Reader:
         tensor = torch.from_numpy(numbers).view(dtype).reshape(shape)
         return tensor.contiguous(memory_format=torch.channels_last) if about["last"] else tensor
 
-    def _item(self, about: _Json) -> Segment | Step:
+    def _item(self, about: _Json) -> Item:
         if "program" in about:
             program = native.load(self._blob(about["program"]))
             ports = []
@@ -280,7 +283,12 @@ class _Reader:
         given_fields = {name: self._value(value) for name, value in about["fields"].items()}
         if kind is Operator:
             _check_target(given_fields["target"])
-        return kind(**given_fields)
+        step = kind(**given_fields)
+        if "packed" not in about:
+            return step
+        if not isinstance(step, Conv):
+            raise ValueError(f"a {about['step']} is not packed")
+        return packed(step, tuple(map(int, about["packed"]))) or step
 
     def _value(self, value: _Json) -> Any:
         if isinstance(value, list):

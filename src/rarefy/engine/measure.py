@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.onednn import Packed, packed
 from rarefy.engine.plan import Conv, Layer, Plan, Step, last_uses
 from rarefy.engine.reference import run_step
-from rarefy.engine.segments import Lowered, Options, Segment, lower
+from rarefy.engine.segments import Item, Lowered, Options, Segment, lower
 
 _ROUNDS = 5
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
 #: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
 _CLEARLY_FASTER = 0.9
+#: Giving layers to PyTorch is only tried where it may save this share of the whole time.
+_WORTH_TRYING = 0.03
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,22 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def execute(
-    items: Sequence[Segment | Step], freed: Sequence[tuple[str, ...]], values: dict[str, Any], threads: int
-) -> None:
+def execute(items: Sequence[Item], freed: Sequence[tuple[str, ...]], values: dict[str, Any], threads: int) -> None:
     """Run the items on the values, which change in place; those in ``freed`` go after each."""
     for item, done in zip(items, freed, strict=True):
-        if isinstance(item, Segment):
-            item.run(values, threads)
-        else:
-            values[item.output] = run_step(item, values)
+        _run(item, values, threads)
         for name in done:
             del values[name]
 
 
-def schedule(items: Sequence[Segment | Step], kept: Sequence[str]) -> list[tuple[str, ...]]:
+def _run(item: Item, values: dict[str, Any], threads: int) -> None:
+    if isinstance(item, Segment):
+        item.run(values, threads)
+    else:
+        values[item.output] = item.run(values) if isinstance(item, Packed) else run_step(item, values)
+
+
+def schedule(items: Sequence[Item], kept: Sequence[str]) -> list[tuple[str, ...]]:
     """The values that are not needed any more after each item."""
     reads = [(i.reads, i.makes) if isinstance(i, Segment) else (i.inputs, (i.output,)) for i in items]
     return last_uses(reads, set(kept))
@@ -104,7 +109,10 @@ def walk(
     for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
         result = values[step.output] = run_step(step, values)
         if isinstance(step, Layer):
-            seconds = min(_time(each, values) for each in _formats(step)) if timed else None
+            seconds = None
+            if timed:
+                other = packed(step, tuple(values[step.input].shape)) if isinstance(step, Conv) else None
+                seconds = min(_time(each, values) for each in (step, other) if each is not None)
             layers[step.output] = _facts(step, result, inputs[0].shape[0], seconds)
         for name in (*step.inputs, step.output):
             if isinstance(values[name], Tensor):
@@ -117,46 +125,42 @@ def walk(
 def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts]) -> Choice:
     """The fastest way to run the plan on inputs like these."""
     begun = time.perf_counter()
-    faster = "PyTorch is faster"
     native = lower(plan, options)
     slow = _slower_than_torch(native, plan, inputs, layers)
-    ways = {"native": native, "PyTorch": in_torch(plan, faster)}
-    if any(isinstance(step, Conv) and len(step.stride) == 2 for step in plan.steps):
-        ways["PyTorch, channels last"] = in_torch(plan, faster, [channels_last(step) for step in plan.steps])
+    dense = in_torch(plan, "PyTorch is faster")
+    ways = {"native": native, "PyTorch": dense, "PyTorch, oneDNN": _by_onednn(dense, options.shapes)}
     if slow:
-        ways["native and PyTorch"] = lower(plan, options, slow)
+        ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
     times = _race(ways, plan, inputs, options.threads)
     chosen = min(times, key=lambda name: times[name])
     return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
 
 
-def channels_last(step: Step) -> Step:
-    """A step whose two-dimensional convolution PyTorch computes in that memory format."""
-    if not isinstance(step, Conv) or step.weight.dim() != 4:
-        return step
-    return replace(step, weight=step.weight.to(memory_format=torch.channels_last))
+def in_torch(plan: Plan, because: str) -> Lowered:
+    """The plan with PyTorch for everything."""
+    return Lowered(plan.steps, {step.output: because for step in plan.steps})
 
 
-def in_torch(plan: Plan, because: str, steps: Sequence[Step] | None = None) -> Lowered:
-    """The plan with PyTorch for everything; ``steps`` stand for those of the plan."""
-    return Lowered(plan.steps if steps is None else tuple(steps), {step.output: because for step in plan.steps})
+def _by_onednn(lowered: Lowered, shapes: Mapping[str, tuple[int, ...]]) -> Lowered:
+    """The same with packed weights in the convolutions that PyTorch runs."""
+    items = [item if isinstance(item, Segment) else _packed(item, shapes) or item for item in lowered.items]
+    return replace(lowered, items=tuple(items))
 
 
-def _formats(step: Step) -> list[Step]:
-    return [step] if (other := channels_last(step)) is step else [step, other]
+def _packed(item: Item, shapes: Mapping[str, tuple[int, ...]]) -> Packed | None:
+    return packed(item, shapes[item.input]) if isinstance(item, Conv) else None
 
 
-def _time(step: Step, values: dict[str, Any]) -> float:
+def _time(item: Item, values: dict[str, Any]) -> float:
     """Seconds of a step in PyTorch: the median of some runs, its inputs already in the format that it takes."""
-    if isinstance(step, Conv) and step.weight.dim() == 4 and not step.weight.is_contiguous():
-        values = {name: values[name].contiguous(memory_format=torch.channels_last) for name in step.inputs}
-    clock = time.thread_time
-    run_step(step, values)
+    if isinstance(item, Packed):
+        values = {name: values[name].contiguous(memory_format=torch.channels_last) for name in item.inputs}
+    _run(item, values, 1)
     took: list[float] = []
     while len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50):
-        begun = clock()
-        run_step(step, values)
-        took.append(clock() - begun)
+        begun = time.thread_time()
+        _run(item, values, 1)
+        took.append(time.thread_time() - begun)
     return median(took)
 
 
@@ -170,7 +174,7 @@ def _facts(step: Step, result: Tensor, samples: int, seconds: float | None) -> L
 
 
 def time_items(
-    items: Sequence[Segment | Step], freed: Sequence[tuple[str, ...]], values: dict[str, Any], rounds: int
+    items: Sequence[Item], freed: Sequence[tuple[str, ...]], values: dict[str, Any], rounds: int
 ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
     """Seconds of each item on one thread, run ``rounds`` times: (rounds, steps of the program) or (rounds, 1)."""
     found = []
@@ -183,7 +187,7 @@ def time_items(
                 item.run(values, 1, row)
             else:
                 begun = time.thread_time()
-                values[item.output] = run_step(item, values)
+                _run(item, values, 1)
                 row[0] = time.thread_time() - begun
         found.append(took)
         for name in done:
@@ -194,17 +198,19 @@ def time_items(
 def _slower_than_torch(
     native: Lowered, plan: Plan, inputs: Sequence[Tensor], layers: Mapping[str, LayerFacts]
 ) -> set[str]:
-    """The layers that PyTorch computes clearly faster than the programs do."""
+    """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
     values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
     freed = schedule(native.items, (*plan.inputs, *plan.outputs, *plan.constants))
-    slow = set()
-    for item, took in zip(native.items, time_items(native.items, freed, values, _ROUNDS), strict=True):
+    times = time_items(native.items, freed, values, _ROUNDS)
+    saved: dict[str, float] = {}
+    for item, took in zip(native.items, times, strict=True):
         if isinstance(item, Segment):
             for step, seconds in zip(item.program.steps(), took.min(0), strict=True):
                 known = None if step.name not in layers else layers[step.name].torch_seconds
                 if known is not None and known * inputs[0].shape[0] < _CLEARLY_FASTER * seconds:
-                    slow.add(step.name)
-    return slow
+                    saved[step.name] = seconds - known * inputs[0].shape[0]
+    whole = sum(took.min(0).sum() for took in times)
+    return set(saved) if sum(saved.values()) > _WORTH_TRYING * whole else set()
 
 
 def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:

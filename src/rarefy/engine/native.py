@@ -132,7 +132,8 @@ def _functions() -> dict[str, Callable[..., Any]] | None:
         return None
     found = {}
     for name, (restype, argtypes, fails) in _FUNCTIONS.items():
-        if not hasattr(library, f"rarefy_{name}"): continue
+        if not hasattr(library, f"rarefy_{name}"):
+            continue
         function = getattr(library, f"rarefy_{name}")
         function.restype, function.argtypes = restype, (*argtypes, *((_TEXT, _INT64) if fails else ()))
         found[name] = _checked(function) if fails else function

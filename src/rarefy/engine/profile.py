@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from rarefy.engine.measure import LayerFacts
+from rarefy.engine.onednn import Packed
 from rarefy.engine.peak import peak
-from rarefy.engine.plan import Step
-from rarefy.engine.segments import Segment
+from rarefy.engine.segments import Item, Segment
 
 _COLUMNS = ("layer", "kernel", "ms", "share", "density", "GFLOP/s", "of peak", "dense ms", "gain")
 
@@ -23,7 +23,7 @@ class Row:
     Attributes:
         name: the layer's in the model; of other steps the operator's in the graph.
         kind: "conv", "depthwise", "linear", "pool", ..., or the operator's name.
-        kernel: what computes it: a native kernel, or "PyTorch".
+        kernel: what computes it: a native kernel, "oneDNN" (in PyTorch, with packed weights) or "PyTorch".
         seconds: median.
         share: of the whole time, in [0, 1].
         density: nonzero weights, as a share of all; None without weights.
@@ -91,7 +91,7 @@ class Profile:
 
 
 def profile(
-    items: Sequence[Segment | Step],
+    items: Sequence[Item],
     took: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
     batch: int,
     names: Mapping[str, str],
@@ -114,7 +114,8 @@ def profile(
         else:
             note = reasons.get(item.output, "")
             fact = layers.get(item.output)
-            rows.append(_row(item.name, item.kind, "PyTorch", seconds[0], total, batch, fact, None, most, note))
+            kernel, step = ("oneDNN", item.step) if isinstance(item, Packed) else ("PyTorch", item)
+            rows.append(_row(step.name, step.kind, kernel, seconds[0], total, batch, fact, None, most, note))
     return Profile(tuple(rows), batch, total, most)
 
 
@@ -156,7 +157,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
     return (
         row.name,
-        f"{row.kernel} ({row.kind})" if row.kernel == "PyTorch" else row.kernel or row.kind,
+        f"{row.kernel} ({row.kind})" if row.kernel in ("PyTorch", "oneDNN") else row.kernel or row.kind,
         f"{1e3 * row.seconds:.3f}",
         f"{100 * row.share:.1f} %",
         cell(None if row.density is None else 100 * row.density, "{:.1f} %"),

@@ -128,12 +128,17 @@ def run(plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [values[name] for name in plan.outputs]
 
 
+def symmetric_padding(step: Conv) -> tuple[list[int], tuple[int, ...]]:
+    """What to pad the input with before the convolution, as ``F.pad`` takes it, and then the convolution's padding."""
+    if any(before != after for before, after in step.padding):
+        return [size for pair in reversed(step.padding) for size in pair], (0,) * len(step.padding)
+    return [], tuple(before for before, _ in step.padding)
+
+
 def _conv(step: Conv, values: Mapping[str, Any]) -> Tensor:
     x: Tensor = values[step.input]
-    padding = tuple(before for before, _ in step.padding)
-    if any(before != after for before, after in step.padding):
-        x = F.pad(x, [size for pair in reversed(step.padding) for size in pair])
-        padding = (0,) * len(padding)
+    added, padding = symmetric_padding(step)
+    x = F.pad(x, added) if added else x
     convolution = _CONVOLUTIONS[len(step.stride)]
     y = convolution(x, step.weight, step.bias, step.stride, padding, step.dilation, step.groups)
     return activate(y if step.residual is None else y + values[step.residual], step.activation)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rarefy.engine.native import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError, Program
+from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import (
     Affine,
     Binary,
@@ -91,11 +92,15 @@ class Options:
     shapes: Mapping[str, tuple[int, ...]]
 
 
+#: What an engine runs one after the other.
+Item: TypeAlias = Segment | Packed | Step
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A plan as native programs and the steps between them that PyTorch runs, and why it runs those, by their value."""
 
-    items: tuple[Segment | Step, ...]
+    items: tuple[Item, ...]
     reasons: Mapping[str, str]
 
 
@@ -105,7 +110,7 @@ class _CannotError(Exception):
 
 def lower(plan: Plan, options: Options, leave: Collection[str] = ()) -> Lowered:
     """Make programs of all that the native engine can run, but of the steps that make the values in ``leave``."""
-    items: list[Segment | Step] = []
+    items: list[Item] = []
     reasons: dict[str, str] = {}
     building = _Segment(plan, options)
     for step in plan.steps:
