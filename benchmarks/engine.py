@@ -217,12 +217,12 @@ def measure(cell: Cell, workers: dict[Runtime, Worker], rounds: int) -> list[dic
     middle = {runtime: [statistics.median(one) for one in found[clock]] for runtime, found in times.items()}
     about = {key: value for key, value in results.provenance().items() if key != "threads"}
     x = engine_models.inputs(cell.batch)
+    models = {name: engine_models.build(name) for name in {worker.network for worker in workers.values()}}
+    with torch.no_grad():
+        expected = {name: model(x) for name, model in models.items()}
     rows = []
     for runtime, worker in workers.items():
-        model = engine_models.build(worker.network)
-        with torch.no_grad():
-            expected = model(x)
-        counted = cost.count(model, x[:1])
+        counted = cost.count(models[worker.network], x[:1])
         flat = {kind: [ms for one in found for ms in one] for kind, found in times[runtime].items()}
         ratios = [theirs / ours for theirs, ours in zip(middle[runtime], middle.get(RAREFY, []), strict=False)]
         rows.append(
@@ -239,11 +239,11 @@ def measure(cell: Cell, workers: dict[Runtime, Worker], rounds: int) -> list[dic
                 "wall_ms": round(statistics.median(flat["wall"]), 3),
                 "min_ms": round(min(flat[clock]), 3),
                 "speedup": round(statistics.median(ratios), 3) if ratios else "",
-                "error": f"{error_of(worker, expected):.1e}",
+                "error": f"{error_of(worker, expected[worker.network]):.1e}",
                 "rounds": rounds,
                 "load": round(load, 1),
                 "version": worker.about["version"],
-                **ours(runtime, worker, model, x[:1]),
+                **ours(runtime, worker, models[worker.network], x[:1]),
                 **about,
             }
         )
@@ -294,7 +294,7 @@ def started(cell: Cell, kept: dict[object, Worker]) -> Iterator[dict[Runtime, Wo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help='cells by a shell pattern: "resnet50-90 b1", "*b16"; others stay')
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=11, help="at batch 1; half as many at batch 16")
     parser.add_argument("--print", action="store_true", help="print the tables of the stored results, measure nothing")
     arguments = parser.parse_args()
     if arguments.print:
@@ -308,7 +308,7 @@ def main() -> None:
         if not fnmatch.fnmatchcase(str(cell), arguments.only):
             continue
         with started(cell, kept) as workers:
-            rows = measure(cell, workers, arguments.rounds)
+            rows = measure(cell, workers, arguments.rounds if cell.batch == 1 else (arguments.rounds + 1) // 2)
         for row in rows:
             about = f"{row['runtime']:>14} {row['precision']:8} {row['ms']:9.3f} ms  {row['speedup']}"
             print(f"{cell!s:32}{about}  error {row['error']}  load {row['load']}", flush=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rarefy
-from rarefy import models, onnx_files
+from rarefy import engine, models, onnx_files
 from rarefy.cli import main
 from rarefy.onnx_files import save_onnx
 
@@ -183,6 +183,20 @@ def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.Captur
     assert Path("out/a.onnx").read_text() == f"{count} (1, 1, 32, 32) False"
 
 
+@pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_run_to_an_engine(weights: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "run", "--to", "engine", "--weights", weights, "--output", "a.engine")
+    assert found["chosen"]
+    loaded = engine.load("a.engine")
+    assert loaded.report.weights == weights
+    model = models.resnet20(num_classes=10, width=4, in_channels=1).eval()
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    x = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        expected = model(x)
+    assert (loaded(x) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 def test_without_onnxruntime_it_is_written_and_said(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +239,7 @@ RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
         (["weights", "--to", "onnx", *RESNET, "--set", "width", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["weights", "--to", "onnx", *RESNET, "--set", "width=a", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["run", "--to", "onnx", "--model", "resnet20"], "run says what its model is: leave --model and --set out"),
+        (["run", "--to", "onnx", "--weights", "bfloat16"], "--weights is of engines: leave it out with --to onnx"),
         (["weights", "--to", "safetensors", "--output", "weights"], "cannot write to weights, which is the weights"),
         (["weights", "--to", "safetensors", "--output", "run"], "cannot write to run, which is a folder"),
     ],

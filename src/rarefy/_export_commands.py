@@ -1,4 +1,4 @@
-"""``rarefy export``; light to import, the work is in rarefy.onnx_files and rarefy.sparse_files."""
+"""``rarefy export``; light to import, the work is in rarefy.onnx_files, rarefy.sparse_files and rarefy.engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_SUFFIXES = {"onnx": ".onnx", "safetensors": ".sparse.safetensors"}
+_SUFFIXES = {"engine": ".engine", "onnx": ".onnx", "safetensors": ".sparse.safetensors"}
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,7 +20,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = commands.add_parser(
         "export",
         help="write a trained model for another runtime, or small",
-        description="Write a finalized model as ONNX, checked in onnxruntime, or its weights as sparse safetensors.",
+        description="Write a finalized model as ONNX, checked in onnxruntime, compiled for this CPU, or its weights as"
+        " sparse safetensors.",
         epilog="examples: rarefy export runs/demo --to onnx; rarefy export resnet.safetensors --to onnx --model"
         " resnet50 --input 3,224,224; rarefy export weights.safetensors --to safetensors",
     )
@@ -34,6 +35,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export.add_argument(
         "--input", metavar="SHAPE", help="of one input, without the batch: 3,224,224; default what the run's data has"
     )
+    export.add_argument("--weights", choices=("float32", "bfloat16"), help="how an engine stores them; default float32")
     export.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     export.set_defaults(command=_export)
 
@@ -51,12 +53,22 @@ def _export(arguments: argparse.Namespace) -> int:
     target = arguments.output or source.weights.with_name(source.weights.stem + _SUFFIXES[arguments.to])
     if target.is_dir() or (target.exists() and target.samefile(source.weights)):
         raise ValueError(f"cannot write to {target}, which is {'a folder' if target.is_dir() else 'the weights'}")
+    if arguments.weights is not None and arguments.to != "engine":
+        raise ValueError(f"--weights is of engines: leave it out with --to {arguments.to}")
     result: dict[str, Any] = {"file": str(target)}
     if arguments.to == "safetensors":
         from rarefy.sparse_files import save_sparse
 
         state = _read(source.weights)
         save_sparse(state, target)
+    elif arguments.to == "engine":
+        from rarefy import engine
+
+        model, example = _network(arguments, source)
+        state = model.state_dict()
+        compiled = engine.compile(model, example, weights=arguments.weights or "float32")
+        engine.save(compiled, target)
+        result |= {"seconds": compiled.report.seconds, "chosen": compiled.report.chosen}
     else:
         from rarefy import onnx_files
 
@@ -182,5 +194,7 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     ]
     if "difference" in result and not unchecked:
         rows.append(("checked", f"onnxruntime differs by {result['difference']:.1e} of the largest output"))
+    if "chosen" in result:
+        rows.append(("runs in", f"{result['chosen']}, chosen in {result['seconds']:.1f} s"))
     for name, value in rows:
         print(f"{name:>8}  {value}")
