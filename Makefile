@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -type f) $(shell find src -type d -not -name __pycache__)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q -e '.[train,dev]'
+	$(BIN)/pip install -q -e '.[train,export,dev]'
 	touch $@
 
 lint: $(STAMP)
@@ -40,9 +40,22 @@ demo: $(STAMP)
 	    echo "the dense run failed (runs/demo-dense.log): the report stands alone"; $(BIN)/rarefy report $$run; \
 	fi
 
-bench: $(STAMP)
+bench: $(STAMP) peers
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/act.py
+	$(BIN)/python benchmarks/engine_masks.py
+	$(BIN)/python benchmarks/engine.py
+
+# What the engine is compared with, in an environment of its own: the extra engine-peers, without rarefy.
+PEERS := $(VENV)-peers
+.PHONY: peers
+peers: $(PEERS)/.installed
+$(PEERS)/.installed: pyproject.toml | $(STAMP)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c "from importlib.metadata import requires; print(*(r.split(';')[0] for r in requires('rarefy') \
+	  if 'engine-peers' in r), sep='\n')" >$(PEERS)/requirements.txt
+	$(PEERS)/bin/pip install -q -r $(PEERS)/requirements.txt
+	touch $@
 
 figures: $(STAMP)
 	$(BIN)/python benchmarks/alpha.py

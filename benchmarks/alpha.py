@@ -18,8 +18,8 @@ from typing import Any
 import results
 import training
 from rarefy import report
+from rarefy._files import write_atomically
 from rarefy.report.trajectories import trajectories
-from rarefy.train.run_folder import write_atomically
 
 PRESSURE = 12.5
 NO_PRESSURE = "no pressure, alpha 0.75, annealed"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy import environment
-from rarefy.train.run_folder import write_atomically
+from rarefy._files import write_atomically
 
 FOLDER = Path(__file__).parent.parent / "results"
 

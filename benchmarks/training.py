@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from rarefy.train.run_folder import write_atomically
+from rarefy._files import write_atomically
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "fashion-mnist.yaml"
 

@@ -1,4 +1,4 @@
-// The C ABI of librarefy: one table of kernels, nothing else is exported.
+// The C ABI of librarefy: one table of kernels; and the engine, which has a header of its own (rarefy_engine.h).
 //
 // A kernel is a plain function; its signature is the typedef named beside its name below. Kernels keep no state, allocate
 // nothing that outlives the call, and use at most the number of threads that the caller passes.
@@ -77,6 +77,9 @@ typedef void rarefy_act8(const uint8_t *x, uint8_t *y, int64_t n, const void *ta
 // "act_shift32": K-TanH of 32 rows in float32. "act_tanh32": tanh from a rarefy_quartic32.
 // "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": computed in double; they read no table.
 typedef void rarefy_act32(const uint32_t *x, uint32_t *y, int64_t n, const void *table, int32_t threads);
+
+// "fma_peak_f32": multiplies and adds between registers, and gives back how many floating-point operations that were.
+typedef int64_t rarefy_fma_peak_f32(int64_t repeats);
 
 #ifdef __cplusplus
 }

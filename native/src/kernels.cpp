@@ -6,13 +6,16 @@
 #include "rarefy.h"
 
 // Every source that holds kernels, and every instruction set they are built for, best first.
-#define RAREFY_SOURCES(X, isa) X(isa, soft_threshold) X(isa, act)
+#define RAREFY_SOURCES(X, isa) X(isa, soft_threshold) X(isa, act) X(isa, peak)
 #if defined(RAREFY_X86)
-#define RAREFY_ISAS(X) X(avx512_vbmi2) X(avx512) X(avx2) X(portable)
+#define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
+#define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
 #elif defined(RAREFY_NEON)
-#define RAREFY_ISAS(X) X(neon) X(portable)
+#define RAREFY_ENGINE_ISAS(X) X(neon) X(portable)
+#define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #else
-#define RAREFY_ISAS(X) X(portable)
+#define RAREFY_ENGINE_ISAS(X) X(portable)
+#define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #endif
 
 #define RAREFY_DECLARE(isa, source)                   \
@@ -21,7 +24,9 @@
     extern const int64_t source##_kernel_count;       \
     }
 #define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
+#define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine)
 RAREFY_ISAS(RAREFY_DECLARE_ISA)
+RAREFY_ENGINE_ISAS(RAREFY_DECLARE_ENGINE)
 
 namespace {
 
@@ -48,7 +53,9 @@ std::vector<rarefy_kernel> collect() {
     };
 #define RAREFY_ADD(isa, source) add(rarefy::isa::source##_kernels, rarefy::isa::source##_kernel_count);
 #define RAREFY_ADD_ISA(isa) RAREFY_SOURCES(RAREFY_ADD, isa)
+#define RAREFY_ADD_ENGINE(isa) RAREFY_ADD(isa, engine)
     RAREFY_ISAS(RAREFY_ADD_ISA)
+    RAREFY_ENGINE_ISAS(RAREFY_ADD_ENGINE)
     return all;
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table`` and ``info``."""
+"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table``, ``export`` and ``info``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rarefy import _act_commands
+from rarefy import _act_commands, _engine_commands, _export_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="FILE", help="the page; default RUN/report.html")
     report.set_defaults(command=_report)
 
-    _act_commands.add(commands)
+    rooms = commands.add_parser("bench", help="measure time on this machine").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    _act_commands.add(commands, rooms)
+    _engine_commands.add(rooms)
+    _export_commands.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, and which native kernels load")
     info.set_defaults(command=_info)

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from rarefy import report
+from rarefy._files import write_atomically
 from rarefy.compare.plan import Comparison
 from rarefy.compare.table import Mean, means, rows, write_csv
 from rarefy.report.figure import (
@@ -28,7 +29,6 @@ from rarefy.report.figure import (
     legend_above,
     percent_axis,
 )
-from rarefy.train.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

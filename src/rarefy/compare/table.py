@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rarefy import sparse
+from rarefy._files import write_atomically
 from rarefy.compare.plan import Comparison, Job
-from rarefy.train.run_folder import write_atomically
 
 #: Two-sided 95 % quantiles of Student's t distribution by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "DataNotFoundError", "FashionMNIST", "load"]
+__all__ = ["CLASSES", "SHAPE", "DataNotFoundError", "FashionMNIST", "load"]
 
 CLASSES = (
     "T-shirt/top",
@@ -36,6 +36,9 @@ CLASSES = (
     "Bag",
     "Ankle boot",
 )
+
+#: What a network takes of an image: channels, height, width.
+SHAPE = (1, 28, 28)
 
 #: The four files and the SHA-256 of each, unpacked.
 _SHA256 = {

@@ -17,15 +17,16 @@ from accelerate.utils import GradientAccumulationPlugin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rarefy import cost, models, sparse
+from rarefy import cost, sparse
+from rarefy._files import write_atomically
 from rarefy.data import fashion_mnist
 from rarefy.environment import environment
 from rarefy.sparse import Sparsifier
 from rarefy.train.batches import Batches, mixed_seed, normalise
 from rarefy.train.optimizer import learning_rate, make_optimizer
-from rarefy.train.recipe import Recipe, differences, load
+from rarefy.train.recipe import Recipe, build, differences, load
 from rarefy.train.recorder import Recorder, histograms
-from rarefy.train.run_folder import RunFolder, write_atomically
+from rarefy.train.run_folder import RunFolder
 
 #: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
 CHECKPOINT_SECONDS = 600.0
@@ -158,9 +159,7 @@ class Classification:
     def _make_model(self) -> nn.Module:
         """The recipe's model, for the images and the classes of the data."""
         name, example = self.recipe.model.name, self.test_images[:1]
-        fitting = {"in_channels": example.shape[1], "num_classes": self.classes}
-        defaults = {option: value for option, value in fitting.items() if option in models.options(name)}
-        model = models.create(name, **{**defaults, **self.recipe.model.options})
+        model = build(self.recipe.model, in_channels=example.shape[1], num_classes=self.classes)
         try:
             with torch.no_grad():
                 outputs = model.eval()(example).shape[1:]

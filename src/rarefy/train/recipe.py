@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from torch import nn
 
 from rarefy import models, sparse
 from rarefy._names import unknown
@@ -123,6 +124,12 @@ def parse(plain: Mapping[str, Any]) -> Recipe:
     recipe = _build(Recipe, plain, "")
     _check(recipe)
     return recipe
+
+
+def build(model: Named, **fitting: int) -> nn.Module:
+    """A recipe's model, freshly initialised; ``fitting`` are options that the data gives where the recipe does not."""
+    known = models.options(model.name)
+    return models.create(model.name, **{**{k: v for k, v in fitting.items() if k in known}, **model.options})
 
 
 def _set(plain: dict[str, Any], change: str) -> None:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from rarefy._files import write_atomically
+
 #: What a checkpoint holds.
 _STATE = {"step", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier", "scaler"}
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class RunFolder:

@@ -1,0 +1,172 @@
+"""Tables of results/engine.csv in Markdown, and what was asked for beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Row = Mapping[str, str]
+
+DENSE = ("onnxruntime", "openvino", "torch.compile")
+NAMES = {"openvino": "OpenVINO"}
+NETWORKS = {"resnet50": "ResNet-50", "mobilenet_v1": "MobileNetV1"}
+
+#: Of every cell: at least how many times faster than the best dense peer, and than deepsparse.
+SPEEDUPS: dict[str, tuple[float | None, float | None]] = {
+    "resnet50-80 b1": (1.8, 2.0),
+    "resnet50-90 b1": (3.0, 2.4),
+    "resnet50-95 b1": (4.0, 2.8),
+    "resnet50-autosparse-0.8 b1": (1.8, 2.0),
+    "resnet50-autosparse-0.9 b1": (3.0, 2.4),
+    "resnet50-autosparse-0.95 b1": (4.0, 2.8),
+    "resnet50-90erk b1": (None, None),
+    "resnet50-90 b16": (2.8, 1.0),
+    "resnet50-autosparse-0.9 b16": (2.8, 1.0),
+    "mobilenet_v1-90 b1": (1.6, None),
+    "mobilenet_v1-90 b16": (2.5, None),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something asked for and what was measured, in words."""
+
+    what: str
+    asked: str
+    measured: str
+    met: bool
+
+
+def network(name: str) -> str:
+    """In words: "ResNet-50, 90 % by AutoSparse"."""
+    kind, _, variant = name.partition("-")
+    if variant.startswith("autosparse"):
+        how = f"{100 * float(variant.removeprefix('autosparse-')):g} % by AutoSparse"
+    else:
+        how = f"{variant.removesuffix('erk')} % {'by ERK' if variant.endswith('erk') else 'of each layer'}"
+    return f"{NETWORKS[kind]}, {how}"
+
+
+def cell(rows: Sequence[Row], name: str) -> dict[tuple[str, str, str], Row]:
+    """The rows of a cell by runtime, precision and threads."""
+    return {(row["runtime"], row["precision"], row["threads"]): row for row in rows if row["cell"] == name}
+
+
+def best_dense(found: Mapping[tuple[str, str, str], Row]) -> float:
+    """How many times faster than the best peer that makes nothing of zeros."""
+    return min(float(found[name, "float32", "1"]["speedup"]) for name in DENSE if (name, "float32", "1") in found)
+
+
+def ms(row: Row | None) -> str:
+    """Three digits that count."""
+    return "" if row is None else f"{float(row['ms']):#.3g}".rstrip(".")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speeds(rows: Sequence[Row]) -> str:
+    """Float32 on one thread: milliseconds a batch, and how many times faster."""
+    lines = []
+    for name in SPEEDUPS:
+        found = cell(rows, name)
+        if ("rarefy", "float32", "1") not in found:
+            continue
+        ours = found["rarefy", "float32", "1"]
+        peers = [found.get((peer, "float32", "1")) for peer in (*DENSE, "deepsparse")]
+        sparse = peers[-1]
+        lines.append(
+            [
+                network(ours["network"]),
+                ours["batch"],
+                f"{100 * float(ours['macs']):.1f} %",
+                ms(ours),
+                *map(ms, peers),
+                f"{best_dense(found):.2f}",
+                "" if sparse is None else f"{float(sparse['speedup']):.2f}",
+            ]
+        )
+    peers_named = [NAMES.get(peer, peer) for peer in (*DENSE, "deepsparse")]
+    return table(
+        ["ms a batch", "batch", "MACs left", "rarefy", *peers_named, "against the best dense", "against deepsparse"],
+        lines,
+    )
+
+
+def precisions(rows: Sequence[Row]) -> str:
+    """ResNet-50 at 90 % beside dense runtimes at lower precision."""
+    lines = []
+    for name in ("resnet50-90 b1", "resnet50-90 b16"):
+        for (runtime, precision, _), row in cell(rows, name).items():
+            if runtime == "rarefy" or precision != "float32":
+                zeros = "dense" if float(row["zeros"]) == 0 else f"{100 * float(row['zeros']):.0f} % zeros"
+                ratio = f"{float(row['speedup']):.2f}"
+                lines.append([row["batch"], f"{NAMES.get(runtime, runtime)}, {precision}, {zeros}", ms(row), ratio])
+    return table(["batch", "ResNet-50", "ms a batch", "time through rarefy's in float32"], lines)
+
+
+def targets(rows: Sequence[Row]) -> list[Target]:
+    """Everything that was asked for, of what is measured."""
+    judged = []
+    for name, (dense, sparse) in SPEEDUPS.items():
+        found = cell(rows, name)
+        if ("rarefy", "float32", "1") not in found:
+            continue
+        ours = found["rarefy", "float32", "1"]
+        what = f"{network(ours['network'])}, batch {ours['batch']}"
+        if dense is not None:
+            ratio = best_dense(found)
+            judged.append(Target(f"{what}: best dense peer", f">= {dense:g}x", f"{ratio:.2f}x", ratio >= dense))
+        if sparse is not None and ("deepsparse", "float32", "1") in found:
+            ratio = float(found["deepsparse", "float32", "1"]["speedup"])
+            judged.append(Target(f"{what}: deepsparse", f">= {sparse:g}x", f"{ratio:.2f}x", ratio >= sparse))
+        if ("rarefy", "bfloat16", "1") in found:
+            half = found["rarefy", "bfloat16", "1"]
+            ratio, size = float(half["speedup"]), float(half["weight_mb"]) / float(ours["weight_mb"])
+            measured = f"{ratio:.2f} of the time, {size:.2f} of the memory"
+            asked = "not slower, smaller"
+            judged.append(Target(f"{what}: bfloat16 weights", asked, measured, ratio <= 1 and size < 1))
+    return judged + _memory_and_seconds(rows) + _threads(rows)
+
+
+def _memory_and_seconds(rows: Sequence[Row]) -> list[Target]:
+    judged = []
+    for row in rows:
+        if row["runtime"] != "rarefy" or row["network"] != "resnet50-90" or row["threads"] != "1":
+            continue
+        if row["cell"].endswith("threads"):
+            continue
+        what = f"{network(row['network'])}, batch {row['batch']}, {row['precision']}"
+        weights, scratch, bound = (float(row[key]) for key in ("weight_mb", "scratch_mb", "bound_mb"))
+        measured = f"{weights:.1f} + {scratch:.1f} MB"
+        judged.append(Target(f"{what}: memory", f"<= {bound:.1f} MB", measured, weights + scratch <= bound))
+        seconds, measuring = float(row["compile_seconds"]), float(row["measuring_seconds"])
+        measured = f"{seconds:.1f} s, of which {measuring:.1f} measuring"
+        judged.append(Target(f"{what}: compiling", "< 20 s", measured, seconds < 20))
+    return judged
+
+
+def _threads(rows: Sequence[Row]) -> list[Target]:
+    judged = []
+    for name in ("resnet50-90 b1 threads", "resnet50-90 b16 threads"):
+        found = cell(rows, name)
+        if ("rarefy", "float32", "2") in found:
+            two = found["rarefy", "float32", "2"]
+            ratio = 1 / float(two["speedup"])
+            what = f"{network(two['network'])}, batch {two['batch']}: two threads, at a load of {two['load']}"
+            judged.append(Target(what, ">= 1.8x", f"{ratio:.2f}x", ratio >= 1.8))
+    return judged
+
+
+def judged(rows: Sequence[Row]) -> str:
+    """:func:`targets` as a table."""
+    lines = [[t.what, t.asked, t.measured, "met" if t.met else "missed"] for t in targets(rows)]
+    return table(["ResNet-50 v1.5 and MobileNetV1, 224x224", "asked", "measured", ""], lines)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """All of them."""
+    return "\n\n".join((speeds(rows), precisions(rows), judged(rows)))

@@ -1,0 +1,275 @@
+// The builder: checks every step and collects them.
+#include <cstring>
+
+#include "engine/program.h"
+
+namespace rarefy::engine {
+
+int32_t fail(char *error, int64_t size, const std::string &message) {
+    if (error && size > 0) {
+        const size_t n = std::min(message.size(), static_cast<size_t>(size - 1));
+        std::memcpy(error, message.data(), n);
+        error[n] = 0;
+    }
+    return -1;
+}
+
+namespace {
+
+// More than any network has, and few enough that no product of two overflows.
+constexpr int64_t LARGEST = 1 << 30;
+
+std::string text(const Shape &s) {
+    return std::to_string(s.channels) + " x " + std::to_string(s.height) + " x " + std::to_string(s.width);
+}
+
+bool between(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
+
+std::string infer_window(const Node &n, const Shape &x, Shape *out) {
+    const Window &w = n.window;
+    int32_t size[2] = {x.height, x.width};
+    const int32_t before[2] = {w.top, w.left}, after[2] = {n.bottom, n.right};
+    for (int axis = 0; axis < 2; ++axis) {
+        if (!between(w.kernel[axis], 1, 1024) || !between(w.stride[axis], 1, 1024) || !between(w.dilation[axis], 1, 1024))
+            return "kernel, stride and dilation must be between 1 and 1024";
+        const int64_t reach = int64_t{w.dilation[axis]} * (w.kernel[axis] - 1) + 1;
+        if (!between(before[axis], 0, 1 << 20) || !between(after[axis], 0, 1 << 20)) return "padding must be between 0 and 1048576";
+        const int64_t room = int64_t{size[axis]} + before[axis] + after[axis] - reach;
+        if (room < 0) return "the kernel is larger than the padded input, " + text(x);
+        size[axis] = static_cast<int32_t>(room / w.stride[axis] + 1);
+        const int64_t last = int64_t{size[axis] - 1} * w.stride[axis] - before[axis];
+        const int64_t input = axis ? x.width : x.height;
+        if (n.kind == Kind::POOL && (before[axis] >= reach || last >= input)) return "a window must hold at least one value of x, so padding must be smaller than the kernel";
+    }
+    out->height = size[0];
+    out->width = size[1];
+    return "";
+}
+
+}  // namespace
+
+std::string infer(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
+    const auto known = [&](int32_t id) { return id >= 0 && id < static_cast<int32_t>(graph.values.size()); };
+    if (n.activation < RAREFY_NONE || n.activation > RAREFY_LEAKY_RELU) return "activation " + std::to_string(n.activation) + " is unknown";
+    if (n.layout != RAREFY_CHANNELS_FIRST && n.layout != RAREFY_CHANNELS_LAST) return "layout " + std::to_string(n.layout) + " is unknown";
+    if (n.kind != Kind::INPUT && n.kind != Kind::CONCAT && !known(n.x)) return "there is no value " + std::to_string(n.x);
+    if (n.kind != Kind::INPUT && n.kind != Kind::CONCAT) *out = graph.values[n.x];
+    const Shape x = *out;
+    switch (n.kind) {
+        case Kind::CONV: {
+            if (!between(n.groups, 1, x.channels) || x.channels % n.groups || !between(out->channels = n.flag, 1, LARGEST) || n.flag % n.groups)
+                return "groups must divide the " + std::to_string(x.channels) + " channels of x and out_channels, got groups " +
+                       std::to_string(n.groups) + " and out_channels " + std::to_string(n.flag);
+            const std::string wrong = infer_window(n, x, out);
+            if (!wrong.empty()) return wrong;
+            if (n.storage != RAREFY_F32 && n.storage != RAREFY_BF16) return "storage " + std::to_string(n.storage) + " is unknown";
+            if (!between(n.choice, RAREFY_MEASURE, RAREFY_DENSE)) return "choice " + std::to_string(n.choice) + " is unknown";
+            if (n.second != -1 && !known(n.second)) return "there is no value " + std::to_string(n.second);
+            if (n.second != -1 && !(graph.values[n.second] == *out))
+                return "the residual must have the shape of the result, " + text(*out) + ", got " + text(graph.values[n.second]);
+            break;
+        }
+        case Kind::POOL: {
+            const std::string wrong = infer_window(n, x, out);
+            if (!wrong.empty()) return wrong;
+            break;
+        }
+        case Kind::GLOBAL_AVERAGE: *out = {x.channels, 1, 1}; break;
+        case Kind::BINARY:
+            if (!known(n.second)) return "there is no value " + std::to_string(n.second);
+            if (!(graph.values[n.second] == x) && !(graph.values[n.second] == Shape{x.channels, 1, 1}))
+                return "y must have the shape of x, " + text(x) + ", or be a vector of as many channels, got " + text(graph.values[n.second]);
+            break;
+        case Kind::CONCAT: {
+            if (operands.empty()) return "there is nothing to concatenate";
+            int64_t channels = 0;
+            for (const int32_t id : operands) {
+                if (!known(id)) return "there is no value " + std::to_string(id);
+                const Shape &s = graph.values[id], &f = graph.values[operands[0]];
+                if (s.height != f.height || s.width != f.width) return "all must have the same height and width, got " + text(f) + " and " + text(s);
+                channels += s.channels;
+            }
+            if (channels > LARGEST) return "the result is too large";
+            *out = graph.values[operands[0]];
+            out->channels = static_cast<int32_t>(channels);
+            break;
+        }
+        case Kind::UPSAMPLE:
+            if (!between(n.window.stride[0], 1, 1024) || !between(n.window.stride[1], 1, 1024)) return "factors must be between 1 and 1024";
+            if (int64_t{x.height} * n.window.stride[0] > LARGEST || int64_t{x.width} * n.window.stride[1] > LARGEST) return "the result is too large";
+            out->height = x.height * n.window.stride[0];
+            out->width = x.width * n.window.stride[1];
+            break;
+        case Kind::FLATTEN:
+            if (x.size() > LARGEST) return "the result is too large";
+            *out = {static_cast<int32_t>(x.size()), 1, 1};
+            break;
+        default: break;
+    }
+    if (!between(out->channels, 1, LARGEST) || !between(out->height, 1, LARGEST) || !between(out->width, 1, LARGEST) ||
+        out->pixels() > LARGEST || out->size() > LARGEST)
+        return "every size must be at least 1 and a value at most 2^30 numbers, got " + text(*out);
+    return "";
+}
+
+Matrix matrix_of(const Graph &graph, const Node &node) {
+    return {graph.values[node.out].channels, graph.values[node.x].channels, node.window.taps(), node.groups};
+}
+
+namespace {
+
+Node node_of(Kind kind, int32_t x, int32_t second = -1) {
+    Node n;
+    std::memset(&n, 0, sizeof n);
+    n.kind = kind;
+    n.x = x;
+    n.second = second;
+    n.out = -1;
+    n.groups = 1;
+    return n;
+}
+
+int32_t append(rarefy_builder *builder, Node node, const char *name, char *error, int64_t size, std::vector<int32_t> operands = {},
+               Shape shape = {1, 1, 1}) {
+    Graph &g = builder->graph;
+    const std::string wrong = infer(g, node, operands, &shape);
+    if (!wrong.empty()) return fail(error, size, (name && *name ? std::string(name) + ": " : std::string()) + wrong);
+    if (node.kind != Kind::OUTPUT) {
+        node.out = static_cast<int32_t>(g.values.size());
+        g.values.push_back(shape);
+    }
+    if (node.kind != Kind::INPUT && node.kind != Kind::CONCAT) {
+        node.window.in_h = g.values[node.x].height;
+        node.window.in_w = g.values[node.x].width;
+    }
+    node.window.out_h = shape.height;
+    node.window.out_w = shape.width;
+    node.operands = static_cast<int32_t>(operands.size());
+    g.nodes.push_back(node);
+    g.names.push_back(name ? name : "");
+    g.operands.push_back(std::move(operands));
+    g.weights.emplace_back();
+    g.first.emplace_back();
+    g.other.emplace_back();
+    return node.out;
+}
+
+void set_window(Node &n, const int32_t *kernel, const int32_t *stride, const int32_t *dilation, const int32_t *padding) {
+    for (int axis = 0; axis < 2; ++axis) {
+        n.window.kernel[axis] = kernel[axis];
+        n.window.stride[axis] = stride[axis];
+        n.window.dilation[axis] = dilation[axis];
+    }
+    n.window.top = padding[0];
+    n.bottom = padding[1];
+    n.window.left = padding[2];
+    n.right = padding[3];
+}
+
+}  // namespace
+}  // namespace rarefy::engine
+
+using namespace rarefy::engine;
+
+extern "C" {
+#define RAREFY_API __attribute__((visibility("default")))
+
+RAREFY_API rarefy_builder *rarefy_builder_new(void) { return new (std::nothrow) rarefy_builder; }
+RAREFY_API void rarefy_builder_free(rarefy_builder *builder) { delete builder; }
+
+RAREFY_API int32_t rarefy_builder_input(rarefy_builder *builder, int32_t channels, int32_t height, int32_t width, int32_t layout,
+                                        const char *name, char *error, int64_t size) {
+    Node n = node_of(Kind::INPUT, -1);
+    n.layout = layout;
+    return append(builder, n, name, error, size, {}, {channels, height, width});
+}
+
+RAREFY_API int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_conv *conv, const char *name, char *error, int64_t size) {
+    Node n = node_of(Kind::CONV, conv->x, conv->residual);
+    n.flag = conv->out_channels;
+    n.activation = conv->activation;
+    n.groups = conv->groups;
+    n.storage = conv->storage;
+    n.choice = conv->choice;
+    set_window(n, conv->kernel, conv->stride, conv->dilation, conv->padding);
+    const int32_t out = append(builder, n, name, error, size);
+    if (out < 0) return out;
+    Graph &g = builder->graph;
+    const Matrix m = matrix_of(g, g.nodes.back());
+    const int64_t count = int64_t{m.rows} * (m.channels / m.groups) * m.taps;
+    g.weights.back().assign(conv->weight, conv->weight + count);
+    g.first.back().assign(m.rows, 0.0f);
+    if (conv->bias) g.first.back().assign(conv->bias, conv->bias + m.rows);
+    return out;
+}
+
+RAREFY_API int32_t rarefy_builder_pool(rarefy_builder *builder, const rarefy_pool *pool, const char *name, char *error, int64_t size) {
+    Node n = node_of(Kind::POOL, pool->x);
+    n.flag = pool->average != 0;
+    n.count_padding = pool->count_padding != 0;
+    set_window(n, pool->kernel, pool->stride, pool->dilation, pool->padding);
+    return append(builder, n, name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_global_average(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size) {
+    return append(builder, node_of(Kind::GLOBAL_AVERAGE, x), name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_binary(rarefy_builder *builder, int32_t x, int32_t y, int32_t multiply, int32_t activation,
+                                         const char *name, char *error, int64_t size) {
+    Node n = node_of(Kind::BINARY, x, y);
+    n.flag = multiply != 0;
+    n.activation = activation;
+    return append(builder, n, name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, const float *scale, const float *shift,
+                                         int32_t activation, const char *name, char *error, int64_t size) {
+    Node n = node_of(Kind::AFFINE, x);
+    n.activation = activation;
+    const int32_t out = append(builder, n, name, error, size);
+    if (out < 0) return out;
+    Graph &g = builder->graph;
+    const int32_t channels = g.values[out].channels;
+    g.first.back().assign(channels, 1.0f);
+    g.other.back().assign(channels, 0.0f);
+    if (scale) g.first.back().assign(scale, scale + channels);
+    if (shift) g.other.back().assign(shift, shift + channels);
+    return out;
+}
+
+RAREFY_API int32_t rarefy_builder_concat(rarefy_builder *builder, const int32_t *xs, int32_t count, const char *name, char *error,
+                                         int64_t size) {
+    return append(builder, node_of(Kind::CONCAT, -1), name, error, size, std::vector<int32_t>(xs, xs + (count > 0 ? count : 0)));
+}
+
+RAREFY_API int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t factor_h, int32_t factor_w, const char *name,
+                                           char *error, int64_t size) {
+    Node n = node_of(Kind::UPSAMPLE, x);
+    n.window.stride[0] = factor_h;
+    n.window.stride[1] = factor_w;
+    return append(builder, n, name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_flatten(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size) {
+    return append(builder, node_of(Kind::FLATTEN, x), name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error, int64_t size) {
+    Node n = node_of(Kind::OUTPUT, x);
+    n.layout = layout;
+    const size_t before = builder->graph.nodes.size();
+    append(builder, n, "output", error, size);
+    return builder->graph.nodes.size() > before ? 0 : -1;
+}
+
+RAREFY_API int32_t rarefy_builder_shape(const rarefy_builder *builder, int32_t value, int32_t shape[3], char *error, int64_t size) {
+    if (value < 0 || value >= static_cast<int32_t>(builder->graph.values.size()))
+        return fail(error, size, "there is no value " + std::to_string(value));
+    const Shape &s = builder->graph.values[value];
+    shape[0] = s.channels;
+    shape[1] = s.height;
+    shape[2] = s.width;
+    return 0;
+}
+}

@@ -1,0 +1,445 @@
+// The engine's kernels, built once for each instruction set. See kernels.h for what they compute.
+#include "engine/kernels.h"
+
+#include <stddef.h>
+
+#include "isa.h"
+#include "rarefy_engine.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace rarefy {
+namespace RAREFY_ISA {
+namespace {
+
+using namespace engine;
+
+#include "../act_wide.h"
+#include "vec.h"
+
+#define RAREFY_UNROLL _Pragma("GCC unroll 32")
+
+// ---- packing
+
+// out[c * out_stride] = f(plane of channel c), for every channel.
+template <class F>
+inline void over_channels(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const F &f) {
+    for (int64_t c = 0; c < channels; ++c) store(out + c * out_stride, f(x + c * x_stride));
+}
+
+void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack &op,
+                 const int32_t *tables, int64_t ahead, V padding) {
+    const auto each = [&](auto f) { over_channels(x + op.a, x_stride, channels, out, out_stride, f); };
+    const uint32_t lanes = op.lanes;
+    switch (op.kind) {
+        case PACK_FULL:
+            return each([=](const float *p) {
+                __builtin_prefetch(p + ahead);
+                return loadu(p);
+            });
+        case PACK_COPY: return each([=](const float *p) { return blend(lanes, load_some(p, lanes), padding); });
+#ifdef __AVX512F__
+        case PACK_ONE: {
+            const __m512i index = _mm512_loadu_si512(tables + op.table);
+            const uint32_t load_a = op.load_a;
+            return each([=](const float *p) { return blend(lanes, _mm512_permutexvar_ps(index, load_some(p, load_a)), padding); });
+        }
+        case PACK_TWO: {
+            const __m512i index = _mm512_loadu_si512(tables + op.table);
+            const int64_t between = op.b - op.a;
+            const uint32_t load_a = op.load_a, load_b = op.load_b;
+            return each([=](const float *p) {
+                return blend(lanes, _mm512_permutex2var_ps(load_some(p, load_a), index, load_some(p + between, load_b)), padding);
+            });
+        }
+#endif
+        case PACK_PADDING: return each([=](const float *) { return padding; });
+        default: {
+            const int32_t *index = tables + op.table;
+            return each([=](const float *p) {
+                alignas(64) float lane[L];
+                store(lane, padding);
+                for (int i = 0; i < L; ++i)
+                    if (lanes >> i & 1) lane[i] = p[index[i]];
+                return load(lane);
+            });
+        }
+    }
+}
+
+void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops, int64_t count,
+          const int32_t *tables, int64_t ahead) {
+    // a few channels at a time: what to do is decided once for all of them, and their pages and lines stay at hand
+    constexpr int64_t SOME = 8;
+    const V zero = all(0.0f);
+    for (int64_t c = 0; c < channels; c += SOME) {
+        const int64_t n = channels - c < SOME ? channels - c : SOME;
+        for (int64_t i = 0; i < count; ++i)
+            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, ahead, zero);
+    }
+}
+
+// ---- blocks
+
+// The lanes that are pixels, moved to the front; and back.
+#ifdef __AVX512F__
+inline V compress(V v, const Store &s) { return _mm512_maskz_compress_ps(s.lanes, v); }
+inline V expand(V v, const Store &s) { return _mm512_maskz_expand_ps(s.lanes, v); }
+#else
+__attribute__((noinline)) V compress(V v, const Store &s) {
+    alignas(64) float from[L], to[L] = {};
+    store(from, v);
+    for (int i = 0, n = 0; i < L; ++i)
+        if (s.lanes >> i & 1) to[n++] = from[i];
+    return load(to);
+}
+__attribute__((noinline)) V expand(V v, const Store &s) {
+    alignas(64) float from[L], to[L] = {};
+    store(from, v);
+    for (int i = 0, n = 0; i < L; ++i)
+        if (s.lanes >> i & 1) to[i] = from[n++];
+    return load(to);
+}
+#endif
+
+template <int R, int T>
+inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
+    RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+        if (group.flags & GROUP_FIRST) {
+            const V bias = all(rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = bias;
+        } else {
+            const float *sums = rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = load(sums + t * L);
+        }
+    }
+}
+
+template <int R, int T>
+inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
+    if (!(group.flags & GROUP_LAST)) {
+        RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+            float *sums = rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
+        }
+        return;
+    }
+    const V low = all(call.low), high = all(call.high);
+    const Store *stores = call.stores;
+    const int32_t shape = call.shape;
+    float *const y = call.y;
+    const float *const residual = call.residual;
+    const int64_t y_stride = call.y_stride, residual_stride = call.residual_stride;
+    RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+        if (rows[r] < 0) continue;
+        float *to = y + rows[r] * y_stride;
+        const float *from = residual + rows[r] * residual_stride;
+        if (shape == STORE_PLAIN) {
+            if (residual) {
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], loadu(from + t * L));
+                // planes are far apart: nothing else fetches what the next tile needs of them
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(from + (T + t) * L);
+            } else {
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(to + (T + t) * L, 1);
+            }
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) storeu(to + t * L, smaller(high, larger(low, a[r][t])));
+            continue;
+        }
+        if (shape == STORE_PREFIX) {
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+                const Store s = stores[t];
+                if (residual) a[r][t] = add(a[r][t], load_some(from + s.at, s.dense));
+                store_some(to + s.at, s.dense, smaller(high, larger(low, a[r][t])));
+            }
+        } else {
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+                const Store s = stores[t];
+                if (residual) a[r][t] = add(a[r][t], expand(load_some(from + s.at, s.dense), s));
+                store_some(to + s.at, s.dense, compress(smaller(high, larger(low, a[r][t])), s));
+            }
+        }
+    }
+}
+
+// One weight for every row, each with pixels of its own.
+template <int R, int T>
+void sparse_f32(const BlockCall *call) {
+    const float *packed = call->packed;
+    const int32_t *rows = call->rows;
+    for (const Group *group = call->groups, *last = group + call->count; group != last; ++group, rows += R) {
+        V a[R][T];
+        begin<R, T>(*call, *group, rows, a);
+        const float *w = static_cast<const float *>(call->weights) + group->weight;
+        const uint16_t *offset = call->offsets + group->offset;
+        for (const float *stop = w + static_cast<int64_t>(group->length) * R; w != stop; w += R, offset += R) {
+            RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+                const V weight = all(w[r]);
+                const float *x = packed + offset[r];
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = fma(weight, loadu(x + t * L), a[r][t]);
+            }
+        }
+        end<R, T>(*call, *group, rows, a);
+    }
+}
+
+// The same with a bf16 weight and its offset in one word.
+template <int R, int T>
+void sparse_bf16(const BlockCall *call) {
+    const float *packed = call->packed;
+    const int32_t *rows = call->rows;
+    for (const Group *group = call->groups, *last = group + call->count; group != last; ++group, rows += R) {
+        V a[R][T];
+        begin<R, T>(*call, *group, rows, a);
+        const uint32_t *w = static_cast<const uint32_t *>(call->weights) + group->weight;
+        for (const uint32_t *stop = w + static_cast<int64_t>(group->length) * R; w != stop; w += R) {
+            RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+                const V weight = high_half(w + r);
+                const float *x = packed + (w[r] & 0xFFFFu);
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = fma(weight, loadu(x + t * L), a[r][t]);
+            }
+        }
+        end<R, T>(*call, *group, rows, a);
+    }
+}
+
+inline V widened(const float *w) { return all(*w); }
+inline V widened(const uint16_t *w) { return all_bits(static_cast<uint32_t>(*w) << 16); }
+
+// The same pixels for all rows.
+template <int R, int T, class W>
+void dense(const BlockCall *call) {
+    const float *packed = call->packed;
+    const int32_t *rows = call->rows;
+    for (const Group *group = call->groups, *last = group + call->count; group != last; ++group, rows += R) {
+        V a[R][T];
+        begin<R, T>(*call, *group, rows, a);
+        const W *w = static_cast<const W *>(call->weights) + group->weight;
+        const uint16_t *offset = call->offsets + group->offset;
+        for (const uint16_t *stop = offset + group->length; offset != stop; ++offset, w += R) {
+            const float *p = packed + *offset;
+            V x[T];
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) x[t] = loadu(p + t * L);
+            RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+                const V weight = widened(w + r);
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = fma(weight, x[t], a[r][t]);
+            }
+        }
+        end<R, T>(*call, *group, rows, a);
+    }
+}
+
+// ---- windows
+
+inline V every_second(const float *p) {
+#ifdef __AVX512F__
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(loadu(p), even, loadu(p + L));
+#else
+    alignas(64) float lane[L];
+    for (int i = 0; i < L; ++i) lane[i] = p[2 * i];
+    return load(lane);
+#endif
+}
+
+inline V strided(const float *p, int64_t stride) {
+    if (stride == 1) return loadu(p);
+    if (stride == 2) return every_second(p);
+    alignas(64) float lane[L];
+    for (int64_t i = 0; i < L; ++i) lane[i] = p[i * stride];
+    return load(lane);
+}
+
+void window(const WindowCall *call) {
+    const WindowCall &w = *call;
+    // down the columns into the line, then along it
+    for (int64_t i = 0; i < w.width; i += L) {
+        const uint32_t lanes = w.width - i < L ? (1u << (w.width - i)) - 1 : (1u << L) - 1;
+        V v = load_some(w.rows[0] + i, lanes);
+        for (int64_t k = 1; k < w.row_count; ++k) {
+            const V next = load_some(w.rows[k] + i, lanes);
+            v = w.average ? add(v, next) : maximum(next, v);
+        }
+        store_some(w.line + i, lanes, v);
+    }
+    for (int64_t i = 0; i < w.out_width; i += L) {
+        const float *from = w.line - w.left + i * w.stride;
+        V v = strided(from, w.stride);
+        for (int64_t k = 1; k < w.taps; ++k) {
+            const V next = strided(from + k * w.dilation, w.stride);
+            v = w.average ? add(v, next) : maximum(next, v);
+        }
+        if (w.average) v = mul(v, mul(all(w.row_scale), loadu(w.scale + i)));
+        store_some(w.y + i, w.out_width - i < L ? (1u << (w.out_width - i)) - 1 : (1u << L) - 1, v);
+    }
+}
+
+// ---- vectors
+
+inline V weights_at(const float *w) { return loadu(w); }
+inline V weights_at(const uint16_t *w) { return widen(w); }
+
+template <class W>
+void vector_rows(const VectorCall &c) {
+    const W *w = static_cast<const W *>(c.weights);
+    for (int32_t row = 0; row < c.rows; ++row) {
+        const int64_t from = c.starts[row], to = c.starts[row + 1];
+        V a = all(0.0f), b = all(0.0f);
+        int64_t k = from;
+        if (c.index) {
+            for (; k + 2 * L <= to; k += 2 * L) {
+                a = fma(weights_at(w + k), gather(c.x, c.index + k), a);
+                b = fma(weights_at(w + k + L), gather(c.x, c.index + k + L), b);
+            }
+            if (k < to) a = fma(weights_at(w + k), gather(c.x, c.index + k), a);
+        } else {
+            const float *x = c.x - from;
+            for (; k + 2 * L <= to; k += 2 * L) {
+                a = fma(weights_at(w + k), loadu(x + k), a);
+                b = fma(weights_at(w + k + L), loadu(x + k + L), b);
+            }
+            if (k < to) a = fma(weights_at(w + k), loadu(x + k), a);
+        }
+        float y = total(add(a, b)) + c.bias[row];
+        if (c.residual) y += c.residual[row * c.residual_stride];
+        y = y < c.low ? c.low : y;
+        c.y[row * c.y_stride] = y > c.high ? c.high : y;
+    }
+}
+
+void vector(const VectorCall *call, int32_t bf16) {
+    if (bf16) vector_rows<uint16_t>(*call);
+    else vector_rows<float>(*call);
+}
+
+// ---- elementwise
+
+inline uint32_t low_lanes(int64_t n) { return (1u << n) - 1; }
+
+template <class F>
+inline void over(int64_t n, const F &f) {
+    int64_t i = 0;
+    for (; i + L <= n; i += L) f(i, low_lanes(L));
+    if (i < n) f(i, low_lanes(n - i));
+}
+
+void add_rows(const float *x, const float *y, float *out, int64_t n, float low, float high) {
+    const V lo = all(low), hi = all(high);
+    over(n, [=](int64_t i, uint32_t lanes) {
+        store_some(out + i, lanes, smaller(hi, larger(lo, add(load_some(x + i, lanes), load_some(y + i, lanes)))));
+    });
+}
+
+void multiply_rows(const float *x, const float *y, float *out, int64_t n, float low, float high) {
+    const V lo = all(low), hi = all(high);
+    over(n, [=](int64_t i, uint32_t lanes) {
+        store_some(out + i, lanes, smaller(hi, larger(lo, mul(load_some(x + i, lanes), load_some(y + i, lanes)))));
+    });
+}
+
+void affine(const float *x, float scale, float shift, float *out, int64_t n, float low, float high) {
+    const V lo = all(low), hi = all(high), a = all(scale), b = all(shift);
+    over(n, [=](int64_t i, uint32_t lanes) {
+        store_some(out + i, lanes, smaller(hi, larger(lo, fma(a, load_some(x + i, lanes), b))));
+    });
+}
+
+float sum(const float *x, int64_t n) {
+    V a = all(0.0f);
+    for (int64_t i = 0; i < n; i += L) a = add(a, load_some(x + i, low_lanes(n - i < L ? n - i : L)));
+    return total(a);
+}
+
+// ---- activations
+
+// tanh by (1 - e) / (1 + e), e = exp(-2 |x|); below 2^-6 by its series, where the quotient would cancel.
+inline float tanh_value(float narrow) {
+    const double x = narrow, a = x < 0.0 ? -x : x, e = exp_minus(a + a);
+    const double s = a * a, small = a * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 - s * (17.0 / 315.0))));
+    const double y = a < 0.015625 ? small : (1.0 - e) / (1.0 + e);
+    const float rounded = static_cast<float>(x < 0.0 ? -y : y);
+    return narrow == narrow ? rounded : narrow;
+}
+
+inline float hard_gate(float x) {
+    const float t = x + 3.0f;
+    return (t < 0.0f ? 0.0f : t > 6.0f ? 6.0f : t) / 6.0f;
+}
+
+template <class F>
+inline void map(const float *x, float *out, int64_t n, const F &f) {
+    constexpr int BLOCK = 64;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int64_t size = n - at < BLOCK ? n - at : BLOCK;
+        float in[BLOCK] = {}, to[BLOCK];
+        __builtin_memcpy(in, x + at, sizeof(float) * static_cast<size_t>(size));
+        for (int i = 0; i < BLOCK; ++i) to[i] = f(in[i]);
+        __builtin_memcpy(out + at, to, sizeof(float) * static_cast<size_t>(size));
+    }
+}
+
+void activate(int32_t activation, const float *x, float *out, int64_t n) {
+    switch (activation) {
+        case RAREFY_SILU: return map(x, out, n, wide_value<Wide::silu>);
+        case RAREFY_GELU: return map(x, out, n, wide_value<Wide::gelu>);
+        case RAREFY_GELU_TANH: return map(x, out, n, wide_value<Wide::gelu_tanh>);
+        case RAREFY_SIGMOID: return map(x, out, n, wide_value<Wide::sigmoid>);
+        case RAREFY_TANH: return map(x, out, n, tanh_value);
+        case RAREFY_HARDSWISH: return map(x, out, n, [](float v) { return v * hard_gate(v); });
+        case RAREFY_HARDSIGMOID: return map(x, out, n, hard_gate);
+        case RAREFY_LEAKY_RELU: return map(x, out, n, [](float v) { return v < 0.0f ? 0.01f * v : v; });
+        default: return map(x, out, n, [](float v) { return v; });
+    }
+}
+
+// ---- the table
+
+template <int R, int T>
+void fill(Kernels &k) {
+    if constexpr (R * T <= ACCUMULATORS) {
+        k.block[SPARSE_F32][R][T] = sparse_f32<R, T>;
+        k.block[SPARSE_BF16][R][T] = sparse_bf16<R, T>;
+        if constexpr (T * (R + 1) <= ACCUMULATORS + 2) {
+            k.block[DENSE_F32][R][T] = dense<R, T, float>;
+            k.block[DENSE_BF16][R][T] = dense<R, T, uint16_t>;
+        }
+    }
+    if constexpr (T < MAX_VECTORS) fill<R, T + 1>(k);
+}
+
+Kernels make() {
+    Kernels k = {};
+    k.lanes = L;
+#ifdef __AVX512F__
+    k.permutes = 1;
+#endif
+    fill<1, 1>(k);
+    fill<2, 1>(k);
+    fill<3, 1>(k);
+    fill<4, 1>(k);
+    fill<6, 1>(k);
+    fill<8, 1>(k);
+    k.pack = pack;
+    k.window = window;
+    k.vector = vector;
+    k.add = add_rows;
+    k.multiply = multiply_rows;
+    k.affine = affine;
+    k.sum = sum;
+    k.activate = activate;
+    return k;
+}
+
+const Kernels *engine_functions() {
+    static const Kernels kernels = make();
+    return &kernels;
+}
+
+}  // namespace
+
+extern const rarefy_kernel engine_kernels[] = {RAREFY_KERNEL("engine", engine_functions)};
+extern const int64_t engine_kernel_count = sizeof engine_kernels / sizeof *engine_kernels;
+
+}  // namespace RAREFY_ISA
+}  // namespace rarefy

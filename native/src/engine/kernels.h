@@ -1,0 +1,128 @@
+// What the engine's kernels read and write: plain structures, shared between the files that are built for each instruction
+// set and the executor, and the table of functions that every instruction set provides.
+//
+// A convolution works on *tiles*: T vectors of L output pixels. First every channel's part of the input that the tile needs
+// is packed into a small buffer, so that each weight's pixels lie in T consecutive aligned vectors at a known offset; then
+// every output row (channel) is a sum of weight * vectors at offset, with the T sums kept in registers for R rows at a time.
+#pragma once
+
+#include <stdint.h>
+
+namespace rarefy {
+namespace engine {
+
+enum { MAX_ROWS = 8, MAX_VECTORS = 14, MAX_LANES = 16 };
+
+// How one vector of the packed buffer is made of the channel's plane: lane i is plane[index[i]], or 0.
+enum PackKind : uint32_t {
+    PACK_PADDING,  // zeros alone
+    PACK_FULL,     // plane[a + i]
+    PACK_COPY,     // plane[a + i] in the lanes of `lanes`
+    PACK_ONE,      // lanes of the vector at a (of which `load_a` may be read) by the index table
+    PACK_TWO,      // lanes of the vectors at a and b by the index table
+    PACK_GATHER,   // plane[a + index[i]] in the lanes of `lanes`
+};
+
+struct Pack {
+    uint32_t kind;
+    int32_t a, b;      // offsets in the plane, from the tile's source
+    int32_t table;     // first number of the index table
+    uint16_t lanes;    // lanes that are pixels
+    uint16_t load_a, load_b;
+    uint16_t reserved;
+};
+
+// Where one vector of results goes: its lanes `lanes`, one after the other, to y from `at` on.
+struct Store {
+    int32_t at;
+    uint16_t lanes;    // lanes that are pixels
+    uint16_t dense;    // as many low bits as `lanes` has
+};
+
+// What is known of all the stores of a tile.
+enum StoreShape : int32_t {
+    STORE_PLAIN,    // T * L pixels, one after the other
+    STORE_PREFIX,   // the pixels of every vector are its first lanes
+    STORE_ANY,
+};
+
+// R rows of one block of channels.
+struct Group {
+    int32_t length;    // weights of each row, padding included
+    int32_t weight;    // first weight (counted in weights)
+    int32_t offset;    // first offset; sparse kernels have one for each weight, dense ones one for R weights
+    int32_t flags;     // GROUP_FIRST: starts from the bias; GROUP_LAST: ends with the activation and the store
+};
+enum { GROUP_FIRST = 1, GROUP_LAST = 2 };
+
+struct BlockCall {
+    const float *packed;
+    const void *weights;       // float, or uint32 words of (bf16, offset) for sparse bf16, or uint16 for dense bf16
+    const uint16_t *offsets;   // in floats
+    const Group *groups;
+    const int32_t *rows;       // R for each group; -1: none
+    int64_t count;             // groups
+    float *sums;               // T * L for each row, and as much again for a row that is none
+    float *trash;              // T * L floats that nobody reads
+    float *y;                  // at the tile
+    int64_t y_stride;
+    const float *residual;     // at the tile, or null
+    int64_t residual_stride;
+    const float *bias;
+    float low, high;           // the result is clamped to it
+    const Store *stores;
+    int32_t shape;             // enum StoreShape of all T stores
+};
+typedef void Block(const BlockCall *);
+
+// Vectors: y = act(W x + bias) for one vector, weights in rows.
+struct VectorCall {
+    const void *weights;
+    const uint16_t *index;     // null for a dense matrix
+    const int64_t *starts;     // first weight of every row, rows + 1; multiples of L
+    int32_t rows;
+    const float *x;            // followed by a zero
+    float *y;                  // y[r * y_stride]
+    int64_t y_stride;
+    const float *residual;
+    int64_t residual_stride;
+    const float *bias;
+    float low, high;
+};
+
+// One row of a maximum or average over windows.
+struct WindowCall {
+    const float *const *rows;  // of the input that the window meets, `width` floats each
+    int64_t row_count, width;
+    float *line;               // width floats; what stands beyond, on both sides, is the padding
+    int64_t left;              // columns of padding
+    int64_t taps, stride, dilation;
+    int64_t out_width;
+    int32_t average;
+    float row_scale;           // an average is multiplied by row_scale * scale[x]
+    const float *scale;        // out_width floats, and L more that may be read
+    float *y;
+};
+
+enum WeightKind { SPARSE_F32, SPARSE_BF16, DENSE_F32, DENSE_BF16, WEIGHT_KINDS };
+
+struct Kernels {
+    int32_t lanes;
+    int32_t permutes;  // 1: PACK_ONE and PACK_TWO are fast
+    // null where R * T is too many registers
+    Block *block[WEIGHT_KINDS][MAX_ROWS + 1][MAX_VECTORS + 1];
+    // `count` vectors for each of `channels` planes: out + c * out_stride. What lies `ahead` floats further is fetched.
+    void (*pack)(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
+                 int64_t count, const int32_t *tables, int64_t ahead);
+    void (*window)(const WindowCall *call);
+    void (*vector)(const VectorCall *call, int32_t bf16);
+    void (*add)(const float *x, const float *y, float *out, int64_t n, float low, float high);
+    void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);
+    void (*affine)(const float *x, float scale, float shift, float *out, int64_t n, float low, float high);
+    float (*sum)(const float *x, int64_t n);
+    // An activation of enum rarefy_activation that is no clamp, in place or not.
+    void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
+};
+
+}  // namespace engine
+}  // namespace rarefy

@@ -1,0 +1,165 @@
+// What a builder collects and what a program is made of.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine/tiling.h"
+#include "engine/weights.h"
+#include "rarefy_engine.h"
+
+namespace rarefy::engine {
+
+enum class Kind : int32_t { INPUT, CONV, POOL, GLOBAL_AVERAGE, BINARY, AFFINE, CONCAT, UPSAMPLE, FLATTEN, OUTPUT, KINDS };
+
+struct Shape {
+    int32_t channels, height, width;
+    int64_t pixels() const { return int64_t{height} * width; }
+    int64_t size() const { return channels * pixels(); }
+    bool operator==(const Shape &other) const {
+        return channels == other.channels && height == other.height && width == other.width;
+    }
+};
+
+// A step as the builder was told: integers alone, as they stand in a file.
+struct Node {
+    Kind kind;
+    int32_t x, second, out;       // values; -1: none. second: residual, or the other operand
+    int32_t activation, layout;   // enums of rarefy_engine.h
+    int32_t flag;                 // BINARY: multiply; POOL: average
+    int32_t count_padding;
+    Window window;                // CONV, POOL; UPSAMPLE: stride holds the factors
+    int32_t bottom, right;        // padding
+    int32_t groups, storage, choice;
+    int32_t operands;             // CONCAT: number of them
+};
+
+struct Graph {
+    std::vector<Shape> values;
+    std::vector<Node> nodes;
+    std::vector<std::string> names;               // of the nodes
+    std::vector<std::vector<int32_t>> operands;   // of the nodes that are CONCAT
+    std::vector<std::vector<float>> weights;      // of CONV: as given; empty in a program
+    std::vector<std::vector<float>> first, other; // CONV: bias in first; AFFINE: scale and shift
+};
+
+// The shape that a node makes of its operands, or an error.
+std::string infer(const Graph &graph, const Node &node, const std::vector<int32_t> &operands, Shape *out);
+
+enum class Place : int32_t { ARENA, INPUT, OUTPUT };
+
+// Where a value lies: channel c of image i is `stride` * c + (i modulo group) * pixels floats from the value's begin.
+struct Value {
+    Shape shape;
+    int32_t group;   // images that it holds
+    Place place;
+    int32_t port;    // of an input or output
+    int64_t stride, offset;
+    int64_t floats() const { return (shape.channels - 1) * stride + (shape.pixels() * group + 15) / 16 * 16; }
+};
+
+struct Step {
+    Node node;
+    const char *name;
+    std::vector<int32_t> operands;   // CONCAT: those that must be copied, with the channel where they go
+    std::vector<int32_t> places;
+    int32_t group;                   // images at once
+    Config config;
+    Weights weights;
+    Array<float> first, other;
+    std::shared_ptr<const Tiling> one, many;
+    std::vector<float> scale;        // average pooling: a factor for every column
+    int64_t total_weights = 0, nonzeros = 0, macs = 0, dense_macs = 0;
+    double tuned_seconds = 0.0, dense_seconds = 0.0;
+
+    const Tiling &tiling(int64_t images) const { return images == 1 ? *one : *many; }
+};
+
+// Steps that take the same number of images at once.
+struct Segment {
+    int32_t first, last, group;
+};
+
+// Memory of one running thread.
+struct Workspace {
+    std::unique_ptr<float, void (*)(void *)> memory{nullptr, nullptr};
+    float *arena = nullptr, *scratch = nullptr;
+};
+
+struct Plan {
+    std::vector<Value> values;
+    std::vector<Segment> segments;
+    std::vector<int32_t> groups;      // of the steps
+    int64_t arena_floats = 0;
+    std::vector<std::vector<int32_t>> copied;  // of the steps that are CONCAT: operands that do not lie in place
+};
+
+// Decides how many images every step takes, where every value lies, which concatenations need no copy.
+Plan make_plan(const Graph &graph, int32_t batch, int32_t threads);
+
+Matrix matrix_of(const Graph &graph, const Node &node);
+
+}  // namespace rarefy::engine
+
+struct rarefy_builder {
+    rarefy::engine::Graph graph;
+};
+
+struct rarefy_program {
+    rarefy::engine::Graph graph;
+    const rarefy::engine::Kernels *kernels = nullptr;
+    std::string isa;
+    int32_t batch = 1, threads = 1;
+    rarefy::engine::Plan plan;
+    std::vector<rarefy::engine::Step> steps;
+    std::vector<int32_t> inputs, outputs;   // steps
+    int64_t packed_floats = 0, sums_floats = 0, trash_floats = 0;  // scratch
+    double tune_seconds = 0.0;
+
+    mutable std::mutex mutex;
+    mutable std::vector<rarefy::engine::Workspace> idle;
+
+    int64_t scratch_floats() const { return packed_floats + sums_floats + trash_floats; }
+};
+
+namespace rarefy::engine {
+
+// The kernels of an instruction set ("" for the best), or null; `isa` becomes its name.
+const Kernels *find_kernels(std::string *isa);
+
+// Fills what follows from graph, plan and the steps' configs and weights: tilings, sizes of scratch.
+void finish_step(rarefy_program &program, Step &step);
+void finish_program(rarefy_program &program);
+
+// Chooses the config of every convolution and makes its weights; an empty string, or what cannot be.
+std::string choose(rarefy_program &program, const Graph &graph, double seconds);
+
+std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images);
+
+Workspace take(const rarefy_program &program);
+
+// One thread's view of a run.
+struct Frame {
+    const rarefy_program *program;
+    float *arena, *scratch;
+    const float *const *inputs;
+    float *const *outputs;
+    int64_t first_image;       // of this thread's share
+    int32_t part, parts;       // this thread among those that work on the same images
+};
+
+// Floats on each side of a pooling's line that may be read.
+int64_t pool_margin(const Step &step);
+
+// Runs a step on `images` images (1 or step.group) from image `at` of the frame's share.
+void run_step(const Frame &frame, const Step &step, int64_t at, int64_t images);
+
+// CPU time of this thread.
+double thread_seconds();
+
+int32_t fail(char *error, int64_t size, const std::string &message);
+
+}  // namespace rarefy::engine

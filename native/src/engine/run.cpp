@@ -1,0 +1,157 @@
+// Runs a program: hands out images, or the parts of one image's steps, to threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <system_error>
+#include <thread>
+
+#include "engine/program.h"
+
+namespace rarefy::engine {
+
+namespace {
+
+
+// Where threads wait for one another.
+class Barrier {
+   public:
+    explicit Barrier(int32_t count) : count_(count) {}
+    void wait() {
+        if (count_ == 1) return;
+        const int32_t round = round_.load(std::memory_order_relaxed);
+        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+            waiting_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int32_t spin = 0; round_.load(std::memory_order_acquire) == round; ++spin)
+            if (spin > 4000) std::this_thread::yield();
+    }
+
+   private:
+    const int32_t count_;
+    std::atomic<int32_t> waiting_{0}, round_{0};
+};
+
+struct Runner {
+    Frame frame;
+    Barrier *barrier;
+    double *seconds;
+
+    void steps(const Segment &segment, int64_t at, int64_t images) {
+        for (int32_t i = segment.first; i < segment.last; ++i) {
+            const double before = seconds ? thread_seconds() : 0.0;
+            run_step(frame, frame.program->steps[i], at, images);
+            barrier->wait();
+            if (seconds) seconds[i] += thread_seconds() - before;
+        }
+    }
+
+    // All steps up to segment k for `images` images.
+    void run(int64_t k, int64_t at, int64_t images) {
+        const auto &segments = frame.program->plan.segments;
+        if (k > 0) {
+            const int64_t group = segments[k - 1].group;
+            for (int64_t i = 0; i < images; i += group) run(k - 1, at + i, std::min(group, images - i));
+        }
+        if (images == segments[k].group) return steps(segments[k], at, images);
+        for (int64_t i = 0; i < images; ++i) steps(segments[k], at + i, 1);
+    }
+
+    void run_all(int64_t images) {
+        const auto &segments = frame.program->plan.segments;
+        const int64_t last = static_cast<int64_t>(segments.size()) - 1, group = segments[last].group;
+        for (int64_t i = 0; i < images; i += group) run(last, i, std::min(group, images - i));
+    }
+};
+
+// Calls body(i) for i in [0, count) at the same time, each on a thread of its own; returns how many ran. Threads that the
+// system does not give are left out: body(i, n) learns how many there are.
+template <class F>
+void together(int32_t count, const F &body) {
+    std::atomic<int32_t> started{0};
+    std::vector<std::thread> helpers;
+    try {
+        for (int32_t i = 1; i < count; ++i) {
+            helpers.emplace_back([&, i] {
+                int32_t n;
+                while ((n = started.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
+                body(i, n);
+            });
+        }
+    } catch (const std::system_error &) {
+        // fewer do the work
+    }
+    const int32_t n = static_cast<int32_t>(helpers.size()) + 1;
+    started.store(n, std::memory_order_release);
+    body(0, n);
+    for (std::thread &helper : helpers) helper.join();
+}
+
+}  // namespace
+
+Workspace take(const rarefy_program &program) {
+    {
+        const std::lock_guard<std::mutex> lock(program.mutex);
+        if (!program.idle.empty()) {
+            Workspace w = std::move(program.idle.back());
+            program.idle.pop_back();
+            return w;
+        }
+    }
+    Workspace w;
+    const size_t floats = static_cast<size_t>((program.plan.arena_floats + program.scratch_floats() + 1023) / 1024 * 1024);
+    float *memory = static_cast<float *>(std::aligned_alloc(4096, floats * sizeof(float)));
+    if (!memory) return w;
+    std::fill(memory, memory + floats, 0.0f);
+    w.memory = {memory, std::free};
+    w.scratch = memory;
+    w.arena = memory + program.scratch_floats();
+    return w;
+}
+
+}  // namespace rarefy::engine
+
+using namespace rarefy::engine;
+
+extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(const rarefy_program *program, const float *const *inputs,
+                                                                           float *const *outputs, int64_t batch, int32_t threads,
+                                                                           double *seconds) {
+    if (batch < 0 || threads < 1) return 1;
+    if (batch == 0) return 0;
+    if (seconds) threads = 1;
+    try {
+        const bool apart = batch >= threads;  // each thread has images of its own
+        std::vector<Workspace> spaces;
+        for (int32_t i = 0; i < threads; ++i) {
+            spaces.push_back(take(*program));
+            if (!spaces.back().memory) return 1;
+        }
+        std::atomic<Barrier *> shared{nullptr};
+        std::unique_ptr<Barrier> barrier;
+        together(threads, [&](int32_t i, int32_t n) {
+            Barrier alone(1);
+            Frame frame{program, spaces[apart ? i : 0].arena, spaces[i].scratch, inputs, outputs, 0, 0, 1};
+            if (apart) {
+                const int64_t first = batch * i / n, last = batch * (i + 1) / n;
+                frame.first_image = first;
+                Runner{frame, &alone, seconds}.run_all(last - first);
+                return;
+            }
+            if (i == 0) {
+                barrier = std::make_unique<Barrier>(n);
+                shared.store(barrier.get(), std::memory_order_release);
+            }
+            Barrier *all;
+            while (!(all = shared.load(std::memory_order_acquire))) std::this_thread::yield();
+            frame.part = i;
+            frame.parts = n;
+            Runner{frame, all, seconds}.run_all(batch);
+        });
+        const std::lock_guard<std::mutex> lock(program->mutex);
+        for (Workspace &w : spaces) program->idle.push_back(std::move(w));
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,254 @@
+#include "engine/tiling.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <string>
+#include <tuple>
+
+namespace rarefy::engine {
+
+namespace {
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+struct Copy {
+    int32_t phase_y, column, shift;  // element f is the input for pixel f + shift at this column (see source())
+    int64_t low, high;               // offsets of its taps, from the pixel's position
+    int64_t start;                   // first float of the copy, in the channel's packed floats
+};
+
+// The grid of output pixels: position f is row f / stride, column f % stride.
+struct Grid {
+    const Window &w;
+    int32_t images, lanes;
+    Form form;
+    int64_t stride, image_rows;
+    int32_t dy_low = 0, dy_high = 0, dx_low = 0, dx_high = 0;  // kernel positions in units of the convolution's stride
+
+    Grid(const Window &window, int32_t images_, int32_t lanes_, Form form_)
+        : w(window), images(images_), lanes(lanes_), form(form_) {
+        for (int32_t k = 0; k < w.kernel[0]; ++k) extend(dy_low, dy_high, k, tap_y(k));
+        for (int32_t k = 0; k < w.kernel[1]; ++k) extend(dx_low, dx_high, k, tap_x(k));
+        image_rows = w.out_h + (images > 1 ? dy_high - dy_low : 0);
+        if (form == Form::COMPACT) stride = w.out_w;
+        else if (form == Form::SINGLE) stride = w.out_w + single_gap();
+        else if (w.out_w > lanes / 2) stride = (w.out_w + lanes - 1) / lanes * lanes;
+        else for (stride = 1; stride < w.out_w;) stride *= 2;
+    }
+
+    static void extend(int32_t &low, int32_t &high, int32_t k, int32_t d) {
+        low = k ? std::min(low, d) : d;
+        high = k ? std::max(high, d) : d;
+    }
+    int32_t at_y(int32_t k) const { return k * w.dilation[0] - w.top; }
+    int32_t at_x(int32_t k) const { return k * w.dilation[1] - w.left; }
+    int32_t tap_y(int32_t k) const { return static_cast<int32_t>(floor_div(at_y(k), w.stride[0])); }
+    int32_t tap_x(int32_t k) const { return static_cast<int32_t>(floor_div(at_x(k), w.stride[1])); }
+
+    // Columns between the rows of Form::SINGLE; a row's right padding may be the next one's left padding.
+    int32_t single_gap() const {
+        const bool nothing_beyond = int64_t{w.out_w} * w.stride[1] >= w.in_w;
+        return nothing_beyond ? std::max(dx_high, 0) > std::max(-dx_low, 0) ? dx_high : std::max(-dx_low, 0) : dx_high - dx_low;
+    }
+
+    // The input pixel of position f, moved by dy rows of the phase and by `column` columns; -1 for padding.
+    int64_t source(int64_t f, int32_t phase_y, int32_t column) const {
+        const int64_t row = floor_div(f, stride), x = f - row * stride, from = row - dy_low;
+        const int64_t image = images > 1 ? floor_div(from, image_rows) : 0;
+        const int64_t y = images > 1 ? from - image * image_rows + dy_low : row;
+        const int64_t in_y = y * w.stride[0] + phase_y, in_x = x * w.stride[1] + column;
+        if (image < 0 || image >= images || in_y < 0 || in_y >= w.in_h || in_x < 0 || in_x >= w.in_w) return -1;
+        // beyond the row's pixels lie, in the forms with whole gaps, lanes that no result reads
+        if (form != Form::SINGLE && x >= w.out_w) return -1;
+        return (image * w.in_h + in_y) * w.in_w + in_x;
+    }
+
+    // The output pixel of position f, or -1.
+    int64_t result(int64_t f) const {
+        const int64_t row = f / stride, x = f - row * stride, image = row / image_rows, y = row - image * image_rows;
+        return image < images && y < w.out_h && x < w.out_w ? (image * w.out_h + y) * w.out_w + x : -1;
+    }
+};
+
+class Classifier {
+   public:
+    Classifier(const Kernels &kernels, Tiling &tiling) : kernels_(kernels), tiling_(tiling) {}
+
+    Pack pack(const int64_t *index) {
+        const int32_t L = kernels_.lanes;
+        Pack op = {};
+        int64_t low = -1, high = -1;
+        for (int32_t i = 0; i < L; ++i) {
+            if (index[i] < 0) continue;
+            op.lanes = static_cast<uint16_t>(op.lanes | 1u << i);
+            low = low < 0 ? index[i] : std::min(low, index[i]);
+            high = std::max(high, index[i]);
+        }
+        if (!op.lanes) return op;
+        bool straight = true;
+        int64_t base = 0, beyond = high;
+        for (int32_t i = 0; i < L; ++i) {
+            if (index[i] < 0) continue;
+            if (op.lanes >> i == 1 || !(op.lanes & ((1u << i) - 1))) base = op.lanes & ((1u << i) - 1) ? base : index[i] - i;
+            straight = straight && index[i] - i == base;
+            if (index[i] >= low + L) beyond = std::min(beyond, index[i]);
+        }
+        if (straight) {
+            op.kind = op.lanes == (1u << L) - 1 ? PACK_FULL : PACK_COPY;
+            op.a = static_cast<int32_t>(base);
+            return op;
+        }
+        op.a = static_cast<int32_t>(low);
+        op.b = static_cast<int32_t>(beyond);
+        std::vector<int32_t> lane(L, 0);
+        if (kernels_.permutes && (high < low + L || high < beyond + L)) {
+            op.kind = high < low + L ? PACK_ONE : PACK_TWO;
+            for (int32_t i = 0; i < L; ++i) {
+                if (index[i] < 0) continue;
+                const bool second = index[i] >= low + L;
+                const int32_t from = static_cast<int32_t>(index[i] - (second ? beyond : low));
+                lane[i] = from + (second ? L : 0);
+                uint16_t &load = second ? op.load_b : op.load_a;
+                load = static_cast<uint16_t>(load | 1u << from);
+            }
+        } else {
+            op.kind = PACK_GATHER;
+            op.b = 0;
+            for (int32_t i = 0; i < L; ++i) lane[i] = index[i] < 0 ? 0 : static_cast<int32_t>(index[i] - low);
+        }
+        const auto found = tables_.emplace(lane, static_cast<int32_t>(tiling_.tables.size()));
+        if (found.second) tiling_.tables.insert(tiling_.tables.end(), lane.begin(), lane.end());
+        op.table = found.first->second;
+        return op;
+    }
+
+   private:
+    const Kernels &kernels_;
+    Tiling &tiling_;
+    std::map<std::vector<int32_t>, int32_t> tables_;
+};
+
+// The place of `items` in `all`, where they are put if they are not there yet.
+template <class T>
+int32_t place(const std::vector<T> &items, std::vector<T> &all, std::map<std::string, int32_t> &known) {
+    const std::string key(reinterpret_cast<const char *>(items.data()), items.size() * sizeof(T));
+    const auto found = known.emplace(key, static_cast<int32_t>(all.size()));
+    if (found.second) all.insert(all.end(), items.begin(), items.end());
+    return found.first->second;
+}
+
+}  // namespace
+
+Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernels, int32_t vectors, Form form) {
+    Window window = original;
+    if (window.pointwise()) {  // one long row
+        window.in_w = window.out_w = window.in_h * window.in_w * images;
+        window.in_h = window.out_h = 1;
+        images = 1;
+        form = Form::COMPACT;
+    }
+    const int32_t L = kernels.lanes;
+    const Grid grid(window, images, L, form);
+    Tiling tiling;
+    tiling.lanes = L;
+    tiling.vectors = vectors;
+
+    std::vector<Copy> copies;
+    std::vector<int32_t> copy_of;
+    std::vector<int64_t> offset_of;
+    for (int32_t ky = 0; ky < window.kernel[0]; ++ky) {
+        for (int32_t kx = 0; kx < window.kernel[1]; ++kx) {
+            const int64_t dy = grid.tap_y(ky);
+            const int32_t phase_y = static_cast<int32_t>(grid.at_y(ky) - dy * window.stride[0]);
+            int32_t column = grid.at_x(kx), shift = 0;
+            int64_t offset = dy * grid.stride;
+            if (form == Form::SINGLE) {
+                const int32_t dx = grid.tap_x(kx), left = std::min(grid.dx_low, 0);
+                column = grid.at_x(kx) - dx * window.stride[1] + left * window.stride[1];
+                offset += dx - left;
+            } else {
+                shift = static_cast<int32_t>(offset - floor_div(offset, L) * L);
+                offset -= shift;
+            }
+            const auto same = [&](const Copy &c) { return std::tie(c.phase_y, c.column, c.shift) == std::tie(phase_y, column, shift); };
+            auto found = std::find_if(copies.begin(), copies.end(), same);
+            if (found == copies.end()) found = copies.insert(copies.end(), Copy{phase_y, column, shift, offset, offset, 0});
+            found->low = std::min(found->low, offset);
+            found->high = std::max(found->high, offset);
+            copy_of.push_back(static_cast<int32_t>(found - copies.begin()));
+            offset_of.push_back(offset);
+        }
+    }
+    std::vector<int64_t> copy_vectors;
+    for (Copy &copy : copies) {
+        copy.start = tiling.channel_floats;
+        copy.low = floor_div(copy.low, L) * L;
+        copy_vectors.push_back(vectors + (copy.high - copy.low + L - 1) / L);
+        tiling.channel_floats += copy_vectors.back() * L;
+    }
+    for (size_t k = 0; k < copy_of.size(); ++k) {
+        const Copy &copy = copies[copy_of[k]];
+        tiling.taps.push_back(static_cast<uint16_t>(copy.start + offset_of[k] - copy.low));
+    }
+
+    const int64_t positions = ((images - 1) * grid.image_rows + window.out_h) * grid.stride;
+    const int64_t total = (positions + L - 1) / L, count = (total + vectors - 1) / vectors;
+    Classifier classifier(kernels, tiling);
+    std::map<std::string, int32_t> known_packs, known_stores;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = total * i / count, to = total * (i + 1) / count;
+        Tile tile = {};
+        tile.vectors = static_cast<int32_t>(to - from);
+        std::vector<Pack> packs;
+        for (size_t c = 0; c < copies.size(); ++c) {
+            for (int64_t v = 0; v < copy_vectors[c]; ++v) {
+                int64_t index[MAX_LANES];
+                const int64_t f = from * L + copies[c].low + copies[c].shift + v * L;
+                const bool wanted = v < copy_vectors[c] - (vectors - tile.vectors);
+                for (int32_t lane = 0; lane < L; ++lane)
+                    index[lane] = wanted ? grid.source(f + lane, copies[c].phase_y, copies[c].column) : -1;
+                packs.push_back(classifier.pack(index));
+            }
+        }
+        bool some = false;
+        for (const Pack &op : packs)
+            if (op.kind != PACK_PADDING) tile.source = some ? std::min(tile.source, op.a) : op.a, some = true;
+        for (Pack &op : packs) {
+            if (op.kind == PACK_PADDING) continue;
+            op.a -= tile.source;
+            if (op.kind == PACK_TWO) op.b -= tile.source;
+            else op.b = 0;
+        }
+        tile.pack = place(packs, tiling.packs, known_packs);
+
+        std::vector<Store> stores;
+        for (int64_t v = from; v < to; ++v) {
+            Store store = {};
+            int32_t lanes = 0;
+            for (int32_t lane = 0; lane < L; ++lane) {
+                const int64_t y = grid.result(v * L + lane);
+                if (y < 0) continue;
+                if (!lanes) store.at = static_cast<int32_t>(y);
+                store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
+                ++lanes;
+            }
+            store.dense = static_cast<uint16_t>((1u << lanes) - 1);
+            if (lanes && !tile.pixels) tile.y = store.at;
+            tile.pixels += lanes;
+            stores.push_back(store);
+        }
+        for (Store &store : stores) store.at = store.lanes ? store.at - tile.y : 0;
+        tile.shape = STORE_PLAIN;
+        for (size_t v = 0; v < stores.size(); ++v) {
+            if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
+            const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
+            if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
+        }
+        tile.store = place(stores, tiling.stores, known_stores);
+        tiling.tiles.push_back(tile);
+    }
+    return tiling;
+}
+
+}  // namespace rarefy::engine

@@ -1,0 +1,58 @@
+// How the output of a convolution or a pooling is cut into tiles of vectors, and how the input of a tile is packed.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/kernels.h"
+
+namespace rarefy::engine {
+
+// Windows over planes: the geometry of one channel.
+struct Window {
+    int32_t in_h, in_w, out_h, out_w;
+    int32_t kernel[2], stride[2], dilation[2];
+    int32_t top, left;  // padding
+
+    int32_t taps() const { return kernel[0] * kernel[1]; }
+    // Output pixel i is input pixel i.
+    bool pointwise() const {
+        return taps() == 1 && stride[0] == 1 && stride[1] == 1 && top == 0 && left == 0 && in_h == out_h && in_w == out_w;
+    }
+};
+
+// Output pixels lie in rows of some stride, some lanes of which are no pixel. A vector of pixels meets the input that a
+// weight wants at the offset of the weight's kernel position in a *copy* of the input, shifted so that the offset is fit.
+enum class Form : int32_t {
+    SHIFTED,  // rows end at whole vectors; a copy for every kernel column: all loads are aligned
+    COMPACT,  // no gaps between rows; a copy for every kernel position, but for those that differ by whole vectors
+    SINGLE,   // rows with their padding between them; one copy for each phase of the stride: loads are not aligned
+};
+
+struct Tile {
+    int32_t vectors;
+    int32_t pack;    // first Pack
+    int32_t source;  // where the Packs' offsets count from, in the plane
+    int32_t store;   // first Store
+    int32_t y;       // where the Stores' offsets count from, in the plane of results
+    int32_t pixels;  // the results are y .. y + pixels
+    int32_t shape;   // enum StoreShape
+};
+
+struct Tiling {
+    int32_t lanes = 0, vectors = 0;   // of the largest tile
+    int64_t channel_floats = 0;       // packed floats of one channel
+    std::vector<uint16_t> taps;     // offset of each kernel position in a channel's packed floats
+    std::vector<Pack> packs;
+    std::vector<Store> stores;
+    std::vector<int32_t> tables;
+    std::vector<Tile> tiles;
+
+    int64_t pack_count() const { return channel_floats / lanes; }
+};
+
+// Tiles of at most `vectors` vectors over `images` images, whose planes follow one another. channel_floats and taps depend
+// on window, vectors and form alone.
+Tiling make_tiling(const Window &window, int32_t images, const Kernels &kernels, int32_t vectors, Form form);
+
+}  // namespace rarefy::engine

@@ -1,0 +1,138 @@
+// One vector of L float32 lanes, for each instruction set. Included by kernels.cpp only, in an unnamed namespace.
+#pragma once
+
+#if defined(__AVX512F__)
+
+constexpr int L = 16, ACCUMULATORS = 28;
+typedef __m512 V;
+inline V load(const float *p) { return _mm512_load_ps(p); }
+inline V loadu(const float *p) { return _mm512_loadu_ps(p); }
+inline V load_some(const float *p, uint32_t lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
+inline void store(float *p, V v) { _mm512_store_ps(p, v); }
+inline void storeu(float *p, V v) { _mm512_storeu_ps(p, v); }
+inline void store_some(float *p, uint32_t lanes, V v) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), v); }
+inline V all(float a) { return _mm512_set1_ps(a); }
+inline V all_bits(uint32_t a) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a))); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+// The smaller and the larger one; where one is NaN, b.
+inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
+inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
+// The larger one; NaN where one is NaN.
+inline V maximum(V a, V b) { return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
+inline V blend(uint32_t lanes, V a, V b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(lanes), a); }
+inline V high_half(const uint32_t *p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(static_cast<int>(*p)), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+inline V gather(const float *p, const uint16_t *index) {
+    const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(index)));
+    return _mm512_i32gather_ps(i, p, 4);
+}
+inline V widen(const uint16_t *p) {
+    const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(i, 16));
+}
+inline float total(V v) { return _mm512_reduce_add_ps(v); }
+
+#elif defined(__AVX2__)
+
+constexpr int L = 8, ACCUMULATORS = 14;
+typedef __m256 V;
+inline __m256i lanes_mask(uint32_t lanes) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bit), bit);
+}
+inline V load(const float *p) { return _mm256_load_ps(p); }
+inline V loadu(const float *p) { return _mm256_loadu_ps(p); }
+inline V load_some(const float *p, uint32_t lanes) { return _mm256_maskload_ps(p, lanes_mask(lanes)); }
+inline void store(float *p, V v) { _mm256_store_ps(p, v); }
+inline void storeu(float *p, V v) { _mm256_storeu_ps(p, v); }
+inline void store_some(float *p, uint32_t lanes, V v) {
+    if (lanes == 255) _mm256_storeu_ps(p, v);
+    else _mm256_maskstore_ps(p, lanes_mask(lanes), v);
+}
+inline V all(float a) { return _mm256_set1_ps(a); }
+inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V smaller(V a, V b) { return _mm256_min_ps(a, b); }
+inline V larger(V a, V b) { return _mm256_max_ps(a, b); }
+inline V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+inline V blend(uint32_t lanes, V a, V b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(lanes_mask(lanes))); }
+inline V all_bits(uint32_t a) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(a))); }
+inline V high_half(const uint32_t *p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(*p)), _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+inline V gather(const float *p, const uint16_t *index) {
+    return _mm256_i32gather_ps(p, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(index))), 4);
+}
+inline V widen(const uint16_t *p) {
+    const __m256i i = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(i, 16));
+}
+inline float total(V v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+#else
+
+// Vectors of the compiler: it makes of them what the machine has.
+constexpr int L = 4, ACCUMULATORS = 14;
+typedef float V __attribute__((vector_size(16), aligned(4), may_alias));
+inline V load(const float *p) { return *reinterpret_cast<const V *>(p); }
+inline V loadu(const float *p) { return *reinterpret_cast<const V *>(p); }
+inline void store(float *p, V v) { *reinterpret_cast<V *>(p) = v; }
+inline void storeu(float *p, V v) { *reinterpret_cast<V *>(p) = v; }
+inline V all(float a) { return V{a, a, a, a}; }
+inline V load_some(const float *p, uint32_t lanes) {
+    V v = all(0.0f);
+    for (int i = 0; i < L; ++i)
+        if (lanes >> i & 1) v[i] = p[i];
+    return v;
+}
+inline void store_some(float *p, uint32_t lanes, V v) {
+    if (lanes == 15) return storeu(p, v);
+    for (int i = 0; i < L; ++i)
+        if (lanes >> i & 1) p[i] = v[i];
+}
+inline V fma(V a, V b, V c) { return a * b + c; }
+inline V add(V a, V b) { return a + b; }
+inline V mul(V a, V b) { return a * b; }
+inline V smaller(V a, V b) { return a < b ? a : b; }
+inline V larger(V a, V b) { return a > b ? a : b; }
+inline V maximum(V a, V b) {
+    const V m = a > b ? a : b;
+    return a == a ? m : a;
+}
+inline V blend(uint32_t lanes, V a, V b) {
+    for (int i = 0; i < L; ++i)
+        if (lanes >> i & 1) b[i] = a[i];
+    return b;
+}
+inline V all_bits(uint32_t a) {
+    float f;
+    __builtin_memcpy(&f, &a, sizeof f);
+    return all(f);
+}
+inline V high_half(const uint32_t *p) { return all_bits(*p & 0xFFFF0000u); }
+inline V gather(const float *p, const uint16_t *index) {
+    V v;
+    for (int i = 0; i < L; ++i) v[i] = p[index[i]];
+    return v;
+}
+inline V widen(const uint16_t *p) {
+    V v;
+    for (int i = 0; i < L; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+        float f;
+        __builtin_memcpy(&f, &bits, sizeof f);
+        v[i] = f;
+    }
+    return v;
+}
+inline float total(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+#endif

@@ -1,0 +1,307 @@
+#include "engine/weights.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+namespace rarefy::engine {
+
+uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);  // NaN stays one
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+namespace {
+
+float from_bf16(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+template <class T>
+void append(std::vector<uint8_t> &bytes, T value) {
+    const size_t at = bytes.size();
+    bytes.resize(at + sizeof value);
+    std::memcpy(bytes.data() + at, &value, sizeof value);
+}
+
+void put(uint8_t *at, int32_t kind, float value, uint32_t offset) {
+    const uint32_t half = kind == SPARSE_BF16 || kind == DENSE_BF16 ? to_bf16(value) : 0, word = half << 16 | offset;
+    if (kind == SPARSE_BF16) std::memcpy(at, &word, sizeof word);
+    else if (kind == DENSE_BF16) std::memcpy(at, &half, 2);
+    else std::memcpy(at, &value, sizeof value);
+}
+
+Weights make_vector_weights(const Matrix &matrix, const Entries &entries, const Config &config, int32_t lanes) {
+    Weights out;
+    std::vector<uint8_t> values;
+    std::vector<uint16_t> index;
+    std::vector<int64_t> starts{0};
+    for (const auto &row : entries) {
+        int64_t count = 0;
+        // a dense row has all its columns in order; a sparse one's padding reads the zero behind the vector
+        const auto put = [&](int32_t column, float value) {
+            if (config.bf16()) append(values, to_bf16(value));
+            else append(values, value);
+            if (config.sparse()) index.push_back(static_cast<uint16_t>(column));
+            ++count;
+        };
+        for (const Entry &e : row) put(e.channel, e.value);
+        while (count % lanes) put(matrix.channels, 0.0f);
+        starts.push_back(starts.back() + count);
+    }
+    out.stored = starts.back();
+    out.values = Array<uint8_t>(std::move(values));
+    out.offsets = Array<uint16_t>(std::move(index));
+    out.starts = Array<int64_t>(std::move(starts));
+    return out;
+}
+
+// A row's part in one block.
+struct Part {
+    int32_t row, flags;
+    const Entry *from, *to;
+    int64_t length() const { return to - from; }
+};
+
+class Maker {
+   public:
+    Maker(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling &tiling)
+        : matrix_(matrix), entries_(entries), config_(config), tiling_(tiling), blocks_(ceil_div(matrix.channels, config.block)) {}
+
+    Weights make() {
+        const int32_t rows_a_group = matrix_.rows / matrix_.groups;
+        for (int32_t block = 0; block < blocks_; ++block) {
+            for (int32_t first = 0; first < matrix_.rows; first += CHUNK_ROWS) {
+                chunks_.push_back(static_cast<int32_t>(groups_.size()));
+                std::vector<Part> parts;
+                for (int32_t row = first; row < std::min(matrix_.rows, first + CHUNK_ROWS); ++row) add_part(block, row, parts);
+                // rows of one group start and end in the same blocks; dense rows also read the same pixels
+                std::stable_sort(parts.begin(), parts.end(), [&](const Part &a, const Part &b) {
+                    if (a.flags != b.flags) return a.flags < b.flags;
+                    if (!config_.sparse()) return a.row / rows_a_group < b.row / rows_a_group;
+                    return a.length() > b.length();
+                });
+                for (size_t i = 0; i < parts.size();) {
+                    size_t n = 1;
+                    while (n < static_cast<size_t>(config_.rows) && i + n < parts.size() && parts[i + n].flags == parts[i].flags &&
+                           (config_.sparse() || parts[i + n].row / rows_a_group == parts[i].row / rows_a_group))
+                        ++n;
+                    add_group(block, parts.data() + i, n);
+                    i += n;
+                }
+            }
+        }
+        chunks_.push_back(static_cast<int32_t>(groups_.size()));
+        Weights out;
+        out.stored = stored_;
+        out.values = Array<uint8_t>(std::move(values_));
+        out.offsets = Array<uint16_t>(std::move(offsets_));
+        out.groups = Array<Group>(std::move(groups_));
+        out.row_ids = Array<int32_t>(std::move(row_ids_));
+        out.chunks = Array<int32_t>(std::move(chunks_));
+        return out;
+    }
+
+   private:
+    void add_part(int32_t block, int32_t row, std::vector<Part> &parts) const {
+        const std::vector<Entry> &all = entries_[row];
+        const auto before = [](const Entry &e, int64_t channel) { return e.channel < channel; };
+        const auto from = std::lower_bound(all.begin(), all.end(), int64_t{block} * config_.block, before);
+        const auto to = std::lower_bound(from, all.end(), (int64_t{block} + 1) * config_.block, before);
+        if (from == to && !(all.empty() && block == 0)) return;
+        const int32_t flags = (from == all.begin() ? GROUP_FIRST : 0) | (to == all.end() ? GROUP_LAST : 0);
+        parts.push_back({row, flags, all.data() + (from - all.begin()), all.data() + (to - all.begin())});
+    }
+
+    uint32_t offset(int32_t block, const Entry &e) const {
+        return static_cast<uint32_t>((e.channel - block * config_.block) * tiling_.channel_floats + tiling_.taps[e.tap]);
+    }
+
+    void add_group(int32_t block, const Part *parts, size_t count) {
+        int64_t length = 0;
+        for (size_t r = 0; r < count; ++r) length = std::max(length, parts[r].length());
+        Group group = {};
+        group.length = static_cast<int32_t>(length);
+        group.weight = static_cast<int32_t>(stored_);
+        group.offset = static_cast<int32_t>(offsets_.size());
+        group.flags = parts[0].flags;
+        stored_ += length * config_.rows;
+        const uint32_t zero = static_cast<uint32_t>(config_.block * tiling_.channel_floats);
+        if (!config_.sparse()) {
+            std::vector<uint16_t> shared;
+            for (int64_t k = 0; k < length; ++k) shared.push_back(static_cast<uint16_t>(offset(block, parts[0].from[k])));
+            const auto known = known_.emplace(shared, group.offset);
+            group.offset = known.first->second;
+            if (known.second) offsets_.insert(offsets_.end(), shared.begin(), shared.end());
+        }
+        const size_t rows = static_cast<size_t>(config_.rows), begin = values_.size(), width = config_.kind == DENSE_BF16 ? 2 : 4;
+        values_.resize(begin + static_cast<size_t>(length) * rows * width);
+        if (config_.kind == SPARSE_F32) offsets_.resize(offsets_.size() + static_cast<size_t>(length) * rows);
+        uint8_t *value = values_.data() + begin;
+        uint16_t *place = offsets_.data() + group.offset;
+        for (int64_t k = 0; k < length; ++k) {
+            for (size_t r = 0; r < rows; ++r, value += width) {
+                const bool some = r < count && k < parts[r].length();
+                const uint32_t at = some ? offset(block, parts[r].from[k]) : zero;
+                put(value, config_.kind, some ? parts[r].from[k].value : 0.0f, at);
+                if (config_.kind == SPARSE_F32) *place++ = static_cast<uint16_t>(at);
+            }
+        }
+        for (size_t r = 0; r < static_cast<size_t>(config_.rows); ++r) row_ids_.push_back(r < count ? parts[r].row : -1);
+        groups_.push_back(group);
+    }
+
+    const Matrix &matrix_;
+    const Entries &entries_;
+    const Config &config_;
+    const Tiling &tiling_;
+    const int32_t blocks_;
+    int64_t stored_ = 0;
+    std::vector<uint8_t> values_;
+    std::vector<uint16_t> offsets_;
+    std::vector<Group> groups_;
+    std::vector<int32_t> row_ids_, chunks_;
+    std::map<std::vector<uint16_t>, int32_t> known_;
+};
+
+}  // namespace
+
+Entries entries_of(const Matrix &matrix, const float *weight, bool all) {
+    Entries rows(matrix.rows);
+    const int32_t rows_a_group = matrix.rows / matrix.groups, channels = matrix.channels / matrix.groups;
+    for (int32_t row = 0; row < matrix.rows; ++row) {
+        const float *w = weight + int64_t{row} * channels * matrix.taps;
+        for (int32_t c = 0; c < channels; ++c)
+            for (int32_t tap = 0; tap < matrix.taps; ++tap) {
+                const float value = w[int64_t{c} * matrix.taps + tap];
+                if (all || value != 0.0f) rows[row].push_back({row / rows_a_group * channels + c, tap, value});
+            }
+    }
+    return rows;
+}
+
+int32_t largest_block(int64_t channel_floats, int32_t vectors, int32_t lanes) {
+    // the largest offset is that of the zeros, vectors * lanes of which follow the last channel
+    return channel_floats + vectors * lanes > 65535 ? 0 : static_cast<int32_t>(65535 / channel_floats);
+}
+
+Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes) {
+    if (config.vector) return make_vector_weights(matrix, entries, config, lanes);
+    return Maker(matrix, entries, config, *tiling).make();
+}
+
+namespace {
+
+float value_at(const Weights &weights, const Config &config, int64_t i) {
+    if (config.kind == SPARSE_BF16 && !config.vector) {
+        uint32_t word;
+        std::memcpy(&word, weights.values.data() + i * 4, sizeof word);
+        return from_bf16(static_cast<uint16_t>(word >> 16));
+    }
+    if (config.bf16()) {
+        uint16_t half;
+        std::memcpy(&half, weights.values.data() + i * 2, sizeof half);
+        return from_bf16(half);
+    }
+    float value;
+    std::memcpy(&value, weights.values.data() + i * 4, sizeof value);
+    return value;
+}
+
+// The offset of weight r, k of a group.
+uint32_t offset_at(const Weights &weights, const Config &config, const Group &group, int64_t k, int32_t r) {
+    if (!config.sparse()) return weights.offsets[group.offset + k];
+    if (config.kind == SPARSE_F32) return weights.offsets[group.offset + k * config.rows + r];
+    uint32_t word;
+    std::memcpy(&word, weights.values.data() + (group.weight + k * config.rows + r) * 4, sizeof word);
+    return word & 0xFFFF;
+}
+
+}  // namespace
+
+Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling) {
+    Entries rows(matrix.rows);
+    if (config.vector) {
+        for (int32_t row = 0; row < matrix.rows; ++row)
+            for (int64_t i = weights.starts[row]; i < weights.starts[row + 1]; ++i) {
+                const int32_t column = config.sparse() ? weights.offsets[i] : static_cast<int32_t>(i - weights.starts[row]);
+                if (column < matrix.channels) rows[row].push_back({column, 0, value_at(weights, config, i)});
+            }
+        return rows;
+    }
+    std::map<uint32_t, int32_t> tap_at;
+    for (int32_t k = 0; k < matrix.taps; ++k) tap_at[tiling->taps[k]] = k;
+    const int32_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
+    const uint32_t floats = static_cast<uint32_t>(tiling->channel_floats);
+    for (int32_t block = 0; block < blocks; ++block)
+        for (int32_t g = weights.chunks[block * chunks]; g < weights.chunks[(block + 1) * chunks]; ++g)
+            for (int64_t k = 0; k < weights.groups[g].length; ++k)
+                for (int32_t r = 0; r < config.rows; ++r) {
+                    const int32_t row = weights.row_ids[int64_t{g} * config.rows + r];
+                    const uint32_t offset = offset_at(weights, config, weights.groups[g], k, r);
+                    const auto tap = tap_at.find(offset % floats);
+                    if (row < 0 || offset >= config.block * floats || tap == tap_at.end()) continue;
+                    const int32_t channel = block * config.block + static_cast<int32_t>(offset / floats);
+                    rows[row].push_back({channel, tap->second, value_at(weights, config, weights.groups[g].weight + k * config.rows + r)});
+                }
+    return rows;
+}
+
+std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling, int32_t lanes) {
+    const int64_t width = config.vector ? (config.bf16() ? 2 : 4) : (config.kind == DENSE_BF16 ? 2 : 4);
+    if (weights.values.size() % width) return "weights are cut";
+    const int64_t stored = weights.values.size() / width;
+    if (stored != weights.stored) return "the number of weights is wrong";
+    if (config.vector) {
+        if (weights.starts.size() != int64_t{matrix.rows} + 1 || weights.starts[0] != 0 || weights.starts[matrix.rows] != stored)
+            return "rows do not fit the weights";
+        if (weights.offsets.size() != (config.sparse() ? stored : 0)) return "columns do not fit the weights";
+        for (int32_t row = 0; row < matrix.rows; ++row) {
+            const int64_t length = weights.starts[row + 1] - weights.starts[row];
+            if (length < 0 || length % lanes || weights.starts[row + 1] > stored) return "a row is out of range";
+            if (!config.sparse() && length != (int64_t{matrix.channels} + lanes - 1) / lanes * lanes) return "a row is out of range";
+        }
+        for (int64_t i = 0; i < weights.offsets.size(); ++i)
+            if (weights.offsets[i] > matrix.channels) return "a column is out of range";
+        return "";
+    }
+    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
+    const int64_t count = weights.groups.size();
+    if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 || weights.chunks[blocks * chunks] != count)
+        return "chunks do not fit the groups";
+    if (weights.row_ids.size() != count * config.rows) return "rows do not fit the groups";
+    const int64_t zero = config.block * tiling->channel_floats;
+    std::vector<uint8_t> state(matrix.rows, 0);  // 1: begun, 2: ended
+    for (int64_t part = 0; part < blocks * chunks; ++part) {
+        if (weights.chunks[part] > weights.chunks[part + 1] || weights.chunks[part] < 0) return "chunks are out of order";
+        if (weights.chunks[part + 1] > count) return "chunks are out of range";
+        for (int64_t g = weights.chunks[part]; g < weights.chunks[part + 1]; ++g) {
+            const Group &group = weights.groups[g];
+            if (group.length < 0 || group.weight < 0 || group.offset < 0 || group.flags < 0 || group.flags > 3) return "a group is out of range";
+            if (group.weight + int64_t{group.length} * config.rows > stored) return "a group's weights are out of range";
+            const int64_t offsets = config.kind == SPARSE_F32 ? int64_t{group.length} * config.rows : config.sparse() ? 0 : group.length;
+            if (offsets && group.offset + offsets > weights.offsets.size()) return "a group's offsets are out of range";
+            for (int32_t r = 0; r < config.rows; ++r) {
+                const int32_t row = weights.row_ids[g * config.rows + r];
+                if (row == -1) continue;
+                if (row < part % chunks * CHUNK_ROWS || row >= (part % chunks + 1) * CHUNK_ROWS || row >= matrix.rows) return "a row is out of range";
+                const bool first = group.flags & GROUP_FIRST, last = group.flags & GROUP_LAST;
+                if (state[row] != (first ? 0 : 1)) return "a row begins twice, or not at all";
+                state[row] = last ? 2 : 1;
+            }
+            for (int64_t k = 0; k < group.length; ++k)
+                for (int32_t r = 0; r < config.rows; ++r)
+                    if (offset_at(weights, config, group, k, r) > zero) return "an offset is out of range";
+        }
+    }
+    for (const uint8_t s : state)
+        if (s != 2) return "a row has no result";
+    return "";
+}
+
+}  // namespace rarefy::engine

@@ -1,0 +1,14 @@
+"""A runtime for sparse networks on the CPU: ``engine.compile(model, example_input)`` gives an :class:`Engine`.
+
+The model goes through ``torch.export`` into a plan (:mod:`rarefy.engine.plan`); what native kernels can run of it
+becomes native programs, the rest runs in PyTorch; which kernel computes a layer is chosen by measuring. A zero weight
+is skipped where a sparse kernel computes a layer: zero times infinity or NaN is zero there.
+"""
+
+from rarefy.engine.capture import CaptureError
+from rarefy.engine.compiler import compile
+from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.file import load, save
+from rarefy.engine.profile import Profile, Row
+
+__all__ = ["CaptureError", "Engine", "Port", "Profile", "Report", "Row", "compile", "load", "save"]

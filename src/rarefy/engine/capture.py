@@ -1,0 +1,237 @@
+"""From a PyTorch model to a plan, by ``torch.export``."""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, OutputKind
+
+from rarefy.engine import operators, reference
+from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
+
+_OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_NAMES = {function: name for name, function in reference.FUNCTIONS.items()}
+
+
+class CaptureError(ValueError):
+    """A model that cannot be traced; the message names the operator and the line of the model's code."""
+
+
+def capture(model: nn.Module, inputs: Sequence[Tensor]) -> Plan:
+    """The plan of a model, as it computes on inputs of these shapes and dtypes, for any batch size where it can.
+
+    Raises CaptureError for a model that ``torch.export`` does not trace, or that does more than to compute tensors from
+    tensors.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export warns of its own parts
+        program, fixed_because = _export(model, tuple(inputs))
+        return _Graph(program, fixed_because).plan()
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ExportedProgram, str | None]:
+    """The model as functional operators, and why it takes one batch size alone where it does."""
+    because = "the inputs have no common dimension 0"
+    if all(x.dim() and x.shape[0] == inputs[0].shape[0] for x in inputs):
+        # A batch of one would be traced as the constant 1.
+        several = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in inputs)
+        shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+        for x in several:
+            shapes[x] = {0: Dim("batch", min=1)}
+        try:
+            return _functional(torch.export.export(model, several, dynamic_shapes=shapes)), None
+        except Exception as error:  # there is no common class of what tracing raises
+            because = _first_line(error)
+    try:
+        return _functional(torch.export.export(model, inputs)), because
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    result: ExportedProgram = program.run_decompositions({})
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _explain(model: nn.Module, error: BaseException) -> str:
+    """What could not be traced, and where in the model's code."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    found = re.search(r"\b\w+(::\w+|\.\w+\.\w+)", _first_line(error))
+    name = getattr(error, "func", None) or (found and found[0])
+    if name is None and getattr(error, "partial_fx_graph", None) is not None:
+        name = "aten.item"  # Python reads a value, and decides
+    what = f"the operator {name}" if name else "its forward"
+    return (
+        f"{type(model).__name__} cannot be traced: {what} has no fixed graph{where} ({_first_line(error)}). "
+        "A model for the engine computes tensors from tensors without control flow on their values; leave that part "
+        "out of the model and run it before or after"
+    )
+
+
+class _Graph:
+    """An exported graph on its way to a plan."""
+
+    def __init__(self, program: ExportedProgram, fixed_because: str | None) -> None:
+        self.program = program
+        self.fixed_because = fixed_because
+        self.constants: dict[str, Tensor] = {}
+        self.sources: dict[str, str] = {}
+        self.aliases: dict[str, fx.Node] = {}
+        self.inputs: list[str] = []
+        for spec in program.graph_signature.input_specs:
+            if spec.kind is InputKind.USER_INPUT:
+                self.inputs.append(spec.arg.name)
+            elif spec.target in program.state_dict:
+                self._add_constant(spec.arg.name, program.state_dict[spec.target], spec.target)
+            else:
+                self._add_constant(spec.arg.name, program.constants[spec.target], spec.target)
+        for output in program.graph_signature.output_specs:
+            if output.kind is not OutputKind.USER_OUTPUT:
+                raise CaptureError(
+                    f"the model changes {output.target!r} in its forward; an engine keeps no state: give it as an input"
+                )
+        nodes = {node.name: node for node in program.graph.nodes}
+        self.batch = str(nodes[self.inputs[0]].meta["val"].shape[0])
+
+    def _add_constant(self, name: str, value: Any, source: str) -> None:
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"the model holds {source!r}, a {type(value).__name__}: an engine holds tensors alone")
+        self.constants[name], self.sources[name] = value.detach(), source
+
+    def plan(self) -> Plan:
+        steps: list[Step] = []
+        values: dict[str, Value] = {}
+        result: Any = ()
+        for node in self.program.graph.nodes:
+            node.args = fx.map_arg(node.args, self._original)
+            node.kwargs = fx.map_arg(node.kwargs, self._original)
+            if node.op == "output":
+                result = node.args[0]
+            elif node.op == "call_function" and not self._vanishes(node):
+                steps.append(self._step(node))
+            if isinstance(node.meta.get("val"), Tensor):
+                shape = operators.sample_shape(node, self.batch)
+                values[node.name] = Value(shape, node.meta["val"].dtype)
+        outputs, single = self._outputs(result)
+        read = {name for step in steps if isinstance(step, Operator) for name in step.inputs} | {*outputs}
+        return Plan(
+            inputs=tuple(self.inputs),
+            outputs=outputs,
+            single=single,
+            steps=tuple(steps),
+            values={name: values[name] for name in (*self.inputs, *(s.output for s in steps)) if name in values},
+            constants={name: value for name, value in self.constants.items() if name in read},
+            batch=None if self.fixed_because is None else int(self.batch),
+            fixed_because=self.fixed_because,
+        )
+
+    def _original(self, node: fx.Node) -> fx.Node:
+        return self.aliases.get(node.name, node)
+
+    def _vanishes(self, node: fx.Node) -> bool:
+        """Whether the node needs no step: nobody uses it, it gives back its input, or it is a constant."""
+        target = str(node.target)
+        if not node.users and "_assert" not in target:
+            return True
+        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(node.args[0], fx.Node):
+            self.aliases[node.name] = node.args[0]
+            return True
+        if node.target is operator.getitem:
+            made = node.args[0]
+            assert isinstance(made, fx.Node)
+            if isinstance(made.meta["val"], Tensor):  # a batch normalisation, whose step gives the tensor alone
+                self.aliases[node.name] = made
+                return True
+        known = all(each.name in self.constants for each in node.all_input_nodes)
+        if not known or not isinstance(node.meta.get("val"), Tensor) or not isinstance(node.target, OpOverload):
+            return False
+        if torch.Tag.nondeterministic_seeded not in node.target.tags:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])
+            self.constants[node.name] = node.target(*args, **kwargs)
+            return True
+        return False
+
+    def _step(self, node: fx.Node) -> Step:
+        if isinstance(node.target, OpOverload):
+            handler = operators.handler(str(node.target))
+            float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
+            if handler is not None and (float32 or "batch_norm" in str(node.target)):
+                call = operators.Call(node, _arguments(node), self.constants, self.sources, self.batch)
+                step = handler(call)
+                if step is not None:
+                    if not float32:
+                        node.meta["val"] = node.meta["val"][0]
+                    return step
+        return self._operator(node)
+
+    def _operator(self, node: fx.Node) -> Operator:
+        args, kwargs = _plain(node.args), _plain(node.kwargs)
+        return Operator(name=node.name, output=node.name, target=_target(node), args=args, kwargs=kwargs)
+
+    def _outputs(self, result: Any) -> tuple[tuple[str, ...], bool]:
+        single = self.program.call_spec.out_spec.is_leaf()
+        flat = self.program.call_spec.out_spec.type in (tuple, list) and all(
+            spec.is_leaf() for spec in self.program.call_spec.out_spec.children()
+        )
+        if not (single or flat) or not all(isinstance(node, fx.Node) for node in result):
+            raise CaptureError(
+                "the model gives back something else than a tensor or a tuple of tensors; wrap it in a module that "
+                "takes the tensors out"
+            )
+        return tuple(node.name for node in result), single
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether the node is a slice that takes everything."""
+    if str(node.target) != "aten.slice.Tensor":
+        return False
+    given = _arguments(node)
+    return given["start"] in (None, 0) and given["end"] in (None, sys.maxsize) and given["step"] == 1
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node by the names of its operator's schema, defaults filled in."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    given.update(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    return {**given, **node.kwargs}
+
+
+def _target(node: fx.Node) -> str:
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    if isinstance(target, OpOverload):
+        # What a step gives is not always laid out as in the graph, so that a view may need a copy.
+        name = str(target)
+        return "aten.reshape.default" if name in ("aten.view.default", "aten._unsafe_view.default") else name
+    if target in _NAMES:
+        return _NAMES[target]
+    trace = node.meta.get("stack_trace") or ""
+    where = next((line.strip() for line in reversed(trace.splitlines()) if line.strip().startswith("File")), "")
+    raise CaptureError(f"the engine cannot run the operator {target}{' at ' + where if where else ''}")
+
+
+def _plain(argument: Any) -> Any:
+    """An argument of the graph as the plan has it."""
+    if isinstance(argument, fx.Node):
+        return Ref(argument.name)
+    if isinstance(argument, dict):
+        return {name: _plain(value) for name, value in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return (list if isinstance(argument, list) else tuple)(_plain(each) for each in argument)
+    return argument

@@ -1,0 +1,165 @@
+"""From a model to an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.engine import measure, native
+from rarefy.engine.capture import capture
+from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.onednn import Packed
+from rarefy.engine.passes import optimize
+from rarefy.engine.plan import Layer, Plan, Step, tensors
+from rarefy.engine.segments import Options, Segment, lower
+
+Weights = Literal["float32", "bfloat16"]
+Choose = Literal["measure", "native", "sparse", "dense", "torch"]
+
+
+def compile(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    threads: int | None = None,
+    *,
+    weights: Weights = "float32",
+    choose: Choose = "measure",
+    tune_seconds: float = 8.0,
+) -> Engine:
+    """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
+
+    Args:
+        model: in evaluation mode, on the CPU; one that was trained sparse, finalized. It is not changed.
+        example_input: a tensor, or one for each input. Its size beyond the batch is that which the engine takes; its
+            batch size is what the kernels are chosen for, any other runs, too.
+        threads: how many threads the native kernels use; None takes ``torch.get_num_threads()`` at each call.
+        weights: how layers store their weights: "float32", or "bfloat16" (rounded; sums stay float32): half the memory.
+        choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer. Without
+            measuring, and so with the same result every time: "native" (native kernels by rule), "sparse" or "dense"
+            (these kernels alone in the native layers), "torch" (PyTorch alone).
+        tune_seconds: at most about so much time to measure native kernels for.
+
+    Raises:
+        TypeError: ``model`` is no module, ``example_input`` no tensors.
+        ValueError: the model is in training mode, is still being sparsified or is not on the CPU; an option out of its
+            range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced.
+    """
+    begun = time.perf_counter()
+    inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
+    engine = build(optimize(capture(model, inputs)), inputs, threads, weights, choose, tune_seconds)
+    engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
+    return engine
+
+
+def build(
+    plan: Plan, inputs: Sequence[Tensor], threads: int | None, weights: Weights, choose: Choose, tune_seconds: float
+) -> Engine:
+    """The engine of a plan; arguments as those of :func:`compile`, not checked."""
+    begun = time.perf_counter()
+    if weights == "bfloat16":
+        plan = replace(plan, steps=tuple(_rounded(step) for step in plan.steps))
+    threads_now = threads or torch.get_num_threads()
+    with measure.torch_threads(threads_now), torch.no_grad():
+        found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds)
+    items = found.lowered.items
+    read = {name for item in items if not isinstance(item, Segment) for name in item.inputs} | {*plan.outputs}
+    programs = [item.program.facts for item in items if isinstance(item, Segment)]
+    steps = [item.step if isinstance(item, Packed) else item for item in items if not isinstance(item, Segment)]
+    left = [tensor for step in steps for tensor in tensors(step).values()]
+    return Engine(
+        items=items,
+        inputs=[Port(name, tuple(x.shape), x.dtype) for name, x in zip(plan.inputs, inputs, strict=True)],
+        outputs=[Port(name, shapes[name], plan.values[name].dtype) for name in plan.outputs],
+        single=plan.single,
+        batch=plan.batch,
+        fixed_because=plan.fixed_because,
+        constants={name: value for name, value in plan.constants.items() if name in read},
+        names={step.output: step.name for step in plan.steps},
+        layers=found.layers,
+        reasons=found.lowered.reasons,
+        threads=threads,
+        report=Report(
+            seconds=time.perf_counter() - begun,
+            measuring_seconds=found.seconds,
+            chosen=found.chosen,
+            candidates=found.candidates,
+            weights=weights,
+            weight_bytes=sum(tensor.nbytes for tensor in left) + sum(facts.weight_bytes for facts in programs),
+            scratch_bytes=max((facts.scratch_bytes for facts in programs), default=0),
+        ),
+    )
+
+
+def _checked(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    threads: int | None,
+    weights: str,
+    choose: str,
+    tune_seconds: float,
+) -> tuple[Tensor, ...]:
+    """The example's inputs; raises for arguments that :func:`compile` does not take."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inputs = (example_input,) if isinstance(example_input, Tensor) else example_input
+    if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError(f"example_input must be a tensor or a sequence of tensors, got {type(example_input).__name__}")
+    for x in inputs:
+        if x.device.type != "cpu":
+            raise ValueError(f"example_input must be on the CPU, got {x.device}: call it with x.cpu()")
+        if x.numel() == 0:
+            raise ValueError(f"example_input must not be empty, got the shape {tuple(x.shape)}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a positive whole number, or None for PyTorch's, got {threads!r}")
+    for name, value, known in (("weights", weights, get_args(Weights)), ("choose", choose, get_args(Choose))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not tune_seconds >= 0:
+        raise ValueError(f"tune_seconds must be at least 0, got {tune_seconds}")
+    for name, module in model.named_modules():
+        where = f"the module {name!r} of the model" if name else "the model"
+        if type(module).__module__.startswith("rarefy.sparse"):
+            raise ValueError(
+                f"{where} is still being sparsified ({type(module).__name__}): compile what sparsifier.finalize() gives"
+            )
+        if module.training:
+            raise ValueError(f"{where} is in training mode: call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"the model must be on the CPU, {name!r} is on {tensor.device}: call model.cpu() first")
+    return tuple(x.detach() for x in inputs)
+
+
+def _rounded(step: Step) -> Step:
+    """The step with its weights rounded to bfloat16, as the native kernels store them."""
+    return replace(step, weight=step.weight.bfloat16().float()) if isinstance(step, Layer) else step
+
+
+def _choose(
+    plan: Plan, inputs: Sequence[Tensor], choose: str, weights: str, threads: int, tune_seconds: float
+) -> tuple[measure.Choice, dict[str, tuple[int, ...]]]:
+    """What runs the plan, and the shapes of its values on the inputs."""
+    begun = time.perf_counter()
+    usable = native.available()
+    timed = choose == "measure" and usable
+    with measure.torch_threads(1):
+        shapes, layers = measure.walk(plan, inputs, timed=timed)
+    options = Options(
+        choice=choose if choose in ("sparse", "dense") else "measure",
+        storage=weights,
+        threads=threads,
+        tune_seconds=tune_seconds if timed else 0.0,
+        shapes=shapes,
+    )
+    if timed:
+        found = measure.choose(plan, inputs, options, layers)
+        return replace(found, seconds=time.perf_counter() - begun), shapes
+    if choose == "torch" or not usable:
+        why = "choose='torch'" if choose == "torch" else "there is no native engine"
+        return measure.Choice(measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
+    return measure.Choice(lower(plan, options), {}, "native", layers, 0.0), shapes

@@ -1,0 +1,156 @@
+"""The engine: a compiled network that is called like the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
+from rarefy.engine.profile import Profile, profile
+from rarefy.engine.segments import Item
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of an engine: its shape on the example, batch and all, and its dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """How an engine was made.
+
+    Attributes:
+        seconds: what compiling took, all in all.
+        measuring_seconds: the part of it that went into measuring which kernel is fastest.
+        chosen: what runs the network: "native", "native by rule" (kernels chosen without measuring), "PyTorch",
+            "PyTorch, oneDNN" or "native and PyTorch".
+        candidates: seconds of each of these on the example, where they were measured.
+        weights: how they are stored, "float32" or "bfloat16".
+        weight_bytes: weights, biases and indices in memory.
+        scratch_bytes: memory of one running thread of the largest native program, at the batch of the example.
+    """
+
+    seconds: float
+    measuring_seconds: float
+    chosen: str
+    candidates: Mapping[str, float]
+    weights: str
+    weight_bytes: int
+    scratch_bytes: int
+
+
+class Engine:
+    """A network as :func:`compile` or :func:`load` makes it; called like the model, from any number of threads.
+
+    ``inputs`` and ``outputs`` tell what it takes and gives; ``report`` how it was made.
+    """
+
+    def __init__(
+        self,
+        *,
+        items: Sequence[Item],
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        single: bool,
+        batch: int | None,
+        fixed_because: str | None,
+        constants: Mapping[str, Tensor],
+        names: Mapping[str, str],
+        layers: Mapping[str, LayerFacts],
+        reasons: Mapping[str, str],
+        threads: int | None,
+        report: Report,
+    ) -> None:
+        self.inputs, self.outputs, self.report, self.threads = tuple(inputs), tuple(outputs), report, threads
+        self.batch, self._fixed_because, self._single = batch, fixed_because, single
+        self._items, self._constants = tuple(items), dict(constants)
+        self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
+        self._freed = schedule(items, (*(port.name for port in (*inputs, *outputs)), *constants))
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling took, measuring included."""
+        return self.report.seconds
+
+    @property
+    def measuring_seconds(self) -> float:
+        """What measuring the kernels took."""
+        return self.report.measuring_seconds
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The model's output for these inputs, of any batch size (see ``batch``), without gradient.
+
+        Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
+        """
+        values = self._values(inputs)
+        with torch.no_grad():
+            execute(self._items, self._freed, values, self.threads or torch.get_num_threads())
+        outputs = tuple(values[port.name] for port in self.outputs)
+        return outputs[0] if self._single else outputs
+
+    def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
+        """Time of every step on one thread (see :class:`rarefy.engine.profile.Profile`).
+
+        ``inputs`` are what to run on; without them, random numbers of the example's shapes. Every figure is the median
+        of ``rounds`` runs.
+        """
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        values = self._values(inputs or self.example())
+        batch = values[self.inputs[0].name].shape[0]
+        with torch.no_grad(), torch_threads(1):
+            took = time_items(self._items, self._freed, values, rounds)
+        return profile(self._items, took, batch, self._names, self._layers, self._reasons)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Random inputs of the shapes that it was compiled for."""
+        return tuple(
+            torch.randn(port.shape, dtype=port.dtype)
+            if port.dtype.is_floating_point
+            else torch.zeros(port.shape, dtype=port.dtype)
+            for port in self.inputs
+        )
+
+    def _values(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+        """The inputs, checked, and the constants, by name."""
+        if len(inputs) != len(self.inputs):
+            raise TypeError(f"the engine takes {len(self.inputs)} inputs, got {len(inputs)}")
+        for x, port in zip(inputs, self.inputs, strict=True):
+            self._check(x, port)
+        batches = {x.shape[0] for x in inputs} if self.batch is None else set()
+        if len(batches) > 1:
+            raise ValueError(f"all inputs must have the same batch size, got {', '.join(map(str, sorted(batches)))}")
+        named = {port.name: x.detach() for x, port in zip(inputs, self.inputs, strict=True)}
+        return {**self._constants, **named}
+
+    def _check(self, x: Tensor, port: Port) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input {port.name!r} must be a tensor, got {type(x).__name__}")
+        if x.dtype != port.dtype:
+            raise TypeError(f"input {port.name!r} must be {port.dtype}, got {x.dtype}: convert it first")
+        if x.device.type != "cpu":
+            raise ValueError(f"input {port.name!r} must be on the CPU, got {x.device}: call it with x.cpu()")
+        expected = (f"batch of {self.batch}" if self.batch is not None else "batch", *map(str, port.shape[1:]))
+        given = tuple(x.shape)
+        what = f"input {port.name!r} must have the shape ({', '.join(expected)}), got {given}"
+        if len(given) != len(port.shape):
+            raise ValueError(what)
+        if len(given) > 1 and given[1] != port.shape[1]:
+            raise ValueError(f"{what}: the model takes {port.shape[1]} channels")
+        if given[1:] != port.shape[1:]:
+            raise ValueError(
+                f"{what}: an engine runs at the size that it was compiled for; for this one make another, with "
+                f"engine.compile(model, torch.zeros({given}))"
+            )
+        if self.batch is not None and given[:1] != port.shape[:1]:
+            raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
+        if not given or given[0] < 1:
+            raise ValueError(f"{what}: the batch must not be empty")

@@ -1,0 +1,233 @@
+"""What computes a plan fastest: native programs, PyTorch, or some of both; found by measuring."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy.engine.onednn import Packed, packed
+from rarefy.engine.plan import Conv, Layer, Plan, Step, last_uses
+from rarefy.engine.reference import run_step
+from rarefy.engine.segments import Item, Lowered, Options, Segment, lower
+
+_ROUNDS = 5
+_LEAST_SECONDS = 0.002  # of one measurement of a layer
+#: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
+_CLEARLY_FASTER = 0.9
+#: Giving layers to PyTorch is only tried where it may save this share of the whole time.
+_WORTH_TRYING = 0.03
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is counted of a layer, for one sample, and the time that PyTorch takes for it with all its weights.
+
+    Attributes:
+        weights, nonzeros: how many weights there are, and how many of them are not zero.
+        macs, dense_macs: multiply-accumulates with those that are not zero, and with all.
+        torch_seconds: of PyTorch, in the faster of its memory formats; None where it was not measured.
+    """
+
+    weights: int
+    nonzeros: int
+    macs: int
+    dense_macs: int
+    torch_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen to run a plan.
+
+    Attributes:
+        lowered: the programs and steps to run.
+        candidates: seconds that each way to run the whole plan took on the example, by name; empty if not measured.
+        chosen: the name of the way that was taken.
+        layers: facts of each layer, by the value that it makes.
+        seconds: what measuring took.
+    """
+
+    lowered: Lowered
+    candidates: Mapping[str, float]
+    chosen: str
+    layers: Mapping[str, LayerFacts]
+    seconds: float
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Within the block PyTorch uses that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def execute(items: Sequence[Item], freed: Sequence[tuple[str, ...]], values: dict[str, Any], threads: int) -> None:
+    """Run the items on the values, which change in place; those in ``freed`` go after each."""
+    for item, done in zip(items, freed, strict=True):
+        _run(item, values, threads)
+        for name in done:
+            del values[name]
+
+
+def _run(item: Item, values: dict[str, Any], threads: int) -> None:
+    if isinstance(item, Segment):
+        item.run(values, threads)
+    else:
+        values[item.output] = item.run(values) if isinstance(item, Packed) else run_step(item, values)
+
+
+def schedule(items: Sequence[Item], kept: Sequence[str]) -> list[tuple[str, ...]]:
+    """The values that are not needed any more after each item."""
+    reads = [(i.reads, i.makes) if isinstance(i, Segment) else (i.inputs, (i.output,)) for i in items]
+    return last_uses(reads, set(kept))
+
+
+def seconds_of(threads: int) -> Callable[[], float]:
+    """The clock to measure with: the thread's own where there is one, since others may use the processor, too."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def walk(
+    plan: Plan, inputs: Sequence[Tensor], *, timed: bool
+) -> tuple[dict[str, tuple[int, ...]], dict[str, LayerFacts]]:
+    """Run the plan in PyTorch: the shape of each value, and facts of each layer, its time among them if ``timed``."""
+    values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers: dict[str, LayerFacts] = {}
+    for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
+        result = values[step.output] = run_step(step, values)
+        if isinstance(step, Layer):
+            seconds = None
+            if timed:
+                other = packed(step, tuple(values[step.input].shape)) if isinstance(step, Conv) else None
+                seconds = min(_time(each, values) for each in (step, other) if each is not None)
+            layers[step.output] = _facts(step, result, inputs[0].shape[0], seconds)
+        for name in (*step.inputs, step.output):
+            if isinstance(values[name], Tensor):
+                shapes[name] = tuple(values[name].shape)
+        for name in freed:
+            del values[name]
+    return shapes, layers
+
+
+def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts]) -> Choice:
+    """The fastest way to run the plan on inputs like these."""
+    begun = time.perf_counter()
+    native = lower(plan, options)
+    slow = _slower_than_torch(native, plan, inputs, layers)
+    dense = in_torch(plan, "PyTorch is faster")
+    ways = {
+        "native": native,
+        "native by rule": lower(plan, replace(options, tune_seconds=0.0)),  # measuring on a busy machine may mislead
+        "PyTorch": dense,
+        "PyTorch, oneDNN": _by_onednn(dense, options.shapes),
+    }
+    if slow:
+        ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
+    times = _race(ways, plan, inputs, options.threads)
+    chosen = min(times, key=lambda name: times[name])
+    return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
+
+
+def in_torch(plan: Plan, because: str) -> Lowered:
+    """The plan with PyTorch for everything."""
+    return Lowered(plan.steps, {step.output: because for step in plan.steps})
+
+
+def _by_onednn(lowered: Lowered, shapes: Mapping[str, tuple[int, ...]]) -> Lowered:
+    """The same with packed weights in the convolutions that PyTorch runs."""
+    items = [item if isinstance(item, Segment) else _packed(item, shapes) or item for item in lowered.items]
+    return replace(lowered, items=tuple(items))
+
+
+def _packed(item: Item, shapes: Mapping[str, tuple[int, ...]]) -> Packed | None:
+    return packed(item, shapes[item.input]) if isinstance(item, Conv) else None
+
+
+def _time(item: Item, values: dict[str, Any]) -> float:
+    """Seconds of a step in PyTorch: the median of some runs, its inputs already in the format that it takes."""
+    if isinstance(item, Packed):
+        values = {name: values[name].contiguous(memory_format=torch.channels_last) for name in item.inputs}
+    _run(item, values, 1)
+    took: list[float] = []
+    while len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50):
+        begun = time.thread_time()
+        _run(item, values, 1)
+        took.append(time.thread_time() - begun)
+    return median(took)
+
+
+def _facts(step: Step, result: Tensor, samples: int, seconds: float | None) -> LayerFacts:
+    assert isinstance(step, Layer)
+    weights, nonzeros = step.weight.numel(), int(step.weight.count_nonzero())
+    # Every weight is used once for each place of the output channel that it belongs to.
+    places = result.numel() // len(step.weight) // samples
+    each = None if seconds is None else seconds / samples
+    return LayerFacts(weights, nonzeros, nonzeros * places, weights * places, each)
+
+
+def time_items(
+    items: Sequence[Item], freed: Sequence[tuple[str, ...]], values: dict[str, Any], rounds: int
+) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """Seconds of each item on one thread, run ``rounds`` times: (rounds, steps of the program) or (rounds, 1)."""
+    found = []
+    for item, done in zip(items, freed, strict=True):
+        steps = item.program.facts.steps if isinstance(item, Segment) else 1
+        took = np.zeros((rounds, steps))
+        execute([item], [()], values, 1)
+        for row in took:
+            if isinstance(item, Segment):
+                item.run(values, 1, row)
+            else:
+                begun = time.thread_time()
+                _run(item, values, 1)
+                row[0] = time.thread_time() - begun
+        found.append(took)
+        for name in done:
+            del values[name]
+    return found
+
+
+def _slower_than_torch(
+    native: Lowered, plan: Plan, inputs: Sequence[Tensor], layers: Mapping[str, LayerFacts]
+) -> set[str]:
+    """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
+    values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
+    freed = schedule(native.items, (*plan.inputs, *plan.outputs, *plan.constants))
+    times = time_items(native.items, freed, values, _ROUNDS)
+    saved: dict[str, float] = {}
+    for item, took in zip(native.items, times, strict=True):
+        if isinstance(item, Segment):
+            for step, seconds in zip(item.program.steps(), took.min(0), strict=True):
+                known = None if step.name not in layers else layers[step.name].torch_seconds
+                if known is not None and known * inputs[0].shape[0] < _CLEARLY_FASTER * seconds:
+                    saved[step.name] = seconds - known * inputs[0].shape[0]
+    whole = sum(took.min(0).sum() for took in times)
+    return set(saved) if sum(saved.values()) > _WORTH_TRYING * whole else set()
+
+
+def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:
+    """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted."""
+    clock = seconds_of(threads)
+    kept = (*plan.inputs, *plan.outputs, *plan.constants)
+    freed = {name: schedule(way.items, kept) for name, way in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(_ROUNDS + 1):
+        for name, way in ways.items():
+            values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
+            begun = clock()
+            execute(way.items, freed[name], values, threads)
+            times[name].append(clock() - begun)
+    return {name: min(each[1:]) for name, each in times.items()}

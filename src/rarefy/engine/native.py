@@ -1,0 +1,395 @@
+"""The native engine (``native/include/rarefy_engine.h``) through ctypes: builders and programs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy import kernels
+from rarefy.engine.plan import ACTIVATIONS, Activation
+from rarefy.kernels import _library
+
+CHANNELS_FIRST, CHANNELS_LAST = 0, 1
+#: What a convolution may be computed by.
+CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
+#: How weights are stored.
+STORAGES = {"float32": 0, "bfloat16": 1}
+
+_ERROR_BYTES = 512
+_POINTER, _TEXT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
+_Int32x2, _Int32x3, _Int32x4 = _INT32 * 2, _INT32 * 3, _INT32 * 4
+
+
+class NativeError(ValueError):
+    """What the native engine refused, in its words."""
+
+
+class _Conv(ctypes.Structure):
+    _fields_ = (
+        ("x", _INT32),
+        ("residual", _INT32),
+        ("out_channels", _INT32),
+        ("kernel", _Int32x2),
+        ("stride", _Int32x2),
+        ("dilation", _Int32x2),
+        ("padding", _Int32x4),
+        ("groups", _INT32),
+        ("activation", _INT32),
+        ("storage", _INT32),
+        ("choice", _INT32),
+        ("weight", _POINTER),
+        ("bias", _POINTER),
+    )
+
+
+class _Pool(ctypes.Structure):
+    _fields_ = (
+        ("x", _INT32),
+        ("average", _INT32),
+        ("count_padding", _INT32),
+        ("kernel", _Int32x2),
+        ("stride", _Int32x2),
+        ("dilation", _Int32x2),
+        ("padding", _Int32x4),
+    )
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (("isa", _TEXT), ("batch", _INT32), ("threads", _INT32), ("tune_seconds", ctypes.c_double))
+
+
+class _ProgramInfo(ctypes.Structure):
+    _fields_ = (
+        ("inputs", _INT32),
+        ("outputs", _INT32),
+        ("steps", _INT32),
+        ("group", _INT32),
+        ("weight_bytes", _INT64),
+        ("scratch_bytes", _INT64),
+        ("tune_seconds", ctypes.c_double),
+        ("isa", ctypes.c_char * 16),
+    )
+
+
+class _StepInfo(ctypes.Structure):
+    _fields_ = (
+        ("name", _TEXT),
+        ("kind", _TEXT),
+        ("kernel", ctypes.c_char * 48),
+        ("shape", _Int32x3),
+        ("x_shape", _Int32x3),
+        ("weights", _INT64),
+        ("nonzeros", _INT64),
+        ("stored", _INT64),
+        ("macs", _INT64),
+        ("dense_macs", _INT64),
+        ("weight_bytes", _INT64),
+        ("tuned_seconds", ctypes.c_double),
+        ("dense_seconds", ctypes.c_double),
+    )
+
+
+#: The functions of the header: what they give back and take, without the error's two arguments where they have them.
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
+    "builder_new": (_POINTER, (), False),
+    "builder_free": (None, (_POINTER,), False),
+    "builder_input": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _INT32, _TEXT), True),
+    "builder_conv": (_INT32, (_POINTER, ctypes.POINTER(_Conv), _TEXT), True),
+    "builder_pool": (_INT32, (_POINTER, ctypes.POINTER(_Pool), _TEXT), True),
+    "builder_global_average": (_INT32, (_POINTER, _INT32, _TEXT), True),
+    "builder_binary": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _INT32, _TEXT), True),
+    "builder_affine": (_INT32, (_POINTER, _INT32, _POINTER, _POINTER, _INT32, _TEXT), True),
+    "builder_concat": (_INT32, (_POINTER, ctypes.POINTER(_INT32), _INT32, _TEXT), True),
+    "builder_upsample": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
+    "builder_flatten": (_INT32, (_POINTER, _INT32, _TEXT), True),
+    "builder_output": (_INT32, (_POINTER, _INT32, _INT32), True),
+    "builder_shape": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_Int32x3)), True),
+    "builder_finish": (_POINTER, (_POINTER, ctypes.POINTER(_Options)), True),
+    "program_free": (None, (_POINTER,), False),
+    "program_run": (_INT32, (_POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER), False),
+    "program_describe": (None, (_POINTER, ctypes.POINTER(_ProgramInfo)), False),
+    "program_step": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_StepInfo)), False),
+    "program_port": (_INT32, (_POINTER, _INT32, _INT32, ctypes.POINTER(_Int32x3), ctypes.POINTER(_INT32)), False),
+    "program_size": (_INT64, (_POINTER,), False),
+    "program_save": (None, (_POINTER, _POINTER), False),
+    "program_load": (_POINTER, (_POINTER, _INT64, _TEXT), True),
+}
+
+
+@functools.cache
+def _functions() -> dict[str, Callable[..., Any]] | None:
+    """The functions of the library, by name; None without one."""
+    library = _library._library()
+    if library is None or not hasattr(library, "rarefy_builder_new"):
+        return None
+    found = {}
+    for name, (restype, argtypes, fails) in _FUNCTIONS.items():
+        if not hasattr(library, f"rarefy_{name}"):
+            continue
+        function = getattr(library, f"rarefy_{name}")
+        function.restype, function.argtypes = restype, (*argtypes, *((_TEXT, _INT64) if fails else ()))
+        found[name] = _checked(function) if fails else function
+    return found
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, raising NativeError with the reason where it fails."""
+
+    def call(*arguments: Any) -> Any:
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        result = function(*arguments, error, _ERROR_BYTES)
+        if result is None or result == -1:
+            raise NativeError(error.value.decode(errors="replace"))
+        return result
+
+    return call
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    functions = _functions()
+    assert functions is not None
+    return functions[name](*arguments)
+
+
+def available() -> bool:
+    """Whether there is a native engine that may be used (see :func:`rarefy.kernels.forced`)."""
+    return _functions() is not None and kernels.isa() != "pytorch"
+
+
+def isa() -> bytes | None:
+    """The instruction set to use, as the header takes it."""
+    asked = kernels.isa()
+    return None if asked is None else asked.removesuffix("_vbmi2").encode()
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One step of a program; see ``rarefy_step_info``."""
+
+    name: str
+    kind: str
+    kernel: str
+    shape: tuple[int, int, int]
+    weights: int
+    nonzeros: int
+    stored: int
+    macs: int
+    dense_macs: int
+    weight_bytes: int
+    tuned_seconds: float
+    dense_seconds: float
+
+
+@dataclass(frozen=True)
+class ProgramFacts:
+    """A program as a whole; see ``rarefy_program_info``."""
+
+    steps: int
+    group: int
+    weight_bytes: int
+    scratch_bytes: int
+    tune_seconds: float
+    isa: str
+
+
+class Program:
+    """A program; any number of threads may run it at the same time. ``keep`` is what its memory lies in, if mapped."""
+
+    def __init__(self, address: int, keep: object = None) -> None:
+        self._address = address
+        self._keep = keep
+        self._finalizer = weakref.finalize(self, _call, "program_free", address)
+        about = _ProgramInfo()
+        _call("program_describe", address, ctypes.byref(about))
+        self.facts = ProgramFacts(
+            about.steps, about.group, about.weight_bytes, about.scratch_bytes, about.tune_seconds, about.isa.decode()
+        )
+
+    def steps(self) -> list[StepFacts]:
+        """What is known of its steps."""
+        found, info = [], _StepInfo()
+        for index in range(self.facts.steps):
+            _call("program_step", self._address, index, ctypes.byref(info))
+            found.append(
+                StepFacts(
+                    *((info.name or b"").decode(), info.kind.decode(), info.kernel.decode(), tuple(info.shape)),
+                    *(info.weights, info.nonzeros, info.stored, info.macs, info.dense_macs, info.weight_bytes),
+                    *(info.tuned_seconds, info.dense_seconds),
+                )
+            )
+        return found
+
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        batch: int,
+        threads: int,
+        seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
+    ) -> None:
+        """Fill ``outputs`` from ``inputs``, all contiguous float32; the time of each step is added to ``seconds``."""
+        read = (_POINTER * len(inputs))(*(x.data_ptr() for x in inputs))
+        written = (_POINTER * len(outputs))(*(y.data_ptr() for y in outputs))
+        clock = None if seconds is None else seconds.ctypes.data
+        if _call("program_run", self._address, read, written, batch, threads, clock):
+            raise MemoryError(f"no memory for the scratch of a batch of {batch}")
+
+    def ports(self, *, outputs: bool) -> list[tuple[tuple[int, int, int], int]]:
+        """Channels, height and width, and the layout, of every input or output."""
+        about = _ProgramInfo()
+        _call("program_describe", self._address, ctypes.byref(about))
+        found, shape, layout = [], _Int32x3(), _INT32()
+        for index in range(about.outputs if outputs else about.inputs):
+            _call("program_port", self._address, int(outputs), index, ctypes.byref(shape), ctypes.byref(layout))
+            found.append(((shape[0], shape[1], shape[2]), layout.value))
+        return found
+
+    def save(self) -> bytearray:
+        """Its bytes, for :func:`load`."""
+        data = bytearray(_call("program_size", self._address))
+        _call("program_save", self._address, (ctypes.c_char * len(data)).from_buffer(data))
+        return data
+
+
+def load(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Program:
+    """The program whose bytes these are, read in place: 64-byte aligned, and not changed while it lives.
+
+    Raises NativeError for bytes that are no program.
+    """
+    return Program(_call("program_load", data.ctypes.data, data.nbytes, isa()), data)
+
+
+def _label(name: str) -> bytes:
+    return name.encode()
+
+
+def _float32(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().to(torch.float32).contiguous()
+
+
+def _address(values: Tensor | None) -> int | None:
+    return None if values is None else values.data_ptr()
+
+
+class Builder:
+    """Takes the steps of a program one after the other; values are numbers. Every method raises NativeError."""
+
+    def __init__(self) -> None:
+        self._address = _call("builder_new")
+        self._finalizer = weakref.finalize(self, _call, "builder_free", self._address)
+
+    def input(self, shape: tuple[int, int, int], layout: int, name: str) -> int:
+        """An input of so many channels, rows and columns."""
+        return self._add("input", *shape, layout, name=name)
+
+    def conv(
+        self,
+        x: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        groups: int = 1,
+        residual: int = -1,
+        activation: Activation = "none",
+        storage: str,
+        choice: str,
+        name: str,
+    ) -> int:
+        """A convolution: weight (out, in / groups, height, width); padding is top, bottom, left, right."""
+        weights, biases = _float32(weight), _float32(bias)
+        assert weights is not None
+        about = _Conv(
+            x=x,
+            residual=residual,
+            out_channels=weights.shape[0],
+            kernel=_Int32x2(*weights.shape[2:]),
+            stride=_Int32x2(*stride),
+            dilation=_Int32x2(*dilation),
+            padding=_Int32x4(*padding),
+            groups=groups,
+            activation=ACTIVATIONS.index(activation),
+            storage=STORAGES[storage],
+            choice=CHOICES[choice],
+            weight=_address(weights),
+            bias=_address(biases),
+        )
+        return self._add("conv", ctypes.byref(about), name=name)
+
+    def pool(
+        self,
+        x: int,
+        *,
+        average: bool,
+        count_padding: bool,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        name: str,
+    ) -> int:
+        """The maximum or average over windows; padding is top, bottom, left, right."""
+        about = _Pool(
+            x=x,
+            average=average,
+            count_padding=count_padding,
+            kernel=_Int32x2(*kernel),
+            stride=_Int32x2(*stride),
+            dilation=_Int32x2(*dilation),
+            padding=_Int32x4(*padding),
+        )
+        return self._add("pool", ctypes.byref(about), name=name)
+
+    def global_average(self, x: int, *, name: str) -> int:
+        """The mean over rows and columns."""
+        return self._add("global_average", x, name=name)
+
+    def binary(self, x: int, y: int, *, multiply: bool, activation: Activation, name: str) -> int:
+        """The sum or the product of two values."""
+        return self._add("binary", x, y, multiply, ACTIVATIONS.index(activation), name=name)
+
+    def affine(self, x: int, scale: Tensor | None, shift: Tensor | None, activation: Activation, *, name: str) -> int:
+        """A factor and a summand for every channel."""
+        scales, shifts = _float32(scale), _float32(shift)
+        return self._add("affine", x, _address(scales), _address(shifts), ACTIVATIONS.index(activation), name=name)
+
+    def concat(self, xs: Sequence[int], *, name: str) -> int:
+        """The channels of all."""
+        return self._add("concat", (_INT32 * len(xs))(*xs), len(xs), name=name)
+
+    def upsample(self, x: int, factor: tuple[int, int], *, name: str) -> int:
+        """Every pixel so many times down and across."""
+        return self._add("upsample", x, *factor, name=name)
+
+    def flatten(self, x: int, *, name: str) -> int:
+        """All numbers as a vector."""
+        return self._add("flatten", x, name=name)
+
+    def output(self, x: int, layout: int) -> None:
+        """Make a value a result."""
+        _call("builder_output", self._address, x, layout)
+
+    def shape(self, x: int) -> tuple[int, int, int]:
+        """Channels, rows and columns of a value."""
+        shape = _Int32x3()
+        _call("builder_shape", self._address, x, ctypes.byref(shape))
+        return (shape[0], shape[1], shape[2])
+
+    def finish(self, *, batch: int, threads: int, tune_seconds: float) -> Program:
+        """The program, its kernels chosen for this batch size and number of threads."""
+        options = _Options(isa(), batch, threads, tune_seconds)
+        return Program(_call("builder_finish", self._address, ctypes.byref(options)))
+
+    def _add(self, function: str, *arguments: Any, name: str) -> int:
+        result: int = _call(f"builder_{function}", self._address, *arguments, _label(name))
+        return result

@@ -1,0 +1,73 @@
+"""Dense convolutions by oneDNN inside PyTorch, with weights laid out for it once: the fastest that PyTorch has.
+
+``torch.conv2d`` lays the weights out again at each call; the operators here are those that Inductor uses instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.engine.plan import Conv
+from rarefy.engine.reference import activate, symmetric_padding
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A two-dimensional :class:`Conv` with its weights packed for inputs of ``shape``; others work, too."""
+
+    step: Conv
+    shape: tuple[int, ...]
+    weight: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        padded = [s + sum(p) for s, p in zip(self.shape[2:], self.step.padding, strict=True)]
+        _, padding = symmetric_padding(self.step)
+        size = [*self.shape[:2], *(s - 2 * p for s, p in zip(padded, padding, strict=True))]
+        weight = self.step.weight.contiguous(memory_format=torch.channels_last)
+        options = (list(padding), self.step.stride, self.step.dilation, self.step.groups)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *options, size)
+        object.__setattr__(self, "weight", packed)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The values that it reads."""
+        return self.step.inputs
+
+    @property
+    def output(self) -> str:
+        """The value that it makes."""
+        return self.step.output
+
+    def run(self, values: Mapping[str, Any]) -> Tensor:
+        """What the step makes of the values."""
+        step, x = self.step, values[self.step.input]
+        added, padding = symmetric_padding(step)
+        x = (F.pad(x, added) if added else x).contiguous(memory_format=torch.channels_last)
+        fused = step.activation == "relu" and step.residual is None
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x,
+            self.weight,
+            step.bias,
+            padding,
+            step.stride,
+            step.dilation,
+            step.groups,
+            "relu" if fused else "none",
+            [],
+            "",
+        )
+        if step.residual is not None:
+            y += values[step.residual]
+        return y if fused else activate(y, step.activation)
+
+
+def packed(step: Conv, shape: tuple[int, ...]) -> Packed | None:
+    """The step, computed by oneDNN on inputs of this shape; None along one axis, and where PyTorch has no oneDNN."""
+    there = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    return Packed(step, shape) if there and len(step.stride) == 2 else None

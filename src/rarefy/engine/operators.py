@@ -1,0 +1,344 @@
+"""What each ATen operator becomes in the plan; those that are not here stay operators, which PyTorch runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from rarefy.engine.plan import (
+    Activation,
+    Affine,
+    Binary,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalAverage,
+    Linear,
+    Pool,
+    Step,
+    Upsample,
+)
+
+
+@dataclass
+class Call:
+    """One call of an operator in an exported graph.
+
+    Attributes:
+        node: of the graph.
+        args: by the names of the operator's schema, defaults filled in.
+        constants: what is known of the graph's nodes now: parameters, buffers and what was computed from them.
+        sources: the names that parameters have in the model, by node.
+        batch: how the graph calls the batch size.
+    """
+
+    node: fx.Node
+    args: dict[str, Any]
+    constants: dict[str, Tensor]
+    sources: dict[str, str]
+    batch: str
+    _labels: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._labels = {"name": self.node.name, "output": self.node.name}
+
+    def value(self, name: str) -> str | None:
+        """The float32 value of that argument that the plan computes; None where it is a constant or something else."""
+        node = self.args[name]
+        known = isinstance(node, fx.Node) and node.name not in self.constants
+        return node.name if known and _dtype(node) is torch.float32 else None
+
+    def constant(self, name: str) -> Tensor | None:
+        """The constant float32 tensor of that argument; None where it is something else."""
+        node = self.args[name]
+        found = self.constants.get(node.name) if isinstance(node, fx.Node) else None
+        return found if found is not None and found.dtype is torch.float32 else None
+
+    def given(self, name: str) -> bool:
+        """Whether that argument is there at all."""
+        return self.args.get(name) is not None
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of one sample of that argument; see :class:`rarefy.engine.plan.Value`."""
+        return sample_shape(self.args[name], self.batch)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """``name`` and ``output`` of the step."""
+        return self._labels
+
+    @property
+    def layer(self) -> dict[str, Any]:
+        """The same, with the name of the layer that the weight belongs to."""
+        weight = self.args["weight"]
+        source = self.sources.get(weight.name, "") if isinstance(weight, fx.Node) else ""
+        return {**self._labels, "name": source.removesuffix("weight").rstrip("._") or self.node.name}
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
+
+
+def sample_shape(node: Any, batch: str) -> tuple[int, ...] | None:
+    """The shape of a node's tensor without the batch; None where dimension 0 is not it or others are not known."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() == 0 or str(value.shape[0]) != batch:
+        return None
+    rest = tuple(value.shape[1:])
+    return rest if all(isinstance(size, int) for size in rest) else None
+
+
+Handler = Callable[[Call], Step | None]
+_HANDLERS: dict[str, Handler] = {}
+
+#: Operators that give back what they got, when the model is not training.
+IDENTITIES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("alias.default", "detach.default", "contiguous.default", "lift_fresh_copy.default", "dropout.default"),
+        *("feature_dropout.default", "alpha_dropout.default", "clone.default", "_assert_tensor_metadata.default"),
+    )
+)
+
+
+def handler(target: str) -> Handler | None:
+    """What makes a step of this operator, if anything does; it gives None where this call of it stays an operator."""
+    return _HANDLERS.get(target)
+
+
+def _handles(*targets: str) -> Callable[[Handler], Handler]:
+    def register(function: Handler) -> Handler:
+        _HANDLERS.update({f"aten.{target}": function for target in targets})
+        return function
+
+    return register
+
+
+def _each(value: Any, axes: int) -> tuple[int, ...]:
+    """A size an axis, from a size or a list of one or of all."""
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,)
+    return sizes * axes if len(sizes) == 1 else sizes
+
+
+def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+@_handles("conv1d.default", "conv2d.default", "conv1d.padding", "conv2d.padding")
+def _conv(call: Call) -> Step | None:
+    weight, bias, x, shape = call.constant("weight"), call.constant("bias"), call.value("input"), call.shape("input")
+    if weight is None or x is None or shape is None or len(shape) != weight.dim() - 1:
+        return None
+    if bias is None and call.given("bias"):
+        return None
+    axes = weight.dim() - 2
+    dilation = _each(call.args["dilation"], axes)
+    given = call.args["padding"]
+    if given == "same":
+        padding = _same_padding(weight.shape[2:], dilation)
+    else:
+        sizes = (0,) * axes if given == "valid" else _each(given, axes)
+        padding = tuple((size, size) for size in sizes)
+    return Conv(
+        **call.layer,
+        input=x,
+        weight=weight,
+        bias=bias,
+        stride=_each(call.args["stride"], axes),
+        padding=padding,
+        dilation=dilation,
+        groups=call.args["groups"],
+    )
+
+
+@_handles("linear.default")
+def _linear(call: Call) -> Step | None:
+    weight, bias, x = call.constant("weight"), call.constant("bias"), call.value("input")
+    if weight is None or weight.dim() != 2 or x is None or (bias is None and call.given("bias")):
+        return None
+    return Linear(**call.layer, input=x, weight=weight, bias=bias)
+
+
+@_handles("_native_batch_norm_legit_no_training.default", "batch_norm.default")
+def _batch_norm(call: Call) -> Step | None:
+    x, shape = call.value("input"), call.shape("input")
+    mean, variance = call.constant("running_mean"), call.constant("running_var")
+    if x is None or shape is None or mean is None or variance is None or call.args.get("training"):
+        return None
+    weight, bias = call.constant("weight"), call.constant("bias")
+    # gamma (x - mean) / sqrt(var + eps) + beta
+    scale = torch.rsqrt(variance.double() + call.args["eps"])
+    scale = scale if weight is None else scale * weight.double()
+    shift = -mean.double() * scale
+    shift = shift if bias is None else shift + bias.double()
+    return Affine(**call.layer, input=x, scale=scale.float(), shift=shift.float())
+
+
+def _activation(call: Call, function: Activation) -> Step | None:
+    x = call.value("self")
+    return None if x is None else Affine(**call.labels, input=x, activation=function)
+
+
+for _name in ("relu", "relu6", "silu", "tanh", "sigmoid", "hardswish", "hardsigmoid"):
+    _HANDLERS[f"aten.{_name}.default"] = partial(_activation, function=_name)
+
+
+@_handles("gelu.default")
+def _gelu(call: Call) -> Step | None:
+    return _activation(call, "gelu" if call.args["approximate"] == "none" else "gelu_tanh")
+
+
+@_handles("leaky_relu.default")
+def _leaky_relu(call: Call) -> Step | None:
+    return _activation(call, "leaky_relu") if call.args["negative_slope"] == 0.01 else None
+
+
+@_handles("hardtanh.default")
+def _hardtanh(call: Call) -> Step | None:
+    return _activation(call, "relu6") if (call.args["min_val"], call.args["max_val"]) == (0, 6) else None
+
+
+@_handles("clamp.default", "clamp_min.default")
+def _clamp(call: Call) -> Step | None:
+    bounds = call.args["min"], call.args.get("max")
+    if bounds == (0, 6):
+        return _activation(call, "relu6")
+    return _activation(call, "relu") if bounds == (0, None) else None
+
+
+@_handles("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor")
+def _arithmetic(call: Call) -> Step | None:
+    op, alpha = call.node.target.__name__.partition(".")[0], call.args.get("alpha", 1)  # type: ignore[union-attr]
+    x, y, shape = call.value("self"), call.value("other"), call.shape("self")
+    if alpha != 1:
+        return None
+    if x is not None and y is not None and op in ("add", "mul"):
+        shape_y = call.shape("other")
+        if shape is None or shape_y is None:
+            return None
+        if shape == shape_y or _is_vector_of(shape_y, shape):
+            return Binary(**call.labels, op=cast(Any, op), x=x, y=y)
+        return Binary(**call.labels, op=cast(Any, op), x=y, y=x) if _is_vector_of(shape, shape_y) else None
+    swapped = x is None
+    if swapped and op in ("add", "mul"):
+        x, shape = y, call.shape("other")
+    operand = _per_channel(call, "self" if swapped else "other", shape)
+    if x is None or operand is None:
+        return None
+    match op:
+        case "add":
+            return Affine(**call.labels, input=x, shift=operand)
+        case "sub":
+            return Affine(**call.labels, input=x, shift=-operand)
+        case "mul":
+            return Affine(**call.labels, input=x, scale=operand)
+    return None
+
+
+def _is_vector_of(vector: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether it is one number for every channel of the other."""
+    return len(vector) == len(shape) > 1 and vector[0] == shape[0] and math.prod(vector) == vector[0]
+
+
+def _per_channel(call: Call, name: str, shape: tuple[int, ...] | None) -> Tensor | None:
+    """A number or a constant tensor as one float32 for every channel of the other operand, if that is what it is."""
+    given = call.args[name]
+    if shape is None or not shape:
+        return None
+    if isinstance(given, (int, float)):
+        return torch.full((shape[0],), float(given))
+    constant = call.constant(name)
+    if constant is None or constant.dim() > len(shape) + 1:
+        return None
+    if constant.numel() == 1:
+        return constant.reshape(1).expand(shape[0]).contiguous()
+    axis = constant.dim() - len(shape)  # of the channels, when aligned from the right
+    channels = constant.numel() == shape[0] and axis >= 0 and constant.shape[axis] == shape[0]
+    return constant.reshape(-1) if channels else None
+
+
+@_handles("max_pool1d.default", "max_pool2d.default")
+def _max_pool(call: Call) -> Step | None:
+    return _pool(call, "max", call.args["dilation"], count_include_pad=False)
+
+
+@_handles("avg_pool1d.default", "avg_pool2d.default")
+def _avg_pool(call: Call) -> Step | None:
+    return None if call.given("divisor_override") else _pool(call, "average", 1, call.args["count_include_pad"])
+
+
+def _pool(call: Call, op: Any, dilation: Any, count_include_pad: bool) -> Step | None:
+    axes = int(call.node.target.__name__.partition("_pool")[2][0])  # type: ignore[union-attr]
+    x, shape = call.value("self"), call.shape("self")
+    if x is None or shape is None or len(shape) != axes + 1:
+        return None
+    kernel = _each(call.args["kernel_size"], axes)
+    return Pool(
+        **call.labels,
+        input=x,
+        op=op,
+        kernel=kernel,
+        stride=_each(call.args["stride"], axes) if call.args["stride"] else kernel,
+        padding=_each(call.args["padding"], axes),
+        dilation=_each(dilation, axes),
+        ceil_mode=call.args["ceil_mode"],
+        count_include_pad=count_include_pad,
+    )
+
+
+@_handles("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default")
+def _adaptive_average(call: Call) -> Step | None:
+    x, shape, sizes = call.value("self"), call.shape("self"), call.args["output_size"]
+    if x is None or shape is None or len(shape) != len(sizes) + 1 or any(size != 1 for size in sizes):
+        return None
+    return GlobalAverage(**call.labels, input=x, keepdim=True)
+
+
+@_handles("mean.dim")
+def _mean(call: Call) -> Step | None:
+    x, shape, axes = call.value("self"), call.shape("self"), call.args["dim"]
+    if x is None or shape is None or len(shape) not in (2, 3) or call.given("dtype") or not axes:
+        return None
+    rank = len(shape) + 1
+    if {axis % rank for axis in axes} != set(range(2, rank)):
+        return None
+    return GlobalAverage(**call.labels, input=x, keepdim=call.args["keepdim"])
+
+
+@_handles("cat.default")
+def _concat(call: Call) -> Step | None:
+    operands = call.args["tensors"]
+    shapes = [sample_shape(node, call.batch) for node in operands]
+    plain = all(_dtype(node) is torch.float32 and node.name not in call.constants for node in operands)
+    if not plain or any(shape is None for shape in shapes) or call.args["dim"] % (len(shapes[0] or ()) + 1) != 1:
+        return None
+    return Concat(**call.labels, operands=tuple(node.name for node in operands))
+
+
+@_handles("upsample_nearest1d.vec", "upsample_nearest2d.vec")
+def _upsample(call: Call) -> Step | None:
+    x, shape, out = call.value("input"), call.shape("input"), sample_shape(call.node, call.batch)
+    if x is None or shape is None or out is None:
+        return None
+    if any(after % before for before, after in zip(shape[1:], out[1:], strict=True)):
+        return None
+    factor = tuple(after // before for before, after in zip(shape[1:], out[1:], strict=True))
+    return Upsample(**call.labels, input=x, factor=factor) if call.given("scale_factors") else None
+
+
+@_handles(
+    *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints"),
+    *("squeeze.default", "squeeze.dim", "squeeze.dims"),
+)
+def _flatten(call: Call) -> Step | None:
+    x, shape, out = call.value("self"), call.shape("self"), sample_shape(call.node, call.batch)
+    if x is None or shape is None or out is None or len(out) != 1 or len(shape) < 2:
+        return None
+    return Flatten(**call.labels, input=x)

@@ -1,0 +1,305 @@
+"""The plan: a network as typed steps in the order in which they run, with nothing left of modules and of training.
+
+A *value* is a tensor that a step makes or that is an input; it has a name. Dimension 0 is the batch, dimension 1 the
+channels, as in PyTorch. Weights are part of the step that uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Activation = Literal[
+    "none",
+    "relu",
+    "relu6",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "tanh",
+    "sigmoid",
+    "hardswish",
+    "hardsigmoid",
+    "leaky_relu",
+]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value, or a constant of the plan, among the arguments of an :class:`Operator`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a value before it is there.
+
+    Attributes:
+        shape: of one sample, without the batch in dimension 0; None where dimension 0 is not the batch, or where
+            another dimension is only known when the plan runs.
+        dtype: of its elements.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step:
+    """One step: ``name`` is the layer's in the model where it has one, ``output`` the value that it makes."""
+
+    name: str
+    output: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The values that it reads."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """What it is, in one word."""
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Step):
+    """``activation(conv(input, weight) + bias + residual)``: (B, in, [H,] W) -> (B, out, [H',] W').
+
+    ``weight`` is (out, in / groups, *kernel) float32; stride, dilation and padding have one entry an axis, a padding is
+    (before, after), of zeros.
+    """
+
+    input: str
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    residual: str | None = None
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,) if self.residual is None else (self.input, self.residual)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "depthwise" if self.groups > 1 and self.weight.shape[1] == 1 else "conv"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Step):
+    """``activation(input @ weight^T + bias + residual)``: (..., in) -> (..., out); ``weight`` is (out, in) float32."""
+
+    input: str
+    weight: Tensor
+    bias: Tensor | None = None
+    residual: str | None = None
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,) if self.residual is None else (self.input, self.residual)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Affine(Step):
+    """``activation(scale[c] * input + shift[c])`` for every channel c; None stands for 1 and 0."""
+
+    input: str
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "activation" if self.scale is self.shift is None else "affine"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Binary(Step):
+    """``activation(x + y)`` or ``activation(x * y)``; y has the shape of x, or one number a channel: (B, C, 1, 1)."""
+
+    op: Literal["add", "mul"]
+    x: str
+    y: str
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.x, self.y)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return self.op
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pool(Step):
+    """Maximum or average over windows, with the meaning of the options in ``max_pool2d`` and ``avg_pool2d``."""
+
+    input: str
+    op: Literal["max", "average"]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GlobalAverage(Step):
+    """The mean over all axes but batch and channels: (B, C, H, W) -> (B, C), or (B, C, 1, 1) with ``keepdim``."""
+
+    input: str
+    keepdim: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "global average"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Concat(Step):
+    """The channels of all operands, one after the other."""
+
+    operands: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return self.operands
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Upsample(Step):
+    """Every pixel ``factor`` times along each axis (nearest neighbour)."""
+
+    input: str
+    factor: tuple[int, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Flatten(Step):
+    """(B, C, H, W) -> (B, C * H * W)."""
+
+    input: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Operator(Step):
+    """An operator that PyTorch runs, as ``torch.ops`` names it: ``aten.softmax.int``.
+
+    The arguments are numbers, strings, dtypes and the like, lists and tuples of such, and :class:`Ref`.
+    """
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(dict.fromkeys(_refs((self.args, tuple(self.kwargs.values())))))
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return self.target.split(".")[1]
+
+
+#: The steps that a native kernel may compute.
+NATIVE = (Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten)
+#: The steps with weights.
+Layer: TypeAlias = Conv | Linear
+
+
+def _refs(argument: Any) -> Iterator[str]:
+    if isinstance(argument, Ref):
+        yield argument.name
+    elif isinstance(argument, (list, tuple)):
+        for each in argument:
+            yield from _refs(each)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A network.
+
+    Attributes:
+        inputs: the values it is called with, in order.
+        outputs: the values it gives back, in order.
+        single: whether it gives a tensor back (then there is one output), or a tuple of them.
+        steps: in an order in which they can run.
+        values: what is known of each value that is a tensor.
+        constants: tensors that :class:`Operator` steps read.
+        batch: the only batch size that it takes; None takes any.
+        fixed_because: why it takes one alone.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    single: bool
+    steps: tuple[Step, ...]
+    values: Mapping[str, Value]
+    constants: Mapping[str, Tensor]
+    batch: int | None
+    fixed_because: str | None = None
+
+    def last_uses(self) -> list[tuple[str, ...]]:
+        """For each step the values that nothing needs after it."""
+        return last_uses([(step.inputs, (step.output,)) for step in self.steps], {*self.outputs, *self.constants})
+
+    def users(self) -> dict[str, list[Step]]:
+        """The steps that read each value; a step that reads it twice is there once."""
+        found: dict[str, list[Step]] = {name: [] for name in self.inputs}
+        for step in self.steps:
+            found[step.output] = []
+            for name in dict.fromkeys(step.inputs):
+                found.setdefault(name, []).append(step)
+        return found
+
+
+def last_uses(
+    steps: Sequence[tuple[Sequence[str], Sequence[str]]], kept: frozenset[str] | set[str]
+) -> list[tuple[str, ...]]:
+    """For steps given as (values read, values made): the values that no later one reads, but those to be kept."""
+    seen = set(kept)
+    freed: list[tuple[str, ...]] = []
+    for reads, makes in reversed(steps):
+        now = tuple(name for name in dict.fromkeys((*reads, *makes)) if name not in seen)
+        seen.update(now)
+        freed.append(now)
+    return freed[::-1]
+
+
+def tensors(step: Step) -> dict[str, Tensor]:
+    """The weights of a step, by the names of its fields."""
+    found = {each.name: getattr(step, each.name) for each in fields(step)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}

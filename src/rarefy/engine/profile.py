@@ -1,0 +1,168 @@
+"""Where the time of an engine goes, and what the zeros are worth: the break-even of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rarefy.engine.measure import LayerFacts
+from rarefy.engine.onednn import Packed
+from rarefy.engine.peak import peak
+from rarefy.engine.segments import Item, Segment
+
+_COLUMNS = ("layer", "kernel", "ms", "share", "density", "GFLOP/s", "of peak", "dense ms", "gain")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step, for the whole batch on one thread.
+
+    Attributes:
+        name: the layer's in the model; of other steps the operator's in the graph.
+        kind: "conv", "depthwise", "linear", "pool", ..., or the operator's name.
+        kernel: what computes it: a native kernel, "oneDNN" (in PyTorch, with packed weights) or "PyTorch".
+        seconds: median.
+        share: of the whole time, in [0, 1].
+        density: nonzero weights, as a share of all; None without weights.
+        gflops: 1e9 floating-point operations a second, two for each multiply with a nonzero weight; None without
+            weights.
+        peak_share: ``gflops`` as a share of what the core can do at most; None where one of them is not known.
+        dense_seconds: the fastest dense way to compute the layer that was measured while compiling, PyTorch's or a
+            native one, scaled to this batch; None where none was measured.
+        note: why PyTorch runs it, where it does.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    seconds: float
+    share: float
+    density: float | None = None
+    gflops: float | None = None
+    peak_share: float | None = None
+    dense_seconds: float | None = None
+    note: str = ""
+
+    @property
+    def gain(self) -> float | None:
+        """How many times faster than the dense way it is; below 1 it loses."""
+        return None if self.dense_seconds is None or self.seconds <= 0 else self.dense_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile; ``str()`` of it is a table, :meth:`to_dict` is for JSON.
+
+    Attributes:
+        rows: the steps, in the order in which they run.
+        batch: how many samples they ran on at once.
+        seconds: their sum.
+        peak_gflops: what one core was measured to do at most, in 1e9 floating-point operations a second; None where
+            there is no native library to measure it with.
+    """
+
+    rows: tuple[Row, ...]
+    batch: int
+    seconds: float
+    peak_gflops: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts."""
+        rows = [{**asdict(row), "gain": row.gain} for row in self.rows]
+        return {"batch": self.batch, "seconds": self.seconds, "peak_gflops": self.peak_gflops, "rows": rows}
+
+    def __str__(self) -> str:
+        table = [_COLUMNS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
+        left = 2  # columns of text
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        ]
+        peak_text = "" if self.peak_gflops is None else f"; peak of one core {self.peak_gflops:.0f} GFLOP/s"
+        lines.append(f"batch of {self.batch}, one thread: {1e3 * self.seconds:.3f} ms{peak_text}")
+        return "\n".join(lines)
+
+
+def profile(
+    items: Sequence[Item],
+    took: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
+    batch: int,
+    names: Mapping[str, str],
+    layers: Mapping[str, LayerFacts],
+    reasons: Mapping[str, str],
+) -> Profile:
+    """The profile of items from the seconds of each round and step."""
+    total = float(sum(np.median(each, 0).sum() for each in took))
+    most = peak()
+    rows = []
+    for item, times in zip(items, took, strict=True):
+        seconds = [float(each) for each in np.median(times, 0)]
+        if isinstance(item, Segment):
+            for facts, each in zip(item.program.steps(), seconds, strict=True):
+                dense = facts.dense_seconds or None
+                name = names.get(facts.name, facts.name)
+                rows.append(
+                    _row(name, facts.kind, facts.kernel, each, total, batch, layers.get(facts.name), dense, most, "")
+                )
+        else:
+            note = reasons.get(item.output, "")
+            fact = layers.get(item.output)
+            kernel, step = ("oneDNN", item.step) if isinstance(item, Packed) else ("PyTorch", item)
+            rows.append(_row(step.name, step.kind, kernel, seconds[0], total, batch, fact, None, most, note))
+    return Profile(tuple(rows), batch, total, most)
+
+
+def _row(
+    name: str,
+    kind: str,
+    kernel: str,
+    seconds: float,
+    total: float,
+    batch: int,
+    facts: LayerFacts | None,
+    dense: float | None,
+    most: float | None,
+    note: str,
+) -> Row:
+    share = seconds / total if total > 0 else 0.0
+    if facts is None:
+        return Row(name, kind, kernel, seconds, share, note=note)
+    known = [each for each in (dense, facts.torch_seconds) if each is not None]
+    # A multiply and an addition for every nonzero weight at every place.
+    gflops = 2e-9 * facts.macs * batch / seconds if seconds > 0 else None
+    return Row(
+        name,
+        kind,
+        kernel,
+        seconds,
+        share,
+        density=facts.nonzeros / facts.weights if facts.weights else None,
+        gflops=gflops,
+        peak_share=None if gflops is None or most is None else gflops / most,
+        dense_seconds=min(known) * batch if known else None,
+        note=note,
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def cell(value: float | None, text: str) -> str:
+        return "" if value is None else text.format(value)
+
+    return (
+        row.name,
+        f"{row.kernel} ({row.kind})" if row.kernel in ("PyTorch", "oneDNN") else row.kernel or row.kind,
+        f"{1e3 * row.seconds:.3f}",
+        f"{100 * row.share:.1f} %",
+        cell(None if row.density is None else 100 * row.density, "{:.1f} %"),
+        cell(row.gflops, "{:.1f}"),
+        cell(None if row.peak_share is None else 100 * row.peak_share, "{:.0f} %"),
+        cell(None if row.dense_seconds is None else 1e3 * row.dense_seconds, "{:.3f}"),
+        cell(row.gain, "{:.2f}x"),
+    )

@@ -1,0 +1,210 @@
+"""What an engine takes, what it refuses, how it chooses, and what it tells of itself."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy import AutoSparse, engine, kernels
+from rarefy.engine import compiler, measure, profile
+from rarefy.engine.capture import capture
+from rarefy.engine.measure import LayerFacts
+from rarefy.engine.passes import optimize
+from tests.engine.layers import paths
+from tests.engine.networks import UNet, thinned
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch.manual_seed(0)
+    return engine.compile(thinned(UNet()), IMAGE, threads=1, choose="native")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            torch.zeros(2, 4, 16, 16),
+            ValueError,
+            r"\(batch, 3, 16, 16\), got \(2, 4, 16, 16\): the model takes 3 channels",
+        ),
+        (
+            torch.zeros(1, 3, 32, 16),
+            ValueError,
+            r"make another, with engine.compile\(model, torch.zeros\(\(1, 3, 32, 16\)\)\)",
+        ),
+        (torch.zeros(3, 16, 16), ValueError, r"must have the shape \(batch, 3, 16, 16\), got \(3, 16, 16\)"),
+        (torch.zeros(0, 3, 16, 16), ValueError, "the batch must not be empty"),
+        (torch.zeros(2, 3, 16, 16).double(), TypeError, "must be torch.float32, got torch.float64: convert it first"),
+        (torch.zeros(2, 3, 16, 16, device="meta"), ValueError, r"must be on the CPU, got meta: call it with x.cpu\(\)"),
+        ([[1.0]], TypeError, "must be a tensor, got list"),
+    ],
+)
+def test_inputs_that_do_not_fit(compiled, given, error, message):
+    with pytest.raises(error, match=message):
+        compiled(given)
+
+
+def test_the_wrong_number_of_inputs(compiled):
+    with pytest.raises(TypeError, match="takes 1 inputs, got 2"):
+        compiled(IMAGE, IMAGE)
+    two = engine.compile(nn.Bilinear(2, 3, 4).eval(), (torch.zeros(2, 2), torch.zeros(2, 3)), choose="torch")
+    assert two(torch.zeros(5, 2), torch.zeros(5, 3)).shape == (5, 4)
+    with pytest.raises(ValueError, match="the same batch size, got 4, 5"):
+        two(torch.zeros(5, 2), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "resnet50"}, TypeError, "model must be a torch.nn.Module, got str"),
+        ({"model": UNet()}, ValueError, r"the model is in training mode: call model.eval\(\) first"),
+        ({"example_input": [1, 2]}, TypeError, "example_input must be a tensor or a sequence of tensors, got list"),
+        ({"example_input": ()}, TypeError, "example_input must be a tensor or a sequence of tensors"),
+        ({"example_input": torch.zeros(0, 3, 16, 16)}, ValueError, "example_input must not be empty"),
+        ({"threads": 0}, ValueError, "threads must be a positive whole number, or None for PyTorch's, got 0"),
+        ({"weights": "int8"}, ValueError, "weights must be one of float32, bfloat16, got 'int8'"),
+        ({"choose": "best"}, ValueError, "choose must be one of measure, native, sparse, dense, torch, got 'best'"),
+        ({"tune_seconds": -1}, ValueError, "tune_seconds must be at least 0, got -1"),
+        (
+            {"model": nn.Linear(4, 4, device="meta").eval()},
+            ValueError,
+            "the model must be on the CPU, 'weight' is on meta",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(change, error, message):
+    arguments = {"model": UNet().eval(), "example_input": IMAGE, **change}
+    with pytest.raises(error, match=message):
+        engine.compile(**arguments)
+
+
+def test_one_part_in_training_mode_is_named():
+    model = UNet().eval()
+    model.deep[2].train()
+    with pytest.raises(ValueError, match=r"the module 'deep.2' of the model is in training mode"):
+        engine.compile(model, IMAGE)
+
+
+def test_a_model_that_is_still_being_sparsified():
+    model = UNet()
+    sparsifier = AutoSparse(model, target=0.9, total_steps=10)
+    with pytest.raises(ValueError, match=r"the module 'stem' of the model is still being sparsified .*finalize\(\)"):
+        engine.compile(model.eval(), IMAGE)
+    with pytest.warns(UserWarning, match="finalize"):
+        model = sparsifier.finalize()
+    assert engine.compile(model.eval(), IMAGE, choose="torch")(IMAGE).shape == (2, 2, 16, 16)
+
+
+def test_threads_are_the_callers_unless_given(monkeypatch, compiled):
+    seen = []
+    monkeypatch.setattr("rarefy.engine.engine.execute", lambda items, freed, values, threads: seen.append(threads))
+    other = engine.compile(thinned(UNet()), IMAGE, choose="torch")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 5)
+    for each in (compiled, other):
+        with pytest.raises(KeyError):  # nothing ran
+            each(IMAGE)
+    assert seen == [1, 5]
+
+
+def test_a_forced_instruction_set_is_what_runs():
+    plan = optimize(capture(thinned(UNet()), (IMAGE,)))
+    for isa in paths():
+        with kernels.forced(isa):
+            compiled = compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0)
+        assert compiled.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
+        assert {item.program.facts.isa for item in compiled._items if hasattr(item, "program")} <= {isa}
+
+
+def test_nothing_that_loses_is_chosen(monkeypatch):
+    plan = optimize(capture(thinned(UNet()), (IMAGE,)))
+    names = ("native", "native by rule", "PyTorch", "PyTorch, oneDNN", "native and PyTorch")
+    for fastest in names:
+
+        def race(ways, plan, inputs, threads, fastest=fastest):
+            assert set(ways) == set(names)
+            return {name: 1.0 if name == fastest else 2.0 for name in ways}
+
+        monkeypatch.setattr(measure, "_race", race)
+        monkeypatch.setattr(measure, "_slower_than_torch", lambda *a: {plan.steps[1].output})
+        found = compiler.build(plan, (IMAGE,), 1, "float32", "measure", 0.01)
+        assert found.report.chosen == fastest
+        assert found.report.candidates[fastest] == 1.0
+        torch.testing.assert_close(found(IMAGE), compiler.build(plan, (IMAGE,), 1, "float32", "torch", 0.0)(IMAGE))
+    native = [item for item in found._items if hasattr(item, "program")]
+    assert len(native) == 2  # before and after the layer that PyTorch was told to be faster at
+    assert found._reasons == {plan.steps[1].output: "PyTorch is faster"}
+
+
+def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster(monkeypatch):
+    plan = optimize(capture(thinned(UNet()), (IMAGE,)))
+    slow, close = plan.steps[0].output, plan.steps[1].output
+    seen = []
+    real = measure._slower_than_torch
+
+    def spy(*arguments):
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    def walk(plan, inputs, *, timed):
+        shapes, layers = original(plan, inputs, timed=timed)
+        seconds = {slow: 1e-9, close: 1e3}
+        return shapes, {
+            n: LayerFacts(f.weights, f.nonzeros, f.macs, f.dense_macs, seconds.get(n, 1e3)) for n, f in layers.items()
+        }
+
+    original = measure.walk
+    monkeypatch.setattr(measure, "walk", walk)
+    monkeypatch.setattr(measure, "_slower_than_torch", spy)
+    compiler.build(plan, (IMAGE,), 1, "float32", "measure", 0.01)
+    assert seen == [{slow}]
+
+
+def test_without_measuring_the_result_is_the_same_every_time():
+    plan = optimize(capture(thinned(UNet()), (IMAGE,)))
+    first, second = (compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0) for _ in range(2))
+    assert torch.equal(first(IMAGE), second(IMAGE))
+    assert first.report.candidates == {}
+    assert first.measuring_seconds == 0
+
+
+def test_facts_of_layers_are_counted():
+    conv, linear = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.Linear(8, 5)
+    conv.weight.data[:4] = 0
+    model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear).eval()
+    compiled = engine.compile(model, torch.randn(4, 3, 9, 9), choose="torch")
+    first, last = compiled._layers.values()
+    assert (first.weights, first.nonzeros) == (216, 108)
+    assert (first.macs, first.dense_macs) == (108 * 16, 216 * 16)  # 4 x 4 places
+    assert (last.weights, last.macs) == (40, 40)
+
+
+def test_the_profile_adds_up(compiled):
+    found = compiled.profile(rounds=3)
+    assert found.batch == 2
+    assert sum(row.seconds for row in found.rows) == pytest.approx(found.seconds)
+    assert sum(row.share for row in found.rows) == pytest.approx(1)
+    rows = {row.name: row for row in found.rows}
+    for name in ("stem", "down", "deep.1", "up", "out"):
+        row, layer = rows[name], compiled._layers
+        facts = next(layer[value] for value, known in compiled._names.items() if known == name)
+        assert row.density == facts.nonzeros / facts.weights
+        assert row.gflops == pytest.approx(2e-9 * facts.macs * 2 / row.seconds)
+        assert (row.peak_share is None) == (found.peak_gflops is None)
+    json.dumps(found.to_dict(), allow_nan=False)
+    text = str(found)
+    assert "batch of 2, one thread" in text
+    assert len(text.splitlines()) == len(found.rows) + 2
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        compiled.profile(rounds=0)
+
+
+def test_the_break_even_of_a_profile():
+    facts = LayerFacts(weights=1000, nonzeros=100, macs=10_000, dense_macs=100_000, torch_seconds=4e-3)
+    row = profile._row("a", "conv", "sparse 4x4", 2e-3, 8e-3, 2, facts, 6e-3, 100.0, "")
+    assert (row.share, row.density, row.dense_seconds, row.gain) == (0.25, 0.1, 8e-3, 4.0)  # the faster of both, twice
+    assert row.gflops == pytest.approx(2 * 10_000 * 2 / 2e-3 / 1e9)
+    assert row.peak_share == pytest.approx(row.gflops / 100)

@@ -1,0 +1,285 @@
+"""Every kind of layer against PyTorch in float64: shapes, patterns of zeros, batch sizes, instruction sets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rarefy.engine.onednn import Packed
+from rarefy.engine.plan import (
+    ACTIVATIONS,
+    Affine,
+    Binary,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalAverage,
+    Linear,
+    Pool,
+    Upsample,
+)
+from tests.engine.layers import PATTERNS, check, compare, paths, run, sparse, wide
+
+CHOICES = ("sparse", "dense", "native")
+EXAMPLES = settings(derandomize=True, deadline=None, max_examples=25, database=None)
+
+
+def conv(weight, *, stride=1, padding=0, dilation=1, **more):
+    axes = weight.dim() - 2
+    return Conv(
+        name="conv",
+        output="y",
+        input="x",
+        weight=weight,
+        stride=(stride,) * axes,
+        padding=((padding, padding),) * axes,
+        dilation=(dilation,) * axes,
+        **more,
+    )
+
+
+#: (in, out, kernel), (height, width), options: what networks are made of.
+LAYERS = [
+    ((16, 24, 1), (7, 7), {}),
+    ((64, 40, 1), (14, 14), {}),
+    ((20, 16, 1), (9, 13), {"stride": 2}),
+    ((16, 16, 3), (7, 7), {"padding": 1}),
+    ((12, 20, 3), (16, 16), {"padding": 1}),
+    ((8, 8, 3), (13, 11), {"padding": 1, "stride": 2}),
+    ((8, 8, 3), (12, 12), {"padding": 2, "dilation": 2}),
+    ((6, 10, 5), (11, 9), {"padding": 2}),
+    ((3, 16, 7), (32, 32), {"padding": 3, "stride": 2}),
+    ((8, 12, 3), (10, 10), {"padding": 1, "groups": 4}),
+    ((24, 24, 3), (15, 15), {"padding": 1, "groups": 24}),
+    ((24, 48, 3), (8, 8), {"padding": 1, "stride": 2, "groups": 24}),
+    ((5, 7, 2), (6, 6), {}),
+    ((33, 17, 1), (1, 1), {}),
+    ((1, 1, 1), (1, 1), {}),
+]
+
+
+@pytest.mark.parametrize("isa", paths())
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_convolutions_with_every_pattern_of_zeros(isa, pattern):
+    for (channels, out, kernel), size, options in LAYERS:
+        groups = options.get("groups", 1)
+        weight = PATTERNS[pattern](torch.randn(out, channels // groups, kernel, kernel))
+        step = conv(weight, bias=torch.randn(out), activation="relu", **options)
+        for choose in CHOICES[: 1 if isa == "pytorch" else 2]:
+            check(step, {"x": torch.randn(2, channels, *size)}, isa, choose)
+
+
+@pytest.mark.parametrize("isa", paths())
+@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+def test_batch_sizes(isa, batch):
+    step = conv(sparse(torch.randn(20, 12, 3, 3), 0.2), padding=1, residual="r", activation="relu")
+    x = {"x": torch.randn(batch, 12, 9, 9), "r": torch.randn(batch, 20, 9, 9)}
+    check(step, x, isa)
+    linear = Linear(name="fc", output="y", input="x", weight=sparse(torch.randn(30, 50), 0.2), bias=torch.randn(30))
+    check(linear, {"x": torch.randn(batch, 50)}, isa)
+
+
+@st.composite
+def convolutions(draw):
+    axes = draw(st.integers(1, 2))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 5]))
+    depthwise = draw(st.booleans()) and groups > 1
+    per_group = 1 if depthwise else draw(st.integers(1, 9))
+    out = groups * (draw(st.integers(1, 2)) if depthwise else draw(st.integers(1, 9)))
+    kernel = [draw(st.integers(1, 4)) for _ in range(axes)]
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(axes))
+    padding = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(axes))
+    least = [max(1, d * (k - 1) + 1 - sum(p)) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = [low + draw(st.integers(0, 18)) for low in least]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    weight = torch.randn(out, per_group, *kernel, generator=generator)
+    weight = torch.where(torch.rand(weight.shape, generator=generator) < density, weight, 0.0)
+    step = Conv(
+        name="conv",
+        output="y",
+        input="x",
+        weight=weight,
+        bias=torch.randn(out, generator=generator) if draw(st.booleans()) else None,
+        stride=tuple(draw(st.integers(1, 3)) for _ in range(axes)),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual="r" if draw(st.booleans()) else None,
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+    )
+    batch = draw(st.integers(1, 3))
+    inputs = {"x": torch.randn(batch, groups * per_group, *size, generator=generator)}
+    if step.residual is not None:
+        plain = Conv(**{**vars(step), "residual": None})
+        inputs["r"] = torch.randn(wide(plain, inputs).shape, generator=generator)
+    return step, inputs
+
+
+@pytest.mark.parametrize("isa", paths())
+@EXAMPLES
+@given(case=convolutions(), choose=st.sampled_from(CHOICES))
+def test_convolutions_of_any_shape(isa, case, choose):
+    check(*case, isa, choose)
+
+
+@pytest.mark.parametrize("isa", paths())
+@EXAMPLES
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    activation=st.sampled_from(ACTIVATIONS),
+    residual=st.booleans(),
+)
+def test_linear_layers_of_any_shape(isa, shape, features, density, activation, residual):
+    step = Linear(
+        name="fc",
+        output="y",
+        input="x",
+        weight=sparse(torch.randn(features[1], features[0]), density),
+        bias=torch.randn(features[1]),
+        residual="r" if residual else None,
+        activation=activation,
+    )
+    inputs = {"x": torch.randn(*shape, features[0])}
+    if residual:
+        inputs["r"] = torch.randn(*shape, features[1])
+    check(step, inputs, isa)
+
+
+@pytest.mark.parametrize("isa", paths())
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_from_zero_and_near(isa, activation):
+    near = torch.linspace(-8, 8, 1001)
+    far = torch.tensor([-1e30, -90.0, -20.0, -1e-30, -0.0, 0.0, 1e-40, 20.0, 90.0, 1e30])
+    x = torch.cat([near, far]).reshape(1, 1, 1, -1)
+    step = Affine(name="act", output="y", input="x", activation=activation)
+    if activation != "none":
+        check(step, {"x": x}, isa)
+        special = {"x": torch.tensor([[[[float("nan"), float("inf"), -float("inf")]]]])}
+        result, limit = run(step, special, isa).flatten().double(), wide(step, special).flatten()
+        assert result[0].isnan()
+        # x * phi(x) comes to infinity and 0; where it is computed as a product, of 0 and infinity, to NaN.
+        gated = activation in ("silu", "gelu", "gelu_tanh", "hardswish")
+        for value, right in zip(result[1:], (torch.inf, 0.0) if gated else limit[1:].tolist(), strict=True):
+            assert value == pytest.approx(right, abs=1e-6) or (gated and value.isnan())
+    weight = torch.ones(1, 1, 1, 1)
+    check(conv(weight, activation=activation), {"x": x.clamp(-1e4, 1e4)}, isa)
+
+
+@pytest.mark.parametrize("isa", paths())
+@EXAMPLES
+@given(
+    axes=st.integers(1, 2),
+    average=st.booleans(),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padded=st.booleans(),
+    dilation=st.integers(1, 2),
+    size=st.tuples(st.integers(7, 20), st.integers(7, 20)),
+    count=st.booleans(),
+    ceil_mode=st.booleans(),
+)
+def test_pools_of_any_shape(isa, axes, average, kernel, stride, padded, dilation, size, count, ceil_mode):
+    step = Pool(
+        name="pool",
+        output="y",
+        input="x",
+        op="average" if average else "max",
+        kernel=kernel[:axes],
+        stride=stride[:axes],
+        padding=tuple(k // 2 if padded else 0 for k in kernel[:axes]),
+        dilation=(1 if average else dilation,) * axes,
+        ceil_mode=ceil_mode and not (average and count),
+        count_include_pad=average and count,
+    )
+    check(step, {"x": torch.randn(2, 5, *size[:axes])}, isa)
+
+
+@pytest.mark.parametrize("isa", paths())
+@pytest.mark.parametrize("shape", [(3, 17, 5, 7), (2, 33, 1, 1), (1, 4, 16, 16), (2, 6, 9)])
+def test_steps_without_weights(isa, shape):
+    x, y = torch.randn(shape), torch.randn(shape)
+    channels = shape[1]
+    ends = {"name": "step", "output": "y"}
+    scale, shift = torch.randn(channels), torch.randn(channels)
+    check(Affine(**ends, input="x", scale=scale, shift=shift, activation="relu6"), {"x": x}, isa)
+    check(Affine(**ends, input="x", shift=shift), {"x": x}, isa)
+    check(Affine(**ends, input="x", scale=scale, activation="hardswish"), {"x": x}, isa)
+    check(Binary(**ends, op="add", x="x", y="z", activation="relu"), {"x": x, "z": y}, isa)
+    check(Binary(**ends, op="mul", x="x", y="z"), {"x": x, "z": y}, isa)
+    check(Binary(**ends, op="mul", x="x", y="x"), {"x": x}, isa)
+    vector = torch.randn(*shape[:2], *(1,) * (len(shape) - 2))
+    check(Binary(**ends, op="mul", x="x", y="z", activation="silu"), {"x": x, "z": vector}, isa)
+    check(GlobalAverage(**ends, input="x", keepdim=False), {"x": x}, isa)
+    check(GlobalAverage(**ends, input="x", keepdim=True), {"x": x}, isa)
+    check(Concat(**ends, operands=("x", "z", "x")), {"x": x, "z": torch.randn(shape[0], 3, *shape[2:])}, isa)
+    check(Upsample(**ends, input="x", factor=(2, 3)[: len(shape) - 2]), {"x": x}, isa)
+    check(Flatten(**ends, input="x"), {"x": x}, isa)
+
+
+@pytest.mark.parametrize("isa", paths())
+@pytest.mark.parametrize("choose", CHOICES[:2])
+def test_nan_and_infinity_reach_what_they_touch_and_nothing_else(isa, choose):
+    """An output is NaN or infinite if a nonzero weight reaches such an input; right if no weight at all does."""
+    for (channels, out, kernel), size, options in LAYERS:
+        groups = options.get("groups", 1)
+        weight = sparse(torch.randn(out, channels // groups, kernel, kernel), 0.15)
+        x = torch.randn(2, channels, *size)
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            where = torch.rand(x.shape) < 0.01
+            where.view(-1)[0] = True
+            result = run(conv(weight, **options), {"x": torch.where(where, bad, x)}, isa, choose)
+            marks = {"x": where.float()}
+            must = wide(conv((weight != 0).float(), **options), marks) > 0
+            may = wide(conv(torch.ones_like(weight), **options), marks) > 0
+            expected = wide(conv(weight, **options), {"x": torch.where(where, 0.0, x)})
+            assert not result[must].isfinite().any()
+            torch.testing.assert_close(result[~may].double(), expected[~may], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", paths())
+def test_maximum_over_nan_is_nan(isa):
+    x = torch.randn(1, 3, 9, 9)
+    x[0, 1, 4, 4] = float("nan")
+    sizes = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+    step = Pool(name="pool", output="y", input="x", op="max", **sizes)
+    assert torch.equal(run(step, {"x": x}, isa).isnan(), wide(step, {"x": x}).isnan())
+
+
+@pytest.mark.parametrize("isa", paths())
+def test_bfloat16_weights_are_rounded_and_sums_are_not(isa):
+    weight = sparse(torch.randn(24, 30, 3, 3), 0.2)
+    x = {"x": torch.randn(2, 30, 8, 8)}
+    result = run(conv(weight, padding=1), x, isa, weights="bfloat16")
+    rounded = wide(conv(weight.bfloat16().float(), padding=1), x)
+    assert (result - wide(conv(weight, padding=1), x)).abs().max() > 1e-3  # it did round
+    torch.testing.assert_close(result.double(), rounded, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_result_is_seen(monkeypatch):
+    step = conv(torch.randn(8, 8, 3, 3), padding=1)
+    x = {"x": torch.randn(1, 8, 6, 6)}
+    right = run(step, x, "pytorch")
+    for wrong in (right + 1e-3, right.roll(1, 1), right.nan_to_num() * torch.nan):
+        monkeypatch.setattr("tests.engine.layers.run", lambda *a, wrong=wrong, **k: wrong)
+        with pytest.raises(AssertionError):
+            check(step, x, "pytorch")
+
+
+def test_onednn_with_packed_weights():
+    for (channels, out, kernel), size, options in LAYERS:
+        groups = options.get("groups", 1)
+        weight = torch.randn(out, channels // groups, kernel, kernel)
+        for more in ({"bias": torch.randn(out), "activation": "relu"}, {"residual": "r", "activation": "silu"}, {}):
+            inputs = {"x": torch.randn(3, channels, *size)}
+            step = conv(weight, **options, **more)
+            if "residual" in more:
+                inputs["r"] = torch.randn(wide(conv(weight, **options), inputs).shape)
+            compare(step, inputs, Packed(step, (1, channels, *size)).run(inputs))
+    step = Conv(
+        **{**vars(conv(torch.randn(4, 3, 3, 2))), "padding": ((2, 0), (0, 1)), "stride": (2, 1), "dilation": (1, 2)}
+    )
+    inputs = {"x": torch.randn(2, 3, 9, 8)}
+    compare(step, inputs, Packed(step, (2, 3, 9, 8)).run(inputs))

@@ -1,0 +1,261 @@
+"""``rarefy export``: what a run left, for onnxruntime and in few bytes, or one clear message."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import rarefy
+from rarefy import engine, models, onnx_files
+from rarefy.cli import main
+from rarefy.onnx_files import save_onnx
+
+SHAPE = (1, 28, 28)
+
+
+class Branches(nn.Module):
+    """A small CNN with a residual and a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.cat([x, torch.nn.functional.silu(self.conv(x) + x)], 1)
+        return self.fc(self.depthwise(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def trained(model: nn.Module, steps: int = 4) -> nn.Module:
+    """With a mask that AutoSparse found."""
+    sparsifier = rarefy.AutoSparse(model, target=0.8, total_steps=steps)
+    optimizer = torch.optim.SGD(sparsifier.param_groups(), lr=0.05)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, *SHAPE)).square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+    return sparsifier.finalize()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, float | None]:
+    torch.manual_seed(1)
+    model = trained(Branches())
+    path = tmp_path_factory.mktemp("onnx") / "deep" / "model.onnx"
+    return model, path, save_onnx(model, torch.zeros(1, *SHAPE), path)
+
+
+def test_a_trained_mask_is_zeros_and_nothing_else(exported: tuple[nn.Module, Path, float | None]) -> None:
+    model, path, _ = exported
+    graph = onnx.load(path).graph
+    kinds = {node.op_type for node in graph.node}
+    assert kinds <= {"Conv", "Relu", "Add", "Concat", "Sigmoid", "Mul", "ReduceMean", "Gemm", "Squeeze", "Swish"}
+    assert sum(node.op_type == "Mul" for node in graph.node) <= 1  # SiLU's
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    assert sum(array.ndim > 1 for array in constants.values()) == 4
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            zeros = parameter == 0
+            assert zeros.float().mean() > 0.3
+            assert np.array_equal(constants[name] == 0, zeros.numpy()), name
+    assert {"conv.weight", "fc.weight"} <= constants.keys()
+    assert np.array_equal(constants["fc.weight"], model.get_parameter("fc.weight").detach().numpy())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_onnxruntime_gives_the_same_at_any_batch(batch: int, exported: tuple[nn.Module, Path, float | None]) -> None:
+    model, path, difference = exported
+    assert difference is not None
+    assert 0 <= difference < 1e-5
+    x = torch.randn(batch, *SHAPE)
+    (answer,) = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_else_is_left_behind(exported: tuple[nn.Module, Path, float | None]) -> None:
+    assert [path.name for path in exported[1].parent.iterdir()] == ["model.onnx"]
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [(Noise(), "answers differently from PyTorch, by"), (Unknown(), "cannot export Unknown")]
+)
+def test_a_file_that_is_not_right_is_not_written(model: nn.Module, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("the old one")
+    with pytest.raises(RuntimeError, match=message):
+        save_onnx(model.train(), torch.zeros(1, 3, 3), path)
+    assert model.training
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("model.onnx", "the old one")]
+
+
+# The command
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a finished run leaves, as far as an export reads it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = {
+        "name": "test",
+        "model": {"name": "resnet20", "width": 4},
+        "method": {"name": "autosparse", "target": 0.8},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    torch.manual_seed(2)
+    model = trained(models.resnet20(num_classes=10, width=4, in_channels=1))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of the exporter, which takes seconds."""
+
+    def write(model: nn.Module, example: Tensor, path: Path) -> float:
+        path.write_text(f"{sum(p.numel() for p in model.parameters())} {tuple(example.shape)} {model.training}")
+        return 1e-7
+
+    monkeypatch.setattr(onnx_files, "save_onnx", write)
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["export", *arguments, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return dict(json.loads(out))
+
+
+def test_a_run_to_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "run", "--to", "onnx"]) == 0
+    lines = {line[:8].strip(): line[10:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["file"] == "run/model.onnx"
+    state = load_file(run / "model.safetensors")
+    weights = [tensor for tensor in state.values() if tensor.dim() > 1]
+    share = 100 * (1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights))
+    assert lines["zeros"] == f"{share:.2f} % of {sum(w.numel() for w in weights):,} weights"
+    assert lines["checked"].startswith("onnxruntime differs by ")
+    session = onnxruntime.InferenceSession(run / "model.onnx")
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("input", ["batch", *SHAPE])]
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [("output", ["batch", 10])]
+
+
+def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.CaptureFixture[str], no_work: None) -> None:
+    found = result(capsys, "run", "--to", "safetensors")
+    assert found["file"] == "run/model.sparse.safetensors"
+    assert found["bytes"] == Path(found["file"]).stat().st_size < 0.5 * found["dense_bytes"]
+    state, original = rarefy.load_sparse(found["file"]), load_file(run / "model.safetensors")
+    assert state.keys() == original.keys()
+    assert all(torch.equal(state[key], original[key]) for key in state)
+    options = ["--set", "width=4", "--set", "in_channels=1", "--input", "1,32,32", "--output", "out/a.onnx"]
+    Path("out").mkdir()
+    found = result(capsys, found["file"], "--to", "onnx", "--model", "resnet20", *options)
+    assert found["difference"] == 1e-7
+    count = sum(p.numel() for p in models.resnet20(width=4, in_channels=1).parameters())
+    assert Path("out/a.onnx").read_text() == f"{count} (1, 1, 32, 32) False"
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_run_to_an_engine(weights: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "run", "--to", "engine", "--weights", weights, "--output", "a.engine")
+    assert found["chosen"]
+    loaded = engine.load("a.engine")
+    assert loaded.report.weights == weights
+    model = models.resnet20(num_classes=10, width=4, in_channels=1).eval()
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    x = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        expected = model(x)
+    assert (loaded(x) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_without_onnxruntime_it_is_written_and_said(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    assert main(["export", "run", "--to", "onnx", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "not checked: onnxruntime is not installed (pip install 'rarefy[export]')\n"
+    assert json.loads(out)["difference"] is None
+    onnx.checker.check_model(onnx.load("run/model.onnx"))
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_without_the_exporter(
+    missing: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    assert main(["export", "run", "--to", "onnx"]) == 1
+    assert f"export to ONNX needs {missing}: pip install 'rarefy[export]'" in capsys.readouterr().err
+
+
+RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--to", "onnx"], "there is no nowhere; give a run's folder or a safetensors file"),
+        ([".", "--to", "onnx"], "is not a run's folder: it has no recipe.yaml"),
+        (["unfinished", "--to", "onnx"], "unfinished has no model.safetensors: the run has not finished"),
+        (["text", "--to", "safetensors"], "text is cut off, altered or not a safetensors file"),
+        (["weights", "--to", "onnx"], "add --model NAME and --input SHAPE"),
+        (["weights", "--to", "onnx", *RESNET], "add --model NAME and --input SHAPE"),
+        (["weights", "--to", "onnx", "--model", "resnet2", "--input", "1,28,28"], "did you mean 'resnet20'?"),
+        (["weights", "--to", "onnx", "--model", "resnet20", "--input", "1,28,28"], "weights does not fit the network"),
+        (["weights", "--to", "onnx", *RESNET, "--input", "1,28,x"], "--input must be sizes with commas"),
+        (["weights", "--to", "onnx", *RESNET, "--input", "3,28,28"], "does not take inputs of shape (3, 28, 28)"),
+        (["weights", "--to", "onnx", *RESNET, "--set", "widht=4", "--input", "1,28,28"], "did you mean 'width'?"),
+        (["weights", "--to", "onnx", *RESNET, "--set", "width", "--input", "1,28,28"], "--set takes KEY=VALUE"),
+        (["weights", "--to", "onnx", *RESNET, "--set", "width=a", "--input", "1,28,28"], "--set takes KEY=VALUE"),
+        (["run", "--to", "onnx", "--model", "resnet20"], "run says what its model is: leave --model and --set out"),
+        (["run", "--to", "onnx", "--weights", "bfloat16"], "--weights is of engines: leave it out with --to onnx"),
+        (["weights", "--to", "safetensors", "--output", "weights"], "cannot write to weights, which is the weights"),
+        (["weights", "--to", "safetensors", "--output", "run"], "cannot write to run, which is a folder"),
+    ],
+)
+def test_what_cannot_be_exported(
+    arguments: list[str], message: str, run: Path, no_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text").write_text("nonsense " * 100)
+    Path("weights").write_bytes((run / "model.safetensors").read_bytes())
+    Path("unfinished").mkdir()
+    Path("unfinished/recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
+    before = sorted(Path().rglob("*"))
+    assert main(["export", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rarefy: ")
+    assert "Traceback" not in err
+    assert message in err
+    assert sorted(Path().rglob("*")) == before
