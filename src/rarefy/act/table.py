@@ -211,13 +211,18 @@ class Table:
         This is the reference: every kernel, the PyTorch fallback and the hardware equal it bit for bit.
         Raises TypeError for an array that does not hold integers, ValueError for patterns wider than the format.
         """
+        x = self._patterns(bits)
         fmt = formats.get(self.format)
-        given = np.asarray(bits)
-        if given.dtype.kind not in "ui":
-            raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
-        x = given.astype(np.int64)
-        if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
-            raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
+        result: npt.NDArray[Any] = np.where(fmt.is_nan(x), x, self.arithmetic(x)).astype(fmt.dtype)
+        return result
+
+    def arithmetic(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
+        """As :meth:`compute`, but a NaN passes through the arithmetic like any other pattern, modulo the format's bits.
+
+        This is what hardware without logic for NaN gives.
+        """
+        x = self._patterns(bits)
+        fmt = formats.get(self.format)
         u = x & (fmt.sign - 1)
         if self.form == "segments":
             y = self._segments(u if self.symmetry == "odd" else x)
@@ -226,9 +231,18 @@ class Table:
         else:
             y = self._shift(u, fmt)
         if self.symmetry == "odd":
-            y = y | (x & fmt.sign)
-        result: npt.NDArray[Any] = np.where(fmt.is_nan(x), x, y).astype(fmt.dtype)
-        return result
+            y = y & (fmt.sign - 1) | (x & fmt.sign)
+        return (y & ((1 << fmt.bits) - 1)).astype(fmt.dtype)
+
+    def _patterns(self, bits: npt.ArrayLike) -> Bits:
+        fmt = formats.get(self.format)
+        given = np.asarray(bits)
+        if given.dtype.kind not in "ui":
+            raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
+        x = given.astype(np.int64)
+        if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
+            raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
+        return x
 
     def _columns(self) -> tuple[Bits, ...]:
         return tuple(np.array(column, dtype=np.int64) for column in zip(*self.rows, strict=True))
