@@ -31,7 +31,6 @@ _SPEED = (
 #: The two scripts of ABC by name, as Yosys takes them ("," for a blank).
 SCRIPTS = {"area": _AREA, "speed": _SPEED}
 
-_LOAD_FF = 10.0  # at every output
 _PERIOD_NS = 10.0  # of the clock that the power is counted at
 _STIMULUS = 4096
 
@@ -124,7 +123,7 @@ def synth(
 def _map(design: Design, cells: Library, script: str, folder: Path) -> str:
     """Yosys and ABC: leaves netlist.v, netlist.json and stat.json in the folder; gives the log."""
     (folder / "design.sv").write_text(design.text, encoding="utf-8")
-    (folder / "constraints").write_text(f"set_driving_cell {cells.driver}\nset_load {_LOAD_FF} [all_outputs]\n")
+    (folder / "constraints").write_text(cells.constraints(), encoding="utf-8")
     (folder / "cells.lib").symlink_to(cells.path)
     registers = "dfflibmap -liberty cells.lib\n" if design.clock else ""
     return flow.yosys(
@@ -132,7 +131,7 @@ def _map(design: Design, cells: Library, script: str, folder: Path) -> str:
         f'abc -liberty cells.lib -constr constraints -script "+{SCRIPTS[script]}"\nopt_clean -purge\n'
         "tee -q -o stat.json stat -json -liberty cells.lib\nread_liberty -lib -ignore_miss_func cells.lib\n"
         f"select {design.top}\nwrite_json -selected netlist.json\n"
-        "write_verilog -selected -noattr -noexpr -nodec netlist.v\n",
+        "write_verilog -selected -noattr -noexpr -nodec -simple-lhs netlist.v\n",
         folder,
     )
 
@@ -194,7 +193,7 @@ def _time(design: Design, cells: Library, folder: Path) -> tuple[float, float]:
         f"create_clock -name clock -period {_PERIOD_NS} {clock}",
         "set_input_delay 0 -clock clock [all_inputs]",
         "set_output_delay 0 -clock clock [all_outputs]",
-        f"set_load {_LOAD_FF} [all_outputs]",
+        f"set_load {flow.LOAD_FF} [all_outputs]",
         "set_input_transition 0.05 [all_inputs]",
         "report_checks -path_delay max -digits 4",
         "set_power_activity -input -activity 0.5 -duty 0.5",
