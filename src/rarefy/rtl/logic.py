@@ -8,20 +8,26 @@ payload is not kept.
 
 from __future__ import annotations
 
+import json
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import formats, oracle
+from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Bits, Format
 from rarefy.act.oracle import Function
-from rarefy.rtl.covers import Choice, Cover, Relation, between
+from rarefy.rtl.covers import Cover, Cube, Relation, between
 from rarefy.rtl.design import About, Design, Port
 
+FILE_VERSION = 1
 SLACK = 1e-12  # float64 noise when two error bounds are compared
 
 
@@ -43,21 +49,37 @@ class Node:
         value = "0" if self.cover.inverted else "1"
         return f".names {' '.join(self.inputs)} {self.name}\n" + "".join(f"{row} {value}\n" for row in rows)
 
+    def statement(self) -> str:
+        """As a statement of SystemVerilog in lines of about 100 characters: outputs are assigned, others declared."""
+        kind = "assign" if self.name.startswith("y") else "wire"
+        text = textwrap.fill(f"{kind} {self.name} = {self.expression()};", 100, break_long_words=False)
+        return textwrap.indent(text.replace("\n", "\n    "), "  ") + "\n"
+
     def expression(self) -> str:
-        """As an expression of SystemVerilog, in lines of at most about 100 characters."""
-        products = [
-            " & ".join(("" if polarity else "~") + self.inputs[i] for i, polarity in sorted(cube)) or "1'b1"
-            for cube in self.cover.cubes
-        ] or ["1'b0"]
-        lines = [""]
-        for i, product in enumerate(products):
-            term = (" | " if i else "") + (f"({product})" if "&" in product and len(products) > 1 else product)
-            if len(lines[-1]) + len(term) > 100:
-                lines.append("")
-                term = term.strip()
-            lines[-1] += term
-        text = "\n      ".join(lines)
+        """As a factored expression of SystemVerilog."""
+        text = _factored(self.cover.cubes, self.inputs)
         return f"~({text})" if self.cover.inverted else text
+
+
+def _factored(cubes: Sequence[Cube], names: Sequence[str]) -> str:
+    """A sum of products with what most products share taken out, and again inside: x & (a | b) | c."""
+    if not cubes:
+        return "1'b0"
+    if not all(cubes):  # a product of nothing is 1, whatever else the sum holds
+        return "1'b1"
+    count = Counter(literal for cube in cubes for literal in cube)
+    (variable, polarity), most = max(count.items(), key=lambda entry: (entry[1], -entry[0][0], entry[0][1]))
+    if most == 1:
+        products = [" & ".join(("" if p else "~") + names[v] for v, p in sorted(cube)) for cube in cubes]
+        return " | ".join(f"({product})" if "&" in product and len(products) > 1 else product for product in products)
+    shared = (variable, polarity)
+    inside = [tuple(literal for literal in cube if literal != shared) for cube in cubes if shared in cube]
+    rest = [cube for cube in cubes if shared not in cube]
+    first = ("" if polarity else "~") + names[variable]
+    if all(inside):
+        part = _factored(inside, names)
+        first += f" & {part}" if len(inside) == 1 else f" & ({part})"
+    return f"({first}) | {_factored(rest, names)}" if rest else first
 
 
 @dataclass(frozen=True)
@@ -210,45 +232,122 @@ class Frame:
         body = "".join(node.blif() for node in self.nodes(covers))
         return f".model unit\n.inputs {inputs}\n.outputs {outputs}\n{body}.end\n"
 
-    def design(self, choice: Choice, top: str | None = None, command: str = "") -> Design:
-        """The unit as a design."""
-        fmt, n = self.fmt, self.fmt.bits
-        name = top or f"{oracle.name_of(self.function)}_{self.format}_logic"
-        nodes = self.nodes(choice.covers)
-        numbers = np.zeros(1 << len(self.variables), dtype=np.int64)
-        for i, cover in enumerate(choice.covers):
-            numbers |= cover.evaluate(len(self.variables)).astype(np.int64) << i
-        base = (fmt.bias + 1 - (1 << self.low)) << fmt.mantissa_bits
-        high = (fmt.sign - 1) & ~((1 << self.width) - 1)
 
-        def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            x = np.asarray(bits, dtype=np.int64)
-            u = x & (fmt.sign - 1)
-            lin, _ = self.regions(u)
-            y = numbers[self.assignment(u)] | np.where(lin, u & high, base)
-            nan = fmt.last if fmt.infinities else fmt.sign - 1
-            if self.exact_limit:  # whose mantissa is 0, which would be infinity
-                nan |= 1 << (fmt.mantissa_bits - 1)
-            y = np.where(fmt.is_nan(x), y | nan, y)
-            return (y | (x & fmt.sign)).astype(fmt.dtype)
+@dataclass(frozen=True)
+class Unit:
+    """A unit of pure logic: a frame, and a cover for each bit that the frame decides, the lowest first.
 
-        all_bits = fmt.all_bits()
-        finite = all_bits[~fmt.is_nan(all_bits)]
-        true = oracle.evaluate(self.function, fmt.decode(finite))
-        largest = float(np.abs(fmt.decode(compute(finite)) - true).max())
-        about = About(
-            name, oracle.name_of(self.function), largest, command, {"identity": self.identity, "limit": self.limit}
-        )
+    ``command`` is what made it. Raises ValueError when the covers are not the frame's or break its error bound.
+    """
+
+    name: str
+    frame: Frame
+    covers: tuple[Cover, ...]
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        frame = self.frame
+        if len(self.covers) != frame.width:
+            raise ValueError(f"{self.name}: the frame decides {frame.width} bits, got {len(self.covers)} covers")
+        variables = len(frame.variables)
+        if any(v >= variables for cover in self.covers for cube in cover.cubes for v, _ in cube):
+            raise ValueError(f"{self.name}: the frame has {variables} variables, a cover names others")
+        outside = (self.numbers < frame.relation.least) | (self.numbers > frame.relation.most)
+        if outside.any():
+            raise ValueError(f"{self.name}: {int(outside.sum())} assignments leave the error bound {frame.error:g}")
+
+    @cached_property
+    def numbers(self) -> Bits:
+        """What the covers give for every assignment of the frame's variables."""
+        count = len(self.frame.variables)
+        result = np.zeros(1 << count, dtype=np.int64)
+        for i, cover in enumerate(self.covers):
+            result |= cover.evaluate(count).astype(np.int64) << i
+        return result
+
+    def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
+        """The results of an array of bit patterns, as unsigned integers of the format's width."""
+        frame, fmt = self.frame, self.frame.fmt
+        x = np.asarray(bits, dtype=np.int64)
+        u = x & (fmt.sign - 1)
+        lin, _ = frame.regions(u)
+        base = (fmt.bias + 1 - (1 << frame.low)) << fmt.mantissa_bits
+        high = (fmt.sign - 1) & ~((1 << frame.width) - 1)
+        y = self.numbers[frame.assignment(u)] | np.where(lin, u & high, base)
+        nan = fmt.last if fmt.infinities else fmt.sign - 1
+        if frame.exact_limit:  # whose mantissa is 0, which would be infinity
+            nan |= 1 << (fmt.mantissa_bits - 1)
+        y = np.where(fmt.is_nan(x), y | nan, y)
+        result: npt.NDArray[Any] = (y | (x & fmt.sign)).astype(fmt.dtype)
+        return result
+
+    def design(self) -> Design:
+        """The unit as a combinational design."""
+        frame, fmt, n = self.frame, self.frame.fmt, self.frame.fmt.bits
+        bits = fmt.all_bits()
+        largest = error.measure(frame.function, fmt, self.compute(bits)).max_abs
+        details = {"identity": frame.identity, "limit": frame.limit, "exact_limit": frame.exact_limit}
+        about = About(self.name, oracle.name_of(frame.function), largest, self.command, details)
         text = (
-            f"// {about.function} in {self.format} as sums of products, largest error {largest:.6f} over all inputs\n"
-            f"// |x| < 2^{self.identity}: x; |x| >= 2^{self.limit}: a constant; NaN gives a NaN\n"
-            + (f"// made by: {command}\n" if command else "")
-            + f"module {name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"
-            + "".join(
-                f"  {'assign' if node.name.startswith('y') else 'wire'} {node.name} = {node.expression()};\n"
-                for node in nodes
-            )
+            f"// {about.function} in {fmt.name} as sums of products, largest error {largest:.6f} over all inputs\n"
+            f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: a constant; NaN gives a NaN\n"
+            + (f"// made by: {self.command}\n" if self.command else "")
+            + f"module {self.name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"
+            + "".join(node.statement() for node in frame.nodes(self.covers))
             + f"  assign y[{n - 1}] = x[{n - 1}];\nendmodule\n"
         )
         ports = (Port("x", "input", n), Port("y", "output", n))
-        return Design(top=name, text=text, format=fmt, latency=0, ports=ports, compute=compute, about=about)
+        return Design(self.name, text, fmt, 0, ports, self.compute, about)
+
+    def save(self, path: str | Path) -> None:
+        """Write the unit as JSON: beside the file first, then renamed. Raises ValueError for a function of your own."""
+        if not isinstance(self.frame.function, str):
+            raise ValueError(f"{self.name}: only units of {', '.join(oracle.FUNCTIONS)} are kept in files")
+        variables = range(len(self.frame.variables))
+        covers = [
+            {
+                "inverted": cover.inverted,
+                "cubes": ["".join(str(dict(cube).get(v, "-")) for v in variables) for cube in cover.cubes],
+            }
+            for cover in self.covers
+        ]
+        data = {"rarefy_logic": FILE_VERSION, "name": self.name, "command": self.command, **asdict(self.frame)}
+        target = Path(path)
+        beside = target.with_name(target.name + ".tmp")
+        beside.write_text(json.dumps({**data, "covers": covers}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(target)
+
+    @classmethod
+    def from_json(cls, text: str) -> Unit:
+        """The unit of a JSON text; raises ValueError when it is none."""
+        try:
+            data = json.loads(text)
+            if data.pop("rarefy_logic") != FILE_VERSION:
+                raise ValueError(f"not a unit of version {FILE_VERSION}")
+            name, command = data.pop("name"), data.pop("command")
+            covers = tuple(
+                Cover(
+                    tuple(tuple((v, int(c)) for v, c in enumerate(cube) if c != "-") for cube in cover["cubes"]),
+                    bool(cover["inverted"]),
+                )
+                for cover in data.pop("covers")
+            )
+            return cls(name, Frame(**data), covers, command)
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as problem:
+            raise ValueError(f"not a unit of logic: {problem!r}") from None
+
+
+def names() -> list[str]:
+    """The names of the shipped units."""
+    folder = resources.files("rarefy.rtl") / "logic_units"
+    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load(name: str | Path) -> Unit:
+    """A shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
+    if str(name).endswith(".json"):
+        return Unit.from_json(Path(name).read_text(encoding="utf-8"))
+    entry = resources.files("rarefy.rtl") / "logic_units" / f"{name}.json"
+    if not entry.is_file():
+        raise ValueError(f"unit must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
+    return Unit.from_json(entry.read_text(encoding="utf-8"))

@@ -28,13 +28,13 @@ from rarefy.rtl import flow
 from rarefy.rtl.covers import Choice, Relation
 from rarefy.rtl.design import Design
 from rarefy.rtl.emit import emit
-from rarefy.rtl.logic import SLACK, Frame
+from rarefy.rtl.logic import SLACK, Frame, Unit
 from rarefy.rtl.synth import SCRIPTS, Synthesis, synth
 
 KINDS = ("logic", "table")
 GOALS = {"area": "area", "delay": "speed"}
 _STARTS = 16
-_FINALISTS = 8
+_FINALISTS = 12
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Found:
         design: the best design.
         synthesis: what it costs by the script of the goal.
         max_abs: its largest absolute error over all inputs.
+        unit: the unit of logic that the design is, to be saved; None if it is a table.
         tried: every design that was synthesised, with its cost, the best first.
 
     """
@@ -52,6 +53,7 @@ class Found:
     design: Design
     synthesis: Synthesis
     max_abs: float
+    unit: Unit | None
     tried: tuple[tuple[Design, Synthesis], ...]
 
 
@@ -100,23 +102,28 @@ def smallest(
     cells = flow.library(None if liberty is None else Path(liberty))
     flow.yosys_version()
     name = oracle.name_of(function)
-    command = (
-        f"rarefy rtl search {name} --format {f.name} --error {error:g} --goal {goal} --steps {steps} --seed {seed}"
-    )
-    designs: list[Design] = []
+    units: list[Unit] = []
     if "logic" in kinds:
-        designs += _logic(
-            function, f.name, error, goal, cells, exact_limit=exact_limit, steps=steps, seed=seed, command=command
-        )
+        every = frames(function, f.name, error, exact_limit)
+        digits = f"{error:.6f}".rstrip("0")[2:]
+        options = f"--format {f.name} --error {error:g} --goal {goal} --steps {steps} --seed {seed}"
+        command = f"rarefy rtl search {name} {options}" + " --exact-limit" * exact_limit
+        units = [
+            Unit(f"{name}_{f.name}_{goal}_{digits}", state.frame, state.choice.covers, command)
+            for state in _logic(every, goal, cells, steps, seed)
+        ]
+    designs = [unit.design() for unit in units]
     if "table" in kinds:
         designs += [emit(table, nan="quiet") for table in tables(function, f.name, error, seed=seed)[:_FINALISTS]]
     if not designs:
         raise ValueError(f"no {name} in {f.name} was found with an error of at most {error:g}: allow a larger one")
-    tried = [(design, synth(design, liberty, GOALS[goal])) for design in designs]
+    timing = None if goal == "delay" else False
+    tried = [(design, synth(design, liberty, GOALS[goal], timing=timing)) for design in designs]
+    first = min(range(len(tried)), key=lambda i: measure(tried[i][1], goal))
+    design, synthesis = tried[first]
+    largest = errors.measure(function, f, design.compute(f.all_bits())).max_abs
     tried.sort(key=lambda entry: measure(entry[1], goal))
-    design, synthesis = tried[0]
-    bits = f.all_bits()
-    return Found(design, synthesis, errors.measure(function, f, design.compute(bits)).max_abs, tuple(tried))
+    return Found(design, synthesis, largest, units[first] if first < len(units) else None, tuple(tried))
 
 
 def measure(synthesis: Synthesis, goal: str) -> float:
@@ -153,18 +160,7 @@ class _State:
     choice: Choice
 
 
-def _logic(
-    function: Function,
-    fmt: str,
-    error: float,
-    goal: str,
-    cells: flow.Library,
-    *,
-    exact_limit: bool,
-    steps: int,
-    seed: int,
-    command: str,
-) -> list[Design]:
+def _logic(every: Sequence[Frame], goal: str, cells: flow.Library, steps: int, seed: int) -> list[_State]:
     rng = random.Random(seed)
     best: list[_State] = []
     with tempfile.TemporaryDirectory(prefix="rarefy-search-") as name:
@@ -175,7 +171,7 @@ def _logic(
             # among nearly equally fast ones the smaller: 100 gates are worth a fiftieth of a nanosecond
             return area / cells.nand2 if goal == "area" else delay + 0.0002 * area / cells.nand2
 
-        for frame in frames(function, fmt, error, exact_limit):
+        for frame in every:
             starts = [frame.relation.choose(rng) for _ in range(_STARTS)]
             for start in sorted(starts, key=lambda choice: choice.cost)[: _STARTS // 4]:
                 choice = frame.relation.revise(start, rng.sample(range(frame.width), frame.width), rng, 3, 0.0)
@@ -192,11 +188,8 @@ def _logic(
             if state.cost <= now.cost or rng.random() < math.exp((now.cost - state.cost) / temperature):
                 now = state
                 best.append(state)
-    distinct = {state.choice: state for state in sorted(best, key=lambda state: state.cost, reverse=True)}
-    finalists = sorted(distinct.values(), key=lambda state: state.cost)[:_FINALISTS]
-    digits = f"{error:.6f}".split(".")[1].rstrip("0")
-    top = f"{oracle.name_of(function)}_{fmt}_{goal}_e{digits}"
-    return [state.frame.design(state.choice, top, command) for state in finalists]
+    distinct = {state.choice: state for state in best}
+    return sorted(distinct.values(), key=lambda state: state.cost)[:_FINALISTS]
 
 
 def _changed(relation: Relation, choice: Choice, rng: random.Random) -> Choice:
@@ -267,7 +260,7 @@ def _carry(
     bits = index.exponent_bits + index.mantissa_bits
     found = []
     for shifts in (s for s in fit if len(s) <= fewest + 1 and len(s) <= 4):
-        for _ in range(4):
+        for _ in range(2):
             taste = [rng.random() for _ in shifts]
             chosen = {
                 t: min((r for r in shifts if r in spans), key=lambda r: taste[shifts.index(r)] + 0.3 * rng.random())
@@ -288,7 +281,7 @@ def _carry(
                 max(1, unread.bit_length()),
                 [float(-i) for i in range(bits)],
             ).choose(rng)
-            bases = Relation(lows, highs, f.bits - 1, [float(-i) for i in range(bits)]).choose(rng)
+            bases = Relation(lows, highs, f.bits - 1, [float(-i) for i in range(bits)]).choose(rng, tries=2)
             # a multiplexer of n ways is about 2.5 literals for each way and bit
             cost = bases.cost + selector.cost + 2.5 * m * (len(used) - 1)
             table = tuple(

@@ -102,7 +102,7 @@ def synth(
         netlist = json.loads((folder / "netlist.json").read_text())["modules"][design.top]
         delay, energy = _time(design, cells, folder) if timing else (None, None)
     delays = [float(ps) for ps in re.findall(r"Delay\s*=\s*([\d.]+)\s*ps", log)]
-    area = float(statistics["area"])
+    area = float(statistics.get("area", 0.0))  # wires alone have none
     kinds = [cell["type"] for cell in netlist["cells"].values()]
     return Synthesis(
         design=design.top,
