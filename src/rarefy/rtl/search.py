@@ -188,7 +188,9 @@ def _logic(every: Sequence[Frame], goal: str, cells: flow.Library, steps: int, s
             if state.cost <= now.cost or rng.random() < math.exp((now.cost - state.cost) / temperature):
                 now = state
                 best.append(state)
-    distinct = {state.choice: state for state in best}
+    distinct = {
+        state.cost: state for state in reversed(best)
+    }  # of one cost to the last digit: nearly surely one netlist
     return sorted(distinct.values(), key=lambda state: state.cost)[:_FINALISTS]
 
 
