@@ -1,4 +1,4 @@
-"""``emit``: SystemVerilog of a table, in one of three styles, with the registers, lanes and handshake that are asked for."""
+"""``emit``: SystemVerilog of a table, in one of three styles, with the registers, lanes and handshake asked for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
-from rarefy.rtl import units
-from rarefy.rtl.design import About, Compute, Design, Port, literal
+from rarefy.rtl import cuts, units
+from rarefy.rtl.design import About, Compute, Design, Port
 from rarefy.rtl.units import NAN, Unit, Wire
 
 STYLES = ("shift_add", "flat", "programmable")
@@ -61,7 +61,7 @@ def emit(
     name = top or table.name + {"shift_add": "", "flat": "_flat", "programmable": "_prog"}[style]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"top must be a name of letters, digits and underscores, got {name!r}")
-    unit = units.shift_add(table, nan)
+    unit = cuts.segments(table, nan) if table.form == "segments" else units.shift_add(table, nan)
     ports = _ports(fmt, stages, handshake, lanes)
     largest = None
     if fmt.bits <= 16 and table.function in oracle.FUNCTIONS:
@@ -127,10 +127,10 @@ def _module(
         body += _handshake(stages)
     n = fmt.bits
     if lanes == 1:
-        lane = _lane(unit, fmt, stages, handshake, "x") + ["assign y = " + ("y_q;" if stages else "result;")]
+        lane = [*_lane(unit, fmt, stages, handshake, "x"), "assign y = " + ("y_q;" if stages else "result;")]
         body += "".join(f"  {line}\n" for line in lane)
     else:
-        lane = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];"] + _lane(unit, fmt, stages, handshake, "a")
+        lane = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];", *_lane(unit, fmt, stages, handshake, "a")]
         lane.append(f"assign y[{n}*i +: {n}] = " + ("y_q;" if stages else "result;"))
         inside = "".join(f"    {line}\n" for line in lane)
         body += f"  for (genvar i = 0; i < {lanes}; i++) begin : lane\n{inside}  end\n"
@@ -176,4 +176,4 @@ def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list
 
 
 def _wire(w: Wire) -> str:
-    return f"wire {_range(w.width)}{w.name} = {w.expression};" + (f"  // {w.comment}" if w.comment else "")
+    return f"wire {'signed ' if w.signed else ''}{_range(w.width)}{w.name} = {w.expression};" + (f"  // {w.comment}" if w.comment else "")

@@ -25,6 +25,7 @@ class Wire:
     width: int
     expression: str
     comment: str = ""
+    signed: bool = False
 
 
 @dataclass(frozen=True)
