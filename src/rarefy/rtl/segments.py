@@ -1,4 +1,4 @@
-"""The datapath of a ``segments`` table: comparisons find the row, whose line a shift (or a product) and a sum compute."""
+"""The datapath of ``segments`` tables: comparisons find the row, a shift (or a product) and a sum compute its line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rarefy.act import formats
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire, choose, nan_result, width_for
+from rarefy.rtl.units import Unit, Wire, choose, nan_result, nan_wire, width_for
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def segments(table: Table, nan: str) -> Unit:
     n, f = fmt.bits, table.fraction_bits
     odd = table.symmetry == "odd"
     w = n - 1 if odd else n
-    rows = _rows(table, w)
+    rows = _rows(table, w, nan)
     magnitude = fmt.sign - 1
     zero = [not any(y & magnitude for y in r.results) and r.slope == 0 for r in rows]
     passing = [r.passes(f) and not z for r, z in zip(rows, zero, strict=True)]
@@ -56,7 +56,9 @@ def segments(table: Table, nan: str) -> Unit:
         line = _shifted(slopes, f, bw, w)
     else:
         line = _product(summed, slopes, f, bw)
-    follows = odd or all((y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True))
+    follows = odd or all(
+        (y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True)
+    )
     words = []
     for r, z, p in zip(rows, zero, passing, strict=True):
         word = line.word(r) if not z and not p else 0
@@ -72,10 +74,10 @@ def segments(table: Table, nan: str) -> Unit:
     )
 
     def lookup(x: str) -> list[Wire]:
-        wires = [Wire("row", width, f"rows({x}[{w - 1}:{grid}])", f"pass, zero, {'' if follows else 'sign, '}{line.fields}")]
-        if nan == "none":
-            return wires
-        return [*wires, Wire("nan", 1, f"{x}[{n - 2}:0] > {literal(n - 1, fmt.last)}")]
+        wires = [
+            Wire("row", width, f"rows({x}[{w - 1}:{grid}])", f"pass, zero, {'' if follows else 'sign, '}{line.fields}")
+        ]
+        return [*wires, *nan_wire(fmt, nan, x)]
 
     def finish(q: Callable[[str], str]) -> list[Wire]:
         x, row = q("x"), q("row")
@@ -95,20 +97,22 @@ def segments(table: Table, nan: str) -> Unit:
     return Unit(functions, lookup, carried, finish)
 
 
-def _rows(table: Table, width: int) -> list[_Row]:
-    """The rows, cut at the sign bit, with the first and the last result of each; NaN inputs do not count."""
+def _rows(table: Table, width: int, nan: str) -> list[_Row]:
+    """The rows, cut at the sign bit, with the first and the last result of each; NaN counts where it passes through."""
     fmt, f = formats.get(table.format), table.fraction_bits
     firsts = [row[0] for row in table.rows]
+    highest = fmt.sign - 1 if nan == "none" else fmt.last
     found = []
     for (first, slope, base), end in zip(table.rows, [*firsts[1:], 1 << width], strict=True):
-        for low, high in ((0, fmt.last), (fmt.sign, fmt.sign + fmt.last)):
+        for low, high in ((0, highest), (fmt.sign, fmt.sign + highest)):
             a, b = max(first, low), min(end - 1, high)
             if a <= b:
                 at = base + slope * (a - first)
                 found.append(_Row(a, b, slope, at, (at >> f, at + slope * (b - a) >> f)))
     for row in found:
-        if (row.results[0] ^ row.results[1]) & fmt.sign:
-            raise ValueError(f"{table.name}: the results of the row from {row.first:#x} change their sign inside it")
+        if (row.results[0] ^ row.results[1]) >> (fmt.bits - 1):
+            also = " (without logic for NaN, for which nan must be keep or quiet)" if nan == "none" else ""
+            raise ValueError(f"{table.name}: the results of the row from {row.first:#x} change their sign{also}")
     return found
 
 
