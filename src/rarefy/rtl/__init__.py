@@ -2,5 +2,18 @@
 
 from rarefy.rtl.design import About, Design, Port
 from rarefy.rtl.emit import STYLES, emit
+from rarefy.rtl.tools import MissingToolError
+from rarefy.rtl.verify import TOOLS, Mismatch, Verification, verify
 
-__all__ = ["STYLES", "About", "Design", "Port", "emit"]
+__all__ = [
+    "STYLES",
+    "TOOLS",
+    "About",
+    "Design",
+    "Mismatch",
+    "MissingToolError",
+    "Port",
+    "Verification",
+    "emit",
+    "verify",
+]

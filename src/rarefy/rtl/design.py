@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy.act.formats import Format
+from rarefy.act.table import Table
 
 Compute: TypeAlias = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
@@ -74,6 +75,8 @@ class Design:
         lanes: how many numbers ``x`` and ``y`` carry.
         handshake: whether the four valid/ready ports are there.
         clock: name of the clock port, None without one.
+        table: the table that it was made from, None for a peer.
+        nan: what a NaN gives: "keep", "quiet" or "none", as in :func:`rarefy.rtl.emit`.
         setup: the words (address, data) that ``compute`` takes to have been written to the table.
 
     """
@@ -88,6 +91,8 @@ class Design:
     lanes: int = 1
     handshake: bool = False
     clock: str | None = None
+    table: Table | None = None
+    nan: str = "keep"
     setup: tuple[tuple[int, int], ...] = ()
 
     def port(self, name: str) -> Port | None:

@@ -1,4 +1,4 @@
-"""``emit``: SystemVerilog of a table, in one of three styles, with the registers, lanes and handshake that are asked for."""
+"""``emit``: SystemVerilog of a table, in one of three styles, with the registers, lanes and handshake asked for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import numpy.typing as npt
 from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
-from rarefy.rtl import units
-from rarefy.rtl.design import About, Compute, Design, Port, literal
+from rarefy.rtl.design import About, Compute, Design, Port
+from rarefy.rtl.flat import flat
+from rarefy.rtl.ktanh import programmable, shift_add
+from rarefy.rtl.linear import linear
+from rarefy.rtl.segments import segments
 from rarefy.rtl.units import NAN, Unit, Wire
 
+#: The datapath of each form of table.
+_DATAPATHS = {"shift": shift_add, "carry": shift_add, "linear": linear, "segments": segments}
 STYLES = ("shift_add", "flat", "programmable")
 
 
@@ -61,8 +66,18 @@ def emit(
     name = top or table.name + {"shift_add": "", "flat": "_flat", "programmable": "_prog"}[style]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"top must be a name of letters, digits and underscores, got {name!r}")
-    unit = units.shift_add(table, nan)
-    ports = _ports(fmt, stages, handshake, lanes)
+    if style == "flat" and fmt.bits > 16:
+        raise ValueError(f"style flat lists every input, and {fmt.name} has 2^{fmt.bits}: use shift_add")
+    if style == "programmable" and table.form not in ("shift", "carry"):
+        raise ValueError(f"style programmable is for tables of the form shift or carry, {table.name} is {table.form}")
+    compute = _model(table, nan)
+    if style == "flat":
+        unit = flat(fmt, compute(fmt.all_bits()))
+    elif style == "programmable":
+        unit = programmable(table, nan)
+    else:
+        unit = _DATAPATHS[table.form](table, nan)
+    ports = _ports(fmt, unit, stages, handshake, lanes)
     largest = None
     if fmt.bits <= 16 and table.function in oracle.FUNCTIONS:
         largest = error.of(table).max_abs
@@ -78,8 +93,8 @@ def emit(
     )
     about = About(table.name, table.function, largest, f"rarefy rtl emit {table.name}{options}", {"style": style})
     text = _header(table, about, fmt, stages) + _module(name, unit, fmt, ports, stages, handshake, lanes)
-    clock = "clk" if stages else None
-    return Design(name, text, fmt, stages, ports, _model(table, nan), about, lanes, handshake, clock)
+    clock = "clk" if stages or unit.write else None
+    return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, unit.setup)
 
 
 def _model(table: Table, nan: str) -> Compute:
@@ -97,10 +112,14 @@ def _model(table: Table, nan: str) -> Compute:
     return compute
 
 
-def _ports(fmt: Format, stages: int, handshake: bool, lanes: int) -> tuple[Port, ...]:
-    ports = [Port("clk", "input", 1)] if stages else []
+def _ports(fmt: Format, unit: Unit, stages: int, handshake: bool, lanes: int) -> tuple[Port, ...]:
+    ports = [Port("clk", "input", 1)] if stages or unit.write else []
     if handshake:
-        ports += [Port("rst_n", "input", 1), Port("in_valid", "input", 1), Port("in_ready", "output", 1)]
+        ports.append(Port("rst_n", "input", 1))
+    if unit.write:
+        ports += [Port("we", "input", 1), Port("wa", "input", unit.write[0]), Port("wd", "input", unit.write[1])]
+    if handshake:
+        ports += [Port("in_valid", "input", 1), Port("in_ready", "output", 1)]
     ports.append(Port("x", "input", fmt.bits * lanes))
     if handshake:
         ports += [Port("out_valid", "output", 1), Port("out_ready", "input", 1)]
@@ -127,14 +146,19 @@ def _module(
         body += _handshake(stages)
     n = fmt.bits
     if lanes == 1:
-        lane = _lane(unit, fmt, stages, handshake, "x") + ["assign y = " + ("y_q;" if stages else "result;")]
+        lane = [*_lane(unit, fmt, stages, handshake, "x"), "assign y = " + ("y_q;" if stages else "result;")]
         body += "".join(f"  {line}\n" for line in lane)
     else:
-        lane = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];"] + _lane(unit, fmt, stages, handshake, "a")
+        lane = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];", *_lane(unit, fmt, stages, handshake, "a")]
         lane.append(f"assign y[{n}*i +: {n}] = " + ("y_q;" if stages else "result;"))
         inside = "".join(f"    {line}\n" for line in lane)
         body += f"  for (genvar i = 0; i < {lanes}; i++) begin : lane\n{inside}  end\n"
     return body + "endmodule\n"
+
+
+def module(top: str, unit: Unit, fmt: Format) -> str:
+    """The text of a combinational module of one lane."""
+    return _module(top, unit, fmt, _ports(fmt, unit, 0, False, 1), 0, False, 1)
 
 
 def _range(width: int) -> str:
@@ -176,4 +200,6 @@ def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list
 
 
 def _wire(w: Wire) -> str:
-    return f"wire {_range(w.width)}{w.name} = {w.expression};" + (f"  // {w.comment}" if w.comment else "")
+    return f"wire {'signed ' if w.signed else ''}{_range(w.width)}{w.name} = {w.expression};" + (
+        f"  // {w.comment}" if w.comment else ""
+    )
