@@ -11,7 +11,6 @@ from rarefy.act import error, formats
 from rarefy.act.formats import BF16
 from rarefy.rtl import logic, peers, search
 from rarefy.rtl.logic import Frame
-from rarefy.rtl.synth import synth
 
 
 def largest(design, fmt=BF16):
@@ -51,7 +50,7 @@ def test_less_than_hard_tanh_at_its_own_error():
     hard = peers.hard_tanh()
     found = search.smallest(error=0.2385, kinds=("logic",), steps=0)
     assert found.max_abs <= hard.about.max_abs
-    assert found.synthesis.gate_equivalents < synth(hard, timing=False).gate_equivalents
+    assert found.synthesis.gate_equivalents < rtl.synth(hard, timing=False).gate_equivalents
 
 
 def test_the_same_seed_gives_the_same_design_and_steps_do_not_make_it_worse():
@@ -94,7 +93,7 @@ def test_tables_keep_the_error_with_few_shifts():
     assert {len({r for _, r, _ in table.rows if r < 7}) for table in tables} >= {1, 2}
     assert len({table.rows for table in tables}) == len(tables)
     # the published table has 172 gate equivalents, the best with a multiplexer of shifts 163
-    assert synth(rtl.emit(tables[0], nan="quiet"), timing=False).gate_equivalents < 160
+    assert rtl.synth(rtl.emit(tables[0], nan="quiet"), timing=False).gate_equivalents < 160
     assert search.tables(error=0.00892, rows=(8, 16)) == []
 
 

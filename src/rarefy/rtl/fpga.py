@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rarefy.rtl import flow
+from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -54,17 +54,17 @@ class Placement:
 def place(design: Design, seeds: tuple[int, ...] = SEEDS) -> Placement:
     """Place and route a design on an iCE40 HX8K.
 
-    Raises ValueError without seeds, ToolMissingError (naming the package) without Yosys or nextpnr, RuntimeError with
+    Raises ValueError without seeds, MissingToolError (naming the package) without Yosys or nextpnr, RuntimeError with
     the program's own message when one fails, for example when the design is too large.
     """
     if not seeds:
         raise ValueError("seeds must hold at least one number, got none")
-    versions = {"yosys": flow.yosys_version(), "nextpnr": flow.version("nextpnr-ice40")}
-    nextpnr = flow.program("nextpnr-ice40")
+    versions = {"yosys": tools.yosys_version(), "nextpnr": flow.version("nextpnr-ice40")}
+    nextpnr = tools.program("nextpnr-ice40", "placement")
     with tempfile.TemporaryDirectory(prefix="rarefy-fpga-") as name:
         folder = Path(name)
         (folder / "design.sv").write_text(design.text + registered(design), encoding="utf-8")
-        flow.yosys(
+        tools.yosys(
             "read_verilog -sv design.sv\nsynth_ice40 -abc9 -device hx -top registered\n"
             "delete t:$scopeinfo\nwrite_json design.json\n"  # marks of newer releases, which nextpnr cannot place
             "tee -q -o stat.json stat -json\n",

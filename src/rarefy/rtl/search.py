@@ -24,7 +24,7 @@ from rarefy.act import formats, oracle
 from rarefy.act.formats import Bits
 from rarefy.act.oracle import Function
 from rarefy.act.table import BitIndex, Table
-from rarefy.rtl import flow
+from rarefy.rtl import flow, tools
 from rarefy.rtl.covers import Choice, Relation
 from rarefy.rtl.design import Design
 from rarefy.rtl.emit import emit
@@ -83,7 +83,7 @@ def smallest(
         liberty: a liberty file of your own; default OSU 0.18 um.
 
     Raises ValueError for arguments that make no sense or when no unit of these families keeps the error, and
-    ToolMissingError, naming the package, without Yosys or cells.
+    MissingToolError, naming the package, without Yosys or cells.
 
     """
     f = formats.get(fmt)
@@ -100,7 +100,7 @@ def smallest(
     if not oracle.is_odd(function):
         raise ValueError(f"the search is for odd functions like tanh, {oracle.name_of(function)} is none")
     cells = flow.library(None if liberty is None else Path(liberty))
-    flow.yosys_version()
+    tools.yosys_version()
     name = oracle.name_of(function)
     units: list[Unit] = []
     if "logic" in kinds:

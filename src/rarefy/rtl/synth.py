@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rarefy.act.formats import Bits
-from rarefy.rtl import flow
+from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
 from rarefy.rtl.flow import Library
 
@@ -84,14 +84,14 @@ def synth(
         script: "area" or "speed".
         timing: run OpenSTA; default if it is installed. True raises when it is not.
 
-    Raises ValueError for another script or a file without cells, ToolMissingError (naming the package) without Yosys or
+    Raises ValueError for another script or a file without cells, MissingToolError (naming the package) without Yosys or
     cells, and RuntimeError with the program's own message when one fails.
 
     """
     if script not in SCRIPTS:
         raise ValueError(f"script must be one of {', '.join(SCRIPTS)}, got {script!r}")
     cells = flow.library(None if liberty is None else Path(liberty))
-    versions = {"yosys": flow.yosys_version(), "library": cells.name}
+    versions = {"yosys": tools.yosys_version(), "library": cells.name}
     timing = flow.has("sta") if timing is None else timing
     if timing:
         versions["sta"] = flow.version("sta")
@@ -126,7 +126,7 @@ def _map(design: Design, cells: Library, script: str, folder: Path) -> str:
     (folder / "constraints").write_text(cells.constraints(), encoding="utf-8")
     (folder / "cells.lib").symlink_to(cells.path)
     registers = "dfflibmap -liberty cells.lib\n" if design.clock else ""
-    return flow.yosys(
+    return tools.yosys(
         f"read_verilog -sv design.sv\nsynth -flatten -top {design.top}\n{registers}"
         f'abc -liberty cells.lib -constr constraints -script "+{SCRIPTS[script]}"\nopt_clean -purge\n'
         "tee -q -o stat.json stat -json -liberty cells.lib\nread_liberty -lib -ignore_miss_func cells.lib\n"
@@ -202,7 +202,7 @@ def _time(design: Design, cells: Library, folder: Path) -> tuple[float, float]:
         "exit",
     ]
     (folder / "timing.tcl").write_text("\n".join(commands) + "\n")
-    printed = flow.run([flow.program("sta"), "-exit", "timing.tcl"], folder)
+    printed = flow.run([tools.program("sta", "timing"), "-exit", "timing.tcl"], folder)
     slack = re.search(r"(-?[\d.]+)\s+slack", printed)
     total = re.search(r"^Total\s+(\S+)\s+(\S+)\s+(\S+)\s+(\S+)", printed, re.MULTILINE)
     if slack is None or total is None:
