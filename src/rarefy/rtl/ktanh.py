@@ -70,18 +70,18 @@ def shift_add(table: Table, nan: str) -> Unit:
             Wire("below", 1, f"{u} < {t1}", f"|x| < T1 = {fmt.decode(table.identity_below):g}"),
             Wire("above", 1, f"{u} > {t2}", f"|x| > T2 = {fmt.decode(table.saturate_above):g}"),
         ]
-        return [*wires, *nan_wire(fmt, nan, x)]
-
-    carried = {"x": n, "row": width, "below": 1, "above": 1} | ({} if nan == "none" else {"nan": 1})
-
-    def finish(q: Callable[[str], str]) -> list[Wire]:
-        x, row = q("x"), q("row")
+        # the shift is of the first step: the adder and the choice after it are the longer half
         mantissa = f"{x}[{m - 1}:0]"
         options = [mantissa if r == 0 else literal(m, 0) if r >= m else f"{mantissa} >> {r}" for r in shifts]
-        selector = f"{row}[{bw + rw - 1}:{bw}]"
-        wires = [Wire("shifted", m, choose(selector, rw, options), "M >> r")]
-        pad = f"{{{bw - m}'d0, shifted}}" if bw > m else "shifted" if bw == m else f"shifted[{bw - 1}:0]"
-        wires.append(Wire("sum", bw, f"{row}[{bw - 1}:0] + {pad}", "base + (M >> r)" if carry else "(M >> r) + b"))
+        wires.append(Wire("shifted", m, choose(f"row[{bw + rw - 1}:{bw}]", rw, options), "M >> r"))
+        return [*wires, *nan_wire(fmt, nan, x)]
+
+    carried = {"x": n, "row": width, "shifted": m, "below": 1, "above": 1} | ({} if nan == "none" else {"nan": 1})
+
+    def finish(q: Callable[[str], str]) -> list[Wire]:
+        row, shifted = q("row"), q("shifted")
+        pad = f"{{{bw - m}'d0, {shifted}}}" if bw > m else shifted if bw == m else f"{shifted}[{bw - 1}:0]"
+        wires = [Wire("sum", bw, f"{row}[{bw - 1}:0] + {pad}", "base + (M >> r)" if carry else "(M >> r) + b")]
         if carry:
             fixed = n - 1 - bw
             inside = f"{{{literal(fixed, least >> bw)}, sum}}" if fixed else "sum"
