@@ -206,7 +206,7 @@ def tables(
     fmt: str = "bf16",
     error: float = 0.00892,
     *,
-    rows: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
+    rows: Sequence[int] = (4, 8, 16, 32, 64, 128, 256, 512),
     seed: int = 0,
 ) -> list[Table]:
     """Tables of the form ``carry`` within an error, made for little hardware; the cheapest by a fast cost first.
