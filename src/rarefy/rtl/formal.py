@@ -148,8 +148,8 @@ def _differing(wide: Table, narrow: Table) -> list[tuple[int, int, str]]:
     if isinstance(wide.index, BitIndex):
         extra = f.mantissa_bits - formats.get(narrow.format).mantissa_bits
         first, last = wide.saturate_above + 1, ((narrow.saturate_above + 1) << extra) - 1
-        ends = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
-        return [(first, last, f"{ends}: above T2, which the narrow format cannot tell from T2")]
+        between = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
+        return [(first, last, f"{between}: above T2, which the narrow format cannot tell from T2")]
     ends = [row[0] for row in wide.rows[1:]] + [1 << f.bits if wide.symmetry == "none" else f.sign]
     steep = [
         (row[0], end - 1)
