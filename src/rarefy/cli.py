@@ -1,4 +1,4 @@
-"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table`` and ``info``."""
+"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table``, ``rtl`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rarefy import _act_commands
+from rarefy import _act_commands, _rtl_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     _act_commands.add(commands)
+    _rtl_commands.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, and which native kernels load")
     info.set_defaults(command=_info)

@@ -172,7 +172,9 @@ def fit_segments(
     For small hardware (:mod:`rarefy.rtl`): with ``shifts`` every slope S is 0 or a power of two, of either sign, up to
     ``2^(fraction_bits + 1)``, so that a shift does for the product; with ``grid`` rows begin at multiples of 2^grid
     patterns, so that fewer bits are compared; ``max_rel`` allows that relative error too where it is more than
-    ``max_abs``, except for inputs that round to themselves. Raises ValueError for a format of more than 16 bits, and when no such table exists.
+    ``max_abs``, except for inputs that round to themselves.
+
+    Raises ValueError for a format of more than 16 bits, and when no such table exists.
     """
     f = formats.get(fmt)
     if f.bits > 16:

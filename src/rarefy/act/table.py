@@ -282,8 +282,8 @@ class Table:
 
         ``shift`` and ``carry``: E moves by the difference of the biases; b, T1 and T2 gain zeros at their low end. T2
         keeps its value. ``segments``: only between formats of as many exponent bits (bf16 to fp32). Patterns and B gain
-        zeros at their low end; a falling line of a slope to -1 is moved so that it rounds as before. In rows whose slope is 0
-        or a power of two of at most 1, the high bits of the result are those of the narrow table for the high bits of the input.
+        zeros at their low end; a falling line of slope up to -1 is moved so that it rounds as before. In rows of slope
+        0 or a power of two of at most 1, the result's high bits are the narrow table's for the input's high bits.
         """
         old, new = formats.get(self.format), formats.get(fmt)
         extra = new.mantissa_bits - old.mantissa_bits
@@ -291,7 +291,9 @@ class Table:
             raise ValueError(f"{self.name}: only shift, carry and segments tables move, and to no shorter mantissa")
         if self.form == "segments":
             if old.exponent_bits != new.exponent_bits:
-                raise ValueError(f"{self.name}: a segments table in {old.name} does not move to {new.name}: fit it anew")
+                raise ValueError(
+                    f"{self.name}: a segments table in {old.name} does not move to {new.name}: fit it anew"
+                )
             one = 1 << self.fraction_bits
             rows = (
                 (first << extra, slope, (base << extra) + (-slope * ((1 << extra) - 1) if -one <= slope < 0 else 0))

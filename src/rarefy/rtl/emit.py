@@ -21,6 +21,7 @@ from rarefy.rtl.units import NAN, Unit, Wire
 
 #: The datapath of each form of table.
 _DATAPATHS = {"shift": shift_add, "carry": shift_add, "linear": linear, "segments": segments}
+_DEFAULTS = {"style": "shift_add", "stages": 0, "handshake": False, "lanes": 1, "nan": "keep", "top": None}
 STYLES = ("shift_add", "flat", "programmable")
 
 
@@ -33,6 +34,7 @@ def emit(
     lanes: int = 1,
     nan: str = "keep",
     top: str | None = None,
+    command: str = "",
 ) -> Design:
     """SystemVerilog of a table, and the software model that it equals on every input.
 
@@ -48,6 +50,7 @@ def emit(
             "none" (no logic for NaN: it passes through the arithmetic like any other pattern, which for ``shift`` and
             ``carry`` gives 1 with its sign).
         top: name of the module; default the table's name, and the style where it is not "shift_add".
+        command: what the header says that made it; default the call of this function.
 
     Raises ValueError for arguments that do not go together, before anything is made.
 
@@ -81,17 +84,10 @@ def emit(
     largest = None
     if fmt.bits <= 16 and table.function in oracle.FUNCTIONS:
         largest = error.of(table).max_abs
-    options = "".join(
-        [
-            f" --style {style}" if style != "shift_add" else "",
-            f" --stages {stages}" if stages else "",
-            " --handshake" if handshake else "",
-            f" --lanes {lanes}" if lanes > 1 else "",
-            f" --nan {nan}" if nan != "keep" else "",
-            f" --top {name}" if top else "",
-        ]
-    )
-    about = About(table.name, table.function, largest, f"rarefy rtl emit {table.name}{options}", {"style": style})
+    given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
+    options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
+    command = command or f"rarefy.rtl.emit(table{options})"
+    about = About(table.name, table.function, largest, command, {"style": style})
     text = _header(table, about, fmt, stages) + _module(name, unit, fmt, ports, stages, handshake, lanes)
     clock = "clk" if stages or unit.write else None
     return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, unit.setup)

@@ -44,7 +44,8 @@ def prove(design: Design, against: Design | None = None) -> Proof:
     if design.setup:
         raise ValueError(f"{design.top} has a programmable table, which a proof would have to fix: simulate it")
     fmt = design.format
-    exempt, exceptions, statement, low = "1'b0", (), "", 0
+    exempt, low = "1'b0", 0
+    exceptions: tuple[str, ...] = ()
     if against is None:
         reference, statement = _reference(design)
     else:
@@ -76,6 +77,8 @@ def prove(design: Design, against: Design | None = None) -> Proof:
         proven += ", with nothing waiting"
     if found is not None and design.lanes > 1:
         found = _lane(design, *found)
+    if found is not None and low:
+        found = found[0], found[1] >> low, found[2]
     return Proof(proven, found, exceptions, {"yosys": tools.yosys_version()})
 
 
@@ -145,8 +148,8 @@ def _differing(wide: Table, narrow: Table) -> list[tuple[int, int, str]]:
     if isinstance(wide.index, BitIndex):
         extra = f.mantissa_bits - formats.get(narrow.format).mantissa_bits
         first, last = wide.saturate_above + 1, ((narrow.saturate_above + 1) << extra) - 1
-        ends = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
-        return [(first, last, f"{ends}: above T2, which the narrow format cannot tell from T2")]
+        between = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
+        return [(first, last, f"{between}: above T2, which the narrow format cannot tell from T2")]
     ends = [row[0] for row in wide.rows[1:]] + [1 << f.bits if wide.symmetry == "none" else f.sign]
     steep = [
         (row[0], end - 1)
@@ -160,11 +163,10 @@ def _counterexample(log: str) -> tuple[int, int, int] | None:
     """(given, y, want) of the last time step that Yosys shows, None when it shows none."""
     if "FAIL!" not in log and "model found" not in log.replace("no model found", ""):
         return None
-    values = [[int(value) for value in re.findall(rf"\\{name}\s+(\d+)\s", log)][-1:] for name in ("given", "y", "want")]
-    if not all(values):
+    shown = [re.findall(rf"\\{name}\s+(\d+)\s", log) for name in ("given", "y", "want")]
+    if not all(shown):
         return None
-    given, y, want = (value[0] for value in values)
-    return given, y, want
+    return int(shown[0][-1]), int(shown[1][-1]), int(shown[2][-1])
 
 
 def _lane(design: Design, given: int, y: int, want: int) -> tuple[int, int, int]:
