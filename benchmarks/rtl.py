@@ -16,7 +16,7 @@ from typing import Any
 import results
 from rarefy import act, rtl
 from rarefy.act import BitIndex, fit
-from rarefy.rtl import fpga, logic, peers, search
+from rarefy.rtl import flow, fpga, logic, peers, search
 from rarefy.rtl.design import Design
 
 PARTS = ("peers", "published", "carry", "logic", "functions")
@@ -44,24 +44,26 @@ def designs(part: str) -> Iterator[tuple[str, Design]]:
             )
             yield f"{rows} rows with carry, few shifts", rtl.emit(table, nan="quiet")
         yield "64 rows with carry, shipped", rtl.emit(act.load("tanh_bf16_carry64"), nan="quiet")
-        for error in (0.038325, 0.00892, 0.00537):
-            for table in search.tables(error=error)[:6]:
-                shifts = len({row[1] for row in table.rows if row[1] < 7})
-                name = f"{len(table.rows)} rows with carry, {shifts} shifts, within {error:g}"
-                yield name, rtl.emit(table, nan="quiet")
+        for error in (0.00892, 0.00537, 0.004519, 0.001945):
+            tables = search.tables(error=error)[:8]
+            table = min(tables, key=lambda table: rtl.synth(rtl.emit(table, nan="quiet"), timing=False).area)
+            shifts = " ".join(map(str, sorted({row[1] for row in table.rows if row[1] < 7})))
+            yield f"{len(table.rows)} rows with carry, shifts {shifts}, within {error:g}", rtl.emit(table, nan="quiet")
     elif part == "logic":
         for name in logic.names():
             yield name, logic.load(name).design()
     else:
         for function in FUNCTIONS:
             for fmt in FORMATS:
-                yield f"{function}, {fmt}", rtl.emit(act.load(f"{function}_{fmt}"))
+                yield f"{function}, {fmt}, correctly rounded", rtl.emit(act.load(f"{function}_{fmt}"))
+            for fmt in ("bf16", "fp16"):
+                yield f"{function}, {fmt}, slopes by shifts", rtl.emit(act.load(f"{function}_{fmt}_shifts"))
 
 
 def row(part: str, name: str, design: Design) -> dict[str, Any]:
     """One design: its error, its cost by both scripts, its place on the FPGA, and how many inputs differ."""
     area, speed = (rtl.synth(design, script=script) for script in ("area", "speed"))
-    placed = fpga.place(design)
+    placed = None if part == "functions" else fpga.place(design)
     checked = rtl.verify(design)
     assert speed.delay_ns is not None
     assert area.energy_pj is not None
@@ -82,13 +84,13 @@ def row(part: str, name: str, design: Design) -> dict[str, Any]:
         "energy_pj": f"{area.energy_pj:.1f}",
         "delay_ns": f"{speed.delay_ns:.3f}",
         "speed_ge": f"{speed.gate_equivalents:.1f}",
-        "luts": placed.luts,
-        "rams": placed.rams,
-        "fmax_mhz": f"{placed.fmax_mhz:.1f}",
+        "luts": "" if placed is None else placed.luts,
+        "rams": "" if placed is None else placed.rams,
+        "fmax_mhz": "" if placed is None else f"{placed.fmax_mhz:.1f}",
         "yosys": area.versions["yosys"],
         "sta": area.versions["sta"],
         "library": area.library,
-        "nextpnr": placed.versions["nextpnr"],
+        "nextpnr": flow.version("nextpnr-ice40"),
         **results.provenance(),
     }
 
@@ -148,8 +150,8 @@ def against(unit: Mapping[str, str] | None, other: Mapping[str, str], cost: str,
 
 
 def pareto(rows: Sequence[Mapping[str, str]]) -> str:
-    """Peers and K-TanH, each with the unit of logic that has at most its error."""
-    units = [entry for entry in rows if entry["part"] == "logic"]
+    """Peers and K-TanH, each with the searched unit that has at most its error."""
+    units = [entry for entry in rows if entry["part"] == "logic" or ", within " in entry["name"]]
     lines = []
     for entry in rows:
         if entry["part"] == "peers" or entry["name"] == "K-TanH, shift_add, 0 stages":
@@ -174,7 +176,7 @@ def pareto(rows: Sequence[Mapping[str, str]]) -> str:
     return _table(head, lines)
 
 
-def ours(part: str) -> Callable[[Sequence[Mapping[str, str]]], str]:
+def listed(part: str, placed: bool = True) -> Callable[[Sequence[Mapping[str, str]]], str]:
     """The rows of one part as they are."""
 
     def make(rows: Sequence[Mapping[str, str]]) -> str:
@@ -186,17 +188,18 @@ def ours(part: str) -> Callable[[Sequence[Mapping[str, str]]], str]:
                 f"{float(entry['delay_ns']):.2f}",
                 f"{float(entry['speed_ge']):.0f}",
                 entry["depth"],
-                f"{entry['luts']} / {entry['rams']} / {float(entry['fmax_mhz']):.0f}",
+                *([f"{entry['luts']} / {entry['rams']} / {float(entry['fmax_mhz']):.0f}"] if placed else []),
             ]
             for entry in rows
             if entry["part"] == part
         ]
-        return _table([part, "largest error", "GE", "ns", "GE at that", "depth", "LUT / RAM / MHz"], lines)
+        head = ["unit", "largest error", "GE", "ns", "GE at that", "depth"]
+        return _table([*head, "LUT / RAM / MHz"] if placed else head, lines)
 
     return make
 
 
-TABLES = (pareto, *(ours(part) for part in PARTS[1:]))
+TABLES = (pareto, *(listed(part) for part in PARTS[1:-1]), listed(PARTS[-1], placed=False))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""``rarefy rtl emit`` and ``rarefy rtl verify``; light to import, the work is in rarefy.rtl."""
+"""``rarefy rtl emit``, ``verify``, ``synth`` and ``search``; light to import, the work is in rarefy.rtl."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rarefy import _rtl_cost_commands
 
 if TYPE_CHECKING:
     from rarefy.rtl.design import Design
@@ -45,6 +47,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     for command in (emit, verify):
         _add_design(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    _rtl_cost_commands.add(actions)
 
 
 def _add_design(command: argparse.ArgumentParser) -> None:

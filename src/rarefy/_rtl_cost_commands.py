@@ -104,7 +104,8 @@ def _print(design: Design, found: list[Synthesis]) -> None:
     error = "not known" if design.about.max_abs is None else f"{design.about.max_abs:.6g}"
     print(f"{'unit':>14}  {design.top}: {design.about.function} in {design.format.name}, latency {design.latency}")
     print(f"{'largest error':>14}  {error}")
-    print(f"{'cells':>14}  {found[0].library}; {', '.join(found[0].versions.values())}")
+    programs = ", ".join(f"{name} {version}" for name, version in found[0].versions.items() if name != "library")
+    print(f"{'cells':>14}  {found[0].library}; {programs}")
     for one in found:
         delay = f"{one.abc_delay_ns:.2f} ns by ABC" if one.delay_ns is None else f"{one.delay_ns:.2f} ns"
         energy = "" if one.energy_pj is None else f", {one.energy_pj:.1f} pJ (relative)"
