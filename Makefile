@@ -21,7 +21,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The simulator that the tests of rarefy.rtl run in; it needs no root.
+# The simulator and the standard cells of the tests of rarefy.rtl; it needs no root.
 TOOLS  := $(VENV)/.tools
 $(TOOLS): tests/rtl_tools.sh $(STAMP)
 	tests/rtl_tools.sh $(CURDIR)/$(VENV)

@@ -81,10 +81,12 @@ def _is_unit(name: str) -> bool:
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from rarefy.rtl import fpga
+    from rarefy.rtl import flow, fpga
     from rarefy.rtl.synth import SCRIPTS, synth
 
     design = _design(arguments)
+    if arguments.fpga:
+        flow.version("nextpnr-ice40")
     scripts = [arguments.script] if arguments.script else list(SCRIPTS)
     found = [synth(design, arguments.liberty, script) for script in scripts]
     placed = fpga.place(design) if arguments.fpga else None
@@ -118,6 +120,11 @@ def _print(design: Design, found: list[Synthesis]) -> None:
 def _search(arguments: argparse.Namespace) -> int:
     from rarefy.rtl import search
 
+    for path, ending in ((arguments.output, ".sv"), (arguments.unit, ".json")):
+        if path is not None and path.suffix != ending:
+            raise ValueError(f"--{'output' if ending == '.sv' else 'unit'} must be a {ending} file, got {path}")
+    if arguments.unit is not None and arguments.kinds != "logic":
+        raise ValueError("--unit keeps a unit of logic: add --kinds logic")
     found = search.smallest(
         arguments.function,
         arguments.format,
@@ -132,8 +139,7 @@ def _search(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         found.design.save(arguments.output)
     if arguments.unit is not None:
-        if found.unit is None:
-            raise ValueError("the best design is a table, not a unit of logic: ask for --kinds logic, or for --output")
+        assert found.unit is not None
         found.unit.save(arguments.unit)
     if arguments.json:
         tried = [{"design": design.about.name, **asdict(cost)} for design, cost in found.tried]

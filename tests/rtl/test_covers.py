@@ -25,7 +25,7 @@ def test_two_functions_by_hand():
 
 def test_a_cover_lies_between_and_has_no_product_to_spare():
     rng = np.random.default_rng(0)
-    for variables in (1, 3, 6, 8):
+    for variables in (1, 3, 6):
         for _ in range(20):
             least = rng.random(1 << variables) < 0.3
             most = least | (rng.random(1 << variables) < 0.4)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,11 +42,10 @@ class Library:
 def osu018() -> Path:
     """The liberty file of OSU 0.18 um, of Debian's package qflow-tech-osu018.
 
-    It is looked for below ``$RAREFY_TOOLS`` (a folder into which the package was unpacked) and below ``/``. Raises
-    MissingToolError when it is in neither.
+    It is looked for below ``/``, and below the folder ``osu018`` of a virtual environment, into which the package may be
+    unpacked without its many dependencies. Raises MissingToolError when it is in neither.
     """
-    roots = [Path(root) for root in (os.environ.get("RAREFY_TOOLS"), "/") if root]
-    for root in roots:
+    for root in (Path(sys.prefix) / "osu018", Path("/")):
         if (root / _OSU018).is_file():
             return root / _OSU018
     raise MissingToolError(f"synthesis needs standard cells, OSU 0.18 um: install {tools.PACKAGES['osu018']}")
