@@ -42,8 +42,8 @@ class Library:
 def osu018() -> Path:
     """The liberty file of OSU 0.18 um, of Debian's package qflow-tech-osu018.
 
-    It is looked for below ``/``, and below the folder ``osu018`` of a virtual environment, into which the package may be
-    unpacked without its many dependencies. Raises MissingToolError when it is in neither.
+    It is looked for below the folder ``osu018`` of a virtual environment, into which the package may be unpacked
+    without its many dependencies, and below ``/``. Raises MissingToolError when it is in neither.
     """
     for root in (Path(sys.prefix) / "osu018", Path("/")):
         if (root / _OSU018).is_file():
