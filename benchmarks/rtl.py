@@ -15,7 +15,7 @@ from typing import Any
 
 import results
 from rarefy import act, rtl
-from rarefy.act import BitIndex, fit
+from rarefy.act import BitIndex, error, fit, formats
 from rarefy.rtl import flow, fpga, logic, peers, search
 from rarefy.rtl.design import Design
 
@@ -44,11 +44,11 @@ def designs(part: str) -> Iterator[tuple[str, Design]]:
             )
             yield f"{rows} rows with carry, few shifts", rtl.emit(table, nan="quiet")
         yield "64 rows with carry, shipped", rtl.emit(act.load("tanh_bf16_carry64"), nan="quiet")
-        for error in (0.00892, 0.00537, 0.004519, 0.001945):
-            tables = search.tables(error=error)[:8]
+        for bound in (0.00892, 0.00537, 0.004519, 0.001945):
+            tables = search.tables(error=bound)[:8]
             table = min(tables, key=lambda table: rtl.synth(rtl.emit(table, nan="quiet"), timing=False).area)
             shifts = " ".join(map(str, sorted({row[1] for row in table.rows if row[1] < 7})))
-            yield f"{len(table.rows)} rows with carry, shifts {shifts}, within {error:g}", rtl.emit(table, nan="quiet")
+            yield f"{len(table.rows)} rows with carry, shifts {shifts}, within {bound:g}", rtl.emit(table, nan="quiet")
     elif part == "logic":
         for name in logic.names():
             yield name, logic.load(name).design()
@@ -65,16 +65,22 @@ def row(part: str, name: str, design: Design) -> dict[str, Any]:
     area, speed = (rtl.synth(design, script=script) for script in ("area", "speed"))
     placed = None if part == "functions" else fpga.place(design)
     checked = rtl.verify(design)
+    fixed = design.format.name not in formats.FORMATS  # two's complement, which the measure does not order
+    errors = (
+        None if fixed else error.measure(design.about.function, design.format, design.compute(design.format.all_bits()))
+    )
     assert speed.delay_ns is not None
     assert area.energy_pj is not None
-    error = design.about.max_abs
+    largest = design.about.max_abs
     return {
         "part": part,
         "name": name,
         "function": design.about.function,
         "format": design.format.name,
         "latency": design.latency,
-        "max_abs": "" if error is None else f"{error:.6f}",
+        "max_abs": "" if largest is None else f"{largest:.6f}",
+        "rms": "" if errors is None else f"{errors.rmse:.6f}",
+        "falls": "" if errors is None else errors.falls,
         "mismatches": checked.mismatches,
         "inputs": checked.inputs,
         "ge": f"{area.gate_equivalents:.1f}",
@@ -150,56 +156,55 @@ def against(unit: Mapping[str, str] | None, other: Mapping[str, str], cost: str,
 
 
 def pareto(rows: Sequence[Mapping[str, str]]) -> str:
-    """Peers and K-TanH, each with the searched unit that has at most its error."""
-    units = [entry for entry in rows if entry["part"] == "logic" or ", within " in entry["name"]]
+    """Peers and K-TanH, each with the searched units that have at most its error."""
+    searched = [entry for entry in rows if entry["part"] == "logic" or ", within " in entry["name"]]
     lines = []
     for entry in rows:
         if entry["part"] == "peers" or entry["name"] == "K-TanH, shift_add, 0 stages":
-            error = float(entry["max_abs"])
-            within = [unit for unit in units if float(unit["max_abs"]) <= error + 5e-7]
+            within = [unit for unit in searched if float(unit["max_abs"]) <= float(entry["max_abs"]) + 5e-7]
             small = min(within, key=lambda unit: float(unit["ge"]), default=None)
             fast = min(within, key=lambda unit: float(unit["delay_ns"]), default=None)
-            lines.append(
-                [
-                    entry["name"].removesuffix(", shift_add, 0 stages"),
-                    f"{error:.4f}",
-                    f"{float(entry['ge']):.0f}",
-                    f"{float(entry['delay_ns']):.2f}",
-                    entry["energy_pj"],
-                    f"{entry['luts']} / {entry['rams']} / {float(entry['fmax_mhz']):.0f}",
-                    against(small, entry, "ge", 0),
-                    against(fast, entry, "delay_ns", 2),
-                ]
-            )
+            unit = {**entry, "name": entry["name"].removesuffix(", shift_add, 0 stages")}
+            ours = [against(small, entry, "ge", 0), against(fast, entry, "delay_ns", 2)]
+            lines.append([*cells(unit), entry["energy_pj"], place(entry), *ours])
     lines.sort(key=lambda line: -float(line[1]))
-    head = ["unit", "largest error", "GE", "ns", "pJ", "LUT / RAM / MHz", "ours: GE", "ours: ns"]
-    return _table(head, lines)
+    return _table([*HEAD, "pJ", "LUT / RAM / MHz", "ours: GE", "ours: ns"], lines)
 
 
-def listed(part: str, placed: bool = True) -> Callable[[Sequence[Mapping[str, str]]], str]:
+HEAD = ("unit", "largest error", "rms error", "GE", "ns")
+
+
+def cells(entry: Mapping[str, str]) -> list[str]:
+    """The columns of HEAD."""
+    rms = f"{float(entry['rms']):.4f}" if entry["rms"] else ""
+    return [
+        entry["name"],
+        f"{float(entry['max_abs']):.5f}",
+        rms,
+        f"{float(entry['ge']):.0f}",
+        f"{float(entry['delay_ns']):.2f}",
+    ]
+
+
+def place(entry: Mapping[str, str]) -> str:
+    """What a design takes on the FPGA."""
+    return f"{entry['luts']} / {entry['rams']} / {float(entry['fmax_mhz']):.0f}"
+
+
+def listed(part: str) -> Callable[[Sequence[Mapping[str, str]]], str]:
     """The rows of one part as they are."""
 
     def make(rows: Sequence[Mapping[str, str]]) -> str:
-        lines = [
-            [
-                entry["name"],
-                f"{float(entry['max_abs']):.5f}",
-                f"{float(entry['ge']):.0f}",
-                f"{float(entry['delay_ns']):.2f}",
-                f"{float(entry['speed_ge']):.0f}",
-                entry["depth"],
-                *([f"{entry['luts']} / {entry['rams']} / {float(entry['fmax_mhz']):.0f}"] if placed else []),
-            ]
-            for entry in rows
-            if entry["part"] == part
-        ]
-        head = ["unit", "largest error", "GE", "ns", "GE at that", "depth"]
-        return _table([*head, "LUT / RAM / MHz"] if placed else head, lines)
+        chosen = [entry for entry in rows if entry["part"] == part]
+        if part == "functions":
+            return _table([*HEAD, "depth"], [[*cells(entry), entry["depth"]] for entry in chosen])
+        lines = [[*cells(entry), entry["speed_ge"], entry["falls"], place(entry)] for entry in chosen]
+        return _table([*HEAD, "GE at that", "falls", "LUT / RAM / MHz"], lines)
 
     return make
 
 
-TABLES = (pareto, *(listed(part) for part in PARTS[1:-1]), listed(PARTS[-1], placed=False))
+TABLES = (pareto, *(listed(part) for part in PARTS[1:]))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -145,5 +145,5 @@ def test_what_cannot_be_is_refused_in_words():
         search.smallest(error=0.001)
     with pytest.raises(ValueError, match=r"is the identity below 2\^1"):
         Frame("tanh", "bf16", 0.01, 1, 2)
-    with pytest.raises(ValueError, match=r"constant from 2\^1 on"):
+    with pytest.raises(ValueError, match=r"at its limit from 2\^1 on"):
         Frame("tanh", "bf16", 0.01, -2, 1)

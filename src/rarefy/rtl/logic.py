@@ -1,6 +1,6 @@
 """Units of pure logic for odd functions like tanh: no table, no adder, an error bound spent on the smallest sums.
 
-Below ``2^identity`` the output is the input, from ``2^limit`` on it is a constant next to the function's limit, and
+Below ``2^identity`` the output is the input, from ``2^limit`` on it is within the error of the function's limit, and
 between them the low exponent bits and the mantissa of the output are sums of products of the input's bits, with every
 freedom that the error bound leaves (:mod:`rarefy.rtl.covers`). The sign is the input's and a NaN gives a NaN, whose
 payload is not kept.
@@ -91,9 +91,9 @@ class Frame:
         format: of input and output; at most 16 bits.
         error: the largest absolute error allowed.
         identity: below ``2^identity`` the output is the input.
-        limit: from ``2^limit`` on the output is one constant.
-        exact_limit: that constant is the function's limit itself; otherwise all of the middle and it stay below the
-            limit, so that fewer bits change.
+        limit: from ``2^limit`` on the output is any number within the error of the function's limit.
+        exact_limit: it is the limit itself; otherwise it and all of the middle stay below the limit, so that fewer
+            bits change.
 
     Raises ValueError when no unit of this frame keeps the error.
 
@@ -163,7 +163,7 @@ class Frame:
             most = np.minimum(most, limit - 1)
         least, most = np.where(far, least[far].max(), least), np.where(far, most[far].min(), most)
         if (least > most).any():
-            raise ValueError(f"{refused} and is constant from 2^{self.limit} on")
+            raise ValueError(f"{refused} and is at its limit from 2^{self.limit} on")
         # where the input is passed through, its own high bits are; elsewhere they are those of the base
         base = (fmt.bias + 1 - (1 << self.low)) << fmt.mantissa_bits
         mask = (1 << self.width) - 1
@@ -288,9 +288,10 @@ class Unit:
         largest = error.measure(frame.function, fmt, self.compute(bits)).max_abs
         details = {"identity": frame.identity, "limit": frame.limit, "exact_limit": frame.exact_limit}
         about = About(self.name, oracle.name_of(frame.function), largest, self.command, details)
+        far = "the limit" if frame.exact_limit else "just below the limit"
         text = (
             f"// {about.function} in {fmt.name} as sums of products, largest error {largest:.6f} over all inputs\n"
-            f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: a constant; NaN gives a NaN\n"
+            f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: {far}; NaN gives a NaN\n"
             + (f"// made by: {self.command}\n" if self.command else "")
             + f"module {self.name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"
             + "".join(node.statement() for node in frame.nodes(self.covers))
