@@ -200,14 +200,14 @@ class Table:
             raise ValueError(f"{self.name}: rows must begin at 0 and ascend within {fmt.bits} bits")
         ends = [*firsts[1:], 1 << fmt.bits if self.symmetry == "none" else fmt.sign]
         for t, ((first, slope, base), end) in enumerate(zip(self.rows, ends, strict=True)):
+            if max(abs(slope) << fmt.bits, abs(base)) >= 1 << 62:
+                raise ValueError(f"{self.name}: row {t} {self.rows[t]} needs sums of more than 63 bits")
             # a line is extreme at its ends: those of the numbers, NaN left out, of either sign
             for low, high in ((0, fmt.last), (fmt.sign, fmt.sign + fmt.last)):
                 for u in (max(first, low), min(end - 1, high)):
                     y = base + slope * (u - first) >> self.fraction_bits
                     if max(first, low) <= min(end - 1, high) and not 0 <= y < 1 << fmt.bits:
                         raise ValueError(f"{self.name}: row {t} {self.rows[t]} leaves the range of {fmt.name}")
-            if max(abs(slope) << fmt.bits, abs(base)) >= 1 << 62:
-                raise ValueError(f"{self.name}: row {t} {self.rows[t]} needs sums of more than 63 bits")
 
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
         """The function of an array of bit patterns, any shape, as unsigned integers of the format's width.

@@ -81,9 +81,7 @@ def emit(
     else:
         unit = _DATAPATHS[table.form](table, nan)
     ports = _ports(fmt, unit, stages, handshake, lanes)
-    largest = None
-    if fmt.bits <= 16 and table.function in oracle.FUNCTIONS:
-        largest = error.of(table).max_abs
+    largest = error.largest(table) if table.function in oracle.FUNCTIONS else None
     given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
     options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
     command = command or f"rarefy.rtl.emit(table{options})"
