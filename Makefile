@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -type f) $(shell find src -type d -not -name __pycache__)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q -e '.[train,export,dev]'
+	$(BIN)/pip install -q -e '.[train,export,rtl,dev]'
 	touch $@
 
 lint: $(STAMP)
@@ -21,7 +21,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# The simulator and the standard cells of the tests of rarefy.rtl; it needs no root.
+TOOLS  := $(VENV)/.tools
+$(TOOLS): tests/rtl_tools.sh $(STAMP)
+	tests/rtl_tools.sh $(CURDIR)/$(VENV)
+	touch $@
+
+test: lint $(TOOLS)
 	$(BIN)/pytest -n auto
 
 # Two runs on one thread each: a sparse one that is watched, and beside it, the first time, the dense one to compare with.

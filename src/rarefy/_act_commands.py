@@ -74,6 +74,13 @@ def add(
     fit.add_argument(
         "--fraction-bits", type=int, metavar="N", help="fraction bits of the sum (linear: 6, segments: 10)"
     )
+    fit.add_argument(
+        "--shifts", action="store_true", help="slopes are powers of two: hardware without a product (segments)"
+    )
+    fit.add_argument("--grid", type=int, metavar="N", help="rows begin at multiples of 2^N patterns (segments)")
+    fit.add_argument(
+        "--relative", type=float, metavar="ERROR", help="relative error allowed beside --within (segments)"
+    )
     fit.add_argument("--output", type=Path, metavar="FILE.json", help="write the table there; its name is the file's")
     fit.set_defaults(command=_fit)
 
@@ -140,11 +147,11 @@ def _fitted(arguments: argparse.Namespace, function: Function, form: str) -> Tab
     fitted_by: dict[str, tuple[str, ...]] = {
         **dict.fromkeys(_SHIFTS, ("rows", "t1", "t2", "objective", "monotone", "few_shifts")),
         "linear": ("rows", "within", "fraction_bits"),
-        "segments": ("within", "fraction_bits"),
+        "segments": ("within", "fraction_bits", "shifts", "grid", "relative"),
     }
     if form not in fitted_by:
         raise ValueError(f"--form must be one of {', '.join(fitted_by)}, got {form!r}")
-    for option in ("rows", "t1", "t2", "objective", "monotone", "few_shifts", "within", "fraction_bits"):
+    for option in dict.fromkeys(option for each in fitted_by.values() for option in each):
         if getattr(arguments, option) not in (None, False) and option not in fitted_by[form]:
             raise ValueError(f"--{option.replace('_', '-')} is not for tables of the form {form}")
     if arguments.output is not None and arguments.output.suffix != ".json":
@@ -170,7 +177,9 @@ def _fitted(arguments: argparse.Namespace, function: Function, form: str) -> Tab
         options["fraction_bits"] = arguments.fraction_bits
     if form == "linear":
         return fit.fit_linear(function, fmt, 64 if arguments.rows is None else arguments.rows, **options)
-    return fit.fit_segments(function, fmt, **options)
+    if arguments.grid is not None:
+        options["grid"] = arguments.grid
+    return fit.fit_segments(function, fmt, max_rel=arguments.relative or 0.0, shifts=arguments.shifts, **options)
 
 
 def _index(rows: int, t1: float, t2: float | None) -> Any:
@@ -285,7 +294,7 @@ def _fit_shipped(arguments: argparse.Namespace) -> int:
     from rarefy.act import shipped
 
     others = ("function", "format", "form", "rows", "t1", "t2", "objective", "within", "fraction_bits", "output")
-    for option in (*others, "monotone", "few_shifts"):
+    for option in (*others, "monotone", "few_shifts", "shifts", "grid", "relative"):
         if getattr(arguments, option) not in (None, False):
             raise ValueError(f"--shipped makes the tables as they are: leave {option.replace('_', '-')} out")
     proofs = [shipped.prove(table) for table in shipped.write(arguments.shipped)]

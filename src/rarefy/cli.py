@@ -1,4 +1,4 @@
-"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table``, ``export`` and ``info``."""
+"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table``, ``export``, ``rtl`` and ``info``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rarefy import _act_commands, _engine_commands, _export_commands
+from rarefy import _act_commands, _engine_commands, _export_commands, _rtl_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _act_commands.add(commands, rooms)
     _engine_commands.add(rooms)
     _export_commands.add(commands)
+    _rtl_commands.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, and which native kernels load")
     info.set_defaults(command=_info)

@@ -323,7 +323,7 @@ def test_invalid_rows_are_named():
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             replace(segments, **change)
-    with pytest.raises(ValueError, match="only shift and carry tables"):
+    with pytest.raises(ValueError, match="only shift, carry and segments tables"):
         linear.to_format("fp16")
 
 

@@ -68,6 +68,8 @@ def _plan(function: str, mode: str, fmt: str, table: str) -> str:
         return "linear"
     if direct is not None and direct.form in ("shift", "carry"):
         return "shift"
+    if direct is not None and f.bits == 32:
+        return "segments"
     return "answers"
 
 
@@ -102,7 +104,8 @@ def _numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
     i = direct.index
     if isinstance(i, MultiplyIndex):
         return i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below
-    assert isinstance(i, BitIndex)
+    if not isinstance(i, BitIndex):
+        return direct.fraction_bits, int(direct.symmetry == "odd")
     f = formats.get(fmt)
     return f.mantissa_bits - i.mantissa_bits, i.rows - 1, direct.identity_below, direct.saturate_above
 
@@ -125,7 +128,8 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
         columns = np.array(direct.rows, dtype=np.int64)
         if direct.form in ("shift", "carry"):  # (r, base)
             columns = np.stack([columns[:, 1], (columns[:, 0] << f.mantissa_bits) + columns[:, 2]], axis=1)
-        array = columns.T.astype(np.int32)
+        # sums of segments in float32 need more than 32 bits
+        array = columns.T.astype(np.int64 if direct.form == "segments" else np.int32)
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -161,14 +165,31 @@ def _shift(x: Tensor, bits: Tensor, function: str, mode: str, table: str) -> Ten
     return _finish(x, bits, u, torch.where(u > saturate, fmt.one, y), fmt)
 
 
+def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
+    fmt = FORMAT_OF[x.dtype]
+    fraction, odd = _numbers(function, mode, fmt.name, table)
+    first, slope, base = _constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
+    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    magnitude = bits & (fmt.sign - 1)
+    u = magnitude if odd else bits
+    t = torch.searchsorted(first, u, right=True) - 1
+    # y = (B + S d) / 2^f
+    y = (base[t] + slope[t] * (u - first[t])) >> fraction
+    y = torch.where(magnitude > fmt.last, bits, y | (bits & fmt.sign) if odd else y)
+    return torch.where(y >= fmt.sign, y - (fmt.sign << 1), y).to(torch.int32).view(x.dtype)
+
+
 def _float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     if mode == "exact":
         return _exact_tanh32(x, table) if function == "tanh" else _double(x, function)
     if mode == "hard":
         return hard32(x, function)
-    if _plan(function, mode, "fp32", table) == "shift":
+    plan = _plan(function, mode, "fp32", table)
+    if plan == "shift":
         return _shift(x, x.view(torch.int32), function, mode, table)
-    return derived32(x, function, lambda z: _shift(z, z.view(torch.int32), "tanh", mode, table))
+    if plan == "segments":
+        return _segments32(x, function, mode, table)
+    return derived32(x, function, lambda z: _float32(z, "tanh", mode, table))
 
 
 def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy.act import formats, oracle
-from rarefy.act.formats import Format
+from rarefy.act.formats import Bits, Format, Values
 from rarefy.act.oracle import Function
 from rarefy.act.table import Table
 
@@ -76,3 +76,51 @@ def of(table: Table, function: Function | None = None) -> Errors:
     fmt = formats.get(table.format)
     answers: npt.NDArray[Any] = table.compute(fmt.all_bits())
     return measure(function or table.function, fmt, answers)
+
+
+#: No known function is steeper than this (GELU is the steepest), and beyond 32 each is its limit to 13 digits.
+_STEEPEST = 1.13
+_LIMIT = 32.0
+
+
+def largest(table: Table, function: str | None = None) -> float:
+    """The largest absolute error of a table over all inputs of its format, float32 included; of a known function.
+
+    Where there are too many inputs to try, by branch and bound: between two inputs of a row neither the result nor the
+    function moves farther than its ends and its slope allow, and only where that could exceed the largest error known
+    are the inputs between looked at. Raises ValueError for a function that is not one of
+    :data:`~rarefy.act.oracle.FUNCTIONS`.
+    """
+    name = function or table.function
+    if name not in oracle.FUNCTIONS:
+        raise ValueError(f"function must be one of {', '.join(oracle.FUNCTIONS)}, got {name!r}")
+    fmt = formats.get(table.format)
+    if fmt.bits <= 16:
+        return of(table, name).max_abs
+
+    def error(bits: Bits) -> tuple[Values, Values, Values]:
+        x, y = fmt.decode(bits), fmt.decode(table.compute(bits))
+        return x, y, np.abs(y - oracle.evaluate(name, x))
+
+    found = 0.0
+    for sign in (0, fmt.sign):
+        cuts = [sign, sign + table.identity_below, sign + table.saturate_above + 1]
+        cuts += [row[0] + (sign if table.symmetry == "odd" else 0) for row in table.rows if table.form == "segments"]
+        step = fmt.bits - 16
+        end = sign + fmt.last
+        begins = np.unique([*cuts, *np.arange(sign, end, 1 << step)])
+        begins = begins[(begins >= sign) & (begins < end)]
+        lasts = np.append(begins[1:], end) - 1
+        while begins.size:
+            (x0, y0, e0), (x1, y1, e1) = error(begins), error(lasts)
+            found = max(found, float(e0.max()), float(e1.max()))
+            moved = np.where(np.abs(x0) < _LIMIT, np.abs(y1 - y0) + _STEEPEST * np.abs(x1 - x0), 0.0)
+            open_ = (np.maximum(e0, e1) + moved > found) & (lasts - begins > 1)
+            begins, lasts = begins[open_], lasts[open_]
+            # sixteen parts of each
+            width = -(-(lasts - begins + 1) // 16)
+            parts = begins[:, None] + width[:, None] * np.arange(16)
+            ends = np.minimum(parts + width[:, None] - 1, lasts[:, None])
+            inside = parts <= lasts[:, None]
+            begins, lasts = parts[inside], ends[inside]
+    return found

@@ -43,16 +43,23 @@ def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | No
     return left, lowest + room // 2, room
 
 
-def _allowed(function: Function, fmt: Format, bits: Bits, max_abs: float | None) -> tuple[Bits, Bits]:
-    """The least and largest magnitude allowed for each input: the rounded one, or all within ``max_abs`` and that."""
+def _allowed(
+    function: Function, fmt: Format, bits: Bits, max_abs: float | None, max_rel: float = 0.0
+) -> tuple[Bits, Bits]:
+    """The least and largest magnitude allowed for each input: the rounded one, and all within one of the errors."""
     rounded = oracle.rounded(function, fmt, bits)[0] & (fmt.sign - 1)
     if max_abs is None:
         return rounded, rounded
     value = np.abs(oracle.evaluate(function, fmt.decode(bits)))
     grid = fmt.decode(np.arange(fmt.last + 1, dtype=np.int64))
-    low = np.searchsorted(grid, value - max_abs)
-    high = np.searchsorted(grid, value + max_abs, side="right") - 1
-    return np.minimum(low, rounded), np.maximum(high, rounded)
+    error = np.maximum(max_abs, max_rel * np.where(np.isinf(value), 0.0, value))
+    low = np.searchsorted(grid, value - error)
+    high = np.searchsorted(grid, value + error, side="right") - 1
+    low, high = np.minimum(low, rounded), np.maximum(high, rounded)
+    if max_rel:  # far out an error of x could be large: what is x stays x
+        own = rounded == (bits & (fmt.sign - 1))
+        low, high = np.where(own, rounded, low), np.where(own, rounded, high)
+    return low, high
 
 
 def fit_linear(
@@ -150,6 +157,9 @@ def fit_segments(
     *,
     fraction_bits: int = 10,
     max_abs: float | None = None,
+    max_rel: float = 0.0,
+    shifts: bool = False,
+    grid: int = 0,
     symmetry: str | None = None,
     name: str | None = None,
 ) -> Table:
@@ -157,21 +167,41 @@ def fit_segments(
 
     Each row reaches as far as a line can (which is optimal for cutting a line into intervals). Where rounding alone is
     farther off than ``max_abs``, it is correctly rounded. Symmetry is "odd" for odd functions and "none" for others
-    unless given. Raises ValueError for a format of more than 16 bits.
+    unless given.
+
+    For small hardware (:mod:`rarefy.rtl`): with ``shifts`` every slope S is 0 or a power of two, of either sign, up to
+    ``2^(fraction_bits + 1)``, so that a shift does for the product; with ``grid`` rows begin at multiples of 2^grid
+    patterns, so that fewer bits are compared; ``max_rel`` allows that relative error too where it is more than
+    ``max_abs``, except for inputs that round to themselves.
+
+    Raises ValueError for a format of more than 16 bits, and when no such table exists.
     """
     f = formats.get(fmt)
     if f.bits > 16:
         raise ValueError(f"fits go over every input, so {f.name} is too wide")
+    if not 0 <= grid <= f.mantissa_bits or max_rel < 0 or (max_rel and max_abs is None):
+        raise ValueError(
+            f"grid must be 0 to {f.mantissa_bits} and max_rel go with max_abs, got {grid}, {max_rel} and {max_abs}"
+        )
     symmetry = symmetry or ("odd" if oracle.is_odd(function) else "none")
     rows: list[tuple[int, int, int]] = []
     for sign in (0,) if symmetry == "odd" else (0, f.sign):
         bits = np.arange(f.last + 1, dtype=np.int64) + sign
-        low, high = _allowed(function, f, bits, max_abs)
+        low, high = _allowed(function, f, bits, max_abs, max_rel)
         negative = oracle.rounded(function, f, bits)[0] & f.sign
         low, high = low + negative, high + negative
         at, reach = 0, 64
         while at < len(bits):
-            reach, fit = _furthest(low[at:], high[at:], fraction_bits, reach)
+            if shifts:
+                reach, fit = _furthest_shift(low[at:], high[at:], fraction_bits, grid)
+            else:
+                reach, fit = _furthest(low[at:], high[at:], fraction_bits, reach)
+                reach = reach if at + reach == len(bits) else (at + reach >> grid << grid) - at
+            if reach <= 0:
+                raise ValueError(
+                    f"no line holds for the {1 << grid} inputs from {f.decode(bits[at]):g}: take a smaller grid, more"
+                    " fraction bits or a larger max_abs"
+                )
             rows.append((int(bits[at]), *fit))
             at += reach
     return Table(
@@ -209,3 +239,28 @@ def _furthest(low: Bits, high: Bits, fraction_bits: int, guess: int) -> tuple[in
     found = attempt(good)
     assert found is not None
     return good, found[:2]
+
+
+def _furthest_shift(low: Bits, high: Bits, fraction_bits: int, grid: int) -> tuple[int, tuple[int, int]]:
+    """As :func:`_furthest`, for slopes of 0 and of powers of two, and lengths of whole steps of the grid.
+
+    Among equal reaches the gentlest slope wins, and of its bases the roundest number.
+    """
+    total, d = len(low), np.arange(len(low), dtype=np.int64)
+    best: tuple[int, tuple[int, int]] = (0, (0, 0))
+    for slope in [0, *(sign << k for k in range(fraction_bits + 2) for sign in (1, -1))]:
+        least = np.maximum.accumulate((low << fraction_bits) - slope * d)
+        most = np.minimum.accumulate(((high + 1 << fraction_bits) - 1) - slope * d)
+        reach = total if least[-1] <= most[-1] else int(np.argmax(least > most))
+        reach = reach if reach == total else reach >> grid << grid
+        if reach > best[0]:
+            best = (reach, (slope, _roundest(int(least[reach - 1]), int(most[reach - 1]))))
+    return best
+
+
+def _roundest(low: int, high: int) -> int:
+    """The number between two with the most zeros at its low end."""
+    zeros = 0
+    while -(-low >> (zeros + 1)) << (zeros + 1) <= high and zeros < 40:
+        zeros += 1
+    return -(-low >> zeros) << zeros

@@ -42,8 +42,28 @@ def _segments(function: str, fmt: str) -> Callable[[], Table]:
     return lambda: fit.fit_segments(function, fmt, name=f"{function}_{fmt}")
 
 
+#: Largest absolute and relative error, and the grid in bf16, of the tables whose slopes are shifts: small hardware.
+SHIFTS = {"tanh": (0.0089, 0.0, 4), "sigmoid": (2**-7, 0.0, 3), "silu": (2**-6, 2**-7, 1), "gelu": (2**-6, 2**-7, 2)}
+
+
+def _shifts(function: str, fmt: str) -> Callable[[], Table]:
+    max_abs, max_rel, grid = SHIFTS[function]
+    grid += formats.get(fmt).mantissa_bits - formats.BF16.mantissa_bits
+    return lambda: fit.fit_segments(
+        function,
+        fmt,
+        fraction_bits=2,
+        max_abs=max_abs,
+        max_rel=max_rel,
+        shifts=True,
+        grid=grid,
+        name=f"{function}_{fmt}_shifts",
+    )
+
+
 #: How each shipped table is made: the published one, K-TanH tables of our own, and one correctly rounded table for
-#: every function and format (``tanh_bf16`` in the form that the vector kernels run, the others as segments).
+#: every function and format (``tanh_bf16`` in the form that the vector kernels run, the others as segments); and
+#: segments whose slopes are shifts, for hardware.
 BUILDERS: dict[str, Callable[[], Table]] = {
     "tanh_bf16_ktanh": published,
     "tanh_bf16_monotone": lambda: fit.fit_shift(monotone=True, name="tanh_bf16_monotone"),
@@ -58,6 +78,7 @@ BUILDERS: dict[str, Callable[[], Table]] = {
     for function in FUNCTIONS
     if (function, fmt) != ("tanh", "bf16")
 }
+BUILDERS |= {f"{function}_{fmt}_shifts": _shifts(function, fmt) for fmt in ("bf16", "fp16") for function in SHIFTS}
 
 
 def write(folder: str | Path) -> list[Table]:
@@ -103,9 +124,28 @@ def prove(table: Table) -> Proof:
         holds = errors.max_abs == least if table.form == "shift" else errors.falls == 0
         holds &= errors.falls == 0 or table.name == "tanh_bf16_ktanh"
         return Proof(table.name, claim, bool(holds and same))
+    if table.name.endswith("_shifts"):
+        return _prove_shifts(table, errors.max_abs, same)
     _, margin = oracle.rounded(table.function, formats.get(table.format), formats.get(table.format).all_bits())
     claim = f"correctly rounded on all inputs; none is nearer to a tie than {margin:.1e} ulp"
     return Proof(table.name, claim, errors.misrounded == 0 and same)
+
+
+def _prove_shifts(table: Table, largest: float, same: bool) -> Proof:
+    """Every result within one of the two errors or rounded right, and every slope 0 or a power of two."""
+    fmt = formats.get(table.format)
+    max_abs, max_rel, _ = SHIFTS[table.function]
+    x = fmt.all_bits()
+    x = x[~fmt.is_nan(x)]
+    y, right = table.compute(x), oracle.rounded(table.function, fmt, x)[0]
+    value, given = fmt.decode(right), fmt.decode(y)
+    true = np.where(np.isinf(value), value, oracle.evaluate(table.function, fmt.decode(x)))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(given - true) <= np.maximum(max_abs, max_rel * np.abs(true))
+    shifts = all(abs(s) & (abs(s) - 1) == 0 for _, s, _ in table.rows)
+    error = f"{max_abs:g}" + (f" or {100 * max_rel:.2g} %" if max_rel else "")
+    claim = f"within {error} of every result, largest error {largest:.6f}, by shifts alone in {len(table.rows)} rows"
+    return Proof(table.name, claim, bool((near | (y == right)).all()) and shifts and same)
 
 
 def prove_quartic() -> Proof:

@@ -193,17 +193,21 @@ class Table:
     def _check_segments(self, fmt: Format) -> None:
         if self.identity_below or self.saturate_above or self.offset:
             raise ValueError(f"{self.name}: form segments has no thresholds and no offset")
-        if not 0 <= self.fraction_bits <= 31 or fmt.bits > 16:
-            raise ValueError(f"{self.name}: form segments needs 0 to 31 fraction bits and a format of at most 16 bits")
+        if not 0 <= self.fraction_bits <= 31:
+            raise ValueError(f"{self.name}: form segments needs 0 to 31 fraction bits")
         firsts = [row[0] for row in self.rows]
         if firsts[0] != 0 or any(a >= b for a, b in pairwise(firsts)) or firsts[-1] >= 1 << fmt.bits:
             raise ValueError(f"{self.name}: rows must begin at 0 and ascend within {fmt.bits} bits")
-        u = np.arange(1 << fmt.bits if self.symmetry == "none" else fmt.last + 1, dtype=np.int64)
-        y = self._segments(u)
-        bad = ((y < 0) | (y >= 1 << fmt.bits)) & ~fmt.is_nan(u)
-        if bad.any():
-            row = int(np.searchsorted(firsts, u[bad][0], side="right")) - 1
-            raise ValueError(f"{self.name}: row {row} {self.rows[row]} leaves the range of {fmt.name}")
+        ends = [*firsts[1:], 1 << fmt.bits if self.symmetry == "none" else fmt.sign]
+        for t, ((first, slope, base), end) in enumerate(zip(self.rows, ends, strict=True)):
+            if max(abs(slope) << fmt.bits, abs(base)) >= 1 << 62:
+                raise ValueError(f"{self.name}: row {t} {self.rows[t]} needs sums of more than 63 bits")
+            # a line is extreme at its ends: those of the numbers, NaN left out, of either sign
+            for low, high in ((0, fmt.last), (fmt.sign, fmt.sign + fmt.last)):
+                for u in (max(first, low), min(end - 1, high)):
+                    y = base + slope * (u - first) >> self.fraction_bits
+                    if max(first, low) <= min(end - 1, high) and not 0 <= y < 1 << fmt.bits:
+                        raise ValueError(f"{self.name}: row {t} {self.rows[t]} leaves the range of {fmt.name}")
 
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
         """The function of an array of bit patterns, any shape, as unsigned integers of the format's width.
@@ -211,13 +215,18 @@ class Table:
         This is the reference: every kernel, the PyTorch fallback and the hardware equal it bit for bit.
         Raises TypeError for an array that does not hold integers, ValueError for patterns wider than the format.
         """
+        x = self._patterns(bits)
         fmt = formats.get(self.format)
-        given = np.asarray(bits)
-        if given.dtype.kind not in "ui":
-            raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
-        x = given.astype(np.int64)
-        if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
-            raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
+        result: npt.NDArray[Any] = np.where(fmt.is_nan(x), x, self.arithmetic(x)).astype(fmt.dtype)
+        return result
+
+    def arithmetic(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
+        """As :meth:`compute`, but a NaN passes through the arithmetic like any other pattern, modulo the format's bits.
+
+        This is what hardware without logic for NaN gives.
+        """
+        x = self._patterns(bits)
+        fmt = formats.get(self.format)
         u = x & (fmt.sign - 1)
         if self.form == "segments":
             y = self._segments(u if self.symmetry == "odd" else x)
@@ -226,9 +235,18 @@ class Table:
         else:
             y = self._shift(u, fmt)
         if self.symmetry == "odd":
-            y = y | (x & fmt.sign)
-        result: npt.NDArray[Any] = np.where(fmt.is_nan(x), x, y).astype(fmt.dtype)
-        return result
+            y = y & (fmt.sign - 1) | (x & fmt.sign)
+        return (y & ((1 << fmt.bits) - 1)).astype(fmt.dtype)
+
+    def _patterns(self, bits: npt.ArrayLike) -> Bits:
+        fmt = formats.get(self.format)
+        given = np.asarray(bits)
+        if given.dtype.kind not in "ui":
+            raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
+        x = given.astype(np.int64)
+        if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
+            raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
+        return x
 
     def _columns(self) -> tuple[Bits, ...]:
         return tuple(np.array(column, dtype=np.int64) for column in zip(*self.rows, strict=True))
@@ -260,16 +278,28 @@ class Table:
         return (bases[t] + slopes[t] * (u - firsts[t])) >> self.fraction_bits
 
     def to_format(self, fmt: str | Format, name: str | None = None) -> Table:
-        """The same ``shift`` or ``carry`` table in a format with at least as many mantissa bits (bf16 to fp16 or fp32).
+        """The same table in a format with at least as many mantissa bits (bf16 to fp16 or fp32).
 
-        E moves by the difference of the biases; b, T1 and T2 gain zeros at their low end. T2 keeps its value.
+        ``shift`` and ``carry``: E moves by the difference of the biases; b, T1 and T2 gain zeros at their low end. T2
+        keeps its value. ``segments``: only between formats of as many exponent bits (bf16 to fp32). Patterns and B gain
+        zeros at their low end; a falling line of slope up to -1 is moved so that it rounds as before. In rows of slope
+        0 or a power of two of at most 1, the result's high bits are the narrow table's for the input's high bits.
         """
         old, new = formats.get(self.format), formats.get(fmt)
         extra = new.mantissa_bits - old.mantissa_bits
-        if self.form not in ("shift", "carry") or extra < 0:
-            raise ValueError(
-                f"{self.name}: only shift and carry tables move to another format, and to no shorter mantissa"
+        if self.form == "linear" or extra < 0:
+            raise ValueError(f"{self.name}: only shift, carry and segments tables move, and to no shorter mantissa")
+        if self.form == "segments":
+            if old.exponent_bits != new.exponent_bits:
+                raise ValueError(
+                    f"{self.name}: a segments table in {old.name} does not move to {new.name}: fit it anew"
+                )
+            one = 1 << self.fraction_bits
+            rows = (
+                (first << extra, slope, (base << extra) + (-slope * ((1 << extra) - 1) if -one <= slope < 0 else 0))
+                for first, slope, base in self.rows
             )
+            return replace(self, name=name or f"{self.name}_{new.name}", format=new.name, rows=tuple(rows))
         rebias = new.bias - old.bias
         return replace(
             self,

@@ -1,0 +1,142 @@
+"""The testbench of :mod:`rarefy.rtl.simulate`: cocotb runs it inside the simulator, which it builds and starts.
+
+It reads a plan (JSON), drives every word of it into the design and writes down what came out; what should have come
+out is judged elsewhere. It imports nothing of rarefy, so that a simulator starts in a moment.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import cocotb
+from cocotb.triggers import Timer
+from cocotb_tools.runner import get_runner
+
+PLAN = "RAREFY_RTL_PLAN"
+
+
+def start(path: Path) -> None:
+    """Build the design of a plan and run this file inside the simulator; everything stays in the plan's folder."""
+    plan = json.loads(path.read_text())
+    folder = path.parent
+    runner = get_runner(plan["tool"])
+    runner.build(
+        sources=[folder / "design.sv"],
+        hdl_toplevel=plan["top"],
+        build_dir=folder / "build",
+        build_args=plan["build_args"],
+        timescale=("1ns", "1ns"),
+        log_file=folder / "build.log",
+    )
+    runner.test(
+        test_module=Path(__file__).stem,
+        hdl_toplevel=plan["top"],
+        build_dir=folder / "build",
+        test_dir=folder,
+        extra_env={PLAN: str(path)},
+        log_file=folder / "test.log",
+    )
+
+
+def number(value: Any) -> int | str:
+    """A port as a number, or, where a bit of it is unknown, its bits as text."""
+    text = str(value)
+    return int(text, 2) if set(text) <= {"0", "1"} else text
+
+
+@cocotb.test()
+async def bench(dut: Any) -> None:
+    """Drive the words of the plan, in their order, and write the outputs beside it."""
+    path = Path(os.environ[PLAN])
+    plan = json.loads(path.read_text())
+    tick = Timer(1, "ns")
+    if plan["clock"]:
+        dut.clk.value = 0
+    if plan["handshake"]:
+        dut.rst_n.value, dut.in_valid.value, dut.out_ready.value = 0, 0, 0
+        await clock(dut, tick, 2)
+        dut.rst_n.value = 1
+    for address, word in plan["setup"]:
+        dut.we.value, dut.wa.value, dut.wd.value = 1, address, word
+        await clock(dut, tick)
+    if plan["setup"]:
+        dut.we.value = 0
+    if plan["handshake"]:
+        outputs, faults = await stalled(dut, tick, plan["words"], random.Random(plan["seed"]), plan["latency"])
+    else:
+        outputs, faults = await steady(dut, tick, plan["words"], plan["latency"]), []
+    (path.parent / "outputs.json").write_text(json.dumps({"outputs": outputs, "faults": faults}))
+
+
+async def clock(dut: Any, tick: Timer, times: int = 1) -> None:
+    """Rising edges, with the inputs as they stand."""
+    for _ in range(times):
+        await tick
+        dut.clk.value = 1
+        await tick
+        dut.clk.value = 0
+
+
+async def steady(dut: Any, tick: Timer, words: list[int], latency: int) -> list[int | str]:
+    """A word every clock, or, where there is no register between, every tick."""
+    outputs: list[int | str] = []
+    x, y = dut.x, dut.y
+    for cycle in range(len(words) + latency):
+        x.value = words[cycle] if cycle < len(words) else 0
+        await tick
+        if cycle >= latency:
+            outputs.append(number(y.value))
+        if latency:
+            dut.clk.value = 1
+            await tick
+            dut.clk.value = 0
+    return outputs
+
+
+async def stalled(
+    dut: Any, tick: Timer, words: list[int], chance: random.Random, latency: int
+) -> tuple[list[int | str], list[str]]:
+    """Both sides wait at random; what waits at the output must stay, and nothing may be lost, added or stuck.
+
+    The rates change every 64 clocks, so that full, empty and bursty pipelines occur.
+    """
+    outputs: list[int | str] = []
+    faults: list[str] = []
+    sent, offered, waiting, cycle, send, take = 0, False, None, 0, 1.0, 1.0
+    limit = 64 * (len(words) + latency) + 1000
+    while len(outputs) < len(words) and cycle < limit:
+        if cycle % 64 == 0:
+            send, take = chance.choice((0.2, 0.7, 1.0)), chance.choice((0.2, 0.7, 1.0))
+        offered = offered or (sent < len(words) and chance.random() < send)
+        taking = chance.random() < take
+        dut.in_valid.value, dut.out_ready.value = int(offered), int(taking)
+        dut.x.value = words[sent] if offered else 0
+        await tick
+        out = number(dut.y.value) if dut.out_valid.value == 1 else None
+        if waiting is not None and out != waiting:
+            faults.append(f"clock {cycle}: the output changed from {waiting} while it waited")
+        if out is not None and taking:
+            outputs.append(out)
+        waiting = out if out is not None and not taking else None
+        if offered and dut.in_ready.value == 1:
+            sent, offered = sent + 1, False
+        dut.clk.value = 1
+        await tick
+        dut.clk.value = 0
+        cycle += 1
+    dut.in_valid.value, dut.out_ready.value = 0, 1
+    for _ in range(latency + 1):
+        await tick
+        if dut.out_valid.value == 1:
+            faults.append("the output gives more numbers than were sent")
+        await clock(dut, tick)
+    if len(outputs) < len(words):
+        faults.append(f"after {cycle} clocks {len(outputs)} of {len(words)} words had come out")
+    return outputs, faults[:16]
+
+
+if __name__ == "__main__":
+    start(Path(sys.argv[1]))

@@ -1,0 +1,199 @@
+"""``emit``: SystemVerilog of a table, in one of three styles, with the registers, lanes and handshake asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.act import error, formats, oracle
+from rarefy.act.formats import Format
+from rarefy.act.table import Table
+from rarefy.rtl.design import About, Compute, Design, Port
+from rarefy.rtl.flat import flat
+from rarefy.rtl.ktanh import programmable, shift_add
+from rarefy.rtl.linear import linear
+from rarefy.rtl.segments import segments
+from rarefy.rtl.units import NAN, Unit, Wire
+
+#: The datapath of each form of table.
+_DATAPATHS = {"shift": shift_add, "carry": shift_add, "linear": linear, "segments": segments}
+_DEFAULTS = {"style": "shift_add", "stages": 0, "handshake": False, "lanes": 1, "nan": "keep", "top": None}
+STYLES = ("shift_add", "flat", "programmable")
+
+
+def emit(
+    table: Table,
+    style: str = "shift_add",
+    *,
+    stages: int = 0,
+    handshake: bool = False,
+    lanes: int = 1,
+    nan: str = "keep",
+    top: str | None = None,
+    command: str = "",
+) -> Design:
+    """SystemVerilog of a table, and the software model that it equals on every input.
+
+    Args:
+        table: any table; its format is that of ``x`` and ``y``.
+        style: "shift_add" (the table's own arithmetic), "flat" (the function as one truth table, for formats of at
+            most 16 bits) or "programmable" (``shift`` and ``carry`` tables: rows and thresholds in registers that are
+            written through a port, so that any table of the same index and format can be loaded).
+        stages: 0 is combinational; 1 registers the result; 2 also registers between look-up and arithmetic.
+        handshake: valid and ready on both sides, with back pressure; needs stages 1 or 2.
+        lanes: numbers in ``x`` and ``y``; all lanes share one table.
+        nan: what a NaN gives: "keep" (itself, as ``Table.compute`` has it), "quiet" (itself with the quiet bit set) or
+            "none" (no logic for NaN: it passes through the arithmetic like any other pattern, which for ``shift`` and
+            ``carry`` gives 1 with its sign).
+        top: name of the module; default the table's name, and the style where it is not "shift_add".
+        command: what the header says that made it; default the call of this function.
+
+    Raises ValueError for arguments that do not go together, before anything is made.
+
+    """
+    fmt = formats.get(table.format)
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+    if stages not in (0, 1, 2):
+        raise ValueError(f"stages must be 0 (combinational), 1 or 2, got {stages!r}")
+    if nan not in NAN:
+        raise ValueError(f"nan must be one of {', '.join(NAN)}, got {nan!r}")
+    if handshake and not stages:
+        raise ValueError("a handshake needs registers to hold what waits: stages must be 1 or 2, got 0")
+    if not 1 <= lanes <= 1024:
+        raise ValueError(f"lanes must be 1 to 1024, got {lanes!r}")
+    name = top or table.name + {"shift_add": "", "flat": "_flat", "programmable": "_prog"}[style]
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"top must be a name of letters, digits and underscores, got {name!r}")
+    if style == "flat" and fmt.bits > 16:
+        raise ValueError(f"style flat lists every input, and {fmt.name} has 2^{fmt.bits}: use shift_add")
+    if style == "programmable" and table.form not in ("shift", "carry"):
+        raise ValueError(f"style programmable is for tables of the form shift or carry, {table.name} is {table.form}")
+    compute = _model(table, nan)
+    if style == "flat":
+        unit = flat(fmt, compute(fmt.all_bits()))
+    elif style == "programmable":
+        unit = programmable(table, nan)
+    else:
+        unit = _DATAPATHS[table.form](table, nan)
+    ports = _ports(fmt, unit, stages, handshake, lanes)
+    largest = error.largest(table) if table.function in oracle.FUNCTIONS else None
+    given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
+    options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
+    command = command or f"rarefy.rtl.emit(table{options})"
+    about = About(table.name, table.function, largest, command, {"style": style})
+    text = _header(table, about, fmt, stages) + _module(name, unit, fmt, ports, stages, handshake, lanes)
+    clock = "clk" if stages or unit.write else None
+    return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, unit.setup)
+
+
+def _model(table: Table, nan: str) -> Compute:
+    fmt = formats.get(table.format)
+
+    def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        x = np.asarray(bits, dtype=np.int64)
+        if nan == "none":
+            return table.arithmetic(x)
+        y = table.compute(x)
+        if nan == "quiet" and fmt.infinities:
+            y = np.where(fmt.is_nan(x), y | fmt.dtype(1 << (fmt.mantissa_bits - 1)), y).astype(fmt.dtype)
+        return y
+
+    return compute
+
+
+def _ports(fmt: Format, unit: Unit, stages: int, handshake: bool, lanes: int) -> tuple[Port, ...]:
+    ports = [Port("clk", "input", 1)] if stages or unit.write else []
+    if handshake:
+        ports.append(Port("rst_n", "input", 1))
+    if unit.write:
+        ports += [Port("we", "input", 1), Port("wa", "input", unit.write[0]), Port("wd", "input", unit.write[1])]
+    if handshake:
+        ports += [Port("in_valid", "input", 1), Port("in_ready", "output", 1)]
+    ports.append(Port("x", "input", fmt.bits * lanes))
+    if handshake:
+        ports += [Port("out_valid", "output", 1), Port("out_ready", "input", 1)]
+    return (*ports, Port("y", "output", fmt.bits * lanes))
+
+
+def _header(table: Table, about: About, fmt: Format, stages: int) -> str:
+    known = "not known" if about.max_abs is None else f"{about.max_abs:.6g} over all inputs"
+    lines = [
+        f"{table.name}: {table.function} in {fmt.name}, {len(table.rows)} rows of the form {table.form}",
+        f"maximum absolute error: {known}",
+        f"latency: {f'{stages} clock cycles' if stages > 1 else '1 clock cycle' if stages else '0 (combinational)'}",
+        f"made by: {about.command}",
+    ]
+    return "".join(f"// {line}\n" for line in lines)
+
+
+def _module(
+    top: str, unit: Unit, fmt: Format, ports: tuple[Port, ...], stages: int, handshake: bool, lanes: int
+) -> str:
+    listed = ",\n".join(f"  {p.direction:6} logic {_range(p.width)}{p.name}" for p in ports)
+    body = f"module {top} (\n{listed}\n);\n{unit.functions}\n"
+    if handshake:
+        body += _handshake(stages)
+    n = fmt.bits
+    if lanes == 1:
+        lane = [*_lane(unit, fmt, stages, handshake, "x"), "assign y = " + ("y_q;" if stages else "result;")]
+        body += "".join(f"  {line}\n" for line in lane)
+    else:
+        lane = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];", *_lane(unit, fmt, stages, handshake, "a")]
+        lane.append(f"assign y[{n}*i +: {n}] = " + ("y_q;" if stages else "result;"))
+        inside = "".join(f"    {line}\n" for line in lane)
+        body += f"  for (genvar i = 0; i < {lanes}; i++) begin : lane\n{inside}  end\n"
+    return body + "endmodule\n"
+
+
+def module(top: str, unit: Unit, fmt: Format) -> str:
+    """The text of a combinational module of one lane."""
+    return _module(top, unit, fmt, _ports(fmt, unit, 0, False, 1), 0, False, 1)
+
+
+def _range(width: int) -> str:
+    return f"[{width - 1}:0] " if width > 1 else ""
+
+
+def _handshake(stages: int) -> str:
+    """Every stage holds its number until the next one takes it; a full pipeline moves on in one clock."""
+    text = ""
+    for stage in range(1, stages + 1):
+        following = "out_ready" if stage == stages else f"go_{stage + 1}"
+        before = "in_valid" if stage == 1 else f"valid_{stage - 1}"
+        text += f"""  logic valid_{stage};
+  wire go_{stage} = !valid_{stage} || {following};
+  always_ff @(posedge clk)
+    if (!rst_n) valid_{stage} <= 1'b0;
+    else if (go_{stage}) valid_{stage} <= {before};
+"""
+    # a wire must be declared before it is read
+    blocks = text.split("  logic valid_")[1:]
+    declared = "".join(f"  logic valid_{stage};\n" for stage in range(1, stages + 1))
+    ordered = "".join(block.partition(";\n")[2] for block in reversed(blocks))
+    return f"{declared}{ordered}  assign in_ready = go_1;\n  assign out_valid = valid_{stages};\n\n"
+
+
+def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list[str]:
+    lines = [_wire(w) for w in unit.lookup(x)]
+    call: Callable[[str], str] = lambda name: x if name == "x" else name  # noqa: E731
+    if stages == 2:
+        lines += [f"logic {_range(width)}{name}_1;" for name, width in unit.carried.items()]
+        moves = " ".join(f"{name}_1 <= {call(name)};" for name in unit.carried)
+        lines += [f"always_ff @(posedge clk) {'if (go_1) ' if handshake else ''}begin {moves} end"]
+        call = lambda name: f"{name}_1"  # noqa: E731
+    lines += [_wire(w) for w in unit.finish(call)]
+    if stages:
+        go = f"if (go_{stages}) " if handshake else ""
+        lines += [f"logic {_range(fmt.bits)}y_q;", f"always_ff @(posedge clk) {go}y_q <= result;"]
+    return lines
+
+
+def _wire(w: Wire) -> str:
+    return f"wire {'signed ' if w.signed else ''}{_range(w.width)}{w.name} = {w.expression};" + (
+        f"  // {w.comment}" if w.comment else ""
+    )

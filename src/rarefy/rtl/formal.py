@@ -1,0 +1,180 @@
+"""Proofs by Yosys: a design equals its definition, another design, or the high bits of its result a narrower one's."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rarefy.act import formats
+from rarefy.act.table import BitIndex, Table
+from rarefy.rtl import tools
+from rarefy.rtl.definition import definition
+from rarefy.rtl.design import Design, literal
+from rarefy.rtl.emit import module
+from rarefy.rtl.flat import flat
+
+_SCRIPT = """read_verilog -sv harness.sv
+hierarchy -top harness
+proc -norom
+flatten
+opt -full
+memory_map
+opt_clean
+sat -timeout {seconds} -prove bad 0 -show given -show y -show want {options}
+"""
+#: Lines of a truth table that a proof is quick with; how long Yosys may look for one.
+_CASES = 4096
+_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proven, or the counterexample (x, y, expected); and what the statement leaves out."""
+
+    statement: str
+    counterexample: tuple[int, int, int] | None
+    exceptions: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def prove(design: Design, against: Design | None = None) -> Proof:
+    """Prove a design against its definition, or ``against`` another; see :func:`rarefy.rtl.verify`."""
+    if design.setup:
+        raise ValueError(f"{design.top} has a programmable table, which a proof would have to fix: simulate it")
+    fmt = design.format
+    exempt, low = "1'b0", 0
+    exceptions: tuple[str, ...] = ()
+    if against is None:
+        reference, statement = _reference(design)
+    else:
+        reference, low = against, fmt.bits - against.format.bits
+        if against.latency or against.lanes > 1:
+            raise ValueError(f"against must be combinational and of one lane, {against.top} is not")
+        if low < 0 or against.format.exponent_bits != fmt.exponent_bits:
+            raise ValueError(
+                f"against must be of {fmt.name} or of a narrower format with {fmt.exponent_bits} exponent bits,"
+                f" {against.top} is of {against.format.name}"
+            )
+        statement = f"equal to {against.top}"
+        if low:
+            exempt, exceptions = _narrowing(design, against)
+            statement = f"high {against.format.bits} bits equal to {against.top} of the high bits of the input"
+    if reference.top == design.top:
+        raise ValueError(f"both designs are named {design.top}: emit one of them with another top")
+    harness = _harness(design, reference, low, exempt)
+    depth = design.latency
+    options = f"-tempinduct -seq {depth} -maxsteps {depth + 3} -set-def-inputs" if depth else ""
+    with tempfile.TemporaryDirectory(prefix="rarefy-rtl-") as name:
+        (Path(name) / "harness.sv").write_text(design.text + reference.text + harness)
+        log = tools.yosys(_SCRIPT.format(seconds=_SECONDS, options=options), Path(name))
+    found = _counterexample(log)
+    if found is None and "SUCCESS!" not in log:
+        raise RuntimeError(f"Yosys came to no end with {design.top} within {_SECONDS} s: simulate it")
+    proven = f"{statement} for all 2^{fmt.bits} inputs"
+    if design.handshake:
+        proven += ", with nothing waiting"
+    if found is not None and design.lanes > 1:
+        found = _lane(design, *found)
+    if found is not None and low:
+        found = found[0], found[1] >> low, found[2]
+    return Proof(proven, found, exceptions, {"yosys": tools.yosys_version()})
+
+
+def _reference(design: Design) -> tuple[Design, str]:
+    """Hardware that says what the design should be, made in another way."""
+    fmt = design.format
+    top = f"{design.top}_definition"
+    if fmt.bits <= 16:
+        unit = flat(fmt, design.compute(fmt.all_bits()))
+        if unit.functions.count("\n") <= _CASES:
+            text = module(top, unit, fmt)
+            return Design(top, text, fmt, 0, (), design.compute, design.about), "equal to the truth table of its model"
+    if design.table is None or design.table.form == "linear":
+        raise ValueError(f"{design.top} is too irregular to prove against its truth table: simulate it")
+    text = definition(top, design.table, design.nan)
+    return Design(top, text, fmt, 0, (), design.compute, design.about), "equal to its table's definition"
+
+
+def _harness(design: Design, reference: Design, low: int, exempt: str) -> str:
+    """The two side by side; ``given`` is the input that ``y`` belongs to."""
+    n, lanes, depth = design.format.bits, design.lanes, design.latency
+    width = n * lanes
+    narrow = reference.format.bits
+    ports = [".x(x)", ".y(y)"]
+    ports += [f".{p}(clk)" for p in ("clk",) if design.clock]
+    if design.handshake:
+        ports += [".rst_n(1'b1)", ".in_valid(1'b1)", ".in_ready()", ".out_valid()", ".out_ready(1'b1)"]
+    moves = " ".join(f"x{i + 1} <= {f'x{i}' if i else 'x'};" for i in range(depth))
+    delayed = f"  logic [{width - 1}:0] {', '.join(f'x{i + 1}' for i in range(depth))};\n" if depth else ""
+    delayed += f"  always_ff @(posedge clk) begin {moves} end\n" if depth else ""
+    instances = "".join(
+        f"  {reference.top} reference{i}(.x(given[{n * i + low} +: {narrow}]), .y(want[{narrow * i} +: {narrow}]));\n"
+        for i in range(lanes)
+    )
+    compared = "y" if not low else f"y[{n - 1}:{low}]"
+    return f"""
+module harness(input logic clk, input logic [{width - 1}:0] x, output logic bad);
+  wire [{width - 1}:0] y;
+  wire [{narrow * lanes - 1}:0] want;
+  {design.top} dut({", ".join(ports)});
+{delayed}  wire [{width - 1}:0] given = {f"x{depth}" if depth else "x"};
+{instances}  assign bad = !({exempt}) && {compared} != want;
+endmodule
+"""
+
+
+def _narrowing(design: Design, against: Design) -> tuple[str, tuple[str, ...]]:
+    """Where the high bits may differ: an expression of ``given``, and the same in words."""
+    wide, narrow = design.table, against.table
+    if wide is None or narrow is None or narrow.to_format(wide.format, wide.name) != wide:
+        raise ValueError(f"{design.top} is not the table of {against.top} in {design.format.name} (Table.to_format)")
+    if design.lanes > 1:
+        raise ValueError("high bits are compared in designs of one lane")
+    fmt, n = design.format, design.format.bits
+    u = f"given[{n - 2}:0]"
+    parts, words = [f"{u} > {literal(n - 1, fmt.last)}"], ["NaN"]
+    for low, high, text in _differing(wide, narrow):
+        bits, of = (n, "given") if wide.symmetry == "none" else (n - 1, u)
+        parts.append(f"({of} >= {literal(bits, low)} && {of} <= {literal(bits, high)})")
+        words.append(text)
+    return " || ".join(parts), tuple(words)
+
+
+def _differing(wide: Table, narrow: Table) -> list[tuple[int, int, str]]:
+    """Ranges of patterns in which a table and its wide form truly differ, and why."""
+    f = formats.get(wide.format)
+    if isinstance(wide.index, BitIndex):
+        extra = f.mantissa_bits - formats.get(narrow.format).mantissa_bits
+        first, last = wide.saturate_above + 1, ((narrow.saturate_above + 1) << extra) - 1
+        between = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
+        return [(first, last, f"{between}: above T2, which the narrow format cannot tell from T2")]
+    ends = [row[0] for row in wide.rows[1:]] + [1 << f.bits if wide.symmetry == "none" else f.sign]
+    steep = [
+        (row[0], end - 1)
+        for row, end in zip(wide.rows, ends, strict=True)
+        if abs(row[1]) > 1 << wide.fraction_bits or abs(row[1]) & (abs(row[1]) - 1)
+    ]
+    return [(a, b, f"x from {float(f.decode(a)):.9g} to {float(f.decode(b)):.9g}: a steep row") for a, b in steep]
+
+
+def _counterexample(log: str) -> tuple[int, int, int] | None:
+    """(given, y, want) of the last time step that Yosys shows, None when it shows none."""
+    if "FAIL!" not in log and "model found" not in log.replace("no model found", ""):
+        return None
+    shown = [re.findall(rf"\\{name}\s+(\d+)\s", log) for name in ("given", "y", "want")]
+    if not all(shown):
+        return None
+    return int(shown[0][-1]), int(shown[1][-1]), int(shown[2][-1])
+
+
+def _lane(design: Design, given: int, y: int, want: int) -> tuple[int, int, int]:
+    """The first lane that differs."""
+    n = design.format.bits
+    mask = (1 << n) - 1
+    for lane in range(design.lanes):
+        found = tuple(value >> (n * lane) & mask for value in (given, y, want))
+        if found[1] != found[2]:
+            return found[0], found[1], found[2]
+    return given, y, want

@@ -1,0 +1,111 @@
+"""Simulation of a design on given inputs, by cocotb in Icarus Verilog or Verilator."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.rtl import tools
+from rarefy.rtl.design import Design
+
+_BUILD = {"icarus": ["-g2012"], "verilator": ["-Wno-fatal"]}
+_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a simulation gave.
+
+    Attributes:
+        outputs: one bit pattern an input, int64; -1 where a bit of it is unknown, or where nothing came out.
+        faults: breaches of the handshake.
+        versions: the simulator's and cocotb's.
+
+    """
+
+    outputs: npt.NDArray[np.int64]
+    faults: list[str]
+    versions: dict[str, str]
+
+
+def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus", seed: int = 0) -> Answers:
+    """Run a design on bit patterns, in their order; a design with ``lanes`` takes as many at a time.
+
+    With a handshake both sides wait at random clocks, drawn from ``seed``. Raises MissingToolError when the simulator
+    is not installed, and RuntimeError with its last lines when it does not accept the design.
+    """
+    environment = dict(os.environ, PATH=tools.search_path())
+    versions = {"cocotb": tools.package("cocotb", "simulation")}
+    if tool == "verilator":
+        environment |= tools.verilator_environment()
+        for name in ("make", "g++", "perl"):
+            tools.program(name, "Verilator")
+        if shutil.which("verilator", path=environment["PATH"]) is None:
+            tools.program("verilator", "simulation")
+        versions["verilator"] = tools.verilator_version()
+    else:
+        tools.program("iverilog", "simulation")
+        tools.program("vvp", "simulation")
+        versions["icarus"] = tools.icarus_version()
+    with tempfile.TemporaryDirectory(prefix="rarefy-rtl-") as name:
+        folder = Path(name)
+        design.save(folder / "design.sv")
+        shutil.copy(Path(__file__).with_name("bench.py"), folder / "bench.py")
+        plan: dict[str, Any] = {
+            "tool": tool,
+            "top": design.top,
+            "build_args": _BUILD[tool],
+            "latency": design.latency,
+            "clock": design.clock is not None,
+            "handshake": design.handshake,
+            "setup": design.setup,
+            "seed": seed,
+            "words": _packed(inputs, design),
+        }
+        (folder / "plan.json").write_text(json.dumps(plan))
+        result = subprocess.run(
+            [sys.executable, str(folder / "bench.py"), str(folder / "plan.json")],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+        written = folder / "outputs.json"
+        if not written.exists():
+            logs = [path.read_text() for path in (folder / "build.log", folder / "test.log") if path.exists()]
+            last = "\n".join("".join([*logs, result.stderr]).strip().splitlines()[-12:])
+            raise RuntimeError(f"{tool} did not run {design.top}:\n{last}")
+        found = json.loads(written.read_text())
+    return Answers(_unpacked(found["outputs"], design, len(inputs)), found["faults"], versions)
+
+
+def _packed(inputs: npt.NDArray[np.int64], design: Design) -> list[int]:
+    if design.lanes == 1:
+        return [int(x) for x in inputs]
+    padded = np.concatenate([inputs, np.zeros(-len(inputs) % design.lanes, dtype=np.int64)])
+    lanes = padded.reshape(-1, design.lanes)
+    return [sum(int(x) << (design.format.bits * lane) for lane, x in enumerate(word)) for word in lanes]
+
+
+def _unpacked(outputs: list[int | str], design: Design, count: int) -> npt.NDArray[np.int64]:
+    n = design.format.bits
+    found = np.full(max(count, len(outputs) * design.lanes), -1, dtype=np.int64)
+    for number, word in enumerate(outputs):
+        text = format(word, f"0{n * design.lanes}b") if isinstance(word, int) else word
+        for lane in range(design.lanes):
+            bits = text[len(text) - n * (lane + 1) : len(text) - n * lane]
+            if set(bits) <= {"0", "1"}:
+                found[number * design.lanes + lane] = int(bits, 2)
+    return found[:count]

@@ -1,0 +1,133 @@
+"""``verify``: a design against its software model, on every input, by simulation or by proof."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.rtl.design import Design
+from rarefy.rtl.formal import prove
+from rarefy.rtl.simulate import simulate
+
+TOOLS = ("icarus", "verilator", "formal")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An input, what the design gives (None for unknown bits, or for nothing) and what was expected, as patterns."""
+
+    x: int
+    y: int | None
+    expected: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        design: name of the top module.
+        tool: "icarus", "verilator" or "formal".
+        statement: what was compared, in words.
+        inputs: how many inputs that covers.
+        mismatches: inputs whose result differs; a proof that fails counts one.
+        first: the first of them, None without any.
+        faults: breaches of the handshake (numbers lost, added or changed while they waited).
+        exceptions: inputs that the statement leaves out, in words.
+        versions: of the tools.
+        seconds: how long it took.
+
+    """
+
+    design: str
+    tool: str
+    statement: str
+    inputs: int
+    mismatches: int
+    first: Mismatch | None
+    faults: tuple[str, ...]
+    exceptions: tuple[str, ...]
+    versions: dict[str, str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs and no fault was seen."""
+        return not self.mismatches and not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify(design: Design, tool: str = "icarus", *, against: Design | None = None, seed: int = 0) -> Verification:
+    """Compare a design with its software model.
+
+    "icarus" and "verilator" simulate (cocotb): all inputs of a format of at most 16 bits, one a clock in a shuffled
+    order where there are registers, and with random stalls on both sides where there is a handshake; of float32 every
+    value of the high 16 bits, with random low bits. "formal" proves equality on all inputs by Yosys (SAT; induction
+    where there are registers): with the truth table of the model, in float32 with the table's definition written down
+    row by row. A proof holds a handshake open (simulate its stalls), and takes no programmable table.
+
+    Args:
+        design: what to verify.
+        tool: "icarus", "verilator" or "formal".
+        against: with "formal", prove equality with this design instead: one of the same format, or one of a narrower
+            format with as many exponent bits, whose result must be the high bits of the wide one's.
+        seed: of the shuffle, the stalls and the sample.
+
+    Raises ValueError for a tool that is none or arguments that do not go together, and MissingToolError, with what to
+    install, when a tool is not there.
+
+    """
+    if tool not in TOOLS:
+        raise ValueError(f"tool must be one of {', '.join(TOOLS)}, got {tool!r}")
+    if against is not None and tool != "formal":
+        raise ValueError(f'against goes with tool="formal", got {tool!r}')
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be 0 to 2^32 - 1, got {seed}")
+    began = time.perf_counter()
+    found = _prove(design, against) if tool == "formal" else _simulate(design, tool, seed)
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+def _prove(design: Design, against: Design | None) -> Verification:
+    proof = prove(design, against)
+    first = None if proof.counterexample is None else Mismatch(*proof.counterexample)
+    every = 1 << design.format.bits
+    return Verification(
+        design.top, "formal", proof.statement, every, int(first is not None), first, (), proof.exceptions,
+        proof.versions, 0.0
+    )  # fmt: skip
+
+
+def _simulate(design: Design, tool: str, seed: int) -> Verification:
+    x, statement = _inputs(design, np.random.default_rng(seed))
+    answers = simulate(design, x, tool, seed)
+    expected = design.compute(x).astype(np.int64)
+    wrong = np.flatnonzero(answers.outputs != expected)
+    first = None
+    if wrong.size:
+        i = int(wrong[0])
+        y = int(answers.outputs[i])
+        first = Mismatch(int(x[i]), None if y < 0 else y, int(expected[i]))
+    if design.handshake:
+        statement += f", with random stalls on both sides (seed {seed})"
+    return Verification(
+        design.top, tool, statement, len(x), len(wrong), first, tuple(answers.faults), (), answers.versions, 0.0
+    )
+
+
+def _inputs(design: Design, random: np.random.Generator) -> tuple[npt.NDArray[np.int64], str]:
+    fmt = design.format
+    if fmt.bits > 16:
+        low = fmt.bits - 16
+        x = np.arange(1 << 16, dtype=np.int64) << low | random.integers(0, 1 << low, 1 << 16)
+        statement = f"equal to the software model on a sample: every value of the high 16 bits of {fmt.name}"
+    else:
+        x, statement = fmt.all_bits(), f"equal to the software model on all inputs of {fmt.name}"
+    return (random.permutation(x) if design.latency else x), statement

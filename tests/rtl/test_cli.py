@@ -1,0 +1,101 @@
+"""``rarefy rtl``: one result on standard output, and an error in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rarefy import act, rtl
+from rarefy.cli import main
+from rarefy.rtl import tools
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> Any:
+    assert main(["rtl", *words, "--json"]) == status
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["rtl", *words]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rarefy: ")
+    assert "Traceback" not in err
+    return err
+
+
+def test_emit_writes_what_its_header_says(capsys):
+    words = ("emit", "tanh_bf16_ktanh", "--format", "fp32", "--stages", "2", "--nan", "quiet", "--top", "unit")
+    result = printed(capsys, *words, "--output", "unit.sv")
+    text = Path("unit.sv").read_text()
+    command = "rarefy rtl emit tanh_bf16_ktanh --format fp32 --stages 2 --nan quiet --top unit"
+    assert f"// made by: {command}\n" in text
+    assert result["about"]["command"] == command
+    assert (result["top"], result["latency"], result["file"]) == ("unit", 2, "unit.sv")
+    wide = act.load("tanh_bf16_ktanh").to_format("fp32")
+    assert text == rtl.emit(wide, stages=2, nan="quiet", top="unit", command=command).text
+    assert main(["rtl", "emit", "tanh_bf16_ktanh"]) == 0
+    assert (
+        capsys.readouterr().out == rtl.emit(act.load("tanh_bf16_ktanh"), command="rarefy rtl emit tanh_bf16_ktanh").text
+    )
+
+
+def test_emit_takes_a_table_from_a_file(capsys):
+    act.load("silu_e5m2").save("mine.json")
+    result = printed(capsys, "emit", "mine.json", "--style", "flat", "--stages", "1", "--handshake", "--lanes", "2")
+    assert (
+        result["text"]
+        == rtl.emit(
+            act.load("silu_e5m2"),
+            "flat",
+            stages=1,
+            handshake=True,
+            lanes=2,
+            command="rarefy rtl emit mine.json --style flat --stages 1 --handshake --lanes 2",
+        ).text
+    )
+    assert [port["name"] for port in result["ports"]][:2] == ["clk", "rst_n"]
+
+
+def test_verify_says_what_was_compared(capsys):
+    result = printed(capsys, "verify", "tanh_e5m2", "--stages", "1", "--handshake", "--seed", "7")
+    assert (result["passed"], result["inputs"], result["mismatches"], result["first"]) == (True, 256, 0, None)
+    assert result["statement"].endswith("all inputs of e5m2, with random stalls on both sides (seed 7)")
+    high = printed(capsys, "verify", "tanh_bf16_shifts", "--format", "fp32", "--tool", "formal", "--against-narrow")
+    assert (high["passed"], high["inputs"], high["exceptions"]) == (True, 1 << 32, ["NaN"])
+    assert main(["rtl", "verify", "tanh_e5m2", "--tool", "formal"]) == 0
+    assert "tanh_e5m2: equal to the truth table of its model for all 2^8 inputs" in capsys.readouterr().out
+
+
+def test_verify_exits_with_one_where_something_differs(capsys, monkeypatch):
+    right = rtl.emit
+    monkeypatch.setattr(rtl, "emit", lambda *a, **k: _changed(right(*a, **k)))
+    result = printed(capsys, "verify", "tanh_e5m2", "--tool", "formal", status=1)
+    assert not result["passed"]
+    assert main(["rtl", "verify", "tanh_e5m2", "--tool", "formal"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert f"x = {result['first']['x']:#04x} gives {result['first']['y']:#04x}" in out
+
+
+def _changed(design: rtl.Design) -> rtl.Design:
+    from dataclasses import replace
+
+    return replace(design, compute=lambda x: design.compute(x) ^ (x == 0x3C))
+
+
+def test_errors_are_words(capsys, monkeypatch, tmp_path):
+    assert "table must be a .json file or one of" in refused(capsys, "emit", "nothing")
+    assert "--output must be a .sv file" in refused(capsys, "emit", "tanh_e5m2", "--output", "unit.v")
+    assert "style must be one of" in refused(capsys, "emit", "tanh_e5m2", "--style", "small")
+    assert "needs --format" in refused(capsys, "verify", "tanh_bf16", "--tool", "formal", "--against-narrow")
+    monkeypatch.setattr(tools, "search_path", lambda: str(tmp_path))
+    assert "apt-get install iverilog" in refused(capsys, "verify", "tanh_e5m2")

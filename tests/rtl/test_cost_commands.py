@@ -1,0 +1,71 @@
+"""``rarefy rtl synth`` and ``rarefy rtl search`` as a user calls them."""
+
+import json
+
+import pytest
+
+from rarefy import rtl
+from rarefy.cli import main
+from rarefy.rtl import flow, logic
+
+
+@pytest.fixture(autouse=True)
+def _no_timing(monkeypatch):
+    monkeypatch.setattr(flow, "has", lambda name: False)
+
+
+def test_synth_prints_both_scripts(capsys):
+    assert main(["rtl", "synth", "peer:HardTanh"]) == 0
+    printed = capsys.readouterr().out
+    assert "hardtanh: tanh in bf16, latency 0" in printed
+    assert "largest error  0.238406" in printed
+    assert "area  34.5 GE, 829 um2" in printed
+    assert "speed  45.0 GE" in printed
+    assert "ns by ABC" in printed
+
+
+def test_synth_of_a_table_with_registers_as_json(capsys):
+    assert main(["rtl", "synth", "tanh_bf16_ktanh", "--stages", "1", "--script", "area", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["fpga"] is None
+    (only,) = result["synthesis"]
+    assert (only["script"], only["flip_flops"], only["delay_ns"]) == ("area", 16, None)
+    assert set(only["versions"]) == {"yosys", "library"}
+
+
+def test_search_writes_a_design_and_a_unit(capsys, tmp_path):
+    text, unit = tmp_path / "tanh.sv", tmp_path / "tanh.json"
+    options = ["--error", "0.2385", "--kinds", "logic", "--steps", "0", "--output", str(text), "--unit", str(unit)]
+    assert main(["rtl", "search", *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"written to  {text}" in printed
+    assert text.read_text() == logic.load(unit).design().text
+    assert main(["rtl", "synth", str(unit), "--script", "area", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)["synthesis"][0]["gate_equivalents"]
+    assert f"{cost:.1f} GE" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["synth", "peer:nothing"], "a peer must be one of HardTanh; PLAN"),
+        (["synth", "peer:PLAN", "--stages", "1"], "--style, --stages and --lanes are for tables; peer:PLAN is none"),
+        (["synth", "nothing"], "table must be a .json file or one of"),
+        (["synth", "peer:PLAN", "--script", "small"], "script must be one of area, speed, got 'small'"),
+        (["synth", "peer:PLAN", "--liberty", "nothing.lib"], "no liberty file"),
+        (["search", "--error", "0.001"], "no tanh in bf16 was found with an error of at most 0.001"),
+        (["search", "gelu", "--error", "0.1"], "for odd functions like tanh, gelu is none"),
+        (["search", "--error", "0.2", "--output", "a.v"], "--output must be a .sv file, got a.v"),
+    ],
+)
+def test_mistakes_are_told_in_words(capsys, arguments, message):
+    assert main(["rtl", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_program_is_named_with_its_package(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(rtl.tools, "search_path", lambda: str(tmp_path))
+    assert main(["rtl", "synth", "peer:HardTanh", "--script", "area", "--fpga"]) == 1
+    message = capsys.readouterr().err
+    assert "apt-get install nextpnr-ice40" in message
+    assert "Traceback" not in message
