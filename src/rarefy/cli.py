@@ -1,4 +1,4 @@
-"""The command line: ``rarefy train``, ``report``, ``compare``, ``bench``, ``table``, ``export``, ``rtl`` and ``info``."""
+"""The command line: ``rarefy train``, ``compare``, ``bench``, ``export``, ``rtl`` and the others."""
 
 from __future__ import annotations
 
