@@ -381,13 +381,13 @@ inline void map(const float *x, float *out, int64_t n, const F &f) {
 
 void activate(int32_t activation, const float *x, float *out, int64_t n) {
     switch (activation) {
-        case RAREFY_SILU: return map(x, out, n, wide_value<Wide::silu>);
-        case RAREFY_GELU: return map(x, out, n, wide_value<Wide::gelu>);
-        case RAREFY_GELU_TANH: return map(x, out, n, wide_value<Wide::gelu_tanh>);
-        case RAREFY_SIGMOID: return map(x, out, n, wide_value<Wide::sigmoid>);
-        case RAREFY_TANH: return map(x, out, n, tanh_value);
+        case RAREFY_SILU: return map(x, out, n, [](float v) { return wide_value<Wide::silu>(v); });
+        case RAREFY_GELU: return map(x, out, n, [](float v) { return wide_value<Wide::gelu>(v); });
+        case RAREFY_GELU_TANH: return map(x, out, n, [](float v) { return wide_value<Wide::gelu_tanh>(v); });
+        case RAREFY_SIGMOID: return map(x, out, n, [](float v) { return wide_value<Wide::sigmoid>(v); });
+        case RAREFY_TANH: return map(x, out, n, [](float v) { return tanh_value(v); });
         case RAREFY_HARDSWISH: return map(x, out, n, [](float v) { return v * hard_gate(v); });
-        case RAREFY_HARDSIGMOID: return map(x, out, n, hard_gate);
+        case RAREFY_HARDSIGMOID: return map(x, out, n, [](float v) { return hard_gate(v); });
         case RAREFY_LEAKY_RELU: return map(x, out, n, [](float v) { return v < 0.0f ? 0.01f * v : v; });
         default: return map(x, out, n, [](float v) { return v; });
     }
