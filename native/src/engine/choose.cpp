@@ -335,7 +335,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
                     Search search(*measurer, program, step, m, entries, now + share);
                     const Found one = search.run(start, sparse ? density < 0.6 : density > 0.2 || best.seconds > 1e29);
                     if (!sparse) step.dense_seconds = one.seconds;
-                    if (one.seconds < best.seconds) best = one;
+                    // dense weights take more memory: they must be clearly faster
+                    if (one.seconds < best.seconds * (sparse ? 1.0 : 0.95)) best = one;
                 }
                 step.config = best.config;
                 step.tuned_seconds = best.seconds;

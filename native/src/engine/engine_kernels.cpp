@@ -117,49 +117,51 @@ inline __attribute__((always_inline)) void begin(const BlockCall &call, const Gr
     }
 }
 
+// The end of one row of a tile that is not plain: residual, clamp, store.
+__attribute__((noinline)) void finish_row(const BlockCall &call, int32_t row, const float *sums, int vectors) {
+    const V low = all(call.low), high = all(call.high);
+    float *to = call.y + row * call.y_stride;
+    const float *from = call.residual ? call.residual + row * call.residual_stride : nullptr;
+    const bool prefix = call.shape == STORE_PREFIX;
+    for (int t = 0; t < vectors; ++t) {
+        const Store s = call.stores[t];
+        V v = load(sums + t * L);
+        if (from) {
+            const V r = load_some(from + s.at, s.dense);
+            v = add(v, prefix ? r : expand(r, s));
+        }
+        v = smaller(high, larger(low, v));
+        store_some(to + s.at, s.dense, prefix ? v : compress(v, s));
+    }
+}
+
 template <int R, int T>
 inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
-    if (!(group.flags & GROUP_LAST)) {
+    const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
+    if (!last || !plain) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {
             float *sums = rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
+            if (last && rows[r] >= 0) finish_row(call, rows[r], sums, T);
         }
         return;
     }
     const V low = all(call.low), high = all(call.high);
-    const Store *stores = call.stores;
-    const int32_t shape = call.shape;
     float *const y = call.y;
     const float *const residual = call.residual;
     const int64_t y_stride = call.y_stride, residual_stride = call.residual_stride;
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
         if (rows[r] < 0) continue;
         float *to = y + rows[r] * y_stride;
-        const float *from = residual + rows[r] * residual_stride;
-        if (shape == STORE_PLAIN) {
-            if (residual) {
-                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], loadu(from + t * L));
-                // planes are far apart: nothing else fetches what the next tile needs of them
-                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(from + (T + t) * L);
-            } else {
-                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(to + (T + t) * L, 1);
-            }
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) storeu(to + t * L, smaller(high, larger(low, a[r][t])));
-            continue;
-        }
-        if (shape == STORE_PREFIX) {
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-                const Store s = stores[t];
-                if (residual) a[r][t] = add(a[r][t], load_some(from + s.at, s.dense));
-                store_some(to + s.at, s.dense, smaller(high, larger(low, a[r][t])));
-            }
+        // planes are far apart: nothing else fetches what the next tile needs of them
+        if (residual) {
+            const float *from = residual + rows[r] * residual_stride;
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], loadu(from + t * L));
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(from + (T + t) * L);
         } else {
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-                const Store s = stores[t];
-                if (residual) a[r][t] = add(a[r][t], expand(load_some(from + s.at, s.dense), s));
-                store_some(to + s.at, s.dense, compress(smaller(high, larger(low, a[r][t])), s));
-            }
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(to + (T + t) * L, 1);
         }
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) storeu(to + t * L, smaller(high, larger(low, a[r][t])));
     }
 }
 
