@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _SHIFTS = ("shift", "carry")
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the commands to the parser of ``rarefy``."""
-    rooms = commands.add_parser("bench", help="measure time on this machine").add_subparsers(
-        required=True, metavar="WHAT"
-    )
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    rooms: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    """Add the commands to the parser of ``rarefy``, and to ``rooms``, those of ``rarefy bench``."""
     bench = rooms.add_parser(
         "act",
         help="activation functions against PyTorch, SLEEF, HardTanh and memcpy",

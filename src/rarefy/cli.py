@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rarefy import _act_commands, _export_commands
+from rarefy import _act_commands, _engine_commands, _export_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="FILE", help="the page; default RUN/report.html")
     report.set_defaults(command=_report)
 
-    _act_commands.add(commands)
+    rooms = commands.add_parser("bench", help="measure time on this machine").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    _act_commands.add(commands, rooms)
+    _engine_commands.add(rooms)
     _export_commands.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, and which native kernels load")

@@ -232,3 +232,13 @@ def no_fake(x: torch.Tensor) -> torch.Tensor:
 def test_what_cannot_be_traced_is_told_with_its_place(model, message):
     with pytest.raises(CaptureError, match=message):
         capture(model.eval(), (IMAGE,))
+
+
+def test_inputs_without_axes_and_outputs_that_nothing_computes():
+    model = f(lambda a, x: (x * a, a, torch.ones(2)))
+    compiled = engine.compile(model.eval(), (torch.tensor(2.0), torch.ones(3, 2)))
+    product, same, ones = compiled(torch.tensor(5.0), torch.ones(3, 2))
+    assert torch.equal(product, torch.full((3, 2), 5.0))
+    assert same == 5
+    assert torch.equal(ones, torch.ones(2))
+    assert compiled.profile(rounds=1).batch == 1

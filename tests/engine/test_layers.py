@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import (
     ACTIVATIONS,
     Affine,
@@ -17,7 +18,7 @@ from rarefy.engine.plan import (
     Pool,
     Upsample,
 )
-from tests.engine.layers import PATTERNS, check, paths, run, sparse, wide
+from tests.engine.layers import PATTERNS, check, compare, paths, run, sparse, wide
 
 CHOICES = ("sparse", "dense", "native")
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=25, database=None)
@@ -265,3 +266,20 @@ def test_a_wrong_result_is_seen(monkeypatch):
         monkeypatch.setattr("tests.engine.layers.run", lambda *a, wrong=wrong, **k: wrong)
         with pytest.raises(AssertionError):
             check(step, x, "pytorch")
+
+
+def test_onednn_with_packed_weights():
+    for (channels, out, kernel), size, options in LAYERS:
+        groups = options.get("groups", 1)
+        weight = torch.randn(out, channels // groups, kernel, kernel)
+        for more in ({"bias": torch.randn(out), "activation": "relu"}, {"residual": "r", "activation": "silu"}, {}):
+            inputs = {"x": torch.randn(3, channels, *size)}
+            step = conv(weight, **options, **more)
+            if "residual" in more:
+                inputs["r"] = torch.randn(wide(conv(weight, **options), inputs).shape)
+            compare(step, inputs, Packed(step, (1, channels, *size)).run(inputs))
+    step = Conv(
+        **{**vars(conv(torch.randn(4, 3, 3, 2))), "padding": ((2, 0), (0, 1)), "stride": (2, 1), "dilation": (1, 2)}
+    )
+    inputs = {"x": torch.randn(2, 3, 9, 8)}
+    compare(step, inputs, Packed(step, (2, 3, 9, 8)).run(inputs))

@@ -30,11 +30,15 @@ inline void over_channels(const float *x, int64_t x_stride, int64_t channels, fl
 }
 
 void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack &op,
-                 const int32_t *tables, V padding) {
+                 const int32_t *tables, int64_t ahead, V padding) {
     const auto each = [&](auto f) { over_channels(x + op.a, x_stride, channels, out, out_stride, f); };
     const uint32_t lanes = op.lanes;
     switch (op.kind) {
-        case PACK_FULL: return each([](const float *p) { return loadu(p); });
+        case PACK_FULL:
+            return each([=](const float *p) {
+                __builtin_prefetch(p + ahead);
+                return loadu(p);
+            });
         case PACK_COPY: return each([=](const float *p) { return blend(lanes, load_some(p, lanes), padding); });
 #ifdef __AVX512F__
         case PACK_ONE: {
@@ -66,45 +70,39 @@ void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out,
 }
 
 void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops, int64_t count,
-          const int32_t *tables) {
+          const int32_t *tables, int64_t ahead) {
     // a few channels at a time: what to do is decided once for all of them, and their pages and lines stay at hand
     constexpr int64_t SOME = 8;
     const V zero = all(0.0f);
     for (int64_t c = 0; c < channels; c += SOME) {
         const int64_t n = channels - c < SOME ? channels - c : SOME;
         for (int64_t i = 0; i < count; ++i)
-            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, zero);
+            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, ahead, zero);
     }
 }
 
 // ---- blocks
 
-// The lanes that are pixels, moved to the front.
-inline V compress(V v, const Store &s) {
-    if (s.lanes == s.dense) return v;
+// The lanes that are pixels, moved to the front; and back.
 #ifdef __AVX512F__
-    return _mm512_maskz_compress_ps(s.lanes, v);
+inline V compress(V v, const Store &s) { return _mm512_maskz_compress_ps(s.lanes, v); }
+inline V expand(V v, const Store &s) { return _mm512_maskz_expand_ps(s.lanes, v); }
 #else
+__attribute__((noinline)) V compress(V v, const Store &s) {
     alignas(64) float from[L], to[L] = {};
     store(from, v);
     for (int i = 0, n = 0; i < L; ++i)
         if (s.lanes >> i & 1) to[n++] = from[i];
     return load(to);
-#endif
 }
-
-inline V expand(V v, const Store &s) {
-    if (s.lanes == s.dense) return v;
-#ifdef __AVX512F__
-    return _mm512_maskz_expand_ps(s.lanes, v);
-#else
+__attribute__((noinline)) V expand(V v, const Store &s) {
     alignas(64) float from[L], to[L] = {};
     store(from, v);
     for (int i = 0, n = 0; i < L; ++i)
         if (s.lanes >> i & 1) to[i] = from[n++];
     return load(to);
-#endif
 }
+#endif
 
 template <int R, int T>
 inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
@@ -129,19 +127,38 @@ inline __attribute__((always_inline)) void end(const BlockCall &call, const Grou
         return;
     }
     const V low = all(call.low), high = all(call.high);
+    const Store *stores = call.stores;
+    const int32_t shape = call.shape;
+    float *const y = call.y;
+    const float *const residual = call.residual;
+    const int64_t y_stride = call.y_stride, residual_stride = call.residual_stride;
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
         if (rows[r] < 0) continue;
-        float *y = call.y + rows[r] * call.y_stride;
-        if (call.residual) {
-            const float *residual = call.residual + rows[r] * call.residual_stride;
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-                const Store &s = call.stores[t];
-                a[r][t] = add(a[r][t], expand(load_some(residual + s.at, s.dense), s));
+        float *to = y + rows[r] * y_stride;
+        const float *from = residual + rows[r] * residual_stride;
+        if (shape == STORE_PLAIN) {
+            if (residual) {
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], loadu(from + t * L));
+                // planes are far apart: nothing else fetches what the next tile needs of them
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(from + (T + t) * L);
+            } else {
+                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(to + (T + t) * L, 1);
             }
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) storeu(to + t * L, smaller(high, larger(low, a[r][t])));
+            continue;
         }
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-            const Store &s = call.stores[t];
-            store_some(y + s.at, s.dense, compress(smaller(high, larger(low, a[r][t])), s));
+        if (shape == STORE_PREFIX) {
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+                const Store s = stores[t];
+                if (residual) a[r][t] = add(a[r][t], load_some(from + s.at, s.dense));
+                store_some(to + s.at, s.dense, smaller(high, larger(low, a[r][t])));
+            }
+        } else {
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+                const Store s = stores[t];
+                if (residual) a[r][t] = add(a[r][t], expand(load_some(from + s.at, s.dense), s));
+                store_some(to + s.at, s.dense, compress(smaller(high, larger(low, a[r][t])), s));
+            }
         }
     }
 }

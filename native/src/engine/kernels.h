@@ -39,6 +39,13 @@ struct Store {
     uint16_t dense;    // as many low bits as `lanes` has
 };
 
+// What is known of all the stores of a tile.
+enum StoreShape : int32_t {
+    STORE_PLAIN,    // T * L pixels, one after the other
+    STORE_PREFIX,   // the pixels of every vector are its first lanes
+    STORE_ANY,
+};
+
 // R rows of one block of channels.
 struct Group {
     int32_t length;    // weights of each row, padding included
@@ -64,6 +71,7 @@ struct BlockCall {
     const float *bias;
     float low, high;           // the result is clamped to it
     const Store *stores;
+    int32_t shape;             // enum StoreShape of all T stores
 };
 typedef void Block(const BlockCall *);
 
@@ -103,9 +111,9 @@ struct Kernels {
     int32_t permutes;  // 1: PACK_ONE and PACK_TWO are fast
     // null where R * T is too many registers
     Block *block[WEIGHT_KINDS][MAX_ROWS + 1][MAX_VECTORS + 1];
-    // `count` vectors for each of `channels` planes: out + c * out_stride.
+    // `count` vectors for each of `channels` planes: out + c * out_stride. What lies `ahead` floats further is fetched.
     void (*pack)(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
-                 int64_t count, const int32_t *tables);
+                 int64_t count, const int32_t *tables, int64_t ahead);
     void (*window)(const WindowCall *call);
     void (*vector)(const VectorCall *call, int32_t bf16);
     void (*add)(const float *x, const float *y, float *out, int64_t n, float low, float high);

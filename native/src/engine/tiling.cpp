@@ -200,15 +200,16 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
         const int64_t from = total * i / count, to = total * (i + 1) / count;
         Tile tile = {};
         tile.vectors = static_cast<int32_t>(to - from);
-        tile.first = static_cast<int32_t>(from);
         std::vector<Pack> packs;
         for (size_t c = 0; c < copies.size(); ++c) {
             for (int64_t v = 0; v < copy_vectors[c]; ++v) {
                 int64_t index[MAX_LANES];
                 const int64_t f = from * L + copies[c].low + copies[c].shift + v * L;
                 const bool wanted = v < copy_vectors[c] - (vectors - tile.vectors);
-                for (int32_t lane = 0; lane < L; ++lane)
+                for (int32_t lane = 0; lane < L; ++lane) {
                     index[lane] = wanted ? grid.source(f + lane, copies[c].phase_y, copies[c].column) : -1;
+                    tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
+                }
                 packs.push_back(classifier.pack(index));
             }
         }
@@ -240,6 +241,12 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
             stores.push_back(store);
         }
         for (Store &store : stores) store.at = store.lanes ? store.at - tile.y : 0;
+        tile.shape = STORE_PLAIN;
+        for (size_t v = 0; v < stores.size(); ++v) {
+            if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
+            const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
+            if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
+        }
         tile.store = place(stores, tiling.stores, known_stores);
         tiling.tiles.push_back(tile);
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from rarefy.engine.onednn import Packed, packed
 from rarefy.engine.plan import Conv, Layer, Plan, Step, last_uses
 from rarefy.engine.reference import run_step
-from rarefy.engine.segments import Item, Lowered, Options, Segment, lower
+from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, samples
 
 _ROUNDS = 5
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
@@ -104,7 +104,7 @@ def walk(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, LayerFacts]]:
     """Run the plan in PyTorch: the shape of each value, and facts of each layer, its time among them if ``timed``."""
     values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
     layers: dict[str, LayerFacts] = {}
     for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
         result = values[step.output] = run_step(step, values)
@@ -113,10 +113,9 @@ def walk(
             if timed:
                 other = packed(step, tuple(values[step.input].shape)) if isinstance(step, Conv) else None
                 seconds = min(_time(each, values) for each in (step, other) if each is not None)
-            layers[step.output] = _facts(step, result, inputs[0].shape[0], seconds)
-        for name in (*step.inputs, step.output):
-            if isinstance(values[name], Tensor):
-                shapes[name] = tuple(values[name].shape)
+            layers[step.output] = _facts(step, result, samples(inputs[0].shape), seconds)
+        if isinstance(result, Tensor):
+            shapes[step.output] = tuple(result.shape)
         for name in freed:
             del values[name]
     return shapes, layers
@@ -128,7 +127,12 @@ def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mappi
     native = lower(plan, options)
     slow = _slower_than_torch(native, plan, inputs, layers)
     dense = in_torch(plan, "PyTorch is faster")
-    ways = {"native": native, "PyTorch": dense, "PyTorch, oneDNN": _by_onednn(dense, options.shapes)}
+    ways = {
+        "native": native,
+        "native by rule": lower(plan, replace(options, tune_seconds=0.0)),  # measuring on a busy machine may mislead
+        "PyTorch": dense,
+        "PyTorch, oneDNN": _by_onednn(dense, options.shapes),
+    }
     if slow:
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
     times = _race(ways, plan, inputs, options.threads)
@@ -207,8 +211,8 @@ def _slower_than_torch(
         if isinstance(item, Segment):
             for step, seconds in zip(item.program.steps(), took.min(0), strict=True):
                 known = None if step.name not in layers else layers[step.name].torch_seconds
-                if known is not None and known * inputs[0].shape[0] < _CLEARLY_FASTER * seconds:
-                    saved[step.name] = seconds - known * inputs[0].shape[0]
+                if known is not None and known * samples(inputs[0].shape) < _CLEARLY_FASTER * seconds:
+                    saved[step.name] = seconds - known * samples(inputs[0].shape)
     whole = sum(took.min(0).sum() for took in times)
     return set(saved) if sum(saved.values()) > _WORTH_TRYING * whole else set()
 

@@ -106,7 +106,7 @@ def profile(
         seconds = [float(each) for each in np.median(times, 0)]
         if isinstance(item, Segment):
             for facts, each in zip(item.program.steps(), seconds, strict=True):
-                dense = facts.dense_seconds or None
+                dense = facts.dense_seconds * item.rows or None
                 name = names.get(facts.name, facts.name)
                 rows.append(
                     _row(name, facts.kind, facts.kernel, each, total, batch, layers.get(facts.name), dense, most, "")

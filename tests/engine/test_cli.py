@@ -1,0 +1,96 @@
+"""``rarefy bench engine``, and the documentation."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rarefy import engine, models
+from rarefy.cli import main
+
+DOCS = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Compile without measuring."""
+    real = engine.compile
+    monkeypatch.setattr(engine, "compile", lambda *a, **k: real(*a, **{**k, "choose": "native"}))
+
+
+def test_a_network_by_name(capsys, tmp_path):
+    path = tmp_path / "a.engine"
+    assert main(["bench", "engine", "resnet20", "--density", "0.2", "--rounds", "1", "--save", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"layer3\.2\.conv2 .* 20\.0 %", out)
+    assert re.search(r"conv1 .* 100\.0 %", out)
+    assert "batch of 1, one thread" in out
+    assert "runs by: native" in out
+    assert f"written to {path}" in out
+    assert main(["bench", "engine", str(path), "--batch", "3", "--rounds", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["profile"]["batch"] == 3
+    rows = {row["name"]: row for row in found["profile"]["rows"]}
+    assert rows["layer3.2.conv2"]["density"] == pytest.approx(0.2, abs=1e-3)
+    assert found["report"]["weights"] == "float32"
+    assert found["environment"]["rarefy"]
+
+
+def test_beside_other_runtimes(capsys):
+    assert main(["bench", "engine", "fashion_cnn", "--rounds", "1", "--peers"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"rarefy  [\d.]+ ms, 1\.00 times", out)
+    assert re.search(r"onnxruntime  [\d.]+ ms, [\d.]+ times rarefy's", out)
+
+
+def test_without_other_runtimes_that_is_told_first(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "engine", "fashion_cnn", "--peers"]) == 1
+    assert "--peers needs another runtime" in capsys.readouterr().err
+
+
+def test_a_file_of_weights(capsys, tmp_path):
+    save_file(models.resnet20(width=8).state_dict(), tmp_path / "w.safetensors")
+    given = ["bench", "engine", str(tmp_path / "w.safetensors"), "--rounds", "1", "--weights", "bfloat16"]
+    assert main([*given, "--model", "resnet20", "--set", "width=8", "--input", "3,16,16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"]["weights"] == "bfloat16"
+    assert main(given) == 1
+    assert "does not say what network it is of: add --model NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet51"], "unknown model 'resnet51'; did you mean 'resnet50'?"),
+        (["nowhere.safetensors", "--model", "resnet20"], "there is no nowhere.safetensors"),
+        (["resnet20", "--density", "90"], "--density must be in (0, 1], got 90.0; 0.1 keeps a tenth of the weights"),
+        (["resnet20", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["a.engine", "--density", "0.5"], "an engine's file is what it is"),
+        (["resnet20", "--weights", "int8"], "weights must be one of float32, bfloat16, got 'int8'"),
+        (["resnet20", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_what_does_not_fit(capsys, arguments, message):
+    assert main(["bench", "engine", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```py\n(.*?)```", DOCS, re.S)
+    names = {}
+    exec(compile(example, "engine.md", "exec"), names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["y"], names["model"](names["x"]), rtol=1e-4, atol=1e-4)
+    assert "layer1.0.conv1" in capsys.readouterr().out
+    assert (tmp_path / "resnet20.engine").exists()
+
+
+def test_the_documentation_names_what_there_is():
+    for name in re.findall(r"`engine\.(\w+)", DOCS):
+        assert hasattr(engine, name), name
+    for way in ("native by rule", "oneDNN with packed weights"):
+        assert way in DOCS

@@ -1,0 +1,305 @@
+"""Engines in files: whole, cut, altered, forged, and what a file may not name."""
+
+import hashlib
+import json
+import random
+import stat
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy import act, engine, kernels
+from rarefy.engine import file, native
+from rarefy.engine.capture import capture
+from rarefy.engine.compiler import build
+from rarefy.engine.passes import optimize
+from tests.engine.networks import UNet, Vision, thinned
+
+HEAD = struct.Struct("<8sIIQQ32s")
+
+
+def make(model, shape, choose="native", weights="float32"):
+    x = torch.randn(2, *shape)
+    return build(optimize(capture(model.eval(), (x,))), (x,), None, weights, choose, 0.0), x
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """An engine with native programs, operators, constants and tensors of its own, its input, and its file."""
+    torch.manual_seed(0)
+    compiled, x = make(thinned(Vision()), (3, 16, 16))
+    path = tmp_path_factory.mktemp("engine") / "vision.engine"
+    engine.save(compiled, path)
+    return compiled, x, path
+
+
+def forged(data: bytes, change) -> bytes:
+    """The file with its header changed, and a checksum that is right again."""
+    *_, length, _ = HEAD.unpack(data[: HEAD.size])
+    header = json.loads(data[HEAD.size : HEAD.size + length])
+    change(header)
+    return sealed(data, header)
+
+
+def sealed(data: bytes, header, blobs: bytes | None = None) -> bytes:
+    magic, version, zero, _, length, _ = HEAD.unpack(data[: HEAD.size])
+    text = json.dumps(header).encode()
+    rest = text + b" " * (-len(text) % 64) + (data[HEAD.size + length :] if blobs is None else blobs)
+    size = HEAD.size + len(text) + -len(text) % 64
+    head = HEAD.pack(magic, version, zero, HEAD.size + len(rest), size - HEAD.size, hashlib.sha256(rest).digest())
+    return head + rest
+
+
+def refused(path, data, message="is cut off, altered or not an engine"):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        engine.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_comes_back_is_what_was_saved(saved):
+    compiled, x, path = saved
+    again = engine.load(path)
+    for batch in (1, 2):
+        assert torch.equal(compiled(x[:batch]), again(x[:batch]))
+    assert again.report == compiled.report
+    assert (again.inputs, again.outputs, again.batch, again.threads) == (
+        *(compiled.inputs, compiled.outputs),
+        *(compiled.batch, compiled.threads),
+    )
+    names = [row.name for row in compiled.profile(rounds=1).rows]
+    assert [row.name for row in again.profile(rounds=1).rows] == names
+    with pytest.raises(ValueError, match="the model takes 3 channels"):
+        again(torch.zeros(1, 4, 16, 16))
+
+
+@pytest.mark.parametrize("choose", ["native", "torch"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_every_kind_of_step_comes_back(tmp_path, choose, weights):
+    model = thinned(UNet())
+    act.swap(model)
+    compiled, x = make(model, (3, 16, 16), choose, weights)
+    engine.save(compiled, tmp_path / "unet.engine")
+    again = engine.load(tmp_path / "unet.engine")
+    assert torch.equal(compiled(x), again(x))
+    engine.save(again, tmp_path / "unet.engine")  # in the place of what is mapped
+    assert torch.equal(engine.load(tmp_path / "unet.engine")(x), compiled(x))
+    assert torch.equal(again(x), compiled(x))
+
+
+def test_what_measuring_chose_comes_back(tmp_path, monkeypatch):
+    for way in ("PyTorch, oneDNN", "native and PyTorch"):
+        plan_of = optimize(capture(thinned(UNet()), (torch.randn(2, 3, 16, 16),)))
+        race = lambda ways, *rest, way=way: {name: float(name != way) for name in ways}  # noqa: E731
+        monkeypatch.setattr("rarefy.engine.measure._race", race)
+        monkeypatch.setattr("rarefy.engine.measure._slower_than_torch", lambda *a, p=plan_of: {p.steps[0].output})
+        x = torch.randn(2, 3, 16, 16)
+        compiled = build(plan_of, (x,), 1, "float32", "measure", 0.01)
+        engine.save(compiled, tmp_path / "a.engine")
+        assert torch.equal(engine.load(tmp_path / "a.engine")(x), compiled(x))
+
+
+def test_the_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
+    compiled, x, _ = saved
+    path = tmp_path / "folder" / "a.engine"
+    engine.save(compiled, path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.save(compiled, path)
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["a.engine"]
+    path.chmod(stat.S_IRUSR)
+    assert torch.equal(engine.load(path)(x), compiled(x))
+
+
+def test_truncations_are_refused(saved, tmp_path):
+    *_, path = saved
+    data = path.read_bytes()
+    *_, length, _ = HEAD.unpack(data[: HEAD.size])
+    ends = {0, 1, 8, HEAD.size - 1, HEAD.size, HEAD.size + 1, HEAD.size + length, len(data) // 2, len(data) - 1}
+    for end in sorted(ends):
+        refused(tmp_path / "cut.engine", data[:end])
+    refused(tmp_path / "long.engine", data + b"\0")
+
+
+def test_altered_bytes_are_refused(saved, tmp_path):
+    *_, path = saved
+    data = path.read_bytes()
+    picked = random.Random(0)
+    places = [*range(12), *(picked.randrange(12, len(data)) for _ in range(40)), len(data) - 1]
+    for place in places:
+        altered = bytearray(data)
+        altered[place] ^= 1 << picked.randrange(8)
+        refused(tmp_path / "altered.engine", bytes(altered), "engine")
+
+
+def test_other_files_are_refused(tmp_path):
+    refused(tmp_path / "a.engine", b"x" * 1000, "is not an engine")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "b.engine")
+    refused(tmp_path / "b.engine", (tmp_path / "b.engine").read_bytes(), "is not an engine")
+    with pytest.raises(FileNotFoundError):
+        engine.load(tmp_path / "c.engine")
+
+
+def test_another_version_says_so(saved, tmp_path):
+    data = bytearray(saved[2].read_bytes())
+    data[8] = 9
+    refused(tmp_path / "new.engine", bytes(data), "has version 9 of the format, this rarefy reads 1: compile it again")
+
+
+def test_without_a_native_engine_native_programs_are_refused(saved):
+    *_, path = saved
+    with kernels.forced("pytorch"), pytest.raises(ValueError, match="holds native programs, and there is no native"):
+        engine.load(path)
+
+
+def programs(header):
+    return [item for item in header["items"] if "program" in item]
+
+
+def operators(header):
+    return [item for item in header["items"] if item.get("step") == "Operator"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(
+            "aten.from_file.default",
+            "aten.add_.Tensor",
+            "prims.add.default",
+            "os.system",
+            "python.eval",
+            "aten.nothing.x",
+        ),
+        *("aten", "..", "aten.relu", "rarefy.nothing.default"),
+    ],
+)
+def test_operators_that_a_file_may_not_name(saved, tmp_path, target):
+    def change(header):
+        operators(header)[0]["fields"]["target"] = target
+
+    refused(tmp_path / "forged.engine", forged(saved[2].read_bytes(), change))
+
+
+def changes():
+    """Headers that are wrong in one place, though the checksum is right."""
+
+    def put(*path):
+        *where, key, value = path
+
+        def change(header):
+            for each in where:
+                header = header[each]
+            header[key] = value
+
+        return change
+
+    yield put("items", [])
+    yield put("items", [{}])
+    yield put("items", [{"step": "Engine", "fields": {}}])
+    yield put("items", [{"step": "Conv", "fields": {"name": "a"}}])
+    for place in ([0, 1 << 60], [-64, 64], [64, 64], [0, 0], [0], None):
+        yield lambda header, place=place: programs(header)[0].update(program=place)
+    for ports in ([], [{"value": "nobody", "shape": [48]}], [{"value": "x", "shape": [1]}]):
+        yield lambda header, ports=ports: programs(header)[0].update(inputs=ports)
+        yield lambda header, ports=ports: programs(header)[0].update(outputs=ports)
+    yield put("outputs", [])
+    yield put("outputs", 0, "name", "nobody")
+    yield put("inputs", 0, "dtype", "object")
+    yield put("layers", {"a": {}})
+    yield put("report", {})
+    yield lambda header: header.clear()
+    for name in ("inputs", "outputs", "single", "batch", "items", "constants", "names", "layers", "reasons", "report"):
+        yield lambda header, name=name: header.pop(name)
+    for value in ({"tensor": {"shape": [-1], "dtype": "float32", "place": [0, 4], "last": False}}, {"a": 1, "b": 2}):
+        yield lambda header, value=value: operators(header)[0]["fields"].update(args=value)
+    for place in ([0, 4], [1, 4], [1 << 40, 4], [0, 1 << 40], [0], "ab", None):
+        tensor = {"tensor": {"shape": [7], "dtype": "float32", "place": place, "last": False}}
+        yield lambda header, tensor=tensor: operators(header)[0]["fields"].update(args=tensor)
+
+
+@pytest.mark.parametrize("change", list(changes()))
+def test_forged_headers_are_refused(saved, tmp_path, change):
+    refused(tmp_path / "forged.engine", forged(saved[2].read_bytes(), change))
+
+
+def test_altered_programs_with_a_right_checksum_do_not_crash(saved, tmp_path):
+    """The native engine looks at a program itself: it refuses it, or computes something."""
+    compiled, x, path = saved
+    data = path.read_bytes()
+    *_, length, _ = HEAD.unpack(data[: HEAD.size])
+    header = json.loads(data[HEAD.size : HEAD.size + length])
+    blobs = data[HEAD.size + length :]
+    offset, size = programs(header)[0]["program"]
+    picked, answers = random.Random(0), []
+    for n in range(60):
+        altered = bytearray(blobs)
+        place = offset + (picked.randrange(min(size, 256)) if n % 2 else picked.randrange(size))
+        altered[place] ^= 1 << picked.randrange(8)
+        (tmp_path / "a.engine").write_bytes(sealed(data, header, bytes(altered)))
+        try:
+            answers.append(engine.load(tmp_path / "a.engine")(x).shape)
+        except ValueError as error:
+            assert "is cut off, altered or not an engine" in str(error)  # noqa: PT017
+    assert set(answers) <= {compiled(x).shape}
+
+
+def test_random_headers_do_not_crash(saved, tmp_path):
+    data = saved[2].read_bytes()
+    *_, length, _ = HEAD.unpack(data[: HEAD.size])
+    picked = random.Random(1)
+    for _ in range(60):
+        text = bytearray(data[HEAD.size : HEAD.size + length])
+        for _ in range(3):
+            text[picked.randrange(length)] = picked.randrange(32, 127)
+        rest = bytes(text) + data[HEAD.size + length :]
+        head = HEAD.pack(*HEAD.unpack(data[: HEAD.size])[:5], hashlib.sha256(rest).digest())
+        (tmp_path / "a.engine").write_bytes(head + rest)
+        try:
+            engine.load(tmp_path / "a.engine")
+        except ValueError as error:
+            assert "is cut off, altered or not an engine" in str(error)  # noqa: PT017
+
+
+@torch.library.custom_op("rarefy_tests::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+double.register_fake(torch.empty_like)
+
+
+class Foreign(nn.Module):
+    def forward(self, x):
+        return double(x)
+
+
+def test_an_operator_of_somebody_else_runs_but_is_not_saved(tmp_path):
+    compiled, x = make(Foreign(), (3,))
+    assert torch.equal(compiled(x), 2 * x)
+    with pytest.raises(ValueError, match=r"the engine runs rarefy_tests.double.default, which cannot be saved"):
+        engine.save(compiled, tmp_path / "a.engine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_engines_are_saved(tmp_path):
+    with pytest.raises(TypeError, match="save takes an engine, got Linear"):
+        engine.save(nn.Linear(1, 1), tmp_path / "a.engine")
+
+
+def test_arguments_of_every_kind_come_back():
+    given = [1, 2.5, float("inf"), True, None, "a", torch.float16, torch.channels_last, torch.strided, (1, [2])]
+    writer = file._Writer()
+    text = json.loads(json.dumps(writer.value(given)))
+    reader = file._Reader(torch.zeros(0, dtype=torch.uint8).numpy())
+    assert reader._value(text) == given
+    with pytest.raises(ValueError, match="an argument of type complex cannot be saved"):
+        writer.value(1j)
+
+
+def test_native_programs_are_there_to_be_tested():
+    assert native.available()
