@@ -99,7 +99,7 @@ CELLS = (
     Cell("resnet50-90", 1, FLOAT + SMALL),
     Cell("resnet50-80", 1),
     Cell("resnet50-95", 1),
-    Cell("resnet50-90", 16, FLOAT + SMALL),
+    Cell("resnet50-90", 16, (*FLOAT, SMALL[0], SMALL[2])),
     Cell("resnet50-autosparse-0.9", 1),
     Cell("resnet50-autosparse-0.8", 1),
     Cell("resnet50-autosparse-0.95", 1),
