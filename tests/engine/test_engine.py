@@ -141,6 +141,8 @@ def test_nothing_that_loses_is_chosen(monkeypatch):
     native = [item for item in found._items if hasattr(item, "program")]
     assert len(native) == 2  # before and after the layer that PyTorch was told to be faster at
     assert found._reasons == {plan.steps[1].output: "PyTorch is faster"}
+    rows = [row for row in found.profile(rounds=1).rows if row.density is not None]
+    assert [row.name for row in rows] == [found._names[name] for name in found._layers]  # one each, and no input
 
 
 def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster_and_matters(monkeypatch):

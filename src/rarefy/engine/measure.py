@@ -221,7 +221,7 @@ def _slower_than_torch(
     for item, took in zip(native.items, times, strict=True):
         if isinstance(item, Segment):
             for step, seconds in zip(item.program.steps(), took.min(0), strict=True):
-                known = None if step.name not in layers else layers[step.name].torch_seconds
+                known = layers[step.name].torch_seconds if step.kind != "input" and step.name in layers else None
                 if known is not None and known * samples(inputs[0].shape) < _CLEARLY_FASTER * seconds:
                     saved[step.name] = seconds - known * samples(inputs[0].shape)
     whole = sum(took.min(0).sum() for took in times)
