@@ -86,15 +86,16 @@ test-sanitize: $(NATIVE)/cases.bin
 	for kind in address,undefined thread; do \
 	  folder=$(NATIVE)/$${kind%%,*} && \
 	  cmake -S . -B $$folder $(NATIVE_CMAKE) -DRAREFY_SANITIZE=$$kind && \
-	  cmake --build $$folder --target exhaustive && \
-	  $$folder/exhaustive $(NATIVE)/cases.bin || exit 1; \
+	  cmake --build $$folder --target exhaustive engine && \
+	  $$folder/exhaustive $(NATIVE)/cases.bin && $$folder/engine || exit 1; \
 	done
 
 test-neon: $(NATIVE)/cases.bin
 	cmake -S . -B $(NATIVE)/aarch64 $(NATIVE_CMAKE) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	cmake --build $(NATIVE)/aarch64 --target exhaustive
+	cmake --build $(NATIVE)/aarch64 --target exhaustive engine
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/exhaustive $(NATIVE)/cases.bin
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/engine 50
 
 # The Triton kernels, in Triton's interpreter: no GPU needed, but the package.
 .PHONY: test-triton

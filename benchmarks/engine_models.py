@@ -24,10 +24,15 @@ FOLDER = Path(__file__).parents[1] / "runs" / "engine"
 SHAPE = (3, 224, 224)
 
 
+def path(network: str) -> Path:
+    """The network's weights."""
+    return FOLDER / f"{network}.safetensors"
+
+
 def build(network: str) -> nn.Module:
     """The finalized network, in evaluation mode; made and stored the first time."""
     name, _, variant = network.partition("-")
-    file = FOLDER / f"{network}.safetensors"
+    file = path(network)
     if not file.exists():
         if variant.startswith("autosparse"):
             raise FileNotFoundError(f"there is no {file}: run python benchmarks/engine_masks.py")
@@ -45,7 +50,7 @@ def inputs(batch: int) -> Tensor:
 
 def onnx(network: str) -> Path:
     """The network's ONNX file, by the older exporter and opset 13: deepsparse reads no later one."""
-    path = FOLDER / f"{network}.onnx"
+    file = FOLDER / f"{network}.onnx"
 
     def write(partial: Path) -> None:
         with warnings.catch_warnings():
@@ -61,9 +66,9 @@ def onnx(network: str) -> Path:
                 dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
             )
 
-    if not path.exists():
-        write_atomically(path, write)
-    return path
+    if not file.exists():
+        write_atomically(file, write)
+    return file
 
 
 def onnx_int8(network: str) -> Path:
@@ -77,16 +82,16 @@ def onnx_int8(network: str) -> Path:
         def get_next(self) -> dict[str, object] | None:
             return {"input": self.left.pop().numpy()} if self.left else None
 
-    path = FOLDER / f"{network}.int8.onnx"
-    if not path.exists():
+    file = FOLDER / f"{network}.int8.onnx"
+    if not file.exists():
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         write_atomically(
-            path,
+            file,
             lambda partial: quantize_static(
                 onnx(network), partial, Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, **types
             ),
         )
-    return path
+    return file
 
 
 def _made(name: str, variant: str) -> nn.Module:

@@ -90,10 +90,12 @@ def rarefy(about: dict[str, Any], x: Any) -> Made:
     torch.set_num_threads(about["threads"])
     given = torch.from_numpy(x)
     model = engine_models.build(about["model"])
+    began = time.process_time()
     compiled = engine.compile(model, given, about["threads"], weights=about["precision"])
     report = compiled.report
     told = {
         "compile_seconds": report.seconds,
+        "compile_cpu_seconds": time.process_time() - began,
         "measuring_seconds": report.measuring_seconds,
         "weight_bytes": report.weight_bytes,
         "scratch_bytes": report.scratch_bytes,

@@ -9,9 +9,10 @@
 // the program's business: only inputs and outputs have a public layout. The input of a sequence model (batch, tokens,
 // features) is a value with channels = features, height 1, width = tokens, and the layout RAREFY_CHANNELS_LAST.
 //
-// Numbers. Everything is computed in float32. A weight that is zero (or minus zero) is left out: 0 * NaN and 0 * infinity
-// then give 0 where PyTorch gives NaN. Otherwise NaN and infinity in activations propagate as in PyTorch: relu(NaN) is NaN,
-// a maximum over NaN is NaN. Sums are taken in another order than PyTorch's.
+// Numbers. Everything is computed in float32. Sparse kernels leave out weights that are zero (or minus zero): 0 * NaN and
+// 0 * infinity then count as 0 where PyTorch, and a dense kernel here, give NaN. Otherwise NaN and
+// infinity in activations propagate as in PyTorch: relu(NaN) is NaN, a maximum over NaN is NaN. Sums are taken in another
+// order than PyTorch's.
 //
 // Errors. Functions that give an id return -1, those that give a pointer NULL, where they fail; the reason, a sentence
 // without a newline, is then written to `error` (at most `size` bytes with the ending zero; may be NULL with size 0).

@@ -1,7 +1,9 @@
 """What an engine takes, what it refuses, how it chooses, and what it tells of itself."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from rarefy.engine import compiler, measure, profile
 from rarefy.engine.capture import capture
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.passes import optimize
+from rarefy.engine.segments import Options, lower
 from tests.engine.layers import paths
 from tests.engine.networks import UNet, thinned
 
@@ -121,7 +124,8 @@ def test_a_forced_instruction_set_is_what_runs():
 
 def test_nothing_that_loses_is_chosen(monkeypatch):
     plan = optimize(capture(thinned(UNet()), (IMAGE,)))
-    names = ("native", "native by rule", "PyTorch", "PyTorch, oneDNN", "native and PyTorch")
+    names = ("native", "native by rule", "PyTorch", "PyTorch, oneDNN", "native with PyTorch's activations")
+    names += ("native and PyTorch",)
     for fastest in names:
 
         def race(ways, plan, inputs, threads, fastest=fastest):
@@ -137,30 +141,26 @@ def test_nothing_that_loses_is_chosen(monkeypatch):
     native = [item for item in found._items if hasattr(item, "program")]
     assert len(native) == 2  # before and after the layer that PyTorch was told to be faster at
     assert found._reasons == {plan.steps[1].output: "PyTorch is faster"}
+    rows = [row for row in found.profile(rounds=1).rows if row.density is not None]
+    assert [row.name for row in rows] == [found._names[name] for name in found._layers]  # one each, and no input
 
 
-def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster(monkeypatch):
+def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster_and_matters(monkeypatch):
     plan = optimize(capture(thinned(UNet()), (IMAGE,)))
-    slow, close = plan.steps[0].output, plan.steps[1].output
-    seen = []
-    real = measure._slower_than_torch
-
-    def spy(*arguments):
-        seen.append(real(*arguments))
-        return seen[-1]
-
-    def walk(plan, inputs, *, timed):
-        shapes, layers = original(plan, inputs, timed=timed)
-        seconds = {slow: 1e-9, close: 1e3}
-        return shapes, {
-            n: LayerFacts(f.weights, f.nonzeros, f.macs, f.dense_macs, seconds.get(n, 1e3)) for n, f in layers.items()
-        }
-
-    original = measure.walk
-    monkeypatch.setattr(measure, "walk", walk)
-    monkeypatch.setattr(measure, "_slower_than_torch", spy)
-    compiler.build(plan, (IMAGE,), 1, "float32", "measure", 0.01)
-    assert seen == [{slow}]
+    shapes, layers = measure.walk(plan, (IMAGE,), timed=False)
+    native = lower(plan, Options("measure", "float32", 1, 0.0, shapes))
+    # every step takes a second for both samples
+    seconds = [np.ones((2, item.program.facts.steps)) for item in native.items]
+    monkeypatch.setattr(measure, "time_items", lambda *_: seconds)
+    first, second = (step.output for step in plan.steps[:2])
+    for torch_seconds, expected in (
+        ({first: 0.1, second: 0.46}, {first}),  # per sample
+        ({first: 0.1, second: 0.44}, {first, second}),
+        ({first: 0.44}, set()),  # a tenth of a second of a dozen: not worth the way
+        ({}, set()),
+    ):
+        known = {name: replace(facts, torch_seconds=torch_seconds.get(name, 2.0)) for name, facts in layers.items()}
+        assert measure._slower_than_torch(native, plan, (IMAGE,), known) == expected
 
 
 def test_without_measuring_the_result_is_the_same_every_time():

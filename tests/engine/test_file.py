@@ -156,6 +156,10 @@ def test_without_a_native_engine_native_programs_are_refused(saved):
         engine.load(path)
 
 
+def programs(header):
+    return [item for item in header["items"] if "program" in item]
+
+
 def operators(header):
     return [item for item in header["items"] if item.get("step") == "Operator"]
 
@@ -198,14 +202,11 @@ def changes():
     yield put("items", [{}])
     yield put("items", [{"step": "Engine", "fields": {}}])
     yield put("items", [{"step": "Conv", "fields": {"name": "a"}}])
-    yield put("items", 0, "program", [0, 1 << 60])
-    yield put("items", 0, "program", [-64, 64])
-    yield put("items", 0, "program", [64, 64])
-    yield put("items", 0, "program", [0, 0])
-    yield put("items", 0, "inputs", [])
-    yield put("items", 0, "inputs", 0, "value", "nobody")
-    yield put("items", 0, "inputs", 0, "shape", [1])
-    yield put("items", 0, "outputs", 0, "shape", [1 << 40, 1 << 40])
+    for place in ([0, 1 << 60], [-64, 64], [64, 64], [0, 0], [0], None):
+        yield lambda header, place=place: programs(header)[0].update(program=place)
+    for ports in ([], [{"value": "nobody", "shape": [48]}], [{"value": "x", "shape": [1]}]):
+        yield lambda header, ports=ports: programs(header)[0].update(inputs=ports)
+        yield lambda header, ports=ports: programs(header)[0].update(outputs=ports)
     yield put("outputs", [])
     yield put("outputs", 0, "name", "nobody")
     yield put("inputs", 0, "dtype", "object")
@@ -233,7 +234,7 @@ def test_altered_programs_with_a_right_checksum_do_not_crash(saved, tmp_path):
     *_, length, _ = HEAD.unpack(data[: HEAD.size])
     header = json.loads(data[HEAD.size : HEAD.size + length])
     blobs = data[HEAD.size + length :]
-    offset, size = header["items"][0]["program"]
+    offset, size = programs(header)[0]["program"]
     picked, answers = random.Random(0), []
     for n in range(60):
         altered = bytearray(blobs)

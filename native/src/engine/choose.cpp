@@ -320,7 +320,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
                 measurer->refill();
                 Found best;
                 for (const bool sparse : {true, false}) {
-                    if (step.node.choice == (sparse ? RAREFY_DENSE : RAREFY_SPARSE) || (sparse && (depthwise(step, m) || density > 0.7))) continue;
+                    if (step.node.choice == (sparse ? RAREFY_DENSE : RAREFY_SPARSE)) continue;
+                    if (step.node.choice == RAREFY_MEASURE && sparse && (depthwise(step, m) || density > 0.7)) continue;
                     Config start = step.config;
                     if (start.sparse() != sparse) {
                         Step other = {};
@@ -334,7 +335,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
                     Search search(*measurer, program, step, m, entries, now + share);
                     const Found one = search.run(start, sparse ? density < 0.6 : density > 0.2 || best.seconds > 1e29);
                     if (!sparse) step.dense_seconds = one.seconds;
-                    if (one.seconds < best.seconds) best = one;
+                    // dense weights take more memory: they must be clearly faster
+                    if (one.seconds < best.seconds * (sparse ? 1.0 : 0.95)) best = one;
                 }
                 step.config = best.config;
                 step.tuned_seconds = best.seconds;
@@ -347,6 +349,33 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
         step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config, tiling.get(), program.kernels->lanes);
     }
     program.tune_seconds = measurer ? thread_seconds() - begin : 0.0;
+    return "";
+}
+
+std::string adopt(rarefy_program &program, Step &step, int32_t lanes) {
+    const Matrix m = matrix_of(program.graph, step.node);
+    const bool same = program.kernels->lanes == lanes;
+    auto saved = std::make_unique<Kernels>();
+    saved->lanes = lanes;
+    std::unique_ptr<Tiling> tiling;
+    const Config &c = step.config;
+    if (!c.vector) {
+        tiling = std::make_unique<Tiling>(make_tiling(step.node.window, 1, same ? *program.kernels : *saved, c.vectors, static_cast<Form>(c.form)));
+        if (c.block > largest_block(tiling->channel_floats, c.vectors, lanes)) return "its blocks are too large";
+    }
+    const std::string wrong = check_weights(m, step.weights, c, tiling.get(), lanes);
+    if (!wrong.empty() || same) return wrong;
+    Entries entries = entries_of(m, step.weights, c, tiling.get());
+    for (auto &row : entries)
+        std::sort(row.begin(), row.end(), [](const Entry &a, const Entry &b) { return a.channel != b.channel ? a.channel < b.channel : a.tap < b.tap; });
+    Step like = {};
+    like.node = step.node;
+    like.node.choice = c.sparse() ? RAREFY_SPARSE : RAREFY_DENSE;
+    like.group = step.group;
+    step.config = by_rule(program, like, m, 0.0);
+    if (!step.config.rows) return "its kernel is too large for this instruction set";
+    if (!step.config.vector) tiling = std::make_unique<Tiling>(*tiling_of(program, step, step.config, 1));
+    step.weights = make_weights(m, entries, step.config, tiling.get(), program.kernels->lanes);
     return "";
 }
 

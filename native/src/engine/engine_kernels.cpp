@@ -117,49 +117,58 @@ inline __attribute__((always_inline)) void begin(const BlockCall &call, const Gr
     }
 }
 
+// The end of one row of a tile that is not plain: residual, clamp, store.
+template <int T, bool PREFIX>
+inline __attribute__((always_inline)) void finish_vectors(const BlockCall &call, float *to, const float *from, const float *sums) {
+    const V low = all(call.low), high = all(call.high);
+    const Store *stores = call.stores;
+    RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+        const Store s = stores[t];
+        V v = load(sums + t * L);
+        if (from) {
+            const V r = load_some(from + s.at, s.dense);
+            v = add(v, PREFIX ? r : expand(r, s));
+        }
+        v = smaller(high, larger(low, v));
+        store_some(to + s.at, s.dense, PREFIX ? v : compress(v, s));
+    }
+}
+
+template <int T>
+__attribute__((noinline)) void finish_row(const BlockCall &call, int32_t row, const float *sums) {
+    float *to = call.y + row * call.y_stride;
+    const float *from = call.residual ? call.residual + row * call.residual_stride : nullptr;
+    if (call.shape == STORE_PREFIX) finish_vectors<T, true>(call, to, from, sums);
+    else finish_vectors<T, false>(call, to, from, sums);
+}
+
 template <int R, int T>
 inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
-    if (!(group.flags & GROUP_LAST)) {
+    const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
+    if (!last || !plain) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-            float *sums = rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            float *sums = last || rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
+            if (last && rows[r] >= 0) finish_row<T>(call, rows[r], sums);
         }
         return;
     }
     const V low = all(call.low), high = all(call.high);
-    const Store *stores = call.stores;
-    const int32_t shape = call.shape;
     float *const y = call.y;
     const float *const residual = call.residual;
     const int64_t y_stride = call.y_stride, residual_stride = call.residual_stride;
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
         if (rows[r] < 0) continue;
         float *to = y + rows[r] * y_stride;
-        const float *from = residual + rows[r] * residual_stride;
-        if (shape == STORE_PLAIN) {
-            if (residual) {
-                RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], loadu(from + t * L));
-                // planes are far apart: nothing else fetches what the next tile needs of them
-                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(from + (T + t) * L);
-            } else {
-                RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(to + (T + t) * L, 1);
-            }
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) storeu(to + t * L, smaller(high, larger(low, a[r][t])));
-            continue;
-        }
-        if (shape == STORE_PREFIX) {
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-                const Store s = stores[t];
-                if (residual) a[r][t] = add(a[r][t], load_some(from + s.at, s.dense));
-                store_some(to + s.at, s.dense, smaller(high, larger(low, a[r][t])));
-            }
+        // planes are far apart: nothing else fetches what the next tile needs of them
+        if (residual) {
+            const float *from = residual + rows[r] * residual_stride;
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], loadu(from + t * L));
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(from + (T + t) * L);
         } else {
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-                const Store s = stores[t];
-                if (residual) a[r][t] = add(a[r][t], expand(load_some(from + s.at, s.dense), s));
-                store_some(to + s.at, s.dense, compress(smaller(high, larger(low, a[r][t])), s));
-            }
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) __builtin_prefetch(to + (T + t) * L, 1);
         }
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) storeu(to + t * L, smaller(high, larger(low, a[r][t])));
     }
 }
 
@@ -381,13 +390,13 @@ inline void map(const float *x, float *out, int64_t n, const F &f) {
 
 void activate(int32_t activation, const float *x, float *out, int64_t n) {
     switch (activation) {
-        case RAREFY_SILU: return map(x, out, n, wide_value<Wide::silu>);
-        case RAREFY_GELU: return map(x, out, n, wide_value<Wide::gelu>);
-        case RAREFY_GELU_TANH: return map(x, out, n, wide_value<Wide::gelu_tanh>);
-        case RAREFY_SIGMOID: return map(x, out, n, wide_value<Wide::sigmoid>);
-        case RAREFY_TANH: return map(x, out, n, tanh_value);
+        case RAREFY_SILU: return map(x, out, n, [](float v) { return wide_value<Wide::silu>(v); });
+        case RAREFY_GELU: return map(x, out, n, [](float v) { return wide_value<Wide::gelu>(v); });
+        case RAREFY_GELU_TANH: return map(x, out, n, [](float v) { return wide_value<Wide::gelu_tanh>(v); });
+        case RAREFY_SIGMOID: return map(x, out, n, [](float v) { return wide_value<Wide::sigmoid>(v); });
+        case RAREFY_TANH: return map(x, out, n, [](float v) { return tanh_value(v); });
         case RAREFY_HARDSWISH: return map(x, out, n, [](float v) { return v * hard_gate(v); });
-        case RAREFY_HARDSIGMOID: return map(x, out, n, hard_gate);
+        case RAREFY_HARDSIGMOID: return map(x, out, n, [](float v) { return hard_gate(v); });
         case RAREFY_LEAKY_RELU: return map(x, out, n, [](float v) { return v < 0.0f ? 0.01f * v : v; });
         default: return map(x, out, n, [](float v) { return v; });
     }

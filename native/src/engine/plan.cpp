@@ -11,8 +11,10 @@ namespace rarefy::engine {
 
 namespace {
 
-constexpr int64_t SMALL_PLANE = 256;  // pixels: layers below this take several images
+constexpr int64_t SMALL_PLANE = 64;  // pixels: layers up to this size take several images
 constexpr int32_t SMALL_GROUP = 4, VECTOR_GROUP = 64;
+constexpr int64_t LARGE_PLANE = 784;  // pixels: layers from this size on are run in bands
+constexpr size_t CHAIN_STEPS = 3;
 
 int32_t power_below(int32_t n) {
     int32_t p = 1;
@@ -42,6 +44,24 @@ std::vector<int32_t> choose_groups(const Graph &graph, int32_t images) {
     return groups;
 }
 
+// Chains of convolutions and poolings over large planes.
+std::vector<Chain> choose_chains(const Graph &graph, const std::vector<int32_t> &groups) {
+    std::vector<Chain> chains;
+    const auto large = [&](size_t i) {
+        const Node &n = graph.nodes[i];
+        return (n.kind == Kind::CONV || n.kind == Kind::POOL) && graph.values[n.x].pixels() >= LARGE_PLANE;
+    };
+    for (size_t i = 0; i < graph.nodes.size();) {
+        size_t end = i;
+        while (end < graph.nodes.size() && end - i < CHAIN_STEPS && large(end) && groups[end] == groups[i] &&
+               (end == i || graph.nodes[end].x == graph.nodes[end - 1].out))
+            ++end;
+        if (end - i > 1) chains.push_back({static_cast<int32_t>(i), static_cast<int32_t>(end)});
+        i = std::max(end, i + 1);
+    }
+    return chains;
+}
+
 // A piece of the arena: a value, or several that share their memory.
 struct Buffer {
     int64_t floats = 0, offset = 0;
@@ -61,6 +81,13 @@ class Planner {
             if (n.out >= 0) producer_[n.out] = last_[n.out] = i;
             for (const int32_t id : reads(graph_, i)) last_[id] = i;
         }
+        last_use_ = last_;
+        chain_of_.assign(nodes, -1);
+        for (size_t k = 0; k < plan_.chains.size(); ++k)
+            for (int32_t i = plan_.chains[k].first; i < plan_.chains[k].last; ++i) chain_of_[i] = static_cast<int32_t>(k);
+        // what is used in a chain is used all along it
+        for (int32_t &last : last_)
+            if (last >= 0 && chain_of_[last] >= 0) last = plan_.chains[chain_of_[last]].last - 1;
         place_values();
         concatenate();
         for (Value &v : plan_.values) {
@@ -126,7 +153,11 @@ class Planner {
     bool is_parent(int32_t id) const { return std::find(parent_.begin(), parent_.end(), id) != parent_.end(); }
 
     // From when to when a value is needed. One that is gathered from several runs of earlier steps is needed all along.
-    int32_t first_of(int32_t id) const { return plan_.values[id].group > plan_.groups[producer_[id]] ? 0 : producer_[id]; }
+    int32_t first_of(int32_t id) const {
+        const int32_t i = producer_[id];
+        if (plan_.values[id].group > plan_.groups[i]) return 0;
+        return chain_of_[i] >= 0 ? plan_.chains[chain_of_[i]].first : i;
+    }
 
     void buffers() {
         std::vector<int32_t> buffer_of(plan_.values.size(), -1);
@@ -135,7 +166,7 @@ class Planner {
             const int32_t out = graph_.nodes[i].out;
             if (out < 0 || plan_.values[out].place != Place::ARENA || parent_[out] >= 0) continue;
             const int32_t reuse = in_place(static_cast<int32_t>(i));
-            if (reuse >= 0 && all[buffer_of[reuse]].last == static_cast<int32_t>(i)) {
+            if (reuse >= 0 && all[buffer_of[reuse]].last == last_[reuse]) {
                 buffer_of[out] = buffer_of[reuse];
             } else {
                 buffer_of[out] = static_cast<int32_t>(all.size());
@@ -177,12 +208,21 @@ class Planner {
             if (parent_[id] >= 0) plan_.values[id].offset = plan_.values[parent_[id]].offset + begin_[id] * plan_.values[parent_[id]].stride;
     }
 
+    // Whether the other steps of i's chain have read a pixel of this value before step i writes it.
+    bool read_before(int32_t id, int32_t i) const {
+        for (int32_t k = chain_of_[i] < 0 ? i : plan_.chains[chain_of_[i]].first; k < i; ++k) {
+            const std::vector<int32_t> ids = reads(graph_, k);
+            if (std::find(ids.begin(), ids.end(), id) != ids.end() && !graph_.nodes[k].window.pointwise()) return false;
+        }
+        return true;
+    }
+
     // An operand whose memory the result of a step may take: read at the same place just before it is written, and not
     // needed any more.
     int32_t in_place(int32_t i) const {
         const Node &n = graph_.nodes[i];
         const int32_t id = n.kind == Kind::CONV ? n.second : n.kind == Kind::BINARY || n.kind == Kind::AFFINE ? n.x : -1;
-        if (id < 0 || (n.kind == Kind::CONV && id == n.x) || last_[id] != i) return -1;
+        if (id < 0 || (n.kind == Kind::CONV && id == n.x) || last_use_[id] != i || !read_before(id, i)) return -1;
         const Value &from = plan_.values[id], &to = plan_.values[n.out];
         const bool same = from.place == Place::ARENA && from.stride == to.stride && from.group == to.group && parent_[id] < 0 && !is_parent(id) && !is_parent(n.out);
         return same && from.group == plan_.groups[producer_[id]] && to.group == plan_.groups[i] ? id : -1;
@@ -190,7 +230,7 @@ class Planner {
 
     const Graph &graph_;
     Plan &plan_;
-    std::vector<int32_t> producer_, last_, parent_, begin_;
+    std::vector<int32_t> producer_, last_, parent_, begin_, last_use_, chain_of_;
 };
 
 }  // namespace
@@ -203,6 +243,7 @@ Plan make_plan(const Graph &graph, int32_t batch, int32_t threads) {
             plan.segments.push_back({static_cast<int32_t>(i), static_cast<int32_t>(i), plan.groups[i]});
         plan.segments.back().last = static_cast<int32_t>(i) + 1;
     }
+    plan.chains = choose_chains(graph, plan.groups);
     Planner(graph, plan).run();
     return plan;
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 
 #include "engine/program.h"
 
@@ -35,7 +36,6 @@ void describe_kernel(const Step &step, char *out, size_t size) {
 
 }  // namespace
 
-// Steps from the graph and the plan; configs and weights are still missing.
 void make_steps(rarefy_program &program) {
     const Graph &g = program.graph;
     program.steps.resize(g.nodes.size());
@@ -94,8 +94,8 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
         if (!wrong.empty()) return refuse(wrong);
         finish_program(*program);
         return program.release();
-    } catch (const std::bad_alloc &) {
-        return refuse("there is not enough memory");
+    } catch (const std::exception &e) {
+        return refuse(std::string("there is not enough memory for this program: ") + e.what());
     }
 }
 

@@ -83,6 +83,13 @@ struct Segment {
     int32_t first, last, group;
 };
 
+// Steps [first, last) that are run in bands: each reads what the one before makes, as soon as enough of it is there, so
+// that it is still in a near cache.
+enum { MAX_CHAIN = 8 };
+struct Chain {
+    int32_t first, last;
+};
+
 // Memory of one running thread.
 struct Workspace {
     std::unique_ptr<float, void (*)(void *)> memory{nullptr, nullptr};
@@ -92,6 +99,7 @@ struct Workspace {
 struct Plan {
     std::vector<Value> values;
     std::vector<Segment> segments;
+    std::vector<Chain> chains;        // in order
     std::vector<int32_t> groups;      // of the steps
     int64_t arena_floats = 0;
     std::vector<std::vector<int32_t>> copied;  // of the steps that are CONCAT: operands that do not lie in place
@@ -137,6 +145,13 @@ void finish_program(rarefy_program &program);
 // Chooses the config of every convolution and makes its weights; an empty string, or what cannot be.
 std::string choose(rarefy_program &program, const Graph &graph, double seconds);
 
+// Steps from graph and plan; configs and weights are still missing.
+void make_steps(rarefy_program &program);
+
+// Checks the weights of a step that was read from a file; if that was saved under other lanes than ours they are made anew,
+// under a config chosen by rule. An empty string, or what is wrong.
+std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
+
 std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images);
 
 Workspace take(const rarefy_program &program);
@@ -157,8 +172,21 @@ int64_t pool_margin(const Step &step);
 // Runs a step on `images` images (1 or step.group) from image `at` of the frame's share.
 void run_step(const Frame &frame, const Step &step, int64_t at, int64_t images);
 
+// The checksum of a saved program, whose own 8 bytes from CHECKSUM_AT on count as 0. size is at least 64.
+enum { CHECKSUM_AT = 24 };
+uint64_t block_sum(const uint8_t *data, size_t size);
+
 // CPU time of this thread.
 double thread_seconds();
+
+// A convolution's tiles or a pooling's rows, in order: which pixels of its input must be there, and up to which pixel its
+// result is there afterwards.
+struct Unit {
+    int64_t need, done;
+};
+int64_t unit_count(const Step &step, int64_t images);
+Unit unit_of(const Step &step, int64_t images, int64_t unit);
+void run_units(const Frame &frame, const Step &step, int64_t at, int64_t images, int64_t from, int64_t to);
 
 int32_t fail(char *error, int64_t size, const std::string &message);
 

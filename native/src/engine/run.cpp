@@ -38,13 +38,56 @@ struct Runner {
     Barrier *barrier;
     double *seconds;
 
+    template <class F>
+    void timed(int32_t step, const F &body) {
+        const double before = seconds ? thread_seconds() : 0.0;
+        body();
+        if (seconds) seconds[step] += thread_seconds() - before;
+    }
+
     void steps(const Segment &segment, int64_t at, int64_t images) {
-        for (int32_t i = segment.first; i < segment.last; ++i) {
-            const double before = seconds ? thread_seconds() : 0.0;
-            run_step(frame, frame.program->steps[i], at, images);
+        const auto &chains = frame.program->plan.chains;
+        auto next = std::find_if(chains.begin(), chains.end(), [&](const Chain &c) { return c.first >= segment.first; });
+        for (int32_t i = segment.first; i < segment.last;) {
+            if (next != chains.end() && next->first == i && frame.parts == 1) {
+                chain(*next, at, images);
+                i = next++->last;
+                continue;
+            }
+            timed(i, [&] { run_step(frame, frame.program->steps[i], at, images); });
             barrier->wait();
-            if (seconds) seconds[i] += thread_seconds() - before;
+            ++i;
         }
+    }
+
+    void chain(const Chain &c, int64_t at, int64_t images) {
+        const auto &all = frame.program->steps;
+        int64_t next[MAX_CHAIN] = {}, done[MAX_CHAIN] = {};
+        const int32_t count = c.last - c.first;
+        const int64_t units = unit_count(all[c.first], images);
+        while (next[0] < units) {
+            for (int32_t k = 0; k < count; ++k) {
+                const Step &step = all[c.first + k];
+                const int64_t from = next[k], end = unit_count(step, images);
+                // the first does one; the others whatever can be done
+                while (next[k] < end && (k > 0 || next[k] == from) && ready(c, step, k, done, unit_of(step, images, next[k]))) {
+                    done[k] = std::max(done[k], unit_of(step, images, next[k]).done);
+                    ++next[k];
+                }
+                if (next[k] > from) timed(c.first + k, [&] { run_units(frame, step, at, images, from, next[k]); });
+            }
+        }
+    }
+
+    bool ready(const Chain &c, const Step &step, int32_t k, const int64_t *done, const Unit &unit) const {
+        if (k > 0 && unit.need > done[k - 1]) return false;
+        for (int32_t j = 0; j < k; ++j) {
+            // a residual must be there; and have been read, since the result may be written over it
+            const Node &before = frame.program->steps[c.first + j].node;
+            const bool same = before.out == step.node.second || (before.x == step.node.second && before.window.pointwise());
+            if (step.node.second >= 0 && same && unit.done > done[j]) return false;
+        }
+        return true;
     }
 
     // All steps up to segment k for `images` images.

@@ -74,11 +74,7 @@ void conv_vector(const Frame &f, const Step &s, int64_t at) {
         for (int64_t r = 0; r < call.rows; ++r) f.program->kernels->activate(s.node.activation, call.y + r * y.stride, call.y + r * y.stride, 1);
 }
 
-void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
-    if (s.config.vector) {
-        for (int64_t i = 0; i < images; ++i) conv_vector(f, s, at + i);
-        return;
-    }
+void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t first_tile, int64_t last_tile) {
     const Kernels &k = *f.program->kernels;
     const Tiling &tiling = s.tiling(images);
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
@@ -91,11 +87,11 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
     std::memset(packed + zero, 0, static_cast<size_t>(width) * sizeof(float));
 
     // a tile is shared between threads by its rows where there are fewer tiles than threads
-    const int64_t tiles = static_cast<int64_t>(tiling.tiles.size());
+    const int64_t tiles = last_tile - first_tile;
     const int64_t split = f.parts == 1 ? 1 : std::min<int64_t>(chunks, (2 * f.parts + tiles - 1) / tiles);
     const Share mine(f, tiles * split);
     for (int64_t unit = mine.from; unit < mine.to; ++unit) {
-        const Tile &tile = tiling.tiles[unit / split];
+        const Tile &tile = tiling.tiles[first_tile + unit / split];
         const int64_t first_chunk = chunks * (unit % split) / split, last_chunk = chunks * (unit % split + 1) / split;
         BlockCall call = {};
         call.packed = packed;
@@ -132,7 +128,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
-void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
+void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t last_row) {
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const Share mine(f, f.program->plan.values[s.node.out].shape.channels);
@@ -153,7 +149,7 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
     call.average = average;
     call.scale = s.scale.data();
     for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (int64_t row = 0; row < w.out_h * images; ++row) {
+        for (int64_t row = first_row; row < last_row; ++row) {
             const int64_t image = row / w.out_h;
             call.row_count = 0;
             for (int64_t k = 0; k < w.kernel[0]; ++k) {
@@ -272,10 +268,34 @@ void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
 
 }  // namespace
 
+int64_t unit_count(const Step &s, int64_t images) {
+    return s.node.kind == Kind::POOL ? s.node.window.out_h * images : static_cast<int64_t>(s.tiling(images).tiles.size());
+}
+
+Unit unit_of(const Step &s, int64_t images, int64_t i) {
+    if (s.node.kind != Kind::POOL) {
+        const Tile &tile = s.tiling(images).tiles[i];
+        return {tile.need, tile.y + tile.pixels};
+    }
+    const Window &w = s.node.window;
+    const int64_t image = i / w.out_h, last = i % w.out_h * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
+    return {(image * w.in_h + std::min<int64_t>(last + 1, w.in_h)) * w.in_w, (i + 1) * w.out_w};
+}
+
+void run_units(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t from, int64_t to) {
+    if (s.node.kind == Kind::POOL) pool(f, s, at, from, to);
+    else conv(f, s, at, images, from, to);
+}
+
 void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
     switch (s.node.kind) {
-        case Kind::CONV: return conv(f, s, at, images);
-        case Kind::POOL: return pool(f, s, at, images);
+        case Kind::CONV:
+            if (s.config.vector) {
+                for (int64_t i = 0; i < images; ++i) conv_vector(f, s, at + i);
+                return;
+            }
+            return run_units(f, s, at, images, 0, unit_count(s, images));
+        case Kind::POOL: return run_units(f, s, at, images, 0, unit_count(s, images));
         case Kind::GLOBAL_AVERAGE: return global_average(f, s, at, images);
         case Kind::BINARY:
         case Kind::AFFINE: return elementwise(f, s, at, images);

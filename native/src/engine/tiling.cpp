@@ -206,8 +206,10 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
                 int64_t index[MAX_LANES];
                 const int64_t f = from * L + copies[c].low + copies[c].shift + v * L;
                 const bool wanted = v < copy_vectors[c] - (vectors - tile.vectors);
-                for (int32_t lane = 0; lane < L; ++lane)
+                for (int32_t lane = 0; lane < L; ++lane) {
                     index[lane] = wanted ? grid.source(f + lane, copies[c].phase_y, copies[c].column) : -1;
+                    tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
+                }
                 packs.push_back(classifier.pack(index));
             }
         }

@@ -107,7 +107,8 @@ class _Graph:
                     f"the model changes {output.target!r} in its forward; an engine keeps no state: give it as an input"
                 )
         nodes = {node.name: node for node in program.graph.nodes}
-        self.batch = str(nodes[self.inputs[0]].meta["val"].shape[0])
+        shape = nodes[self.inputs[0]].meta["val"].shape
+        self.batch = str(shape[0]) if shape else "1"
 
     def _add_constant(self, name: str, value: Any, source: str) -> None:
         if not isinstance(value, Tensor):
@@ -135,7 +136,7 @@ class _Graph:
             outputs=outputs,
             single=single,
             steps=tuple(steps),
-            values={name: values[name] for name in (*self.inputs, *(s.output for s in steps)) if name in values},
+            values={name: values[name] for name in (*self.inputs, *(s.output for s in steps), *read) if name in values},
             constants={name: value for name, value in self.constants.items() if name in read},
             batch=None if self.fixed_because is None else int(self.batch),
             fixed_because=self.fixed_because,

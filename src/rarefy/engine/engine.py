@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Item
+from rarefy.engine.segments import Item, samples
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Report:
         seconds: what compiling took, all in all.
         measuring_seconds: the part of it that went into measuring which kernel is fastest.
         chosen: what runs the network: "native", "native by rule" (kernels chosen without measuring), "PyTorch",
-            "PyTorch, oneDNN" or "native and PyTorch".
+            "PyTorch, oneDNN", "native and PyTorch" (some layers by PyTorch) or "native with PyTorch's activations".
         candidates: seconds of each of these on the example, where they were measured.
         weights: how they are stored, "float32" or "bfloat16".
         weight_bytes: weights, biases and indices in memory.
@@ -105,7 +105,7 @@ class Engine:
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         values = self._values(inputs or self.example())
-        batch = values[self.inputs[0].name].shape[0]
+        batch = samples(values[self.inputs[0].name].shape)
         with torch.no_grad(), torch_threads(1):
             took = time_items(self._items, self._freed, values, rounds)
         return profile(self._items, took, batch, self._names, self._layers, self._reasons)
@@ -138,7 +138,8 @@ class Engine:
             raise TypeError(f"input {port.name!r} must be {port.dtype}, got {x.dtype}: convert it first")
         if x.device.type != "cpu":
             raise ValueError(f"input {port.name!r} must be on the CPU, got {x.device}: call it with x.cpu()")
-        expected = (f"batch of {self.batch}" if self.batch is not None else "batch", *map(str, port.shape[1:]))
+        batch = "batch" if self.batch is None else f"batch of {self.batch}"
+        expected = (batch, *map(str, port.shape[1:])) if port.shape else ()
         given = tuple(x.shape)
         what = f"input {port.name!r} must have the shape ({', '.join(expected)}), got {given}"
         if len(given) != len(port.shape):
@@ -152,5 +153,5 @@ class Engine:
             )
         if self.batch is not None and given[:1] != port.shape[:1]:
             raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
-        if not given or given[0] < 1:
+        if given and given[0] < 1:
             raise ValueError(f"{what}: the batch must not be empty")

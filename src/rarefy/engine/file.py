@@ -109,7 +109,7 @@ class _Writer:
         """An item of an engine as JSON."""
         if isinstance(item, Segment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
-            return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps)}
+            return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps), "rows": item.rows}
         if isinstance(item, Operator):
             _check_target(item.target)
         if isinstance(item, Packed):
@@ -278,7 +278,7 @@ class _Reader:
                 if [math.prod(port.shape) for port in told] != [math.prod(shape) for shape, _ in given]:
                     raise ValueError(f"a program has other {name}")
                 ports.append(told)
-            return Segment(program, ports[0], ports[1], tuple(about["steps"]))
+            return Segment(program, ports[0], ports[1], tuple(about["steps"]), float(about["rows"]))
         kind = _STEPS[about["step"]]
         given_fields = {name: self._value(value) for name, value in about["fields"].items()}
         if kind is Operator:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.onednn import Packed, packed
+from rarefy.engine.passes import split_activations
 from rarefy.engine.plan import Conv, Layer, Plan, Step, last_uses
 from rarefy.engine.reference import run_step
-from rarefy.engine.segments import Item, Lowered, Options, Segment, lower
+from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, samples
 
 _ROUNDS = 5
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
@@ -24,6 +25,7 @@ _LEAST_SECONDS = 0.002  # of one measurement of a layer
 _CLEARLY_FASTER = 0.9
 #: Giving layers to PyTorch is only tried where it may save this share of the whole time.
 _WORTH_TRYING = 0.03
+_SPLIT = "native with PyTorch's activations"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Choice:
     """What was chosen to run a plan.
 
     Attributes:
+        plan: what they are of: the plan that was given, or one with more steps that computes the same.
         lowered: the programs and steps to run.
         candidates: seconds that each way to run the whole plan took on the example, by name; empty if not measured.
         chosen: the name of the way that was taken.
@@ -55,6 +58,7 @@ class Choice:
         seconds: what measuring took.
     """
 
+    plan: Plan
     lowered: Lowered
     candidates: Mapping[str, float]
     chosen: str
@@ -104,7 +108,7 @@ def walk(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, LayerFacts]]:
     """Run the plan in PyTorch: the shape of each value, and facts of each layer, its time among them if ``timed``."""
     values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
     layers: dict[str, LayerFacts] = {}
     for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
         result = values[step.output] = run_step(step, values)
@@ -113,10 +117,9 @@ def walk(
             if timed:
                 other = packed(step, tuple(values[step.input].shape)) if isinstance(step, Conv) else None
                 seconds = min(_time(each, values) for each in (step, other) if each is not None)
-            layers[step.output] = _facts(step, result, inputs[0].shape[0], seconds)
-        for name in (*step.inputs, step.output):
-            if isinstance(values[name], Tensor):
-                shapes[name] = tuple(values[name].shape)
+            layers[step.output] = _facts(step, result, samples(inputs[0].shape), seconds)
+        if isinstance(result, Tensor):
+            shapes[step.output] = tuple(result.shape)
         for name in freed:
             del values[name]
     return shapes, layers
@@ -136,9 +139,16 @@ def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mappi
     }
     if slow:
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
+    split, apart = split_activations(plan)
+    if apart:
+        shapes = {**options.shapes, **{before: options.shapes[after] for after, before in apart.items()}}
+        ways[_SPLIT] = lower(split, replace(options, shapes=shapes), apart)
     times = _race(ways, plan, inputs, options.threads)
     chosen = min(times, key=lambda name: times[name])
-    return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
+    if chosen == _SPLIT:
+        layers = {f"{name} before" if name in apart else name: facts for name, facts in layers.items()}
+        plan = split
+    return Choice(plan, ways[chosen], times, chosen, layers, time.perf_counter() - begun)
 
 
 def in_torch(plan: Plan, because: str) -> Lowered:
@@ -211,9 +221,9 @@ def _slower_than_torch(
     for item, took in zip(native.items, times, strict=True):
         if isinstance(item, Segment):
             for step, seconds in zip(item.program.steps(), took.min(0), strict=True):
-                known = None if step.name not in layers else layers[step.name].torch_seconds
-                if known is not None and known * inputs[0].shape[0] < _CLEARLY_FASTER * seconds:
-                    saved[step.name] = seconds - known * inputs[0].shape[0]
+                known = layers[step.name].torch_seconds if step.kind != "input" and step.name in layers else None
+                if known is not None and known * samples(inputs[0].shape) < _CLEARLY_FASTER * seconds:
+                    saved[step.name] = seconds - known * samples(inputs[0].shape)
     whole = sum(took.min(0).sum() for took in times)
     return set(saved) if sum(saved.values()) > _WORTH_TRYING * whole else set()
 

@@ -128,12 +128,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
 def _functions() -> dict[str, Callable[..., Any]] | None:
     """The functions of the library, by name; None without one."""
     library = _library._library()
-    if library is None or not hasattr(library, "rarefy_builder_new"):
+    if library is None or not all(hasattr(library, f"rarefy_{name}") for name in _FUNCTIONS):
         return None
     found = {}
     for name, (restype, argtypes, fails) in _FUNCTIONS.items():
-        if not hasattr(library, f"rarefy_{name}"):
-            continue
         function = getattr(library, f"rarefy_{name}")
         function.restype, function.argtypes = restype, (*argtypes, *((_TEXT, _INT64) if fails else ()))
         found[name] = _checked(function) if fails else function

@@ -106,11 +106,11 @@ def profile(
         seconds = [float(each) for each in np.median(times, 0)]
         if isinstance(item, Segment):
             for facts, each in zip(item.program.steps(), seconds, strict=True):
-                dense = facts.dense_seconds or None
-                name = names.get(facts.name, facts.name)
-                rows.append(
-                    _row(name, facts.kind, facts.kernel, each, total, batch, layers.get(facts.name), dense, most, "")
-                )
+                dense = facts.dense_seconds * item.rows or None
+                port = facts.kind in ("input", "output")  # known by the value, not by the step that made it
+                name = facts.name if port else names.get(facts.name, facts.name)
+                fact = None if port else layers.get(facts.name)
+                rows.append(_row(name, facts.kind, facts.kernel, each, total, batch, fact, dense, most, ""))
         else:
             note = reasons.get(item.output, "")
             fact = layers.get(item.output)

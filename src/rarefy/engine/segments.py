@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -39,12 +39,17 @@ class Port:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A native program in the place of steps that follow each other."""
+    """A native program in the place of steps that follow each other.
+
+    ``rows`` is how many of its samples there are for one of the network's: more than one where it takes each row of a
+    matrix as a sample.
+    """
 
     program: Program
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     steps: tuple[str, ...]  # the values that they make
+    rows: float = 1.0
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -183,12 +188,14 @@ class _Segment:
         inputs = tuple(self.inputs.values())
         example = self.options.shapes[inputs[0].value]
         layers = [len([s for s in steps if isinstance(s, (Conv, Linear))]) for steps in (self.steps, self.plan.steps)]
+        batch = max(1, math.prod(example[: len(example) - len(inputs[0].shape)]))
         program = self.builder.finish(
-            batch=max(1, math.prod(example[: len(example) - len(inputs[0].shape)])),
+            batch=batch,
             threads=self.options.threads,
             tune_seconds=self.options.tune_seconds * layers[0] / max(1, layers[1]),
         )
-        return Segment(program, inputs, tuple(outputs), tuple(step.output for step in self.steps))
+        rows = batch / samples(self.options.shapes[self.plan.inputs[0]])
+        return Segment(program, inputs, tuple(outputs), tuple(step.output for step in self.steps), rows)
 
     def _add(self, step: Step) -> tuple[int | None, int]:
         """Layout and number of the value that the step makes."""
@@ -321,6 +328,11 @@ class _Segment:
             self.ids[key] = self.builder.input(_geometry(shape, key[1]), key[1], name)
             self.inputs[key] = Port(name, shape)
         return self.ids[key]
+
+
+def samples(shape: Sequence[int]) -> int:
+    """How many samples an input of the network holds."""
+    return shape[0] if shape else 1
 
 
 def _geometry(shape: tuple[int, ...], layout: int) -> tuple[int, int, int]:

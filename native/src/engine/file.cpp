@@ -1,0 +1,333 @@
+// A program as one block of bytes.
+//
+// A header of 64 bytes, then sections that each begin at a multiple of 64: numbers as this machine has them (little endian),
+// every section with its length before it, in an order that reader and writer share. What follows from the rest, where
+// values lie and how tiles are cut, is not in the file but made again, so that nothing in a file can place a value outside
+// the memory that is planned for it; what the weights say is checked by check_weights.
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <exception>
+
+#include "engine/program.h"
+
+namespace rarefy::engine {
+
+namespace {
+
+constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
+constexpr uint32_t VERSION = 1;
+
+struct Header {
+    char magic[8];
+    uint32_t version, header_bytes;
+    uint64_t bytes, checksum;  // of the whole block; of what follows the header
+    int32_t lanes, batch, threads, nodes, values;
+    char isa[12];
+};
+static_assert(sizeof(Header) == 64 && offsetof(Header, checksum) == CHECKSUM_AT, "the header is part of the format");
+
+// Four lanes of 64-bit multiply and rotate: fast, and every changed byte changes it.
+uint64_t checksum(const uint8_t *data, size_t size) {
+    constexpr uint64_t PRIME = 0x9E3779B185EBCA87u;
+    uint64_t lane[4] = {1, 2, 3, 4};
+    const auto mix = [](uint64_t h, uint64_t word) {
+        h = (h ^ word) * PRIME;
+        return h ^ h >> 29;
+    };
+    size_t i = 0;
+    for (; i + 32 <= size; i += 32) {
+        uint64_t word[4];
+        std::memcpy(word, data + i, sizeof word);
+        for (int k = 0; k < 4; ++k) lane[k] = mix(lane[k], word[k]);
+    }
+    for (; i < size; ++i) lane[0] = mix(lane[0], data[i] + 1u);
+    uint64_t h = size;
+    for (const uint64_t l : lane) h = mix(h, l);
+    return h;
+}
+
+class Writer {
+   public:
+    explicit Writer(uint8_t *out) : out_(out) {}
+
+    void bytes(const void *data, size_t size) {
+        align(8);
+        const uint64_t length = size;
+        raw(&length, sizeof length);
+        align(64);
+        raw(data, size);
+    }
+    template <class T>
+    void array(const Array<T> &a) { bytes(a.data(), static_cast<size_t>(a.bytes())); }
+    template <class T>
+    void vector(const std::vector<T> &a) { bytes(a.data(), a.size() * sizeof(T)); }
+    void align(size_t to) {
+        static const uint8_t zeros[64] = {};
+        raw(zeros, (to - at_ % to) % to);
+    }
+    size_t size() const { return at_; }
+
+    void raw(const void *data, size_t size) {
+        if (out_ && size) std::memcpy(out_ + at_, data, size);
+        at_ += size;
+    }
+
+   private:
+    uint8_t *out_;
+    size_t at_ = 0;
+};
+
+class Reader {
+   public:
+    Reader(const uint8_t *data, size_t size) : data_(data), size_(size) {}
+
+    // A section of whole T's, in place; none and not good() where it does not fit.
+    template <class T>
+    Array<T> array() {
+        align(8);
+        uint64_t length = 0;
+        if (!good_ || size_ - at_ < sizeof length) return none<T>();
+        std::memcpy(&length, data_ + at_, sizeof length);
+        at_ += sizeof length;
+        align(64);
+        if (!good_ || length > size_ - at_ || length % sizeof(T)) return none<T>();
+        const T *first = reinterpret_cast<const T *>(data_ + at_);
+        at_ += length;
+        return Array<T>(first, static_cast<int64_t>(length / sizeof(T)));
+    }
+    template <class T>
+    std::vector<T> vector() {
+        const Array<T> a = array<T>();
+        return std::vector<T>(a.data(), a.data() + a.size());
+    }
+    bool good() const { return good_; }
+    bool ended() {
+        align(64);
+        return good_ && at_ == size_;
+    }
+
+   private:
+    template <class T>
+    Array<T> none() {
+        good_ = false;
+        return {};
+    }
+    void align(size_t to) {
+        const size_t skip = (to - at_ % to) % to;
+        if (skip > size_ - at_) good_ = false;
+        else at_ += skip;
+    }
+    const uint8_t *data_;
+    const size_t size_;
+    size_t at_ = sizeof(Header);
+    bool good_ = true;
+};
+
+// What a file says of a step besides its node.
+struct Facts {
+    Config config;
+    int64_t stored, total_weights, nonzeros, macs, dense_macs;
+    double tuned_seconds, dense_seconds;
+};
+
+void write(const rarefy_program &p, Writer &out) {
+    out.vector(p.graph.values);
+    out.vector(p.graph.nodes);
+    for (size_t i = 0; i < p.steps.size(); ++i) {
+        const Step &s = p.steps[i];
+        out.bytes(p.graph.names[i].data(), p.graph.names[i].size());
+        out.vector(p.graph.operands[i]);
+        const Facts facts = {s.config, s.weights.stored, s.total_weights, s.nonzeros, s.macs, s.dense_macs, s.tuned_seconds, s.dense_seconds};
+        out.bytes(&facts, sizeof facts);
+        out.array(s.first);
+        out.array(s.other);
+        out.array(s.weights.values);
+        out.array(s.weights.offsets);
+        out.array(s.weights.groups);
+        out.array(s.weights.row_ids);
+        out.array(s.weights.chunks);
+        out.array(s.weights.starts);
+    }
+    out.align(64);
+}
+
+Header header_of(const rarefy_program &p, size_t bytes) {
+    Header h = {};
+    std::memcpy(h.magic, MAGIC, sizeof h.magic);
+    h.version = VERSION;
+    h.header_bytes = sizeof h;
+    h.bytes = bytes;
+    h.lanes = p.kernels->lanes;
+    h.batch = p.batch;
+    h.threads = p.threads;
+    h.nodes = static_cast<int32_t>(p.graph.nodes.size());
+    h.values = static_cast<int32_t>(p.graph.values.size());
+    std::memcpy(h.isa, p.isa.data(), std::min(p.isa.size(), sizeof h.isa - 1));
+    return h;
+}
+
+bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
+
+// Whether graph is one that a builder would have made; the shapes in it are compared with what they must be.
+std::string check_graph(const Graph &given) {
+    Graph graph;
+    for (size_t i = 0; i < given.nodes.size(); ++i) {
+        const Node &n = given.nodes[i];
+        const std::string at = "step " + std::to_string(i) + ": ";
+        if (!in(static_cast<int32_t>(n.kind), 0, static_cast<int32_t>(Kind::KINDS) - 1)) return at + "its kind is unknown";
+        if (n.operands != static_cast<int32_t>(given.operands[i].size())) return at + "its operands are wrong";
+        const size_t next = graph.values.size();
+        if (n.kind != Kind::OUTPUT && (n.out != static_cast<int32_t>(next) || next >= given.values.size())) return at + "its result is wrong";
+        if (n.kind == Kind::OUTPUT && n.out != -1) return at + "its result is wrong";
+        if ((n.kind == Kind::CONV || n.kind == Kind::BINARY) ? n.second < -1 : n.second != -1) return at + "its operands are wrong";
+        if (n.kind == Kind::INPUT || n.kind == Kind::CONCAT ? n.x != -1 : n.x < 0) return at + "its operands are wrong";
+        Shape shape = n.kind == Kind::INPUT ? given.values[next] : Shape{1, 1, 1};
+        const std::string wrong = infer(graph, n, given.operands[i], &shape);
+        if (!wrong.empty()) return at + wrong;
+        const Window &w = n.window;
+        if (w.out_h != shape.height || w.out_w != shape.width) return at + "its shape is wrong";
+        if (n.x >= 0 && (w.in_h != graph.values[n.x].height || w.in_w != graph.values[n.x].width)) return at + "its shape is wrong";
+        if (n.kind == Kind::OUTPUT) continue;
+        if (!(given.values[next] == shape)) return at + "its shape is wrong";
+        graph.values.push_back(shape);
+    }
+    if (graph.values.size() != given.values.size()) return "values do not fit the steps";
+    const auto has = [&](Kind kind) { return std::any_of(given.nodes.begin(), given.nodes.end(), [=](const Node &n) { return n.kind == kind; }); };
+    return has(Kind::INPUT) && has(Kind::OUTPUT) ? "" : "there is no input or no output";
+}
+
+std::string check_config(const rarefy_program &p, const Step &step, int32_t lanes) {
+    const Config &c = step.config;
+    if (c.reserved[0] || c.reserved[1]) return "its kernel is unknown";
+    const Shape &x = p.graph.values[step.node.x];
+    if (!in(c.kind, 0, WEIGHT_KINDS - 1) || !in(c.vector, 0, 1)) return "its kernel is unknown";
+    if (c.vector) return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535 ? "" : "its kernel does not fit it";
+    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !in(c.form, 0, 2) || !in(c.block, 1, x.channels)) return "its kernel is unknown";
+    if (p.kernels->lanes == lanes && !p.kernels->block[c.kind][c.rows][c.vectors]) return "its kernel is unknown";
+    return "";
+}
+
+}  // namespace
+
+uint64_t block_sum(const uint8_t *data, size_t size) {
+    uint8_t header[sizeof(Header)];
+    std::memcpy(header, data, sizeof header);
+    std::memset(header + CHECKSUM_AT, 0, sizeof(uint64_t));
+    const uint64_t sums[2] = {checksum(header, sizeof header), checksum(data + sizeof header, size - sizeof header)};
+    return checksum(reinterpret_cast<const uint8_t *>(sums), sizeof sums);
+}
+
+}  // namespace rarefy::engine
+
+using namespace rarefy::engine;
+
+#define RAREFY_API __attribute__((visibility("default")))
+
+extern "C" {
+
+RAREFY_API int64_t rarefy_program_size(const rarefy_program *program) {
+    Writer count(nullptr);
+    count.raw(nullptr, sizeof(Header));
+    write(*program, count);
+    return static_cast<int64_t>(count.size());
+}
+
+RAREFY_API void rarefy_program_save(const rarefy_program *program, void *out) {
+    uint8_t *bytes = static_cast<uint8_t *>(out);
+    Writer writer(bytes);
+    Header header = {};
+    writer.raw(&header, sizeof header);
+    write(*program, writer);
+    header = header_of(*program, writer.size());
+    std::memcpy(bytes, &header, sizeof header);
+    header.checksum = block_sum(bytes, writer.size());
+    std::memcpy(bytes, &header, sizeof header);
+}
+
+RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, const char *isa, char *error, int64_t error_size) {
+    const auto refuse = [&](const std::string &why) {
+        fail(error, error_size, why);
+        return nullptr;
+    };
+    try {
+        const uint8_t *bytes = static_cast<const uint8_t *>(data);
+        Header header;
+        if (size < static_cast<int64_t>(sizeof header)) return refuse("this is no engine file: it is shorter than a header");
+        std::memcpy(&header, bytes, sizeof header);
+        if (std::memcmp(header.magic, MAGIC, sizeof MAGIC) != 0) return refuse("this is no engine file");
+        if (header.version != VERSION || header.header_bytes != sizeof header)
+            return refuse("the file has format version " + std::to_string(header.version) + ", this library reads version " + std::to_string(VERSION));
+        if (header.bytes != static_cast<uint64_t>(size))
+            return refuse("the file should have " + std::to_string(header.bytes) + " bytes and has " + std::to_string(size) + ": it was cut");
+        if (reinterpret_cast<uintptr_t>(data) % 64) return refuse("the data must begin at a multiple of 64 bytes");
+        if (block_sum(bytes, static_cast<size_t>(size)) != header.checksum) return refuse("the file was altered: its checksum does not fit");
+
+        auto p = std::make_unique<rarefy_program>();
+        p->isa = isa ? isa : "";
+        p->kernels = find_kernels(&p->isa);
+        if (!p->kernels) return refuse("this CPU or this library has no instruction set " + p->isa + " for the engine");
+        p->batch = header.batch;
+        p->threads = header.threads;
+        if (p->batch < 1 || p->threads < 1 || !in(header.lanes, 4, MAX_LANES)) return refuse("the file's header is wrong");
+        Reader in_(bytes, static_cast<size_t>(size));
+        p->graph.values = in_.vector<Shape>();
+        p->graph.nodes = in_.vector<Node>();
+        const size_t count = p->graph.nodes.size();
+        if (!in_.good() || count != static_cast<size_t>(header.nodes) || p->graph.values.size() != static_cast<size_t>(header.values))
+            return refuse("the file's steps do not fit its header");
+        std::vector<Facts> facts;
+        std::vector<Step> read(count);
+        for (size_t i = 0; i < count; ++i) {
+            const std::vector<char> name = in_.vector<char>();
+            p->graph.names.emplace_back(name.begin(), name.end());
+            p->graph.operands.push_back(in_.vector<int32_t>());
+            const std::vector<Facts> one = in_.vector<Facts>();
+            if (!in_.good() || one.size() != 1) return refuse("step " + std::to_string(i) + " is cut");
+            facts.push_back(one[0]);
+            read[i].first = in_.array<float>();
+            read[i].other = in_.array<float>();
+            read[i].weights.values = in_.array<uint8_t>();
+            read[i].weights.offsets = in_.array<uint16_t>();
+            read[i].weights.groups = in_.array<Group>();
+            read[i].weights.row_ids = in_.array<int32_t>();
+            read[i].weights.chunks = in_.array<int32_t>();
+            read[i].weights.starts = in_.array<int64_t>();
+            if (!in_.good()) return refuse("step " + std::to_string(i) + " is cut");
+        }
+        if (!in_.ended()) return refuse("there is more in the file than its steps");
+        std::string wrong = check_graph(p->graph);
+        if (!wrong.empty()) return refuse(wrong);
+
+        p->plan = make_plan(p->graph, p->batch, p->threads);
+        make_steps(*p);
+        for (size_t i = 0; i < count; ++i) {
+            Step &step = p->steps[i];
+            step.first = std::move(read[i].first);
+            step.other = std::move(read[i].other);
+            step.weights = std::move(read[i].weights);
+            const std::string at = "step " + std::to_string(i) + ": ";
+            const int64_t channels = p->graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
+            const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;
+            if (step.first.size() != (conv || affine ? channels : 0) || step.other.size() != (affine ? channels : 0)) return refuse(at + "its bias is wrong");
+            if (!conv) continue;
+            step.config = facts[i].config;
+            step.weights.stored = facts[i].stored;
+            step.total_weights = facts[i].total_weights;
+            step.nonzeros = facts[i].nonzeros;
+            step.macs = facts[i].macs;
+            step.dense_macs = facts[i].dense_macs;
+            step.tuned_seconds = facts[i].tuned_seconds;
+            step.dense_seconds = facts[i].dense_seconds;
+            wrong = check_config(*p, step, header.lanes);
+            if (!wrong.empty()) return refuse(at + wrong);
+            wrong = adopt(*p, step, header.lanes);
+            if (!wrong.empty()) return refuse(at + wrong);
+        }
+        finish_program(*p);
+        return p.release();
+    } catch (const std::exception &e) {
+        return refuse(std::string("there is not enough memory for this program: ") + e.what());
+    }
+}
+}

@@ -1,0 +1,314 @@
+// The engine against sums in double, under every instruction set of this CPU; saved programs, whole, cut and altered; threads.
+// For sanitizers: every input and output ends where its numbers end. Usage: engine [cases]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine/program.h"
+#include "rarefy.h"
+#include "rarefy_engine.h"
+
+namespace {
+
+typedef std::vector<float> Floats;
+typedef std::unique_ptr<rarefy_program, void (*)(rarefy_program *)> Program;
+
+std::minstd_rand generator(7);
+int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
+int32_t one_of(std::initializer_list<int32_t> all) { return all.begin()[below(static_cast<int64_t>(all.size()))]; }
+float number() { return static_cast<float>(below(2001) - 1000) * 1e-3f; }
+Floats numbers(int64_t n) {
+    Floats all(static_cast<size_t>(n));
+    for (float &v : all) v = number();
+    return all;
+}
+
+int failures = 0;
+void expect(bool good, const std::string &what) {
+    if (good) return;
+    std::printf("wrong: %s\n", what.c_str());
+    ++failures;
+}
+
+struct Builder {
+    rarefy_builder *b = rarefy_builder_new();
+    char error[256] = "";
+    ~Builder() { rarefy_builder_free(b); }
+    int32_t input(int32_t c, int32_t h, int32_t w, int32_t layout = 0) { return check(rarefy_builder_input(b, c, h, w, layout, "x", error, 256)); }
+    int32_t conv(const rarefy_conv &c) { return check(rarefy_builder_conv(b, &c, "conv", error, 256)); }
+    void output(int32_t x, int32_t layout = 0) { check(rarefy_builder_output(b, x, layout, error, 256)); }
+    int32_t check(int32_t id) {
+        expect(id >= 0, error);
+        return id;
+    }
+    Program finish(const char *isa, int32_t batch = 1, int32_t threads = 1, double seconds = 0.0) {
+        const rarefy_options options = {isa, batch, threads, seconds};
+        Program p(rarefy_builder_finish(b, &options, error, 256), rarefy_program_free);
+        expect(p != nullptr, error);
+        return p;
+    }
+};
+
+// The last float of the memory is the last number: what reads on is seen.
+Floats run(const rarefy_program *p, const std::vector<Floats> &inputs, int64_t outputs, int64_t batch, int32_t threads) {
+    std::vector<std::unique_ptr<float[]>> held;
+    std::vector<const float *> in;
+    for (const Floats &x : inputs) {
+        held.emplace_back(new float[x.size()]);
+        std::memcpy(held.back().get(), x.data(), x.size() * sizeof(float));
+        in.push_back(held.back().get());
+    }
+    std::unique_ptr<float[]> out(new float[static_cast<size_t>(outputs)]);
+    float *to[] = {out.get()};
+    expect(rarefy_program_run(p, in.data(), to, batch, threads, nullptr) == 0, "a run fails");
+    return Floats(out.get(), out.get() + outputs);
+}
+
+bool close(const Floats &a, const Floats &b, double tolerance) {
+    if (a.size() != b.size()) return false;
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (std::isnan(a[i]) && std::isnan(b[i])) continue;
+        if (a[i] != b[i] && !(std::fabs(static_cast<double>(a[i]) - b[i]) <= tolerance * (1.0 + std::fabs(b[i])))) return false;
+    }
+    return true;
+}
+
+float rounded(float v) {
+    const uint32_t bits = static_cast<uint32_t>(rarefy::engine::to_bf16(v)) << 16;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+// One convolution of a random shape.
+void conv_case(const char *isa, int64_t number_of_case) {
+    rarefy_conv c = {};
+    c.residual = -1;
+    c.groups = one_of({1, 1, 1, 2, 3});
+    int32_t channels = c.groups * one_of({1, 2, 5, 17});
+    c.out_channels = c.groups * one_of({1, 3, 7, 23, 70});
+    if (below(5) == 0) c.out_channels = c.groups = channels = one_of({3, 19});
+    int32_t h = one_of({1, 2, 5, 7, 8, 14, 17, 28}), w = one_of({1, 3, 4, 7, 8, 14, 15, 16, 17, 28, 40});
+    const bool point = below(3) == 0;
+    for (int axis = 0; axis < 2; ++axis) {
+        c.kernel[axis] = point ? 1 : one_of({1, 2, 3, 3, 5});
+        c.stride[axis] = point ? 1 : one_of({1, 1, 2, 3});
+        c.dilation[axis] = one_of({1, 1, 2});
+    }
+    for (int32_t &p : c.padding) p = point ? 0 : one_of({0, 1, 2});
+    if (point && below(3) == 0) h = w = 1;
+    const int32_t out_h = (h + c.padding[0] + c.padding[1] - c.dilation[0] * (c.kernel[0] - 1) - 1) / c.stride[0] + 1;
+    const int32_t out_w = (w + c.padding[2] + c.padding[3] - c.dilation[1] * (c.kernel[1] - 1) - 1) / c.stride[1] + 1;
+    if (h + c.padding[0] + c.padding[1] <= c.dilation[0] * (c.kernel[0] - 1) || w + c.padding[2] + c.padding[3] <= c.dilation[1] * (c.kernel[1] - 1)) return;
+    c.activation = one_of({RAREFY_NONE, RAREFY_RELU, RAREFY_RELU6});
+    c.storage = one_of({RAREFY_F32, RAREFY_BF16});
+    const bool special = below(6) == 0;
+    c.choice = special ? RAREFY_SPARSE : one_of({RAREFY_MEASURE, RAREFY_SPARSE, RAREFY_DENSE});
+    const int64_t batch = one_of({1, 1, 2, 3, 5, 9, 17}), taps = c.kernel[0] * c.kernel[1], each = channels / c.groups;
+    Floats weight = numbers(c.out_channels * each * taps), bias = numbers(c.out_channels);
+    const int32_t keep = one_of({0, 2, 10, 50, 100});
+    for (float &v : weight)
+        if (below(100) >= keep) v = 0.0f;
+    Floats x = numbers(batch * channels * h * w), residual = numbers(batch * c.out_channels * out_h * out_w);
+    if (special)
+        for (const float v : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) x[static_cast<size_t>(below(static_cast<int64_t>(x.size())))] = v;
+    const bool add = below(2);
+
+    Floats wanted;
+    for (int64_t n = 0; n < batch; ++n)
+        for (int32_t o = 0; o < c.out_channels; ++o)
+            for (int32_t oy = 0; oy < out_h; ++oy)
+                for (int32_t ox = 0; ox < out_w; ++ox) {
+                    double sum = bias[o];
+                    for (int64_t i = 0; i < each; ++i)
+                        for (int32_t ky = 0; ky < c.kernel[0]; ++ky)
+                            for (int32_t kx = 0; kx < c.kernel[1]; ++kx) {
+                                const int32_t y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0], xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
+                                float v = weight[(o * each + i) * taps + ky * c.kernel[1] + kx];
+                                if (c.storage == RAREFY_BF16) v = rounded(v);
+                                if (v == 0.0f || y < 0 || xx < 0 || y >= h || xx >= w) continue;
+                                const int64_t channel = o / (c.out_channels / c.groups) * each + i;
+                                sum += static_cast<double>(v) * x[((n * channels + channel) * h + y) * w + xx];
+                            }
+                    if (add) sum += residual[wanted.size()];
+                    if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
+                    if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
+                    wanted.push_back(static_cast<float>(sum));
+                }
+    c.weight = weight.data();
+    c.bias = bias.data();
+    Builder b;
+    c.x = b.input(channels, h, w);
+    if (add) c.residual = b.input(c.out_channels, out_h, out_w);
+    b.output(b.conv(c));
+    const int32_t threads = one_of({1, 1, 2, 3});
+    const Program p = b.finish(isa, one_of({1, static_cast<int32_t>(batch)}), threads, below(8) == 0 ? 0.02 : 0.0);
+    if (!p) return;
+    std::vector<Floats> inputs{x};
+    if (add) inputs.push_back(residual);
+    const Floats got = run(p.get(), inputs, static_cast<int64_t>(wanted.size()), batch, threads);
+    rarefy_step_info info;
+    rarefy_program_step(p.get(), add ? 2 : 1, &info);
+    expect(close(got, wanted, 1e-5), std::string(isa) + " case " + std::to_string(number_of_case) + ", " + info.kernel);
+}
+
+// A network with every kind of step: two branches that meet again, a concatenation in place and one that is copied.
+Program network(const char *isa, int32_t batch, int32_t threads) {
+    Builder b;
+    const Floats w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24), wl = numbers(5 * 16), scale = numbers(8), shift = numbers(8), stem = numbers(8 * 3 * 9);
+    rarefy_conv c = {};
+    c.residual = -1;
+    c.out_channels = 8;
+    c.groups = 1;
+    for (int axis = 0; axis < 2; ++axis) c.kernel[axis] = 3, c.stride[axis] = c.dilation[axis] = 1;
+    for (int32_t &p : c.padding) p = 1;
+    c.activation = RAREFY_RELU;
+    c.x = b.input(3, 18, 18, RAREFY_CHANNELS_LAST);
+    c.weight = stem.data();
+    const int32_t x = c.x = b.conv(c);
+    rarefy_pool pool = {};
+    pool.x = x;
+    for (int axis = 0; axis < 2; ++axis) pool.kernel[axis] = 3, pool.stride[axis] = 2, pool.dilation[axis] = 1;
+    for (int32_t &p : pool.padding) p = 1;
+    const int32_t small = b.check(rarefy_builder_pool(b.b, &pool, "pool", b.error, 256));
+    pool.average = 1;
+    const int32_t mean = b.check(rarefy_builder_pool(b.b, &pool, "pool", b.error, 256));
+    c.weight = w3.data();
+    c.x = small;
+    c.residual = mean;
+    const int32_t deep = b.conv(c);
+    const int32_t up = b.check(rarefy_builder_upsample(b.b, deep, 2, 2, "up", b.error, 256));
+    const int32_t scaled = b.check(rarefy_builder_affine(b.b, x, scale.data(), shift.data(), RAREFY_SILU, "affine", b.error, 256));
+    const int32_t parts[] = {up, scaled, x};
+    c.x = b.check(rarefy_builder_concat(b.b, parts, 3, "concat", b.error, 256));
+    c.residual = -1;
+    c.kernel[0] = c.kernel[1] = 1;
+    for (int32_t &p : c.padding) p = 0;
+    c.weight = w1.data();
+    c.activation = RAREFY_TANH;
+    const int32_t joined = b.conv(c);
+    const int32_t gate = b.check(rarefy_builder_global_average(b.b, joined, "mean", b.error, 256));
+    const int32_t gated = b.check(rarefy_builder_binary(b.b, joined, gate, 1, RAREFY_GELU, "gate", b.error, 256));
+    pool.x = gated;
+    pool.kernel[0] = pool.kernel[1] = pool.stride[0] = pool.stride[1] = 9;
+    for (int32_t &p : pool.padding) p = 0;
+    const int32_t last = b.check(rarefy_builder_pool(b.b, &pool, "pool", b.error, 256));
+    const int32_t flat = b.check(rarefy_builder_flatten(b.b, last, "flatten", b.error, 256));
+    const int32_t two[] = {flat, gate};
+    (void)two;
+    c.x = flat;
+    c.out_channels = 5;
+    const Floats wf = numbers(5 * 32);
+    c.weight = wf.data();
+    c.activation = RAREFY_NONE;
+    b.output(b.conv(c));
+    return b.finish(isa, batch, threads);
+}
+
+struct Aligned {
+    explicit Aligned(int64_t size) : bytes(static_cast<uint8_t *>(std::aligned_alloc(64, static_cast<size_t>((size + 63) / 64 * 64)))) {}
+    ~Aligned() { std::free(bytes); }
+    uint8_t *bytes;
+};
+
+void files(const std::vector<std::string> &isas) {
+    const int64_t batch = 3;
+    const Floats x = numbers(batch * 3 * 18 * 18);
+    for (const std::string &isa : isas) {
+        const Program p = network(isa.c_str(), 2, 1);
+        const Floats wanted = run(p.get(), {x}, batch * 5, batch, 1);
+        const int64_t size = rarefy_program_size(p.get());
+        const Aligned saved(size);
+        rarefy_program_save(p.get(), saved.bytes);
+        char error[256] = "";
+        for (const std::string &other : isas) {
+            const Program q(rarefy_program_load(saved.bytes, size, other.c_str(), error, 256), rarefy_program_free);
+            expect(q != nullptr, error);
+            if (!q) continue;
+            const Floats got = run(q.get(), {x}, batch * 5, batch, 2);
+            expect(isa == other ? got == wanted : close(got, wanted, 1e-5), "a program of " + isa + " loaded under " + other);
+        }
+        for (int64_t cut = 0; cut < size; cut += 1 + size / 97) {
+            const Aligned part(cut);
+            std::memcpy(part.bytes, saved.bytes, static_cast<size_t>(cut));
+            const Program q(rarefy_program_load(part.bytes, cut, nullptr, error, 256), rarefy_program_free);
+            expect(!q, "a cut file is taken");
+        }
+        const Aligned altered(size);
+        for (int64_t i = 0; i < size; i += isa == isas[0] ? 1 : 61) {
+            std::memcpy(altered.bytes, saved.bytes, static_cast<size_t>(size));
+            altered.bytes[i] = static_cast<uint8_t>(altered.bytes[i] ^ (1u << below(8)));
+            const Program q(rarefy_program_load(altered.bytes, size, nullptr, error, 256), rarefy_program_free);
+            expect(!q, "an altered file is taken, byte " + std::to_string(i));
+        }
+        // with a checksum that fits, what is altered is refused, or runs inside its buffers
+        int64_t taken = 0;
+        for (int64_t k = 0; k < 400; ++k) {
+            std::memcpy(altered.bytes, saved.bytes, static_cast<size_t>(size));
+            const int64_t at = 64 + below(size - 64);
+            altered.bytes[at] = static_cast<uint8_t>(below(2) ? below(256) : altered.bytes[at] ^ (1u << below(8)));
+            const uint64_t sum = rarefy::engine::block_sum(altered.bytes, static_cast<size_t>(size));
+            std::memcpy(altered.bytes + rarefy::engine::CHECKSUM_AT, &sum, sizeof sum);
+            const Program q(rarefy_program_load(altered.bytes, size, isa.c_str(), error, 256), rarefy_program_free);
+            rarefy_program_info info = {};
+            if (q) rarefy_program_describe(q.get(), &info);
+            int32_t in[3] = {0, 0, 0}, out[3] = {0, 0, 0}, layout;
+            if (q && info.inputs == 1 && info.outputs == 1 && info.scratch_bytes < 1 << 24) {
+                rarefy_program_port(q.get(), 0, 0, in, &layout);
+                rarefy_program_port(q.get(), 1, 0, out, &layout);
+                if (int64_t{in[0]} * in[1] * in[2] > 1 << 20 || int64_t{out[0]} * out[1] * out[2] > 1 << 20) continue;
+                run(q.get(), {numbers(2 * in[0] * in[1] * in[2])}, 2 * out[0] * out[1] * out[2], 2, 1);
+                ++taken;
+            }
+        }
+        expect(taken > 20, "most alterations of weights should be harmless");
+    }
+}
+
+void threads(const std::string &isa) {
+    const Program one = network(isa.c_str(), 1, 2), two = network(isa.c_str(), 4, 2);
+    const Floats x = numbers(6 * 3 * 18 * 18);
+    const Floats first = run(one.get(), {x}, 30, 6, 1), second = run(two.get(), {x}, 30, 6, 1);
+    std::vector<std::thread> users;
+    std::vector<int> good(8, 1);
+    for (int u = 0; u < 8; ++u)
+        users.emplace_back([&, u] {
+            for (int k = 0; k < 6; ++k) {
+                Floats out(30);
+                const float *in[] = {x.data()};
+                float *to[] = {out.data()};
+                const int64_t batch = u % 4 < 2 ? 6 : 1;  // apart, and together on one image
+                const Program &p = u % 2 ? one : two;
+                const Floats &wanted = u % 2 ? first : second;
+                good[u] &= rarefy_program_run(p.get(), in, to, batch, 3, nullptr) == 0;
+                good[u] &= std::memcmp(out.data(), wanted.data(), static_cast<size_t>(batch * 5) * sizeof(float)) == 0;
+            }
+        });
+    for (std::thread &u : users) u.join();
+    for (const int g : good) expect(g, "programs in several threads");
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 200;
+    std::vector<std::string> isas;
+    const rarefy_kernel *table = nullptr;
+    const int64_t count = rarefy_kernels(&table);
+    for (int64_t i = 0; i < count; ++i)
+        if (std::string(table[i].name) == "engine" && table[i].supported) isas.push_back(table[i].isa);
+    for (const std::string &isa : isas) {
+        for (int64_t i = 0; i < cases; ++i) conv_case(isa.c_str(), i);
+        threads(isa);
+        std::printf("%s: %lld convolutions\n", isa.c_str(), static_cast<long long>(cases));
+    }
+    files(isas);
+    std::printf("%d failures\n", failures);
+    return failures != 0 || isas.empty();
+}
