@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,11 @@ def best_dense(found: Mapping[tuple[str, str, str], Row]) -> float:
     return min(float(found[name, "float32", "1"]["speedup"]) for name in DENSE if (name, "float32", "1") in found)
 
 
+def times(ratio: float) -> str:
+    """With two decimals, never rounded up: 1.796 does not reach 1.80."""
+    return f"{math.floor(100 * ratio) / 100:.2f}"
+
+
 def ms(row: Row | None) -> str:
     """Three digits that count."""
     return "" if row is None else f"{float(row['ms']):#.3g}".rstrip(".")
@@ -85,8 +91,8 @@ def speeds(rows: Sequence[Row]) -> str:
                 f"{100 * float(ours['macs']):.1f} %",
                 ms(ours),
                 *map(ms, peers),
-                f"{best_dense(found):.2f}",
-                "" if sparse is None else f"{float(sparse['speedup']):.2f}",
+                times(best_dense(found)),
+                "" if sparse is None else times(float(sparse["speedup"])),
             ]
         )
     peers_named = [NAMES.get(peer, peer) for peer in (*DENSE, "deepsparse")]
@@ -119,10 +125,10 @@ def targets(rows: Sequence[Row]) -> list[Target]:
         what = f"{network(ours['network'])}, batch {ours['batch']}"
         if dense is not None:
             ratio = best_dense(found)
-            judged.append(Target(f"{what}: best dense peer", f">= {dense:g}x", f"{ratio:.2f}x", ratio >= dense))
+            judged.append(Target(f"{what}: best dense peer", f">= {dense:g}x", f"{times(ratio)}x", ratio >= dense))
         if sparse is not None and ("deepsparse", "float32", "1") in found:
             ratio = float(found["deepsparse", "float32", "1"]["speedup"])
-            judged.append(Target(f"{what}: deepsparse", f">= {sparse:g}x", f"{ratio:.2f}x", ratio >= sparse))
+            judged.append(Target(f"{what}: deepsparse", f">= {sparse:g}x", f"{times(ratio)}x", ratio >= sparse))
         if ("rarefy", "bfloat16", "1") in found:
             half = found["rarefy", "bfloat16", "1"]
             ratio, size = float(half["speedup"]), float(half["weight_mb"]) / float(ours["weight_mb"])
@@ -145,9 +151,8 @@ def _memory_and_seconds(rows: Sequence[Row]) -> list[Target]:
         judged.append(Target(f"{what}: memory", f"<= {bound:.1f} MB", measured, weights + scratch <= bound))
         seconds, clock = float(row["compile_cpu_seconds"]), float(row["compile_seconds"])
         share = 100 * float(row["measuring_seconds"]) / clock
-        measured = (
-            f"{seconds:.1f} s of CPU time, {share:.0f} % measuring ({clock:.0f} s by the clock, load {row['load']})"
-        )
+        by_clock = f"{clock:.0f} s by the clock at a load of {row['load']}, {share:.0f} % of them measuring"
+        measured = f"{seconds:.1f} s of CPU time ({by_clock})"
         judged.append(Target(f"{what}: compiling", "< 20 s", measured, seconds < 20))
     return judged
 
@@ -160,7 +165,7 @@ def _threads(rows: Sequence[Row]) -> list[Target]:
             two = found["rarefy", "float32", "2"]
             ratio = 1 / float(two["speedup"])
             what = f"{network(two['network'])}, batch {two['batch']}: two threads, at a load of {two['load']}"
-            judged.append(Target(what, ">= 1.8x", f"{ratio:.2f}x", ratio >= 1.8))
+            judged.append(Target(what, ">= 1.8x", f"{times(ratio)}x", ratio >= 1.8))
     return judged
 
 
