@@ -20,6 +20,8 @@ from rarefy.rtl import flow, fpga, logic, peers, search
 from rarefy.rtl.design import Design
 
 PARTS = ("peers", "published", "carry", "logic", "functions")
+#: The parts that are placed on the FPGA too.
+PLACED = ("peers", "published")
 FUNCTIONS = ("tanh", "sigmoid", "silu", "gelu")
 FORMATS = ("bf16", "fp16", "e4m3fn", "e5m2")
 #: Error bounds of the shipped units: those of the peers, K-TanH's, and that of 64 rows with carry.
@@ -63,7 +65,7 @@ def designs(part: str) -> Iterator[tuple[str, Design]]:
 def row(part: str, name: str, design: Design) -> dict[str, Any]:
     """One design: its error, its cost by both scripts, its place on the FPGA, and how many inputs differ."""
     area, speed = (rtl.synth(design, script=script) for script in ("area", "speed"))
-    placed = None if part == "functions" else fpga.place(design)
+    placed = fpga.place(design) if part in PLACED else None
     checked = rtl.verify(design)
     fixed = design.format.name not in formats.FORMATS  # two's complement, which the measure does not order
     errors = (
@@ -196,9 +198,10 @@ def listed(part: str) -> Callable[[Sequence[Mapping[str, str]]], str]:
 
     def make(rows: Sequence[Mapping[str, str]]) -> str:
         chosen = [entry for entry in rows if entry["part"] == part]
-        if part == "functions":
-            return _table([*HEAD, "depth"], [[*cells(entry), entry["depth"]] for entry in chosen])
-        lines = [[*cells(entry), entry["speed_ge"], entry["falls"], place(entry)] for entry in chosen]
+        lines = [[*cells(entry), f"{float(entry['speed_ge']):.0f}", entry["falls"]] for entry in chosen]
+        if part not in PLACED:
+            return _table([*HEAD, "GE at that", "falls"], lines)
+        lines = [[*line, place(entry)] for line, entry in zip(lines, chosen, strict=True)]
         return _table([*HEAD, "GE at that", "falls", "LUT / RAM / MHz"], lines)
 
     return make
