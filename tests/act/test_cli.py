@@ -47,7 +47,7 @@ def test_show_for_people(capsys):
     assert "            T2  3.75: magnitudes above are 1" in lines
     assert lines[-1].split() == ["31", "126", "4", "110"]
     assert main(["table", "show"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "tanh_fp16              tanh in fp16: 110 rows, segments"
+    assert capsys.readouterr().out.splitlines()[-1] == "tanh_fp16_shifts       tanh in fp16: 11 rows, segments"
     assert printed(capsys, "table", "show") == act.names()
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +112,18 @@ def test_largest_error_of_float32_is_found_without_trying_every_input(function):
     around = np.arange(near - (1 << 20), near + (1 << 20))
     whole = np.abs(formats.FP32.decode(table.compute(around)) - oracle.evaluate(function, formats.FP32.decode(around)))
     assert errors.max() <= found == whole.max()
+
+
+def test_the_documented_errors_are_the_emitted_ones():
+    lines = (Path(__file__).parents[2] / "docs" / "rtl-units.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    formats_named = next(line[1:] for line in cells if line[0] == "function")
+    found = {line[0]: line[1:] for line in cells if line[0] in oracle.FUNCTIONS}
+    assert set(found) == {"tanh", "sigmoid", "silu", "gelu"}
+    for function, written in found.items():
+        for fmt, text in zip(formats_named, written, strict=True):
+            if fmt == "fp32":
+                table = act.load(f"{function}_bf16_shifts").to_format("fp32")
+            else:
+                table = act.load(f"{function}_{fmt}_shifts" if fmt in ("bf16", "fp16") else f"{function}_{fmt}")
+            assert text == f"{rtl.emit(table).about.max_abs:.4g} ({len(table.rows)} rows)"

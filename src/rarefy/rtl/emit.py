@@ -21,6 +21,7 @@ from rarefy.rtl.units import NAN, Unit, Wire
 
 #: The datapath of each form of table.
 _DATAPATHS = {"shift": shift_add, "carry": shift_add, "linear": linear, "segments": segments}
+_LINE = 100
 _DEFAULTS = {"style": "shift_add", "stages": 0, "handshake": False, "lanes": 1, "nan": "keep", "top": None}
 STYLES = ("shift_add", "flat", "programmable")
 
@@ -194,6 +195,7 @@ def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list
 
 
 def _wire(w: Wire) -> str:
-    return f"wire {'signed ' if w.signed else ''}{_range(w.width)}{w.name} = {w.expression};" + (
-        f"  // {w.comment}" if w.comment else ""
-    )
+    text = f"wire {'signed ' if w.signed else ''}{_range(w.width)}{w.name} = {w.expression};"
+    if len(text) > _LINE:  # one option of a choice a line
+        text = text.replace(" : ", "\n        : ")
+    return text + (f"  // {w.comment}" if w.comment else "")

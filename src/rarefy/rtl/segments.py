@@ -11,6 +11,9 @@ from rarefy.act.table import Table
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, choose, nan_result, nan_wire, width_for
 
+#: Rows up to which they are found by a ladder of comparisons.
+_LADDER = 64
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -191,11 +194,27 @@ def _fitted(name: str, width: int, wanted: int, signed: bool) -> str:
 
 
 def _ladder(width: int, address_width: int, rows: list[tuple[int, int, str]]) -> str:
-    """A function from the high bits of an input to the word of the last row that does not begin above them."""
+    """A function from the high bits of an input to the word of the last row that does not begin above them.
+
+    Comparisons from the last row down, which read well; of many rows a tree, which tools read fast.
+    """
     lines = [f"  function automatic logic [{width - 1}:0] rows(input logic [{address_width - 1}:0] t);"]
-    last = len(rows) - 1
-    for number, (first, word, comment) in enumerate(reversed(rows)):
-        test = "" if number == last else f"if (t >= {literal(address_width, first)}) "
-        start = "" if number == 0 else "else "
-        lines.append(f"    {start}{test}rows = {literal(width, word)};  // {comment}")
+
+    def place(some: list[tuple[int, int, str]], indent: str) -> None:
+        if len(some) == 1:
+            lines.append(f"{indent}rows = {literal(width, some[0][1])};  // {some[0][2]}")
+            return
+        middle = len(some) // 2
+        lines.append(f"{indent}if (t >= {literal(address_width, some[middle][0])}) begin")
+        place(some[middle:], indent + "  ")
+        lines.append(f"{indent}end else begin")
+        place(some[:middle], indent + "  ")
+        lines.append(f"{indent}end")
+
+    if len(rows) > _LADDER:
+        place(rows, "    ")
+    else:
+        for number, (first, word, comment) in enumerate(reversed(rows)):
+            test = f"if (t >= {literal(address_width, first)}) " if number < len(rows) - 1 else ""
+            lines.append(f"    {'else ' if number else ''}{test}rows = {literal(width, word)};  // {comment}")
     return "\n".join([*lines, "  endfunction"]) + "\n"
