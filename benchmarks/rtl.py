@@ -160,14 +160,13 @@ def main() -> int:
         return 0
     parts = arguments.part or PARTS
     for part in parts:
-        rows = []
+        rows = [entry for entry in results.read("rtl") if entry["part"] != part]
         named = list(designs(part))
         differing = mismatches([design for _, design in named])
         for (name, design), count in zip(named, differing, strict=True):
             rows.append(row(part, name, design, count))
             print({key: rows[-1][key] for key in SHOWN}, flush=True)
-        others = [entry for entry in results.read("rtl") if entry["part"] != part]
-        results.write("rtl", sorted([*others, *rows], key=lambda entry: PARTS.index(entry["part"])))
+            results.write("rtl", sorted(rows, key=lambda entry: PARTS.index(entry["part"])))
     return 0
 
 
