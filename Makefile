@@ -118,3 +118,9 @@ test-float32: $(STAMP)
 act-figures: $(STAMP)
 	$(BIN)/python benchmarks/act.py
 	$(BIN)/python benchmarks/act_figures.py
+
+# The benchmark of the hardware and the figure of docs/rtl.md: needs Debian's opensta and nextpnr-ice40, and half an hour.
+.PHONY: rtl-figures
+rtl-figures: $(STAMP) $(TOOLS)
+	$(BIN)/python benchmarks/rtl.py
+	$(BIN)/python benchmarks/rtl_figures.py

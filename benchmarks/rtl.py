@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import results
 from rarefy import act, rtl
 from rarefy.act import BitIndex, error, fit, formats
-from rarefy.rtl import flow, fpga, logic, peers, search
+from rarefy.rtl import flow, fpga, logic, peers, search, tools
 from rarefy.rtl.design import Design
 
 PARTS = ("peers", "published", "carry", "logic", "functions")
+#: The parts that are placed on the FPGA too.
+PLACED = ("peers", "published")
 FUNCTIONS = ("tanh", "sigmoid", "silu", "gelu")
 FORMATS = ("bf16", "fp16", "e4m3fn", "e5m2")
 #: Error bounds of the shipped units: those of the peers, K-TanH's, and that of 64 rows with carry.
@@ -48,7 +53,10 @@ def designs(part: str) -> Iterator[tuple[str, Design]]:
             tables = search.tables(error=bound)[:8]
             table = min(tables, key=lambda table: rtl.synth(rtl.emit(table, nan="quiet"), timing=False).area)
             shifts = " ".join(map(str, sorted({row[1] for row in table.rows if row[1] < 7})))
-            yield f"{len(table.rows)} rows with carry, shifts {shifts}, within {bound:g}", rtl.emit(table, nan="quiet")
+            yield (
+                f"{len(table.rows)} rows with carry, shifts {shifts}, within {bound:g}",
+                rtl.emit(table, nan="quiet", top=f"within_{int(bound * 1e6)}"),
+            )
     elif part == "logic":
         for name in logic.names():
             yield name, logic.load(name).design()
@@ -60,11 +68,43 @@ def designs(part: str) -> Iterator[tuple[str, Design]]:
                 yield f"{function}, {fmt}, slopes by shifts", rtl.emit(act.load(f"{function}_{fmt}_shifts"))
 
 
-def row(part: str, name: str, design: Design) -> dict[str, Any]:
+def mismatches(designs: Sequence[Design]) -> list[int]:
+    """On how many of all inputs the hardware of each design differs from its model.
+
+    By ``rtl.verify``; combinational designs of one width by one simulation of all together, which is quicker.
+    """
+    if any(design.latency or design.clock for design in designs):
+        return [rtl.verify(design).mismatches for design in designs]
+    found: dict[str, int] = {}
+    for n in {design.format.bits for design in designs}:
+        chosen = [design for design in designs if design.format.bits == n]
+        units = "".join(
+            f"  wire [{n - 1}:0] y{i};\n  {design.top} u{i} (.x(x), .y(y{i}));\n" for i, design in enumerate(chosen)
+        )
+        values = ", ".join(f"y{i}" for i in range(len(chosen)))
+        bench = (
+            f"module bench;\n  reg [{n - 1}:0] x;\n  integer i, file;\n{units}  initial begin\n"
+            f'    file = $fopen("answers", "w");\n    for (i = 0; i < {1 << n}; i = i + 1) begin\n      x = i;\n'
+            f'      #1 $fdisplay(file, "{" ".join(["%h"] * len(chosen))}", {values});\n    end\n'
+            "    $finish;\n  end\nendmodule\n"
+        )
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "bench.sv").write_text("".join(design.text for design in chosen) + bench)
+            flow.run([tools.program("iverilog", "simulation"), "-g2012", "-o", "bench", "bench.sv"], folder)
+            flow.run([tools.program("vvp", "simulation"), "bench"], folder)
+            lines = [line.split() for line in (folder / "answers").read_text().splitlines()]
+        bits = np.arange(1 << n)
+        for design, column in zip(chosen, zip(*lines, strict=True), strict=True):
+            expected = [f"{value:0{(n + 3) // 4}x}" for value in design.compute(bits)]
+            found[design.top] = sum(a != b for a, b in zip(column, expected, strict=True))
+    return [found[design.top] for design in designs]
+
+
+def row(part: str, name: str, design: Design, differing: int) -> dict[str, Any]:
     """One design: its error, its cost by both scripts, its place on the FPGA, and how many inputs differ."""
     area, speed = (rtl.synth(design, script=script) for script in ("area", "speed"))
-    placed = None if part == "functions" else fpga.place(design)
-    checked = rtl.verify(design)
+    placed = fpga.place(design) if part in PLACED else None
     fixed = design.format.name not in formats.FORMATS  # two's complement, which the measure does not order
     errors = (
         None if fixed else error.measure(design.about.function, design.format, design.compute(design.format.all_bits()))
@@ -81,8 +121,8 @@ def row(part: str, name: str, design: Design) -> dict[str, Any]:
         "max_abs": "" if largest is None else f"{largest:.6f}",
         "rms": "" if errors is None else f"{errors.rmse:.6f}",
         "falls": "" if errors is None else errors.falls,
-        "mismatches": checked.mismatches,
-        "inputs": checked.inputs,
+        "mismatches": differing,
+        "inputs": 1 << design.format.bits,
         "ge": f"{area.gate_equivalents:.1f}",
         "um2": f"{area.area:.0f}",
         "depth": area.depth,
@@ -120,12 +160,13 @@ def main() -> int:
         return 0
     parts = arguments.part or PARTS
     for part in parts:
-        rows = []
-        for name, design in designs(part):
-            rows.append(row(part, name, design))
+        rows = [entry for entry in results.read("rtl") if entry["part"] != part]
+        named = list(designs(part))
+        differing = mismatches([design for _, design in named])
+        for (name, design), count in zip(named, differing, strict=True):
+            rows.append(row(part, name, design, count))
             print({key: rows[-1][key] for key in SHOWN}, flush=True)
-        others = [entry for entry in results.read("rtl") if entry["part"] != part]
-        results.write("rtl", sorted([*others, *rows], key=lambda entry: PARTS.index(entry["part"])))
+            results.write("rtl", sorted(rows, key=lambda entry: PARTS.index(entry["part"])))
     return 0
 
 
@@ -196,9 +237,10 @@ def listed(part: str) -> Callable[[Sequence[Mapping[str, str]]], str]:
 
     def make(rows: Sequence[Mapping[str, str]]) -> str:
         chosen = [entry for entry in rows if entry["part"] == part]
-        if part == "functions":
-            return _table([*HEAD, "depth"], [[*cells(entry), entry["depth"]] for entry in chosen])
-        lines = [[*cells(entry), entry["speed_ge"], entry["falls"], place(entry)] for entry in chosen]
+        lines = [[*cells(entry), f"{float(entry['speed_ge']):.0f}", entry["falls"]] for entry in chosen]
+        if part not in PLACED:
+            return _table([*HEAD, "GE at that", "falls"], lines)
+        lines = [[*line, place(entry)] for line, entry in zip(lines, chosen, strict=True)]
         return _table([*HEAD, "GE at that", "falls", "LUT / RAM / MHz"], lines)
 
     return make

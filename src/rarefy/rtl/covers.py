@@ -97,7 +97,7 @@ def between(least: Booleans, most: Booleans, order: Sequence[int], inverted: boo
     cubes, table = isop(pack(low[permuted]), pack(high[permuted]), n)
     value = np.zeros(size, dtype=bool)
     value[permuted] = unpack(table, size)
-    named = tuple(tuple((order[v], polarity) for v, polarity in cube) for cube in cubes)
+    named = tuple(tuple(sorted((order[v], polarity) for v, polarity in cube)) for cube in cubes)
     return Cover(named, inverted), ~value if inverted else value
 
 
