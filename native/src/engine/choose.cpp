@@ -322,6 +322,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
                 for (const bool sparse : {true, false}) {
                     if (step.node.choice == (sparse ? RAREFY_DENSE : RAREFY_SPARSE)) continue;
                     if (step.node.choice == RAREFY_MEASURE && sparse && (depthwise(step, m) || density > 0.7)) continue;
+                    // weights that are read once an image come from memory, not from the cache that measuring fills
+                    if (step.node.choice == RAREFY_MEASURE && !sparse && step.config.vector && density < 0.45) continue;
                     Config start = step.config;
                     if (start.sparse() != sparse) {
                         Step other = {};
