@@ -118,21 +118,28 @@ inline __attribute__((always_inline)) void begin(const BlockCall &call, const Gr
 }
 
 // The end of one row of a tile that is not plain: residual, clamp, store.
-__attribute__((noinline)) void finish_row(const BlockCall &call, int32_t row, const float *sums, int vectors) {
+template <int T, bool PREFIX>
+inline __attribute__((always_inline)) void finish_vectors(const BlockCall &call, float *to, const float *from, const float *sums) {
     const V low = all(call.low), high = all(call.high);
-    float *to = call.y + row * call.y_stride;
-    const float *from = call.residual ? call.residual + row * call.residual_stride : nullptr;
-    const bool prefix = call.shape == STORE_PREFIX;
-    for (int t = 0; t < vectors; ++t) {
-        const Store s = call.stores[t];
+    const Store *stores = call.stores;
+    RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+        const Store s = stores[t];
         V v = load(sums + t * L);
         if (from) {
             const V r = load_some(from + s.at, s.dense);
-            v = add(v, prefix ? r : expand(r, s));
+            v = add(v, PREFIX ? r : expand(r, s));
         }
         v = smaller(high, larger(low, v));
-        store_some(to + s.at, s.dense, prefix ? v : compress(v, s));
+        store_some(to + s.at, s.dense, PREFIX ? v : compress(v, s));
     }
+}
+
+template <int T>
+__attribute__((noinline)) void finish_row(const BlockCall &call, int32_t row, const float *sums) {
+    float *to = call.y + row * call.y_stride;
+    const float *from = call.residual ? call.residual + row * call.residual_stride : nullptr;
+    if (call.shape == STORE_PREFIX) finish_vectors<T, true>(call, to, from, sums);
+    else finish_vectors<T, false>(call, to, from, sums);
 }
 
 template <int R, int T>
@@ -140,9 +147,9 @@ inline __attribute__((always_inline)) void end(const BlockCall &call, const Grou
     const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
     if (!last || !plain) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-            float *sums = rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            float *sums = last || rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
-            if (last && rows[r] >= 0) finish_row(call, rows[r], sums, T);
+            if (last && rows[r] >= 0) finish_row<T>(call, rows[r], sums);
         }
         return;
     }
