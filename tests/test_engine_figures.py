@@ -76,3 +76,11 @@ def test_no_answer_was_wrong() -> None:
     assert ROWS
     for each in ROWS:
         assert float(each["error"]) < (1e-3 if each["precision"] == "float32" else 1), each
+
+
+def test_the_rows_in_the_readme_are_those_of_the_docs() -> None:
+    docs = (ROOT / "docs" / "engine.md").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text().splitlines()
+    rows = [line for line in readme if line.startswith(("| ms a batch", "| ResNet-50,", "| MobileNetV1,"))]
+    assert len(rows) > 5
+    assert set(rows) <= set(docs)
