@@ -33,6 +33,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rarefy._files import write_atomically
 from rarefy.act import formats
 from rarefy.act.formats import Bits, Format
 
@@ -342,10 +343,7 @@ class Table:
 
     def save(self, path: str | Path) -> None:
         """Write the table to a file: beside it first, then renamed, so that no half-written file is left."""
-        target = Path(path)
-        beside = target.with_name(target.name + ".tmp")
-        beside.write_text(self.to_json(), encoding="utf-8")
-        beside.replace(target)
+        write_atomically(Path(path), lambda beside: beside.write_text(self.to_json(), encoding="utf-8"))
 
 
 def names() -> list[str]:

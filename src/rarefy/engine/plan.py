@@ -6,6 +6,7 @@ channels, as in PyTorch. Weights are part of the step that uses them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
@@ -51,16 +52,16 @@ class Value:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Step:
+class Step(ABC):
     """One step: ``name`` is the layer's in the model where it has one, ``output`` the value that it makes."""
 
     name: str
     output: str
 
     @property
+    @abstractmethod
     def inputs(self) -> tuple[str, ...]:
         """The values that it reads."""
-        raise NotImplementedError
 
     @property
     def kind(self) -> str:

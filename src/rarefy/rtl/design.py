@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rarefy._files import write_atomically
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
 
@@ -101,10 +102,7 @@ class Design:
 
     def save(self, path: str | Path) -> None:
         """Write the text to a file: beside it first, then renamed, so that no half-written file is left."""
-        target = Path(path)
-        beside = target.with_name(target.name + ".tmp")
-        beside.write_text(self.text, encoding="utf-8")
-        beside.replace(target)
+        write_atomically(Path(path), lambda beside: beside.write_text(self.text, encoding="utf-8"))
 
 
 def literal(width: int, value: int | np.integer[Any]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarefy._files import write_atomically
 from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Bits, Format
 from rarefy.act.oracle import Function
@@ -313,10 +314,8 @@ class Unit:
             for cover in self.covers
         ]
         data = {"rarefy_logic": FILE_VERSION, "name": self.name, "command": self.command, **asdict(self.frame)}
-        target = Path(path)
-        beside = target.with_name(target.name + ".tmp")
-        beside.write_text(json.dumps({**data, "covers": covers}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(target)
+        text = json.dumps({**data, "covers": covers}, indent=1) + "\n"
+        write_atomically(Path(path), lambda beside: beside.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_json(cls, text: str) -> Unit:
