@@ -93,7 +93,7 @@ void conv_case(const char *isa, int64_t number_of_case) {
     c.groups = one_of({1, 1, 1, 2, 3});
     int32_t channels = c.groups * one_of({1, 2, 5, 17});
     c.out_channels = c.groups * one_of({1, 3, 7, 23, 70});
-    if (below(5) == 0) c.out_channels = c.groups = channels = one_of({3, 19});
+    if (below(5) == 0) c.out_channels = (c.groups = channels = one_of({3, 19})) * one_of({1, 1, 3});
     int32_t h = one_of({1, 2, 5, 7, 8, 14, 17, 28}), w = one_of({1, 3, 4, 7, 8, 14, 15, 16, 17, 28, 40});
     const bool point = below(3) == 0;
     for (int axis = 0; axis < 2; ++axis) {

@@ -66,7 +66,7 @@ int32_t vectors_of(const rarefy_program &program, const Step &step) {
 
 // Sets the block so that a block's packed pixels take about `bytes`; false where the config cannot be.
 bool fit(const rarefy_program &program, const Step &step, const Matrix &m, Config &config, int64_t bytes) {
-    if (config.vector) return true;
+    if (!config.tiled()) return true;
     const Kernels &k = *program.kernels;
     if (!k.block[config.kind][config.rows][config.vectors]) return false;
     Window window = step.node.window;
@@ -84,7 +84,17 @@ int32_t kind_of(bool sparse, int32_t storage) {
     return storage == RAREFY_BF16 ? sparse ? SPARSE_BF16 : DENSE_BF16 : sparse ? SPARSE_F32 : DENSE_F32;
 }
 
-Config by_rule(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
+// The config of a kernel that slides over the planes, for a depthwise step.
+Config planes(const Step &step) {
+    Config c = {};
+    c.kind = kind_of(false, step.node.storage);
+    c.form = static_cast<int32_t>(Form::PLANES);
+    c.rows = c.vectors = c.block = 1;
+    return c;
+}
+
+// The config of tiles, or of vectors; no rows where there is none.
+Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
     const bool sparse = step.node.choice == RAREFY_SPARSE || (step.node.choice == RAREFY_MEASURE && density < 0.45 && !depthwise(step, m));
     Config c = {};
     c.kind = kind_of(sparse, step.node.storage);
@@ -106,6 +116,10 @@ Config by_rule(const rarefy_program &program, const Step &step, const Matrix &m,
     return c;
 }
 
+Config by_rule(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
+    return slides(step, m) && step.node.choice != RAREFY_SPARSE ? planes(step) : tiles(program, step, m, density);
+}
+
 }  // namespace
 
 int64_t pool_margin(const Step &step) {
@@ -119,6 +133,8 @@ void finish_step(rarefy_program &program, Step &step) {
     const int32_t lanes = program.kernels->lanes;
     if (step.node.kind == Kind::CONV && step.config.vector) {
         program.packed_floats = std::max<int64_t>(program.packed_floats, program.graph.values[step.node.x].channels + 2 * lanes);
+    } else if (step.node.kind == Kind::CONV && step.config.planes()) {
+        program.packed_floats = std::max<int64_t>(program.packed_floats, step.node.window.taps());
     } else if (step.node.kind == Kind::CONV) {
         step.one = tiling_of(program, step, step.config, 1);
         step.many = step.group == 1 ? step.one : tiling_of(program, step, step.config, step.group);
@@ -172,7 +188,7 @@ class Measurer {
     double seconds(Step &step, const Matrix &m, const Entries &entries, const Config &config) {
         step.config = config;
         step.one = step.many = nullptr;
-        if (!config.vector) {
+        if (config.tiled()) {
             step.one = tiling_of(program_, step, config, 1);
             step.many = step.group == 1 ? step.one : tiling_of(program_, step, config, step.group);
         }
@@ -213,14 +229,15 @@ class Search {
         consider(start, 40);
         if (start.vector) return best_;
         const bool dense = !start.sparse();
-        if (!step_.node.window.pointwise()) {
+        const Config tiled = start.planes() ? tiles(program_, step_, m_, 1.0) : start;  // tiles win on small planes
+        if (!step_.node.window.pointwise() && tiled.rows) {
             for (const Form form : {Form::SHIFTED, Form::COMPACT, Form::SINGLE}) {
-                Config c = best_.config;
+                Config c = tiled;
                 c.form = static_cast<int32_t>(form);
                 consider(c, 40);
             }
         }
-        if (!thorough) return best_;
+        if (!thorough || best_.config.planes()) return best_;
         static const int32_t sparse_tiles[][2] = {{2, 7}, {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14}, {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3}};
         static const int32_t dense_tiles[][2] = {{6, 4}, {4, 6}, {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
         static const int32_t depthwise_tiles[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
@@ -242,7 +259,7 @@ class Search {
    private:
     void consider(Config c, int32_t kilobytes) {
         const int32_t all = vectors_of(program_, step_);
-        if (!c.vector) {
+        if (c.tiled()) {
             c.vectors = std::min(c.vectors, all);
             if (!fit(program_, step_, m_, c, kilobytes << 10)) return;
         }
@@ -347,7 +364,7 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
         }
         --left;
         std::shared_ptr<const Tiling> tiling;
-        if (!step.config.vector) tiling = tiling_of(program, step, step.config, 1);
+        if (step.config.tiled()) tiling = tiling_of(program, step, step.config, 1);
         step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config, tiling.get(), program.kernels->lanes);
     }
     program.tune_seconds = measurer ? thread_seconds() - begin : 0.0;
@@ -361,12 +378,12 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes) {
     saved->lanes = lanes;
     std::unique_ptr<Tiling> tiling;
     const Config &c = step.config;
-    if (!c.vector) {
+    if (c.tiled()) {
         tiling = std::make_unique<Tiling>(make_tiling(step.node.window, 1, same ? *program.kernels : *saved, c.vectors, static_cast<Form>(c.form)));
         if (c.block > largest_block(tiling->channel_floats, c.vectors, lanes)) return "its blocks are too large";
     }
     const std::string wrong = check_weights(m, step.weights, c, tiling.get(), lanes);
-    if (!wrong.empty() || same) return wrong;
+    if (!wrong.empty() || same || c.planes()) return wrong;
     Entries entries = entries_of(m, step.weights, c, tiling.get());
     for (auto &row : entries)
         std::sort(row.begin(), row.end(), [](const Entry &a, const Entry &b) { return a.channel != b.channel ? a.channel < b.channel : a.tap < b.tap; });
@@ -376,7 +393,7 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes) {
     like.group = step.group;
     step.config = by_rule(program, like, m, 0.0);
     if (!step.config.rows) return "its kernel is too large for this instruction set";
-    if (!step.config.vector) tiling = std::make_unique<Tiling>(*tiling_of(program, step, step.config, 1));
+    if (step.config.tiled()) tiling = std::make_unique<Tiling>(*tiling_of(program, step, step.config, 1));
     step.weights = make_weights(m, entries, step.config, tiling.get(), program.kernels->lanes);
     return "";
 }

@@ -21,6 +21,8 @@ using namespace engine;
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 32")
 
+#include "depthwise.h"
+
 // ---- packing
 
 // out[c * out_stride] = f(plane of channel c), for every channel.
@@ -431,6 +433,7 @@ Kernels make() {
     fill<8, 1>(k);
     k.pack = pack;
     k.window = window;
+    k.depthwise = depthwise;
     k.vector = vector;
     k.add = add_rows;
     k.multiply = multiply_rows;

@@ -104,6 +104,19 @@ struct WindowCall {
     float *y;
 };
 
+// Rows of one channel's plane under a kernel of its own.
+struct DepthwiseCall {
+    const float *x;            // the plane
+    float *y;
+    const float *residual;     // null: none
+    const float *weight;       // kernel[0] * kernel[1] of them
+    float bias, low, high;
+    int64_t in_h, in_w, out_w;
+    int64_t kernel[2], stride[2], dilation[2];  // stride[1] is 1 or 2
+    int64_t top, left;         // padding
+    int64_t first_row, last_row;  // of y
+};
+
 enum WeightKind { SPARSE_F32, SPARSE_BF16, DENSE_F32, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
@@ -115,6 +128,7 @@ struct Kernels {
     void (*pack)(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
                  int64_t count, const int32_t *tables, int64_t ahead);
     void (*window)(const WindowCall *call);
+    void (*depthwise)(const DepthwiseCall *call);
     void (*vector)(const VectorCall *call, int32_t bf16);
     void (*add)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);

@@ -152,6 +152,9 @@ void make_steps(rarefy_program &program);
 // under a config chosen by rule. An empty string, or what is wrong.
 std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
 
+// Whether a kernel can slide over the planes of a step: a depthwise one whose columns are at most 2 apart.
+inline bool slides(const Step &step, const Matrix &m) { return step.node.groups == m.channels && step.node.window.stride[1] <= 2; }
+
 std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images);
 
 Workspace take(const rarefy_program &program);

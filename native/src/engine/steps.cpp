@@ -128,6 +128,54 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     }
 }
 
+enum { PLANE_ROWS = 4 };  // of a depthwise step's unit
+
+void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, int64_t last_unit) {
+    const Window &w = s.node.window;
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const View residual = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
+    const int64_t channels = f.program->plan.values[s.node.x].shape.channels, rows = f.program->plan.values[s.node.out].shape.channels;
+    const int64_t in = int64_t{w.in_h} * w.in_w, out = int64_t{w.out_h} * w.out_w, units = (w.out_h + PLANE_ROWS - 1) / PLANE_ROWS;
+    const Clamp clamp = clamp_of(s.node.activation);
+    DepthwiseCall call = {};
+    call.low = clamp.low;
+    call.high = clamp.high;
+    call.in_h = w.in_h;
+    call.in_w = w.in_w;
+    call.out_w = w.out_w;
+    for (int axis = 0; axis < 2; ++axis) {
+        call.kernel[axis] = w.kernel[axis];
+        call.stride[axis] = w.stride[axis];
+        call.dilation[axis] = w.dilation[axis];
+    }
+    call.top = w.top;
+    call.left = w.left;
+    const Share mine(f, rows);
+    for (int64_t r = mine.from; r < mine.to; ++r) {
+        call.weight = reinterpret_cast<const float *>(s.weights.values.data()) + r * w.taps();
+        if (s.config.bf16()) {
+            const uint16_t *half = reinterpret_cast<const uint16_t *>(s.weights.values.data()) + r * w.taps();
+            for (int32_t k = 0; k < w.taps(); ++k) f.scratch[k] = from_bf16(half[k]);
+            call.weight = f.scratch;
+        }
+        call.bias = s.first[r];
+        for (int64_t unit = first_unit; unit < last_unit;) {  // image by image
+            const int64_t image = unit / units, end = std::min(last_unit, (image + 1) * units);
+            call.x = x.at + r / (rows / channels) * x.stride + image * in;
+            call.y = y.at + r * y.stride + image * out;
+            call.residual = residual.at ? residual.at + r * residual.stride + image * out : nullptr;
+            call.first_row = unit % units * PLANE_ROWS;
+            call.last_row = std::min<int64_t>(w.out_h, (end - image * units) * PLANE_ROWS);
+            f.program->kernels->depthwise(&call);
+            if (clamp.rest) {
+                float *done = call.y + call.first_row * w.out_w;
+                f.program->kernels->activate(s.node.activation, done, done, (call.last_row - call.first_row) * w.out_w);
+            }
+            unit = end;
+        }
+    }
+}
+
 void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t last_row) {
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
@@ -268,22 +316,34 @@ void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
 
 }  // namespace
 
+namespace {
+
+// Rows of results in one unit of a step without tiles.
+int64_t unit_rows(const Step &s) { return s.node.kind == Kind::POOL ? 1 : PLANE_ROWS; }
+
+bool tiled(const Step &s) { return s.node.kind == Kind::CONV && s.config.tiled(); }
+
+}  // namespace
+
 int64_t unit_count(const Step &s, int64_t images) {
-    return s.node.kind == Kind::POOL ? s.node.window.out_h * images : static_cast<int64_t>(s.tiling(images).tiles.size());
+    if (tiled(s)) return static_cast<int64_t>(s.tiling(images).tiles.size());
+    return (s.node.window.out_h + unit_rows(s) - 1) / unit_rows(s) * images;
 }
 
 Unit unit_of(const Step &s, int64_t images, int64_t i) {
-    if (s.node.kind != Kind::POOL) {
+    if (tiled(s)) {
         const Tile &tile = s.tiling(images).tiles[i];
         return {tile.need, tile.y + tile.pixels};
     }
     const Window &w = s.node.window;
-    const int64_t image = i / w.out_h, last = i % w.out_h * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
-    return {(image * w.in_h + std::min<int64_t>(last + 1, w.in_h)) * w.in_w, (i + 1) * w.out_w};
+    const int64_t each = unit_count(s, 1), image = i / each, end = std::min((i % each + 1) * unit_rows(s), int64_t{w.out_h});
+    const int64_t last = (end - 1) * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
+    return {(image * w.in_h + std::min<int64_t>(last + 1, w.in_h)) * w.in_w, (image * w.out_h + end) * w.out_w};
 }
 
 void run_units(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t from, int64_t to) {
     if (s.node.kind == Kind::POOL) pool(f, s, at, from, to);
+    else if (s.config.planes()) depthwise(f, s, at, from, to);
     else conv(f, s, at, images, from, to);
 }
 

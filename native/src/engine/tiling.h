@@ -27,6 +27,7 @@ enum class Form : int32_t {
     SHIFTED,  // rows end at whole vectors; a copy for every kernel column: all loads are aligned
     COMPACT,  // no gaps between rows; a copy for every kernel position, but for those that differ by whole vectors
     SINGLE,   // rows with their padding between them; one copy for each phase of the stride: loads are not aligned
+    PLANES,   // no tiles: a depthwise kernel slides over the planes as they lie
 };
 
 struct Tile {

@@ -8,6 +8,10 @@ typedef __m512 V;
 inline V load(const float *p) { return _mm512_load_ps(p); }
 inline V loadu(const float *p) { return _mm512_loadu_ps(p); }
 inline V load_some(const float *p, uint32_t lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
+typedef __mmask16 Mask;
+inline Mask mask_of(uint32_t lanes) { return static_cast<Mask>(lanes); }
+inline V load_masked(const float *p, Mask mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline void store_masked(float *p, Mask mask, V v) { _mm512_mask_storeu_ps(p, mask, v); }
 inline void store(float *p, V v) { _mm512_store_ps(p, v); }
 inline void storeu(float *p, V v) { _mm512_storeu_ps(p, v); }
 inline void store_some(float *p, uint32_t lanes, V v) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), v); }
@@ -39,18 +43,21 @@ inline float total(V v) { return _mm512_reduce_add_ps(v); }
 
 constexpr int L = 8, ACCUMULATORS = 14;
 typedef __m256 V;
-inline __m256i lanes_mask(uint32_t lanes) {
+typedef __m256i Mask;
+inline Mask mask_of(uint32_t lanes) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bit), bit);
 }
 inline V load(const float *p) { return _mm256_load_ps(p); }
 inline V loadu(const float *p) { return _mm256_loadu_ps(p); }
-inline V load_some(const float *p, uint32_t lanes) { return _mm256_maskload_ps(p, lanes_mask(lanes)); }
+inline V load_some(const float *p, uint32_t lanes) { return _mm256_maskload_ps(p, mask_of(lanes)); }
+inline V load_masked(const float *p, Mask mask) { return _mm256_maskload_ps(p, mask); }
+inline void store_masked(float *p, Mask mask, V v) { _mm256_maskstore_ps(p, mask, v); }
 inline void store(float *p, V v) { _mm256_store_ps(p, v); }
 inline void storeu(float *p, V v) { _mm256_storeu_ps(p, v); }
 inline void store_some(float *p, uint32_t lanes, V v) {
     if (lanes == 255) _mm256_storeu_ps(p, v);
-    else _mm256_maskstore_ps(p, lanes_mask(lanes), v);
+    else _mm256_maskstore_ps(p, mask_of(lanes), v);
 }
 inline V all(float a) { return _mm256_set1_ps(a); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -59,7 +66,7 @@ inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V smaller(V a, V b) { return _mm256_min_ps(a, b); }
 inline V larger(V a, V b) { return _mm256_max_ps(a, b); }
 inline V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
-inline V blend(uint32_t lanes, V a, V b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(lanes_mask(lanes))); }
+inline V blend(uint32_t lanes, V a, V b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(mask_of(lanes))); }
 inline V all_bits(uint32_t a) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(a))); }
 inline V high_half(const uint32_t *p) {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(*p)), _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
@@ -98,6 +105,10 @@ inline void store_some(float *p, uint32_t lanes, V v) {
     for (int i = 0; i < L; ++i)
         if (lanes >> i & 1) p[i] = v[i];
 }
+typedef uint32_t Mask;
+inline Mask mask_of(uint32_t lanes) { return lanes; }
+inline V load_masked(const float *p, Mask mask) { return mask == 15 ? loadu(p) : load_some(p, mask); }
+inline void store_masked(float *p, Mask mask, V v) { store_some(p, mask, v); }
 inline V fma(V a, V b, V c) { return a * b + c; }
 inline V add(V a, V b) { return a + b; }
 inline V mul(V a, V b) { return a * b; }

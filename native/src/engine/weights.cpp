@@ -13,14 +13,14 @@ uint16_t to_bf16(float value) {
     return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-namespace {
-
 float from_bf16(uint16_t half) {
     const uint32_t bits = static_cast<uint32_t>(half) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+namespace {
 
 template <class T>
 void append(std::vector<uint8_t> &bytes, T value) {
@@ -58,6 +58,21 @@ Weights make_vector_weights(const Matrix &matrix, const Entries &entries, const 
     out.values = Array<uint8_t>(std::move(values));
     out.offsets = Array<uint16_t>(std::move(index));
     out.starts = Array<int64_t>(std::move(starts));
+    return out;
+}
+
+// Every row's taps, one after the other.
+Weights make_plane_weights(const Entries &entries, const Config &config) {
+    std::vector<uint8_t> values;
+    Weights out;
+    for (const auto &row : entries) {
+        for (const Entry &e : row) {
+            if (config.bf16()) append(values, to_bf16(e.value));
+            else append(values, e.value);
+        }
+        out.stored += static_cast<int64_t>(row.size());
+    }
+    out.values = Array<uint8_t>(std::move(values));
     return out;
 }
 
@@ -192,6 +207,7 @@ int32_t largest_block(int64_t channel_floats, int32_t vectors, int32_t lanes) {
 
 Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes) {
     if (config.vector) return make_vector_weights(matrix, entries, config, lanes);
+    if (config.planes()) return make_plane_weights(entries, config);
     return Maker(matrix, entries, config, *tiling).make();
 }
 
@@ -234,6 +250,12 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
             }
         return rows;
     }
+    if (config.planes()) {
+        for (int32_t row = 0; row < matrix.rows; ++row)
+            for (int32_t tap = 0; tap < matrix.taps; ++tap)
+                rows[row].push_back({row / (matrix.rows / matrix.groups), tap, value_at(weights, config, int64_t{row} * matrix.taps + tap)});
+        return rows;
+    }
     std::map<uint32_t, int32_t> tap_at;
     for (int32_t k = 0; k < matrix.taps; ++k) tap_at[tiling->taps[k]] = k;
     const int32_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
@@ -270,6 +292,7 @@ std::string check_weights(const Matrix &matrix, const Weights &weights, const Co
             if (weights.offsets[i] > matrix.channels) return "a column is out of range";
         return "";
     }
+    if (config.planes()) return stored == int64_t{matrix.rows} * matrix.taps && weights.offsets.size() == 0 ? "" : "its weights do not fit its kernel";
     const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
     const int64_t count = weights.groups.size();
     if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 || weights.chunks[blocks * chunks] != count)

@@ -45,6 +45,8 @@ struct Config {
     int32_t block;     // channels of a block
     int32_t reserved[2];
 
+    bool planes() const { return !vector && form == static_cast<int32_t>(Form::PLANES); }
+    bool tiled() const { return !vector && !planes(); }
     bool sparse() const { return kind == SPARSE_F32 || kind == SPARSE_BF16; }
     bool bf16() const { return kind == SPARSE_BF16 || kind == DENSE_BF16; }
 };
@@ -88,7 +90,7 @@ Entries entries_of(const Matrix &matrix, const float *weight, bool all);
 // The most channels whose packed floats have 16-bit offsets.
 int32_t largest_block(int64_t channel_floats, int32_t vectors, int32_t lanes);
 
-// tiling may be null for Config::vector.
+// tiling may be null for a config that is not tiled.
 Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes);
 
 // The entries that weights were made of, padding left out; for another instruction set.
@@ -99,5 +101,6 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
 std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling, int32_t lanes);
 
 uint16_t to_bf16(float value);
+float from_bf16(uint16_t half);
 
 }  // namespace rarefy::engine
