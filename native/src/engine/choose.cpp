@@ -140,7 +140,9 @@ void finish_step(rarefy_program &program, Step &step) {
         step.many = step.group == 1 ? step.one : tiling_of(program, step, step.config, step.group);
         const int64_t width = int64_t{step.config.vectors} * lanes;
         program.packed_floats = std::max(program.packed_floats, step.config.block * step.one->channel_floats + width);
-        program.sums_floats = std::max(program.sums_floats, program.graph.values[step.node.out].channels * width);
+        // sums are kept between the blocks of a tile
+        const bool blocks = step.config.block < program.graph.values[step.node.x].channels;
+        program.sums_floats = std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
         program.trash_floats = std::max(program.trash_floats, width);
     } else if (step.node.kind == Kind::POOL) {
         // its rows' addresses follow the line
@@ -153,6 +155,7 @@ void finish_step(rarefy_program &program, Step &step) {
 void finish_program(rarefy_program &program) {
     for (Step &step : program.steps) finish_step(program, step);
     for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.trash_floats}) *floats = (*floats + 31) / 16 * 16;
+    program.banded = make_banded_plan(program);
 }
 
 namespace {
@@ -160,7 +163,7 @@ namespace {
 // Runs candidates on buffers of the plan's own layout, filled with noise.
 class Measurer {
    public:
-    Measurer(rarefy_program &program, const Graph &graph) : program_(program), graph_(graph) {
+    Measurer(rarefy_program &program, const Graph &graph) : program_(program), graph_(graph), begins_(program.plan.values.size(), 0) {
         int64_t channels = 1;
         for (const Value &v : program.plan.values) {
             channels = std::max<int64_t>(channels, v.shape.channels);
@@ -172,7 +175,7 @@ class Measurer {
         program_.packed_floats = 65536 + 1024;
         program_.trash_floats = MAX_VECTORS * MAX_LANES;
         program_.sums_floats = channels * MAX_VECTORS * MAX_LANES;
-        space_ = take(program_);
+        space_ = take(program_, program_.plan);
         if (!space_.memory) throw std::bad_alloc();
         for (const auto &port : inputs_) input_pointers_.push_back(port.data());
         for (auto &port : outputs_) output_pointers_.push_back(port.data());
@@ -193,7 +196,7 @@ class Measurer {
             step.many = step.group == 1 ? step.one : tiling_of(program_, step, config, step.group);
         }
         step.weights = make_weights(m, entries, config, step.one.get(), program_.kernels->lanes);
-        const Frame frame{&program_, space_.arena, space_.scratch, input_pointers_.data(), output_pointers_.data(), 0, 0, 1};
+        const Frame frame{&program_, &program_.plan, begins_.data(), space_.arena, space_.scratch, input_pointers_.data(), output_pointers_.data(), 0, 0, 1};
         double best = 1e30, all = 0.0;
         for (int32_t i = 0; i < 12 && (i < 4 || all < 1e-3); ++i) {
             const double before = thread_seconds();
@@ -212,6 +215,7 @@ class Measurer {
     std::vector<std::vector<float>> inputs_, outputs_;
     std::vector<const float *> input_pointers_;
     std::vector<float *> output_pointers_;
+    std::vector<int64_t> begins_;
 };
 
 struct Found {

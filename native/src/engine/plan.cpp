@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t SMALL_PLANE = 64;  // pixels: layers up to this size take several images
 constexpr int32_t SMALL_GROUP = 4, VECTOR_GROUP = 64;
-constexpr int64_t LARGE_PLANE = 784;  // pixels: layers from this size on are run in bands
-constexpr size_t CHAIN_STEPS = 3;
 
 int32_t power_below(int32_t n) {
     int32_t p = 1;
@@ -44,24 +42,6 @@ std::vector<int32_t> choose_groups(const Graph &graph, int32_t images) {
     return groups;
 }
 
-// Chains of convolutions and poolings over large planes.
-std::vector<Chain> choose_chains(const Graph &graph, const std::vector<int32_t> &groups) {
-    std::vector<Chain> chains;
-    const auto large = [&](size_t i) {
-        const Node &n = graph.nodes[i];
-        return (n.kind == Kind::CONV || n.kind == Kind::POOL) && graph.values[n.x].pixels() >= LARGE_PLANE;
-    };
-    for (size_t i = 0; i < graph.nodes.size();) {
-        size_t end = i;
-        while (end < graph.nodes.size() && end - i < CHAIN_STEPS && large(end) && groups[end] == groups[i] &&
-               (end == i || graph.nodes[end].x == graph.nodes[end - 1].out))
-            ++end;
-        if (end - i > 1) chains.push_back({static_cast<int32_t>(i), static_cast<int32_t>(end)});
-        i = std::max(end, i + 1);
-    }
-    return chains;
-}
-
 // A piece of the arena: a value, or several that share their memory.
 struct Buffer {
     int64_t floats = 0, offset = 0;
@@ -70,8 +50,8 @@ struct Buffer {
 
 class Planner {
    public:
-    Planner(const Graph &graph, Plan &plan)
-        : graph_(graph), plan_(plan), producer_(graph.values.size(), -1), last_(graph.values.size(), -1),
+    Planner(const Graph &graph, Plan &plan, const std::vector<int64_t> &windows)
+        : graph_(graph), plan_(plan), windows_(windows), producer_(graph.values.size(), -1), last_(graph.values.size(), -1),
           parent_(graph.values.size(), -1), begin_(graph.values.size(), 0) {}
 
     void run() {
@@ -91,8 +71,8 @@ class Planner {
         place_values();
         concatenate();
         for (Value &v : plan_.values) {
-            const int64_t images = v.shape.pixels() * v.group;
-            v.stride = v.place != Place::ARENA ? v.shape.pixels() : images == 1 ? 1 : (images + 15) / 16 * 16;
+            const int64_t held = v.held();
+            v.stride = v.place != Place::ARENA ? v.shape.pixels() : held == 1 ? 1 : (held + 15) / 16 * 16;
             // planes that start at the same place of a page would compete for the same lines of a cache
             if (v.stride > 1 && v.stride % 1024 == 0 && v.place == Place::ARENA) v.stride += 16;
         }
@@ -101,7 +81,8 @@ class Planner {
 
    private:
     void place_values() {
-        for (size_t id = 0; id < graph_.values.size(); ++id) plan_.values.push_back({graph_.values[id], 1, Place::ARENA, 0, 0, 0});
+        for (size_t id = 0; id < graph_.values.size(); ++id)
+            plan_.values.push_back({graph_.values[id], 1, Place::ARENA, 0, 0, 0, windows_.empty() ? 0 : windows_[id]});
         for (size_t i = 0; i < graph_.nodes.size(); ++i) {
             const Node &n = graph_.nodes[i];
             for (const int32_t id : reads(graph_, i)) plan_.values[id].group = std::max(plan_.values[id].group, plan_.groups[i]);
@@ -224,27 +205,28 @@ class Planner {
         const int32_t id = n.kind == Kind::CONV ? n.second : n.kind == Kind::BINARY || n.kind == Kind::AFFINE ? n.x : -1;
         if (id < 0 || (n.kind == Kind::CONV && id == n.x) || last_use_[id] != i || !read_before(id, i)) return -1;
         const Value &from = plan_.values[id], &to = plan_.values[n.out];
-        const bool same = from.place == Place::ARENA && from.stride == to.stride && from.group == to.group && parent_[id] < 0 && !is_parent(id) && !is_parent(n.out);
+        const bool same = from.place == Place::ARENA && !from.window && !to.window && from.stride == to.stride && from.group == to.group && parent_[id] < 0 && !is_parent(id) && !is_parent(n.out);
         return same && from.group == plan_.groups[producer_[id]] && to.group == plan_.groups[i] ? id : -1;
     }
 
     const Graph &graph_;
     Plan &plan_;
+    const std::vector<int64_t> &windows_;
     std::vector<int32_t> producer_, last_, parent_, begin_, last_use_, chain_of_;
 };
 
 }  // namespace
 
-Plan make_plan(const Graph &graph, int32_t batch, int32_t threads) {
+Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains, const std::vector<int64_t> &windows) {
     Plan plan;
+    plan.chains = std::move(chains);
     plan.groups = choose_groups(graph, batch >= threads ? batch / threads : 1);
     for (size_t i = 0; i < plan.groups.size(); ++i) {
         if (plan.segments.empty() || plan.segments.back().group != plan.groups[i])
             plan.segments.push_back({static_cast<int32_t>(i), static_cast<int32_t>(i), plan.groups[i]});
         plan.segments.back().last = static_cast<int32_t>(i) + 1;
     }
-    plan.chains = choose_chains(graph, plan.groups);
-    Planner(graph, plan).run();
+    Planner(graph, plan, windows).run();
     return plan;
 }
 

@@ -109,7 +109,7 @@ RAREFY_API void rarefy_program_describe(const rarefy_program *program, rarefy_pr
     info->steps = static_cast<int32_t>(program->steps.size());
     info->group = program->plan.segments.back().group;
     for (const Step &step : program->steps) info->weight_bytes += step.weights.bytes() + step.first.bytes() + step.other.bytes();
-    info->scratch_bytes = (program->plan.arena_floats + program->scratch_floats()) * 4;
+    info->scratch_bytes = (program->plan_for(program->batch, program->threads).arena_floats + program->scratch_floats()) * 4;
     info->tune_seconds = program->tune_seconds;
     std::snprintf(info->isa, sizeof info->isa, "%s", program->isa.c_str());
 }

@@ -58,7 +58,9 @@ struct Value {
     Place place;
     int32_t port;    // of an input or output
     int64_t stride, offset;
-    int64_t floats() const { return (shape.channels - 1) * stride + (shape.pixels() * group + 15) / 16 * 16; }
+    int64_t window;  // pixels of a channel that are there at a time; 0: all
+    int64_t held() const { return window ? window : shape.pixels() * group; }
+    int64_t floats() const { return (shape.channels - 1) * stride + (held() + 15) / 16 * 16; }
 };
 
 struct Step {
@@ -83,16 +85,30 @@ struct Segment {
     int32_t first, last, group;
 };
 
+// The window of a value that began at a pixel moves on: the pixels [low, done) go to its begin.
+struct Move {
+    int32_t value;
+    int64_t begin, low, done;
+};
+
+// Units [from, to) of a step.
+struct Run {
+    int32_t step;
+    int64_t from, to;
+    std::vector<Move> moves;  // before
+};
+
 // Steps [first, last) that are run in bands: each reads what the one before makes, as soon as enough of it is there, so
 // that it is still in a near cache.
-enum { MAX_CHAIN = 8 };
 struct Chain {
     int32_t first, last;
+    std::vector<Run> runs;
 };
 
 // Memory of one running thread.
 struct Workspace {
     std::unique_ptr<float, void (*)(void *)> memory{nullptr, nullptr};
+    int64_t floats = 0;
     float *arena = nullptr, *scratch = nullptr;
 };
 
@@ -105,8 +121,9 @@ struct Plan {
     std::vector<std::vector<int32_t>> copied;  // of the steps that are CONCAT: operands that do not lie in place
 };
 
-// Decides how many images every step takes, where every value lies, which concatenations need no copy.
-Plan make_plan(const Graph &graph, int32_t batch, int32_t threads);
+// Decides how many images every step takes, where every value lies, which concatenations need no copy. Of values with a
+// window only so many pixels are there at a time.
+Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains = {}, const std::vector<int64_t> &windows = {});
 
 Matrix matrix_of(const Graph &graph, const Node &node);
 
@@ -121,7 +138,8 @@ struct rarefy_program {
     const rarefy::engine::Kernels *kernels = nullptr;
     std::string isa;
     int32_t batch = 1, threads = 1;
-    rarefy::engine::Plan plan;
+    rarefy::engine::Plan plan;     // of whole values; for threads that share an image
+    rarefy::engine::Plan banded;   // with chains; for threads that have images of their own
     std::vector<rarefy::engine::Step> steps;
     std::vector<int32_t> inputs, outputs;   // steps
     int64_t packed_floats = 0, sums_floats = 0, trash_floats = 0;  // scratch
@@ -131,6 +149,10 @@ struct rarefy_program {
     mutable std::vector<rarefy::engine::Workspace> idle;
 
     int64_t scratch_floats() const { return packed_floats + sums_floats + trash_floats; }
+
+    // Whether each of so many threads has images of its own; and the plan for that.
+    static bool apart(int64_t images, int32_t running) { return images >= running; }
+    const rarefy::engine::Plan &plan_for(int64_t images, int32_t running) const { return apart(images, running) ? banded : plan; }
 };
 
 namespace rarefy::engine {
@@ -138,7 +160,10 @@ namespace rarefy::engine {
 // The kernels of an instruction set ("" for the best), or null; `isa` becomes its name.
 const Kernels *find_kernels(std::string *isa);
 
-// Fills what follows from graph, plan and the steps' configs and weights: tilings, sizes of scratch.
+// The plan with chains in bands, once the steps' tilings are known.
+Plan make_banded_plan(const rarefy_program &program);
+
+// Fills what follows from graph, plan and the steps' configs and weights: tilings, sizes of scratch, the plan in bands.
 void finish_step(rarefy_program &program, Step &step);
 void finish_program(rarefy_program &program);
 
@@ -157,11 +182,13 @@ inline bool slides(const Step &step, const Matrix &m) { return step.node.groups 
 
 std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images);
 
-Workspace take(const rarefy_program &program);
+Workspace take(const rarefy_program &program, const Plan &plan);
 
 // One thread's view of a run.
 struct Frame {
     const rarefy_program *program;
+    const Plan *plan;
+    const int64_t *begins;     // of every value: the first pixel that is there
     float *arena, *scratch;
     const float *const *inputs;
     float *const *outputs;
@@ -182,10 +209,10 @@ uint64_t block_sum(const uint8_t *data, size_t size);
 // CPU time of this thread.
 double thread_seconds();
 
-// A convolution's tiles or a pooling's rows, in order: which pixels of its input must be there, and up to which pixel its
-// result is there afterwards.
+// A convolution's tiles or a pooling's rows, in order: which pixels of its input it reads, [first, need), and up to which
+// pixel its result is there afterwards.
 struct Unit {
-    int64_t need, done;
+    int64_t first, need, done;
 };
 int64_t unit_count(const Step &step, int64_t images);
 Unit unit_of(const Step &step, int64_t images, int64_t unit);

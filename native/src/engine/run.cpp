@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <system_error>
 #include <thread>
 
@@ -35,6 +36,7 @@ class Barrier {
 
 struct Runner {
     Frame frame;
+    std::vector<int64_t> *begins;  // the frame's
     Barrier *barrier;
     double *seconds;
 
@@ -46,11 +48,11 @@ struct Runner {
     }
 
     void steps(const Segment &segment, int64_t at, int64_t images) {
-        const auto &chains = frame.program->plan.chains;
+        const auto &chains = frame.plan->chains;
         auto next = std::find_if(chains.begin(), chains.end(), [&](const Chain &c) { return c.first >= segment.first; });
         for (int32_t i = segment.first; i < segment.last;) {
-            if (next != chains.end() && next->first == i && frame.parts == 1) {
-                chain(*next, at, images);
+            if (next != chains.end() && next->first == i) {
+                chain(*next, at);
                 i = next++->last;
                 continue;
             }
@@ -60,39 +62,27 @@ struct Runner {
         }
     }
 
-    void chain(const Chain &c, int64_t at, int64_t images) {
-        const auto &all = frame.program->steps;
-        int64_t next[MAX_CHAIN] = {}, done[MAX_CHAIN] = {};
-        const int32_t count = c.last - c.first;
-        const int64_t units = unit_count(all[c.first], images);
-        while (next[0] < units) {
-            for (int32_t k = 0; k < count; ++k) {
-                const Step &step = all[c.first + k];
-                const int64_t from = next[k], end = unit_count(step, images);
-                // the first does one; the others whatever can be done
-                while (next[k] < end && (k > 0 || next[k] == from) && ready(c, step, k, done, unit_of(step, images, next[k]))) {
-                    done[k] = std::max(done[k], unit_of(step, images, next[k]).done);
-                    ++next[k];
-                }
-                if (next[k] > from) timed(c.first + k, [&] { run_units(frame, step, at, images, from, next[k]); });
-            }
+    void chain(const Chain &c, int64_t at) {
+        for (int32_t i = c.first; i < c.last; ++i) (*begins)[frame.program->steps[i].node.out] = 0;
+        for (const Run &run : c.runs) {
+            timed(run.step, [&] {
+                for (const Move &move : run.moves) this->move(move);
+                run_units(frame, frame.program->steps[run.step], at, 1, run.from, run.to);
+            });
         }
     }
 
-    bool ready(const Chain &c, const Step &step, int32_t k, const int64_t *done, const Unit &unit) const {
-        if (k > 0 && unit.need > done[k - 1]) return false;
-        for (int32_t j = 0; j < k; ++j) {
-            // a residual must be there; and have been read, since the result may be written over it
-            const Node &before = frame.program->steps[c.first + j].node;
-            const bool same = before.out == step.node.second || (before.x == step.node.second && before.window.pointwise());
-            if (step.node.second >= 0 && same && unit.done > done[j]) return false;
-        }
-        return true;
+    void move(const Move &move) {
+        const Value &v = frame.plan->values[move.value];
+        float *window = frame.arena + v.offset;
+        for (int64_t c = 0; c < v.shape.channels; ++c, window += v.stride)
+            std::memmove(window, window + (move.low - move.begin), static_cast<size_t>(move.done - move.low) * sizeof(float));
+        (*begins)[move.value] = move.low;
     }
 
     // All steps up to segment k for `images` images.
     void run(int64_t k, int64_t at, int64_t images) {
-        const auto &segments = frame.program->plan.segments;
+        const auto &segments = frame.plan->segments;
         if (k > 0) {
             const int64_t group = segments[k - 1].group;
             for (int64_t i = 0; i < images; i += group) run(k - 1, at + i, std::min(group, images - i));
@@ -102,7 +92,7 @@ struct Runner {
     }
 
     void run_all(int64_t images) {
-        const auto &segments = frame.program->plan.segments;
+        const auto &segments = frame.plan->segments;
         const int64_t last = static_cast<int64_t>(segments.size()) - 1, group = segments[last].group;
         for (int64_t i = 0; i < images; i += group) run(last, i, std::min(group, images - i));
     }
@@ -133,21 +123,23 @@ void together(int32_t count, const F &body) {
 
 }  // namespace
 
-Workspace take(const rarefy_program &program) {
+Workspace take(const rarefy_program &program, const Plan &plan) {
+    const int64_t floats = (plan.arena_floats + program.scratch_floats() + 1023) / 1024 * 1024;
     {
         const std::lock_guard<std::mutex> lock(program.mutex);
-        if (!program.idle.empty()) {
-            Workspace w = std::move(program.idle.back());
-            program.idle.pop_back();
+        const auto found = std::find_if(program.idle.begin(), program.idle.end(), [=](const Workspace &w) { return w.floats >= floats; });
+        if (found != program.idle.end()) {
+            Workspace w = std::move(*found);
+            program.idle.erase(found);
             return w;
         }
     }
     Workspace w;
-    const size_t floats = static_cast<size_t>((program.plan.arena_floats + program.scratch_floats() + 1023) / 1024 * 1024);
-    float *memory = static_cast<float *>(std::aligned_alloc(4096, floats * sizeof(float)));
+    float *memory = static_cast<float *>(std::aligned_alloc(4096, static_cast<size_t>(floats) * sizeof(float)));
     if (!memory) return w;
     std::fill(memory, memory + floats, 0.0f);
     w.memory = {memory, std::free};
+    w.floats = floats;
     w.scratch = memory;
     w.arena = memory + program.scratch_floats();
     return w;
@@ -164,21 +156,23 @@ extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(con
     if (batch == 0) return 0;
     if (seconds) threads = 1;
     try {
-        const bool apart = batch >= threads;  // each thread has images of its own
+        const bool apart = rarefy_program::apart(batch, threads);
+        const Plan &plan = program->plan_for(batch, threads);
         std::vector<Workspace> spaces;
         for (int32_t i = 0; i < threads; ++i) {
-            spaces.push_back(take(*program));
+            spaces.push_back(take(*program, plan));
             if (!spaces.back().memory) return 1;
         }
         std::atomic<Barrier *> shared{nullptr};
         std::unique_ptr<Barrier> barrier;
         together(threads, [&](int32_t i, int32_t n) {
             Barrier alone(1);
-            Frame frame{program, spaces[apart ? i : 0].arena, spaces[i].scratch, inputs, outputs, 0, 0, 1};
+            std::vector<int64_t> begins(plan.values.size(), 0);
+            Frame frame{program, &plan, begins.data(), spaces[apart ? i : 0].arena, spaces[i].scratch, inputs, outputs, 0, 0, 1};
             if (apart) {
                 const int64_t first = batch * i / n, last = batch * (i + 1) / n;
                 frame.first_image = first;
-                Runner{frame, &alone, seconds}.run_all(last - first);
+                Runner{frame, &begins, &alone, seconds}.run_all(last - first);
                 return;
             }
             if (i == 0) {
@@ -189,7 +183,7 @@ extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(con
             while (!(all = shared.load(std::memory_order_acquire))) std::this_thread::yield();
             frame.part = i;
             frame.parts = n;
-            Runner{frame, all, seconds}.run_all(batch);
+            Runner{frame, &begins, all, seconds}.run_all(batch);
         });
         const std::lock_guard<std::mutex> lock(program->mutex);
         for (Workspace &w : spaces) program->idle.push_back(std::move(w));

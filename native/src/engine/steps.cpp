@@ -30,11 +30,11 @@ struct View {
 };
 
 View view(const Frame &f, int32_t id, int64_t image) {
-    const Value &v = f.program->plan.values[id];
+    const Value &v = f.plan->values[id];
     const int64_t each = v.shape.size() * (f.first_image + image);
     if (v.place == Place::INPUT) return {const_cast<float *>(f.inputs[v.port]) + each, v.stride};
     if (v.place == Place::OUTPUT) return {f.outputs[v.port] + each, v.stride};
-    return {f.arena + v.offset + image % v.group * v.shape.pixels(), v.stride};
+    return {f.arena + v.offset + image % v.group * v.shape.pixels() - f.begins[id], v.stride};
 }
 
 // This thread's share of count things.
@@ -45,12 +45,12 @@ struct Share {
 
 void conv_vector(const Frame &f, const Step &s, int64_t at) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Shape &in = f.program->plan.values[s.node.x].shape;
+    const Shape &in = f.plan->values[s.node.x].shape;
     const int32_t L = f.program->kernels->lanes;
     float *line = f.scratch;
     for (int32_t c = 0; c < in.channels; ++c) line[c] = x.at[c * x.stride];
     for (int32_t c = in.channels; c < in.channels + L; ++c) line[c] = 0.0f;
-    const int32_t rows = f.program->plan.values[s.node.out].shape.channels;
+    const int32_t rows = f.plan->values[s.node.out].shape.channels;
     const Share mine(f, rows);
     const Clamp clamp = clamp_of(s.node.activation);
     VectorCall call = {};
@@ -79,7 +79,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     const Tiling &tiling = s.tiling(images);
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const View residual = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
-    const int32_t channels = f.program->plan.values[s.node.x].shape.channels, rows = f.program->plan.values[s.node.out].shape.channels;
+    const int32_t channels = f.plan->values[s.node.x].shape.channels, rows = f.plan->values[s.node.out].shape.channels;
     const int32_t blocks = ceil_div(channels, s.config.block), chunks = ceil_div(rows, CHUNK_ROWS);
     const Clamp clamp = clamp_of(s.node.activation);
     const int64_t zero = s.config.block * tiling.channel_floats, width = int64_t{s.config.vectors} * k.lanes;
@@ -134,7 +134,7 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const View residual = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
-    const int64_t channels = f.program->plan.values[s.node.x].shape.channels, rows = f.program->plan.values[s.node.out].shape.channels;
+    const int64_t channels = f.plan->values[s.node.x].shape.channels, rows = f.plan->values[s.node.out].shape.channels;
     const int64_t in = int64_t{w.in_h} * w.in_w, out = int64_t{w.out_h} * w.out_w, units = (w.out_h + PLANE_ROWS - 1) / PLANE_ROWS;
     const Clamp clamp = clamp_of(s.node.activation);
     DepthwiseCall call = {};
@@ -179,7 +179,7 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
 void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t last_row) {
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Share mine(f, f.program->plan.values[s.node.out].shape.channels);
+    const Share mine(f, f.plan->values[s.node.out].shape.channels);
     const bool average = s.node.flag;
     // a line with its padding on both sides, and the rows of one window
     float *line = f.scratch + pool_margin(s), *end = line + (w.in_w + 15) / 16 * 16 + pool_margin(s);
@@ -219,8 +219,8 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Kernels &k = *f.program->kernels;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const View second = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
-    const Shape &shape = f.program->plan.values[s.node.out].shape;
-    const bool broadcast = s.node.second >= 0 && !(f.program->plan.values[s.node.second].shape == shape);
+    const Shape &shape = f.plan->values[s.node.out].shape;
+    const bool broadcast = s.node.second >= 0 && !(f.plan->values[s.node.second].shape == shape);
     const int64_t n = shape.pixels() * images;
     const Clamp clamp = clamp_of(s.node.activation);
     const Share mine(f, shape.channels);
@@ -244,7 +244,7 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
 
 void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Shape &shape = f.program->plan.values[s.node.x].shape;
+    const Shape &shape = f.plan->values[s.node.x].shape;
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c)
         for (int64_t i = 0; i < images; ++i)
@@ -255,7 +255,7 @@ void concat(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View y = view(f, s.node.out, at);
     for (size_t k = 0; k < s.operands.size(); ++k) {
         const View x = view(f, s.operands[k], at);
-        const Shape &shape = f.program->plan.values[s.operands[k]].shape;
+        const Shape &shape = f.plan->values[s.operands[k]].shape;
         const Share mine(f, shape.channels);
         for (int64_t c = mine.from; c < mine.to; ++c)
             std::memcpy(y.at + (s.places[k] + c) * y.stride, x.at + c * x.stride, static_cast<size_t>(shape.pixels() * images) * sizeof(float));
@@ -264,7 +264,7 @@ void concat(const Frame &f, const Step &s, int64_t at, int64_t images) {
 
 void upsample(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Shape &in = f.program->plan.values[s.node.x].shape;
+    const Shape &in = f.plan->values[s.node.x].shape;
     const int32_t fh = s.node.window.stride[0], fw = s.node.window.stride[1];
     const int64_t width = int64_t{in.width} * fw;
     const Share mine(f, in.channels);
@@ -279,7 +279,7 @@ void upsample(const Frame &f, const Step &s, int64_t at, int64_t images) {
 
 void flatten(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Shape &in = f.program->plan.values[s.node.x].shape;
+    const Shape &in = f.plan->values[s.node.x].shape;
     const Share mine(f, in.channels);
     for (int64_t c = mine.from; c < mine.to; ++c)
         for (int64_t i = 0; i < images; ++i)
@@ -290,7 +290,7 @@ void flatten(const Frame &f, const Step &s, int64_t at, int64_t images) {
 void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const bool input = s.node.kind == Kind::INPUT;
     const int32_t id = input ? s.node.out : s.node.x;
-    const Value &v = f.program->plan.values[id];
+    const Value &v = f.plan->values[id];
     const std::vector<int32_t> &ports = input ? f.program->inputs : f.program->outputs;
     int32_t number = 0;
     while (&f.program->steps[ports[number]] != &s) ++number;
@@ -333,12 +333,13 @@ int64_t unit_count(const Step &s, int64_t images) {
 Unit unit_of(const Step &s, int64_t images, int64_t i) {
     if (tiled(s)) {
         const Tile &tile = s.tiling(images).tiles[i];
-        return {tile.need, tile.y + tile.pixels};
+        return {tile.first, tile.need, tile.y + tile.pixels};
     }
     const Window &w = s.node.window;
-    const int64_t each = unit_count(s, 1), image = i / each, end = std::min((i % each + 1) * unit_rows(s), int64_t{w.out_h});
-    const int64_t last = (end - 1) * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
-    return {(image * w.in_h + std::min<int64_t>(last + 1, w.in_h)) * w.in_w, (image * w.out_h + end) * w.out_w};
+    const int64_t each = unit_count(s, 1), image = i / each, row = i % each * unit_rows(s), end = std::min(row + unit_rows(s), int64_t{w.out_h});
+    const int64_t first = row * w.stride[0] - w.top, last = (end - 1) * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
+    const auto pixel = [&](int64_t y) { return (image * w.in_h + std::clamp<int64_t>(y, 0, w.in_h)) * w.in_w; };
+    return {pixel(first), pixel(last + 1), (image * w.out_h + end) * w.out_w};
 }
 
 void run_units(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t from, int64_t to) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <string>
 #include <tuple>
@@ -200,6 +201,7 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
         const int64_t from = total * i / count, to = total * (i + 1) / count;
         Tile tile = {};
         tile.vectors = static_cast<int32_t>(to - from);
+        tile.first = std::numeric_limits<int32_t>::max();
         std::vector<Pack> packs;
         for (size_t c = 0; c < copies.size(); ++c) {
             for (int64_t v = 0; v < copy_vectors[c]; ++v) {
@@ -208,6 +210,8 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
                 const bool wanted = v < copy_vectors[c] - (vectors - tile.vectors);
                 for (int32_t lane = 0; lane < L; ++lane) {
                     index[lane] = wanted ? grid.source(f + lane, copies[c].phase_y, copies[c].column) : -1;
+                    if (index[lane] < 0) continue;
+                    tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
                     tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
                 }
                 packs.push_back(classifier.pack(index));

@@ -38,7 +38,7 @@ struct Tile {
     int32_t y;       // where the Stores' offsets count from, in the plane of results
     int32_t pixels;  // the results are y .. y + pixels
     int32_t shape;   // enum StoreShape
-    int32_t need;    // the tile reads none of the input's pixels from here on
+    int32_t first, need;  // the input's pixels that it reads lie in [first, need)
 };
 
 struct Tiling {
