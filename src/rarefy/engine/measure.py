@@ -21,6 +21,9 @@ from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, sampl
 
 _ROUNDS = 5
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
+_ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated
+#: A way that took so many times as long as the fastest so far runs no further rounds.
+_LOST = 1.5
 #: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
 _CLEARLY_FASTER = 0.9
 #: Giving layers to PyTorch is only tried where it may save this share of the whole time.
@@ -110,19 +113,26 @@ def walk(
     values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     layers: dict[str, LayerFacts] = {}
+    known: dict[object, float] = {}  # layers that look alike take the same time: all their weights count
     for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
         result = values[step.output] = run_step(step, values)
         if isinstance(step, Layer):
-            seconds = None
-            if timed:
-                other = packed(step, tuple(values[step.input].shape)) if isinstance(step, Conv) else None
-                seconds = min(_time(each, values) for each in (step, other) if each is not None)
-            layers[step.output] = _facts(step, result, samples(inputs[0].shape), seconds)
+            look = _look(step, shapes[step.input])
+            if timed and look not in known:
+                other = packed(step, shapes[step.input]) if isinstance(step, Conv) else None
+                known[look] = min(_time(each, values) for each in (step, other) if each is not None)
+            layers[step.output] = _facts(step, result, samples(inputs[0].shape), known.get(look))
         if isinstance(result, Tensor):
             shapes[step.output] = tuple(result.shape)
         for name in freed:
             del values[name]
     return shapes, layers
+
+
+def _look(step: Layer, shape: tuple[int, ...]) -> object:
+    """All that the time of a dense layer depends on."""
+    options = (step.stride, step.padding, step.dilation, step.groups) if isinstance(step, Conv) else ()
+    return type(step), tuple(step.weight.shape), options, step.residual is None, step.activation, shape
 
 
 def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts]) -> Choice:
@@ -172,7 +182,7 @@ def _time(item: Item, values: dict[str, Any]) -> float:
         values = {name: values[name].contiguous(memory_format=torch.channels_last) for name in item.inputs}
     _run(item, values, 1)
     took: list[float] = []
-    while len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50):
+    while sum(took) < _ENOUGH_SECONDS and (len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50)):
         begun = time.thread_time()
         _run(item, values, 1)
         took.append(time.thread_time() - begun)
@@ -229,15 +239,24 @@ def _slower_than_torch(
 
 
 def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:
-    """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted."""
+    """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted.
+
+    Those that are far behind run no more: twice as far after the round that is not counted as after one that is.
+    """
     clock = seconds_of(threads)
     kept = (*plan.inputs, *plan.outputs, *plan.constants)
     freed = {name: schedule(way.items, kept) for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(_ROUNDS + 1):
-        for name, way in ways.items():
+    racing = list(ways)
+    for done in range(_ROUNDS + 1):
+        if done > 0:
+            best = {name: min(times[name][min(done - 1, 1) :]) for name in racing}
+            lost = (_LOST if done > 1 else 2 * _LOST) * min(best.values())
+            racing = [name for name in racing if best[name] <= lost]
+        for name in racing if len(racing) > 1 else ():
+            way = ways[name]
             values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
             begun = clock()
             execute(way.items, freed[name], values, threads)
             times[name].append(clock() - begun)
-    return {name: min(each[1:]) for name, each in times.items()}
+    return {name: min(each[1:] or each) for name, each in times.items()}
