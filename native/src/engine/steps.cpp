@@ -86,13 +86,14 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     float *packed = f.scratch, *sums = packed + f.program->packed_floats, *trash = sums + f.program->sums_floats;
     std::memset(packed + zero, 0, static_cast<size_t>(width) * sizeof(float));
 
-    // a tile is shared between threads by its rows where there are fewer tiles than threads
+    // threads share tiles, which the next layer's same tiles read, and the rows of a tile where there are few tiles
     const int64_t tiles = last_tile - first_tile;
-    const int64_t split = f.parts == 1 ? 1 : std::min<int64_t>(chunks, (2 * f.parts + tiles - 1) / tiles);
+    const int64_t split = f.parts == 1 ? 1 : std::min<int64_t>(chunks, (4 * f.parts + tiles - 1) / tiles);
     const Share mine(f, tiles * split);
-    for (int64_t unit = mine.from; unit < mine.to; ++unit) {
+    for (int64_t unit = mine.from, next; unit < mine.to; unit = next) {
+        next = std::min(mine.to, (unit / split + 1) * split);
         const Tile &tile = tiling.tiles[first_tile + unit / split];
-        const int64_t first_chunk = chunks * (unit % split) / split, last_chunk = chunks * (unit % split + 1) / split;
+        const int64_t first_chunk = chunks * (unit % split) / split, last_chunk = chunks * (next - unit / split * split) / split;
         BlockCall call = {};
         call.packed = packed;
         call.weights = s.weights.values.data();
@@ -150,8 +151,7 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
     }
     call.top = w.top;
     call.left = w.left;
-    const Share mine(f, rows);
-    for (int64_t r = mine.from; r < mine.to; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
         call.weight = reinterpret_cast<const float *>(s.weights.values.data()) + r * w.taps();
         if (s.config.bf16()) {
             const uint16_t *half = reinterpret_cast<const uint16_t *>(s.weights.values.data()) + r * w.taps();
@@ -179,7 +179,7 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
 void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t last_row) {
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Share mine(f, f.plan->values[s.node.out].shape.channels);
+    const int64_t channels = f.plan->values[s.node.out].shape.channels;
     const bool average = s.node.flag;
     // a line with its padding on both sides, and the rows of one window
     float *line = f.scratch + pool_margin(s), *end = line + (w.in_w + 15) / 16 * 16 + pool_margin(s);
@@ -196,7 +196,7 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t 
     call.out_width = w.out_w;
     call.average = average;
     call.scale = s.scale.data();
-    for (int64_t c = mine.from; c < mine.to; ++c) {
+    for (int64_t c = 0; c < channels; ++c) {
         for (int64_t row = first_row; row < last_row; ++row) {
             const int64_t image = row / w.out_h;
             call.row_count = 0;
@@ -355,8 +355,12 @@ void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
                 for (int64_t i = 0; i < images; ++i) conv_vector(f, s, at + i);
                 return;
             }
-            return run_units(f, s, at, images, 0, unit_count(s, images));
-        case Kind::POOL: return run_units(f, s, at, images, 0, unit_count(s, images));
+            if (s.config.tiled()) return run_units(f, s, at, images, 0, unit_count(s, images));
+            [[fallthrough]];
+        case Kind::POOL: {
+            const Share mine(f, unit_count(s, images));
+            return run_units(f, s, at, images, mine.from, mine.to);
+        }
         case Kind::GLOBAL_AVERAGE: return global_average(f, s, at, images);
         case Kind::BINARY:
         case Kind::AFFINE: return elementwise(f, s, at, images);
