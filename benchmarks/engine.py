@@ -8,6 +8,7 @@
 Every runtime is a process of its own on the same core; a round asks each in turn for some runs. ``ms`` is the median of
 the CPU time of a run, which a busy machine disturbs less than the clock (``wall_ms``); with more than one thread it is
 the clock's. ``speedup`` is the median over the rounds of a runtime's time through rarefy's (float32) in the same round.
+Rows of another processor stay in the file.
 ``error`` is the largest difference from PyTorch as a share of the largest output, for int8 on random calibration.
 ``network`` is what is timed; runtimes that make nothing of zeros run the dense one (``zeros`` 0) where that saves
 building it again: torch.compile, whose time does not depend on the weights, and the int8 and bfloat16 ones.
@@ -177,7 +178,7 @@ def error_of(worker: Worker, expected: Tensor) -> float:
 
 
 def largest_activations(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the two largest outputs of its layers, those in place counted once."""
+    """Bytes of the two largest outputs of its layers for one image, those in place counted once."""
     sizes: dict[int, int] = {}
     kept = []
 
@@ -316,7 +317,7 @@ def main() -> None:
         for row in rows:
             about = f"{row['runtime']:>14} {row['precision']:8} {row['ms']:9.3f} ms  {row['speedup']}"
             print(f"{cell!s:32}{about}  error {row['error']}  load {row['load']}", flush=True)
-        old = [row for row in results.read("engine") if row["cell"] != str(cell)]
+        old = [r for r in results.read("engine") if (r["cell"], r["cpu"]) != (str(cell), rows[0]["cpu"])]
         results.write("engine", [*old, *rows])
     for worker in kept.values():
         worker.close()

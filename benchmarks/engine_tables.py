@@ -175,6 +175,12 @@ def judged(rows: Sequence[Row]) -> str:
     return table(["ResNet-50 v1.5 and MobileNetV1, 224x224", "asked", "measured", ""], lines)
 
 
+def machines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each processor."""
+    return {cpu: [row for row in rows if row["cpu"] == cpu] for cpu in sorted({row["cpu"] for row in rows})}
+
+
 def tables(rows: Sequence[Row]) -> str:
-    """All of them."""
-    return "\n\n".join((speeds(rows), precisions(rows), judged(rows)))
+    """All of them, machine by machine."""
+    parts = [(f"### {cpu}", speeds(own), precisions(own), judged(own)) for cpu, own in machines(rows).items()]
+    return "\n\n".join(line for part in parts for line in part)
