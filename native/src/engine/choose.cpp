@@ -69,10 +69,11 @@ bool fit(const rarefy_program &program, const Step &step, const Matrix &m, Confi
     if (!config.tiled()) return true;
     const Kernels &k = *program.kernels;
     if (!k.block[config.kind][config.rows][config.vectors]) return false;
+    if (config.direct() && !reads_in_place(program, step)) return false;
     Window window = step.node.window;
     window.out_h = std::min(window.out_h, 2);  // the sizes do not depend on it
     const Tiling tiling = make_tiling(window, 1, k, config.vectors, static_cast<Form>(config.form));
-    const int32_t most = largest_block(tiling.channel_floats, config.vectors, k.lanes);
+    const int32_t most = largest_block(config, tiling, k.lanes);
     if (most < 1) return false;
     const int64_t wanted = std::max<int64_t>(1, bytes / (tiling.channel_floats * 4));
     const int32_t blocks = ceil_div(m.channels, static_cast<int32_t>(std::min<int64_t>({wanted, most, m.channels})));
@@ -99,10 +100,9 @@ Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, d
     Config c = {};
     c.kind = kind_of(sparse, step.node.storage);
     c.vector = is_vector(program, step);
-    c.form = static_cast<int32_t>(Form::SHIFTED);
     const int32_t all = vectors_of(program, step);
-    const Form forms[] = {Form::SHIFTED, Form::SINGLE};
-    for (const Form form : forms) {
+    for (const Form form : {Form::DIRECT, Form::SHIFTED, Form::SINGLE}) {
+        if (form == Form::DIRECT && !sparse) continue;
         c.form = static_cast<int32_t>(form);
         for (int32_t vectors = 7; vectors >= 1; vectors = vectors == 7 ? 4 : vectors / 2) {
             for (const int32_t rows : {depthwise(step, m) ? 1 : 4, 3, 2, 1}) {
@@ -139,7 +139,10 @@ void finish_step(rarefy_program &program, Step &step) {
         step.one = tiling_of(program, step, step.config, 1);
         step.many = step.group == 1 ? step.one : tiling_of(program, step, step.config, step.group);
         const int64_t width = int64_t{step.config.vectors} * lanes;
-        program.packed_floats = std::max(program.packed_floats, step.config.block * step.one->channel_floats + width);
+        // packed pixels, or addresses of planes; and zeros
+        constexpr int64_t ADDRESS = sizeof(uintptr_t) / sizeof(float);
+        const int64_t held = step.config.direct() ? (step.config.block + 1) * ADDRESS : step.config.block * step.one->channel_floats;
+        program.packed_floats = std::max(program.packed_floats, held + width);
         // sums are kept between the blocks of a tile
         const bool blocks = step.config.block < program.graph.values[step.node.x].channels;
         program.sums_floats = std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
@@ -234,8 +237,10 @@ class Search {
         if (start.vector) return best_;
         const bool dense = !start.sparse();
         const Config tiled = start.planes() ? tiles(program_, step_, m_, 1.0) : start;  // tiles win on small planes
-        if (!step_.node.window.pointwise() && tiled.rows) {
+        if (tiled.rows) {
+            const bool pointwise = step_.node.window.pointwise();
             for (const Form form : {Form::SHIFTED, Form::COMPACT, Form::SINGLE}) {
+                if (pointwise && (dense || form != Form::SHIFTED)) continue;  // packed: there is one way
                 Config c = tiled;
                 c.form = static_cast<int32_t>(form);
                 consider(c, 40);
@@ -384,7 +389,7 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes) {
     const Config &c = step.config;
     if (c.tiled()) {
         tiling = std::make_unique<Tiling>(make_tiling(step.node.window, 1, same ? *program.kernels : *saved, c.vectors, static_cast<Form>(c.form)));
-        if (c.block > largest_block(tiling->channel_floats, c.vectors, lanes)) return "its blocks are too large";
+        if (c.block > largest_block(c, *tiling, lanes)) return "its blocks are too large";
     }
     const std::string wrong = check_weights(m, step.weights, c, tiling.get(), lanes);
     if (!wrong.empty() || same || c.planes()) return wrong;

@@ -174,10 +174,22 @@ inline __attribute__((always_inline)) void end(const BlockCall &call, const Grou
     }
 }
 
+// Where the pixels of a weight are.
+struct Packed {
+    const float *packed;
+    explicit Packed(const BlockCall &call) : packed(call.packed) {}
+    const float *operator[](uint32_t offset) const { return packed + offset; }
+};
+struct Direct {
+    const float *const *planes;
+    explicit Direct(const BlockCall &call) : planes(call.planes) {}
+    const float *operator[](uint32_t plane) const { return planes[plane]; }
+};
+
 // One weight for every row, each with pixels of its own.
-template <int R, int T>
+template <int R, int T, class Pixels>
 void sparse_f32(const BlockCall *call) {
-    const float *packed = call->packed;
+    const Pixels pixels(*call);
     const int32_t *rows = call->rows;
     for (const Group *group = call->groups, *last = group + call->count; group != last; ++group, rows += R) {
         V a[R][T];
@@ -187,7 +199,7 @@ void sparse_f32(const BlockCall *call) {
         for (const float *stop = w + static_cast<int64_t>(group->length) * R; w != stop; w += R, offset += R) {
             RAREFY_UNROLL for (int r = 0; r < R; ++r) {
                 const V weight = all(w[r]);
-                const float *x = packed + offset[r];
+                const float *x = pixels[offset[r]];
                 RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = fma(weight, loadu(x + t * L), a[r][t]);
             }
         }
@@ -196,9 +208,9 @@ void sparse_f32(const BlockCall *call) {
 }
 
 // The same with a bf16 weight and its offset in one word.
-template <int R, int T>
+template <int R, int T, class Pixels>
 void sparse_bf16(const BlockCall *call) {
-    const float *packed = call->packed;
+    const Pixels pixels(*call);
     const int32_t *rows = call->rows;
     for (const Group *group = call->groups, *last = group + call->count; group != last; ++group, rows += R) {
         V a[R][T];
@@ -207,7 +219,7 @@ void sparse_bf16(const BlockCall *call) {
         for (const uint32_t *stop = w + static_cast<int64_t>(group->length) * R; w != stop; w += R) {
             RAREFY_UNROLL for (int r = 0; r < R; ++r) {
                 const V weight = high_half(w + r);
-                const float *x = packed + (w[r] & 0xFFFFu);
+                const float *x = pixels[w[r] & 0xFFFFu];
                 RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = fma(weight, loadu(x + t * L), a[r][t]);
             }
         }
@@ -409,8 +421,10 @@ void activate(int32_t activation, const float *x, float *out, int64_t n) {
 template <int R, int T>
 void fill(Kernels &k) {
     if constexpr (R * T <= ACCUMULATORS) {
-        k.block[SPARSE_F32][R][T] = sparse_f32<R, T>;
-        k.block[SPARSE_BF16][R][T] = sparse_bf16<R, T>;
+        k.block[SPARSE_F32][R][T] = sparse_f32<R, T, Packed>;
+        k.block[SPARSE_BF16][R][T] = sparse_bf16<R, T, Packed>;
+        k.direct[SPARSE_F32][R][T] = sparse_f32<R, T, Direct>;
+        k.direct[SPARSE_BF16][R][T] = sparse_bf16<R, T, Direct>;
         if constexpr (T * (R + 1) <= ACCUMULATORS + 2) {
             k.block[DENSE_F32][R][T] = dense<R, T, float>;
             k.block[DENSE_BF16][R][T] = dense<R, T, uint16_t>;

@@ -205,7 +205,8 @@ std::string check_config(const rarefy_program &p, const Step &step, int32_t lane
     if (c.vector) return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535 ? "" : "its kernel does not fit it";
     const int32_t planes = static_cast<int32_t>(Form::PLANES);
     if (c.form == planes) return slides(step, matrix_of(p.graph, step.node)) && !c.sparse() ? "" : "its kernel does not fit it";
-    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !in(c.form, 0, planes - 1) || !in(c.block, 1, x.channels)) return "its kernel is unknown";
+    if (c.direct() && (!c.sparse() || !reads_in_place(p, step))) return "its kernel does not fit it";
+    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !(c.direct() || in(c.form, 0, planes - 1)) || !in(c.block, 1, x.channels)) return "its kernel is unknown";
     if (p.kernels->lanes == lanes && !p.kernels->block[c.kind][c.rows][c.vectors]) return "its kernel is unknown";
     return "";
 }

@@ -4,6 +4,7 @@
 // A convolution works on *tiles*: T vectors of L output pixels. First every channel's part of the input that the tile needs
 // is packed into a small buffer, so that each weight's pixels lie in T consecutive aligned vectors at a known offset; then
 // every output row (channel) is a sum of weight * vectors at offset, with the T sums kept in registers for R rows at a time.
+// Where a plane's pixels lie as they are wanted, *direct* kernels read them there instead.
 #pragma once
 
 #include <stdint.h>
@@ -57,8 +58,9 @@ enum { GROUP_FIRST = 1, GROUP_LAST = 2 };
 
 struct BlockCall {
     const float *packed;
+    const float *const *planes;   // of direct kernels: where each channel's pixels are, and after the last one's zeros
     const void *weights;       // float, or uint32 words of (bf16, offset) for sparse bf16, or uint16 for dense bf16
-    const uint16_t *offsets;   // in floats
+    const uint16_t *offsets;   // in floats of packed, or numbers of planes
     const Group *groups;
     const int32_t *rows;       // R for each group; -1: none
     int64_t count;             // groups
@@ -117,13 +119,14 @@ struct DepthwiseCall {
     int64_t first_row, last_row;  // of y
 };
 
-enum WeightKind { SPARSE_F32, SPARSE_BF16, DENSE_F32, DENSE_BF16, WEIGHT_KINDS };
+enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
     int32_t lanes;
     int32_t permutes;  // 1: PACK_ONE and PACK_TWO are fast
     // null where R * T is too many registers
     Block *block[WEIGHT_KINDS][MAX_ROWS + 1][MAX_VECTORS + 1];
+    Block *direct[SPARSE_KINDS][MAX_ROWS + 1][MAX_VECTORS + 1];
     // `count` vectors for each of `channels` planes: out + c * out_stride. What lies `ahead` floats further is fetched.
     void (*pack)(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
                  int64_t count, const int32_t *tables, int64_t ahead);

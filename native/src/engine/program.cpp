@@ -31,7 +31,7 @@ void describe_kernel(const Step &step, char *out, size_t size) {
     static const char *const forms[] = {"shifted", "compact", "single"};
     if (c.vector) std::snprintf(out, size, "%s%s vector", c.sparse() ? "sparse" : "dense", type);
     else if (c.planes()) std::snprintf(out, size, "dense%s planes", type);
-    else if (step.node.window.pointwise()) std::snprintf(out, size, "%s%s %dx%d b%d", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block);
+    else if (step.node.window.pointwise()) std::snprintf(out, size, "%s%s %dx%d b%d%s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block, c.direct() ? " direct" : "");
     else std::snprintf(out, size, "%s%s %dx%d b%d %s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block, forms[c.form]);
 }
 

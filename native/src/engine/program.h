@@ -180,6 +180,12 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
 // Whether a kernel can slide over the planes of a step: a depthwise one whose columns are at most 2 apart.
 inline bool slides(const Step &step, const Matrix &m) { return step.node.groups == m.channels && step.node.window.stride[1] <= 2; }
 
+// Whether the tiles of a pointwise step can be read where they lie: in planes that may be read by whole vectors.
+inline bool reads_in_place(const rarefy_program &program, const Step &step) {
+    const Value &x = program.plan.values[step.node.x];
+    return step.node.window.pointwise() && x.place == Place::ARENA && x.stride % MAX_LANES == 0;
+}
+
 std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images);
 
 Workspace take(const rarefy_program &program, const Plan &plan);

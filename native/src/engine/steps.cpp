@@ -82,9 +82,12 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     const int32_t channels = f.plan->values[s.node.x].shape.channels, rows = f.plan->values[s.node.out].shape.channels;
     const int32_t blocks = ceil_div(channels, s.config.block), chunks = ceil_div(rows, CHUNK_ROWS);
     const Clamp clamp = clamp_of(s.node.activation);
-    const int64_t zero = s.config.block * tiling.channel_floats, width = int64_t{s.config.vectors} * k.lanes;
+    const bool direct = s.config.direct();
+    const int64_t zero = direct ? 0 : s.config.block * tiling.channel_floats, width = int64_t{s.config.vectors} * k.lanes;
     float *packed = f.scratch, *sums = packed + f.program->packed_floats, *trash = sums + f.program->sums_floats;
     std::memset(packed + zero, 0, static_cast<size_t>(width) * sizeof(float));
+    const float **planes = reinterpret_cast<const float **>(packed + width);  // of direct kernels, after the zeros
+    planes[direct ? s.config.block : 0] = packed;
 
     // threads share tiles, which the next layer's same tiles read, and the rows of a tile where there are few tiles
     const int64_t tiles = last_tile - first_tile;
@@ -96,6 +99,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
         const int64_t first_chunk = chunks * (unit % split) / split, last_chunk = chunks * (next - unit / split * split) / split;
         BlockCall call = {};
         call.packed = packed;
+        call.planes = planes;
         call.weights = s.weights.values.data();
         call.offsets = s.weights.offsets.data();
         call.sums = sums;
@@ -109,13 +113,17 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
         call.high = clamp.high;
         call.stores = tiling.stores.data() + tile.store;
         call.shape = tile.shape;
-        Block *block_kernel = k.block[s.config.kind][s.config.rows][tile.vectors];
+        Block *block_kernel = (direct ? k.direct : k.block)[s.config.kind][s.config.rows][tile.vectors];
         for (int32_t block = 0; block < blocks; ++block) {
             const int32_t from = s.weights.chunks[block * chunks + first_chunk], to = s.weights.chunks[block * chunks + last_chunk];
             if (from == to) continue;
-            const int32_t c = block * s.config.block;
-            k.pack(x.at + c * x.stride + tile.source, x.stride, std::min(channels - c, s.config.block), packed, tiling.channel_floats,
-                   tiling.packs.data() + tile.pack, tiling.pack_count(), tiling.tables.data(), tile.pixels);
+            const int32_t c = block * s.config.block, count = std::min(channels - c, s.config.block);
+            const float *pixels = x.at + c * x.stride + tile.source;
+            if (direct)
+                for (int32_t i = 0; i < count; ++i) planes[i] = pixels + i * x.stride;
+            else
+                k.pack(pixels, x.stride, count, packed, tiling.channel_floats, tiling.packs.data() + tile.pack, tiling.pack_count(),
+                       tiling.tables.data(), tile.pixels);
             call.groups = s.weights.groups.data() + from;
             call.rows = s.weights.row_ids.data() + int64_t{from} * s.config.rows;
             call.count = to - from;

@@ -28,6 +28,7 @@ enum class Form : int32_t {
     COMPACT,  // no gaps between rows; a copy for every kernel position, but for those that differ by whole vectors
     SINGLE,   // rows with their padding between them; one copy for each phase of the stride: loads are not aligned
     PLANES,   // no tiles: a depthwise kernel slides over the planes as they lie
+    DIRECT,   // of pointwise layers: tiles, but the pixels are read where they lie
 };
 
 struct Tile {

@@ -134,7 +134,7 @@ class Maker {
     }
 
     uint32_t offset(int32_t block, const Entry &e) const {
-        return static_cast<uint32_t>((e.channel - block * config_.block) * tiling_.channel_floats + tiling_.taps[e.tap]);
+        return static_cast<uint32_t>((e.channel - block * config_.block) * config_.channel_step(tiling_) + tiling_.taps[e.tap]);
     }
 
     void add_group(int32_t block, const Part *parts, size_t count) {
@@ -146,7 +146,7 @@ class Maker {
         group.offset = static_cast<int32_t>(offsets_.size());
         group.flags = parts[0].flags;
         stored_ += length * config_.rows;
-        const uint32_t zero = static_cast<uint32_t>(config_.block * tiling_.channel_floats);
+        const uint32_t zero = static_cast<uint32_t>(config_.block * config_.channel_step(tiling_));
         if (!config_.sparse()) {
             std::vector<uint16_t> shared;
             for (int64_t k = 0; k < length; ++k) shared.push_back(static_cast<uint16_t>(offset(block, parts[0].from[k])));
@@ -200,9 +200,10 @@ Entries entries_of(const Matrix &matrix, const float *weight, bool all) {
     return rows;
 }
 
-int32_t largest_block(int64_t channel_floats, int32_t vectors, int32_t lanes) {
+int32_t largest_block(const Config &config, const Tiling &tiling, int32_t lanes) {
     // the largest offset is that of the zeros, vectors * lanes of which follow the last channel
-    return channel_floats + vectors * lanes > 65535 ? 0 : static_cast<int32_t>(65535 / channel_floats);
+    if (!config.direct() && tiling.channel_floats + config.vectors * lanes > 65535) return 0;
+    return static_cast<int32_t>(65535 / config.channel_step(tiling));
 }
 
 Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes) {
@@ -259,16 +260,16 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
     std::map<uint32_t, int32_t> tap_at;
     for (int32_t k = 0; k < matrix.taps; ++k) tap_at[tiling->taps[k]] = k;
     const int32_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
-    const uint32_t floats = static_cast<uint32_t>(tiling->channel_floats);
+    const uint32_t step = static_cast<uint32_t>(config.channel_step(*tiling));
     for (int32_t block = 0; block < blocks; ++block)
         for (int32_t g = weights.chunks[block * chunks]; g < weights.chunks[(block + 1) * chunks]; ++g)
             for (int64_t k = 0; k < weights.groups[g].length; ++k)
                 for (int32_t r = 0; r < config.rows; ++r) {
                     const int32_t row = weights.row_ids[int64_t{g} * config.rows + r];
                     const uint32_t offset = offset_at(weights, config, weights.groups[g], k, r);
-                    const auto tap = tap_at.find(offset % floats);
-                    if (row < 0 || offset >= config.block * floats || tap == tap_at.end()) continue;
-                    const int32_t channel = block * config.block + static_cast<int32_t>(offset / floats);
+                    const auto tap = tap_at.find(offset % step);
+                    if (row < 0 || offset >= config.block * step || tap == tap_at.end()) continue;
+                    const int32_t channel = block * config.block + static_cast<int32_t>(offset / step);
                     rows[row].push_back({channel, tap->second, value_at(weights, config, weights.groups[g].weight + k * config.rows + r)});
                 }
     return rows;
@@ -298,7 +299,7 @@ std::string check_weights(const Matrix &matrix, const Weights &weights, const Co
     if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 || weights.chunks[blocks * chunks] != count)
         return "chunks do not fit the groups";
     if (weights.row_ids.size() != count * config.rows) return "rows do not fit the groups";
-    const int64_t zero = config.block * tiling->channel_floats;
+    const int64_t zero = config.block * config.channel_step(*tiling);
     std::vector<uint8_t> state(matrix.rows, 0);  // 1: begun, 2: ended
     for (int64_t part = 0; part < blocks * chunks; ++part) {
         if (weights.chunks[part] > weights.chunks[part + 1] || weights.chunks[part] < 0) return "chunks are out of order";

@@ -47,6 +47,9 @@ struct Config {
 
     bool planes() const { return !vector && form == static_cast<int32_t>(Form::PLANES); }
     bool tiled() const { return !vector && !planes(); }
+    bool direct() const { return !vector && form == static_cast<int32_t>(Form::DIRECT); }
+    // What an offset grows by from one channel of a block to the next.
+    int64_t channel_step(const Tiling &tiling) const { return direct() ? 1 : tiling.channel_floats; }
     bool sparse() const { return kind == SPARSE_F32 || kind == SPARSE_BF16; }
     bool bf16() const { return kind == SPARSE_BF16 || kind == DENSE_BF16; }
 };
@@ -87,8 +90,8 @@ inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 // Every row's weights, sorted by channel and position: those that are not zero, or all.
 Entries entries_of(const Matrix &matrix, const float *weight, bool all);
 
-// The most channels whose packed floats have 16-bit offsets.
-int32_t largest_block(int64_t channel_floats, int32_t vectors, int32_t lanes);
+// The most channels of a block whose offsets have 16 bits.
+int32_t largest_block(const Config &config, const Tiling &tiling, int32_t lanes);
 
 // tiling may be null for a config that is not tiled.
 Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes);
