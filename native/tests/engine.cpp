@@ -158,6 +158,28 @@ void conv_case(const char *isa, int64_t number_of_case) {
     expect(close(got, wanted, 1e-5), std::string(isa) + " case " + std::to_string(number_of_case) + ", " + info.kernel);
 }
 
+// Curved activation functions of lines of every length up to some vectors.
+void activations(const char *isa) {
+    const double root = std::sqrt(0.5), pi = 3.14159265358979323846;
+    for (const int32_t activation : {RAREFY_SILU, RAREFY_GELU, RAREFY_GELU_TANH, RAREFY_TANH, RAREFY_SIGMOID})
+        for (int32_t n = 1; n <= 40; ++n) {
+            Floats x = numbers(n), wanted;
+            for (float &v : x) {
+                v *= one_of({1, 5, 20});
+                const double a = v, logistic = 1.0 / (1.0 + std::exp(-a)), cubed = 2.0 * std::sqrt(2.0 / pi) * (a + 0.044715 * a * a * a);
+                wanted.push_back(static_cast<float>(activation == RAREFY_SILU        ? a * logistic
+                                                    : activation == RAREFY_GELU      ? 0.5 * a * std::erfc(-a * root)
+                                                    : activation == RAREFY_GELU_TANH ? a / (1.0 + std::exp(-cubed))
+                                                    : activation == RAREFY_TANH      ? std::tanh(a)
+                                                                                     : logistic));
+            }
+            Builder b;
+            b.output(b.check(rarefy_builder_affine(b.b, b.input(1, 1, n), nullptr, nullptr, activation, "activation", b.error, 256)));
+            const Program p = b.finish(isa);
+            if (p) expect(close(run(p.get(), {x}, n, 1, 1), wanted, 4e-7), std::string(isa) + " activation " + std::to_string(activation));
+        }
+}
+
 // A network with every kind of step: two branches that meet again, a concatenation in place and one that is copied.
 Program network(const char *isa, int32_t batch, int32_t threads) {
     Builder b;
@@ -305,6 +327,7 @@ int main(int argc, char **argv) {
         if (std::string(table[i].name) == "engine" && table[i].supported) isas.push_back(table[i].isa);
     for (const std::string &isa : isas) {
         for (int64_t i = 0; i < cases; ++i) conv_case(isa.c_str(), i);
+        activations(isa.c_str());
         threads(isa);
         std::printf("%s: %lld convolutions\n", isa.c_str(), static_cast<long long>(cases));
     }

@@ -10,7 +10,7 @@ from rarefy import act, engine
 from rarefy.engine import plan as steps
 from rarefy.engine import reference
 from rarefy.engine.capture import CaptureError, capture
-from rarefy.engine.passes import optimize, split_activations
+from rarefy.engine.passes import optimize
 
 
 def captured(model, *inputs):
@@ -242,13 +242,3 @@ def test_inputs_without_axes_and_outputs_that_nothing_computes():
     assert same == 5
     assert torch.equal(ones, torch.ones(2))
     assert compiled.profile(rounds=1).batch == 1
-
-
-def test_curved_activations_apart_from_their_layers():
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Tanh()).eval()
-    plan = optimize(capture(model, (IMAGE,)))
-    assert kinds(plan) == ["conv", "conv", "activation"]
-    split, apart = split_activations(plan)
-    assert kinds(split) == ["conv", "activation", "conv", "activation"]
-    assert apart == {step.output: step.input for step in split.steps if step.kind == "activation"}
-    assert torch.equal(reference.run(split, (IMAGE,))[0], reference.run(plan, (IMAGE,))[0])

@@ -232,7 +232,7 @@ RAREFY_API int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, con
     Graph &g = builder->graph;
     const int32_t channels = g.values[out].channels;
     g.first.back().assign(channels, 1.0f);
-    g.other.back().assign(channels, 0.0f);
+    g.other.back().assign(channels, -0.0f);  // added, it leaves signed zeros as they are
     if (scale) g.first.back().assign(scale, scale + channels);
     if (shift) g.other.back().assign(shift, shift + channels);
     return out;

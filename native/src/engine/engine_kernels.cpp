@@ -16,8 +16,9 @@ namespace {
 
 using namespace engine;
 
-#include "../act_wide.h"
 #include "vec.h"
+
+#include "activations.h"
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 32")
 
@@ -376,43 +377,22 @@ float sum(const float *x, int64_t n) {
 
 // ---- activations
 
-// tanh by (1 - e) / (1 + e), e = exp(-2 |x|); below 2^-6 by its series, where the quotient would cancel.
-inline float tanh_value(float narrow) {
-    const double x = narrow, a = x < 0.0 ? -x : x, e = exp_minus(a + a);
-    const double s = a * a, small = a * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 - s * (17.0 / 315.0))));
-    const double y = a < 0.015625 ? small : (1.0 - e) / (1.0 + e);
-    const float rounded = static_cast<float>(x < 0.0 ? -y : y);
-    return narrow == narrow ? rounded : narrow;
-}
-
-inline float hard_gate(float x) {
-    const float t = x + 3.0f;
-    return (t < 0.0f ? 0.0f : t > 6.0f ? 6.0f : t) / 6.0f;
-}
-
 template <class F>
 inline void map(const float *x, float *out, int64_t n, const F &f) {
-    constexpr int BLOCK = 64;
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        const int64_t size = n - at < BLOCK ? n - at : BLOCK;
-        float in[BLOCK] = {}, to[BLOCK];
-        __builtin_memcpy(in, x + at, sizeof(float) * static_cast<size_t>(size));
-        for (int i = 0; i < BLOCK; ++i) to[i] = f(in[i]);
-        __builtin_memcpy(out + at, to, sizeof(float) * static_cast<size_t>(size));
-    }
+    over(n, [=](int64_t i, uint32_t lanes) { store_some(out + i, lanes, f(load_some(x + i, lanes))); });
 }
 
 void activate(int32_t activation, const float *x, float *out, int64_t n) {
     switch (activation) {
-        case RAREFY_SILU: return map(x, out, n, [](float v) { return wide_value<Wide::silu>(v); });
-        case RAREFY_GELU: return map(x, out, n, [](float v) { return wide_value<Wide::gelu>(v); });
-        case RAREFY_GELU_TANH: return map(x, out, n, [](float v) { return wide_value<Wide::gelu_tanh>(v); });
-        case RAREFY_SIGMOID: return map(x, out, n, [](float v) { return wide_value<Wide::sigmoid>(v); });
-        case RAREFY_TANH: return map(x, out, n, [](float v) { return tanh_value(v); });
-        case RAREFY_HARDSWISH: return map(x, out, n, [](float v) { return v * hard_gate(v); });
-        case RAREFY_HARDSIGMOID: return map(x, out, n, [](float v) { return hard_gate(v); });
-        case RAREFY_LEAKY_RELU: return map(x, out, n, [](float v) { return v < 0.0f ? 0.01f * v : v; });
-        default: return map(x, out, n, [](float v) { return v; });
+        case RAREFY_SILU: return map(x, out, n, [](V v) { return silu(v); });
+        case RAREFY_GELU: return map(x, out, n, [](V v) { return gelu(v); });
+        case RAREFY_GELU_TANH: return map(x, out, n, [](V v) { return gelu_tanh(v); });
+        case RAREFY_TANH: return map(x, out, n, [](V v) { return tanh(v); });
+        case RAREFY_SIGMOID: return map(x, out, n, [](V v) { return sigmoid(v); });
+        case RAREFY_HARDSWISH: return map(x, out, n, [](V v) { return hardswish(v); });
+        case RAREFY_HARDSIGMOID: return map(x, out, n, [](V v) { return hardsigmoid(v); });
+        case RAREFY_LEAKY_RELU: return map(x, out, n, [](V v) { return leaky_relu(v); });
+        default: return map(x, out, n, [](V v) { return v; });
     }
 }
 

@@ -70,8 +70,16 @@ void conv_vector(const Frame &f, const Step &s, int64_t at) {
     call.low = clamp.low;
     call.high = clamp.high;
     f.program->kernels->vector(&call, s.config.bf16());
-    if (clamp.rest)
-        for (int64_t r = 0; r < call.rows; ++r) f.program->kernels->activate(s.node.activation, call.y + r * y.stride, call.y + r * y.stride, 1);
+    if (!clamp.rest) return;
+    // one number a row: some at a time, side by side
+    float some[64];
+    for (int64_t from = 0; from < call.rows; from += 64) {
+        const int64_t n = std::min<int64_t>(call.rows - from, 64);
+        float *at_row = call.y + from * y.stride;
+        for (int64_t r = 0; r < n; ++r) some[r] = at_row[r * y.stride];
+        f.program->kernels->activate(s.node.activation, some, some, n);
+        for (int64_t r = 0; r < n; ++r) at_row[r * y.stride] = some[r];
+    }
 }
 
 void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t first_tile, int64_t last_tile) {
@@ -241,7 +249,7 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
             for (int64_t i = 0; i < images; ++i) {
                 const float value = second.at[c * second.stride + i];
                 const int64_t skip = i * shape.pixels();
-                k.affine(from + skip, s.node.flag ? value : 1.0f, s.node.flag ? 0.0f : value, to + skip, shape.pixels(), clamp.low, clamp.high);
+                k.affine(from + skip, s.node.flag ? value : 1.0f, s.node.flag ? -0.0f : value, to + skip, shape.pixels(), clamp.low, clamp.high);
             }
         } else {
             (s.node.flag ? k.multiply : k.add)(from, second.at + c * second.stride, to, n, clamp.low, clamp.high);

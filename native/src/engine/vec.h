@@ -1,4 +1,4 @@
-// One vector of L float32 lanes, for each instruction set. Included by kernels.cpp only, in an unnamed namespace.
+// One vector of L float32 lanes, for each instruction set. Included by engine_kernels.cpp only, in an unnamed namespace.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -19,7 +19,16 @@ inline V all(float a) { return _mm512_set1_ps(a); }
 inline V all_bits(uint32_t a) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a))); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V absolute(V a) { return _mm512_abs_ps(a); }
+// The size of the one with the sign of the other.
+inline V with_sign(V size, V sign) { return _mm512_or_ps(absolute(size), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
+// a where x < y, else b.
+inline V where_less(V x, V y, V a, V b) { return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), a); }
+// The float whose sign and exponent are the low nine bits of a's.
+inline V exponent(V a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
 // The smaller and the larger one; where one is NaN, b.
 inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
@@ -62,7 +71,13 @@ inline void store_some(float *p, uint32_t lanes, V v) {
 inline V all(float a) { return _mm256_set1_ps(a); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+inline V absolute(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline V with_sign(V size, V sign) { return _mm256_or_ps(absolute(size), _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+inline V where_less(V x, V y, V a, V b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ)); }
+inline V exponent(V a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
 inline V smaller(V a, V b) { return _mm256_min_ps(a, b); }
 inline V larger(V a, V b) { return _mm256_max_ps(a, b); }
 inline V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
@@ -89,6 +104,7 @@ inline float total(V v) {
 // Vectors of the compiler: it makes of them what the machine has.
 constexpr int L = 4, ACCUMULATORS = 14;
 typedef float V __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(16)));
 inline V load(const float *p) { return *reinterpret_cast<const V *>(p); }
 inline V loadu(const float *p) { return *reinterpret_cast<const V *>(p); }
 inline void store(float *p, V v) { *reinterpret_cast<V *>(p) = v; }
@@ -111,7 +127,15 @@ inline V load_masked(const float *p, Mask mask) { return mask == 15 ? loadu(p) :
 inline void store_masked(float *p, Mask mask, V v) { store_some(p, mask, v); }
 inline V fma(V a, V b, V c) { return a * b + c; }
 inline V add(V a, V b) { return a + b; }
+inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }
+inline V div(V a, V b) { return a / b; }
+inline V absolute(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) & 0x7FFFFFFFu); }
+inline V with_sign(V size, V sign) {
+    return reinterpret_cast<V>((reinterpret_cast<Bits>(size) & 0x7FFFFFFFu) | (reinterpret_cast<Bits>(sign) & 0x80000000u));
+}
+inline V where_less(V x, V y, V a, V b) { return x < y ? a : b; }
+inline V exponent(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) << 23); }
 inline V smaller(V a, V b) { return a < b ? a : b; }
 inline V larger(V a, V b) { return a > b ? a : b; }
 inline V maximum(V a, V b) {

@@ -79,7 +79,7 @@ def build(
         batch=plan.batch,
         fixed_because=plan.fixed_because,
         constants={name: value for name, value in plan.constants.items() if name in read},
-        names={step.output: step.name for step in found.plan.steps},
+        names={step.output: step.name for step in plan.steps},
         layers=found.layers,
         reasons=found.lowered.reasons,
         threads=threads,
@@ -161,5 +161,5 @@ def _choose(
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"
-        return measure.Choice(plan, measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
-    return measure.Choice(plan, lower(plan, options), {}, "native", layers, 0.0), shapes
+        return measure.Choice(measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
+    return measure.Choice(lower(plan, options), {}, "native", layers, 0.0), shapes

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.onednn import Packed, packed
-from rarefy.engine.passes import split_activations
 from rarefy.engine.plan import Conv, Layer, Plan, Step, last_uses
 from rarefy.engine.reference import run_step
 from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, samples
@@ -28,7 +27,6 @@ _LOST = 1.5
 _CLEARLY_FASTER = 0.9
 #: Giving layers to PyTorch is only tried where it may save this share of the whole time.
 _WORTH_TRYING = 0.03
-_SPLIT = "native with PyTorch's activations"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class Choice:
     """What was chosen to run a plan.
 
     Attributes:
-        plan: what they are of: the plan that was given, or one with more steps that computes the same.
         lowered: the programs and steps to run.
         candidates: seconds that each way to run the whole plan took on the example, by name; empty if not measured.
         chosen: the name of the way that was taken.
@@ -61,7 +58,6 @@ class Choice:
         seconds: what measuring took.
     """
 
-    plan: Plan
     lowered: Lowered
     candidates: Mapping[str, float]
     chosen: str
@@ -149,16 +145,9 @@ def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mappi
     }
     if slow:
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
-    split, apart = split_activations(plan)
-    if apart:
-        shapes = {**options.shapes, **{before: options.shapes[after] for after, before in apart.items()}}
-        ways[_SPLIT] = lower(split, replace(options, shapes=shapes), apart)
     times = _race(ways, plan, inputs, options.threads)
     chosen = min(times, key=lambda name: times[name])
-    if chosen == _SPLIT:
-        layers = {f"{name} before" if name in apart else name: facts for name, facts in layers.items()}
-        plan = split
-    return Choice(plan, ways[chosen], times, chosen, layers, time.perf_counter() - begun)
+    return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
 
 
 def in_torch(plan: Plan, because: str) -> Lowered:

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from rarefy.engine.plan import Affine, Binary, Conv, Linear, Plan, Step
 
-#: The activation functions that PyTorch computes faster than the native engine, which computes them in double.
-_CURVED = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
-
 #: Given a plan, what makes a value that one step alone reads, and a step: the step to absorb, and what to put instead.
 _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step] | None]
 
@@ -95,23 +92,3 @@ def _fuse_activation(plan: Plan, only_use: Callable[[str], Step | None], step: S
     if not isinstance(before, (Conv, Linear, Binary, Affine)) or before.activation != "none":
         return None
     return before, replace(before, output=step.output, activation=step.activation)
-
-
-def split_activations(plan: Plan) -> tuple[Plan, dict[str, str]]:
-    """The plan with curved activation functions in steps of their own.
-
-    Beside it, for each value that such a step makes, the value that it reads.
-    """
-    steps, values, apart = list[Step](), dict(plan.values), dict[str, str]()
-    for step in plan.steps:
-        if not isinstance(step, (Conv, Linear, Binary, Affine)) or step.activation not in _CURVED:
-            steps.append(step)
-        elif isinstance(step, Affine) and step.kind == "activation":
-            steps.append(step)
-            apart[step.output] = step.input
-        else:
-            before = apart[step.output] = f"{step.output} before"
-            values[before] = values[step.output]
-            steps.append(replace(step, output=before, activation="none"))
-            steps.append(Affine(name=step.output, output=step.output, input=before, activation=step.activation))
-    return replace(plan, steps=tuple(steps), values=values), apart
