@@ -180,19 +180,27 @@ void activations(const char *isa) {
         }
 }
 
-// A network with every kind of step: two branches that meet again, a concatenation in place and one that is copied.
+// A network with every kind of step: layers in bands, two branches that meet again, a concatenation in place and one that is
+// copied.
 Program network(const char *isa, int32_t batch, int32_t threads) {
     Builder b;
-    const Floats w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24), wl = numbers(5 * 16), scale = numbers(8), shift = numbers(8), stem = numbers(8 * 3 * 9);
+    const Floats wide = numbers(4 * 3 * 9), deep_wise = numbers(4 * 9), w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24), wl = numbers(5 * 16), scale = numbers(8), shift = numbers(8), stem = numbers(8 * 4 * 9);
     rarefy_conv c = {};
     c.residual = -1;
-    c.out_channels = 8;
+    c.out_channels = 4;
     c.groups = 1;
     for (int axis = 0; axis < 2; ++axis) c.kernel[axis] = 3, c.stride[axis] = c.dilation[axis] = 1;
     for (int32_t &p : c.padding) p = 1;
     c.activation = RAREFY_RELU;
-    c.x = b.input(3, 18, 18, RAREFY_CHANNELS_LAST);
+    c.x = b.input(3, 36, 36, RAREFY_CHANNELS_LAST);
+    c.weight = wide.data();
+    c.x = b.conv(c);
+    c.weight = deep_wise.data();
+    c.groups = 4;
+    c.x = b.conv(c);
     c.weight = stem.data();
+    c.out_channels = 8;
+    c.groups = 1;
     const int32_t x = c.x = b.conv(c);
     rarefy_pool pool = {};
     pool.x = x;
@@ -218,7 +226,7 @@ Program network(const char *isa, int32_t batch, int32_t threads) {
     const int32_t gate = b.check(rarefy_builder_global_average(b.b, joined, "mean", b.error, 256));
     const int32_t gated = b.check(rarefy_builder_binary(b.b, joined, gate, 1, RAREFY_GELU, "gate", b.error, 256));
     pool.x = gated;
-    pool.kernel[0] = pool.kernel[1] = pool.stride[0] = pool.stride[1] = 9;
+    pool.kernel[0] = pool.kernel[1] = pool.stride[0] = pool.stride[1] = 18;
     for (int32_t &p : pool.padding) p = 0;
     const int32_t last = b.check(rarefy_builder_pool(b.b, &pool, "pool", b.error, 256));
     const int32_t flat = b.check(rarefy_builder_flatten(b.b, last, "flatten", b.error, 256));
@@ -241,7 +249,7 @@ struct Aligned {
 
 void files(const std::vector<std::string> &isas) {
     const int64_t batch = 3;
-    const Floats x = numbers(batch * 3 * 18 * 18);
+    const Floats x = numbers(batch * 3 * 36 * 36);
     for (const std::string &isa : isas) {
         const Program p = network(isa.c_str(), 2, 1);
         const Floats wanted = run(p.get(), {x}, batch * 5, batch, 1);
@@ -295,7 +303,7 @@ void files(const std::vector<std::string> &isas) {
 
 void threads(const std::string &isa) {
     const Program one = network(isa.c_str(), 1, 2), two = network(isa.c_str(), 4, 2);
-    const Floats x = numbers(6 * 3 * 18 * 18);
+    const Floats x = numbers(6 * 3 * 36 * 36);
     const Floats first = run(one.get(), {x}, 30, 6, 1), second = run(two.get(), {x}, 30, 6, 1);
     std::vector<std::thread> users;
     std::vector<int> good(8, 1);
