@@ -14,8 +14,6 @@ constexpr int64_t LARGE_PLANE = 784;  // pixels: layers from this size on are ru
 constexpr size_t CHAIN_STEPS = 3;
 constexpr int64_t ROOM = 3;           // a window is so many times as large as it must be, so that it is seldom moved
 
-bool reads_value(const Node &n, int32_t id) { return n.x == id || n.second == id; }
-
 // Whether step k of a chain can do this unit when the steps before have made `done` pixels each.
 bool ready(const rarefy_program &program, const Chain &c, const Step &step, int32_t k, const int64_t *done, const Unit &unit) {
     if (k > 0 && unit.need > done[k - 1]) return false;
@@ -110,7 +108,7 @@ class Sliding {
     std::vector<Reader> readers_;
 };
 
-// Whether all that reads a value are windows of this chain's steps.
+// Whether all that reads a value is the windows of this chain's steps.
 bool inside(const rarefy_program &program, const Chain &chain, int32_t id) {
     const Value &v = program.plan.values[id];
     if (v.place != Place::ARENA || v.group != 1) return false;
@@ -118,9 +116,9 @@ bool inside(const rarefy_program &program, const Chain &chain, int32_t id) {
     for (int32_t i = 0; i < static_cast<int32_t>(program.steps.size()); ++i) {
         const Node &n = program.steps[i].node;
         const std::vector<int32_t> &operands = program.graph.operands[i];
-        if (std::find(operands.begin(), operands.end(), id) != operands.end()) return false;
-        if (!reads_value(n, id)) continue;
-        if (n.second == id || i < chain.first || i >= chain.last) return false;
+        if (n.second == id || std::find(operands.begin(), operands.end(), id) != operands.end()) return false;
+        if (n.x != id) continue;
+        if (i < chain.first || i >= chain.last) return false;
         read = true;
     }
     return read;

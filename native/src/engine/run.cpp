@@ -163,16 +163,16 @@ extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(con
             spaces.push_back(take(*program, plan));
             if (!spaces.back().memory) return 1;
         }
+        std::vector<std::vector<int64_t>> begins(static_cast<size_t>(threads), std::vector<int64_t>(plan.values.size(), 0));
         std::atomic<Barrier *> shared{nullptr};
         std::unique_ptr<Barrier> barrier;
         together(threads, [&](int32_t i, int32_t n) {
             Barrier alone(1);
-            std::vector<int64_t> begins(plan.values.size(), 0);
-            Frame frame{program, &plan, begins.data(), spaces[apart ? i : 0].arena, spaces[i].scratch, inputs, outputs, 0, 0, 1};
+            Frame frame{program, &plan, begins[i].data(), spaces[apart ? i : 0].arena, spaces[i].scratch, inputs, outputs, 0, 0, 1};
             if (apart) {
                 const int64_t first = batch * i / n, last = batch * (i + 1) / n;
                 frame.first_image = first;
-                Runner{frame, &begins, &alone, seconds}.run_all(last - first);
+                Runner{frame, &begins[i], &alone, seconds}.run_all(last - first);
                 return;
             }
             if (i == 0) {
@@ -183,7 +183,7 @@ extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(con
             while (!(all = shared.load(std::memory_order_acquire))) std::this_thread::yield();
             frame.part = i;
             frame.parts = n;
-            Runner{frame, &begins, all, seconds}.run_all(batch);
+            Runner{frame, &begins[i], all, seconds}.run_all(batch);
         });
         const std::lock_guard<std::mutex> lock(program->mutex);
         for (Workspace &w : spaces) program->idle.push_back(std::move(w));

@@ -95,7 +95,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     float *packed = f.scratch, *sums = packed + f.program->packed_floats, *trash = sums + f.program->sums_floats;
     std::memset(packed + zero, 0, static_cast<size_t>(width) * sizeof(float));
     const float **planes = reinterpret_cast<const float **>(packed + width);  // of direct kernels, after the zeros
-    planes[direct ? s.config.block : 0] = packed;
+    if (direct) planes[s.config.block] = packed;
 
     // threads share tiles, which the next layer's same tiles read, and the rows of a tile where there are few tiles
     const int64_t tiles = last_tile - first_tile;
