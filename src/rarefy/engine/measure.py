@@ -242,7 +242,9 @@ def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], thr
             best = {name: min(times[name][min(done - 1, 1) :]) for name in racing}
             lost = (_LOST if done > 1 else 2 * _LOST) * min(best.values())
             racing = [name for name in racing if best[name] <= lost]
-        for name in racing if len(racing) > 1 else ():
+        if len(racing) == 1:
+            break
+        for name in racing:
             way = ways[name]
             values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
             begun = clock()
