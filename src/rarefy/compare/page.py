@@ -63,8 +63,9 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
     plots = []
     for target in targets:
         same = [mean for mean in found if mean.target == target]
-        plots += [_against(kind, target, same, dense) for kind in _COSTS]
-        plots.append(_layers(target, same, content))
+        at = _named(target, comparison.budget)
+        plots += [_against(kind, at, same, dense) for kind in _COSTS]
+        plots.append(_layers(at, target if comparison.budget == "sparsity" else None, same, content))
     runs = _first_runs(comparison, found, folder)
     if runs:
         plots.append(_trajectories(runs))
@@ -80,12 +81,20 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
         name=comparison.name,
         done=len(content),
         planned=len(comparison.jobs),
-        about={key: content[0][key] for key in ("model", "epochs", "cpu", "torch", "rarefy")},
-        tables=[(target, [_cells(mean) for mean in found if mean.target == target]) for target in [None, *targets]],
+        about={key: content[0][key] for key in ("model", "epochs", "device", "cpu", "torch", "rarefy")},
+        tables=[
+            (_named(target, comparison.budget), [_cells(mean) for mean in found if mean.target == target])
+            for target in [None, *targets]
+        ],
         conventions=sorted({(row["method"], row["training_flops_convention"]) for row in content}),
         options=sorted({(row["label"], row["method"], row["options"]) for row in content}),
         plots=plots,
     )
+
+
+def _named(target: float | None, budget: str) -> str | None:
+    """A target in words."""
+    return None if target is None else f"{100 * target:g} %" + (" of the FLOPs" if budget == "flops" else "")
 
 
 def _cells(mean: Mean) -> list[str]:
@@ -118,7 +127,7 @@ def _points(axes: Axes, kind: str, drawn: Sequence[Mean], dense: Sequence[Mean])
 
 
 @STYLE
-def _against(kind: str, target: float, same: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
+def _against(kind: str, at: str | None, same: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
     """Mean accuracy with its confidence interval against FLOPs."""
     drawn = figure(height=430, width=640)
     axes = drawn.subplots()
@@ -132,19 +141,19 @@ def _against(kind: str, target: float, same: Sequence[Mean], dense: Sequence[Mea
         "Mean over the seeds, by rank, and its 95 % confidence interval (cut at the axis) where there are several."
     )
     caption += f" {hidden} more than {FAR_BELOW:g} points under the best: see the table." if hidden else ""
-    title = f"Accuracy against {kind} FLOPs at {100 * target:g} %"
+    title = f"Accuracy against {kind} FLOPs at {at}"
     best = ", ".join(f"{mean.label} {mean.accuracy:.2f}" for mean in shown[:5])
     return inline(title, caption, f"{title}; the most accurate are {best}.", drawn)
 
 
 @STYLE
-def _layers(target: float, same: Sequence[Mean], content: Sequence[Mapping[str, Any]]) -> Plot:
-    """Density of each layer by method, on a logarithmic axis."""
+def _layers(at: str | None, target: float | None, same: Sequence[Mean], content: Sequence[Mapping[str, Any]]) -> Plot:
+    """Sparsity of each layer by method, and that of the network if that is the target."""
     drawn = figure(height=400, width=560)
     axes = drawn.subplots()
     shown = same[:MOST_LINES]
     for colour, mean in zip(depth_colours(len(shown)), shown, strict=True):
-        mine = [row for row in content if row["label"] == mean.label and row["target"] == target]
+        mine = [row for row in content if row["label"] == mean.label and row["target"] == mean.target]
         by_layer: dict[str, list[float]] = {}
         for row in mine:
             for name, density in json.loads(row["layer_densities"]).items():
@@ -152,11 +161,12 @@ def _layers(target: float, same: Sequence[Mean], content: Sequence[Mapping[str, 
         sparsities = [1.0 - statistics.mean(densities) for densities in by_layer.values()]
         axes.plot(range(len(sparsities)), sparsities, "o-", color=colour, markersize=3, label=label(mean.label, 24))
         axes.set_xticks(range(len(by_layer)), [label(name, 12) for name in by_layer], rotation=60, fontsize=7)
-    axes.axhline(target, color=GRID, linestyle="--", linewidth=0.9)
+    if target is not None:
+        axes.axhline(target, color=GRID, linestyle="--", linewidth=0.9)
     axes.set(ylabel="sparsity", ylim=(0, 1.02))
     percent_axis(axes.yaxis)
     legend_above(axes, columns=2)
-    title = f"Sparsity by layer at {100 * target:g} %"
+    title = f"Sparsity by layer at {at}"
     caption = f"Mean over the seeds; the {len(shown)} most accurate methods, from the first layer to the last."
     return inline(title, caption, f"{title} for {', '.join(mean.label for mean in shown)}.", drawn)
 
