@@ -64,8 +64,12 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
     for target in targets:
         same = [mean for mean in found if mean.target == target]
         at = _named(target, comparison.budget)
-        plots += [_against(kind, at, same, dense) for kind in _COSTS]
+        # At equal FLOPs the points of one target are one above the other: they make curves instead, below.
+        kinds = [kind for kind in _COSTS if kind != "inference" or comparison.budget == "sparsity"]
+        plots += [_against(kind, at, same, dense) for kind in kinds]
         plots.append(_layers(at, target if comparison.budget == "sparsity" else None, same, content))
+    if comparison.budget == "flops" and targets:
+        plots.append(_curves([mean for mean in found if mean.target is not None], dense))
     runs = _first_runs(comparison, found, folder)
     if runs:
         plots.append(_trajectories(runs))
@@ -144,6 +148,31 @@ def _against(kind: str, at: str | None, same: Sequence[Mean], dense: Sequence[Me
     title = f"Accuracy against {kind} FLOPs at {at}"
     best = ", ".join(f"{mean.label} {mean.accuracy:.2f}" for mean in shown[:5])
     return inline(title, caption, f"{title}; the most accurate are {best}.", drawn)
+
+
+@STYLE
+def _curves(found: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
+    """Mean accuracy of each method over the inference FLOPs of all targets."""
+    drawn = figure(height=430, width=640)
+    axes = drawn.subplots()
+    by_label: dict[str, list[Mean]] = {}
+    for mean in sorted(found, key=lambda mean: (-mean.inference_flops, -mean.accuracy)):
+        by_label.setdefault(mean.label, []).append(mean)
+    best = {mean.target: max(m.accuracy for m in found if m.target == mean.target) for mean in found}
+    for colour, (name, same) in zip(depth_colours(len(by_label)), by_label.items(), strict=True):
+        shown = [mean for mean in same if mean.accuracy >= best[mean.target] - FAR_BELOW]
+        x, y = [mean.inference_flops for mean in shown], [mean.accuracy for mean in shown]
+        axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.0, label=label(name, 26))
+    for mean in dense:
+        axes.axhline(
+            mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"{mean.label}, {mean.accuracy:.2f}"
+        )
+    axes.set(xlabel="inference FLOPs, share of dense", ylabel="test accuracy, %")
+    percent_axis(axes.xaxis)
+    drawn.legend(loc="outside right upper", fontsize=8, labelspacing=0.25, handlelength=1.0)
+    title = "Accuracy against inference FLOPs"
+    caption = f"Mean over the seeds; points more than {FAR_BELOW:g} under the best at their target are left out."
+    return inline(title, caption, f"{title} of {', '.join(by_label)}.", drawn)
 
 
 @STYLE
