@@ -1,6 +1,6 @@
 """What else AutoSparse could do, by changes of its code: results/autosparse-variants.csv.
 
-    python benchmarks/autosparse_variants.py [--jobs 2]
+    python benchmarks/autosparse_variants.py [--jobs 2] [--seeds 3]
 
 recipes/fashion-mnist.yaml at 7 % of the inference FLOPs, so that accuracies compare. Every line changes one thing: what
 the optimizer does to masked weights (their gradient is alpha times what it would be; otherwise they decay, and go on by
@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from rarefy.sparse.thresholded import Thresholded
 from rarefy.train.batches import normalise
 
 RUNS = Path("runs/autosparse-variants")
-FLOPS, SEEDS = 0.07, 5
+FLOPS = 0.07
 
 #: Training images that batch norms are estimated anew from.
 ESTIMATED_FROM = 5000
@@ -82,19 +83,40 @@ class ByCost(AutoSparse):
 
     power = 1.0
 
-    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+    def _sizes(self) -> list[int]:
+        return [layer.weight.numel() for layer in self._layers.values()]
+
+    def _measures(self) -> Sequence[float]:
         assert self.budget is not None
-        sizes = [layer.weight.numel() for layer in self._layers.values()]
-        scaled = [cost**self.power for cost in self.budget.costs]
-        mean = sum(cost * size for cost, size in zip(scaled, sizes, strict=True)) / sum(sizes)
-        for s, cost in zip(parameters, scaled, strict=True):
-            torch.maximum(s, s * math.exp(-min(decay * cost / mean, MAX_DECAY)), out=s)
+        return self.budget.costs
+
+    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+        scaled = [measure**self.power for measure in self._measures()]
+        sizes = self._sizes()
+        mean = sum(measure * size for measure, size in zip(scaled, sizes, strict=True)) / sum(sizes)
+        for s, measure in zip(parameters, scaled, strict=True):
+            torch.maximum(s, s * math.exp(-min(decay * measure / mean, MAX_DECAY)), out=s)
 
 
 class ByRootOfCost(ByCost):
     """Pressure in proportion to the root of what one weight of the layer costs."""
 
     power = 0.5
+
+
+class ByRootOfSize(ByCost):
+    """Pressure in proportion to the root of how many weights the layer has, so less on the first layers."""
+
+    power = 0.5
+
+    def _measures(self) -> Sequence[float]:
+        return self._sizes()
+
+
+class ByFourthRootOfSize(ByRootOfSize):
+    """Pressure in proportion to the fourth root of how many weights the layer has."""
+
+    power = 0.25
 
 
 class ToScale(AutoSparse):
@@ -125,7 +147,9 @@ METHODS: dict[str, tuple[str, type[AutoSparse]]] = {
     "no momentum of masked weights": ("autosparse-no-momentum", NoMomentum),
     "neither": ("autosparse-neither", Neither),
     "pressure by a weight's cost": ("autosparse-by-cost", ByCost),
-    "pressure by the root of it": ("autosparse-by-root", ByRootOfCost),
+    "pressure by the root of a weight's cost": ("autosparse-by-root", ByRootOfCost),
+    "pressure by the root of the layer's size": ("autosparse-by-size", ByRootOfSize),
+    "pressure by the fourth root of it": ("autosparse-by-size-4", ByFourthRootOfSize),
     "pressure towards the layer's scale": ("autosparse-to-scale", ToScale),
     "classifier not trimmed": ("autosparse-fc-untrimmed", Untrimmed),
 }
@@ -180,14 +204,18 @@ def row(job: tuple[str, int], folder: Path, data: fashion_mnist.FashionMNIST) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    jobs = [(label, seed) for seed in range(SEEDS) for label in METHODS]
-    with ThreadPoolExecutor(parser.parse_args().jobs) as pool:
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every variant")
+    arguments = parser.parse_args()
+    jobs = [(label, seed) for seed in range(arguments.seeds) for label in METHODS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
         folders = list(pool.map(run, jobs))
     data = fashion_mnist.load()
     rows = [row(job, folder, data) for job, folder in zip(jobs, folders, strict=True)]
     for label in METHODS:
         found = [row["test_accuracy"] for row in rows if row["variant"] == label]
-        print(f"{label}: {statistics.mean(found):.2f} +- {statistics.stdev(found):.2f}")
+        new = [row["test_accuracy_new_norms"] for row in rows if row["variant"] == label]
+        spread = f" +- {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        print(f"{label}: {statistics.mean(found):.2f}{spread}, with new norms {statistics.mean(new):.2f}")
     print(results.write("autosparse-variants", rows))
 
 

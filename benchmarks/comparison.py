@@ -62,10 +62,10 @@ def table(rows: Rows, targets: Sequence[float | None]) -> str:
 
 
 def paired(rows: Rows, label: str, other: str, targets: Sequence[str]) -> list[float]:
-    """By how many points ``label`` is above ``other``, for each seed that both have at each of these targets."""
-    found = {(row["label"], row["target"], row["seed"]): float(row["test_accuracy"]) for row in rows}
-    mine = [(target, seed) for (name, target, seed) in found if name == label and target in targets]
-    return [found[label, t, s] - found[other, t, s] for t, s in mine if (other, t, s) in found]
+    """By how many points ``label`` is above ``other``, for each seed that both have at each target on one device."""
+    found = {(row["label"], row["target"], row["seed"], row["device"]): float(row["test_accuracy"]) for row in rows}
+    mine = [place for (name, *place) in found if name == label and place[0] in targets]
+    return [found[label, t, s, d] - found[other, t, s, d] for t, s, d in mine if (other, t, s, d) in found]
 
 
 def against(rows: Rows, reference: str) -> str:
