@@ -145,6 +145,17 @@ def test_targets_may_be_of_flops(tmp_path):
     assert "Sparsity by layer at 30 % of the FLOPs" in text
 
 
+def test_methods_without_targets_show_how_their_sparsity_grew(tmp_path):
+    free = {f"alpha {alpha}": {"name": "autosparse", "alpha": alpha, "anneal": "constant"} for alpha in (0.0, 1.0)}
+    methods = {"dense": {"name": "dense"}, **{label: {**method, "targets": [None]} for label, method in free.items()}}
+    made, folder = load(comparison(tmp_path, methods=methods)), tmp_path / "runs"
+    assert [job.recipe.method.options.get("target") for job in made.jobs] == [None] * 3
+    assert not run(made, folder, jobs=1)
+    text = write(made, folder).read_text()
+    assert "How sparsity grew" in text
+    assert "Sparsity of alpha 0.0, alpha 1.0." in text or "Sparsity of alpha 1.0, alpha 0.0." in text
+
+
 def test_the_command(tmp_path, capsys):
     path = comparison(tmp_path, methods={"dense": {"name": "dense"}})
     assert main(["compare", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1", "--json"]) == 0

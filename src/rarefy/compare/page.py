@@ -201,12 +201,11 @@ def _layers(at: str | None, target: float | None, same: Sequence[Mean], content:
 
 
 def _first_runs(comparison: Comparison, found: Sequence[Mean], folder: Path) -> dict[str, report.Run]:
-    """One run each of the most accurate methods at the first target."""
-    targets = [mean.target for mean in found if mean.target is not None]
-    if not targets:
-        return {}
-    best = [mean.label for mean in found if mean.target == targets[0]][:MOST_LINES]
-    jobs = [job for job in comparison.jobs if job.label in best and job.target == targets[0] and job.seed == 0]
+    """One run each of the most accurate methods at the first target, or without one where none has any."""
+    sparse = [mean for mean in found if mean.training_flops < 1]
+    first = next((mean.target for mean in sparse if mean.target is not None), None)
+    best = [mean.label for mean in sparse if mean.target == first][:MOST_LINES]
+    jobs = [job for job in comparison.jobs if job.label in best and job.target == first and job.seed == 0]
     finished = [job for job in jobs if (folder / job.folder / "summary.json").is_file()]
     return {job.label: report.load(folder / job.folder) for job in finished}
 

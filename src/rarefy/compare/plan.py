@@ -13,6 +13,7 @@
       RigL: {name: rigl, drop_fraction: 0.3}
       GMP: {name: gmp, targets: [0.8, 0.9, 0.95, 0.98], seeds: 5}     # instead of those above
       2:4: {name: nm, n: 2, m: 4}        # no target: its options say how sparse it gets
+      STR: {name: str, targets: [null]}  # no target though it could have one
 
 A recipe itself will do too: then every method runs with its own defaults at the recipe's target, with one seed.
 """
