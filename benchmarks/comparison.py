@@ -71,13 +71,15 @@ def paired(rows: Rows, label: str, other: str, targets: Sequence[str]) -> list[f
 def against(rows: Rows, reference: str) -> str:
     """A row a method: by how many points it is above the reference, target by target and over all of them."""
     targets = sorted({row["target"] for row in rows} - {""}, key=float, reverse=True)
-    lines = [["method", *(f"{100 * float(target):g} %" for target in targets)], ["---"] * (len(targets) + 1)]
+    columns = [[target] for target in targets] + ([targets] if len(targets) > 1 else [])
+    titles = [*(f"{100 * float(target):g} %" for target in targets), "all"][: len(columns)]
+    lines = [["method", *titles], ["---"] * (len(columns) + 1)]
     for label in dict.fromkeys(row["label"] for row in rows):
         if label == reference:
             continue
         line = [label]
-        for target in targets:
-            found = paired(rows, label, reference, [target])
+        for column in columns:
+            found = paired(rows, label, reference, column)
             spread = f" ± {half_interval(found):.2f}" if len(found) > 1 else ""
             line.append(f"{statistics.mean(found):+.2f}{spread}" if found else "")
         lines.append(line)
