@@ -124,3 +124,8 @@ act-figures: $(STAMP)
 rtl-figures: $(STAMP) $(TOOLS)
 	$(BIN)/python benchmarks/rtl.py
 	$(BIN)/python benchmarks/rtl_figures.py
+
+# Every method, precision and activation on a GPU, against the CPU. It needs the GPU and Triton; two minutes with 8 processes.
+.PHONY: test-gpu
+test-gpu: $(STAMP)
+	$(BIN)/pytest -q -n 8 tests/check_gpu.py

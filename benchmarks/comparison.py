@@ -1,4 +1,4 @@
-"""The tables of docs/comparison.md, from results/compare-*.csv.
+"""The tables of docs/comparison.md and of docs/autosparse.md's ablation, from results/compare-*.csv.
 
     python benchmarks/comparison.py
 
@@ -61,18 +61,40 @@ def table(rows: Rows, targets: Sequence[float | None]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def paired(rows: Rows, label: str, other: str, targets: Sequence[str]) -> list[float]:
+    """By how many points ``label`` is above ``other``, for each seed that both have at each target on one device."""
+    found = {(row["label"], row["target"], row["seed"], row["device"]): float(row["test_accuracy"]) for row in rows}
+    mine = [place for (name, *place) in found if name == label and place[0] in targets]
+    return [found[label, t, s, d] - found[other, t, s, d] for t, s, d in mine if (other, t, s, d) in found]
+
+
+def against(rows: Rows, reference: str) -> str:
+    """A row a method: by how many points it is above the reference, target by target and over all of them."""
+    targets = sorted({row["target"] for row in rows} - {""}, key=float, reverse=True)
+    columns = [[target] for target in targets] + ([targets] if len(targets) > 1 else [])
+    titles = [*(f"{100 * float(target):g} %" for target in targets), "all"][: len(columns)]
+    lines = [["method", *titles], ["---"] * (len(columns) + 1)]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        if label == reference:
+            continue
+        line = [label]
+        for column in columns:
+            found = paired(rows, label, reference, column)
+            spread = f" ± {half_interval(found):.2f}" if len(found) > 1 else ""
+            line.append(f"{statistics.mean(found):+.2f}{spread}" if found else "")
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def differences(rows: Rows) -> str:
     """A row for each pair of ``ORDERINGS`` and target: the difference in accuracy, paired by the seeds."""
-    accuracy = {(row["label"], row["target"], row["seed"]): float(row["test_accuracy"]) for row in rows}
     lines = ["| published | here | target | points | holds? |", "| --- | --- | --- | --- | --- |"]
     for claim, pairs in ORDERINGS.items():
         for better, worse in pairs:
             for target in sorted({row["target"] for row in rows} - {""}):
-                seeds = [s for (label, t, s) in accuracy if (label, t) == (better, target)]
-                both = [s for s in seeds if (worse, target, s) in accuracy]
-                if len(both) < 2:
+                found = paired(rows, better, worse, [target])
+                if len(found) < 2:
                     continue
-                found = [accuracy[better, target, s] - accuracy[worse, target, s] for s in both]
                 mean, half = statistics.mean(found), half_interval(found)
                 holds = "yes" if mean > half else "no, the reverse" if -mean > half else "not to be told"
                 here = f"{better} over {worse}"
@@ -84,7 +106,16 @@ def main() -> None:
     rows = read("fashion-mnist")
     for targets in ([None], [0.9, 0.95], [0.8, 0.98]):
         print(table(rows, targets), end="\n\n")
-    print(differences(rows))
+    print(differences(rows), end="\n\n")
+    for name, reference in (
+        ("equal-flops", "AutoSparse, accuracy"),
+        ("autosparse", "accuracy (the default)"),
+        ("resnet20", "AutoSparse, accuracy"),
+    ):
+        rows = read(name)
+        for target in sorted({float(row["target"]) for row in rows if row["target"]}, reverse=True):
+            print(table(rows, [target]), end="\n\n")
+        print(against(rows, reference), end="\n\n")
 
 
 if __name__ == "__main__":

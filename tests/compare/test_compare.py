@@ -88,6 +88,7 @@ def test_the_shipped_comparison_names_every_method():
         ({"methods": {"a b": {"name": "rigl"}, "a, b": {"name": "set"}}}, "would share the folder 'a-b_0.8_seed0'"),
         ({"seeds": 0}, "seeds must be a positive whole number, got 0"),
         ({"changes": {"optimizer.rate": 1}}, "rate"),
+        ({"budget": "flop"}, "unknown budget in .*: 'flop'; did you mean 'flops'"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, changes, message):
@@ -127,6 +128,32 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
     assert text.count("<svg") == 4  # against both FLOPs, by layer, over the training
     with (folder / "compare.csv").open() as file:
         assert [row["label"] for row in csv.DictReader(file)] == ["dense", "RigL"]
+
+
+def test_targets_may_be_of_flops(tmp_path):
+    methods = {"GMP": {"name": "gmp"}, "own": {"name": "gmp", "target": 0.5}}
+    made, folder = load(comparison(tmp_path, methods=methods, budget="flops", targets=[0.3])), tmp_path / "runs"
+    assert [job.recipe.method.options for job in made.jobs] == [{"target_flops": 0.3}, {"target": 0.5}]
+    assert not run(made, folder, jobs=1)
+    content = {row["label"]: row for row in rows(made, folder)}
+    assert content["GMP"]["inference_flops"] == pytest.approx(0.3, abs=2e-3)
+    assert (content["GMP"]["budget"], content["GMP"]["target"], content["GMP"]["options"]) == ("flops", 0.3, "{}")
+    assert (content["own"]["target"], content["own"]["options"]) == ("", '{"target": 0.5}')
+    assert {row["device"] for row in content.values()} == {"cpu"}
+    text = write(made, folder).read_text()
+    assert "Target 30 % of the FLOPs" in text
+    assert "Sparsity by layer at 30 % of the FLOPs" in text
+
+
+def test_methods_without_targets_show_how_their_sparsity_grew(tmp_path):
+    free = {f"alpha {alpha}": {"name": "autosparse", "alpha": alpha, "anneal": "constant"} for alpha in (0.0, 1.0)}
+    methods = {"dense": {"name": "dense"}, **{label: {**method, "targets": [None]} for label, method in free.items()}}
+    made, folder = load(comparison(tmp_path, methods=methods)), tmp_path / "runs"
+    assert [job.recipe.method.options.get("target") for job in made.jobs] == [None] * 3
+    assert not run(made, folder, jobs=1)
+    text = write(made, folder).read_text()
+    assert "How sparsity grew" in text
+    assert "Sparsity of alpha 0.0, alpha 1.0." in text or "Sparsity of alpha 1.0, alpha 0.0." in text
 
 
 def test_the_command(tmp_path, capsys):

@@ -84,14 +84,16 @@ class Run:
         total_steps: int = STEPS,
         norm: bool = True,
         adam: bool = False,
+        device: str = "cpu",
         wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
         **options,
     ) -> None:
         torch.manual_seed(1)
-        self.plain = network(norm)
+        self.plain = network(norm).to(device)
+        self.device = device
         self.dense_keys = {key: value.shape for key, value in self.plain.state_dict().items()}
         name, known = CASES[case]
-        arguments = {"example_input": torch.zeros(1, 2, 8, 8), **known, **options}
+        arguments = {"example_input": torch.zeros(1, 2, 8, 8, device=device), **known, **options}
         self.sparsifier = sparse.create(name, self.plain, total_steps=total_steps, **arguments)
         self.model = wrap(self.plain)
         if adam:
@@ -102,11 +104,16 @@ class Run:
             self.optimizer = torch.optim.SGD(groups, momentum=0.9)
         self.sparsifier.attach(self.optimizer)
 
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """:func:`batch` on this run's device."""
+        images, labels = batch(step)
+        return images.to(self.device), labels.to(self.device)
+
     def train(self, steps: int) -> "Run":
         """Go on for so many steps."""
         self.model.train()
         for _ in range(steps):
-            images, labels = batch(self.sparsifier.steps)
+            images, labels = self.batch(self.sparsifier.steps)
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(images), labels).backward()
             self.optimizer.step()

@@ -1,5 +1,7 @@
 """tanh, sigmoid, silu and gelu on tensors: native kernels on the CPU, plain PyTorch operators elsewhere, the same bits.
 
+(But float32 gelu on a GPU, which may differ in its last place.)
+
 Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec`. Error of
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
 last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.

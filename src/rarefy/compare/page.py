@@ -63,8 +63,13 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
     plots = []
     for target in targets:
         same = [mean for mean in found if mean.target == target]
-        plots += [_against(kind, target, same, dense) for kind in _COSTS]
-        plots.append(_layers(target, same, content))
+        at = _named(target, comparison.budget)
+        # At equal FLOPs the points of one target are one above the other: they make curves instead, below.
+        kinds = [kind for kind in _COSTS if kind != "inference" or comparison.budget == "sparsity"]
+        plots += [_against(kind, at, same, dense) for kind in kinds]
+        plots.append(_layers(at, target if comparison.budget == "sparsity" else None, same, content))
+    if comparison.budget == "flops" and targets:
+        plots.append(_curves([mean for mean in found if mean.target is not None], dense))
     runs = _first_runs(comparison, found, folder)
     if runs:
         plots.append(_trajectories(runs))
@@ -80,12 +85,20 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
         name=comparison.name,
         done=len(content),
         planned=len(comparison.jobs),
-        about={key: content[0][key] for key in ("model", "epochs", "cpu", "torch", "rarefy")},
-        tables=[(target, [_cells(mean) for mean in found if mean.target == target]) for target in [None, *targets]],
+        about={key: content[0][key] for key in ("model", "epochs", "device", "cpu", "torch", "rarefy")},
+        tables=[
+            (_named(target, comparison.budget), [_cells(mean) for mean in found if mean.target == target])
+            for target in [None, *targets]
+        ],
         conventions=sorted({(row["method"], row["training_flops_convention"]) for row in content}),
         options=sorted({(row["label"], row["method"], row["options"]) for row in content}),
         plots=plots,
     )
+
+
+def _named(target: float | None, budget: str) -> str | None:
+    """A target in words."""
+    return None if target is None else f"{100 * target:g} %" + (" of the FLOPs" if budget == "flops" else "")
 
 
 def _cells(mean: Mean) -> list[str]:
@@ -118,7 +131,7 @@ def _points(axes: Axes, kind: str, drawn: Sequence[Mean], dense: Sequence[Mean])
 
 
 @STYLE
-def _against(kind: str, target: float, same: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
+def _against(kind: str, at: str | None, same: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
     """Mean accuracy with its confidence interval against FLOPs."""
     drawn = figure(height=430, width=640)
     axes = drawn.subplots()
@@ -132,19 +145,44 @@ def _against(kind: str, target: float, same: Sequence[Mean], dense: Sequence[Mea
         "Mean over the seeds, by rank, and its 95 % confidence interval (cut at the axis) where there are several."
     )
     caption += f" {hidden} more than {FAR_BELOW:g} points under the best: see the table." if hidden else ""
-    title = f"Accuracy against {kind} FLOPs at {100 * target:g} %"
+    title = f"Accuracy against {kind} FLOPs at {at}"
     best = ", ".join(f"{mean.label} {mean.accuracy:.2f}" for mean in shown[:5])
     return inline(title, caption, f"{title}; the most accurate are {best}.", drawn)
 
 
 @STYLE
-def _layers(target: float, same: Sequence[Mean], content: Sequence[Mapping[str, Any]]) -> Plot:
-    """Density of each layer by method, on a logarithmic axis."""
+def _curves(found: Sequence[Mean], dense: Sequence[Mean]) -> Plot:
+    """Mean accuracy of each method over the inference FLOPs of all targets."""
+    drawn = figure(height=430, width=640)
+    axes = drawn.subplots()
+    by_label: dict[str, list[Mean]] = {}
+    for mean in sorted(found, key=lambda mean: (-mean.inference_flops, -mean.accuracy)):
+        by_label.setdefault(mean.label, []).append(mean)
+    best = {mean.target: max(m.accuracy for m in found if m.target == mean.target) for mean in found}
+    for colour, (name, same) in zip(depth_colours(len(by_label)), by_label.items(), strict=True):
+        shown = [mean for mean in same if mean.accuracy >= best[mean.target] - FAR_BELOW]
+        x, y = [mean.inference_flops for mean in shown], [mean.accuracy for mean in shown]
+        axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.0, label=label(name, 26))
+    for mean in dense:
+        axes.axhline(
+            mean.accuracy, color=INK, linestyle="--", linewidth=0.9, label=f"{mean.label}, {mean.accuracy:.2f}"
+        )
+    axes.set(xlabel="inference FLOPs, share of dense", ylabel="test accuracy, %")
+    percent_axis(axes.xaxis)
+    drawn.legend(loc="outside right upper", fontsize=8, labelspacing=0.25, handlelength=1.0)
+    title = "Accuracy against inference FLOPs"
+    caption = f"Mean over the seeds; points more than {FAR_BELOW:g} under the best at their target are left out."
+    return inline(title, caption, f"{title} of {', '.join(by_label)}.", drawn)
+
+
+@STYLE
+def _layers(at: str | None, target: float | None, same: Sequence[Mean], content: Sequence[Mapping[str, Any]]) -> Plot:
+    """Sparsity of each layer by method, and that of the network if that is the target."""
     drawn = figure(height=400, width=560)
     axes = drawn.subplots()
     shown = same[:MOST_LINES]
     for colour, mean in zip(depth_colours(len(shown)), shown, strict=True):
-        mine = [row for row in content if row["label"] == mean.label and row["target"] == target]
+        mine = [row for row in content if row["label"] == mean.label and row["target"] == mean.target]
         by_layer: dict[str, list[float]] = {}
         for row in mine:
             for name, density in json.loads(row["layer_densities"]).items():
@@ -152,22 +190,22 @@ def _layers(target: float, same: Sequence[Mean], content: Sequence[Mapping[str, 
         sparsities = [1.0 - statistics.mean(densities) for densities in by_layer.values()]
         axes.plot(range(len(sparsities)), sparsities, "o-", color=colour, markersize=3, label=label(mean.label, 24))
         axes.set_xticks(range(len(by_layer)), [label(name, 12) for name in by_layer], rotation=60, fontsize=7)
-    axes.axhline(target, color=GRID, linestyle="--", linewidth=0.9)
+    if target is not None:
+        axes.axhline(target, color=GRID, linestyle="--", linewidth=0.9)
     axes.set(ylabel="sparsity", ylim=(0, 1.02))
     percent_axis(axes.yaxis)
     legend_above(axes, columns=2)
-    title = f"Sparsity by layer at {100 * target:g} %"
+    title = f"Sparsity by layer at {at}"
     caption = f"Mean over the seeds; the {len(shown)} most accurate methods, from the first layer to the last."
     return inline(title, caption, f"{title} for {', '.join(mean.label for mean in shown)}.", drawn)
 
 
 def _first_runs(comparison: Comparison, found: Sequence[Mean], folder: Path) -> dict[str, report.Run]:
-    """One run each of the most accurate methods at the first target."""
-    targets = [mean.target for mean in found if mean.target is not None]
-    if not targets:
-        return {}
-    best = [mean.label for mean in found if mean.target == targets[0]][:MOST_LINES]
-    jobs = [job for job in comparison.jobs if job.label in best and job.target == targets[0] and job.seed == 0]
+    """One run each of the most accurate methods at the first target, or without one where none has any."""
+    sparse = [mean for mean in found if mean.training_flops < 1]
+    first = next((mean.target for mean in sparse if mean.target is not None), None)
+    best = [mean.label for mean in sparse if mean.target == first][:MOST_LINES]
+    jobs = [job for job in comparison.jobs if job.label in best and job.target == first and job.seed == 0]
     finished = [job for job in jobs if (folder / job.folder / "summary.json").is_file()]
     return {job.label: report.load(folder / job.folder) for job in finished}
 

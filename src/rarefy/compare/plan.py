@@ -6,12 +6,14 @@
     recipe: fashion-mnist.yaml           # beside this file; everything that the methods share
     seeds: 3                             # 0, 1, 2
     targets: [0.9, 0.95]
+    budget: sparsity                     # what targets are of; or flops: shares of the dense network's
     changes: {schedule.epochs: 8}        # of the recipe, if any
     methods:
       dense: {name: dense}
       RigL: {name: rigl, drop_fraction: 0.3}
       GMP: {name: gmp, targets: [0.8, 0.9, 0.95, 0.98], seeds: 5}     # instead of those above
       2:4: {name: nm, n: 2, m: 4}        # no target: its options say how sparse it gets
+      STR: {name: str, targets: [null]}  # no target though it could have one
 
 A recipe itself will do too: then every method runs with its own defaults at the recipe's target, with one seed.
 """
@@ -33,17 +35,24 @@ from rarefy.train import Recipe
 from rarefy.train import load as load_recipe
 from rarefy.train.recipe import parse
 
-_KEYS = ("name", "recipe", "seeds", "targets", "changes", "methods")
+_KEYS = ("name", "recipe", "seeds", "targets", "budget", "changes", "methods")
+
+#: What targets are of -> the methods' option.
+BUDGETS = {"sparsity": "target", "flops": "target_flops"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: ``label`` is the method's in the comparison; ``target`` is None for a method that takes none."""
+    """One run: ``label`` is the method's in the comparison; ``target`` is None for a method that takes none.
+
+    A target is a sparsity, or with ``budget`` "flops" a share of the dense network's inference FLOPs.
+    """
 
     label: str
     target: float | None
     seed: int
     recipe: Recipe
+    budget: str = "sparsity"
 
     @property
     def folder(self) -> str:
@@ -60,6 +69,7 @@ class Comparison:
     name: str
     source: Path
     jobs: tuple[Job, ...] = field(repr=False)
+    budget: str = "sparsity"
 
     def labels(self) -> list[str]:
         """The methods' labels in the order of the file."""
@@ -90,11 +100,21 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
     if not isinstance(methods, dict) or not methods:
         raise ValueError(f"{path}: methods must map labels to methods, such as 'RigL: {{name: rigl}}'")
     name = str(plain.get("name", path.stem))
-    return _comparison(name, path, recipe, methods, plain.get("targets", [0.9]), plain.get("seeds", 3))
+    budget = plain.get("budget", "sparsity")
+    if budget not in BUDGETS:
+        raise ValueError(unknown(f"budget in {path}:", str(budget), list(BUDGETS)))
+    targets, seeds = plain.get("targets", [0.9]), plain.get("seeds", 3)
+    return _comparison(name, path, recipe, methods, targets, seeds, budget)
 
 
 def _comparison(
-    name: str, source: Path, recipe: Recipe, methods: Mapping[str, Any], targets: Sequence[float], seeds: int
+    name: str,
+    source: Path,
+    recipe: Recipe,
+    methods: Mapping[str, Any],
+    targets: Sequence[float],
+    seeds: int,
+    budget: str = "sparsity",
 ) -> Comparison:
     base = recipe.to_dict()
     jobs = []
@@ -104,21 +124,21 @@ def _comparison(
         options = {key: value for key, value in method.items() if key not in ("targets", "seeds")}
         aims: Sequence[float | None] = method.get("targets", targets) if _targeted(options) else (None,)
         for target in aims:
-            aim = {} if target is None else {"target": target}
+            aim = {} if target is None else {BUDGETS[budget]: target}
             for seed in range(_count(method.get("seeds", seeds), label)):
                 parsed = parse({**base, "method": {**options, **aim}, "seed": base["seed"] + seed})
-                jobs.append(Job(str(label), target, seed, parsed))
+                jobs.append(Job(str(label), target, seed, parsed, budget))
     folders = [job.folder for job in jobs]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"two runs of {name} would share the folder {twice!r}: give their methods other labels")
     order = {target: index for index, target in enumerate(dict.fromkeys(job.target for job in jobs))}
-    return Comparison(name, source, tuple(sorted(jobs, key=lambda job: (order[job.target], job.seed))))
+    return Comparison(name, source, tuple(sorted(jobs, key=lambda job: (order[job.target], job.seed))), budget)
 
 
 def _targeted(options: Mapping[str, Any]) -> bool:
     name = options["name"]
-    if name == "dense" or "target_flops" in options:
+    if name == "dense" or not options.keys().isdisjoint(BUDGETS.values()):
         return False
     if name not in sparse.names():
         raise ValueError(unknown("method", str(name), ["dense", *sparse.names()]))

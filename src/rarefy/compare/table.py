@@ -13,7 +13,7 @@ from typing import Any
 
 from rarefy import sparse
 from rarefy._files import write_atomically
-from rarefy.compare.plan import Comparison, Job
+from rarefy.compare.plan import BUDGETS, Comparison, Job
 
 #: Two-sided 95 % quantiles of Student's t distribution by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -26,7 +26,8 @@ def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
 
     ``test_accuracy`` is in percent; ``sparsity`` and the two FLOPs are shares, of the sparsified weights and of the
     dense network's; ``training_flops_convention`` says what the method's weight gradient is counted at;
-    ``layer_densities`` is JSON.
+    ``layer_densities`` is JSON; ``budget`` says what ``target`` is of, and ``device`` what trained: "cpu", or the
+    GPU's name.
     """
     finished = [job for job in comparison.jobs if (folder / job.folder / "summary.json").is_file()]
     return [_row(job, folder / job.folder, comparison.source) for job in finished]
@@ -36,12 +37,17 @@ def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
     summary = json.loads((path / "summary.json").read_text())
     about = json.loads((path / "environment.json").read_text())
     name = job.recipe.method.name
-    options = {key: value for key, value in job.recipe.method.options.items() if key != "target"}
+    options = {
+        key: value
+        for key, value in job.recipe.method.options.items()
+        if key not in BUDGETS.values() or job.target is None
+    }
     convention = "dense" if name == "dense" else sparse.list(name, details=True)[name].training_flops
     return {
         "label": job.label,
         "method": name,
         "options": json.dumps(options),
+        "budget": job.budget,
         "target": "" if job.target is None else job.target,
         "seed": job.seed,
         "test_accuracy": round(100 * summary["test_accuracy"], 2),
@@ -54,6 +60,7 @@ def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
         "epochs": summary["epochs"],
         "layer_densities": json.dumps({layer["name"]: round(layer["density"], 5) for layer in summary["layers"]}),
         **{key: about[key] for key in _ABOUT},
+        "device": about["gpu"] if about["device"].startswith("cuda") else about["device"],
         "threads": 1,
         "command": f"rarefy compare {source}",
     }

@@ -149,7 +149,7 @@ class AutoSparse(SoftThreshold):
             excess = (layer.weight.abs() - threshold).flatten()
             k = max(1, int(self.backward_density * excess.numel()))  # type: ignore[operator]
             # What the forward uses always gets its gradient: the bound is never above the threshold.
-            layer.lower.copy_(threshold + excess.kthvalue(excess.numel() - k + 1).values.clamp(max=0.0))
+            layer.lower.copy_(threshold + excess.topk(k).values[-1].clamp(max=0.0))
 
     def _weight_grad_density(self, alpha: float, density: float) -> float:
         if alpha == 0.0:

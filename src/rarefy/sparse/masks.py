@@ -41,10 +41,15 @@ def within_budget(
         raise ValueError(f"the layers' floors alone cost {must:.6g}, more than the budget of {budget:.6g}")
     forced = [top_k(layer, count) for layer, count in zip(scores, least, strict=True)]
     flat = torch.cat([s.double().masked_fill(f, torch.inf).flatten() for s, f in zip(scores, forced, strict=True)])
-    cost = torch.cat([flat.new_full((layer.numel(),), cost) for cost, layer in zip(costs, scores, strict=True)])
+    # In whole numbers, whose sums are the same in any order: those of floats are not on a GPU.
+    unit = 2.0**61 / sum(cost * layer.numel() for cost, layer in zip(costs, scores, strict=True))
+    whole = [
+        torch.full((layer.numel(),), round(cost * unit), device=flat.device)
+        for cost, layer in zip(costs, scores, strict=True)
+    ]
     order = flat.argsort(descending=True, stable=True)
     live = torch.zeros_like(flat, dtype=torch.bool)
-    live[order] = cost[order].cumsum(0) <= budget + slack
+    live[order] = torch.cat(whole)[order].cumsum(0) <= round((budget + slack) * unit)
     parts = torch.split(live, [layer.numel() for layer in scores])
     return [part.view(layer.shape) for part, layer in zip(parts, scores, strict=True)]
 

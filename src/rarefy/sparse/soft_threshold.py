@@ -181,13 +181,16 @@ class SoftThreshold(Sparsifier):
             # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1.
             # It only raises thresholds: s above 0 is the trim's doing.
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
-            decay = min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
-            torch._foreach_maximum_(parameters, torch._foreach_mul(parameters, math.exp(-decay)))
+            self._press(parameters, self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             error = self._measure()
         torch._foreach_copy_(self._before, parameters)
         self._steer(error)
+
+    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+        """Let s decay by this much of log|s|, and no more than ``most``."""
+        torch._foreach_maximum_(parameters, torch._foreach_mul(parameters, math.exp(-min(decay, most))))
 
     def _limit(self, parameters: list[Tensor]) -> None:
         """Bound what the optimizer did to s."""
@@ -212,9 +215,12 @@ class SoftThreshold(Sparsifier):
             for layer, mask in zip(self._thresholded.values(), self._select(self._thresholded), strict=True):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self.budget.goal:
-            shift = trim(log_error(self._density, self.budget.goal))
-            torch._foreach_add_(self._own_parameters(), shift)
+            self._shift(trim(log_error(self._density, self.budget.goal)))
         return log_error(self._density, self.budget.aim(self.progress))
+
+    def _shift(self, by: float) -> None:
+        """Move all s together."""
+        torch._foreach_add_(self._own_parameters(), by)
 
     def _scores(self, layer: Thresholded) -> Tensor:
         """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""

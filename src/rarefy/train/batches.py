@@ -25,15 +25,16 @@ def crop_flip(images: Tensor, generator: torch.Generator, pad: int = 2) -> Tenso
     columns = torch.arange(width).view(1, 1, -1).expand(batch, 1, width)
     mirror = torch.rand(batch, 1, 1, generator=generator) < 0.5
     columns = torch.where(mirror, width - 1 - columns, columns) + shift[1]
-    return padded[torch.arange(batch).view(-1, 1, 1), rows, columns]
+    place = (torch.arange(batch).view(-1, 1, 1), rows, columns)
+    return padded[tuple(index.to(images.device, non_blocking=True) for index in place)]
 
 
 class Batches:
     """The micro-batches of one process.
 
     Args:
-        images: (N, H, W) uint8.
-        labels: (N,) int64.
+        images: (N, H, W) uint8; on the device that trains, so that batches are cut there.
+        labels: (N,) int64, on the same device.
         batch_size: images an optimizer step over all processes; the last incomplete one of an epoch is left out.
         accumulate: micro-batches an optimizer step.
         augment: "none" or "crop-flip".
@@ -70,7 +71,7 @@ class Batches:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """The micro-batches of each optimizer step of an epoch from step ``first`` of it on: (B, 1, H, W), (B,)."""
-        order = torch.randperm(len(self.images), generator=self._generator(epoch))
+        order = torch.randperm(len(self.images), generator=self._generator(epoch)).to(self.images.device)
         for step in range(first, len(self)):
             mine = order[step * self.batch_size : (step + 1) * self.batch_size].chunk(self.world)[self.rank]
             images = self.images[mine]

@@ -118,9 +118,10 @@ class Classification:
         size = data.train_size or len(loaded.train_images)
         if size > len(loaded.train_images):
             raise ValueError(f"data.train_size must be at most {len(loaded.train_images)}, got {size}")
+        device = self.accelerator.device
         self.batches = Batches(
-            loaded.train_images[:size],
-            loaded.train_labels[:size],
+            loaded.train_images[:size].to(device),
+            loaded.train_labels[:size].to(device),
             batch_size=schedule.batch_size,
             accumulate=schedule.accumulate,
             augment=data.augment,

@@ -1,0 +1,225 @@
+"""What else AutoSparse could do, by changes of its code: results/autosparse-variants.csv.
+
+    python benchmarks/autosparse_variants.py [--jobs 2] [--seeds 3]
+
+recipes/fashion-mnist.yaml at 7 % of the inference FLOPs, so that accuracies compare. Every line changes one thing: what
+the optimizer does to masked weights (their gradient is alpha times what it would be; otherwise they decay, and go on by
+their momentum, as any other), how the pressure is spread over the layers, and what the trim moves. Batch norms are
+estimated anew at the end of every run, as a column. What options change is in recipes/compare-autosparse.yaml.
+Finished runs are kept, in ``runs/autosparse-variants``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import results
+import training
+from rarefy import models, sparse
+from rarefy.cli import main as rarefy
+from rarefy.data import fashion_mnist
+from rarefy.sparse import AutoSparse
+from rarefy.sparse.soft_threshold import MAX_DECAY
+from rarefy.sparse.thresholded import Thresholded
+from rarefy.train.batches import normalise
+
+RUNS = Path("runs/autosparse-variants")
+FLOPS = 0.07
+
+#: Training images that batch norms are estimated anew from.
+ESTIMATED_FROM = 5000
+
+
+class _Masked(AutoSparse):
+    """AutoSparse with something done to masked weights around every step of an SGD."""
+
+    needs_optimizer = True
+    decays = forgets = False
+
+    def _before_optimizer(self) -> None:
+        assert self._optimizer is not None
+        decay = {id(p): group["weight_decay"] for group in self._optimizer.param_groups for p in group["params"]}
+        for layer in self._layers.values():
+            assert isinstance(layer, Thresholded)
+            weight = layer.weight
+            assert weight.grad is not None
+            masked = layer.magnitude() <= layer.threshold()
+            if not self.decays:  # what SGD is about to add
+                weight.grad -= decay[id(weight)] * weight.detach() * masked
+            if self.forgets and "momentum_buffer" in (state := self._optimizer.state[weight]):
+                state["momentum_buffer"] *= ~masked
+
+
+class NoDecay(_Masked):
+    """Masked weights do not decay."""
+
+
+class NoMomentum(_Masked):
+    """Masked weights have no momentum."""
+
+    decays = forgets = True
+
+
+class Neither(_Masked):
+    """Masked weights neither decay nor have momentum."""
+
+    forgets = True
+
+
+class ByCost(AutoSparse):
+    """Pressure in proportion to a power of what one weight of the layer costs, its mean over all weights unchanged."""
+
+    power = 1.0
+
+    def _sizes(self) -> list[int]:
+        return [layer.weight.numel() for layer in self._layers.values()]
+
+    def _measures(self) -> Sequence[float]:
+        assert self.budget is not None
+        return self.budget.costs
+
+    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+        scaled = [measure**self.power for measure in self._measures()]
+        sizes = self._sizes()
+        mean = sum(measure * size for measure, size in zip(scaled, sizes, strict=True)) / sum(sizes)
+        for s, measure in zip(parameters, scaled, strict=True):
+            torch.maximum(s, s * math.exp(-min(decay * measure / mean, MAX_DECAY)), out=s)
+
+
+class ByRootOfCost(ByCost):
+    """Pressure in proportion to the root of what one weight of the layer costs."""
+
+    power = 0.5
+
+
+class ByRootOfSize(ByCost):
+    """Pressure in proportion to the root of how many weights the layer has, so less on the first layers."""
+
+    power = 0.5
+
+    def _measures(self) -> Sequence[float]:
+        return self._sizes()
+
+
+class ByFourthRootOfSize(ByRootOfSize):
+    """Pressure in proportion to the fourth root of how many weights the layer has."""
+
+    power = 0.25
+
+
+class ToScale(AutoSparse):
+    """Pressure towards twice the deviation of the layer's first weights, in place of 1/2."""
+
+    deviations = 2.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        weights = [layer.weight.detach() for layer in self._layers.values()]
+        self._ends = [self._inverse((self.deviations * weight.std()).clamp(max=0.9)) for weight in weights]
+
+    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+        for s, end in zip(parameters, self._ends, strict=True):
+            torch.maximum(s, end + (s - end) * math.exp(-min(decay, most)), out=s)
+
+
+class Untrimmed(AutoSparse):
+    """The classifier's threshold is not trimmed."""
+
+    def _shift(self, by: float) -> None:
+        torch._foreach_add_(self._own_parameters()[:-1], by)
+
+
+METHODS: dict[str, tuple[str, type[AutoSparse]]] = {
+    "the default": ("autosparse", AutoSparse),
+    "no decay of masked weights": ("autosparse-no-decay", NoDecay),
+    "no momentum of masked weights": ("autosparse-no-momentum", NoMomentum),
+    "neither": ("autosparse-neither", Neither),
+    "pressure by a weight's cost": ("autosparse-by-cost", ByCost),
+    "pressure by the root of a weight's cost": ("autosparse-by-root", ByRootOfCost),
+    "pressure by the root of the layer's size": ("autosparse-by-size", ByRootOfSize),
+    "pressure by the fourth root of it": ("autosparse-by-size-4", ByFourthRootOfSize),
+    "pressure towards the layer's scale": ("autosparse-to-scale", ToScale),
+    "classifier not trimmed": ("autosparse-fc-untrimmed", Untrimmed),
+}
+
+
+def train(arguments: list[str]) -> int:
+    """``rarefy train`` with the methods of this file registered."""
+    for name, method in list(METHODS.values())[1:]:
+        sparse.register(name, method)
+    return rarefy(["train", *arguments])
+
+
+@torch.no_grad()
+def with_new_norms(folder: Path, data: fashion_mnist.FashionMNIST) -> float:
+    """Test accuracy of a finished run's model, its batch norms estimated anew on training images."""
+    model = models.fashion_cnn()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over the batches
+    for images in torch.split(normalise(data.train_images[:ESTIMATED_FROM]), 250):
+        model.train()(images)
+    return float((model.eval()(normalise(data.test_images)).argmax(1) == data.test_labels).float().mean())
+
+
+def run(job: tuple[str, int]) -> Path:
+    """The folder of a run; trains it if it is not there."""
+    label, seed = job
+    folder = RUNS / f"{METHODS[label][0]}-{seed}"
+    method = {"name": METHODS[label][0], "target_flops": FLOPS}
+    training.run(folder, [f"method={json.dumps(method)}", f"seed={seed}"], program=(__file__, "--train"))
+    print(folder, "done", flush=True)
+    return folder
+
+
+def row(job: tuple[str, int], folder: Path, data: fashion_mnist.FashionMNIST) -> dict[str, Any]:
+    """The row of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "variant": job[0],
+        "seed": job[1],
+        "test_accuracy": round(100 * summary["test_accuracy"], 2),
+        "test_accuracy_new_norms": round(100 * with_new_norms(folder, data), 2),
+        "sparsity": round(summary["sparsity"], 4),
+        "inference_flops_ratio": round(summary["inference_flops_ratio"], 4),
+        "training_flops_ratio": round(summary["training_flops_ratio"], 4),
+        **training.provenance(folder),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every variant")
+    arguments = parser.parse_args()
+    jobs = [(label, seed) for seed in range(arguments.seeds) for label in METHODS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        folders = list(pool.map(run, jobs))
+    data = fashion_mnist.load()
+    rows = [row(job, folder, data) for job, folder in zip(jobs, folders, strict=True)]
+    for label in METHODS:
+        found = [row["test_accuracy"] for row in rows if row["variant"] == label]
+        new = [row["test_accuracy_new_norms"] for row in rows if row["variant"] == label]
+        spread = f" +- {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        print(f"{label}: {statistics.mean(found):.2f}{spread}, with new norms {statistics.mean(new):.2f}")
+    print(results.write("autosparse-variants", rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--train"]:
+        sys.exit(train(sys.argv[2:]))
+    main()

@@ -1,0 +1,208 @@
+"""What a GPU must do as the CPU does: ``make test-gpu`` runs this file where there is one."""
+
+import functools
+import io
+import json
+import os
+
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic algorithms ask for, before CUDA starts
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+
+from rarefy import act
+from rarefy.act import aten, spec
+from rarefy.data import fashion_mnist
+from rarefy.kernels import soft_threshold as kernel
+from rarefy.sparse import masks
+from rarefy.train import Classification
+from tests.sparse.methods import CASES, STEPS, TARGETED, Run, accuracy
+from tests.train.runs import recipe, records, stop_at, synthetic
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+HALF, ALL = 15, 30
+ACTIVATIONS = {
+    "tanh": act.tanh,
+    "sigmoid": act.sigmoid,
+    "silu": act.silu,
+    "gelu": act.gelu,
+    "gelu_tanh": functools.partial(act.gelu, approximate="tanh"),
+}
+SMALL = [dtype for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16]
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def deterministic():
+    """PyTorch's deterministic algorithms, which refuse an operation that has none."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def finish(run):
+    """Finalize, and check that the zeros are exact and where the budget has them."""
+    goal = run.sparsifier.budget
+    names = [layer.name for layer in run.sparsifier.layers()]
+    model = run.sparsifier.finalize()
+    assert {key: value.shape for key, value in model.state_dict().items()} == run.dense_keys
+    assert all(value.is_cuda and value.isfinite().all() for value in model.state_dict().values())
+    live = [int((model.get_submodule(name).weight != 0).sum()) for name in names]
+    if goal is not None:
+        assert goal.density(live) <= goal.goal * (1 + 1e-9)
+        assert goal.density(live) == pytest.approx(goal.goal, rel=0.02)
+    return model
+
+
+@pytest.mark.parametrize("case", TARGETED)
+def test_training_reaches_the_target(case):
+    run = Run(case, device="cuda").train(STEPS)
+    assert accuracy(finish(run).cpu()) > 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(case, dtype):
+    run = Run(case, total_steps=ALL, device="cuda")
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+    for step in range(ALL):
+        images, labels = run.batch(step)
+        run.optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            output = run.model(images)
+        assert output.dtype == dtype
+        scaler.scale(F.cross_entropy(output.float(), labels)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.sparsifier.step()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in run.plain.parameters())
+    finish(run)
+
+
+def test_resume_is_bit_equal_to_an_uninterrupted_run(case, deterministic):
+    straight = Run(case, total_steps=ALL, device="cuda").train(ALL)
+    buffer = io.BytesIO()
+    torch.save(Run(case, total_steps=ALL, device="cuda").train(HALF).state(), buffer)
+    buffer.seek(0)
+    # On the CPU first, as the checkpoints of rarefy.train are read.
+    state = torch.load(buffer, weights_only=True, map_location="cpu")
+    resumed = Run(case, total_steps=ALL, device="cuda").load(state).train(ALL - HALF)
+    assert resumed.sparsifier.layers() == straight.sparsifier.layers()
+    ends = [run.sparsifier.finalize().state_dict() for run in (resumed, straight)]
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
+
+
+def test_the_first_steps_are_those_of_the_cpu(case):
+    runs = [Run(case, total_steps=STEPS, device=device).train(3) for device in ("cpu", "cuda")]
+    for (name, here), there in zip(runs[0].plain.named_parameters(), runs[1].plain.parameters(), strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # what Dynamo imports
+def test_one_graph_under_compile(case):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    run = Run(case, total_steps=ALL, device="cuda", wrap=lambda m: torch.compile(m, backend=counter, fullgraph=True))
+    finish(run.train(ALL))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+@pytest.mark.parametrize("case", ["autosparse-accuracy", "rigl", "st3", "cs"])
+def test_inductor(case):
+    torch._dynamo.reset()
+    eager = Run(case, total_steps=ALL, device="cuda").train(5)
+    run = Run(case, total_steps=ALL, device="cuda", wrap=lambda m: torch.compile(m, fullgraph=True)).train(5)
+    for a, b in zip(run.plain.parameters(), eager.plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+    finish(run.train(ALL - 5))
+
+
+def test_autosparse_moves_to_the_gpu_while_it_trains():
+    run = Run("autosparse-accuracy", total_steps=ALL).train(HALF)
+    run.plain.cuda()
+    run.device = "cuda"
+    for state in run.optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].cuda()
+    finish(run.train(ALL - HALF))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 9], ids=["layer", "channel"])
+def test_the_soft_threshold_is_that_of_the_cpu(dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(9, 41, 3, generator=generator).to(dtype) for _ in range(2))
+    threshold = torch.rand(rows, 1, 1, generator=generator)
+    alpha, lower = torch.tensor(0.3), threshold / 2
+    here = (kernel.forward(weight, threshold), *kernel.backward(grad, weight, threshold, alpha, lower))
+    there = [tensor.cuda() for tensor in (grad, weight, threshold, alpha, lower)]
+    moved = (kernel.forward(*there[1:3]), *kernel.backward(*there))
+    for index, (a, b) in enumerate(zip(moved, here, strict=True)):
+        exact = index < 2  # the threshold's gradient is a sum, in another order
+        torch.testing.assert_close(a.cpu(), b, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
+    assert int(kernel.count_above(*there[1:3])) == int(kernel.count_above(weight, threshold))
+
+
+def test_the_choice_of_masks_is_that_of_the_cpu(deterministic):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(50, 30, generator=generator).round(decimals=1) for _ in range(3)]  # with ties
+    for budget in (1000.0, 5000.5, 40000.0):
+        here = masks.within_budget(scores, [1.0, 49.0, 3.5], budget, [1, 20, 1])
+        there = masks.within_budget([s.cuda() for s in scores], [1.0, 49.0, 3.5], budget, [1, 20, 1])
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_recipe_trains_resumes_and_finishes(tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(fashion_mnist, "load", lambda folder=None: synthetic())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    made = recipe(method={"name": "autosparse", "target": 0.8}, precision=precision, data={"augment": "crop-flip"})
+    with pytest.raises(RuntimeError, match="stopped after step 7"):
+        Classification(made, tmp_path).train(stop_at(7))
+    run = Classification(made, tmp_path, resume=True)
+    assert run.batches.images.is_cuda
+    summary = run.train()
+    assert summary["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert records(tmp_path)[-1]["step"] == run.total_steps
+    assert json.loads((tmp_path / "environment.json").read_text())["device"].startswith("cuda")
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_activations_have_the_bits_of_the_cpu(function, mode, dtype):
+    fmt = aten.FORMAT_OF[dtype]
+    x = torch.from_numpy(fmt.all_bits().astype(fmt.dtype)).view(dtype)
+    integer = torch.int16 if fmt.bits == 16 else torch.uint8
+    expected = ACTIVATIONS[function](x, mode=mode).view(integer)
+    assert torch.equal(ACTIVATIONS[function](x.cuda(), mode=mode).cpu().view(integer), expected)
+    from rarefy.act import triton_kernels
+
+    assert torch.equal(triton_kernels.activation(x.cuda(), function, mode).cpu().view(integer), expected)
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_float32_activations_are_those_of_the_cpu(function):
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 8
+    here, there = ACTIVATIONS[function](x), ACTIVATIONS[function](x.cuda()).cpu()
+    if function in ("tanh", "sigmoid", "silu"):
+        assert torch.equal(there, here)
+    else:  # of other roundings in float64: two units of the last place
+        torch.testing.assert_close(there, here, rtol=2.4e-7, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_a_compiled_activation_has_the_bits_of_the_eager_one():
+    x = torch.randn(1027, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
+    for function in ACTIVATIONS:
+        torch._dynamo.reset()
+        given = ACTIVATIONS[function]
+        assert torch.equal(torch.compile(given, fullgraph=True)(x), given(x)), function
