@@ -1,11 +1,14 @@
-"""What docs/comparison.md says is in results/compare-*.csv."""
+"""What docs/comparison.md and docs/autosparse.md say is in results/compare-*.csv and autosparse-variants.csv."""
 
+import csv
 from pathlib import Path
 
 import pytest
 from benchmarks import comparison
 
-DOCS = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "comparison.md").read_text()
+AUTOSPARSE = (ROOT / "docs" / "autosparse.md").read_text()
 ROWS = comparison.read("fashion-mnist")
 
 
@@ -18,9 +21,35 @@ def test_orderings_are_those_of_the_results():
     assert comparison.differences(ROWS) in DOCS
 
 
+def test_equal_flops_and_resnet20_are_those_of_the_results():
+    rows = comparison.read("equal-flops")
+    assert comparison.table(rows, [0.12, 0.07, 0.034]) in DOCS
+    assert comparison.against(rows, "AutoSparse, accuracy") in DOCS
+    assert {row["budget"] for row in rows} == {"flops"}
+    assert all(abs(float(row["inference_flops"]) - float(row["target"])) < 1e-3 for row in rows)
+    assert comparison.table(comparison.read("resnet20"), [0.9]) in DOCS
+
+
+def test_the_ablation_is_that_of_the_results():
+    assert comparison.table(comparison.read("autosparse"), [0.07]) in AUTOSPARSE
+    with (ROOT / "results" / "autosparse-variants.csv").open() as file:
+        for row in csv.DictReader(file):
+            accuracies = [f"{float(row[key]):.2f}" for key in ("test_accuracy", "test_accuracy_new_norms")]
+            assert f"| {row['variant']} | {' | '.join(accuracies)} |" in AUTOSPARSE
+
+
+def test_only_runs_of_one_seed_and_device_are_paired():
+    row = {"target": "0.1", "test_accuracy": "90"}
+    rows = [{**row, "label": "a", "seed": seed, "device": device} for seed in "01" for device in ("cpu", "gpu")]
+    rows += [{**row, "label": "b", "seed": "0", "device": "cpu", "test_accuracy": "88.5"}]
+    rows += [{**row, "label": "b", "seed": "2", "device": "gpu", "test_accuracy": "80"}]
+    assert comparison.paired(rows, "a", "b", ["0.1"]) == [1.5]
+    assert comparison.against(rows, "a").splitlines()[2:] == ["| b | -1.50 |"]
+
+
 def test_an_ordering_holds_when_its_interval_leaves_out_zero():
     rows = [
-        {"label": label, "target": "0.9", "seed": str(seed), "test_accuracy": str(accuracy)}
+        {"label": label, "target": "0.9", "seed": str(seed), "test_accuracy": str(accuracy), "device": "cpu"}
         for label, accuracies in {"RigL": (90, 91, 92), "SET": (89.0, 90.1, 90.9), "static": (90, 92, 91)}.items()
         for seed, accuracy in enumerate(accuracies)
     ]
