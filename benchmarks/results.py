@@ -20,9 +20,14 @@ _ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python", "threads", "date")
 
 
 def commit() -> str:
-    """The commit of the working tree, "-dirty" behind it where it was changed."""
-    command = ["git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    """The commit of the working tree, "-dirty" behind it where something but the results was changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(FOLDER.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{FOLDER.name}")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def provenance(about: Mapping[str, Any] | None = None) -> dict[str, Any]:
