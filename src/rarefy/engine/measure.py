@@ -19,6 +19,8 @@ from rarefy.engine.reference import run_step
 from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, samples
 
 _ROUNDS = 5
+_LEAST_ROUNDS = 2
+_RACE_SECONDS = 2.0  # after the least rounds, no more are begun when the ways have run for so long
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
 _ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated
 #: A way that took so many times as long as the fastest so far runs no further rounds.
@@ -215,7 +217,7 @@ def _slower_than_torch(
     """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
     values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
     freed = schedule(native.items, (*plan.inputs, *plan.outputs, *plan.constants))
-    times = time_items(native.items, freed, values, _ROUNDS)
+    times = time_items(native.items, freed, values, _LEAST_ROUNDS)
     saved: dict[str, float] = {}
     for item, took in zip(native.items, times, strict=True):
         if isinstance(item, Segment):
@@ -230,7 +232,8 @@ def _slower_than_torch(
 def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:
     """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted.
 
-    Those that are far behind run no more: twice as far after the round that is not counted as after one that is.
+    Those that are far behind run no more: twice as far after the round that is not counted as after one that is. Where
+    rounds are long there are fewer.
     """
     clock = seconds_of(threads)
     kept = (*plan.inputs, *plan.outputs, *plan.constants)
@@ -242,7 +245,8 @@ def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], thr
             best = {name: min(times[name][min(done - 1, 1) :]) for name in racing}
             lost = (_LOST if done > 1 else 2 * _LOST) * min(best.values())
             racing = [name for name in racing if best[name] <= lost]
-        if len(racing) == 1:
+        enough = done > _LEAST_ROUNDS and sum(map(sum, times.values())) > _RACE_SECONDS
+        if len(racing) == 1 or enough:
             break
         for name in racing:
             way = ways[name]
