@@ -64,8 +64,11 @@ def times(ratio: float) -> str:
 
 
 def ms(row: Row | None) -> str:
-    """Three digits that count."""
-    return "" if row is None else f"{float(row['ms']):#.3g}".rstrip(".")
+    """Three digits that count, and all before the point."""
+    if row is None:
+        return ""
+    value = float(row["ms"])
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
