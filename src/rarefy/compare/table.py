@@ -101,7 +101,8 @@ def half_interval(sample: Sequence[float]) -> float:
     freedom = len(sample) - 1
     if freedom == 0:
         return math.nan
-    return _T95.get(freedom, 1.96) * statistics.stdev(sample) / math.sqrt(len(sample))
+    # beyond the table the quantile is 1.96 + 2.5 / freedom, to 1 % of itself
+    return _T95.get(freedom, 1.96 + 2.5 / freedom) * statistics.stdev(sample) / math.sqrt(len(sample))
 
 
 def means(content: Sequence[Mapping[str, Any]]) -> list[Mean]:
