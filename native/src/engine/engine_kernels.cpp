@@ -256,20 +256,9 @@ void dense(const BlockCall *call) {
 
 // ---- windows
 
-inline V every_second(const float *p) {
-#ifdef __AVX512F__
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return _mm512_permutex2var_ps(loadu(p), even, loadu(p + L));
-#else
-    alignas(64) float lane[L];
-    for (int i = 0; i < L; ++i) lane[i] = p[2 * i];
-    return load(lane);
-#endif
-}
-
 inline V strided(const float *p, int64_t stride) {
     if (stride == 1) return loadu(p);
-    if (stride == 2) return every_second(p);
+    if (stride == 2) return halved<false>(loadu(p), loadu(p + L));
     alignas(64) float lane[L];
     for (int64_t i = 0; i < L; ++i) lane[i] = p[i * stride];
     return load(lane);
