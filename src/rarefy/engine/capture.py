@@ -91,6 +91,7 @@ class _Graph:
         self.program = program
         self.fixed_because = fixed_because
         self.constants: dict[str, Tensor] = {}
+        self.folded: dict[str, Sequence[Tensor]] = {}  # what operators with several results make of constants
         self.sources: dict[str, str] = {}
         self.aliases: dict[str, fx.Node] = {}
         self.inputs: list[str] = []
@@ -154,19 +155,33 @@ class _Graph:
             self.aliases[node.name] = node.args[0]
             return True
         if node.target is operator.getitem:
-            made = node.args[0]
+            made, index = node.args
             assert isinstance(made, fx.Node)
             if isinstance(made.meta["val"], Tensor):  # a batch normalisation, whose step gives the tensor alone
                 self.aliases[node.name] = made
                 return True
+            if made.name in self.folded:
+                self.constants[node.name] = operator.getitem(self.folded[made.name], index)
+                return True
         known = all(each.name in self.constants for each in node.all_input_nodes)
-        if not known or not isinstance(node.meta.get("val"), Tensor) or not isinstance(node.target, OpOverload):
+        if not known or not isinstance(node.target, OpOverload):
             return False
-        if torch.Tag.nondeterministic_seeded not in node.target.tags:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])
-            self.constants[node.name] = node.target(*args, **kwargs)
-            return True
-        return False
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return False
+        result = node.meta.get("val")
+        if isinstance(result, Tensor):
+            self.constants[node.name] = self._computed(node)
+        elif isinstance(result, (list, tuple)) and all(isinstance(each, Tensor) for each in result):
+            self.folded[node.name] = self._computed(node)
+        else:
+            return False
+        if len(node.all_input_nodes) == 1:  # what is made of one layer's weight alone still belongs to the layer
+            self.sources[node.name] = self.sources.get(node.all_input_nodes[0].name, "")
+        return True
+
+    def _computed(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _step(self, node: fx.Node) -> Step:
         if isinstance(node.target, OpOverload):

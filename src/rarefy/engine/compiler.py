@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rarefy.engine import measure, native
 from rarefy.engine.capture import capture
 from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.execute import torch_threads
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
@@ -64,7 +65,7 @@ def build(
     if weights == "bfloat16":
         plan = replace(plan, steps=tuple(_rounded(step) for step in plan.steps))
     threads_now = threads or torch.get_num_threads()
-    with measure.torch_threads(threads_now), torch.no_grad():
+    with torch_threads(threads_now), torch.no_grad():
         found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds)
     items = found.lowered.items
     read = {name for item in items if not isinstance(item, Segment) for name in item.inputs} | {*plan.outputs}
@@ -147,7 +148,7 @@ def _choose(
     begun = time.perf_counter()
     usable = native.available()
     timed = choose == "measure" and usable
-    with measure.torch_threads(1):
+    with torch_threads(1):
         shapes, layers = measure.walk(plan, inputs, timed=timed)
     options = Options(
         choice=choose if choose in ("sparse", "dense") else "measure",

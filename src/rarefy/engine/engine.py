@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
+from rarefy.engine.execute import Runner, torch_threads
+from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, profile
 from rarefy.engine.segments import Item, samples
 
@@ -73,7 +74,7 @@ class Engine:
         self.batch, self._fixed_because, self._single = batch, fixed_because, single
         self._items, self._constants = tuple(items), dict(constants)
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
-        self._freed = schedule(items, (*(port.name for port in (*inputs, *outputs)), *constants))
+        self._runner = Runner(items, [port.name for port in inputs], [port.name for port in outputs], constants)
 
     @property
     def compile_seconds(self) -> float:
@@ -90,10 +91,9 @@ class Engine:
 
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
-        values = self._values(inputs)
+        self._check(inputs)
         with torch.no_grad():
-            execute(self._items, self._freed, values, self.threads or torch.get_num_threads())
-        outputs = tuple(values[port.name] for port in self.outputs)
+            outputs = self._runner(inputs, self.threads or torch.get_num_threads())
         return outputs[0] if self._single else outputs
 
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
@@ -104,10 +104,11 @@ class Engine:
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
-        values = self._values(inputs or self.example())
-        batch = samples(values[self.inputs[0].name].shape)
+        inputs = inputs or self.example()
+        self._check(inputs)
+        batch = samples(inputs[0].shape)
         with torch.no_grad(), torch_threads(1):
-            took = time_items(self._items, self._freed, values, rounds)
+            took = self._runner.timed(inputs, rounds)
         return profile(self._items, took, batch, self._names, self._layers, self._reasons)
 
     def example(self) -> tuple[Tensor, ...]:
@@ -119,19 +120,16 @@ class Engine:
             for port in self.inputs
         )
 
-    def _values(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        """The inputs, checked, and the constants, by name."""
+    def _check(self, inputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(self.inputs):
             raise TypeError(f"the engine takes {len(self.inputs)} inputs, got {len(inputs)}")
         for x, port in zip(inputs, self.inputs, strict=True):
-            self._check(x, port)
+            self._check_input(x, port)
         batches = {x.shape[0] for x in inputs} if self.batch is None else set()
         if len(batches) > 1:
             raise ValueError(f"all inputs must have the same batch size, got {', '.join(map(str, sorted(batches)))}")
-        named = {port.name: x.detach() for x, port in zip(inputs, self.inputs, strict=True)}
-        return {**self._constants, **named}
 
-    def _check(self, x: Tensor, port: Port) -> None:
+    def _check_input(self, x: Tensor, port: Port) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"input {port.name!r} must be a tensor, got {type(x).__name__}")
         if x.dtype != port.dtype:

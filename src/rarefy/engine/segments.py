@@ -62,15 +62,15 @@ class Segment:
         return tuple(port.value for port in self.outputs)
 
     def run(
-        self, values: dict[str, Any], threads: int, seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None
-    ) -> None:
-        """Read the inputs from ``values``, and put the outputs there."""
-        inputs = [self._input(values[port.value], port) for port in self.inputs]
+        self, threads: int, *values: Tensor, seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    ) -> list[Tensor]:
+        """The outputs for the inputs; the time of each step is added to ``seconds``."""
+        inputs = [self._input(x, port) for x, port in zip(values, self.inputs, strict=True)]
         batch = inputs[0].shape[: inputs[0].dim() - len(self.inputs[0].shape)]
         outputs = [torch.empty((*batch, *port.shape)) for port in self.outputs]
         if (count := math.prod(batch)) > 0:
             self.program.run(inputs, outputs, count, threads, seconds)
-        values.update(zip(self.makes, outputs, strict=True))
+        return outputs
 
     def _input(self, x: Tensor, port: Port) -> Tensor:
         if x.dtype is not torch.float32 or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
