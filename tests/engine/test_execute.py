@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy import engine
-from rarefy.engine import reference
+from rarefy.engine import measure, reference
 from rarefy.engine.execute import Runner
 from rarefy.engine.plan import Operator, Ref
 
@@ -131,6 +131,49 @@ def test_a_profile_times_items_inside_the_network():
     found = compiled.profile(rounds=3)
     assert found.rows[-1].kind == "call"
     assert sum(row.share for row in found.rows) == pytest.approx(1, abs=0.5)
+
+
+class Written(nn.Module):
+    """Writes its result piece by piece, which a graph without writes in place copies each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 8)
+
+    def forward(self, x):
+        state, result = x.new_zeros(x.shape[0], 8), x.new_zeros(*x.shape[:2], 8)
+        for t in range(x.shape[1]):
+            result[:, t] = state = self.cell(x[:, t], state)
+        return result, state
+
+
+def test_the_model_itself_runs_where_nothing_made_of_it_is_as_fast(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model, x = Written().eval(), torch.randn(2, 5, 4)
+    race = measure._race
+    for share, chosen in ((0.9, "eager"), (0.98, "PyTorch")):  # what can be saved is worth a little
+
+        def times(ways, *rest, share=share):
+            assert {*race(ways, *rest)} == {*ways}
+            return {**dict.fromkeys(ways, 2.0), "PyTorch": 1.0, "eager": share}
+
+        monkeypatch.setattr(measure, "_race", times)
+        compiled = engine.compile(model, x)
+        assert compiled.report.chosen == chosen
+        for batch in (1, 2, 3):
+            x = torch.randn(batch, 5, 4)
+            torch.testing.assert_close(compiled(x), model(x))
+        kinds = [row.kind for row in compiled.profile(rounds=1).rows]
+        assert (kinds == ["model"]) == (chosen == "eager")
+    monkeypatch.setattr(measure, "_race", lambda ways, *rest: {**dict.fromkeys(ways, 2.0), "eager": 1.0})
+    compiled = engine.compile(model, x)
+    before = compiled(x)
+    with torch.no_grad():
+        model.cell.weight_ih.zero_()  # the engine has a copy
+    torch.testing.assert_close(compiled(x), before)
+    with pytest.raises(ValueError, match="runs the model itself"):
+        engine.save(compiled, tmp_path / "e.engine")
+    assert not [*tmp_path.iterdir()]
 
 
 class Product(nn.Module):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from rarefy.engine import measure, native
 from rarefy.engine.capture import capture
+from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.execute import torch_threads
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
-from rarefy.engine.segments import Options, Segment, lower
+from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
@@ -40,7 +41,8 @@ def compile(
             batch size is what the kernels are chosen for, any other runs, too.
         threads: how many threads the native kernels use; None takes ``torch.get_num_threads()`` at each call.
         weights: how layers store their weights: "float32", or "bfloat16" (rounded; sums stay float32): half the memory.
-        choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer. Without
+        choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer, and the model
+            as it is where all of that is slower (such an engine holds a copy of it, and cannot be saved). Without
             measuring, and so with the same result every time: "native" (native kernels by rule), "sparse" or "dense"
             (these kernels alone in the native layers), "torch" (PyTorch alone).
         tune_seconds: at most about so much time to measure native kernels for.
@@ -52,26 +54,31 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    engine = build(optimize(capture(model, inputs)), inputs, threads, weights, choose, tune_seconds)
+    engine = build(optimize(capture(model, inputs)), inputs, threads, weights, choose, tune_seconds, model)
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
     return engine
 
 
 def build(
-    plan: Plan, inputs: Sequence[Tensor], threads: int | None, weights: Weights, choose: Choose, tune_seconds: float
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    threads: int | None,
+    weights: Weights,
+    choose: Choose,
+    tune_seconds: float,
+    model: nn.Module | None = None,
 ) -> Engine:
-    """The engine of a plan; arguments as those of :func:`compile`, not checked."""
+    """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`."""
     begun = time.perf_counter()
     if weights == "bfloat16":
         plan = replace(plan, steps=tuple(_rounded(step) for step in plan.steps))
     threads_now = threads or torch.get_num_threads()
     with torch_threads(threads_now), torch.no_grad():
-        found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds)
+        found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds, model)
     items = found.lowered.items
-    read = {name for item in items if not isinstance(item, Segment) for name in item.inputs} | {*plan.outputs}
+    read = {name for item in items if not isinstance(item, (Segment, Eager)) for name in item.inputs} | {*plan.outputs}
     programs = [item.program.facts for item in items if isinstance(item, Segment)]
-    steps = [item.step if isinstance(item, Packed) else item for item in items if not isinstance(item, Segment)]
-    left = [tensor for step in steps for tensor in tensors(step).values()]
+    left = [tensor for item in items for tensor in _weights(item)]
     return Engine(
         items=items,
         inputs=[Port(name, tuple(x.shape), x.dtype) for name, x in zip(plan.inputs, inputs, strict=True)],
@@ -94,6 +101,18 @@ def build(
             scratch_bytes=max((facts.scratch_bytes for facts in programs), default=0),
         ),
     )
+
+
+def _weights(item: Item) -> list[Tensor]:
+    """The weights that PyTorch has for an item."""
+    match item:
+        case Segment():
+            return []
+        case Eager():
+            return [*item.model.state_dict().values()]
+        case Packed():
+            return [*tensors(item.step).values()]
+    return [*tensors(item).values()]
 
 
 def _checked(
@@ -142,7 +161,13 @@ def _rounded(step: Step) -> Step:
 
 
 def _choose(
-    plan: Plan, inputs: Sequence[Tensor], choose: str, weights: str, threads: int, tune_seconds: float
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    choose: str,
+    weights: str,
+    threads: int,
+    tune_seconds: float,
+    model: nn.Module | None,
 ) -> tuple[measure.Choice, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
@@ -158,7 +183,7 @@ def _choose(
         shapes=shapes,
     )
     if timed:
-        found = measure.choose(plan, inputs, options, layers)
+        found = measure.choose(plan, inputs, options, layers, model if weights == "float32" else None)
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"

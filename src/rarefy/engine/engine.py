@@ -32,7 +32,7 @@ class Report:
         seconds: what compiling took, all in all.
         measuring_seconds: the part of it that went into measuring which kernel is fastest.
         chosen: what runs the network: "native", "native by rule" (kernels chosen without measuring), "PyTorch",
-            "PyTorch, oneDNN", or "native and PyTorch" (some layers by PyTorch).
+            "PyTorch, oneDNN", "native and PyTorch" (some layers by PyTorch), or "eager" (the model as it is).
         candidates: seconds of each of these on the example, where they were measured.
         weights: how they are stored, "float32" or "bfloat16".
         weight_bytes: weights, biases and indices in memory.

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import Ref, last_uses, refs
 from rarefy.engine.reference import bind
-from rarefy.engine.segments import Item, Segment
+from rarefy.engine.segments import Item, Segment, uses
 
+_NATIVE = "program"
 _Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -38,7 +40,7 @@ class Runner:
     networks of many small operators run as fast as the model's own Python, or faster::
 
         def run(threads, v0):
-            v1, = f0(threads, v0)  # a native program
+            v1, = program0(threads, v0)
             v2 = f1(v1, c0)  # an operator of PyTorch, and a plain argument or a constant
             del v1
             return (v2,)
@@ -82,9 +84,8 @@ class Runner:
 
 def _freed(items: Sequence[Item], outputs: Sequence[str]) -> list[tuple[str, ...]]:
     """The values that are not needed any more after each item, of those that the items make."""
-    uses = [(i.reads, i.makes) if isinstance(i, Segment) else (i.inputs, (i.output,)) for i in items]
-    made = {name for _, makes in uses for name in makes}
-    return [tuple(name for name in freed if name in made) for freed in last_uses(uses, {*outputs})]
+    made = {name for item in items for name in uses(item)[1]}
+    return [tuple(name for name in freed if name in made) for freed in last_uses([*map(uses, items)], {*outputs})]
 
 
 class _Source:
@@ -99,9 +100,10 @@ class _Source:
 
     def add(self, item: Item, freed: Sequence[str], number: int) -> None:
         """Add the line of an item."""
-        function: Callable[..., Any] = item.run if isinstance(item, Segment | Packed) else bind(item)[0]
-        if isinstance(item, Segment):
-            given = ", ".join(["threads", *(self.variables[name] for name in item.reads)])
+        function: Callable[..., Any] = item.run if isinstance(item, Segment | Packed | Eager) else bind(item)[0]
+        if isinstance(item, Segment | Eager):
+            threads = ["threads"] if isinstance(item, Segment) else []
+            given = ", ".join([*threads, *(self.variables[name] for name in item.reads)])
             made = "".join(f"{self._variable(name)}, " for name in item.makes)
         else:
             args, kwargs = (map(Ref, item.inputs), {}) if isinstance(item, Packed) else bind(item)[1:]
@@ -111,7 +113,7 @@ class _Source:
             named = (f"{name}={self._argument(value)}" for name, value in kwargs.items())
             given = ", ".join([*map(self._argument, args), *named])
             made = self._variable(item.output)
-        call = f"{self._name('f', function)}({given}"
+        call = f"{self._name(_NATIVE if isinstance(item, Segment) else 'f', function)}({given}"
         self.lines.append((number, call, made, tuple(self.variables[name] for name in freed)))
 
     def function(self, outputs: Sequence[str], *, timed: bool) -> Callable[..., Any]:
@@ -120,7 +122,7 @@ class _Source:
         source = [f"def run(threads, {', '.join(self.arguments)}{more}):"]
         for item, call, made, freed in self.lines:
             if timed:
-                seconds = f", seconds=steps[{item}]" if made.endswith(", ") else ""
+                seconds = f", seconds=steps[{item}]" if call.startswith(_NATIVE) else ""
                 source += ["begun = clock()", f"{made} = {call}{seconds})", f"took[{item}] = clock() - begun"]
             else:
                 source.append(f"{made} = {call})")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner
 from rarefy.engine.onednn import Packed, packed
 from rarefy.engine.plan import Conv, Layer, Plan, Step
@@ -26,6 +28,10 @@ _ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated
 _LOST = 1.5
 #: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
 _CLEARLY_FASTER = 0.9
+#: What the model itself is called among the ways, and the share of the best other's time that it must stay below: what
+#: is made of its graph can be saved.
+EAGER = "eager"
+_WORTH_KEEPING = 0.97
 #: Giving layers to PyTorch is only tried where it may save this share of the whole time.
 _WORTH_TRYING = 0.03
 
@@ -100,8 +106,10 @@ def _look(step: Layer, shape: tuple[int, ...]) -> object:
     return type(step), tuple(step.weight.shape), options, step.residual is None, step.activation, shape
 
 
-def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts]) -> Choice:
-    """The fastest way to run the plan on inputs like these."""
+def choose(
+    plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts], model: nn.Module | None
+) -> Choice:
+    """The fastest way to run the plan on inputs like these; the model that it is of, where given, is one of them."""
     begun = time.perf_counter()
     native = lower(plan, options)
     slow = _slower_than_torch(native, plan, inputs, layers)
@@ -114,14 +122,26 @@ def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mappi
     }
     if slow:
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
+    if model is not None:
+        ways[EAGER] = in_eager(plan, model)
     times = _race(ways, plan, inputs, options.threads)
-    chosen = min(times, key=lambda name: times[name])
+    chosen = min(times, key=lambda name: times[name] / (_WORTH_KEEPING if name == EAGER else 1))
+    if chosen == EAGER and model is not None:
+        try:
+            ways[EAGER] = in_eager(plan, deepcopy(model))
+        except Exception:  # whatever its parts raise: then the engine has no copy that nobody changes
+            chosen = min({*times} - {EAGER}, key=lambda name: times[name])
     return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
 
 
 def runner(items: Sequence[Item], plan: Plan) -> Runner:
     """What runs these items, into which the plan was made."""
     return Runner(items, plan.inputs, plan.outputs, plan.constants)
+
+
+def in_eager(plan: Plan, model: nn.Module) -> Lowered:
+    """The model itself."""
+    return Lowered((Eager(model, plan.inputs, plan.outputs, plan.single),), {})
 
 
 def in_torch(plan: Plan, because: str) -> Lowered:

@@ -131,7 +131,7 @@ def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-@_handles("conv1d.default", "conv2d.default", "conv1d.padding", "conv2d.padding")
+@_handles(*(f"conv{axes}d.{overload}" for axes in (1, 2, 3) for overload in ("default", "padding")))
 def _conv(call: Call) -> Step | None:
     weight, bias, x, shape = call.constant("weight"), call.constant("bias"), call.value("input"), call.shape("input")
     if weight is None or x is None or shape is None or len(shape) != weight.dim() - 1:

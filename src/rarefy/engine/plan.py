@@ -72,7 +72,7 @@ class Step(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conv(Step):
-    """``activation(conv(input, weight) + bias + residual)``: (B, in, [H,] W) -> (B, out, [H',] W').
+    """``activation(conv(input, weight) + bias + residual)``: (B, in, [[D,] H,] W) -> (B, out, [[D',] H',] W').
 
     ``weight`` is (out, in / groups, *kernel) float32; stride, dilation and padding have one entry an axis, a padding is
     (before, after), of zeros.

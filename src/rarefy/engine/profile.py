@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import Packed
 from rarefy.engine.peak import peak
 from rarefy.engine.segments import Item, Segment
 
+_FASTER = "the model as it is, which is faster than what is made of its graph"
 _COLUMNS = ("layer", "kernel", "ms", "share", "density", "GFLOP/s", "of peak", "dense ms", "gain")
 
 
@@ -113,6 +115,8 @@ def profile(
                 name = facts.name if port else names.get(facts.name, facts.name)
                 fact = None if port else layers.get(facts.name)
                 rows.append(_row(name, facts.kind, facts.kernel, each, total, batch, fact, dense, most, ""))
+        elif isinstance(item, Eager):
+            rows.append(_row("", "model", "PyTorch", seconds[0], total, batch, None, None, most, _FASTER))
         else:
             note = reasons.get(item.output, "")
             fact = layers.get(item.output)

@@ -58,7 +58,7 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "hardsigmoid": F.hardsigmoid,
     "leaky_relu": F.leaky_relu,
 }
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d}
 
 

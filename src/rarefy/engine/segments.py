@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.native import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError, Program
 from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import (
@@ -98,7 +99,12 @@ class Options:
 
 
 #: What an engine runs one after the other.
-Item: TypeAlias = Segment | Packed | Step
+Item: TypeAlias = Segment | Packed | Eager | Step
+
+
+def uses(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The values that an item reads, and those that it makes."""
+    return (item.reads, item.makes) if isinstance(item, (Segment, Eager)) else (item.inputs, (item.output,))
 
 
 @dataclass(frozen=True)
