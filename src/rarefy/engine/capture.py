@@ -127,8 +127,9 @@ class _Graph:
             elif node.op == "call_function" and not self._vanishes(node):
                 steps.append(self._step(node))
             if isinstance(node.meta.get("val"), Tensor):
-                shape = operators.sample_shape(node, self.batch)
-                values[node.name] = Value(shape, node.meta["val"].dtype)
+                value = node.meta["val"]
+                rows = str(tuple(value.shape[:-1]))
+                values[node.name] = Value(operators.sample_shape(node, self.batch), value.dtype, rows)
         outputs, single = self._outputs(result)
         read = {name for step in steps if isinstance(step, Operator) for name in step.inputs} | {*outputs}
         return Plan(
