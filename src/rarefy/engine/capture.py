@@ -24,6 +24,13 @@ _OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _NAMES = {function: name for name, function in reference.FUNCTIONS.items()}
 
 
+#: Operators whose result, or whether they work at all, depends on the strides of their operand.
+_LAID_OUT = frozenset(
+    f"aten.{name}"
+    for name in ("view_as_complex.default", "view.dtype", "as_strided.default", "as_strided_scatter.default")
+)
+
+
 class CaptureError(ValueError):
     """A model that cannot be traced; the message names the operator and the line of the model's code."""
 
@@ -93,6 +100,7 @@ class _Graph:
         self.constants: dict[str, Tensor] = {}
         self.sources: dict[str, str] = {}
         self.aliases: dict[str, fx.Node] = {}
+        self.operands: dict[str, str] = {}  # what a node reads in place of its first argument
         self.inputs: list[str] = []
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
@@ -120,11 +128,13 @@ class _Graph:
         values: dict[str, Value] = {}
         result: Any = ()
         for node in self.program.graph.nodes:
+            operand = node.args[0] if node.args else None
             node.args = fx.map_arg(node.args, self._original)
             node.kwargs = fx.map_arg(node.kwargs, self._original)
             if node.op == "output":
                 result = node.args[0]
             elif node.op == "call_function" and not self._vanishes(node):
+                steps += self._laid_out(node, operand)
                 steps.append(self._step(node))
             if isinstance(node.meta.get("val"), Tensor):
                 value = node.meta["val"]
@@ -182,8 +192,50 @@ class _Graph:
                     return step
         return self._operator(node)
 
+    def _laid_out(self, node: fx.Node, operand: Any) -> list[Operator]:
+        """What lays the operand out in memory as in the graph, for an operator that depends on it; it reads that then.
+
+        Copies vanish, and steps give what is contiguous: nothing else depends on where numbers lie.
+        """
+        target = str(node.target)
+        if target in ("aten.sym_stride.int", "aten.sym_storage_offset.default"):
+            raise CaptureError(f"the model reads {target.split('.')[1]}, where numbers lie in memory{_where(node)}")
+        if target not in _LAID_OUT or not isinstance(operand, fx.Node):
+            return []
+        x, value = self._original(operand), operand.meta["val"]
+        order = list(range(value.dim()))
+        if "as_strided" in target:
+            if target == "aten.as_strided.default":
+                order.sort(key=lambda axis: -value.stride(axis))
+            fills = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            if not fills or not value.permute(order).is_contiguous():
+                raise CaptureError(
+                    f"{target} reads more than the numbers of its operand{_where(node)}: give it a contiguous tensor"
+                )
+        # The others have the meaning of their operand's numbers alone, which need only lie as they take them.
+        copied = {"memory_format": torch.contiguous_format}
+        first = Operator(
+            name=f"{node.name}_order",
+            output=f"{node.name}_order",
+            target="aten.permute.default",
+            args=(Ref(x.name), order),
+        )
+        moved = order != sorted(order)
+        read = Ref(first.output if moved else x.name)
+        second = Operator(
+            name=f"{node.name}_operand",
+            output=f"{node.name}_operand",
+            target="aten.clone.default",
+            args=(read,),
+            kwargs=copied,
+        )
+        self.operands[node.name] = second.output
+        return [first, second] if moved else [second]
+
     def _operator(self, node: fx.Node) -> Operator:
         args, kwargs = _plain(node.args), _plain(node.kwargs)
+        if node.name in self.operands:
+            args = (Ref(self.operands[node.name]), *args[1:])
         return Operator(name=node.name, output=node.name, target=_target(node), args=args, kwargs=kwargs)
 
     def _outputs(self, result: Any) -> tuple[tuple[str, ...], bool]:
@@ -215,6 +267,13 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {**given, **node.kwargs}
 
 
+def _where(node: fx.Node) -> str:
+    """Where in the model's code a node comes from."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
+    return f" at {lines[-1]}" if lines else ""
+
+
 def _target(node: fx.Node) -> str:
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     if isinstance(target, OpOverload):
@@ -223,9 +282,7 @@ def _target(node: fx.Node) -> str:
         return "aten.reshape.default" if name in ("aten.view.default", "aten._unsafe_view.default") else name
     if target in _NAMES:
         return _NAMES[target]
-    trace = node.meta.get("stack_trace") or ""
-    where = next((line.strip() for line in reversed(trace.splitlines()) if line.strip().startswith("File")), "")
-    raise CaptureError(f"the engine cannot run the operator {target}{' at ' + where if where else ''}")
+    raise CaptureError(f"the engine cannot run the operator {target}{_where(node)}")
 
 
 def _plain(argument: Any) -> Any:
