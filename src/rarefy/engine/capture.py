@@ -161,7 +161,8 @@ class _Graph:
         target = str(node.target)
         if not node.users and "_assert" not in target:
             return True
-        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(node.args[0], fx.Node):
+        copied = target in ("aten.contiguous.default", "aten.clone.default") and node.args[0].name in self.constants
+        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(node.args[0], fx.Node) and not copied:
             self.aliases[node.name] = node.args[0]
             return True
         if node.target is operator.getitem:

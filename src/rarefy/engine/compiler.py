@@ -16,7 +16,7 @@ from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
-from rarefy.engine.segments import Options, Segment, lower
+from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
@@ -66,7 +66,8 @@ def build(
     threads_now = threads or torch.get_num_threads()
     with measure.torch_threads(threads_now), torch.no_grad():
         found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds)
-    items = found.lowered.items
+    own = _Copies()
+    items = tuple(own.item(item) for item in found.lowered.items)
     read = {name for item in items if not isinstance(item, Segment) for name in item.inputs} | {*plan.outputs}
     programs = [item.program.facts for item in items if isinstance(item, Segment)]
     steps = [item.step if isinstance(item, Packed) else item for item in items if not isinstance(item, Segment)]
@@ -78,7 +79,7 @@ def build(
         single=plan.single,
         batch=plan.batch,
         fixed_because=plan.fixed_because,
-        constants={name: value for name, value in plan.constants.items() if name in read},
+        constants={name: own.tensor(value) for name, value in plan.constants.items() if name in read},
         names={step.output: step.name for step in plan.steps},
         layers=found.layers,
         reasons=found.lowered.reasons,
@@ -93,6 +94,30 @@ def build(
             scratch_bytes=max((facts.scratch_bytes for facts in programs), default=0),
         ),
     )
+
+
+class _Copies:
+    """Copies of the tensors that an engine keeps, one of each: the model's may change later."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """The copy, that which is there where it is the same tensor or another view of the same numbers."""
+        if tensor.layout is not torch.strided:
+            return tensor.clone()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        if key not in self._known:
+            self._known[key] = tensor, tensor.detach().clone()  # the first is kept, so that none takes its address
+        return self._known[key][1]
+
+    def item(self, item: Item) -> Item:
+        """The item with copies in the place of its tensors; a program has its own."""
+        if isinstance(item, Segment):
+            return item
+        if isinstance(item, Packed):
+            return replace(item, step=self.item(item.step))
+        return replace(item, **{name: self.tensor(value) for name, value in tensors(item).items()})
 
 
 def _checked(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Item, samples
+from rarefy.engine.segments import Item, Segment, samples
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Engine:
         self.batch, self._fixed_because, self._single = batch, fixed_because, single
         self._items, self._constants = tuple(items), dict(constants)
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
+        made = [name for item in items if isinstance(item, Segment) for name in item.makes]
+        names_out = [port.name for port in self.outputs]
+        #: The outputs that may share memory with something else.
+        self._views = [i for i, name in enumerate(names_out) if name not in made or name in names_out[:i]]
         self._freed = schedule(items, (*(port.name for port in (*inputs, *outputs)), *constants))
 
     @property
@@ -93,8 +97,22 @@ class Engine:
         values = self._values(inputs)
         with torch.no_grad():
             execute(self._items, self._freed, values, self.threads or torch.get_num_threads())
-        outputs = tuple(values[port.name] for port in self.outputs)
+        outputs = self._apart(inputs, tuple(values[port.name] for port in self.outputs))
         return outputs[0] if self._single else outputs
+
+    def _apart(self, inputs: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs, each in memory of its own: a caller may change it in place, and change nothing else."""
+        if not self._views:
+            return outputs
+        # Programs give new memory; what else shares any is copied.
+        taken = {x.untyped_storage().data_ptr() for x in (*inputs, *self._constants.values())}
+        taken |= {outputs[i].untyped_storage().data_ptr() for i in range(len(outputs)) if i not in self._views}
+        found = list(outputs)
+        for i in self._views:
+            if (where := found[i].untyped_storage().data_ptr()) in taken:
+                found[i] = found[i].clone()
+            taken.add(where)
+        return tuple(found)
 
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
         """Time of every step on one thread (see :class:`rarefy.engine.profile.Profile`).
