@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,22 +36,30 @@ class CaptureError(ValueError):
     """A model that cannot be traced; the message names the operator and the line of the model's code."""
 
 
-def capture(model: nn.Module, inputs: Sequence[Tensor]) -> Plan:
+#: torch.export changes state of the process.
+_EXPORTING = threading.Lock()
+
+
+def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | None = None) -> Plan:
     """The plan of a model, as it computes on inputs of these shapes and dtypes, for any batch size where it can.
+
+    Where ``fixed_because`` says why, it is for the batch size of the inputs alone. Threads take turns.
 
     Raises CaptureError for a model that ``torch.export`` does not trace, or that does more than to compute tensors from
     tensors.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    with _EXPORTING, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
-        program, fixed_because = _export(model, tuple(inputs))
+        program, fixed_because = _export(model, tuple(inputs), fixed_because)
         return _Graph(program, fixed_because).plan()
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ExportedProgram, str | None]:
+def _export(
+    model: nn.Module, inputs: tuple[Tensor, ...], fixed_because: str | None
+) -> tuple[ExportedProgram, str | None]:
     """The model as functional operators, and why it takes one batch size alone where it does."""
-    because = "the inputs have no common dimension 0"
-    if all(x.dim() and x.shape[0] == inputs[0].shape[0] for x in inputs):
+    because = fixed_because or "the inputs have no common dimension 0"
+    if fixed_because is None and all(x.dim() and x.shape[0] == inputs[0].shape[0] for x in inputs):
         # A batch of one would be traced as the constant 1.
         several = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in inputs)
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
@@ -110,6 +119,11 @@ class _Graph:
             else:
                 self._add_constant(spec.arg.name, program.constants[spec.target], spec.target)
         for output in program.graph_signature.output_specs:
+            if output.kind is OutputKind.USER_INPUT_MUTATION:
+                raise CaptureError(
+                    f"the model changes its input {output.target!r} in place; an engine leaves its inputs alone: let "
+                    "the model change a copy, x.clone()"
+                )
             if output.kind is not OutputKind.USER_OUTPUT:
                 raise CaptureError(
                     f"the model changes {output.target!r} in its forward; an engine keeps no state: give it as an input"
@@ -244,10 +258,15 @@ class _Graph:
         flat = self.program.call_spec.out_spec.type in (tuple, list) and all(
             spec.is_leaf() for spec in self.program.call_spec.out_spec.children()
         )
-        if not (single or flat) or not all(isinstance(node, fx.Node) for node in result):
+        tensors = all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in result)
+        if not (single or flat) or not tensors:
+            kinds = ", ".join(
+                "tensor" if isinstance(value, Tensor) else type(value).__name__.replace("SymInt", "size")
+                for value in (node.meta.get("val") if isinstance(node, fx.Node) else node for node in result)
+            )
             raise CaptureError(
-                "the model gives back something else than a tensor or a tuple of tensors; wrap it in a module that "
-                "takes the tensors out"
+                f"the model gives back something else than a tensor or a tuple of tensors ({kinds}); wrap it in a "
+                "module that takes the tensors out"
             )
         return tuple(node.name for node in result), single
 

@@ -105,11 +105,11 @@ class Engine:
         if not self._views:
             return outputs
         # Programs give new memory; what else shares any is copied.
-        taken = {x.untyped_storage().data_ptr() for x in (*inputs, *self._constants.values())}
-        taken |= {outputs[i].untyped_storage().data_ptr() for i in range(len(outputs)) if i not in self._views}
+        taken = {_memory(x) for x in (*inputs, *self._constants.values())}
+        taken |= {_memory(outputs[i]) for i in range(len(outputs)) if i not in self._views}
         found = list(outputs)
         for i in self._views:
-            if (where := found[i].untyped_storage().data_ptr()) in taken:
+            if (where := _memory(found[i])) in taken:
                 found[i] = found[i].clone()
             taken.add(where)
         return tuple(found)
@@ -173,3 +173,8 @@ class Engine:
             raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
         if given and given[0] < 1:
             raise ValueError(f"{what}: the batch must not be empty")
+
+
+def _memory(x: Tensor) -> int | None:
+    """Where the memory begins that a tensor is a view of."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else None
