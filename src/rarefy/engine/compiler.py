@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rarefy.engine import measure, native
-from rarefy.engine.capture import capture
+from rarefy.engine import measure, native, verify
+from rarefy.engine.capture import CaptureError, capture
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.execute import torch_threads
@@ -50,13 +50,51 @@ def compile(
     Raises:
         TypeError: ``model`` is no module, ``example_input`` no tensors.
         ValueError: the model is in training mode, is still being sparsified or is not on the CPU; an option out of its
-            range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced.
+            range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
+            :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example.
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    engine = build(optimize(capture(model, inputs)), inputs, threads, weights, choose, tune_seconds, model)
+    plan, trials = _captured(model, inputs)
+    better = _stored(optimize(plan), weights)
+    engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
+    for tried in trials:
+        if weights == "float32":
+            verify.check(engine, plan, model, tried)
+        else:  # rounded weights do not give the model's results: PyTorch's with the same weights
+            verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
     return engine
+
+
+def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[verify.Trial]]:
+    """The plan, which computes what the model does at the batch sizes tried, and what was tried.
+
+    A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
+    is traced at one of them. Where they differ the engine takes that of the example alone.
+    """
+    plan, because = capture(model, inputs), ""
+    example = verify.trial(model, inputs)
+    assert example is not None
+    if plan.batch is None:
+        batch = inputs[0].shape[0]
+        other = verify.trial(model, inputs, 2 if batch == 1 else 1)
+        trials = [example] if other is None else [example, other]
+        wrong = next((why for each in trials if (why := verify.plan_differs(plan, model, each))), None)
+        if other is None and batch == 1:
+            because = "it refuses a batch of 2"
+        elif wrong is None:
+            return plan, trials
+        else:
+            because = "it does something else for a batch of one than for others"
+        plan = capture(model, inputs, because)
+    wrong = verify.plan_differs(plan, model, example)
+    if wrong is not None:
+        raise CaptureError(
+            f"{type(model).__name__} does something else when it is traced than when it is called ({wrong}): its "
+            "forward may not depend on the Python around it or on memory that it shares with its inputs"
+        )
+    return plan, [example]
 
 
 def build(
@@ -70,12 +108,12 @@ def build(
 ) -> Engine:
     """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`."""
     begun = time.perf_counter()
-    if weights == "bfloat16":
-        plan = replace(plan, steps=tuple(_rounded(step) for step in plan.steps))
+    plan = _stored(plan, weights)
     threads_now = threads or torch.get_num_threads()
     with torch_threads(threads_now), torch.no_grad():
         found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds, model)
-    items = found.lowered.items
+    own = _Copies()
+    items = tuple(own.item(item) for item in found.lowered.items)
     read = {name for item in items if not isinstance(item, (Segment, Eager)) for name in item.inputs} | {*plan.outputs}
     programs = [item.program.facts for item in items if isinstance(item, Segment)]
     left = [tensor for item in items for tensor in _weights(item)]
@@ -86,7 +124,7 @@ def build(
         single=plan.single,
         batch=plan.batch,
         fixed_because=plan.fixed_because,
-        constants={name: value for name, value in plan.constants.items() if name in read},
+        constants={name: own.tensor(value) for name, value in plan.constants.items() if name in read},
         names={step.output: step.name for step in plan.steps},
         layers=found.layers,
         reasons=found.lowered.reasons,
@@ -113,6 +151,30 @@ def _weights(item: Item) -> list[Tensor]:
         case Packed():
             return [*tensors(item.step).values()]
     return [*tensors(item).values()]
+
+
+class _Copies:
+    """Copies of the tensors that an engine keeps, one of each: the model's may change later."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """The copy, that which is there where it is the same tensor or another view of the same numbers."""
+        if tensor.layout is not torch.strided:
+            return tensor.clone()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        if key not in self._known:
+            self._known[key] = tensor, tensor.detach().clone()  # the first is kept, so that none takes its address
+        return self._known[key][1]
+
+    def item(self, item: Item) -> Item:
+        """The item with copies in the place of its tensors."""
+        if isinstance(item, (Segment, Eager)):  # which have their own
+            return item
+        if isinstance(item, Packed):
+            return replace(item, step=self.item(item.step))
+        return replace(item, **{name: self.tensor(value) for name, value in tensors(item).items()})
 
 
 def _checked(
@@ -155,8 +217,13 @@ def _checked(
     return tuple(x.detach() for x in inputs)
 
 
+def _stored(plan: Plan, weights: str) -> Plan:
+    """The plan with its layers' weights as the native kernels store them."""
+    return plan if weights == "float32" else replace(plan, steps=tuple(map(_rounded, plan.steps)))
+
+
 def _rounded(step: Step) -> Step:
-    """The step with its weights rounded to bfloat16, as the native kernels store them."""
+    """The step with its weights rounded to bfloat16."""
     return replace(step, weight=step.weight.bfloat16().float()) if isinstance(step, Layer) else step
 
 

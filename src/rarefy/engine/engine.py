@@ -12,7 +12,7 @@ from torch import Tensor
 from rarefy.engine.execute import Runner, torch_threads
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Item, samples
+from rarefy.engine.segments import Item, Segment, samples
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,12 @@ class Engine:
         self.batch, self._fixed_because, self._single = batch, fixed_because, single
         self._items, self._constants = tuple(items), dict(constants)
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
-        self._runner = Runner(items, [port.name for port in inputs], [port.name for port in outputs], constants)
+        names_in, names_out = ([port.name for port in ports] for ports in (self.inputs, self.outputs))
+        self._runner = Runner(items, names_in, names_out, constants)
+        made = [name for item in items if isinstance(item, Segment) for name in item.makes]
+        #: The outputs that may share memory with something else, and the memory that is the engine's own.
+        self._views = [i for i, name in enumerate(names_out) if name not in made or name in names_out[:i]]
+        self._own = {_memory(x) for x in self._constants.values()}
 
     @property
     def compile_seconds(self) -> float:
@@ -94,7 +99,22 @@ class Engine:
         self._check(inputs)
         with torch.no_grad():
             outputs = self._runner(inputs, self.threads or torch.get_num_threads())
+        outputs = self._apart(inputs, outputs)
         return outputs[0] if self._single else outputs
+
+    def _apart(self, inputs: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs, each in memory of its own: a caller may change it in place, and change nothing else."""
+        if not self._views:
+            return outputs
+        # Programs give new memory; what else shares any is copied.
+        taken = self._own | {_memory(x) for x in inputs}
+        taken |= {_memory(outputs[i]) for i in range(len(outputs)) if i not in self._views}
+        found = list(outputs)
+        for i in self._views:
+            if (where := _memory(found[i])) in taken:
+                found[i] = found[i].clone()
+            taken.add(where)
+        return tuple(found)
 
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
         """Time of every step on one thread (see :class:`rarefy.engine.profile.Profile`).
@@ -153,3 +173,8 @@ class Engine:
             raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
         if given and given[0] < 1:
             raise ValueError(f"{what}: the batch must not be empty")
+
+
+def _memory(x: Tensor) -> int | None:
+    """Where the memory begins that a tensor is a view of."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else None

@@ -375,10 +375,17 @@ def _upsample(call: Call) -> Step | None:
     x, shape, out = call.value("input"), call.shape("input"), sample_shape(call.node, call.batch)
     if x is None or shape is None or out is None:
         return None
-    if any(after % before for before, after in zip(shape[1:], out[1:], strict=True)):
+    sizes, factor = shape[1:], tuple(after // before for before, after in zip(shape[1:], out[1:], strict=True))
+    if any(after % before for before, after in zip(sizes, out[1:], strict=True)):
         return None
-    factor = tuple(after // before for before, after in zip(shape[1:], out[1:], strict=True))
-    return Upsample(**call.labels, input=x, factor=factor) if call.given("scale_factors") else None
+    # A scale that is no whole number (2.1), or rounds badly (1 / 49), takes other pixels though the sizes divide.
+    for axis, (size, times) in enumerate(zip(sizes, factor, strict=True)):
+        ramp = torch.arange(float(size)).reshape(-1, *(1,) * (len(sizes) - 1 - axis))
+        given = ramp.expand(1, 1, *sizes)
+        taken = call.node.target(given, call.args["output_size"], call.args["scale_factors"])  # type: ignore[operator]
+        if not torch.equal(taken, ramp.repeat_interleave(times, 0).expand_as(taken)):
+            return None
+    return Upsample(**call.labels, input=x, factor=factor)
 
 
 @_handles(

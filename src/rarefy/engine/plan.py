@@ -46,10 +46,13 @@ class Value:
         shape: of one sample, without the batch in dimension 0; None where dimension 0 is not the batch, or where
             another dimension is only known when the plan runs.
         dtype: of its elements.
+        rows: its axes but the last, as the graph writes their sizes for any batch: values where they are the same have
+            as many rows.
     """
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype
+    rows: str = ""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
