@@ -104,8 +104,8 @@ def test_a_model_that_is_still_being_sparsified():
 
 def test_threads_are_the_callers_unless_given(monkeypatch, compiled):
     seen = []
-    monkeypatch.setattr("rarefy.engine.engine.execute", lambda items, freed, values, threads: seen.append(threads))
     other = engine.compile(thinned(UNet()), IMAGE, choose="torch")
+    monkeypatch.setattr("rarefy.engine.engine.execute", lambda items, freed, values, threads: seen.append(threads))
     monkeypatch.setattr("torch.get_num_threads", lambda: 5)
     for each in (compiled, other):
         with pytest.raises(KeyError):  # nothing ran

@@ -10,9 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from rarefy import kernels
 from rarefy.engine import measure, native, verify
-from rarefy.engine.capture import CaptureError, capture
-from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.capture import CaptureError, capture, other_dtype
+from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
@@ -71,7 +72,11 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
     plan, because = capture(model, inputs), ""
-    example = verify.trial(model, inputs)
+    try:
+        example = verify.trial(model, inputs)
+    except Exception as error:  # whatever the model raises
+        why = other_dtype(model, inputs) or f"it raises {type(error).__name__}: {error}"
+        raise CaptureError(f"{type(model).__name__} does not run on example_input: {why}") from error
     assert example is not None
     if plan.batch is None:
         batch = inputs[0].shape[0]
@@ -194,7 +199,16 @@ def _checked(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model must be on the CPU, {name!r} is on {tensor.device}: call model.cpu() first")
-    return tuple(x.detach() for x in inputs)
+        try:
+            kernels.address(tensor)
+        except ValueError as error:
+            raise ValueError(f"{name!r} of the model: {error}") from None
+    for x in inputs:
+        try:
+            kernels.address(plain(x))
+        except ValueError as error:
+            raise ValueError(f"example_input: {error}") from None
+    return tuple(map(plain, inputs))
 
 
 def _stored(plan: Plan, weights: str) -> Plan:

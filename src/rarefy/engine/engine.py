@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy import kernels
 from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
 from rarefy.engine.profile import Profile, profile
 from rarefy.engine.segments import Item, Segment, samples
@@ -146,7 +147,7 @@ class Engine:
         batches = {x.shape[0] for x in inputs} if self.batch is None else set()
         if len(batches) > 1:
             raise ValueError(f"all inputs must have the same batch size, got {', '.join(map(str, sorted(batches)))}")
-        named = {port.name: x.detach() for x, port in zip(inputs, self.inputs, strict=True)}
+        named = {port.name: plain(x) for x, port in zip(inputs, self.inputs, strict=True)}
         return {**self._constants, **named}
 
     def _check(self, x: Tensor, port: Port) -> None:
@@ -162,17 +163,30 @@ class Engine:
         what = f"input {port.name!r} must have the shape ({', '.join(expected)}), got {given}"
         if len(given) != len(port.shape):
             raise ValueError(what)
-        if len(given) > 1 and given[1] != port.shape[1]:
+        if len(given) > 3 and given[1] != port.shape[1]:
             raise ValueError(f"{what}: the model takes {port.shape[1]} channels")
         if given[1:] != port.shape[1:]:
+            dtype = "" if port.dtype is torch.float32 else f", dtype={port.dtype}"
             raise ValueError(
                 f"{what}: an engine runs at the size that it was compiled for; for this one make another, with "
-                f"engine.compile(model, torch.zeros({given}))"
+                f"engine.compile(model, torch.zeros({given}{dtype}))"
             )
         if self.batch is not None and given[:1] != port.shape[:1]:
             raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
         if given and given[0] < 1:
             raise ValueError(f"{what}: the batch must not be empty")
+        try:
+            kernels.address(plain(x))
+        except ValueError as error:
+            raise ValueError(f"input {port.name!r}: {error}") from None
+
+
+def plain(x: Tensor) -> Tensor:
+    """The numbers of an input: without gradient, as they are when read, no subclass that changes what operators do."""
+    x = x.detach()
+    if type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        x = x.as_subclass(Tensor)
+    return x.resolve_conj().resolve_neg() if x.layout is torch.strided else x
 
 
 def _memory(x: Tensor) -> int | None:
