@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rarefy import kernels
 from rarefy.engine import measure, native, verify
-from rarefy.engine.capture import CaptureError, capture
+from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
-from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.execute import torch_threads
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
@@ -21,6 +22,7 @@ from rarefy.engine.plan import Layer, Plan, Step, tensors
 from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
+_Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
 
@@ -74,13 +76,17 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
     plan, because = capture(model, inputs), ""
-    example = verify.trial(model, inputs)
+    try:
+        example = verify.trial(model, inputs)
+    except Exception as error:  # whatever the model raises
+        why = other_dtype(model, inputs) or f"it raises {type(error).__name__}: {error}"
+        raise CaptureError(f"{type(model).__name__} does not run on example_input: {why}") from error
     assert example is not None
     if plan.batch is None:
         batch = inputs[0].shape[0]
         other = verify.trial(model, inputs, 2 if batch == 1 else 1)
         trials = [example] if other is None else [example, other]
-        wrong = next((why for each in trials if (why := verify.plan_differs(plan, model, each))), None)
+        wrong = next((found for each in trials if (found := verify.plan_differs(plan, model, each))), None)
         if other is None and batch == 1:
             because = "it refuses a batch of 2"
         elif wrong is None:
@@ -173,8 +179,13 @@ class _Copies:
         if isinstance(item, (Segment, Eager)):  # which have their own
             return item
         if isinstance(item, Packed):
-            return replace(item, step=self.item(item.step))
-        return replace(item, **{name: self.tensor(value) for name, value in tensors(item).items()})
+            return replace(item, step=self.step(item.step))
+        return self.step(item)
+
+    def step(self, step: _Step) -> _Step:
+        """The step, likewise."""
+        own: dict[str, Any] = {name: self.tensor(value) for name, value in tensors(step).items()}
+        return replace(step, **own)
 
 
 def _checked(
@@ -214,7 +225,16 @@ def _checked(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model must be on the CPU, {name!r} is on {tensor.device}: call model.cpu() first")
-    return tuple(x.detach() for x in inputs)
+        try:
+            kernels.address(tensor)
+        except ValueError as error:
+            raise ValueError(f"{name!r} of the model: {error}") from None
+    for x in inputs:
+        try:
+            kernels.address(plain(x))
+        except ValueError as error:
+            raise ValueError(f"example_input: {error}") from None
+    return tuple(map(plain, inputs))
 
 
 def _stored(plan: Plan, weights: str) -> Plan:

@@ -155,7 +155,7 @@ def _distance(got: Tensor, expected: Tensor) -> float:
     a, b = a[finite], b[finite]
     largest = b.abs().max().item()
     difference = (a - b).abs().max().item()
-    return difference if difference == 0 else difference / max(largest, torch.finfo(torch.float32).tiny)
+    return float(difference and difference / max(largest, torch.finfo(torch.float32).tiny))
 
 
 def _as_good(got: Tensor, expected: Tensor, exact: Tensor) -> bool:
