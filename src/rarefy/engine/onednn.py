@@ -34,6 +34,10 @@ class Packed:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *options, size)
         object.__setattr__(self, "weight", packed)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs its weights again: the packed ones lie in oneDNN's own memory."""
+        return Packed, (self.step, self.shape)
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """The values that it reads."""
