@@ -64,12 +64,16 @@ def write_through(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     def fill(partial: Path) -> None:
         with partial.open("wb") as file:
-            remembering = _Remembering(file)
-            try:
-                write(remembering)  # type: ignore[arg-type]
-            except Exception:
-                if remembering.error is not None:
-                    raise remembering.error from None
-                raise
+            _through(file, write)
 
     write_atomically(path, fill)
+
+
+def _through(file: IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
+    remembering = _Remembering(file)
+    try:
+        write(remembering)  # type: ignore[arg-type]
+    except Exception:
+        if remembering.error is not None:
+            raise remembering.error from None
+        raise

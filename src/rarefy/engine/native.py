@@ -238,7 +238,12 @@ class Program:
             _call("program_step", self._address, index, ctypes.byref(info))
             found.append(
                 StepFacts(
-                    *((info.name or b"").decode(errors="replace"), info.kind.decode(), info.kernel.decode(), tuple(info.shape)),
+                    *(
+                        (info.name or b"").decode(errors="replace"),
+                        info.kind.decode(),
+                        info.kernel.decode(),
+                        tuple(info.shape),
+                    ),
                     *(info.weights, info.nonzeros, info.stored, info.macs, info.dense_macs, info.weight_bytes),
                     *(info.tuned_seconds, info.dense_seconds),
                 )
