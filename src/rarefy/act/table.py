@@ -329,21 +329,38 @@ class Table:
         """The table of a JSON text; raises ValueError when the text is none or the table is not valid."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not a table: {error}") from None
         if not isinstance(data, Mapping) or data.get("rarefy_table") != FILE_VERSION:
             raise ValueError(f"not a table of version {FILE_VERSION}")
         values = {key: value for key, value in data.items() if key != "rarefy_table"}
+        _check_kinds(values)
         try:
             index = _INDEX_OF[values["form"]](**values.pop("index"))
             rows = tuple(tuple(row) for row in values.pop("rows"))
             return cls(index=index, rows=rows, **values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a table: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write the table to a file: beside it first, then renamed, so that no half-written file is left."""
         write_atomically(Path(path), lambda beside: beside.write_text(self.to_json(), encoding="utf-8"))
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where a table's text has other kinds of values than its fields, or more than any table has."""
+    index, rows = values.get("index"), values.get("rows")
+    integers = [values.get(key, 0) for key in ("identity_below", "saturate_above", "fraction_bits", "offset")]
+    integers += list(index.values()) if isinstance(index, Mapping) else [None]
+    if not all(type(number) is int and abs(number) < 1 << 63 for number in integers):
+        raise ValueError("not a table: thresholds, bits, offset and index must be integers of at most 63 bits")
+    for key in ("name", "function", "format", "form", "symmetry"):
+        if not isinstance(values.get(key, ""), str):
+            raise ValueError(f"not a table: {key} must be text, got {values[key]!r:.80}")
+    if not isinstance(rows, list) or len(rows) > 1 << 20 or not all(isinstance(row, list) for row in rows):
+        raise ValueError("not a table: rows must be a list of at most 2^20 lists")
+    if not all(type(number) is int and abs(number) < 1 << 63 for row in rows for number in row):
+        raise ValueError("not a table: rows hold integers of at most 63 bits")
 
 
 def names() -> list[str]:
