@@ -225,7 +225,13 @@ def hard32(x: Tensor, function: str) -> Tensor:
 
 
 def _limit(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x == -math.inf, -0.0, y)
+    # -0 by negation: onnxruntime's choice of the first of two gives 0 for it
+    return -torch.where(x == -math.inf, 0.0, -y)
+
+
+def keep_nan(x: Tensor, y: Tensor) -> Tensor:
+    """``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
+    return y * torch.where(x == x, 1.0, x)
 
 
 # P of _normal_tail, lowest power first
@@ -242,7 +248,7 @@ def _wide(x: Tensor, function: str) -> Tensor:
 
     One rounded operation after another as in ``native/src/act_wide.h``, which says why: so the bits are the same.
     """
-    wide = torch.where(x < -1000.0, -1000.0, torch.where(x != x, 0.0, x)).double()
+    wide = torch.where(x < -1000.0, -1000.0, torch.where(x == x, x, 0.0)).double()
     if function == "gelu":
         tail = _normal_tail(wide.abs())
         y = wide * torch.where(wide < 0.0, tail, 1.0 - tail)
@@ -251,7 +257,7 @@ def _wide(x: Tensor, function: str) -> Tensor:
         e = _exp_minus(z.abs())
         gate = torch.where(z < 0.0, e, 1.0) / (1.0 + e)
         y = gate if function == "sigmoid" else wide * gate
-    return torch.where(x != x, x, y.float())
+    return keep_nan(x, y.float())
 
 
 def _exp_minus(a: Tensor) -> Tensor:
@@ -281,7 +287,7 @@ def _normal_tail(a: Tensor) -> Tensor:
 def tanh32(x: Tensor) -> Tensor:
     """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See :mod:`rarefy.act.quartic`."""
     begins, *coefficients = constant("quartic", "tanh", "exact", "fp32", "", str(x.device)).unbind(0)
-    a = torch.where(x != x, 0.0, x.abs()).clamp(max=LIMIT)
+    a = torch.where(x == x, x.abs(), 0.0).clamp(max=LIMIT)
     # the segment, without the bits of w: eight for each doubling of it
     w = a + 1.0
     octave = torch.where(w >= 8.0, 3.0, torch.where(w >= 4.0, 2.0, torch.where(w >= 2.0, 1.0, 0.0)))
@@ -291,7 +297,7 @@ def tanh32(x: Tensor) -> Tensor:
     y = coefficients[4][row]
     for k in (3, 2, 1, 0):
         y = _fused(y, f, coefficients[k][row])
-    return torch.where(x != x, x, y)
+    return keep_nan(x, y)
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

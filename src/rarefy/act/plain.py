@@ -17,11 +17,11 @@ def activation(x: Tensor, function: str, mode: str, table: str = "") -> Tensor:
     """``function`` of every element: a gather from the answers of a short format, arithmetic in float32."""
     fmt = FORMAT_OF[x.dtype]
     if fmt.bits > 16:
-        return torch.where(x != x, x, _float32(x, function, mode, table))
+        return aten.keep_nan(x, _float32(x, function, mode, table))
     wide = x.double()
     quiet = fmt.last | 1 << (fmt.mantissa_bits - 1) if fmt.infinities else fmt.sign - 1
     bits = _magnitude(wide, fmt.name) + torch.where(_negative(wide), float(fmt.sign), 0.0)
-    bits = torch.where(wide != wide, float(quiet), bits)
+    bits = torch.where(wide == wide, bits, float(quiet))
     values: Tensor = aten.constant("values", function, mode, fmt.name, table, str(x.device))
     return values[bits.long()]
 
@@ -33,8 +33,7 @@ def _float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     if plan == "segments":
         return _segments(x, function, mode, table)
     if (function, mode) == ("tanh", "exact"):
-        y = aten.tanh32(x)
-        return torch.where(_negative(x), -y, y)
+        return aten.tanh32(x) * torch.where(_negative(x), -1.0, 1.0)
     if mode == "ktanh":
         return aten.derived32(x, function, lambda z: _float32(z, "tanh", mode, table))
     return aten.float32(x, function, mode, table)
@@ -50,7 +49,7 @@ def _magnitude(wide: Tensor, fmt: str) -> Tensor:
     f = aten.formats.get(fmt)
     scales: Tensor = aten.constant("scales", "", "", fmt, "", str(wide.device))  # 2^(m - e), from the smallest e up
     least, most = 1 - f.bias, (f.last >> f.mantissa_bits) - f.bias
-    a = torch.where(wide != wide, 0.0, wide.abs())
+    a = torch.where(wide == wide, wide.abs(), 0.0)
     a = a.clamp(max=2.0**most) if f.infinities else a
     e = torch.floor(torch.log2(a)).clamp(min=least, max=most)
     # a logarithm may be on the wrong side of a whole number
@@ -69,7 +68,7 @@ def _value32(magnitude: Tensor, negative: Tensor) -> Tensor:
     mantissa = magnitude - field * 2.0**f.mantissa_bits
     normal = torch.where(field > 0, 1.0, 0.0)
     value = (mantissa + normal * 2.0**f.mantissa_bits) / scales[(field - normal).long()]
-    return torch.where(negative, -value, value).float()
+    return (value * torch.where(negative, -1.0, 1.0)).float()
 
 
 def _shift(x: Tensor, function: str, mode: str, table: str) -> Tensor:
