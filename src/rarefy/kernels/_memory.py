@@ -9,8 +9,9 @@ from torch._C import _functorch
 def address(tensor: Tensor) -> int:
     """Where the elements of a tensor begin in memory, for a native kernel that knows its strides and its dtype.
 
-    Raises TypeError for what is no tensor, and ValueError for one whose numbers do not lie there as they are: on another
-    device, sparse, quantised, nested, distributed, conjugated or negated when read, seen by ``torch.func``, freed.
+    Raises TypeError for what is no tensor, and ValueError for one whose numbers do not lie there as they are: on
+    another device, sparse, quantised, nested, distributed, conjugated or negated when read, seen by ``torch.func``,
+    freed.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a native kernel takes a tensor, got {type(tensor).__name__}")
