@@ -128,6 +128,8 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
         array = values.view(np.int16 if f.bits == 16 else np.uint8).copy()
     elif what == "quartic":  # by rising segment: the rows begin with the last octave's but one
         array = np.roll(np.concatenate([begins()[None], quartic_tanh().values()]), 8, axis=1)
+    elif what in _DOUBLES:
+        array = np.array(_DOUBLES[what])
     elif what == "powers":  # 2^-n
         array = np.ldexp(1.0, -np.arange(1000))
     elif what == "scales":  # 2^(m - e), from the smallest exponent up
@@ -234,13 +236,28 @@ def keep_nan(x: Tensor, y: Tensor) -> Tensor:
     return y * torch.where(x == x, 1.0, x)
 
 
-# P of _normal_tail, lowest power first
-_TAIL = (
-    *(-0.57487630161613, 0.58560210505031, 0.019323643488389056, -0.03190743191119737, -0.0017648133604631821),
-    *(0.004319919601974832, -0.00020530687348825638, -0.0007047612834722094, 0.0001647629295146515),
-    *(0.00010088432153106273, -5.441423160614242e-05, -8.69637313950795e-06, 1.178517494810079e-05),
-    *(-4.958619524137654e-09, -1.3699864756678088e-06),
-)
+# As tensors of float64 and not as Python's numbers, which exporters write as float32.
+_DOUBLES = {
+    # 1 / log 2, log 2 in two parts, and the series of e^r, highest power first
+    "exp": (
+        *(1.4426950408889634, 0.693147180369123816490, 1.90821492927058770002e-10),
+        *(1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0),
+    ),
+    # 1 / sqrt 2, how t becomes v, and P, highest power first
+    "tail": (
+        *(0.70710678118654752440, 0.5714285714285714, 2.3333333333333335),
+        *(-1.3699864756678088e-06, -4.958619524137654e-09, 1.178517494810079e-05, -8.69637313950795e-06),
+        *(-5.441423160614242e-05, 0.00010088432153106273, 0.0001647629295146515, -0.0007047612834722094),
+        *(-0.00020530687348825638, 0.004319919601974832, -0.0017648133604631821, -0.03190743191119737),
+        *(0.019323643488389056, 0.58560210505031, -0.57487630161613),
+    ),
+    # 2 sqrt(2/pi), and the share of the cube
+    "cube": (1.5957691216057307118, 0.044715),
+}
+
+
+def _doubles(what: str, x: Tensor) -> tuple[Tensor, ...]:
+    return constant(what, "", "", "fp32", "", str(x.device)).unbind(0)
 
 
 def _wide(x: Tensor, function: str) -> Tensor:
@@ -248,12 +265,13 @@ def _wide(x: Tensor, function: str) -> Tensor:
 
     One rounded operation after another as in ``native/src/act_wide.h``, which says why: so the bits are the same.
     """
-    wide = torch.where(x < -1000.0, -1000.0, torch.where(x == x, x, 0.0)).double()
+    wide = torch.where(x < -1000.0, -1000.0, x).double()
     if function == "gelu":
         tail = _normal_tail(wide.abs())
         y = wide * torch.where(wide < 0.0, tail, 1.0 - tail)
     else:
-        z = 1.5957691216057307118 * (wide + 0.044715 * (wide * wide * wide)) if function == "gelu_tanh" else wide
+        factor, share = _doubles("cube", x)
+        z = factor * (wide + share * (wide * wide * wide)) if function == "gelu_tanh" else wide
         e = _exp_minus(z.abs())
         gate = torch.where(z < 0.0, e, 1.0) / (1.0 + e)
         y = gate if function == "sigmoid" else wide * gate
@@ -263,23 +281,25 @@ def _wide(x: Tensor, function: str) -> Tensor:
 def _exp_minus(a: Tensor) -> Tensor:
     """e^-a in float64, for a >= 0."""
     powers = constant("powers", "", "", "fp32", "", str(a.device))
-    a = a.clamp(max=690.0)
+    inverse, high, low, first, *series = _doubles("exp", a)
+    a = torch.where(a == a, a, 0.0).clamp(max=690.0)
     # e^-a = 2^-n e^r,  n = round(a / log 2), |r| <= log(2) / 2
-    n = torch.round(a * 1.4426950408889634)
-    r = (n * 0.693147180369123816490 - a) + n * 1.90821492927058770002e-10
-    p = r * (1.0 / 3628800) + 1.0 / 362880
-    for c in (1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+    n = torch.round(a * inverse)
+    r = (n * high - a) + n * low
+    p = first
+    for c in series:
         p = p * r + c
     return p * powers[n.long()]
 
 
 def _normal_tail(a: Tensor) -> Tensor:
     """Phi(-a) in float64, for a >= 0."""
-    z = a.clamp(max=40.0) * 0.70710678118654752440
+    root, shift, scale, first, *series = _doubles("tail", a)
+    z = a.clamp(max=40.0) * root
     t = 1.0 / (1.0 + 0.5 * z)
-    v = (t - 0.5714285714285714) * 2.3333333333333335
-    p = v * _TAIL[-1] + _TAIL[-2]
-    for c in reversed(_TAIL[:-2]):
+    v = (t - shift) * scale
+    p = first
+    for c in series:
         p = p * v + c
     return 0.5 * t * _exp_minus(z * z - p)
 

@@ -346,9 +346,14 @@ def _fake(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
     return torch.empty_like(x)
 
 
-# What torch.onnx.export makes of the operator in an exported program, and run_decompositions where it is asked to.
 @torch._decomp.register_decomposition([torch.ops.rarefy.activation.default])
 def _decomposed(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+    """What a tracer that is given PyTorch's table of decompositions makes of the operator."""
+    if torch.onnx.is_in_onnx_export():  # a program's decomposition cannot add constants
+        raise RuntimeError(
+            "this exported program was made with gradients and holds the operator rarefy::activation, which ONNX has"
+            " not: give torch.onnx.export the model itself, or torch.export.export the model after requires_grad_(False)"
+        )
     return plain.activation(x, function, mode, table)
 
 
@@ -428,7 +433,7 @@ def _traced(
     # the fused form of float32 would cost far more than the kernel
     slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
     result: Tensor
-    if exporting and dynamo and not needs_gradient:
+    if exporting and (not needs_gradient or torch.onnx.is_in_onnx_export()):
         result = plain.activation(x, function, mode, text)
     elif exporting or not dynamo or slow_fused:
         result = torch.ops.rarefy.activation(x, function, mode, direction, text)

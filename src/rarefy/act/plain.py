@@ -6,6 +6,8 @@ a NaN becomes the quiet one, and no gradient.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,15 +51,17 @@ def _magnitude(wide: Tensor, fmt: str) -> Tensor:
     f = aten.formats.get(fmt)
     scales: Tensor = aten.constant("scales", "", "", fmt, "", str(wide.device))  # 2^(m - e), from the smallest e up
     least, most = 1 - f.bias, (f.last >> f.mantissa_bits) - f.bias
-    a = torch.where(wide == wide, wide.abs(), 0.0)
-    a = a.clamp(max=2.0**most) if f.infinities else a
-    e = torch.floor(torch.log2(a)).clamp(min=least, max=most)
+    # exporters write constants as float32, where 2^128 is infinite
+    infinite = wide.abs() == math.inf
+    a = torch.where((wide == wide) & ~infinite, wide.abs(), 0.0)
+    e = torch.floor(torch.log2(a.clamp(min=2.0**least))).clamp(min=least, max=most)
     # a logarithm may be on the wrong side of a whole number
     leading = a * scales[(e - least).long()]
     e = e + torch.where(leading >= 2.0 ** (f.mantissa_bits + 1), 1.0, torch.where(leading < 2.0**f.mantissa_bits, -1.0, 0.0))
     e = e.clamp(min=least, max=most)
     # a normal number's M holds the implicit bit, which is one step of the exponent field
-    return (e - least) * 2.0**f.mantissa_bits + a * scales[(e - least).long()]
+    u = (e - least) * 2.0**f.mantissa_bits + a * scales[(e - least).long()]
+    return torch.where(infinite, float(f.last), u) if f.infinities else u
 
 
 def _value32(magnitude: Tensor, negative: Tensor) -> Tensor:
