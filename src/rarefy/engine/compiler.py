@@ -53,14 +53,15 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    plan, trials = _captured(model, inputs)
-    better = _stored(optimize(plan), weights)
-    engine = build(better, inputs, threads, weights, choose, tune_seconds)
-    for tried in trials:
-        if weights == "float32":
-            verify.check(engine, plan, model, tried)
-        else:  # rounded weights do not give the model's results: PyTorch's with the same weights
-            verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
+    with torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+        plan, trials = _captured(model, inputs)
+        better = _stored(optimize(plan), weights)
+        engine = build(better, inputs, threads, weights, choose, tune_seconds)
+        for tried in trials:
+            if weights == "float32":
+                verify.check(engine, plan, model, tried)
+            else:  # rounded weights do not give the model's results: PyTorch's with the same weights
+                verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
     return engine
 
