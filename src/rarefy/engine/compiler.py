@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from rarefy.engine.plan import Layer, Plan, Step, tensors
 from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
+#: Tracing and measuring change state of the process.
+_COMPILING = threading.Lock()
+_Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
 
@@ -33,6 +37,9 @@ def compile(
     tune_seconds: float = 8.0,
 ) -> Engine:
     """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
+
+    What comes out is compared with the model on the example and, where it takes any batch size, at another one. Threads
+    that compile take turns.
 
     Args:
         model: in evaluation mode, on the CPU; one that was trained sparse, finalized. It is not changed.
@@ -53,7 +60,7 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    with torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+    with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
         plan, trials = _captured(model, inputs)
         better = _stored(optimize(plan), weights)
         engine = build(better, inputs, threads, weights, choose, tune_seconds)
@@ -72,7 +79,7 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
     A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
-    plan, because = capture(model, inputs), ""
+    plan = capture(model, inputs)
     try:
         example = verify.trial(model, inputs)
     except Exception as error:  # whatever the model raises
@@ -83,14 +90,12 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
         batch = inputs[0].shape[0]
         other = verify.trial(model, inputs, 2 if batch == 1 else 1)
         trials = [example] if other is None else [example, other]
-        wrong = next((why for each in trials if (why := verify.plan_differs(plan, model, each))), None)
-        if other is None and batch == 1:
-            because = "it refuses a batch of 2"
-        elif wrong is None:
+        wrong = next((found for each in trials if (found := verify.plan_differs(plan, model, each))), None)
+        refused = other is None and batch == 1
+        if wrong is None and not refused:
             return plan, trials
-        else:
-            because = "it does something else for a batch of one than for others"
-        plan = capture(model, inputs, because)
+        because = "refuses a batch of 2" if refused else "does something else for a batch of one than for others"
+        plan = capture(model, inputs, f"it {because}")
     wrong = verify.plan_differs(plan, model, example)
     if wrong is not None:
         raise CaptureError(
@@ -159,8 +164,13 @@ class _Copies:
         if isinstance(item, Segment):
             return item
         if isinstance(item, Packed):
-            return replace(item, step=self.item(item.step))
-        return replace(item, **{name: self.tensor(value) for name, value in tensors(item).items()})
+            return replace(item, step=self.step(item.step))
+        return self.step(item)
+
+    def step(self, step: _Step) -> _Step:
+        """The same of a step."""
+        copies: dict[str, Any] = {name: self.tensor(value) for name, value in tensors(step).items()}
+        return replace(step, **copies)
 
 
 def _checked(
