@@ -56,18 +56,17 @@ def test_a_batch_of_one_is_what_the_model_makes_of_it(forward, batch):
                 compiled(x)
 
 
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda conv, x: torch.view_as_complex(conv(x).permute(0, 2, 3, 1)[..., :2].contiguous()).abs(),
-        lambda conv, x: conv(x).permute(0, 2, 3, 1).contiguous().view(torch.float64).float(),
-        lambda conv, x: conv(x).permute(0, 2, 3, 1).contiguous().as_strided((2, 50), (128, 1)),
-        lambda conv, x: conv(x).permute(0, 2, 3, 1).as_strided((2, 50), (128, 1)),
-        lambda conv, x: conv(x).flatten(1).clone().as_strided((x.shape[0], 7, 20), (256, 10, 1)),
-    ],
-)
-def test_what_depends_on_strides_gets_those_of_the_model(forward):
-    model = f(forward, nn.Conv2d(3, 4, 3, padding=1)).eval()
+STRIDED = [
+    lambda conv, x: torch.view_as_complex(conv(x).permute(0, 2, 3, 1)[..., :2].contiguous()).abs(),
+    lambda conv, x: conv(x).permute(0, 2, 3, 1).contiguous().view(torch.float64).float(),
+    lambda conv, x: conv(x).permute(0, 2, 3, 1).contiguous().as_strided((2, 50), (128, 1)),
+    lambda conv, x: conv(x).permute(0, 2, 3, 1).as_strided((2, 50), (128, 1)),
+    lambda conv, x: conv(x).flatten(1).clone().as_strided((x.shape[0], 7, 20), (256, 10, 1)),
+]
+
+
+def test_what_depends_on_strides_gets_those_of_the_model():
+    model = f(lambda conv, x: tuple(each(conv, x) for each in STRIDED), nn.Conv2d(3, 4, 3, padding=1)).eval()
     for choose in ("native", "torch"):
         agrees(model, engine.compile(model, IMAGE, choose=choose), IMAGE)
 
@@ -78,14 +77,13 @@ def test_reading_beyond_an_operand_is_refused():
         engine.compile(model, IMAGE)
 
 
-@pytest.mark.parametrize("scale", [2, 2.05, 2.1, 3.3, 49, (2, 3.2), (20, 30)])
 @pytest.mark.parametrize("axes", [1, 2])
-def test_nearest_upsampling_takes_the_pixels_of_pytorch(scale, axes):
-    if isinstance(scale, tuple) and axes == 1:
-        scale = scale[1]
-    whole = scale in ((20, 30), 30)
-    given = {"size": scale} if whole else {"scale_factor": scale}
-    model = f(lambda conv, x: F.interpolate(conv(x), **given), (nn.Conv1d, nn.Conv2d)[axes - 1](2, 3, 1)).eval()
+def test_nearest_upsampling_takes_the_pixels_of_pytorch(axes):
+    scales = [{"scale_factor": scale} for scale in (2, 2.05, 2.1, 3.3, 49)]
+    scales += [{"size": 20}, {"scale_factor": 2.1, "recompute_scale_factor": True}]
+    scales += [{"scale_factor": (2, 3.2)}, {"size": (20, 30)}] if axes == 2 else []
+    conv = (nn.Conv1d, nn.Conv2d)[axes - 1](2, 3, 1)
+    model = f(lambda conv, x: tuple(F.interpolate(conv(x), **scale) for scale in scales), conv).eval()
     x = torch.randn(2, 2, *(10,) * axes)
     agrees(model, engine.compile(model, x, choose="native"), x)
 
@@ -304,7 +302,7 @@ class Random(nn.Module):
         return values[-1], values[-2], sum(values[2:]) / len(values)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_graphs(seed):
     torch.manual_seed(seed)
     model = Random(seed).eval()

@@ -137,9 +137,7 @@ def _result(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tenso
     return result
 
 
-def _overridden(
-    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: str
-) -> Tensor:
+def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: str) -> Tensor:
     """Through ``__torch_function__`` of the arguments, as a function of PyTorch; a table goes as text."""
     given: dict[str, Any] = {"grad": grad, "out": out, "table": table or None}
     given = {key: value for key, value in given.items() if value is not None}
@@ -191,7 +189,7 @@ def _check(function: str, x: Tensor, mode: str, table: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function} takes a tensor, got {type(x).__name__}")
     _check_dtype(function, x.dtype, mode, table)
-    if not x.layout is torch.strided or x.is_nested:
+    if x.layout is not torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(
             f"{function} takes a dense tensor, got {kind}: use x.to_dense(), or compute the tensor of its values()"

@@ -57,7 +57,9 @@ def _magnitude(wide: Tensor, fmt: str) -> Tensor:
     e = torch.floor(torch.log2(a.clamp(min=2.0**least))).clamp(min=least, max=most)
     # a logarithm may be on the wrong side of a whole number
     leading = a * scales[(e - least).long()]
-    e = e + torch.where(leading >= 2.0 ** (f.mantissa_bits + 1), 1.0, torch.where(leading < 2.0**f.mantissa_bits, -1.0, 0.0))
+    e = e + torch.where(
+        leading >= 2.0 ** (f.mantissa_bits + 1), 1.0, torch.where(leading < 2.0**f.mantissa_bits, -1.0, 0.0)
+    )
     e = e.clamp(min=least, max=most)
     # a normal number's M holds the implicit bit, which is one step of the exponent field
     u = (e - least) * 2.0**f.mantissa_bits + a * scales[(e - least).long()]

@@ -37,20 +37,16 @@ class CaptureError(ValueError):
     """A model that cannot be traced; the message names the operator and the line of the model's code."""
 
 
-#: torch.export changes state of the process.
-_EXPORTING = threading.Lock()
-
-
 def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | None = None) -> Plan:
     """The plan of a model, as it computes on inputs of these shapes and dtypes, for any batch size where it can.
 
-    Where ``fixed_because`` says why, it is for the batch size of the inputs alone. Threads take turns.
+    Where ``fixed_because`` says why, it is for the batch size of the inputs alone.
 
     Raises CaptureError for a model that ``torch.export`` does not trace, or that does more than to compute tensors from
     tensors.
     """
     quiet = contextlib.redirect_stderr(cast(TextIO, _Others(sys.stderr)))
-    with _EXPORTING, quiet, torch.no_grad(), warnings.catch_warnings():
+    with quiet, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = _export(model, tuple(inputs), fixed_because)
         return _Graph(program, fixed_because).plan()
@@ -202,12 +198,14 @@ class _Graph:
         target = str(node.target)
         if not node.users and "_assert" not in target:
             return True
-        given = node.args[0] if node.args else None
-        if isinstance(given, fx.Node) and (target in operators.IDENTITIES or _is_whole(node)):
-            copied = target in ("aten.contiguous.default", "aten.clone.default") and given.name in self.constants
-            if not copied:
-                self.aliases[node.name] = given
-                return True
+        first = node.args[0] if node.args else None
+        # A copy of a constant is made now, and then lies as asked.
+        copied = target in ("aten.contiguous.default", "aten.clone.default") and (
+            isinstance(first, fx.Node) and first.name in self.constants
+        )
+        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(first, fx.Node) and not copied:
+            self.aliases[node.name] = first
+            return True
         if node.target is operator.getitem:
             made, index = node.args
             assert isinstance(made, fx.Node)

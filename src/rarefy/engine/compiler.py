@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from rarefy.engine.plan import Layer, Plan, Step, tensors
 from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
+#: Tracing and measuring change state of the process.
+_COMPILING = threading.Lock()
 _Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
@@ -36,6 +39,9 @@ def compile(
     tune_seconds: float = 8.0,
 ) -> Engine:
     """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
+
+    What comes out is compared with the model on the example and, where it takes any batch size, at another one. Threads
+    that compile take turns.
 
     Args:
         model: in evaluation mode, on the CPU; one that was trained sparse, finalized. It is not changed.
@@ -57,14 +63,15 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    plan, trials = _captured(model, inputs)
-    better = _stored(optimize(plan), weights)
-    engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
-    for tried in trials:
-        if weights == "float32":
-            verify.check(engine, plan, model, tried)
-        else:  # rounded weights do not give the model's results: PyTorch's with the same weights
-            verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
+    with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+        plan, trials = _captured(model, inputs)
+        better = _stored(optimize(plan), weights)
+        engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
+        for tried in trials:
+            if weights == "float32":
+                verify.check(engine, plan, model, tried)
+            else:  # rounded weights do not give the model's results: PyTorch's with the same weights
+                verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
     return engine
 
@@ -75,7 +82,7 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
     A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
-    plan, because = capture(model, inputs), ""
+    plan = capture(model, inputs)
     try:
         example = verify.trial(model, inputs)
     except Exception as error:  # whatever the model raises
@@ -87,13 +94,11 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
         other = verify.trial(model, inputs, 2 if batch == 1 else 1)
         trials = [example] if other is None else [example, other]
         wrong = next((found for each in trials if (found := verify.plan_differs(plan, model, each))), None)
-        if other is None and batch == 1:
-            because = "it refuses a batch of 2"
-        elif wrong is None:
+        refused = other is None and batch == 1
+        if wrong is None and not refused:
             return plan, trials
-        else:
-            because = "it does something else for a batch of one than for others"
-        plan = capture(model, inputs, because)
+        because = "refuses a batch of 2" if refused else "does something else for a batch of one than for others"
+        plan = capture(model, inputs, f"it {because}")
     wrong = verify.plan_differs(plan, model, example)
     if wrong is not None:
         raise CaptureError(
@@ -183,9 +188,9 @@ class _Copies:
         return self.step(item)
 
     def step(self, step: _Step) -> _Step:
-        """The step, likewise."""
-        own: dict[str, Any] = {name: self.tensor(value) for name, value in tensors(step).items()}
-        return replace(step, **own)
+        """The same of a step."""
+        copies: dict[str, Any] = {name: self.tensor(value) for name, value in tensors(step).items()}
+        return replace(step, **copies)
 
 
 def _checked(

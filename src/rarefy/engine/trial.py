@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
 from rarefy.engine.reference import resolve, run_step
-from rarefy.engine.segments import Segment
+from rarefy.engine.segments import Item, Segment, uses
 
 #: Whose operators a file may name.
 NAMESPACES = ("aten", "rarefy", "python")
@@ -48,9 +49,7 @@ def check_target(target: str) -> None:
         raise ValueError(f"the engine runs {target}, which changes its arguments: that cannot be saved")
 
 
-def dry_run(
-    items: Sequence[Segment | Packed | Step], inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
     """The values that the items make of ``inputs``, without their numbers; tensors are on the device "meta".
 
     Raises ValueError where an item does not fit what it reads, or what it makes is too large.
@@ -60,15 +59,15 @@ def dry_run(
         try:
             made = _made(item, values)
         except Exception as error:  # whatever PyTorch says to arguments that do not fit
-            what = item.makes if isinstance(item, Segment) else item.output
-            raise ValueError(f"what makes {what} cannot run: {str(error).splitlines()[:1]}") from error
+            _, what = uses(item)
+            raise ValueError(f"what makes {', '.join(what)} cannot run: {str(error).splitlines()[:1]}") from error
         for name, value in made.items():
             _check_size(name, value)
         values.update(made)
     return values
 
 
-def _made(item: Segment | Packed | Step, values: Mapping[str, Any]) -> dict[str, Any]:
+def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(item, Segment):
         xs = [values[port.value] for port in item.inputs]
         batches = {tuple(x.shape[: x.dim() - len(port.shape)]) for x, port in zip(xs, item.inputs, strict=True)}
@@ -80,6 +79,8 @@ def _made(item: Segment | Packed | Step, values: Mapping[str, Any]) -> dict[str,
             raise ValueError("its inputs have other shapes")
         (batch,) = batches
         return {port.value: torch.empty((*batch, *port.shape), device="meta") for port in item.outputs}
+    if isinstance(item, Eager):
+        raise ValueError("a model is no part of a file")
     step = item.step if isinstance(item, Packed) else item
     if isinstance(step, Conv):
         check_conv(step, tuple(values[step.input].shape))

@@ -9,6 +9,7 @@ numbers.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def _tolerance(plan: Plan) -> float:
     """The share of the largest number that rounding in the coarsest dtype of the plan may come to."""
     dtypes = {value.dtype for value in plan.values.values()} & {*_FLOATS}
     dtypes |= {value.dtype for value in plan.constants.values()} & {*_FLOATS}
-    return max(torch.finfo(dtype).eps for dtype in dtypes or {torch.float64}) ** 0.5 / 4
+    coarsest: float = max(torch.finfo(dtype).eps for dtype in dtypes or {torch.float64})
+    return math.sqrt(coarsest) / 4
 
 
 def _close(got: Tensor, expected: Tensor, plan: Plan) -> bool:
