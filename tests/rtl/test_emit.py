@@ -25,7 +25,7 @@ def test_the_published_table_has_rows_of_eleven_bits():
 def test_the_header_names_table_error_and_command():
     head = rtl.emit(PUBLISHED, stages=2, nan="quiet").text.splitlines()[:4]
     assert head == [
-        "// tanh_bf16_ktanh: tanh in bf16, 32 rows of the form shift",
+        "// table tanh_bf16_ktanh: tanh in bf16, 32 rows of the form shift",
         "// maximum absolute error: 0.00892035 over all inputs",
         "// latency: 2 clock cycles",
         "// made by: rarefy.rtl.emit(table, stages=2, nan='quiet')",

@@ -27,6 +27,7 @@ from rarefy.act.formats import Bits, Format
 from rarefy.act.oracle import Function
 from rarefy.rtl.covers import Cover, Cube, Relation, between
 from rarefy.rtl.design import About, Design, Port
+from rarefy.rtl.identifiers import comment, module_name
 
 FILE_VERSION = 1
 SLACK = 1e-12  # float64 noise when two error bounds are compared
@@ -248,6 +249,9 @@ class Unit:
 
     def __post_init__(self) -> None:
         frame = self.frame
+        module_name(self.name, "a unit's name")
+        if not isinstance(self.command, str):
+            raise ValueError(f"{self.name}: command must be a string, got {self.command!r}")
         if len(self.covers) != frame.width:
             raise ValueError(f"{self.name}: the frame decides {frame.width} bits, got {len(self.covers)} covers")
         variables = len(frame.variables)
@@ -291,9 +295,9 @@ class Unit:
         about = About(self.name, oracle.name_of(frame.function), largest, self.command, details)
         far = "the limit" if frame.exact_limit else "just below the limit"
         text = (
-            f"// {about.function} in {fmt.name} as sums of products, largest error {largest:.6f} over all inputs\n"
+            f"// {comment(about.function)} in {fmt.name} as sums of products, largest error {largest:.6f} over all inputs\n"
             f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: {far}; NaN gives a NaN\n"
-            + (f"// made by: {self.command}\n" if self.command else "")
+            + (f"// made by: {comment(self.command)}\n" if self.command else "")
             + f"module {self.name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"
             + "".join(node.statement() for node in frame.nodes(self.covers))
             + f"  assign y[{n - 1}] = x[{n - 1}];\nendmodule\n"
