@@ -61,6 +61,7 @@ def write(run: Path, *, baseline: Path | None = None, output: Path | None = None
     """
     target = Path(run) / "report.html" if output is None else Path(output)
     page = render(load(run), None if baseline is None else load(baseline))
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(page, encoding="utf-8", newline="\n")

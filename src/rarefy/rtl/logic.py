@@ -337,8 +337,9 @@ class Unit:
                 for cover in data.pop("covers")
             )
             return cls(name, Frame(**data), covers, command)
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as problem:
-            raise ValueError(f"not a unit of logic: {problem!r}") from None
+        except (AttributeError, LookupError, TypeError, RecursionError, OverflowError, ValueError) as problem:
+            what = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)[:300]
+            raise ValueError(f"not a unit of logic: {type(problem).__name__}: {what}") from None
 
 
 def names() -> list[str]:
@@ -350,8 +351,11 @@ def names() -> list[str]:
 def load(name: str | Path) -> Unit:
     """A shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
     if str(name).endswith(".json"):
-        return Unit.from_json(Path(name).read_text(encoding="utf-8"))
+        try:
+            return Unit.from_json(Path(name).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{str(name)!r} is not a unit of logic: it is not UTF-8 text") from None
     entry = resources.files("rarefy.rtl") / "logic_units" / f"{name}.json"
-    if not entry.is_file():
+    if name not in names():
         raise ValueError(f"unit must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
     return Unit.from_json(entry.read_text(encoding="utf-8"))
