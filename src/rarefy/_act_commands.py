@@ -136,7 +136,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         return _fit_shipped(arguments)
     from rarefy.act import error, oracle
 
-    function = _function(arguments.function or "tanh")
+    function = _function("tanh" if arguments.function is None else arguments.function)
     form = arguments.form or ("shift" if oracle.is_odd(function) else "segments")
     table = _fitted(arguments, function, form)
     if arguments.output is not None:
