@@ -231,9 +231,14 @@ def _limit(x: Tensor, y: Tensor) -> Tensor:
     return -torch.where(x == -math.inf, 0.0, -y)
 
 
+def is_number(x: Tensor) -> Tensor:
+    """Which elements are not NaN; not by isnan, whose negation makes onnxruntime exchange the two of a choice."""
+    return x == x  # noqa: PLR0124
+
+
 def keep_nan(x: Tensor, y: Tensor) -> Tensor:
     """``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
-    return y * torch.where(x == x, 1.0, x)
+    return y * torch.where(is_number(x), 1.0, x)
 
 
 # As tensors of float64 and not as Python's numbers, which exporters write as float32.
@@ -243,10 +248,16 @@ _DOUBLES = {
         *(1.4426950408889634, 0.693147180369123816490, 1.90821492927058770002e-10),
         *(1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0),
     ),
-    # 1 / sqrt 2, how t becomes v, and P, highest power first
+    # 1 / sqrt 2, how t becomes v, and P, highest power first; the first two times 2^30, since ONNX's optimizer takes
+    # a sum with 5e-9 for one with 0
     "tail": (
         *(0.70710678118654752440, 0.5714285714285714, 2.3333333333333335),
-        *(-1.3699864756678088e-06, -4.958619524137654e-09, 1.178517494810079e-05, -8.69637313950795e-06),
+        *(
+            -1.3699864756678088e-06 * 2**30,
+            -4.958619524137654e-09 * 2**30,
+            1.178517494810079e-05,
+            -8.69637313950795e-06,
+        ),
         *(-5.441423160614242e-05, 0.00010088432153106273, 0.0001647629295146515, -0.0007047612834722094),
         *(-0.00020530687348825638, 0.004319919601974832, -0.0017648133604631821, -0.03190743191119737),
         *(0.019323643488389056, 0.58560210505031, -0.57487630161613),
@@ -282,7 +293,7 @@ def _exp_minus(a: Tensor) -> Tensor:
     """e^-a in float64, for a >= 0."""
     powers = constant("powers", "", "", "fp32", "", str(a.device))
     inverse, high, low, first, *series = _doubles("exp", a)
-    a = torch.where(a == a, a, 0.0).clamp(max=690.0)
+    a = torch.where(is_number(a), a, 0.0).clamp(max=690.0)
     # e^-a = 2^-n e^r,  n = round(a / log 2), |r| <= log(2) / 2
     n = torch.round(a * inverse)
     r = (n * high - a) + n * low
@@ -294,11 +305,11 @@ def _exp_minus(a: Tensor) -> Tensor:
 
 def _normal_tail(a: Tensor) -> Tensor:
     """Phi(-a) in float64, for a >= 0."""
-    root, shift, scale, first, *series = _doubles("tail", a)
+    root, shift, scale, first, second, *series = _doubles("tail", a)
     z = a.clamp(max=40.0) * root
     t = 1.0 / (1.0 + 0.5 * z)
     v = (t - shift) * scale
-    p = first
+    p = (first * v + second) / 2.0**30
     for c in series:
         p = p * v + c
     return 0.5 * t * _exp_minus(z * z - p)
@@ -307,7 +318,7 @@ def _normal_tail(a: Tensor) -> Tensor:
 def tanh32(x: Tensor) -> Tensor:
     """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See :mod:`rarefy.act.quartic`."""
     begins, *coefficients = constant("quartic", "tanh", "exact", "fp32", "", str(x.device)).unbind(0)
-    a = torch.where(x == x, x.abs(), 0.0).clamp(max=LIMIT)
+    a = torch.where(is_number(x), x.abs(), 0.0).clamp(max=LIMIT)
     # the segment, without the bits of w: eight for each doubling of it
     w = a + 1.0
     octave = torch.where(w >= 8.0, 3.0, torch.where(w >= 4.0, 2.0, torch.where(w >= 2.0, 1.0, 0.0)))

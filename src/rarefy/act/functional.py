@@ -119,6 +119,7 @@ def _call(
     if has_torch_function((x, out)):  # a proxy of torch.fx, a subclass with operators of its own
         return _overridden(function, x, mode, grad, out, text)
     _check(function, x, mode, text)
+    _check_memory(x)
     direction = gradients.resolve(function, mode, grad)
     if out is not None:
         return _into(x, function, mode, direction, text, out)
@@ -150,7 +151,19 @@ def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tens
 
 def _plain(x: Tensor) -> bool:
     """Whether the numbers lie in memory by strides, as tensors mostly do."""
-    return x.layout is torch.strided and not x.is_nested and not x._is_zerotensor()
+    return (
+        x.layout is torch.strided
+        and not x.is_nested
+        and not x._is_zerotensor()
+        and not torch._is_functional_tensor(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _check_memory(x: Tensor) -> None:
+    """Raise ValueError for a tensor whose memory was freed: PyTorch's own operators would read it."""
+    if _direct(x) and not x.is_neg():
+        address(x)
 
 
 def _changed(out: Tensor) -> None:
@@ -190,10 +203,10 @@ def _check(function: str, x: Tensor, mode: str, table: str) -> None:
         raise TypeError(f"{function} takes a tensor, got {type(x).__name__}")
     _check_dtype(function, x.dtype, mode, table)
     if x.layout is not torch.strided or x.is_nested:
-        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(
-            f"{function} takes a dense tensor, got {kind}: use x.to_dense(), or compute the tensor of its values()"
-        )
+        kind, way = f"layout {x.layout}", "use x.to_dense()"
+        if x.is_nested:
+            kind, way = "a nested tensor", "pad it with torch.nested.to_padded_tensor()"
+        raise TypeError(f"{function} takes a dense tensor, got {kind}: {way}")
 
 
 def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> None:
@@ -221,6 +234,9 @@ def _dual() -> bool:
 def _check_out(x: Tensor, out: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor like x, got {type(out).__name__}")
+    if out.layout is not torch.strided or out.is_nested:
+        kind = "a nested tensor" if out.is_nested else f"layout {out.layout}"
+        raise TypeError(f"out must be a dense tensor, got {kind}: leave it out, or give torch.empty_like of a dense x")
     if out.dtype != x.dtype or out.shape != x.shape or out.device != x.device:
         raise ValueError(
             f"out must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}),"
@@ -230,6 +246,7 @@ def _check_out(x: Tensor, out: Tensor) -> None:
 
 def _into(x: Tensor, function: str, mode: str, grad: str, table: str, out: Tensor) -> Tensor:
     _check_out(x, out)
+    _check_memory(out)
     tangents = _dual() and any(
         forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in (x, out)
@@ -350,7 +367,7 @@ def _decomposed(x: Tensor, function: str, mode: str, grad: str, table: str) -> T
     if torch.onnx.is_in_onnx_export():  # a program's decomposition cannot add constants
         raise RuntimeError(
             "this exported program was made with gradients and holds the operator rarefy::activation, which ONNX has"
-            " not: give torch.onnx.export the model itself, or torch.export.export the model after requires_grad_(False)"
+            " not: give torch.onnx.export the model itself, or export the model after requires_grad_(False)"
         )
     return plain.activation(x, function, mode, table)
 

@@ -23,7 +23,7 @@ def activation(x: Tensor, function: str, mode: str, table: str = "") -> Tensor:
     wide = x.double()
     quiet = fmt.last | 1 << (fmt.mantissa_bits - 1) if fmt.infinities else fmt.sign - 1
     bits = _magnitude(wide, fmt.name) + torch.where(_negative(wide), float(fmt.sign), 0.0)
-    bits = torch.where(wide == wide, bits, float(quiet))
+    bits = torch.where(aten.is_number(wide), bits, float(quiet))
     values: Tensor = aten.constant("values", function, mode, fmt.name, table, str(x.device))
     return values[bits.long()]
 
@@ -53,7 +53,7 @@ def _magnitude(wide: Tensor, fmt: str) -> Tensor:
     least, most = 1 - f.bias, (f.last >> f.mantissa_bits) - f.bias
     # exporters write constants as float32, where 2^128 is infinite
     infinite = wide.abs() == math.inf
-    a = torch.where((wide == wide) & ~infinite, wide.abs(), 0.0)
+    a = torch.where(aten.is_number(wide) & ~infinite, wide.abs(), 0.0)
     e = torch.floor(torch.log2(a.clamp(min=2.0**least))).clamp(min=least, max=most)
     # a logarithm may be on the wrong side of a whole number
     leading = a * scales[(e - least).long()]
