@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,7 @@ def _function(name: str) -> Function:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        _load(place, lambda: spec.loader.exec_module(module))
+        _load(place, partial(spec.loader.exec_module, module))
     else:
         module = _load(place, lambda: importlib.import_module(place))
     function = getattr(module, attribute, None)

@@ -114,8 +114,9 @@ def leave(status: int) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
+    parser: argparse.ArgumentParser = _Parser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
     parser.add_argument("--version", action="version", version=f"rarefy {version('rarefy')}")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")

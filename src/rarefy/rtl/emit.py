@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def emit(
     command = command or f"rarefy.rtl.emit(table{options})"
     about = About(table.name, table.function, largest, command, {"style": style})
     body = _module(name, unit, fmt, ports, stages, handshake, lanes)
-    if name in re.findall(r"[A-Za-z_]\w*", body.partition("(")[2]):
+    if name in re.findall(r"[A-Za-z_]\w*", re.sub("//.*", "", body.partition("(")[2])):
         raise ValueError(f"top must not be the name of a port or signal of the module, got {name!r}: choose another")
     text = _header(table, about, fmt, stages) + body
     clock = "clk" if stages or unit.write else None
@@ -185,13 +186,14 @@ def _handshake(stages: int) -> str:
 
 
 def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list[str]:
-    looked_up = unit.lookup(x)
+    looked_up = _without_bits_of_scalars(unit.lookup(x), ())
     call: Callable[[str], str] = lambda name: x if name == "x" else name  # noqa: E731
     widths = {x: fmt.bits} | {w.name: w.width for w in looked_up}
     read = [w.expression for w in looked_up]
     lines = [_wire(w) for w in looked_up]
     if stages == 2:
-        finished = unit.finish(lambda name: f"{name}_1")
+        scalars = [f"{name}_1" for name, width in unit.carried.items() if width == 1]
+        finished = _without_bits_of_scalars(unit.finish(lambda name: f"{name}_1"), scalars)
         wanted = [w.expression for w in finished]
         carried = {name: width for name, width in unit.carried.items() if _read(f"{name}_1", width, wanted)}
         lines += [f"logic {_range(width)}{name}_1;" for name, width in carried.items()]
@@ -201,7 +203,7 @@ def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list
         widths |= {f"{name}_1": width for name, width in carried.items()}
         read += [call(name) for name in carried]
     else:
-        finished = unit.finish(call)
+        finished = _without_bits_of_scalars(unit.finish(call), [w.name for w in looked_up if w.width == 1])
     read += [w.expression for w in finished] + ["result"]
     lines += [_wire(w) for w in finished]
     widths |= {w.name: w.width for w in finished}
@@ -212,6 +214,12 @@ def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list
         go = f"if (go_{stages}) " if handshake else ""
         lines += [f"logic {_range(fmt.bits)}y_q;", f"always_ff @(posedge clk) {go}y_q <= result;"]
     return lines
+
+
+def _without_bits_of_scalars(wires: Sequence[Wire], scalars: Sequence[str]) -> list[Wire]:
+    """The wires with ``name`` for ``name[0:0]`` where that is one bit: SystemVerilog has no part of a scalar."""
+    names = "|".join([*scalars, *(w.name for w in wires if w.width == 1)]) or "-"
+    return [replace(w, expression=re.sub(rf"\b({names})\[0(?::0)?\]", r"\1", w.expression)) for w in wires]
 
 
 def _read(name: str, width: int, expressions: Sequence[str]) -> int:
