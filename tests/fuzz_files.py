@@ -32,7 +32,7 @@ def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
     dense = nn.Sequential(nn.Conv2d(3, 8, 5, 2, groups=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 5))
     return [
         *((thinned(UNet()), (3, 16, 16)), (thinned(Vision()), (3, 16, 16)), (thinned(banded), (3, 32, 32))),
-        *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (1, 16, 16))),
+        *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (3, 16, 16))),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import IO
 
 
 class _Remembering:
-    """A file that remembers why it could not be written: PyTorch's writer puts an error without a reason in its place."""
+    """A file that remembers why it could not be written: PyTorch's writer raises an error without a reason."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file

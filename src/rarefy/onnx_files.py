@@ -99,7 +99,9 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
             )
         except torch.onnx.OnnxExporterError as error:
             why = str(error.__cause__ or error).strip().splitlines()[0]
-            raise RuntimeError(f"save_onnx: PyTorch cannot export {type(model).__name__}: {why}") from error
+            raise RuntimeError(
+                f"save_onnx: PyTorch cannot export {type(model).__name__} (finalize() it first if it is being made sparse): {why}"
+            ) from error
         assert program is not None
         program.save(path)
     return names

@@ -5,8 +5,8 @@
     then              native programs and tensors, each at a multiple of 64
 
 Nothing in a file is code: steps that PyTorch runs are named operators with plain arguments (:func:`check_target` says
-which), and all steps are run dry, on shapes alone, when it is loaded. Whoever can write a file can still make it compute
-something else.
+which), and all steps are run dry, on shapes alone, when it is loaded. Whoever can write a file can still make it
+compute something else.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def save(engine: Engine, path: str | Path) -> None:
     """Write an engine to a file, in the place of what is there.
 
     Raises ValueError, before anything is written, where PyTorch runs an operator for it that is not its own or ours
-    (such a name would mean nothing where the file is loaded), or one whose result's shape depends on numbers in it (that
+    (such a name would mean nothing where the file is loaded), or one whose result's shape depends on its numbers (that
     cannot be checked when it is loaded).
     """
     if not isinstance(engine, Engine):
@@ -162,8 +162,8 @@ def save(engine: Engine, path: str | Path) -> None:
 def load(path: str | Path, *, mmap: bool = False) -> Engine:
     """The engine of a file that :func:`save` wrote.
 
-    With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not change
-    while the engine is used: other weights in it would be computed with, and one that is cut off ends the process. To
+    With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not
+    change while the engine is used: other weights in it would be computed with, and one that is cut off ends the process. To
     replace it, rename another into its place, as :func:`save` does; do not copy over it.
 
     Raises ValueError for a file that is no engine, cut off or altered, of another version, or with native programs

@@ -213,8 +213,8 @@ class ProgramFacts:
 class Program:
     """A program; any number of threads may run it at the same time.
 
-    ``keep`` is what its memory lies in, where it was loaded. A copy (``copy``, ``pickle``) is a program of its own, made
-    of the bytes of this one, which computes the same bits under the same instruction set.
+    ``keep`` is what its memory lies in, where it was loaded. A copy (``copy``, ``pickle``) is a program of its own,
+    made of the bytes of this one, which computes the same bits under the same instruction set.
     """
 
     def __init__(self, address: int, keep: object = None) -> None:
@@ -318,8 +318,8 @@ def _again(data: bytes, saved_under: str) -> Program:
 def load(data: np.ndarray[Any, np.dtype[np.uint8]], under: bytes | None = None) -> Program:
     """The program whose bytes these are, read in place: 64-byte aligned, and not changed while it lives.
 
-    It runs under the instruction set ``under``; without it, under the one to use here. Raises NativeError for bytes that
-    are no program.
+    It runs under the instruction set ``under``; without it, under the one to use here. Raises NativeError for bytes
+    that are no program.
     """
     return Program(_call("program_load", data.ctypes.data, data.nbytes, under or isa()), data)
 

@@ -1,7 +1,7 @@
 """A dry run: what the items of an engine make of inputs that have shapes and no numbers.
 
-A file may ask PyTorch for anything that its operators can do. On PyTorch's device "meta" they work out shapes alone: what
-does not fit together is found, and what would fill the memory, before a number is computed.
+A file may ask PyTorch for anything that its operators can do. On PyTorch's device "meta" they work out shapes alone:
+what does not fit together is found, and what would fill the memory, before a number is computed.
 """
 
 from __future__ import annotations
