@@ -63,6 +63,22 @@ $(PEERS)/.installed: pyproject.toml | $(STAMP)
 	$(PEERS)/bin/pip install -q -r $(PEERS)/requirements.txt
 	touch $@
 
+# The benchmark of many networks: rarefy beside the extra zoo. timm comes without what it depends on, since that names
+# torchvision, whose builds on PyPI do not go with PyTorch's for the CPU.
+ZOO := $(VENV)-zoo
+.PHONY: zoo
+zoo: $(ZOO)/.installed
+$(ZOO)/.installed: pyproject.toml | $(STAMP)
+	test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	$(BIN)/python -c "from importlib.metadata import requires; print(*(r.split(';')[0] for r in requires('rarefy') \
+	  if 'extra == \"zoo\"' in r), sep='\n')" >$(ZOO)/requirements.txt
+	grep timm $(ZOO)/requirements.txt >$(ZOO)/alone.txt
+	$(ZOO)/bin/pip install -q -r requirements.txt
+	$(ZOO)/bin/pip install -q -e .
+	grep -v timm $(ZOO)/requirements.txt | $(ZOO)/bin/pip install -q -r /dev/stdin
+	$(ZOO)/bin/pip install -q --no-deps -r $(ZOO)/alone.txt
+	touch $@
+
 figures: $(STAMP)
 	$(BIN)/python benchmarks/alpha.py
 
