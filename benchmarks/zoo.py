@@ -2,7 +2,7 @@
 
     make zoo                                              # .venv-zoo: rarefy, timm and transformers
     .venv-zoo/bin/python benchmarks/zoo.py                # half an hour on a quiet machine; goes on where it stopped
-    .venv-zoo/bin/python benchmarks/zoo.py --quick        # differences alone, nothing timed
+    .venv-zoo/bin/python benchmarks/zoo.py --quick        # differences alone, kernels by rule
     .venv-zoo/bin/python benchmarks/zoo.py --only resnet18 gpt2 --again
     .venv-zoo/bin/python benchmarks/zoo.py --print        # the stored results; --fill writes them into docs/zoo.md
 
@@ -38,7 +38,6 @@ PAGE = HERE.parent / "docs" / "zoo.md"
 MARK = "<!-- benchmarks/zoo.py --fill -->\n"
 
 ROUNDS = 9
-TUNE_SECONDS = 4.0
 #: Seconds after which a network is given up.
 LIMIT = 240
 
@@ -55,7 +54,7 @@ def run(network: Network, quick: bool) -> dict[str, Any]:
     """The network's row."""
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     rounds = 0 if quick else ROUNDS
-    about = {"network": network.name, "rounds": rounds, "tune_seconds": 0.5 if quick else TUNE_SECONDS, "core": core}
+    about = {"network": network.name, "rounds": rounds, "core": core}
     command = [sys.executable, str(HERE / "zoo_worker.py"), json.dumps(about)]
     begun, load = time.perf_counter(), os.getloadavg()[0]
     row: dict[str, Any] = {**dict.fromkeys(COLUMNS, ""), "network": network.name, "source": network.source}

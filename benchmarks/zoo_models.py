@@ -564,5 +564,5 @@ class YOLO(nn.Module):
         found = torch.cat([head(level).flatten(2) for head, level in levels], 2)
         boxes, classes = found[:, :64], found[:, 64:]
         places = torch.arange(16, dtype=x.dtype)
-        sides = (boxes.unflatten(1, (4, 16)).softmax(2) * places[:, None]).sum(2)
+        sides = (boxes.reshape(len(x), 4, 16, -1).softmax(2) * places[:, None]).sum(2)
         return sides, classes.sigmoid()

@@ -1,6 +1,6 @@
 """One network of the zoo in a process of its own: compiled, compared, timed; for benchmarks/zoo.py.
 
-    python zoo_worker.py '{"network": "resnet18", "rounds": 9, "tune_seconds": 4.0, "core": 1}'
+    python zoo_worker.py '{"network": "resnet18", "rounds": 9, "core": 1}'
 
 Answers in one line of JSON on standard output; without rounds nothing is timed.
 """
@@ -27,6 +27,8 @@ from rarefy import cost, engine
 BATCHES = (1, 4)
 #: CPU seconds of one measurement at least, as so many calls.
 LEAST = 0.02
+#: Of measuring kernels, at most about.
+TUNE_SECONDS = 4.0
 
 Run = Callable[..., Any]
 
@@ -102,8 +104,10 @@ def measure(about: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
     given = {batch: network.random(batch) for batch in BATCHES}
     source = network.source if network.source == "plain" else f"{network.source} {version(network.source)}"
     say({"source": source, "density": round(density, 4), "macs": macs_left(model, given[1])})
+    # Without timing the kernels are chosen by rule.
+    how: dict[str, Any] = {"choose": "measure" if about["rounds"] else "native", "tune_seconds": TUNE_SECONDS}
     begun = time.process_time()
-    compiled = engine.compile(model, given[1], 1, tune_seconds=about["tune_seconds"])
+    compiled = engine.compile(model, given[1], 1, **how)
     report = compiled.report
     say(
         {
@@ -115,7 +119,7 @@ def measure(about: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
     )
     engines = dict.fromkeys(BATCHES, compiled)
     if compiled.batch is not None:  # its graph fixes the batch size
-        engines[4] = engine.compile(model, given[4], 1, tune_seconds=about["tune_seconds"])
+        engines[4] = engine.compile(model, given[4], 1, **how)
         say({"note": "compiled for each batch size: its graph fixes it"})
     for batch, run in engines.items():
         found = compare(model, run, given[batch])
