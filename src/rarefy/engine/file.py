@@ -25,11 +25,12 @@ from torch import Tensor
 
 from rarefy._files import write_atomically
 from rarefy.engine import native, plan, reference
+from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import Packed, packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step
-from rarefy.engine.segments import Item, Segment
+from rarefy.engine.segments import Item, Segment, uses
 from rarefy.engine.segments import Port as ProgramPort
 
 VERSION = 1
@@ -110,6 +111,11 @@ class _Writer:
         if isinstance(item, Segment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
             return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps), "rows": item.rows}
+        if isinstance(item, Eager):
+            raise ValueError(
+                "this engine runs the model itself, since nothing made of its graph is as fast: save the model, or "
+                'compile it with choose="native" or "torch" for an engine that can be saved'
+            )
         if isinstance(item, Operator):
             _check_target(item.target)
         if isinstance(item, Packed):
@@ -229,7 +235,7 @@ class _Reader:
         constants = {str(name): self._tensor(about) for name, about in header["constants"].items()}
         known = {*constants, *(port.name for port in inputs)}
         for item in items:
-            reads, makes = (item.reads, item.makes) if isinstance(item, Segment) else (item.inputs, (item.output,))
+            reads, makes = uses(item)
             if not known.issuperset(reads):
                 raise ValueError(f"a step reads {sorted({*reads} - known)}, which nothing makes")
             known.update(makes)

@@ -234,8 +234,8 @@ class Program:
         seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
     ) -> None:
         """Fill ``outputs`` from ``inputs``, all contiguous float32; the time of each step is added to ``seconds``."""
-        read = (_POINTER * len(inputs))(*(x.data_ptr() for x in inputs))
-        written = (_POINTER * len(outputs))(*(y.data_ptr() for y in outputs))
+        read = (_POINTER * len(inputs))(*(kernels.address(x) for x in inputs))
+        written = (_POINTER * len(outputs))(*(kernels.address(y) for y in outputs))
         clock = None if seconds is None else seconds.ctypes.data
         if _call("program_run", self._address, read, written, batch, threads, clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
@@ -274,7 +274,7 @@ def _float32(values: Tensor | None) -> Tensor | None:
 
 
 def _address(values: Tensor | None) -> int | None:
-    return None if values is None else values.data_ptr()
+    return None if values is None else kernels.address(values)
 
 
 class Builder:
