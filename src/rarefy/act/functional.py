@@ -209,6 +209,13 @@ def _check(function: str, x: Tensor, mode: str, table: str) -> None:
         raise TypeError(f"{function} takes a dense tensor, got {kind}: {way}")
 
 
+def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> None:
+    if dtype not in FORMAT_OF:
+        known = ", ".join(str(each).removeprefix("torch.") for each in FORMAT_OF)
+        raise TypeError(f"{function} takes {known}; got {str(dtype).removeprefix('torch.')}: convert it first")
+    spec.check(function, mode, FORMAT_OF[dtype], given_table(table))
+
+
 def _transformed() -> bool:
     """Whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
     return (
