@@ -118,7 +118,7 @@ def test_exported_programs_become_onnx_or_say_how(strict, tmp_path):
     assert "give torch.onnx.export the model itself" in str(caught.value)
     net.requires_grad_(False)
     program = torch.export.export(net, (x,), strict=strict)
-    assert not any("rarefy" in str(node.target) for node in program.graph.nodes)
+    assert not any("rarefy" in str(n.target) for n in program.graph.nodes if n.op == "call_function")
     assert same(program.run_decompositions().module()(x), net(x))
     torch.onnx.export(program, (), tmp_path / "m.onnx", dynamo=True, verbose=False)
     assert torch.allclose(run(tmp_path / "m.onnx", x), net(x), atol=1e-6)

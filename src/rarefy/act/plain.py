@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rarefy.act import aten
+from rarefy.act import aten, formats
 from rarefy.act.aten import FORMAT_OF
 
 
@@ -48,7 +48,7 @@ def _negative(x: Tensor) -> Tensor:
 
 def _magnitude(wide: Tensor, fmt: str) -> Tensor:
     """The bits without the sign of numbers in float64, as whole numbers in float64; those of NaN are any."""
-    f = aten.formats.get(fmt)
+    f = formats.get(fmt)
     scales: Tensor = aten.constant("scales", "", "", fmt, "", str(wide.device))  # 2^(m - e), from the smallest e up
     least, most = 1 - f.bias, (f.last >> f.mantissa_bits) - f.bias
     # exporters write constants as float32, where 2^128 is infinite
@@ -68,17 +68,18 @@ def _magnitude(wide: Tensor, fmt: str) -> Tensor:
 
 def _value32(magnitude: Tensor, negative: Tensor) -> Tensor:
     """The float32 numbers of magnitude bits, whole numbers in float64."""
-    f = aten.formats.FP32
+    f = formats.FP32
     scales: Tensor = aten.constant("scales", "", "", f.name, "", str(magnitude.device))
     field = torch.floor(magnitude * 2.0**-f.mantissa_bits)
     mantissa = magnitude - field * 2.0**f.mantissa_bits
     normal = torch.where(field > 0, 1.0, 0.0)
     value = (mantissa + normal * 2.0**f.mantissa_bits) / scales[(field - normal).long()]
-    return (value * torch.where(negative, -1.0, 1.0)).float()
+    result: Tensor = (value * torch.where(negative, -1.0, 1.0)).float()
+    return result
 
 
 def _shift(x: Tensor, function: str, mode: str, table: str) -> Tensor:
-    f = aten.formats.FP32
+    f = formats.FP32
     right, mask, identity, saturate = aten.numbers(function, mode, f.name, table)
     factor, base = aten.constant("factors", function, mode, f.name, table, str(x.device)).unbind(0)
     wide = x.double()
@@ -93,7 +94,7 @@ def _shift(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def _segments(x: Tensor, function: str, mode: str, table: str) -> Tensor:
-    f = aten.formats.FP32
+    f = formats.FP32
     fraction, odd = aten.numbers(function, mode, f.name, table)
     first, slope, base = aten.constant("rows", function, mode, f.name, table, str(x.device)).unbind(0)
     wide = x.double()
@@ -103,8 +104,10 @@ def _segments(x: Tensor, function: str, mode: str, table: str) -> Tensor:
         u = torch.where(negative, u + f.sign, u)
     t = (u.unsqueeze(-1) >= first.double()).sum(-1) - 1
     d = u.long() - first[t]
-    # y = (B + S d) / 2^f; sums need more bits than float64 has
-    y = torch.div(base[t] + slope[t] * d, 1 << fraction, rounding_mode="floor").double()
+    # y = (B + S d) / 2^f; sums need more bits than float64 has, which may round one up to the next y
+    total = base[t] + slope[t] * d
+    y = torch.floor(total.double() * 2.0**-fraction)
+    y = y - torch.where(y.long() * (1 << fraction) > total, 1.0, 0.0)
     if not odd:
         negative = y >= f.sign
         y = torch.where(negative, y - f.sign, y)
