@@ -1,4 +1,4 @@
-"""Tables whose rows are constants, one row, or change sign; resets that do nothing; text that is not to become hardware."""
+"""Tables whose rows are constants, one row, or change sign; resets that do nothing; text that must not be hardware."""
 
 import re
 from dataclasses import replace
@@ -16,7 +16,7 @@ FUNCTIONS = {
     "identity": lambda x: x + 0.0,
     "relu6": lambda x: np.clip(x, 0, 6),
     "zero": lambda x: x * 0.0,
-    "one": lambda x: np.ones_like(x),
+    "one": np.ones_like,
     "step": lambda x: (x > 0).astype(float),
     "negative": lambda x: -x,
 }
@@ -77,7 +77,7 @@ def test_numbers_taken_during_a_reset_are_found():
 
 
 @pytest.mark.parametrize(
-    "top", sorted(RESERVED)[::17] + ["x", "y", "clk", "rows", "result", "a b", "é", "t\n", "m" * 129]
+    "top", [*sorted(RESERVED)[::17], "x", "y", "clk", "rows", "result", "a b", "é", "t\n", "m" * 129]
 )
 def test_names_that_no_module_can_have(top):
     with pytest.raises(ValueError, match=r"^top must"):
