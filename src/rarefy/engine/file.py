@@ -163,8 +163,8 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
     """The engine of a file that :func:`save` wrote.
 
     With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not
-    change while the engine is used: other weights in it would be computed with, and one that is cut off ends the process. To
-    replace it, rename another into its place, as :func:`save` does; do not copy over it.
+    change while the engine is used: other weights in it would be computed with, and one that is cut off ends the
+    process. To replace it, rename another into its place, as :func:`save` does; do not copy over it.
 
     Raises ValueError for a file that is no engine, cut off or altered, of another version, or with native programs
     where there is no native library; OSError for one that cannot be read.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.engine.onednn import Packed
-from rarefy.engine.plan import Conv, Operator, Ref, Step
+from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
 from rarefy.engine.reference import resolve, run_step
 from rarefy.engine.segments import Item, Segment
 
@@ -113,8 +113,8 @@ def _without_numbers(step: Step) -> Step:
         elif schema is not None and any(argument.name == "device" for argument in schema.arguments):
             kwargs["device"] = torch.device("meta")
         return replace(step, args=tuple(args), kwargs=kwargs)
-    given = {each.name: getattr(step, each.name) for each in fields(step)}
-    return replace(step, **{name: value.to("meta") for name, value in given.items() if isinstance(value, Tensor)})
+    given: dict[str, Any] = {name: value.to("meta") for name, value in tensors(step).items()}
+    return replace(step, **given)
 
 
 def _bare(argument: Any) -> Any:
