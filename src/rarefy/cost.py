@@ -244,12 +244,14 @@ def arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     Raises TypeError for anything else, ValueError where no argument is a tensor with a sample in its first dimension.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_input, Tensor):
-        args, kwargs = (example_input,), {}
+        args = (example_input,)
     elif isinstance(example_input, (tuple, list)):
-        args, kwargs = tuple(example_input), {}
+        args = tuple(example_input)
     elif isinstance(example_input, Mapping) and all(isinstance(name, str) for name in example_input):
-        args, kwargs = (), dict(example_input)
+        kwargs = dict(example_input)
     else:
         raise TypeError(
             "example_input must be a tensor, a tuple of the model's arguments or a dict of its keyword arguments, "

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rarefy._files import write_atomically
 from rarefy.engine import native, plan
+from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.measure import LayerFacts
@@ -33,7 +34,6 @@ from rarefy.engine.onednn import Packed, packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step
 from rarefy.engine.segments import Item, Segment, uses
 from rarefy.engine.segments import Port as ProgramPort
-from rarefy.engine.trial import LARGEST_INTEGER, check_conv, check_target, dry_run
 
 VERSION = 1
 
