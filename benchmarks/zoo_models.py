@@ -344,7 +344,7 @@ class Shuffle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1) if self.split else (x, x)
         both = torch.cat([self.left(left), self.right(right)], 1)
-        split = both.view(len(both), 2, -1, *both.shape[2:])
+        split = both.view(both.shape[0], 2, -1, *both.shape[2:])
         return split.transpose(1, 2).flatten(1, 2)
 
 
@@ -564,5 +564,5 @@ class YOLO(nn.Module):
         found = torch.cat([head(level).flatten(2) for head, level in levels], 2)
         boxes, classes = found[:, :64], found[:, 64:]
         places = torch.arange(16, dtype=x.dtype)
-        sides = (boxes.reshape(len(x), 4, 16, -1).softmax(2) * places[:, None]).sum(2)
+        sides = (boxes.reshape(boxes.shape[0], 4, 16, -1).softmax(2) * places[:, None]).sum(2)
         return sides, classes.sigmoid()
