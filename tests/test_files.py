@@ -1,10 +1,14 @@
 """Files are replaced whole or not at all."""
 
+import errno
+import io
+import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from rarefy._files import write_atomically
+from rarefy._files import _through, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -33,7 +37,54 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_kill_leaves_is_written_over(tmp_path: Path) -> None:
-    (tmp_path / ".file.partial").write_text("a longer one than what comes")
-    write_atomically(tmp_path / "file", lambda p: p.write_text("new"))
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]
+def test_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def slow(partial: Path) -> None:
+        write_atomically(path, lambda other: other.write_text("other"))
+        assert path.read_text() == "other"
+        partial.write_text("own")
+
+    write_atomically(path, slow)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "own")]
+
+
+def test_permissions_are_those_of_a_plain_open(tmp_path: Path) -> None:
+    def private(partial: Path) -> None:
+        partial.unlink()
+        partial.touch(0o600)
+
+    plain, path = tmp_path / "plain", tmp_path / "file"
+    plain.write_text("")
+    write_atomically(path, private)
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o640)
+    write_atomically(path, private)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
+    def full(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'") as caught:
+        write_atomically(tmp_path / "file", full)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_with_errors_of_its_own_for_a_full_disk() -> None:
+    def hides(file: IO[bytes]) -> None:
+        try:
+            file.write(b"x" * 100_000)
+        except OSError:
+            raise RuntimeError("file write failed") from None
+
+    with pytest.raises(OSError, match="No space left"):
+        _through(_Full(), hides)
+
+
+class _Full(io.BytesIO):
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

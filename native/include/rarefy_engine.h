@@ -72,7 +72,9 @@ typedef struct {
     int32_t storage;       // enum rarefy_storage
     int32_t choice;        // enum rarefy_choice
     const float *weight;   // (out_channels, channels of x / groups, kernel[0], kernel[1]); read during the call only
+    int64_t weights;       // how many numbers are there
     const float *bias;     // (out_channels), or NULL
+    int64_t biases;
 } rarefy_conv;
 
 // Maximum or average over windows, as max_pool2d and avg_pool2d. Output size per axis:
@@ -99,8 +101,8 @@ int32_t rarefy_builder_global_average(rarefy_builder *builder, int32_t x, const 
 // activation(x + y) or, with multiply = 1, activation(x * y). y has the shape of x, or is a vector with as many channels.
 int32_t rarefy_builder_binary(rarefy_builder *builder, int32_t x, int32_t y, int32_t multiply, int32_t activation,
                               const char *name, char *error, int64_t size);
-// activation(scale[c] * x + shift[c]); scale or shift may be NULL, which means 1 and 0.
-int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, const float *scale, const float *shift,
+// activation(scale[c] * x + shift[c]); scale or shift may be NULL, which means 1 and 0. count: how many numbers each has.
+int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, const float *scale, const float *shift, int64_t count,
                               int32_t activation, const char *name, char *error, int64_t size);
 // The channels of xs[0], then those of xs[1], ...; all of the same height and width.
 int32_t rarefy_builder_concat(rarefy_builder *builder, const int32_t *xs, int32_t count, const char *name, char *error,
@@ -118,7 +120,7 @@ int32_t rarefy_builder_shape(const rarefy_builder *builder, int32_t value, int32
 typedef struct {
     const char *isa;      // "avx512", "avx2", "portable" or NULL for the best that this CPU runs
     int32_t batch;        // the batch size to choose for (any other runs, too); at least 1
-    int32_t threads;      // the number of threads to choose for; at least 1
+    int32_t threads;      // the number of threads to choose for; 1 to 1024
     double tune_seconds;  // at most about so much time for measuring; 0 chooses by rule, with the same result every time
 } rarefy_options;
 
@@ -127,12 +129,19 @@ rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, const raref
                                       int64_t size);
 void rarefy_program_free(rarefy_program *program);
 
+typedef struct {
+    float *data;
+    int64_t floats;
+} rarefy_buffer;
+
 // Runs the program: inputs in the order of rarefy_builder_input, outputs in that of rarefy_builder_output, each `batch`
-// images in its layout; outputs must not overlap inputs. Uses at most `threads` threads (the calling one among them).
-// seconds: NULL, or rarefy_program_steps numbers to which the CPU time of every step is *added* (then one thread is used).
-// Returns 0; or 1 when there is no memory for the scratch, or an argument is out of range.
-int32_t rarefy_program_run(const rarefy_program *program, const float *const *inputs, float *const *outputs, int64_t batch,
-                           int32_t threads, double *seconds);
+// images in its layout; outputs must not overlap inputs. A rarefy_buffer says how many floats there are: exactly `batch`
+// times the size of an image. Uses at most `threads` threads (the calling one among them; at most 1024).
+// seconds: NULL, or as many numbers as steps, to which the CPU time of every step is *added* (then one thread is used).
+// Returns 0; 1 when there is no memory for the scratch; or -1, with the reason in `error`, when an argument does not fit.
+int32_t rarefy_program_run(const rarefy_program *program, const rarefy_buffer *inputs, int32_t input_count,
+                           const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int32_t threads, double *seconds,
+                           int64_t second_count, char *error, int64_t size);
 
 typedef struct {
     int32_t inputs, outputs, steps;

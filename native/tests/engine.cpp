@@ -42,7 +42,13 @@ struct Builder {
     char error[256] = "";
     ~Builder() { rarefy_builder_free(b); }
     int32_t input(int32_t c, int32_t h, int32_t w, int32_t layout = 0) { return check(rarefy_builder_input(b, c, h, w, layout, "x", error, 256)); }
-    int32_t conv(const rarefy_conv &c) { return check(rarefy_builder_conv(b, &c, "conv", error, 256)); }
+    int32_t conv(rarefy_conv c, const Floats &weight, const Floats &bias = {}) {
+        c.weight = weight.data();
+        c.weights = static_cast<int64_t>(weight.size());
+        c.bias = bias.empty() ? nullptr : bias.data();
+        c.biases = static_cast<int64_t>(bias.size());
+        return check(rarefy_builder_conv(b, &c, "conv", error, 256));
+    }
     void output(int32_t x, int32_t layout = 0) { check(rarefy_builder_output(b, x, layout, error, 256)); }
     int32_t check(int32_t id) {
         expect(id >= 0, error);
@@ -59,15 +65,16 @@ struct Builder {
 // The last float of the memory is the last number: what reads on is seen.
 Floats run(const rarefy_program *p, const std::vector<Floats> &inputs, int64_t outputs, int64_t batch, int32_t threads) {
     std::vector<std::unique_ptr<float[]>> held;
-    std::vector<const float *> in;
+    std::vector<rarefy_buffer> in;
     for (const Floats &x : inputs) {
         held.emplace_back(new float[x.size()]);
         std::memcpy(held.back().get(), x.data(), x.size() * sizeof(float));
-        in.push_back(held.back().get());
+        in.push_back({held.back().get(), static_cast<int64_t>(x.size())});
     }
     std::unique_ptr<float[]> out(new float[static_cast<size_t>(outputs)]);
-    float *to[] = {out.get()};
-    expect(rarefy_program_run(p, in.data(), to, batch, threads, nullptr) == 0, "a run fails");
+    const rarefy_buffer to = {out.get(), outputs};
+    char error[256] = "";
+    expect(rarefy_program_run(p, in.data(), static_cast<int32_t>(in.size()), &to, 1, batch, threads, nullptr, 0, error, 256) == 0, error);
     return Floats(out.get(), out.get() + outputs);
 }
 
@@ -141,12 +148,10 @@ void conv_case(const char *isa, int64_t number_of_case) {
                     if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
                     wanted.push_back(static_cast<float>(sum));
                 }
-    c.weight = weight.data();
-    c.bias = bias.data();
     Builder b;
     c.x = b.input(channels, h, w);
     if (add) c.residual = b.input(c.out_channels, out_h, out_w);
-    b.output(b.conv(c));
+    b.output(b.conv(c, weight, bias));
     const int32_t threads = one_of({1, 1, 2, 3});
     const Program p = b.finish(isa, one_of({1, static_cast<int32_t>(batch)}), threads, below(8) == 0 ? 0.02 : 0.0);
     if (!p) return;
@@ -174,7 +179,7 @@ void activations(const char *isa) {
                                                                                      : logistic));
             }
             Builder b;
-            b.output(b.check(rarefy_builder_affine(b.b, b.input(1, 1, n), nullptr, nullptr, activation, "activation", b.error, 256)));
+            b.output(b.check(rarefy_builder_affine(b.b, b.input(1, 1, n), nullptr, nullptr, 0, activation, "activation", b.error, 256)));
             const Program p = b.finish(isa);
             if (p) expect(close(run(p.get(), {x}, n, 1, 1), wanted, 4e-7), std::string(isa) + " activation " + std::to_string(activation));
         }
@@ -184,7 +189,7 @@ void activations(const char *isa) {
 // copied.
 Program network(const char *isa, int32_t batch, int32_t threads) {
     Builder b;
-    const Floats wide = numbers(4 * 3 * 9), deep_wise = numbers(4 * 9), w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24), wl = numbers(5 * 16), scale = numbers(8), shift = numbers(8), stem = numbers(8 * 4 * 9);
+    const Floats wide = numbers(4 * 3 * 9), deep_wise = numbers(4 * 9), w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24), scale = numbers(8), shift = numbers(8), stem = numbers(8 * 4 * 9);
     rarefy_conv c = {};
     c.residual = -1;
     c.out_channels = 4;
@@ -193,15 +198,12 @@ Program network(const char *isa, int32_t batch, int32_t threads) {
     for (int32_t &p : c.padding) p = 1;
     c.activation = RAREFY_RELU;
     c.x = b.input(3, 36, 36, RAREFY_CHANNELS_LAST);
-    c.weight = wide.data();
-    c.x = b.conv(c);
-    c.weight = deep_wise.data();
+    c.x = b.conv(c, wide);
     c.groups = 4;
-    c.x = b.conv(c);
-    c.weight = stem.data();
+    c.x = b.conv(c, deep_wise);
     c.out_channels = 8;
     c.groups = 1;
-    const int32_t x = c.x = b.conv(c);
+    const int32_t x = c.x = b.conv(c, stem);
     rarefy_pool pool = {};
     pool.x = x;
     for (int axis = 0; axis < 2; ++axis) pool.kernel[axis] = 3, pool.stride[axis] = 2, pool.dilation[axis] = 1;
@@ -209,20 +211,18 @@ Program network(const char *isa, int32_t batch, int32_t threads) {
     const int32_t small = b.check(rarefy_builder_pool(b.b, &pool, "pool", b.error, 256));
     pool.average = 1;
     const int32_t mean = b.check(rarefy_builder_pool(b.b, &pool, "pool", b.error, 256));
-    c.weight = w3.data();
     c.x = small;
     c.residual = mean;
-    const int32_t deep = b.conv(c);
+    const int32_t deep = b.conv(c, w3);
     const int32_t up = b.check(rarefy_builder_upsample(b.b, deep, 2, 2, "up", b.error, 256));
-    const int32_t scaled = b.check(rarefy_builder_affine(b.b, x, scale.data(), shift.data(), RAREFY_SILU, "affine", b.error, 256));
+    const int32_t scaled = b.check(rarefy_builder_affine(b.b, x, scale.data(), shift.data(), 8, RAREFY_SILU, "affine", b.error, 256));
     const int32_t parts[] = {up, scaled, x};
     c.x = b.check(rarefy_builder_concat(b.b, parts, 3, "concat", b.error, 256));
     c.residual = -1;
     c.kernel[0] = c.kernel[1] = 1;
     for (int32_t &p : c.padding) p = 0;
-    c.weight = w1.data();
     c.activation = RAREFY_TANH;
-    const int32_t joined = b.conv(c);
+    const int32_t joined = b.conv(c, w1);
     const int32_t gate = b.check(rarefy_builder_global_average(b.b, joined, "mean", b.error, 256));
     const int32_t gated = b.check(rarefy_builder_binary(b.b, joined, gate, 1, RAREFY_GELU, "gate", b.error, 256));
     pool.x = gated;
@@ -234,10 +234,8 @@ Program network(const char *isa, int32_t batch, int32_t threads) {
     (void)two;
     c.x = flat;
     c.out_channels = 5;
-    const Floats wf = numbers(5 * 32);
-    c.weight = wf.data();
     c.activation = RAREFY_NONE;
-    b.output(b.conv(c));
+    b.output(b.conv(c, numbers(5 * 32)));
     return b.finish(isa, batch, threads);
 }
 
@@ -311,12 +309,11 @@ void threads(const std::string &isa) {
         users.emplace_back([&, u] {
             for (int k = 0; k < 6; ++k) {
                 Floats out(30);
-                const float *in[] = {x.data()};
-                float *to[] = {out.data()};
                 const int64_t batch = u % 4 < 2 ? 6 : 1;  // apart, and together on one image
                 const Program &p = u % 2 ? one : two;
                 const Floats &wanted = u % 2 ? first : second;
-                good[u] &= rarefy_program_run(p.get(), in, to, batch, 3, nullptr) == 0;
+                const rarefy_buffer read = {const_cast<float *>(x.data()), batch * 3 * 36 * 36}, to = {out.data(), batch * 5};
+                good[u] &= rarefy_program_run(p.get(), &read, 1, &to, 1, batch, 3, nullptr, 0, nullptr, 0) == 0;
                 good[u] &= std::memcmp(out.data(), wanted.data(), static_cast<size_t>(batch * 5) * sizeof(float)) == 0;
             }
         });

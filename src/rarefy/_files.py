@@ -3,18 +3,77 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+
+class _Remembering:
+    """A file that remembers why it could not be written: PyTorch's writer raises an error without a reason."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    """Let ``write`` fill a file beside ``path``, then rename it: readers see the old file or the whole new one.
+
+    Any number of processes may write one path at the same time; the last one's file stays. It has the permissions that
+    ``open(path, "w")`` leaves: those of the file that is there, or what the user's umask gives.
+
+    Raises OSError that names ``path`` where it cannot be written (a full disk, a folder in its place, ...).
+    """
+    target = Path(os.path.realpath(path))
+    partial: Path | None = None
     try:
+        if target.exists() and not target.is_file():
+            raise FileExistsError(17, "there is something else than a file", str(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        partial = beside
+        mode = (target if target.exists() else partial).stat().st_mode
         write(partial)
+        partial.chmod(mode & 0o7777)  # some writers put a file of their own there, that nobody else may read
         with partial.open("r+b") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name without its content
-        partial.replace(path)
+        partial.replace(target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def write_through(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """As :func:`write_atomically`, for a writer that takes an open file and has errors of its own for a full disk."""
+
+    def fill(partial: Path) -> None:
+        with partial.open("wb") as file:
+            _through(file, write)
+
+    write_atomically(path, fill)
+
+
+def _through(file: IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
+    remembering = _Remembering(file)
+    try:
+        write(remembering)  # type: ignore[arg-type]
+    except Exception:
+        if remembering.error is not None:
+            raise remembering.error from None
+        raise

@@ -239,7 +239,33 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
-def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, _Tally]:
+def arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: positional and keyword arguments, of a tensor, a tuple of arguments, or a dict.
+
+    Raises TypeError for anything else, ValueError where no argument is a tensor with a sample in its first dimension.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_input, Tensor):
+        args = (example_input,)
+    elif isinstance(example_input, (tuple, list)):
+        args = tuple(example_input)
+    elif isinstance(example_input, Mapping) and all(isinstance(name, str) for name in example_input):
+        kwargs = dict(example_input)
+    else:
+        raise TypeError(
+            "example_input must be a tensor, a tuple of the model's arguments or a dict of its keyword arguments, "
+            f"got {type(example_input).__name__}"
+        )
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors:
+        raise ValueError(f"example_input must hold a tensor, got {example_input!r:.80}; torch.zeros(shape) makes one")
+    if tensors[0].dim() == 0 or len(tensors[0]) == 0:
+        raise ValueError("example_input must hold at least one sample in its first dimension")
+    return args, kwargs
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Tally]:
     """What one forward adds up for every layer and pool, by name."""
     tallies, handles = {}, []
     for name, module in model.named_modules():
@@ -248,19 +274,24 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, _Tally]:
             handles.append(module.register_forward_hook(tallies[name], with_kwargs=True))
     try:
         # The forward runs on copies of the buffers: some modules write to theirs even in eval mode.
-        functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, inputs)
+        functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return tallies
 
 
-def count(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], convention: Convention = "macs") -> Cost:
+def count(
+    model: nn.Module,
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    convention: Convention = "macs",
+) -> Cost:
     """The cost of `model` per sample, measured by one forward of `example_input` in eval mode.
 
     The layers counted are Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear with their subclasses, once for each call of
-    the module; one that never runs costs nothing, but its weights count. `example_input` is the argument, or the tuple
-    of arguments, of the model; the first dimension of the first is the batch. It is moved to the model's device. The
+    the module; one that never runs costs nothing, but its weights count. `example_input` is the argument, the tuple
+    of arguments, or the dict of keyword arguments of the model; the first dimension of the first tensor is the batch.
+    Tensors are moved to the model's device. The
     model is left as it was: modes, buffers, gradients, random generators.
 
     Raises ValueError for an unknown convention, a model none of whose layers is counted or runs, and work that is not a
@@ -268,16 +299,15 @@ def count(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], conventi
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
-    inputs = (example_input,) if isinstance(example_input, Tensor) else example_input
-    if not inputs or inputs[0].dim() == 0 or len(inputs[0]) == 0:
-        raise ValueError("example_input must hold at least one sample in its first dimension")
+    args, kwargs = arguments(example_input)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer to count; counted are convolutions and linear layers")
 
     device = next(model.parameters()).device
     with _undisturbed(model, device):
-        tallies = _run(model, tuple(value.to(device) for value in inputs))
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        tallies = _run(model, tuple(moved[: len(args)]), dict(zip(kwargs, moved[len(args) :], strict=True)))
         # In here because a re-parametrised weight is computed on access, and may be another one in training mode.
         weights = [(name, module, module.weight) for name, module in layers]
         # A layer that is still being sparsified computes with another weight than it stores.
@@ -289,7 +319,7 @@ def count(model: nn.Module, example_input: Tensor | tuple[Tensor, ...], conventi
             "give the model itself, not one already compiled"
         )
 
-    batch = len(inputs[0])
+    batch = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
     costs = []
     for (name, module, weight), alive in zip(weights, nonzeros, strict=True):
         kind = next(kind.__name__ for kind in _LAYERS if isinstance(module, kind))

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rarefy._files import write_atomically
@@ -82,7 +82,8 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> No
         "tied": json.dumps(tied, sort_keys=True),
     }
     about["sha256"] = digest(stored, about)
-    write_atomically(Path(path), lambda partial: save_file(stored, partial, metadata=about))
+    data = save(stored, metadata=about)
+    write_atomically(Path(path), lambda partial: partial.write_bytes(data))
 
 
 def load_sparse(path: str | Path) -> dict[str, Tensor]:

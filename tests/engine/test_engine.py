@@ -105,8 +105,8 @@ def test_a_model_that_is_still_being_sparsified():
 
 def test_threads_are_the_callers_unless_given(monkeypatch, compiled):
     seen = []
-    monkeypatch.setattr(Runner, "__call__", lambda self, inputs, threads: seen.append(threads) or inputs)
     other = engine.compile(thinned(UNet()), IMAGE, choose="torch")
+    monkeypatch.setattr(Runner, "__call__", lambda self, inputs, threads: seen.append(threads) or inputs)
     monkeypatch.setattr("torch.get_num_threads", lambda: 5)
     for each in (compiled, other):
         each(IMAGE)

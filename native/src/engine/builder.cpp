@@ -62,6 +62,7 @@ std::string infer(const Graph &graph, const Node &n, const std::vector<int32_t> 
                        std::to_string(n.groups) + " and out_channels " + std::to_string(n.flag);
             const std::string wrong = infer_window(n, x, out);
             if (!wrong.empty()) return wrong;
+            if (int64_t{n.flag} * (x.channels / n.groups) > MOST_WEIGHTS / n.window.taps()) return "a layer has at most 2^31 - 1 weights";
             if (n.storage != RAREFY_F32 && n.storage != RAREFY_BF16) return "storage " + std::to_string(n.storage) + " is unknown";
             if (!between(n.choice, RAREFY_MEASURE, RAREFY_DENSE)) return "choice " + std::to_string(n.choice) + " is unknown";
             if (n.second != -1 && !known(n.second)) return "there is no value " + std::to_string(n.second);
@@ -116,9 +117,7 @@ Matrix matrix_of(const Graph &graph, const Node &node) {
     return {graph.values[node.out].channels, graph.values[node.x].channels, node.window.taps(), node.groups};
 }
 
-namespace {
-
-Node node_of(Kind kind, int32_t x, int32_t second = -1) {
+Node node_of(Kind kind, int32_t x, int32_t second) {
     Node n;
     std::memset(&n, 0, sizeof n);
     n.kind = kind;
@@ -129,10 +128,15 @@ Node node_of(Kind kind, int32_t x, int32_t second = -1) {
     return n;
 }
 
+namespace {
+
 int32_t append(rarefy_builder *builder, Node node, const char *name, char *error, int64_t size, std::vector<int32_t> operands = {},
                Shape shape = {1, 1, 1}) {
     Graph &g = builder->graph;
-    const std::string wrong = infer(g, node, operands, &shape);
+    std::string wrong = infer(g, node, operands, &shape);
+    int64_t all = static_cast<int64_t>(operands.size());
+    for (const auto &others : g.operands) all += static_cast<int64_t>(others.size());
+    if (g.nodes.size() >= static_cast<size_t>(MOST_STEPS) || all > MOST_OPERANDS) wrong = "a program has at most 8192 steps and concatenates at most 65536 values";
     if (!wrong.empty()) return fail(error, size, (name && *name ? std::string(name) + ": " : std::string()) + wrong);
     if (node.kind != Kind::OUTPUT) {
         node.out = static_cast<int32_t>(g.values.size());
@@ -192,12 +196,18 @@ RAREFY_API int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_con
     n.storage = conv->storage;
     n.choice = conv->choice;
     set_window(n, conv->kernel, conv->stride, conv->dilation, conv->padding);
+    const Graph &before = builder->graph;
+    Shape shape = {1, 1, 1};
+    if (infer(before, n, {}, &shape).empty()) {  // otherwise append says why not
+        const int64_t wanted = int64_t{n.flag} * (before.values[n.x].channels / n.groups) * n.window.taps();
+        if (!conv->weight || conv->weights != wanted) return fail(error, size, "there must be " + std::to_string(wanted) + " weights, got " + std::to_string(conv->weight ? conv->weights : 0));
+        if (conv->bias && conv->biases != n.flag) return fail(error, size, "there must be " + std::to_string(n.flag) + " biases, got " + std::to_string(conv->biases));
+    }
     const int32_t out = append(builder, n, name, error, size);
     if (out < 0) return out;
     Graph &g = builder->graph;
     const Matrix m = matrix_of(g, g.nodes.back());
-    const int64_t count = int64_t{m.rows} * (m.channels / m.groups) * m.taps;
-    g.weights.back().assign(conv->weight, conv->weight + count);
+    g.weights.back().assign(conv->weight, conv->weight + conv->weights);
     g.first.back().assign(m.rows, 0.0f);
     if (conv->bias) g.first.back().assign(conv->bias, conv->bias + m.rows);
     return out;
@@ -224,9 +234,12 @@ RAREFY_API int32_t rarefy_builder_binary(rarefy_builder *builder, int32_t x, int
 }
 
 RAREFY_API int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, const float *scale, const float *shift,
-                                         int32_t activation, const char *name, char *error, int64_t size) {
+                                         int64_t count, int32_t activation, const char *name, char *error, int64_t size) {
     Node n = node_of(Kind::AFFINE, x);
     n.activation = activation;
+    const std::vector<Shape> &values = builder->graph.values;
+    if ((scale || shift) && x >= 0 && x < static_cast<int32_t>(values.size()) && values[x].channels != count)
+        return fail(error, size, "there must be " + std::to_string(values[x].channels) + " factors and summands, got " + std::to_string(count));
     const int32_t out = append(builder, n, name, error, size);
     if (out < 0) return out;
     Graph &g = builder->graph;

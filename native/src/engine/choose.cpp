@@ -39,7 +39,7 @@ namespace {
 // For an average: one over the number of values in the window, for each column.
 std::vector<float> scales(const Step &step) {
     const Window &w = step.node.window;
-    std::vector<float> all(w.out_w + MAX_LANES, 1.0f);
+    std::vector<float> all(static_cast<size_t>(w.out_w) + MAX_LANES, 1.0f);
     for (int32_t x = 0; x < w.out_w; ++x) {
         int32_t inside = 0;
         for (int32_t k = 0; k < w.kernel[1]; ++k) {
@@ -64,18 +64,24 @@ int32_t vectors_of(const rarefy_program &program, const Step &step) {
     return static_cast<int32_t>(std::min<int64_t>(1 << 20, (pixels + program.kernels->lanes - 1) / program.kernels->lanes));
 }
 
+// What weights of a config are made for: of one that is not tiled, the lanes alone.
+Layout layout_for(const Step &step, const Config &config, int32_t lanes) {
+    if (config.tiled()) return layout_of(step.node.window, lanes, config.vectors, static_cast<Form>(config.form));
+    Layout layout;
+    layout.lanes = lanes;
+    return layout;
+}
+
 // Sets the block so that a block's packed pixels take about `bytes`; false where the config cannot be.
 bool fit(const rarefy_program &program, const Step &step, const Matrix &m, Config &config, int64_t bytes) {
     if (!config.tiled()) return true;
     const Kernels &k = *program.kernels;
     if (!k.block[config.kind][config.rows][config.vectors]) return false;
     if (config.direct() && !reads_in_place(program, step)) return false;
-    Window window = step.node.window;
-    window.out_h = std::min(window.out_h, 2);  // the sizes do not depend on it
-    const Tiling tiling = make_tiling(window, 1, k, config.vectors, static_cast<Form>(config.form));
-    const int32_t most = largest_block(config, tiling, k.lanes);
+    const Layout layout = layout_for(step, config, k.lanes);
+    const int32_t most = largest_block(config, layout);
     if (most < 1) return false;
-    const int64_t wanted = std::max<int64_t>(1, bytes / (tiling.channel_floats * 4));
+    const int64_t wanted = std::max<int64_t>(1, bytes / (layout.channel_floats * 4));
     const int32_t blocks = ceil_div(m.channels, static_cast<int32_t>(std::min<int64_t>({wanted, most, m.channels})));
     config.block = ceil_div(m.channels, blocks);
     return true;
@@ -125,7 +131,7 @@ Config by_rule(const rarefy_program &program, const Step &step, const Matrix &m,
 int64_t pool_margin(const Step &step) {
     const Window &w = step.node.window;
     // the last vector of results may begin at the last column
-    const int64_t reach = int64_t{w.out_w + 2 * MAX_LANES} * w.stride[1] + int64_t{w.kernel[1]} * w.dilation[1] - w.in_w;
+    const int64_t reach = (int64_t{w.out_w} + 2 * MAX_LANES) * w.stride[1] + int64_t{w.kernel[1]} * w.dilation[1] - w.in_w;
     return (std::max<int64_t>(reach, w.left) + 2 * MAX_LANES + 15) / 16 * 16;
 }
 
@@ -153,6 +159,18 @@ void finish_step(rarefy_program &program, Step &step) {
         program.packed_floats = std::max(program.packed_floats, 2 * pool_margin(step) + step.node.window.in_w + pointers + 32);
         if (step.node.flag) step.scale = scales(step);
     }
+}
+
+double preparation(const rarefy_program &program) {
+    double work = 0.0;
+    for (const Step &step : program.steps) {
+        const Window &w = step.node.window;
+        if (step.node.kind == Kind::POOL) work += UNIT_WORK * w.out_h + (step.node.flag ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
+        if (step.node.kind != Kind::CONV || step.config.vector) continue;
+        if (step.config.planes()) work += UNIT_WORK * w.out_h;
+        else for (const int32_t images : {1, step.group}) work += tiling_work(w, images, layout_for(step, step.config, program.kernels->lanes), static_cast<Form>(step.config.form));
+    }
+    return work;
 }
 
 void finish_program(rarefy_program &program) {
@@ -198,7 +216,7 @@ class Measurer {
             step.one = tiling_of(program_, step, config, 1);
             step.many = step.group == 1 ? step.one : tiling_of(program_, step, config, step.group);
         }
-        step.weights = make_weights(m, entries, config, step.one.get(), program_.kernels->lanes);
+        step.weights = make_weights(m, entries, config, layout_for(step, config, program_.kernels->lanes));
         const Frame frame{&program_, &program_.plan, begins_.data(), space_.arena, space_.scratch, input_pointers_.data(), output_pointers_.data(), 0, 0, 1};
         double best = 1e30, all = 0.0;
         for (int32_t i = 0; i < 12 && (i < 4 || all < 1e-3); ++i) {
@@ -372,9 +390,7 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
             }
         }
         --left;
-        std::shared_ptr<const Tiling> tiling;
-        if (step.config.tiled()) tiling = tiling_of(program, step, step.config, 1);
-        step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config, tiling.get(), program.kernels->lanes);
+        step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config, layout_for(step, step.config, program.kernels->lanes));
     }
     program.tune_seconds = measurer ? thread_seconds() - begin : 0.0;
     return "";
@@ -383,27 +399,21 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
 std::string adopt(rarefy_program &program, Step &step, int32_t lanes) {
     const Matrix m = matrix_of(program.graph, step.node);
     const bool same = program.kernels->lanes == lanes;
-    auto saved = std::make_unique<Kernels>();
-    saved->lanes = lanes;
-    std::unique_ptr<Tiling> tiling;
-    const Config &c = step.config;
-    if (c.tiled()) {
-        tiling = std::make_unique<Tiling>(make_tiling(step.node.window, 1, same ? *program.kernels : *saved, c.vectors, static_cast<Form>(c.form)));
-        if (c.block > largest_block(c, *tiling, lanes)) return "its blocks are too large";
-    }
-    const std::string wrong = check_weights(m, step.weights, c, tiling.get(), lanes);
+    const Config c = step.config;
+    const Layout layout = layout_for(step, c, lanes);
+    if (c.tiled() && c.block > largest_block(c, layout)) return "its blocks are too large";
+    std::string wrong = check_weights(m, step.weights, c, layout);
     if (!wrong.empty() || same || c.planes()) return wrong;
-    Entries entries = entries_of(m, step.weights, c, tiling.get());
-    for (auto &row : entries)
-        std::sort(row.begin(), row.end(), [](const Entry &a, const Entry &b) { return a.channel != b.channel ? a.channel < b.channel : a.tap < b.tap; });
+    const Entries entries = entries_of(m, step.weights, c, layout);
+    wrong = check_entries(m, entries, c);
+    if (!wrong.empty()) return wrong;
     Step like = {};
     like.node = step.node;
     like.node.choice = c.sparse() ? RAREFY_SPARSE : RAREFY_DENSE;
     like.group = step.group;
     step.config = by_rule(program, like, m, 0.0);
     if (!step.config.rows) return "its kernel is too large for this instruction set";
-    if (step.config.tiled()) tiling = std::make_unique<Tiling>(*tiling_of(program, step, step.config, 1));
-    step.weights = make_weights(m, entries, step.config, tiling.get(), program.kernels->lanes);
+    step.weights = make_weights(m, entries, step.config, layout_for(step, step.config, program.kernels->lanes));
     return "";
 }
 

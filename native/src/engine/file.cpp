@@ -167,7 +167,28 @@ Header header_of(const rarefy_program &p, size_t bytes) {
     return h;
 }
 
+// A program without weights may take a second to load, one with weights in proportion.
+constexpr double FREE_WORK = 1 << 28, WORK_A_BYTE = 64.0;
+
 bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
+
+// Whether a node has the fields of its kind alone: all others are as a builder leaves them.
+bool plain(const Node &n) {
+    const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY, port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT;
+    Node only = node_of(n.kind, n.x, conv || binary ? n.second : -1);
+    only.out = n.out;
+    if (n.kind == Kind::CONCAT) only.operands = n.operands;
+    only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h, only.window.out_w = n.window.out_w;
+    if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;
+    if (n.kind == Kind::UPSAMPLE) std::memcpy(only.window.stride, n.window.stride, sizeof only.window.stride);
+    if (conv || binary || n.kind == Kind::AFFINE) only.activation = n.activation;
+    if (conv) only.flag = n.flag, only.groups = n.groups, only.storage = n.storage, only.choice = n.choice;
+    if (pool || binary) only.flag = n.flag != 0;
+    if (pool) only.count_padding = n.count_padding != 0;
+    if (port) only.layout = n.layout;
+    static_assert(sizeof(Node) == 26 * sizeof(int32_t), "nodes are integers alone");
+    return std::memcmp(&only, &n, sizeof n) == 0;
+}
 
 // Whether graph is one that a builder would have made; the shapes in it are compared with what they must be.
 std::string check_graph(const Graph &given) {
@@ -180,14 +201,15 @@ std::string check_graph(const Graph &given) {
         const size_t next = graph.values.size();
         if (n.kind != Kind::OUTPUT && (n.out != static_cast<int32_t>(next) || next >= given.values.size())) return at + "its result is wrong";
         if (n.kind == Kind::OUTPUT && n.out != -1) return at + "its result is wrong";
-        if ((n.kind == Kind::CONV || n.kind == Kind::BINARY) ? n.second < -1 : n.second != -1) return at + "its operands are wrong";
         if (n.kind == Kind::INPUT || n.kind == Kind::CONCAT ? n.x != -1 : n.x < 0) return at + "its operands are wrong";
+        if (!plain(n)) return at + "it says what a step of its kind does not have";
         Shape shape = n.kind == Kind::INPUT ? given.values[next] : Shape{1, 1, 1};
         const std::string wrong = infer(graph, n, given.operands[i], &shape);
         if (!wrong.empty()) return at + wrong;
         const Window &w = n.window;
         if (w.out_h != shape.height || w.out_w != shape.width) return at + "its shape is wrong";
-        if (n.x >= 0 && (w.in_h != graph.values[n.x].height || w.in_w != graph.values[n.x].width)) return at + "its shape is wrong";
+        const Shape x = n.x >= 0 ? graph.values[n.x] : Shape{0, 0, 0};
+        if (w.in_h != x.height || w.in_w != x.width) return at + "its shape is wrong";
         if (n.kind == Kind::OUTPUT) continue;
         if (!(given.values[next] == shape)) return at + "its shape is wrong";
         graph.values.push_back(shape);
@@ -202,6 +224,7 @@ std::string check_config(const rarefy_program &p, const Step &step, int32_t lane
     if (c.reserved[0] || c.reserved[1]) return "its kernel is unknown";
     const Shape &x = p.graph.values[step.node.x];
     if (!in(c.kind, 0, WEIGHT_KINDS - 1) || !in(c.vector, 0, 1)) return "its kernel is unknown";
+    if (c.bf16() != (step.node.storage == RAREFY_BF16)) return "its kernel does not fit its weights";
     if (c.vector) return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535 ? "" : "its kernel does not fit it";
     const int32_t planes = static_cast<int32_t>(Form::PLANES);
     if (c.form == planes) return slides(step, matrix_of(p.graph, step.node)) && !c.sparse() ? "" : "its kernel does not fit it";
@@ -272,19 +295,22 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
         if (!p->kernels) return refuse("this CPU or this library has no instruction set " + p->isa + " for the engine");
         p->batch = header.batch;
         p->threads = header.threads;
-        if (p->batch < 1 || p->threads < 1 || !in(header.lanes, 4, MAX_LANES)) return refuse("the file's header is wrong");
+        if (p->batch < 1 || !in(p->threads, 1, MOST_THREADS) || (header.lanes != 4 && header.lanes != 8 && header.lanes != 16)) return refuse("the file's header is wrong");
         Reader in_(bytes, static_cast<size_t>(size));
         p->graph.values = in_.vector<Shape>();
         p->graph.nodes = in_.vector<Node>();
         const size_t count = p->graph.nodes.size();
         if (!in_.good() || count != static_cast<size_t>(header.nodes) || p->graph.values.size() != static_cast<size_t>(header.values))
             return refuse("the file's steps do not fit its header");
+        if (count > static_cast<size_t>(MOST_STEPS)) return refuse("the file has too many steps");
+        int64_t operands = 0;
         std::vector<Facts> facts;
         std::vector<Step> read(count);
         for (size_t i = 0; i < count; ++i) {
             const std::vector<char> name = in_.vector<char>();
             p->graph.names.emplace_back(name.begin(), name.end());
             p->graph.operands.push_back(in_.vector<int32_t>());
+            operands += static_cast<int64_t>(p->graph.operands.back().size());
             const std::vector<Facts> one = in_.vector<Facts>();
             if (!in_.good() || one.size() != 1) return refuse("step " + std::to_string(i) + " is cut");
             facts.push_back(one[0]);
@@ -299,6 +325,7 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
             if (!in_.good()) return refuse("step " + std::to_string(i) + " is cut");
         }
         if (!in_.ended()) return refuse("there is more in the file than its steps");
+        if (operands > MOST_OPERANDS) return refuse("the file concatenates too many values");
         std::string wrong = check_graph(p->graph);
         if (!wrong.empty()) return refuse(wrong);
 
@@ -313,21 +340,34 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
             const int64_t channels = p->graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
             const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;
             if (step.first.size() != (conv || affine ? channels : 0) || step.other.size() != (affine ? channels : 0)) return refuse(at + "its bias is wrong");
-            if (!conv) continue;
-            step.config = facts[i].config;
-            step.weights.stored = facts[i].stored;
-            step.total_weights = facts[i].total_weights;
-            step.nonzeros = facts[i].nonzeros;
-            step.macs = facts[i].macs;
-            step.dense_macs = facts[i].dense_macs;
-            step.tuned_seconds = facts[i].tuned_seconds;
-            step.dense_seconds = facts[i].dense_seconds;
+            const Facts &known = facts[i];
+            if (!conv) {
+                if (step.weights.bytes()) return refuse(at + "it has weights");
+                continue;
+            }
+            const Matrix m = matrix_of(p->graph, step.node);
+            const int64_t total = int64_t{m.rows} * (m.channels / m.groups) * m.taps, pixels = p->graph.values[step.node.out].pixels();
+            const auto time = [](double seconds) { return seconds >= 0.0 && seconds <= 1e30; };
+            if (known.total_weights != total || !in(known.nonzeros, 0, total) || known.macs != known.nonzeros * pixels || known.dense_macs != total * pixels ||
+                !time(known.tuned_seconds) || !time(known.dense_seconds))
+                return refuse(at + "its facts are wrong");
+            step.config = known.config;
+            step.weights.stored = known.stored;
+            step.total_weights = known.total_weights;
+            step.nonzeros = known.nonzeros;
+            step.macs = known.macs;
+            step.dense_macs = known.dense_macs;
+            step.tuned_seconds = known.tuned_seconds;
+            step.dense_seconds = known.dense_seconds;
             wrong = check_config(*p, step, header.lanes);
             if (!wrong.empty()) return refuse(at + wrong);
             wrong = adopt(*p, step, header.lanes);
             if (!wrong.empty()) return refuse(at + wrong);
         }
+        // what is planned may be large where much is there to be computed with
+        if (preparation(*p) > FREE_WORK + WORK_A_BYTE * static_cast<double>(size)) return refuse("the file's planes are too large for its weights");
         finish_program(*p);
+        if (std::max(p->plan.arena_floats, p->banded.arena_floats) + p->scratch_floats() > MOST_SCRATCH_FLOATS) return refuse("the file's program takes more than 4 GiB of memory");
         return p.release();
     } catch (const std::exception &e) {
         return refuse(std::string("there is not enough memory for this program: ") + e.what());

@@ -52,7 +52,7 @@ class Planner {
    public:
     Planner(const Graph &graph, Plan &plan, const std::vector<int64_t> &windows)
         : graph_(graph), plan_(plan), windows_(windows), producer_(graph.values.size(), -1), last_(graph.values.size(), -1),
-          parent_(graph.values.size(), -1), begin_(graph.values.size(), 0) {}
+          parent_(graph.values.size(), -1), begin_(graph.values.size(), 0), is_parent_(graph.values.size(), 0) {}
 
     void run() {
         const int32_t nodes = static_cast<int32_t>(graph_.nodes.size());
@@ -117,6 +117,7 @@ class Planner {
                 const bool free = part.place == Place::ARENA && parent_[id] < 0 && !is_parent(id) && whole.place == Place::ARENA && parent_[n.out] < 0;
                 if (free) {
                     parent_[id] = n.out;
+                    is_parent_[n.out] = 1;
                     begin_[id] = channel;
                     whole.group = std::max(whole.group, part.group);
                 } else {
@@ -131,7 +132,7 @@ class Planner {
         }
     }
 
-    bool is_parent(int32_t id) const { return std::find(parent_.begin(), parent_.end(), id) != parent_.end(); }
+    bool is_parent(int32_t id) const { return is_parent_[id] != 0; }
 
     // From when to when a value is needed. One that is gathered from several runs of earlier steps is needed all along.
     int32_t first_of(int32_t id) const {
@@ -157,7 +158,7 @@ class Planner {
             Buffer &b = all[buffer_of[out]];
             b.first = std::min(b.first, first_of(out));
             b.last = std::max(b.last, last_[out]);
-            for (size_t id = 0; id < parent_.size(); ++id) {
+            for (size_t id = 0; is_parent(out) && id < parent_.size(); ++id) {
                 if (parent_[id] != out) continue;
                 b.first = std::min(b.first, first_of(static_cast<int32_t>(id)));
                 b.last = std::max(b.last, last_[id]);
@@ -213,6 +214,7 @@ class Planner {
     Plan &plan_;
     const std::vector<int64_t> &windows_;
     std::vector<int32_t> producer_, last_, parent_, begin_, last_use_, chain_of_;
+    std::vector<uint8_t> is_parent_;
 };
 
 }  // namespace

@@ -46,9 +46,9 @@ void make_steps(rarefy_program &program) {
         step.name = g.names[i].c_str();
         step.group = program.plan.groups[i];
         step.config = {};
+        int32_t channel = 0, before = 0;
         for (const int32_t k : program.plan.copied[i]) {
-            int32_t channel = 0;
-            for (int32_t before = 0; before < k; ++before) channel += g.values[g.operands[i][before]].channels;
+            for (; before < k; ++before) channel += g.values[g.operands[i][before]].channels;
             step.operands.push_back(g.operands[i][k]);
             step.places.push_back(channel);
         }
@@ -73,7 +73,7 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
     };
     const auto has = [&](Kind kind) { return std::any_of(graph.nodes.begin(), graph.nodes.end(), [=](const Node &n) { return n.kind == kind; }); };
     if (!has(Kind::INPUT) || !has(Kind::OUTPUT)) return refuse("a program needs at least one input and one output");
-    if (options->batch < 1 || options->threads < 1) return refuse("batch and threads must be at least 1");
+    if (options->batch < 1 || options->threads < 1 || options->threads > MOST_THREADS) return refuse("batch must be at least 1, threads between 1 and 1024");
     try {
         auto program = std::make_unique<rarefy_program>();
         program->isa = options->isa ? options->isa : "";

@@ -46,6 +46,9 @@ struct Graph {
     std::vector<std::vector<float>> first, other; // CONV: bias in first; AFFINE: scale and shift
 };
 
+// A step of this kind, with nothing said of it yet.
+Node node_of(Kind kind, int32_t x, int32_t second = -1);
+
 // The shape that a node makes of its operands, or an error.
 std::string infer(const Graph &graph, const Node &node, const std::vector<int32_t> &operands, Shape *out);
 
@@ -166,6 +169,14 @@ Plan make_banded_plan(const rarefy_program &program);
 // Fills what follows from graph, plan and the steps' configs and weights: tilings, sizes of scratch, the plan in bands.
 void finish_step(rarefy_program &program, Step &step);
 void finish_program(rarefy_program &program);
+
+// About how many pixels finish_program looks at: a unit that is planned counts for so many.
+constexpr double UNIT_WORK = 64.0;
+double preparation(const rarefy_program &program);
+
+// Limits of a program: more than any network has, and few enough that planning takes no time to speak of.
+enum : int64_t { MOST_STEPS = 8192, MOST_OPERANDS = 65536, MOST_WEIGHTS = (int64_t{1} << 31) - 1, MOST_SCRATCH_FLOATS = int64_t{1} << 30 };
+enum : int32_t { MOST_THREADS = 1024 };
 
 // Chooses the config of every convolution and makes its weights; an empty string, or what cannot be.
 std::string choose(rarefy_program &program, const Graph &graph, double seconds);

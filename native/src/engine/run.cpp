@@ -121,6 +121,19 @@ void together(int32_t count, const F &body) {
     for (std::thread &helper : helpers) helper.join();
 }
 
+// An empty string, or which of the caller's buffers does not hold what the program's ports take.
+std::string check_buffers(const rarefy_program &program, const std::vector<int32_t> &ports, const rarefy_buffer *buffers, int32_t count,
+                          int64_t batch, const std::string &what) {
+    if (count != static_cast<int32_t>(ports.size())) return "there must be " + std::to_string(ports.size()) + " " + what + "s, got " + std::to_string(count);
+    for (int32_t i = 0; i < count; ++i) {
+        const Node &node = program.steps[ports[i]].node;
+        const int64_t each = program.graph.values[node.kind == Kind::INPUT ? node.out : node.x].size(), floats = buffers[i].floats;
+        if (floats < 0 || floats % each || floats / each != batch || (floats && !buffers[i].data))
+            return what + " " + std::to_string(i) + " must have " + std::to_string(each) + " numbers for each of " + std::to_string(batch) + " images, got " + std::to_string(floats);
+    }
+    return "";
+}
+
 }  // namespace
 
 Workspace take(const rarefy_program &program, const Plan &plan) {
@@ -149,13 +162,23 @@ Workspace take(const rarefy_program &program, const Plan &plan) {
 
 using namespace rarefy::engine;
 
-extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(const rarefy_program *program, const float *const *inputs,
-                                                                           float *const *outputs, int64_t batch, int32_t threads,
-                                                                           double *seconds) {
-    if (batch < 0 || threads < 1) return 1;
+extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read,
+                                                                           int32_t input_count, const rarefy_buffer *written,
+                                                                           int32_t output_count, int64_t batch, int32_t threads,
+                                                                           double *seconds, int64_t second_count, char *error,
+                                                                           int64_t size) {
+    if (batch < 0 || threads < 1 || threads > MOST_THREADS) return fail(error, size, "batch must be at least 0 and threads between 1 and 1024");
+    if (seconds && second_count != static_cast<int64_t>(program->steps.size())) return fail(error, size, "there must be a number of seconds for each step");
+    std::string wrong = check_buffers(*program, program->inputs, read, input_count, batch, "input");
+    if (wrong.empty()) wrong = check_buffers(*program, program->outputs, written, output_count, batch, "output");
+    if (!wrong.empty()) return fail(error, size, wrong);
     if (batch == 0) return 0;
     if (seconds) threads = 1;
     try {
+        std::vector<const float *> inputs;
+        std::vector<float *> outputs;
+        for (int32_t i = 0; i < input_count; ++i) inputs.push_back(read[i].data);
+        for (int32_t i = 0; i < output_count; ++i) outputs.push_back(written[i].data);
         const bool apart = rarefy_program::apart(batch, threads);
         const Plan &plan = program->plan_for(batch, threads);
         std::vector<Workspace> spaces;
@@ -168,7 +191,7 @@ extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(con
         std::unique_ptr<Barrier> barrier;
         together(threads, [&](int32_t i, int32_t n) {
             Barrier alone(1);
-            Frame frame{program, &plan, begins[i].data(), spaces[apart ? i : 0].arena, spaces[i].scratch, inputs, outputs, 0, 0, 1};
+            Frame frame{program, &plan, begins[i].data(), spaces[apart ? i : 0].arena, spaces[i].scratch, inputs.data(), outputs.data(), 0, 0, 1};
             if (apart) {
                 const int64_t first = batch * i / n, last = batch * (i + 1) / n;
                 frame.first_image = first;

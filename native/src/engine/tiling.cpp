@@ -65,6 +65,8 @@ struct Grid {
         return (image * w.in_h + in_y) * w.in_w + in_x;
     }
 
+    int64_t positions() const { return ((images - 1) * image_rows + w.out_h) * stride; }
+
     // The output pixel of position f, or -1.
     int64_t result(int64_t f) const {
         const int64_t row = f / stride, x = f - row * stride, image = row / image_rows, y = row - image * image_rows;
@@ -141,60 +143,98 @@ int32_t place(const std::vector<T> &items, std::vector<T> &all, std::map<std::st
 
 }  // namespace
 
-Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernels, int32_t vectors, Form form) {
-    Window window = original;
-    if (window.pointwise()) {  // one long row
-        window.in_w = window.out_w = window.in_h * window.in_w * images;
-        window.in_h = window.out_h = 1;
-        images = 1;
-        form = Form::COMPACT;
-    }
-    const int32_t L = kernels.lanes;
-    const Grid grid(window, images, L, form);
-    Tiling tiling;
-    tiling.lanes = L;
-    tiling.vectors = vectors;
+namespace {
 
-    std::vector<Copy> copies;
-    std::vector<int32_t> copy_of;
-    std::vector<int64_t> offset_of;
-    for (int32_t ky = 0; ky < window.kernel[0]; ++ky) {
-        for (int32_t kx = 0; kx < window.kernel[1]; ++kx) {
-            const int64_t dy = grid.tap_y(ky);
-            const int32_t phase_y = static_cast<int32_t>(grid.at_y(ky) - dy * window.stride[0]);
-            int32_t column = grid.at_x(kx), shift = 0;
-            int64_t offset = dy * grid.stride;
-            if (form == Form::SINGLE) {
-                const int32_t dx = grid.tap_x(kx), left = std::min(grid.dx_low, 0);
-                column = grid.at_x(kx) - dx * window.stride[1] + left * window.stride[1];
-                offset += dx - left;
-            } else {
-                shift = static_cast<int32_t>(offset - floor_div(offset, L) * L);
-                offset -= shift;
+// Pointwise windows are one long row.
+Window flat(Window window, int32_t *images, Form *form) {
+    if (!window.pointwise()) return window;
+    window.in_w = window.out_w = window.in_h * window.in_w * *images;
+    window.in_h = window.out_h = 1;
+    *images = 1;
+    *form = Form::COMPACT;
+    return window;
+}
+
+// The layout of a grid, and the copies it consists of.
+struct Copies {
+    Layout layout;
+    std::vector<Copy> all;
+    std::vector<int64_t> vectors;  // of each
+
+    Copies(const Grid &grid, int32_t most) {
+        const Window &window = grid.w;
+        const int32_t L = grid.lanes;
+        layout.lanes = L;
+        layout.vectors = most;
+        layout.channel_floats = TOO_LARGE;
+        if (window.taps() > LARGEST_OFFSET) return;  // each has an offset of its own
+        std::map<std::tuple<int32_t, int32_t, int32_t>, size_t> known;
+        std::vector<size_t> copy_of;
+        std::vector<int64_t> offset_of;
+        for (int32_t ky = 0; ky < window.kernel[0]; ++ky) {
+            for (int32_t kx = 0; kx < window.kernel[1]; ++kx) {
+                const int64_t dy = grid.tap_y(ky);
+                const int32_t phase_y = static_cast<int32_t>(grid.at_y(ky) - dy * window.stride[0]);
+                int32_t column = grid.at_x(kx), shift = 0;
+                int64_t offset = dy * grid.stride;
+                if (grid.form == Form::SINGLE) {
+                    const int32_t dx = grid.tap_x(kx), left = std::min(grid.dx_low, 0);
+                    column = grid.at_x(kx) - dx * window.stride[1] + left * window.stride[1];
+                    offset += dx - left;
+                } else {
+                    shift = static_cast<int32_t>(offset - floor_div(offset, L) * L);
+                    offset -= shift;
+                }
+                const auto found = known.emplace(std::make_tuple(phase_y, column, shift), all.size());
+                if (found.second) all.push_back({phase_y, column, shift, offset, offset, 0});
+                Copy &copy = all[found.first->second];
+                copy.low = std::min(copy.low, offset);
+                copy.high = std::max(copy.high, offset);
+                copy_of.push_back(found.first->second);
+                offset_of.push_back(offset);
             }
-            const auto same = [&](const Copy &c) { return std::tie(c.phase_y, c.column, c.shift) == std::tie(phase_y, column, shift); };
-            auto found = std::find_if(copies.begin(), copies.end(), same);
-            if (found == copies.end()) found = copies.insert(copies.end(), Copy{phase_y, column, shift, offset, offset, 0});
-            found->low = std::min(found->low, offset);
-            found->high = std::max(found->high, offset);
-            copy_of.push_back(static_cast<int32_t>(found - copies.begin()));
-            offset_of.push_back(offset);
+        }
+        int64_t floats = 0;
+        for (Copy &copy : all) {
+            copy.start = floats;
+            copy.low = floor_div(copy.low, L) * L;
+            vectors.push_back(most + (copy.high - copy.low + L - 1) / L);
+            floats += vectors.back() * L;
+            if (floats > LARGEST_OFFSET) return;
+        }
+        layout.channel_floats = floats;
+        for (size_t k = 0; k < copy_of.size(); ++k) {
+            const Copy &copy = all[copy_of[k]];
+            layout.taps.push_back(static_cast<uint16_t>(copy.start + offset_of[k] - copy.low));
         }
     }
-    std::vector<int64_t> copy_vectors;
-    for (Copy &copy : copies) {
-        copy.start = tiling.channel_floats;
-        copy.low = floor_div(copy.low, L) * L;
-        copy_vectors.push_back(vectors + (copy.high - copy.low + L - 1) / L);
-        tiling.channel_floats += copy_vectors.back() * L;
-    }
-    for (size_t k = 0; k < copy_of.size(); ++k) {
-        const Copy &copy = copies[copy_of[k]];
-        tiling.taps.push_back(static_cast<uint16_t>(copy.start + offset_of[k] - copy.low));
-    }
+};
 
-    const int64_t positions = ((images - 1) * grid.image_rows + window.out_h) * grid.stride;
-    const int64_t total = (positions + L - 1) / L, count = (total + vectors - 1) / vectors;
+}  // namespace
+
+Layout layout_of(const Window &original, int32_t lanes, int32_t vectors, Form form) {
+    int32_t images = 1;
+    const Window window = flat(original, &images, &form);
+    return Copies(Grid(window, images, lanes, form), vectors).layout;
+}
+
+double tiling_work(const Window &original, int32_t images, const Layout &layout, Form form) {
+    const Window window = flat(original, &images, &form);
+    const Grid grid(window, images, layout.lanes, form);
+    return static_cast<double>(grid.positions()) / (layout.vectors * layout.lanes) * static_cast<double>(layout.channel_floats);
+}
+
+Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernels, int32_t vectors, Form form) {
+    const Window window = flat(original, &images, &form);
+    const int32_t L = kernels.lanes;
+    const Grid grid(window, images, L, form);
+    const Copies cut(grid, vectors);
+    const std::vector<Copy> &copies = cut.all;
+    const std::vector<int64_t> &copy_vectors = cut.vectors;
+    Tiling tiling;
+    static_cast<Layout &>(tiling) = cut.layout;
+
+    const int64_t total = (grid.positions() + L - 1) / L, count = (total + vectors - 1) / vectors;
     Classifier classifier(kernels, tiling);
     std::map<std::string, int32_t> known_packs, known_stores;
     for (int64_t i = 0; i < count; ++i) {

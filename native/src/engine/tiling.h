@@ -42,10 +42,15 @@ struct Tile {
     int32_t first, need;  // the input's pixels that it reads lie in [first, need)
 };
 
-struct Tiling {
+// Where a channel's pixels lie in the packed buffer: what weights are made for.
+struct Layout {
     int32_t lanes = 0, vectors = 0;   // of the largest tile
-    int64_t channel_floats = 0;       // packed floats of one channel
+    int64_t channel_floats = 0;       // packed floats of one channel; TOO_LARGE where offsets of 16 bits do not reach them
     std::vector<uint16_t> taps;     // offset of each kernel position in a channel's packed floats
+};
+enum : int64_t { LARGEST_OFFSET = 65535, TOO_LARGE = int64_t{1} << 40 };
+
+struct Tiling : Layout {
     std::vector<Pack> packs;
     std::vector<Store> stores;
     std::vector<int32_t> tables;
@@ -54,8 +59,13 @@ struct Tiling {
     int64_t pack_count() const { return channel_floats / lanes; }
 };
 
-// Tiles of at most `vectors` vectors over `images` images, whose planes follow one another. channel_floats and taps depend
-// on window, vectors and form alone.
+// Takes time and memory by the number of taps that fit in 16 bits, whatever the window's sizes.
+Layout layout_of(const Window &window, int32_t lanes, int32_t vectors, Form form);
+
+// How many pixels making the tiling would look at.
+double tiling_work(const Window &window, int32_t images, const Layout &layout, Form form);
+
+// Tiles of at most `vectors` vectors over `images` images, whose planes follow one another. The layout must not be TOO_LARGE.
 Tiling make_tiling(const Window &window, int32_t images, const Kernels &kernels, int32_t vectors, Form form);
 
 }  // namespace rarefy::engine

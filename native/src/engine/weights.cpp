@@ -85,8 +85,8 @@ struct Part {
 
 class Maker {
    public:
-    Maker(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling &tiling)
-        : matrix_(matrix), entries_(entries), config_(config), tiling_(tiling), blocks_(ceil_div(matrix.channels, config.block)) {}
+    Maker(const Matrix &matrix, const Entries &entries, const Config &config, const Layout &layout)
+        : matrix_(matrix), entries_(entries), config_(config), layout_(layout), blocks_(ceil_div(matrix.channels, config.block)) {}
 
     Weights make() {
         const int32_t rows_a_group = matrix_.rows / matrix_.groups;
@@ -134,7 +134,7 @@ class Maker {
     }
 
     uint32_t offset(int32_t block, const Entry &e) const {
-        return static_cast<uint32_t>((e.channel - block * config_.block) * config_.channel_step(tiling_) + tiling_.taps[e.tap]);
+        return static_cast<uint32_t>((e.channel - block * config_.block) * config_.channel_step(layout_) + layout_.taps[e.tap]);
     }
 
     void add_group(int32_t block, const Part *parts, size_t count) {
@@ -146,7 +146,7 @@ class Maker {
         group.offset = static_cast<int32_t>(offsets_.size());
         group.flags = parts[0].flags;
         stored_ += length * config_.rows;
-        const uint32_t zero = static_cast<uint32_t>(config_.block * config_.channel_step(tiling_));
+        const uint32_t zero = static_cast<uint32_t>(config_.block * config_.channel_step(layout_));
         if (!config_.sparse()) {
             std::vector<uint16_t> shared;
             for (int64_t k = 0; k < length; ++k) shared.push_back(static_cast<uint16_t>(offset(block, parts[0].from[k])));
@@ -174,7 +174,7 @@ class Maker {
     const Matrix &matrix_;
     const Entries &entries_;
     const Config &config_;
-    const Tiling &tiling_;
+    const Layout &layout_;
     const int32_t blocks_;
     int64_t stored_ = 0;
     std::vector<uint8_t> values_;
@@ -200,16 +200,16 @@ Entries entries_of(const Matrix &matrix, const float *weight, bool all) {
     return rows;
 }
 
-int32_t largest_block(const Config &config, const Tiling &tiling, int32_t lanes) {
+int32_t largest_block(const Config &config, const Layout &layout) {
     // the largest offset is that of the zeros, vectors * lanes of which follow the last channel
-    if (!config.direct() && tiling.channel_floats + config.vectors * lanes > 65535) return 0;
-    return static_cast<int32_t>(65535 / config.channel_step(tiling));
+    if (layout.channel_floats + config.vectors * layout.lanes > LARGEST_OFFSET) return 0;
+    return static_cast<int32_t>(LARGEST_OFFSET / config.channel_step(layout));
 }
 
-Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes) {
-    if (config.vector) return make_vector_weights(matrix, entries, config, lanes);
+Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Layout &layout) {
+    if (config.vector) return make_vector_weights(matrix, entries, config, layout.lanes);
     if (config.planes()) return make_plane_weights(entries, config);
-    return Maker(matrix, entries, config, *tiling).make();
+    return Maker(matrix, entries, config, layout).make();
 }
 
 namespace {
@@ -241,7 +241,7 @@ uint32_t offset_at(const Weights &weights, const Config &config, const Group &gr
 
 }  // namespace
 
-Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling) {
+Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout) {
     Entries rows(matrix.rows);
     if (config.vector) {
         for (int32_t row = 0; row < matrix.rows; ++row)
@@ -249,83 +249,121 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
                 const int32_t column = config.sparse() ? weights.offsets[i] : static_cast<int32_t>(i - weights.starts[row]);
                 if (column < matrix.channels) rows[row].push_back({column, 0, value_at(weights, config, i)});
             }
-        return rows;
-    }
-    if (config.planes()) {
+    } else if (config.planes()) {
         for (int32_t row = 0; row < matrix.rows; ++row)
             for (int32_t tap = 0; tap < matrix.taps; ++tap)
                 rows[row].push_back({row / (matrix.rows / matrix.groups), tap, value_at(weights, config, int64_t{row} * matrix.taps + tap)});
-        return rows;
+    } else {
+        std::map<uint32_t, int32_t> tap_at;
+        for (int32_t k = 0; k < matrix.taps; ++k) tap_at[config.direct() ? 0 : layout.taps[k]] = k;
+        const int32_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
+        const uint32_t step = static_cast<uint32_t>(config.channel_step(layout));
+        for (int32_t block = 0; block < blocks; ++block)
+            for (int32_t g = weights.chunks[block * chunks]; g < weights.chunks[(block + 1) * chunks]; ++g)
+                for (int64_t k = 0; k < weights.groups[g].length; ++k)
+                    for (int32_t r = 0; r < config.rows; ++r) {
+                        const int32_t row = weights.row_ids[int64_t{g} * config.rows + r];
+                        const uint32_t offset = offset_at(weights, config, weights.groups[g], k, r);
+                        if (row < 0 || offset == config.block * step) continue;
+                        const int32_t channel = block * config.block + static_cast<int32_t>(offset / step);
+                        rows[row].push_back({channel, tap_at.at(offset % step), value_at(weights, config, weights.groups[g].weight + k * config.rows + r)});
+                    }
     }
-    std::map<uint32_t, int32_t> tap_at;
-    for (int32_t k = 0; k < matrix.taps; ++k) tap_at[tiling->taps[k]] = k;
-    const int32_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
-    const uint32_t step = static_cast<uint32_t>(config.channel_step(*tiling));
-    for (int32_t block = 0; block < blocks; ++block)
-        for (int32_t g = weights.chunks[block * chunks]; g < weights.chunks[(block + 1) * chunks]; ++g)
-            for (int64_t k = 0; k < weights.groups[g].length; ++k)
-                for (int32_t r = 0; r < config.rows; ++r) {
-                    const int32_t row = weights.row_ids[int64_t{g} * config.rows + r];
-                    const uint32_t offset = offset_at(weights, config, weights.groups[g], k, r);
-                    const auto tap = tap_at.find(offset % step);
-                    if (row < 0 || offset >= config.block * step || tap == tap_at.end()) continue;
-                    const int32_t channel = block * config.block + static_cast<int32_t>(offset / step);
-                    rows[row].push_back({channel, tap->second, value_at(weights, config, weights.groups[g].weight + k * config.rows + r)});
-                }
+    for (auto &row : rows)
+        std::sort(row.begin(), row.end(), [](const Entry &a, const Entry &b) { return a.channel != b.channel ? a.channel < b.channel : a.tap < b.tap; });
     return rows;
 }
 
-std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling, int32_t lanes) {
-    const int64_t width = config.vector ? (config.bf16() ? 2 : 4) : (config.kind == DENSE_BF16 ? 2 : 4);
-    if (weights.values.size() % width) return "weights are cut";
-    const int64_t stored = weights.values.size() / width;
-    if (stored != weights.stored) return "the number of weights is wrong";
-    if (config.vector) {
-        if (weights.starts.size() != int64_t{matrix.rows} + 1 || weights.starts[0] != 0 || weights.starts[matrix.rows] != stored)
-            return "rows do not fit the weights";
-        if (weights.offsets.size() != (config.sparse() ? stored : 0)) return "columns do not fit the weights";
-        for (int32_t row = 0; row < matrix.rows; ++row) {
-            const int64_t length = weights.starts[row + 1] - weights.starts[row];
-            if (length < 0 || length % lanes || weights.starts[row + 1] > stored) return "a row is out of range";
-            if (!config.sparse() && length != (int64_t{matrix.channels} + lanes - 1) / lanes * lanes) return "a row is out of range";
+std::string check_entries(const Matrix &matrix, const Entries &entries, const Config &config) {
+    const int32_t rows_a_group = matrix.rows / matrix.groups, channels = matrix.channels / matrix.groups;
+    for (int32_t row = 0; row < matrix.rows; ++row) {
+        const std::vector<Entry> &all = entries[row];
+        if (!config.sparse() && static_cast<int64_t>(all.size()) != int64_t{channels} * matrix.taps) return "a row has too many or too few weights";
+        for (size_t i = 0; i < all.size(); ++i) {
+            if (all[i].channel / channels != row / rows_a_group) return "a weight is of another group of channels";
+            if (i && all[i].channel == all[i - 1].channel && all[i].tap == all[i - 1].tap) return "a weight is there twice";
         }
-        for (int64_t i = 0; i < weights.offsets.size(); ++i)
-            if (weights.offsets[i] > matrix.channels) return "a column is out of range";
-        return "";
     }
-    if (config.planes()) return stored == int64_t{matrix.rows} * matrix.taps && weights.offsets.size() == 0 ? "" : "its weights do not fit its kernel";
-    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
+    return "";
+}
+
+namespace {
+
+std::string check_vector(const Matrix &matrix, const Weights &weights, const Config &config, int32_t lanes, int64_t stored) {
+    if (weights.groups.size() || weights.row_ids.size() || weights.chunks.size()) return "there is more than its kernel takes";
+    if (weights.starts.size() != int64_t{matrix.rows} + 1 || weights.starts[0] != 0 || weights.starts[matrix.rows] != stored)
+        return "rows do not fit the weights";
+    if (weights.offsets.size() != (config.sparse() ? stored : 0)) return "columns do not fit the weights";
+    for (int32_t row = 0; row < matrix.rows; ++row) {
+        const int64_t from = weights.starts[row], to = weights.starts[row + 1];
+        if (to < from || to > stored || (to - from) % lanes) return "a row is out of range";
+        if (!config.sparse() && to - from != (int64_t{matrix.channels} + lanes - 1) / lanes * lanes) return "a row is out of range";
+    }
+    for (int64_t i = 0; i < weights.offsets.size(); ++i)
+        if (weights.offsets[i] > matrix.channels) return "a column is out of range";
+    return "";
+}
+
+std::string check_tiles(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout, int64_t stored) {
+    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS), step = config.channel_step(layout);
     const int64_t count = weights.groups.size();
+    if (weights.starts.size()) return "there is more than its kernel takes";
     if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 || weights.chunks[blocks * chunks] != count)
         return "chunks do not fit the groups";
     if (weights.row_ids.size() != count * config.rows) return "rows do not fit the groups";
-    const int64_t zero = config.block * config.channel_step(*tiling);
-    std::vector<uint8_t> state(matrix.rows, 0);  // 1: begun, 2: ended
+    if (weights.offsets.size() > stored || (config.kind == SPARSE_F32 && weights.offsets.size() != stored) || (config.kind == SPARSE_BF16 && weights.offsets.size()))
+        return "offsets do not fit the weights";
+    std::vector<uint8_t> tap(static_cast<size_t>(step), 0);  // offsets in a channel where a kernel position is
+    for (const uint16_t at : layout.taps) tap[config.direct() ? 0 : at] = 1;
+    struct Row {
+        bool begun = false, ended = false;
+        int64_t block = -1;  // the last one that it was in
+    };
+    std::vector<Row> rows(static_cast<size_t>(matrix.rows));
+    int64_t next = 0;  // weights lie in the order of their groups, so that no work is more than what the file holds
     for (int64_t part = 0; part < blocks * chunks; ++part) {
-        if (weights.chunks[part] > weights.chunks[part + 1] || weights.chunks[part] < 0) return "chunks are out of order";
-        if (weights.chunks[part + 1] > count) return "chunks are out of range";
+        if (weights.chunks[part + 1] < weights.chunks[part] || weights.chunks[part + 1] > count) return "chunks are out of order";
+        const int64_t block = part / chunks, channels = std::min<int64_t>(config.block, matrix.channels - block * config.block);
         for (int64_t g = weights.chunks[part]; g < weights.chunks[part + 1]; ++g) {
             const Group &group = weights.groups[g];
-            if (group.length < 0 || group.weight < 0 || group.offset < 0 || group.flags < 0 || group.flags > 3) return "a group is out of range";
-            if (group.weight + int64_t{group.length} * config.rows > stored) return "a group's weights are out of range";
-            const int64_t offsets = config.kind == SPARSE_F32 ? int64_t{group.length} * config.rows : config.sparse() ? 0 : group.length;
-            if (offsets && group.offset + offsets > weights.offsets.size()) return "a group's offsets are out of range";
+            const int64_t weight_count = int64_t{group.length} * config.rows;
+            if (group.length < 0 || group.offset < 0 || group.flags < 0 || group.flags > (GROUP_FIRST | GROUP_LAST)) return "a group is out of range";
+            if (group.weight != next || (next += weight_count) > stored) return "a group's weights are out of range";
+            if (config.kind == SPARSE_F32 ? group.offset != group.weight : !config.sparse() && group.offset + int64_t{group.length} > weights.offsets.size())
+                return "a group's offsets are out of range";
             for (int32_t r = 0; r < config.rows; ++r) {
-                const int32_t row = weights.row_ids[g * config.rows + r];
-                if (row == -1) continue;
-                if (row < part % chunks * CHUNK_ROWS || row >= (part % chunks + 1) * CHUNK_ROWS || row >= matrix.rows) return "a row is out of range";
-                const bool first = group.flags & GROUP_FIRST, last = group.flags & GROUP_LAST;
-                if (state[row] != (first ? 0 : 1)) return "a row begins twice, or not at all";
-                state[row] = last ? 2 : 1;
+                const int32_t id = weights.row_ids[g * config.rows + r];
+                if (id == -1) continue;
+                if (id < part % chunks * CHUNK_ROWS || id >= (part % chunks + 1) * CHUNK_ROWS || id >= matrix.rows) return "a row is out of range";
+                Row &row = rows[static_cast<size_t>(id)];
+                const bool first = group.flags & GROUP_FIRST;
+                if (row.ended || row.begun == first || row.block == block) return "a row begins twice, or not at all";
+                row = {true, (group.flags & GROUP_LAST) != 0, block};
             }
             for (int64_t k = 0; k < group.length; ++k)
-                for (int32_t r = 0; r < config.rows; ++r)
-                    if (offset_at(weights, config, group, k, r) > zero) return "an offset is out of range";
+                for (int32_t r = 0; r < (config.sparse() ? config.rows : 1); ++r) {
+                    const int64_t offset = offset_at(weights, config, group, k, r);
+                    // the zeros behind the block, or a kernel position of one of its channels
+                    if (offset != config.block * step && (offset >= channels * step || !tap[static_cast<size_t>(offset % step)])) return "an offset is out of range";
+                }
         }
     }
-    for (const uint8_t s : state)
-        if (s != 2) return "a row has no result";
-    return "";
+    if (next != stored) return "there are weights that no group has";
+    // a single block keeps no sums: its rows begin and end in one group
+    return std::all_of(rows.begin(), rows.end(), [](const Row &row) { return row.ended; }) ? "" : "a row has no result";
+}
+
+}  // namespace
+
+std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout) {
+    const int64_t width = config.kind == DENSE_BF16 || (config.vector && config.bf16()) ? 2 : 4;
+    if (weights.values.size() % width) return "weights are cut";
+    const int64_t stored = weights.values.size() / width;
+    if (stored != weights.stored) return "the number of weights is wrong";
+    if (config.vector) return check_vector(matrix, weights, config, layout.lanes, stored);
+    if (!config.planes()) return check_tiles(matrix, weights, config, layout, stored);
+    const bool more = weights.offsets.size() || weights.groups.size() || weights.row_ids.size() || weights.chunks.size() || weights.starts.size();
+    return stored == int64_t{matrix.rows} * matrix.taps && !more ? "" : "its weights do not fit its kernel";
 }
 
 }  // namespace rarefy::engine

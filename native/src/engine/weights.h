@@ -49,7 +49,7 @@ struct Config {
     bool tiled() const { return !vector && !planes(); }
     bool direct() const { return !vector && form == static_cast<int32_t>(Form::DIRECT); }
     // What an offset grows by from one channel of a block to the next.
-    int64_t channel_step(const Tiling &tiling) const { return direct() ? 1 : tiling.channel_floats; }
+    int64_t channel_step(const Layout &layout) const { return direct() ? 1 : layout.channel_floats; }
     bool sparse() const { return kind == SPARSE_F32 || kind == SPARSE_BF16; }
     bool bf16() const { return kind == SPARSE_BF16 || kind == DENSE_BF16; }
 };
@@ -91,17 +91,21 @@ inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 Entries entries_of(const Matrix &matrix, const float *weight, bool all);
 
 // The most channels of a block whose offsets have 16 bits.
-int32_t largest_block(const Config &config, const Tiling &tiling, int32_t lanes);
+int32_t largest_block(const Config &config, const Layout &layout);
 
-// tiling may be null for a config that is not tiled.
-Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Tiling *tiling, int32_t lanes);
+// Dense configs take all entries of every row. A config that is not tiled needs nothing of the layout but its lanes.
+Weights make_weights(const Matrix &matrix, const Entries &entries, const Config &config, const Layout &layout);
 
-// The entries that weights were made of, padding left out; for another instruction set.
-Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling);
+// The entries that checked weights were made of, sorted, padding left out; for another instruction set.
+Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout);
+
+// An empty string, or why entries are not of this matrix: each weight at most once, in its own group of channels; all of them
+// for a dense config.
+std::string check_entries(const Matrix &matrix, const Entries &entries, const Config &config);
 
 // An empty string, or what is wrong with weights that were read from a file: whatever holds here makes every access of the
 // kernels fall inside their buffers.
-std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Tiling *tiling, int32_t lanes);
+std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout);
 
 uint16_t to_bf16(float value);
 float from_bf16(uint16_t half);

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rarefy import act, kernels
+from rarefy._files import write_atomically
 from rarefy.act import functional, native
 from rarefy.act.oracle import FUNCTIONS
 
@@ -272,14 +273,15 @@ def environment(command: str) -> dict[str, str]:
 
 def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> None:
     """One row an entry; the file is written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *about])
-        writer.writeheader()
-        for m in found:
-            writer.writerow({**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about})
-    beside.replace(path)
+
+    def fill(beside: Path) -> None:
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *about])
+            writer.writeheader()
+            for m in found:
+                writer.writerow({**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about})
+
+    write_atomically(path, fill)
 
 
 def text(found: Sequence[Measured], judged: Sequence[Target]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rarefy._files import write_atomically
 from rarefy.act import error, fit, formats, oracle, quartic
 from rarefy.act.oracle import FUNCTIONS
 from rarefy.act.table import BitIndex, Table, load
@@ -87,10 +88,10 @@ def write(folder: str | Path) -> list[Table]:
     The coefficients of exact tanh in float32 go to ``quartic/tanh_fp32.json`` there.
     """
     tables = [build() for build in BUILDERS.values()]
-    (Path(folder) / "quartic").mkdir(parents=True, exist_ok=True)
     for table in tables:
         table.save(Path(folder) / f"{table.name}.json")
-    (Path(folder) / "quartic" / "tanh_fp32.json").write_text(quartic.fit().to_json(), encoding="utf-8")
+    coefficients = Path(folder) / "quartic" / "tanh_fp32.json"
+    write_atomically(coefficients, lambda beside: beside.write_text(quartic.fit().to_json(), encoding="utf-8"))
     return tables
 
 

@@ -27,13 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rarefy import sparse
 from rarefy._names import unknown
 from rarefy.train import Recipe
 from rarefy.train import load as load_recipe
-from rarefy.train.recipe import parse
+from rarefy.train.recipe import parse, read_yaml
 
 _KEYS = ("name", "recipe", "seeds", "targets", "budget", "changes", "methods")
 
@@ -83,7 +81,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no comparison {str(path)!r}; see recipes/compare-fashion-mnist.yaml")
-    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    plain = read_yaml(path)
     if not isinstance(plain, dict):
         raise ValueError(f"{path} must hold keys such as recipe, methods and targets, got {plain!r:.80}")
     if "recipe" not in plain:
@@ -94,14 +92,19 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
     for key in plain:
         if key not in _KEYS:
             raise ValueError(unknown(f"key in {path}:", str(key), _KEYS))
-    own = [f"{key}={json.dumps(value)}" for key, value in (plain.get("changes") or {}).items()]
-    recipe = load_recipe(path.parent / plain["recipe"], [*own, *changes])
+    given, beside = plain.get("changes") or {}, plain["recipe"]
+    if not isinstance(given, dict) or not isinstance(beside, str):
+        raise ValueError(
+            f"{path}: recipe must be a file's name and changes a mapping, got {beside!r:.80}, {given!r:.80}"
+        )
+    own = [f"{key}={json.dumps(value, default=str)}" for key, value in given.items()]
+    recipe = load_recipe(path.parent / beside, [*own, *changes])
     methods = plain.get("methods")
     if not isinstance(methods, dict) or not methods:
         raise ValueError(f"{path}: methods must map labels to methods, such as 'RigL: {{name: rigl}}'")
     name = str(plain.get("name", path.stem))
     budget = plain.get("budget", "sparsity")
-    if budget not in BUDGETS:
+    if not isinstance(budget, str) or budget not in BUDGETS:
         raise ValueError(unknown(f"budget in {path}:", str(budget), list(BUDGETS)))
     targets, seeds = plain.get("targets", [0.9]), plain.get("seeds", 3)
     return _comparison(name, path, recipe, methods, targets, seeds, budget)
@@ -122,6 +125,12 @@ def _comparison(
         if not isinstance(method, Mapping) or "name" not in method:
             raise ValueError(f"method {label!r} must be a mapping with a name, such as {{name: rigl}}, got {method!r}")
         options = {key: value for key, value in method.items() if key not in ("targets", "seeds")}
+        if not isinstance(method["name"], str):
+            raise ValueError(f"the name of method {label!r} must be text, got {method['name']!r:.80}")
+        given = method.get("targets", targets)
+        numbers = isinstance(given, list) and all(aim is None or type(aim) in (int, float) for aim in given)
+        if not numbers or any(aim is not None and not abs(aim) < 1e9 for aim in given):
+            raise ValueError(f"targets must be a list of numbers, got {given!r:.80} for {label!r}")
         aims: Sequence[float | None] = method.get("targets", targets) if _targeted(options) else (None,)
         for target in aims:
             aim = {} if target is None else {BUDGETS[budget]: target}
@@ -146,8 +155,8 @@ def _targeted(options: Mapping[str, Any]) -> bool:
 
 
 def _count(seeds: object, label: str) -> int:
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"seeds must be a positive whole number, got {seeds!r} for {label!r}")
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= 10_000:
+        raise ValueError(f"seeds must be a whole number from 1 to 10000, got {seeds!r} for {label!r}")
     return seeds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 import sys
@@ -10,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,22 +37,33 @@ class CaptureError(ValueError):
     """A model that cannot be traced; the message names the operator and the line of the model's code."""
 
 
-#: torch.export changes state of the process.
-_EXPORTING = threading.Lock()
-
-
 def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | None = None) -> Plan:
     """The plan of a model, as it computes on inputs of these shapes and dtypes, for any batch size where it can.
 
-    Where ``fixed_because`` says why, it is for the batch size of the inputs alone. Threads take turns.
+    Where ``fixed_because`` says why, it is for the batch size of the inputs alone.
 
     Raises CaptureError for a model that ``torch.export`` does not trace, or that does more than to compute tensors from
     tensors.
     """
-    with _EXPORTING, torch.no_grad(), warnings.catch_warnings():
+    quiet = contextlib.redirect_stderr(cast(TextIO, _Others(sys.stderr)))
+    with quiet, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = _export(model, tuple(inputs), fixed_because)
         return _Graph(program, fixed_because).plan()
+
+
+class _Others:
+    """The standard error of all threads but this one: torch.export prints the graphs that it gives up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """Write what another thread says."""
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _export(
@@ -72,7 +84,7 @@ def _export(
     try:
         return _functional(torch.export.export(model, inputs)), because
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise CaptureError(_explain(model, inputs, error)) from error
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -84,8 +96,18 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _explain(model: nn.Module, error: BaseException) -> str:
+def other_dtype(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """Which input is of another floating dtype than the weights, in words; empty where none is."""
+    own = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    other = [x.dtype for x in inputs if own and x.is_floating_point() and x.dtype not in own]
+    weights = ", ".join(sorted(map(str, own)))
+    return f"an input is {other[0]} and the weights are {weights}: convert the example, or the model" if other else ""
+
+
+def _explain(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:
     """What could not be traced, and where in the model's code."""
+    if hint := other_dtype(model, inputs):
+        return f"{type(model).__name__} cannot be traced: {hint} ({_first_line(error)})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     found = re.search(r"\b\w+(::\w+|\.\w+\.\w+)", _first_line(error))
@@ -176,9 +198,13 @@ class _Graph:
         target = str(node.target)
         if not node.users and "_assert" not in target:
             return True
-        copied = target in ("aten.contiguous.default", "aten.clone.default") and node.args[0].name in self.constants
-        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(node.args[0], fx.Node) and not copied:
-            self.aliases[node.name] = node.args[0]
+        first = node.args[0] if node.args else None
+        # A copy of a constant is made now, and then lies as asked.
+        copied = target in ("aten.contiguous.default", "aten.clone.default") and (
+            isinstance(first, fx.Node) and first.name in self.constants
+        )
+        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(first, fx.Node) and not copied:
+            self.aliases[node.name] = first
             return True
         if node.target is operator.getitem:
             made, index = node.args

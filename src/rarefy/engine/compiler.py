@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rarefy import kernels
 from rarefy.engine import measure, native, verify
-from rarefy.engine.capture import CaptureError, capture
+from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
-from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.execute import torch_threads
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
@@ -21,6 +23,9 @@ from rarefy.engine.plan import Layer, Plan, Step, tensors
 from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
+#: Tracing and measuring change state of the process.
+_COMPILING = threading.Lock()
+_Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
 
@@ -34,6 +39,9 @@ def compile(
     tune_seconds: float = 8.0,
 ) -> Engine:
     """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
+
+    What comes out is compared with the model on the example and, where it takes any batch size, at another one. Threads
+    that compile take turns.
 
     Args:
         model: in evaluation mode, on the CPU; one that was trained sparse, finalized. It is not changed.
@@ -55,14 +63,15 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    plan, trials = _captured(model, inputs)
-    better = _stored(optimize(plan), weights)
-    engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
-    for tried in trials:
-        if weights == "float32":
-            verify.check(engine, plan, model, tried)
-        else:  # rounded weights do not give the model's results: PyTorch's with the same weights
-            verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
+    with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+        plan, trials = _captured(model, inputs)
+        better = _stored(optimize(plan), weights)
+        engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
+        for tried in trials:
+            if weights == "float32":
+                verify.check(engine, plan, model, tried)
+            else:  # rounded weights do not give the model's results: PyTorch's with the same weights
+                verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
     return engine
 
@@ -73,21 +82,23 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
     A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
-    plan, because = capture(model, inputs), ""
-    example = verify.trial(model, inputs)
+    plan = capture(model, inputs)
+    try:
+        example = verify.trial(model, inputs)
+    except Exception as error:  # whatever the model raises
+        why = other_dtype(model, inputs) or f"it raises {type(error).__name__}: {error}"
+        raise CaptureError(f"{type(model).__name__} does not run on example_input: {why}") from error
     assert example is not None
     if plan.batch is None:
         batch = inputs[0].shape[0]
         other = verify.trial(model, inputs, 2 if batch == 1 else 1)
         trials = [example] if other is None else [example, other]
-        wrong = next((why for each in trials if (why := verify.plan_differs(plan, model, each))), None)
-        if other is None and batch == 1:
-            because = "it refuses a batch of 2"
-        elif wrong is None:
+        wrong = next((found for each in trials if (found := verify.plan_differs(plan, model, each))), None)
+        refused = other is None and batch == 1
+        if wrong is None and not refused:
             return plan, trials
-        else:
-            because = "it does something else for a batch of one than for others"
-        plan = capture(model, inputs, because)
+        because = "refuses a batch of 2" if refused else "does something else for a batch of one than for others"
+        plan = capture(model, inputs, f"it {because}")
     wrong = verify.plan_differs(plan, model, example)
     if wrong is not None:
         raise CaptureError(
@@ -173,8 +184,13 @@ class _Copies:
         if isinstance(item, (Segment, Eager)):  # which have their own
             return item
         if isinstance(item, Packed):
-            return replace(item, step=self.item(item.step))
-        return replace(item, **{name: self.tensor(value) for name, value in tensors(item).items()})
+            return replace(item, step=self.step(item.step))
+        return self.step(item)
+
+    def step(self, step: _Step) -> _Step:
+        """The same of a step."""
+        copies: dict[str, Any] = {name: self.tensor(value) for name, value in tensors(step).items()}
+        return replace(step, **copies)
 
 
 def _checked(
@@ -214,7 +230,16 @@ def _checked(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model must be on the CPU, {name!r} is on {tensor.device}: call model.cpu() first")
-    return tuple(x.detach() for x in inputs)
+        try:
+            kernels.address(tensor)
+        except ValueError as error:
+            raise ValueError(f"{name!r} of the model: {error}") from None
+    for x in inputs:
+        try:
+            kernels.address(plain(x))
+        except ValueError as error:
+            raise ValueError(f"example_input: {error}") from None
+    return tuple(map(plain, inputs))
 
 
 def _stored(plan: Plan, weights: str) -> Plan:

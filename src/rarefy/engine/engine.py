@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy import kernels
 from rarefy.engine.execute import Runner, torch_threads
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, profile
@@ -96,9 +97,9 @@ class Engine:
 
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
-        self._check(inputs)
+        given = self._checked(inputs)
         with torch.no_grad():
-            outputs = self._runner(inputs, self.threads or torch.get_num_threads())
+            outputs = self._runner(given, self.threads or torch.get_num_threads())
         outputs = self._apart(inputs, outputs)
         return outputs[0] if self._single else outputs
 
@@ -124,11 +125,10 @@ class Engine:
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
-        inputs = inputs or self.example()
-        self._check(inputs)
-        batch = samples(inputs[0].shape)
+        given = self._checked(inputs or self.example())
+        batch = samples(given[0].shape)
         with torch.no_grad(), torch_threads(1):
-            took = self._runner.timed(inputs, rounds)
+            took = self._runner.timed(given, rounds)
         return profile(self._items, took, batch, self._names, self._layers, self._reasons)
 
     def example(self) -> tuple[Tensor, ...]:
@@ -140,39 +140,61 @@ class Engine:
             for port in self.inputs
         )
 
-    def _check(self, inputs: Sequence[Tensor]) -> None:
+    def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, as the items take them."""
         if len(inputs) != len(self.inputs):
             raise TypeError(f"the engine takes {len(self.inputs)} inputs, got {len(inputs)}")
-        for x, port in zip(inputs, self.inputs, strict=True):
-            self._check_input(x, port)
-        batches = {x.shape[0] for x in inputs} if self.batch is None else set()
-        if len(batches) > 1:
+        given = [self._input(x, port) for x, port in zip(inputs, self.inputs, strict=True)]
+        if self.batch is None and len(given) > 1 and len(batches := {x.shape[0] for x in given}) > 1:
             raise ValueError(f"all inputs must have the same batch size, got {', '.join(map(str, sorted(batches)))}")
+        return given
 
-    def _check_input(self, x: Tensor, port: Port) -> None:
+    def _input(self, x: Tensor, port: Port) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"input {port.name!r} must be a tensor, got {type(x).__name__}")
         if x.dtype != port.dtype:
             raise TypeError(f"input {port.name!r} must be {port.dtype}, got {x.dtype}: convert it first")
         if x.device.type != "cpu":
             raise ValueError(f"input {port.name!r} must be on the CPU, got {x.device}: call it with x.cpu()")
+        if len(x.shape) != len(port.shape) or (port.shape and not self._fits(x.shape, port.shape)):
+            raise self._wrong_shape(x, port)
+        try:
+            numbers = plain(x)
+            kernels.address(numbers)
+        except ValueError as error:
+            raise ValueError(f"input {port.name!r}: {error}") from None
+        return numbers
+
+    def _fits(self, given: Sequence[int], expected: Sequence[int]) -> bool:
+        batch = given[0] >= 1 if self.batch is None else given[0] == expected[0]
+        return batch and given[1:] == expected[1:]
+
+    def _wrong_shape(self, x: Tensor, port: Port) -> ValueError:
         batch = "batch" if self.batch is None else f"batch of {self.batch}"
         expected = (batch, *map(str, port.shape[1:])) if port.shape else ()
         given = tuple(x.shape)
         what = f"input {port.name!r} must have the shape ({', '.join(expected)}), got {given}"
         if len(given) != len(port.shape):
-            raise ValueError(what)
-        if len(given) > 1 and given[1] != port.shape[1]:
-            raise ValueError(f"{what}: the model takes {port.shape[1]} channels")
+            return ValueError(what)
+        if len(given) > 3 and given[1] != port.shape[1]:
+            return ValueError(f"{what}: the model takes {port.shape[1]} channels")
         if given[1:] != port.shape[1:]:
-            raise ValueError(
+            dtype = "" if port.dtype is torch.float32 else f", dtype={port.dtype}"
+            return ValueError(
                 f"{what}: an engine runs at the size that it was compiled for; for this one make another, with "
-                f"engine.compile(model, torch.zeros({given}))"
+                f"engine.compile(model, torch.zeros({given}{dtype}))"
             )
         if self.batch is not None and given[:1] != port.shape[:1]:
-            raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
-        if given and given[0] < 1:
-            raise ValueError(f"{what}: the batch must not be empty")
+            return ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
+        return ValueError(f"{what}: the batch must not be empty")
+
+
+def plain(x: Tensor) -> Tensor:
+    """The numbers of an input: without gradient, as they are when read, no subclass that changes what operators do."""
+    x = x.detach()
+    if type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        x = x.as_subclass(Tensor)
+    return x.resolve_conj().resolve_neg() if x.layout is torch.strided else x
 
 
 def _memory(x: Tensor) -> int | None:

@@ -51,12 +51,16 @@ class Runner:
     def __init__(
         self, items: Sequence[Item], inputs: Sequence[str], outputs: Sequence[str], constants: Mapping[str, Tensor]
     ) -> None:
+        self._made_of = (items, inputs, outputs, constants)
         self._items = tuple(items)
         source = _Source(inputs, constants)
         for number, (item, freed) in enumerate(zip(items, _freed(items, outputs), strict=True)):
             source.add(item, freed, number)
         self._run = source.function(outputs, timed=False)
         self._timed = source.function(outputs, timed=True)
+
+    def __reduce__(self) -> Any:
+        return Runner, self._made_of  # a function made of source has no name to be found by
 
     def __call__(self, inputs: Sequence[Tensor], threads: int) -> tuple[Any, ...]:
         """The outputs."""

@@ -1,11 +1,12 @@
-"""An engine in one file: written whole or not at all, mapped into memory when it is loaded.
+"""An engine in one file: written whole or not at all, checked before anything of it is used.
 
     bytes 0 to 63     magic, version, size of the file, size of the header, SHA-256 of all that follows
     from 64           the header, JSON: inputs and outputs, items in order, facts for the profile
     then              native programs and tensors, each at a multiple of 64
 
-Nothing in a file is code: steps that PyTorch runs are named operators with plain arguments, of :data:`NAMESPACES` alone
-and none that writes to its arguments or to files. Whoever can write a file can still make it compute something else.
+Nothing in a file is code: steps that PyTorch runs are named operators with plain arguments (:func:`check_target` says
+which), and all steps are run dry, on shapes alone, when it is loaded. Whoever can write a file can still make it
+compute something else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from rarefy._files import write_atomically
-from rarefy.engine import native, plan, reference
+from rarefy.engine import native, plan
+from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.measure import LayerFacts
@@ -34,13 +36,10 @@ from rarefy.engine.segments import Item, Segment, uses
 from rarefy.engine.segments import Port as ProgramPort
 
 VERSION = 1
-#: Whose operators a file may name.
-NAMESPACES = ("aten", "rarefy", "python")
 
 _MAGIC = b"rarefy\x00e"
 _HEAD = struct.Struct("<8sIIQQ32s")
 _ALIGNMENT = 64
-_UNSAFE = {"aten.from_file.default"}
 _STEPS: dict[str, type[Step]] = {kind.__name__: kind for kind in (*plan.NATIVE, plan.Operator)}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -117,7 +116,7 @@ class _Writer:
                 'compile it with choose="native" or "torch" for an engine that can be saved'
             )
         if isinstance(item, Operator):
-            _check_target(item.target)
+            check_target(item.target)
         if isinstance(item, Packed):
             return {**self.item(item.step), "packed": list(item.shape)}
         about = {each.name: self.value(getattr(item, each.name)) for each in fields(item)}
@@ -127,12 +126,15 @@ class _Writer:
 def save(engine: Engine, path: str | Path) -> None:
     """Write an engine to a file, in the place of what is there.
 
-    Raises ValueError, before anything is written, where PyTorch runs an operator for it that is not its own or ours:
-    such a name would mean nothing where the file is loaded.
+    Raises ValueError, before anything is written, where PyTorch runs an operator for it that is not its own or ours
+    (such a name would mean nothing where the file is loaded), or one whose result's shape depends on numbers in it
+    (that cannot be checked when it is loaded).
     """
     if not isinstance(engine, Engine):
         raise TypeError(f"save takes an engine, got {type(engine).__name__}: engine.compile(model, example) makes one")
     writer = _Writer()
+    items = [writer.item(item) for item in engine._items]
+    _tried(engine)
     header = {
         "torch": torch.__version__,
         "inputs": [_port(port) for port in engine.inputs],
@@ -140,7 +142,7 @@ def save(engine: Engine, path: str | Path) -> None:
         "single": engine._single,
         "batch": engine.batch,
         "fixed_because": engine._fixed_because,
-        "items": [writer.item(item) for item in engine._items],
+        "items": items,
         "constants": {name: writer.tensor(tensor) for name, tensor in engine._constants.items()},
         "names": engine._names,
         "layers": {name: asdict(facts) for name, facts in engine._layers.items()},
@@ -163,17 +165,21 @@ def save(engine: Engine, path: str | Path) -> None:
     write_atomically(Path(path), fill)
 
 
-def load(path: str | Path) -> Engine:
-    """The engine of a file that :func:`save` wrote; its weights stay in the file, mapped into memory.
+def load(path: str | Path, *, mmap: bool = False) -> Engine:
+    """The engine of a file that :func:`save` wrote.
+
+    With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not
+    change while the engine is used: other weights in it would be computed with, and one that is cut off ends the
+    process. To replace it, rename another into its place, as :func:`save` does; do not copy over it.
 
     Raises ValueError for a file that is no engine, cut off or altered, of another version, or with native programs
-    where there is no native library.
+    where there is no native library; OSError for one that cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size
     if size < _HEAD.size:
         raise ValueError(_damaged(path, "it is too short"))
-    data = np.memmap(path, np.uint8, "c")
+    data = np.memmap(path, np.uint8, "c") if mmap else _copied(path, size)
     magic, version, _, whole, length, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
     if magic != _MAGIC:
         raise ValueError(f"{path} is not an engine: engine.save(engine, path) writes one")
@@ -197,6 +203,24 @@ def load(path: str | Path) -> Engine:
         raise ValueError(_damaged(path, f"{type(error).__name__}: {error}")) from error
 
 
+def _copied(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    memory = native.aligned(size)
+    with path.open("rb") as file:
+        if file.readinto(memory.data) != size:
+            raise ValueError(_damaged(path, "it became shorter while it was read"))
+    return memory
+
+
+def _tried(engine: Engine) -> None:
+    """Raise ValueError for an engine that cannot run on inputs of the shapes that it was compiled for."""
+    inputs = {port.name: torch.empty(port.shape, dtype=port.dtype, device="meta") for port in engine.inputs}
+    values = dry_run(engine._items, inputs, engine._constants)
+    for port in engine.outputs:
+        value = values[port.name]
+        if not isinstance(value, Tensor) or tuple(value.shape) != port.shape or value.dtype != port.dtype:
+            raise ValueError(f"output {port.name!r} is not {port.shape} of {port.dtype}")
+
+
 class _UnusableError(ValueError):
     """A whole file that cannot be used here."""
 
@@ -209,17 +233,20 @@ def _port(port: Port) -> _Json:
     return {"name": port.name, "shape": list(port.shape), "dtype": str(port.dtype).removeprefix("torch.")}
 
 
-def _check_target(target: str) -> None:
-    """Raise ValueError for an operator that a file may not name."""
-    namespace = target.partition(".")[0]
-    if namespace not in NAMESPACES or target in _UNSAFE:
-        raise ValueError(
-            f"the engine runs {target}, which cannot be saved: a file names operators of PyTorch and rarefy alone. "
-            "Save the model and compile it where it is used"
-        )
-    function = reference.resolve(target)
-    if namespace != "python" and function._schema.is_mutable:  # type: ignore[attr-defined]
-        raise ValueError(f"the engine runs {target}, which changes its arguments: that cannot be saved")
+def _text(value: _Json) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a name is {value!r:.80}")
+    return value
+
+
+def _texts(table: _Json) -> dict[str, str]:
+    return {_text(name): _text(value) for name, value in table.items()}
+
+
+def _sizes(value: _Json) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(size) is int and 0 <= size <= LARGEST_INTEGER for size in value):
+        raise ValueError(f"sizes are {value!r:.80}")
+    return tuple(value)
 
 
 class _Reader:
@@ -241,34 +268,60 @@ class _Reader:
             known.update(makes)
         if not outputs or not known.issuperset(port.name for port in outputs):
             raise ValueError("nothing makes an output")
-        return Engine(
+        engine = Engine(
             items=items,
             inputs=inputs,
             outputs=outputs,
-            single=bool(header["single"]),
+            single=header["single"],
             batch=header["batch"],
             fixed_because=header["fixed_because"],
             constants=constants,
-            names=dict(header["names"]),
+            names=_texts(header["names"]),
             layers={name: LayerFacts(**facts) for name, facts in header["layers"].items()},
-            reasons=dict(header["reasons"]),
+            reasons=_texts(header["reasons"]),
             threads=header["threads"],
             report=Report(**header["report"]),
         )
+        self._check_facts(engine)
+        _tried(engine)
+        return engine
+
+    def _check_facts(self, engine: Engine) -> None:
+        """Raise ValueError where what is not computed with, only told or looked at, is of another kind."""
+        report, because = engine.report, engine._fixed_because
+        if engine._single not in (True, False) or (engine._single and len(engine.outputs) != 1):
+            raise ValueError("a single output is one")
+        for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, 1024)):
+            if number is not None and not (type(number) is int and 1 <= number <= largest):
+                raise ValueError(f"a batch or a number of threads is {number!r:.80}")
+        if not all(isinstance(each, str) for each in (report.chosen, report.weights, because or "")):
+            raise ValueError("a text is none")
+        numbers = [report.seconds, report.measuring_seconds, report.weight_bytes, report.scratch_bytes]
+        numbers += [
+            *dict(report.candidates).values(),
+            *(item.rows for item in engine._items if isinstance(item, Segment)),
+        ]
+        for facts in engine._layers.values():
+            numbers += [each for each in asdict(facts).values() if each is not None]
+        if not all(type(each) in (int, float) and 0 <= each <= 1 << 62 for each in numbers):
+            raise ValueError("a number of the report is none")
+        if any(facts.dense_macs < facts.macs or facts.weights < facts.nonzeros for facts in engine._layers.values()):
+            raise ValueError("a layer has more nonzeros than weights")
 
     def _engine_port(self, about: _Json) -> Port:
-        return Port(about["name"], tuple(map(int, about["shape"])), _DTYPES[about["dtype"]])
+        shape = _sizes(about["shape"])
+        if math.prod(shape) > LARGEST_INTEGER:
+            raise ValueError(f"an input or output has the shape {shape}")
+        return Port(_text(about["name"]), shape, _DTYPES[about["dtype"]])
 
     def _blob(self, place: _Json) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        offset, size = map(int, place)
+        offset, size = _sizes(place)
         if offset < 0 or size < 0 or offset % _ALIGNMENT or offset + size > len(self.blobs):
             raise ValueError(f"nothing lies at {offset}")
         return self.blobs[offset : offset + size]
 
     def _tensor(self, about: _Json) -> Tensor:
-        dtype, shape = _DTYPES[about["dtype"]], tuple(map(int, about["shape"]))
-        if any(size < 0 for size in shape) or len(about["place"]) != 2:
-            raise ValueError(f"a tensor has the shape {shape}")
+        dtype, shape = _DTYPES[about["dtype"]], _sizes(about["shape"])
         numbers = self._blob(about["place"])
         if math.prod(shape) * dtype.itemsize != len(numbers):
             raise ValueError(f"a tensor of the shape {shape} has {len(numbers)} bytes")
@@ -280,21 +333,25 @@ class _Reader:
             program = native.load(self._blob(about["program"]))
             ports = []
             for name, given in (("inputs", program.ports(outputs=False)), ("outputs", program.ports(outputs=True))):
-                told = tuple(ProgramPort(port["value"], tuple(map(int, port["shape"]))) for port in about[name])
+                told = tuple(ProgramPort(_text(port["value"]), _sizes(port["shape"])) for port in about[name])
                 if [math.prod(port.shape) for port in told] != [math.prod(shape) for shape, _ in given]:
                     raise ValueError(f"a program has other {name}")
                 ports.append(told)
-            return Segment(program, ports[0], ports[1], tuple(about["steps"]), float(about["rows"]))
+            return Segment(program, ports[0], ports[1], tuple(map(_text, about["steps"])), about["rows"])
         kind = _STEPS[about["step"]]
         given_fields = {name: self._value(value) for name, value in about["fields"].items()}
         if kind is Operator:
-            _check_target(given_fields["target"])
+            check_target(given_fields["target"])
         step = kind(**given_fields)
+        for text in (step.name, step.output, *step.inputs):
+            _text(text)
         if "packed" not in about:
             return step
         if not isinstance(step, Conv):
             raise ValueError(f"a {about['step']} is not packed")
-        return packed(step, tuple(map(int, about["packed"]))) or step
+        shape = _sizes(about["packed"])
+        check_conv(step, shape)
+        return packed(step, shape) or step
 
     def _value(self, value: _Json) -> Any:
         if isinstance(value, list):

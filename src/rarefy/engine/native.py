@@ -23,7 +23,7 @@ CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
 #: How weights are stored.
 STORAGES = {"float32": 0, "bfloat16": 1}
 
-_ERROR_BYTES = 512
+_ERROR_BYTES, _ALIGNMENT = 512, 64
 _POINTER, _TEXT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 _Int32x2, _Int32x3, _Int32x4 = _INT32 * 2, _INT32 * 3, _INT32 * 4
 
@@ -46,7 +46,9 @@ class _Conv(ctypes.Structure):
         ("storage", _INT32),
         ("choice", _INT32),
         ("weight", _POINTER),
+        ("weights", _INT64),
         ("bias", _POINTER),
+        ("biases", _INT64),
     )
 
 
@@ -64,6 +66,10 @@ class _Pool(ctypes.Structure):
 
 class _Options(ctypes.Structure):
     _fields_ = (("isa", _TEXT), ("batch", _INT32), ("threads", _INT32), ("tune_seconds", ctypes.c_double))
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (("data", _POINTER), ("floats", _INT64))
 
 
 class _ProgramInfo(ctypes.Structure):
@@ -97,6 +103,8 @@ class _StepInfo(ctypes.Structure):
     )
 
 
+_BUFFERS = ctypes.POINTER(_Buffer)
+
 #: The functions of the header: what they give back and take, without the error's two arguments where they have them.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_new": (_POINTER, (), False),
@@ -106,7 +114,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_pool": (_INT32, (_POINTER, ctypes.POINTER(_Pool), _TEXT), True),
     "builder_global_average": (_INT32, (_POINTER, _INT32, _TEXT), True),
     "builder_binary": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _INT32, _TEXT), True),
-    "builder_affine": (_INT32, (_POINTER, _INT32, _POINTER, _POINTER, _INT32, _TEXT), True),
+    "builder_affine": (_INT32, (_POINTER, _INT32, _POINTER, _POINTER, _INT64, _INT32, _TEXT), True),
     "builder_concat": (_INT32, (_POINTER, ctypes.POINTER(_INT32), _INT32, _TEXT), True),
     "builder_upsample": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
     "builder_flatten": (_INT32, (_POINTER, _INT32, _TEXT), True),
@@ -114,7 +122,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_shape": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_Int32x3)), True),
     "builder_finish": (_POINTER, (_POINTER, ctypes.POINTER(_Options)), True),
     "program_free": (None, (_POINTER,), False),
-    "program_run": (_INT32, (_POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER), False),
+    "program_run": (
+        _INT32,
+        (_POINTER, _BUFFERS, _INT32, _BUFFERS, _INT32, _INT64, _INT32, _POINTER, _INT64),
+        True,
+    ),
     "program_describe": (None, (_POINTER, ctypes.POINTER(_ProgramInfo)), False),
     "program_step": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_StepInfo)), False),
     "program_port": (_INT32, (_POINTER, _INT32, _INT32, ctypes.POINTER(_Int32x3), ctypes.POINTER(_INT32)), False),
@@ -199,7 +211,11 @@ class ProgramFacts:
 
 
 class Program:
-    """A program; any number of threads may run it at the same time. ``keep`` is what its memory lies in, if mapped."""
+    """A program; any number of threads may run it at the same time.
+
+    ``keep`` is what its memory lies in, where it was loaded. A copy (``copy``, ``pickle``) is a program of its own,
+    made of the bytes of this one, which computes the same bits under the same instruction set.
+    """
 
     def __init__(self, address: int, keep: object = None) -> None:
         self._address = address
@@ -211,6 +227,10 @@ class Program:
             about.steps, about.group, about.weight_bytes, about.scratch_bytes, about.tune_seconds, about.isa.decode()
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy through the program's bytes: its address means nothing to anybody else."""
+        return _again, (bytes(self.save()), self.facts.isa)
+
     def steps(self) -> list[StepFacts]:
         """What is known of its steps."""
         found, info = [], _StepInfo()
@@ -218,7 +238,12 @@ class Program:
             _call("program_step", self._address, index, ctypes.byref(info))
             found.append(
                 StepFacts(
-                    *((info.name or b"").decode(), info.kind.decode(), info.kernel.decode(), tuple(info.shape)),
+                    *(
+                        (info.name or b"").decode(errors="replace"),
+                        info.kind.decode(),
+                        info.kernel.decode(),
+                        tuple(info.shape),
+                    ),
                     *(info.weights, info.nonzeros, info.stored, info.macs, info.dense_macs, info.weight_bytes),
                     *(info.tuned_seconds, info.dense_seconds),
                 )
@@ -233,11 +258,20 @@ class Program:
         threads: int,
         seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
     ) -> None:
-        """Fill ``outputs`` from ``inputs``, all contiguous float32; the time of each step is added to ``seconds``."""
-        read = (_POINTER * len(inputs))(*(kernels.address(x) for x in inputs))
-        written = (_POINTER * len(outputs))(*(kernels.address(y) for y in outputs))
-        clock = None if seconds is None else seconds.ctypes.data
-        if _call("program_run", self._address, read, written, batch, threads, clock):
+        """Fill ``outputs`` from ``inputs``, all contiguous float32; the time of each step is added to ``seconds``.
+
+        Raises NativeError where a tensor has not ``batch`` times the numbers of its port, and for a number of threads
+        outside 1 to 1024; MemoryError without memory for the scratch.
+        """
+        for number in (batch, threads):
+            if not 0 <= number < 1 << 31:
+                raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
+        if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
+            raise NativeError("seconds must be contiguous float64")
+        read, written = _buffers(inputs), _buffers(outputs)
+        clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
+        ports = (read, len(inputs), written, len(outputs))
+        if _call("program_run", self._address, *ports, batch, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
     def ports(self, *, outputs: bool) -> list[tuple[tuple[int, int, int], int]]:
@@ -257,12 +291,37 @@ class Program:
         return data
 
 
-def load(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Program:
+def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
+    for x in tensors:
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            raise NativeError(f"inputs and outputs must be contiguous float32, got {x.dtype} of strides {x.stride()}")
+    return (_Buffer * len(tensors))(*(_Buffer(kernels.address(x), x.numel()) for x in tensors))
+
+
+def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Memory for so many bytes that begins where :func:`load` wants it to."""
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % _ALIGNMENT
+    return memory[skip : skip + size]
+
+
+def _again(data: bytes, saved_under: str) -> Program:
+    """The copy of a program, under the same instruction set where this CPU has it."""
+    if not available():
+        raise NativeError("a native program needs the native engine, and there is none here (rarefy info says why)")
+    memory = aligned(len(data))
+    memory[:] = np.frombuffer(data, np.uint8)
+    there = any(each.name == "engine" and each.isa == saved_under and each.supported for each in _library.table())
+    return load(memory, saved_under.encode() if there else None)
+
+
+def load(data: np.ndarray[Any, np.dtype[np.uint8]], under: bytes | None = None) -> Program:
     """The program whose bytes these are, read in place: 64-byte aligned, and not changed while it lives.
 
-    Raises NativeError for bytes that are no program.
+    It runs under the instruction set ``under``; without it, under the one to use here. Raises NativeError for bytes
+    that are no program.
     """
-    return Program(_call("program_load", data.ctypes.data, data.nbytes, isa()), data)
+    return Program(_call("program_load", data.ctypes.data, data.nbytes, under or isa()), data)
 
 
 def _label(name: str) -> bytes:
@@ -281,8 +340,12 @@ class Builder:
     """Takes the steps of a program one after the other; values are numbers. Every method raises NativeError."""
 
     def __init__(self) -> None:
-        self._address = _call("builder_new")
+        self._address: int = _call("builder_new")
         self._finalizer = weakref.finalize(self, _call, "builder_free", self._address)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Raise TypeError: a copy would hold the same address."""
+        raise TypeError("a Builder cannot be copied or pickled: copy the Program that finish() makes")
 
     def input(self, shape: tuple[int, int, int], layout: int, name: str) -> int:
         """An input of so many channels, rows and columns."""
@@ -320,7 +383,9 @@ class Builder:
             storage=STORAGES[storage],
             choice=CHOICES[choice],
             weight=_address(weights),
+            weights=weights.numel(),
             bias=_address(biases),
+            biases=0 if biases is None else biases.numel(),
         )
         return self._add("conv", ctypes.byref(about), name=name)
 
@@ -359,7 +424,11 @@ class Builder:
     def affine(self, x: int, scale: Tensor | None, shift: Tensor | None, activation: Activation, *, name: str) -> int:
         """A factor and a summand for every channel."""
         scales, shifts = _float32(scale), _float32(shift)
-        return self._add("affine", x, _address(scales), _address(shifts), ACTIVATIONS.index(activation), name=name)
+        counts = {each.numel() for each in (scales, shifts) if each is not None}
+        if len(counts) > 1:
+            raise NativeError(f"scale and shift must have one number a channel, got {sorted(counts)}")
+        given = (_address(scales), _address(shifts), max(counts, default=0))
+        return self._add("affine", x, *given, ACTIVATIONS.index(activation), name=name)
 
     def concat(self, xs: Sequence[int], *, name: str) -> int:
         """The channels of all."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ class Packed:
         options = (list(padding), self.step.stride, self.step.dilation, self.step.groups)
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *options, size)
         object.__setattr__(self, "weight", packed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs its weights again: the packed ones lie in oneDNN's own memory."""
+        return Packed, (self.step, self.shape)
 
     @property
     def inputs(self) -> tuple[str, ...]:

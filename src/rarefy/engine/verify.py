@@ -9,6 +9,7 @@ numbers.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def _tolerance(plan: Plan) -> float:
     """The share of the largest number that rounding in the coarsest dtype of the plan may come to."""
     dtypes = {value.dtype for value in plan.values.values()} & {*_FLOATS}
     dtypes |= {value.dtype for value in plan.constants.values()} & {*_FLOATS}
-    return max(torch.finfo(dtype).eps for dtype in dtypes or {torch.float64}) ** 0.5 / 4
+    coarsest: float = max(torch.finfo(dtype).eps for dtype in dtypes or {torch.float64})
+    return math.sqrt(coarsest) / 4
 
 
 def _close(got: Tensor, expected: Tensor, plan: Plan) -> bool:
@@ -155,7 +157,7 @@ def _distance(got: Tensor, expected: Tensor) -> float:
     a, b = a[finite], b[finite]
     largest = b.abs().max().item()
     difference = (a - b).abs().max().item()
-    return difference if difference == 0 else difference / max(largest, torch.finfo(torch.float32).tiny)
+    return float(difference and difference / max(largest, torch.finfo(torch.float32).tiny))
 
 
 def _as_good(got: Tensor, expected: Tensor, exact: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from rarefy._files import write_atomically
 from rarefy.report import plots
 from rarefy.report.figure import Plot
 from rarefy.report.run import Layer, Run, load
@@ -61,12 +61,7 @@ def write(run: Path, *, baseline: Path | None = None, output: Path | None = None
     """
     target = Path(run) / "report.html" if output is None else Path(output)
     page = render(load(run), None if baseline is None else load(baseline))
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(page, encoding="utf-8", newline="\n")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(target, lambda beside: beside.write_text(page, encoding="utf-8", newline="\n"))
     return target
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rarefy import cost, sparse
@@ -389,7 +389,8 @@ class Classification:
         }
         tensors = {key: tensor.contiguous() for key, tensor in self.plain_model.state_dict().items()}
         path = self.folder.path / "model.safetensors"
-        write_atomically(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+        data = save(tensors, metadata={"format": "pt"})
+        write_atomically(path, lambda p: p.write_bytes(data))
         if magnitudes:
             self.folder.write_json("histograms.json", {"layers": magnitudes})
         self.folder.write_json("summary.json", summary)

@@ -107,16 +107,21 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {str(path)!r}; recipes are YAML files such as recipes/demo.yaml")
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    plain = read_yaml(path)
     if not isinstance(plain, dict):
         raise ValueError(f"{path} must hold keys such as name, model and method, got {plain!r:.80}")
     for change in changes:
         _set(plain, change)
     plain.setdefault("name", path.stem)
     return parse(plain)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError, in one line, for one that is not valid."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except _NO_YAML as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse(plain: Mapping[str, Any]) -> Recipe:
@@ -144,8 +149,9 @@ def _set(plain: dict[str, Any], change: str) -> None:
         plain = inner
     try:
         plain[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {change}: {value!r} is not valid YAML: {error}") from error
+    except _NO_YAML as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"--set {change:.80}: {value!r:.80} is not valid YAML: {why}") from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
@@ -161,6 +167,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
 
 
 T = TypeVar("T")
+
+#: What PyYAML raises for text that is none: a tag that does not fit its node ends in Python's own errors.
+_NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 def _build(cls: type[T], plain: Any, where: str) -> T:
@@ -230,10 +239,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _build(typing.cast(type[Any], kind), value, where)
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for one in allowed:
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             return _converted(one, value)
     names = " or ".join(_KINDS[typing.get_origin(one) or one] for one in allowed)
-    raise ValueError(f"{where} must be {names}, got {value!r}")
+    raise ValueError(f"{where} must be {names}, got {value!r:.80}")
 
 
 def _converted(kind: Any, value: Any) -> Any:
@@ -270,6 +279,9 @@ def _check(recipe: Recipe) -> None:
     _one_of("data.augment", data.augment, ["none", "crop-flip"])
     _one_of("optimizer.name", optimizer.name, ["sgd", "adamw"])
     _one_of("precision", recipe.precision, ["fp32", "bf16", "fp16"])
+    for key, number in (("seed", recipe.seed), ("schedule.epochs", schedule.epochs), ("threads", recipe.threads or 0)):
+        require(abs(number) < 1 << 31, key, "below 2^31", number)
+    require(schedule.batch_size < 1 << 31, "schedule.batch_size", "below 2^31", schedule.batch_size)
     folder = recipe.name not in ("", ".", "..") and not set(recipe.name) & set("/\\\0")
     require(folder, "name", "a folder's name", recipe.name)
     for option, value in recipe.model.options.items():

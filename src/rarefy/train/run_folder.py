@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from rarefy._files import write_atomically
+from rarefy._files import write_atomically, write_through
 
 #: What a checkpoint holds.
 _STATE = {"step", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier", "scaler"}
@@ -53,7 +53,7 @@ class RunFolder:
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Replace a checkpoint."""
-        write_atomically(self.checkpoint(name), lambda p: torch.save(dict(state), p))
+        write_through(self.checkpoint(name), lambda file: torch.save(dict(state), file))
 
     def load(self, name: str) -> dict[str, Any] | None:
         """A checkpoint, on the CPU; None if there is none. Raises ValueError for one that is cut off or altered."""

@@ -1,0 +1,154 @@
+"""A dry run: what the items of an engine make of inputs that have shapes and no numbers.
+
+A file may ask PyTorch for anything that its operators can do. On PyTorch's device "meta" they work out shapes alone:
+what does not fit together is found, and what would fill the memory, before a number is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.engine.eager import Eager
+from rarefy.engine.onednn import Packed
+from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
+from rarefy.engine.reference import resolve, run_step
+from rarefy.engine.segments import Item, Segment, uses
+
+#: Whose operators a file may name.
+NAMESPACES = ("aten", "rarefy", "python")
+#: The most numbers of one value, and the largest size that a value which is a number may be.
+MOST_NUMBERS, LARGEST_INTEGER = 1 << 30, 1 << 40
+
+# Operators that read files or memory, or that trust their arguments: their names say so, or begin with an underscore.
+_UNSAFE = ("from_file", "as_strided", "empty", "sparse", "quantize", "fbgemm", "mkldnn", "cudnn", "miopen", "backward")
+_INTERNAL = {
+    *("_to_copy", "_softmax", "_log_softmax", "_adaptive_avg_pool2d", "_native_batch_norm_legit_no_training"),
+    *("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "_weight_norm_interface", "_unsafe_view"),
+}
+
+
+def check_target(target: str) -> None:
+    """Raise ValueError for an operator that a file may not name."""
+    namespace, _, name = target.partition(".")
+    name = name.partition(".")[0]
+    internal = name.startswith("_") and name not in _INTERNAL
+    unsafe = namespace == "aten" and (internal or any(word in name for word in _UNSAFE))
+    if namespace not in NAMESPACES or unsafe:
+        raise ValueError(
+            f"the engine runs {target}, which cannot be saved: a file names operators of PyTorch and rarefy alone, and "
+            "none that works on memory as it is. Save the model and compile it where it is used"
+        )
+    function = resolve(target)
+    if namespace != "python" and function._schema.is_mutable:  # type: ignore[attr-defined]
+        raise ValueError(f"the engine runs {target}, which changes its arguments: that cannot be saved")
+
+
+def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The values that the items make of ``inputs``, without their numbers; tensors are on the device "meta".
+
+    Raises ValueError where an item does not fit what it reads, or what it makes is too large.
+    """
+    values: dict[str, Any] = {name: x.to("meta") for name, x in {**constants, **inputs}.items()}
+    for item in items:
+        try:
+            made = _made(item, values)
+        except Exception as error:  # whatever PyTorch says to arguments that do not fit
+            _, what = uses(item)
+            raise ValueError(f"what makes {', '.join(what)} cannot run: {str(error).splitlines()[:1]}") from error
+        for name, value in made.items():
+            _check_size(name, value)
+        values.update(made)
+    return values
+
+
+def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(item, Segment):
+        xs = [values[port.value] for port in item.inputs]
+        batches = {tuple(x.shape[: x.dim() - len(port.shape)]) for x, port in zip(xs, item.inputs, strict=True)}
+        fit = all(
+            x.dtype is torch.float32 and tuple(x.shape[x.dim() - len(port.shape) :]) == port.shape
+            for x, port in zip(xs, item.inputs, strict=True)
+        )
+        if not fit or len(batches) != 1:
+            raise ValueError("its inputs have other shapes")
+        (batch,) = batches
+        return {port.value: torch.empty((*batch, *port.shape), device="meta") for port in item.outputs}
+    if isinstance(item, Eager):
+        raise ValueError("a model is no part of a file")
+    step = item.step if isinstance(item, Packed) else item
+    if isinstance(step, Conv):
+        check_conv(step, tuple(values[step.input].shape))
+    return {item.output: run_step(_without_numbers(step), values)}
+
+
+def check_conv(step: Conv, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a convolution that inputs of this shape do not go through."""
+    axes = len(step.stride)
+    whole = [*step.stride, *step.dilation, step.groups, *(size for pair in step.padding for size in pair), *shape]
+    if not all(type(number) is int and 0 <= number <= 1 << 30 for number in whole):
+        raise ValueError(f"its sizes are {whole}")
+    per_axis = {axes, len(step.dilation), len(step.padding), step.weight.dim() - 2, len(shape) - 2}
+    if (
+        per_axis not in ({1}, {2}, {3})
+        or min(*step.stride, *step.dilation, step.groups) < 1
+        or step.weight.numel() == 0
+    ):
+        raise ValueError("its stride, dilation, padding and groups do not fit its weights")
+    out, each = step.weight.shape[:2]
+    room = [
+        size + sum(pair) - d * (k - 1)
+        for size, pair, d, k in zip(shape[2:], step.padding, step.dilation, step.weight.shape[2:], strict=True)
+    ]
+    if out % step.groups or shape[1] != each * step.groups or min(room) < 1 or math.prod(shape) > MOST_NUMBERS:
+        raise ValueError(f"weights of {tuple(step.weight.shape)} do not fit an input of {shape}")
+    if step.bias is not None and tuple(step.bias.shape) != (out,):
+        raise ValueError(f"its bias has the shape {tuple(step.bias.shape)}")
+
+
+def _without_numbers(step: Step) -> Step:
+    if isinstance(step, Operator):
+        schema = None if step.target.startswith("python.") else resolve(step.target)._schema  # type: ignore[attr-defined]
+        args, kwargs = _bare(list(step.args)), {name: _bare(value) for name, value in step.kwargs.items()}
+        if step.target.startswith("python."):
+            _check_numbers(step.target, args)
+        elif schema is not None and any(argument.name == "device" for argument in schema.arguments):
+            kwargs["device"] = torch.device("meta")
+        return replace(step, args=tuple(args), kwargs=kwargs)
+    bare: dict[str, Any] = {name: value.to("meta") for name, value in tensors(step).items()}
+    return replace(step, **bare)
+
+
+def _bare(argument: Any) -> Any:
+    """An argument with its tensors on the device "meta"."""
+    if isinstance(argument, Tensor):
+        return argument.to("meta")
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_bare(each) for each in argument)
+    return argument
+
+
+def _check_numbers(target: str, args: Sequence[Any]) -> None:
+    """Python's integers have no end, and its strings and lists multiply."""
+    for argument in args:
+        small = isinstance(argument, (bool, int, float)) and abs(argument) <= LARGEST_INTEGER
+        if not small and not isinstance(argument, Ref):
+            raise ValueError(f"{target} takes numbers up to {LARGEST_INTEGER}, got {argument!r:.80}")
+    if target == "python.pow" and not (type(args[-1]) in (int, float) and abs(args[-1]) <= 8):
+        raise ValueError(f"{target} takes exponents up to 8, got {args[-1]!r:.80}")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            _check_size(name, each)
+    elif isinstance(value, Tensor):
+        if value.numel() > MOST_NUMBERS:
+            raise ValueError(f"{name} would have {value.numel()} numbers: at most {MOST_NUMBERS} are computed")
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise ValueError(f"{name} would be a number above {LARGEST_INTEGER}")

@@ -1,0 +1,82 @@
+"""Changed native programs with a right checksum, straight into the loader under sanitizers: ``make fuzz``.
+
+Usage: python -m tests.fuzz_files FUZZER COUNT [SEED]. Appends what was found to results/fuzz.csv.
+"""
+
+import csv
+import datetime
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rarefy import models
+from rarefy.engine.capture import capture
+from rarefy.engine.compiler import build
+from rarefy.engine.passes import optimize
+from rarefy.engine.segments import Segment
+from tests.engine.networks import UNet, Vision, thinned
+
+RESULTS = Path("results/fuzz.csv")
+
+
+def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
+    """Convolutions in bands, depthwise ones, a concatenation, pools, transformers; sparse and dense."""
+    banded = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.MaxPool2d(2)
+    )
+    dense = nn.Sequential(nn.Conv2d(3, 8, 5, 2, groups=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 5))
+    return [
+        *((thinned(UNet()), (3, 16, 16)), (thinned(Vision()), (3, 16, 16)), (thinned(banded), (3, 32, 32))),
+        *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (3, 16, 16))),
+    ]
+
+
+def write_seeds(folder: Path) -> list[Path]:
+    """The programs of the networks, with weights of either kind."""
+    torch.manual_seed(0)
+    files = []
+    for model, shape in networks():
+        x = torch.randn(2, *shape)
+        for weights in ("float32", "bfloat16"):
+            compiled = build(optimize(capture(model, (x,))), (x,), None, weights, "native", 0.0)
+            for item in compiled._items:
+                if isinstance(item, Segment):
+                    files.append(folder / f"{len(files)}.program")
+                    files[-1].write_bytes(item.program.save())
+    return files
+
+
+def main() -> int:
+    fuzzer, count, seed = sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "1"
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = write_seeds(Path(folder))
+        done = subprocess.run([fuzzer, count, seed, *map(str, seeds)], stdout=subprocess.PIPE, text=True, check=False)
+    mutants, loaded, ran, longest = done.stdout.strip().split(",") if done.returncode == 0 else (count, "", "", "")
+    row = {
+        "mutants": mutants,
+        "loaded": loaded,
+        "ran": ran,
+        "crashes": int(done.returncode != 0),
+        "longest_seconds": longest,
+        "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": f"python -m tests.fuzz_files FUZZER {count} {seed}",
+    }
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
