@@ -47,7 +47,7 @@ def difference(found: Any, expected: Any) -> float:
 
 
 def compare(model: nn.Module, run: Run, inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """How far the engine and PyTorch are from each other, and both from PyTorch in float64 where it computes in that."""
+    """How far the engine and PyTorch are from each other, and both from PyTorch in float64 where it has it."""
     with torch.no_grad():
         eager = model(*inputs)
     found = run(*inputs)
