@@ -30,7 +30,8 @@ def worst(row: Row) -> float:
 
 def ill_conditioned(row: Row) -> bool:
     """Whether the engine is about as near to float64 as PyTorch is: the network amplifies rounding, whoever rounds."""
-    return all(float(row[f"engine64_{b}"]) <= 4 * float(row[f"eager64_{b}"]) for b in (1, 4))
+    pairs = [(row[f"engine64_{batch}"], row[f"eager64_{batch}"]) for batch in (1, 4)]
+    return all(exact and float(engine) <= 4 * float(exact) for engine, exact in pairs)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
