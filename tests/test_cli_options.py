@@ -35,7 +35,10 @@ NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "text", "", "1" * 400]
 WRITTEN = {"--run", "--csv", "--html", "--output", "--save", "--shipped", "--unit"}
 
 
-def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[str, list[argparse.Action]]]:
+Options = tuple[str, list[argparse.Action]]
+
+
+def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[Options]:
     """Every command, and its options."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -84,13 +87,13 @@ def test_every_command_has_a_call() -> None:
     ("name", "option"),
     [(n, a.option_strings[0]) for n, a in OPTIONS if a.type in (int, float)],
 )
-def test_numbers(
-    name: str, option: str, number: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers(name: str, option: str, number: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, here, *name.split(), *CALLS[name], f"{option}={number}")
 
 
-@pytest.mark.parametrize("path", ["file/below.json", "folder.json", "/proc/none/a.json", "/dev/null", "a" * 300 + ".json"])
+@pytest.mark.parametrize(
+    "path", ["file/below.json", "folder.json", "/proc/none/a.json", "/dev/null", "a" * 300 + ".json"]
+)
 @pytest.mark.parametrize(
     ("name", "option"),
     [(n, a.option_strings[0]) for n, a in OPTIONS if WRITTEN & set(a.option_strings)],
@@ -125,9 +128,7 @@ def test_paths_to_write(name: str, option: str, path: str, here: Path, capsys: p
         ("rtl search", "--liberty"),
     ],
 )
-def test_paths_to_read(
-    name: str, place: str | None, path: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_paths_to_read(name: str, place: str | None, path: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = [] if name == "rtl search" else [path if place is None else CALLS[name][0]]
     rest = {"export": ["--to", "engine"], "rtl search": CALLS["rtl search"]}.get(name, [])
     refused(capsys, here, *name.split(), *first, *rest, *([] if place is None else [place, path]))

@@ -1,4 +1,4 @@
-"""Tables whose rows are constants, one row, or change sign; resets that do nothing; text that is not to become hardware."""
+"""Tables of constants, of one row or whose rows change sign; resets that do nothing; text that must stay text."""
 
 import re
 from dataclasses import replace
@@ -16,7 +16,7 @@ FUNCTIONS = {
     "identity": lambda x: x + 0.0,
     "relu6": lambda x: np.clip(x, 0, 6),
     "zero": lambda x: x * 0.0,
-    "one": lambda x: np.ones_like(x),
+    "one": np.ones_like,
     "step": lambda x: (x > 0).astype(float),
     "negative": lambda x: -x,
 }
@@ -38,9 +38,8 @@ def test_a_row_that_changes_its_sign_passes_nan_through_the_sum():
 def test_linear_tables_of_one_row():
     index = MultiplyIndex(0x3D00, 100, 100)
     for symmetry, rows in (("odd", ((64, 0),)), ("none", ((64, 0), (3, 7)))):
-        table = Table(
-            "one", "mine", "bf16", "linear", index, rows, symmetry, identity_below=0x3D00, fraction_bits=6, offset=0x3D00
-        )
+        rest = {"identity_below": 0x3D00, "fraction_bits": 6, "offset": 0x3D00}
+        table = Table("one", "mine", "bf16", "linear", index, rows, symmetry, **rest)
         assert rtl.verify(rtl.emit(table, lanes=8)).passed
 
 
@@ -67,13 +66,16 @@ def test_numbers_taken_during_a_reset_are_found():
 # Names and text
 
 
-@pytest.mark.parametrize("top", sorted(RESERVED)[::17] + ["x", "y", "clk", "rows", "result", "a b", "é", "t\n", "m" * 129])
+SIGNALS = ("x", "y", "clk", "rows", "result")
+
+
+@pytest.mark.parametrize("top", [*sorted(RESERVED)[::17], *SIGNALS, "a b", "é", "t\n", "m" * 129])
 def test_names_that_no_module_can_have(top):
     with pytest.raises(ValueError, match=r"^top must"):
         rtl.emit(act.load("tanh_e5m2"), stages=1, top=top)
 
 
-@pytest.mark.parametrize("text", ["a\nmodule evil; endmodule //", "a\r`include \"x\"", "*/ é \\", "a\u2028b"])
+@pytest.mark.parametrize("text", ["a\nmodule evil; endmodule //", 'a\r`include "x"', "*/ é \\", "a\u2028b"])
 def test_text_of_a_table_stays_a_comment(text):
     table = replace(act.load("tanh_e5m2"), name=text, function=text)
     plain = rtl.emit(replace(table, name="plain", function="mine"), top="unit").text

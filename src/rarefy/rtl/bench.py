@@ -104,9 +104,9 @@ async def stalled(
 ) -> tuple[list[int | str | None], list[str]]:
     """Both sides wait at random; what waits at the output must stay, and nothing may be lost, added or stuck.
 
-    The rates change every 64 clocks, so that full, empty and bursty pipelines occur. Again and again a reset comes while
-    numbers are in flight: during it nothing may be taken, nor given from its first edge on, and what was in flight never
-    comes out; it is sent again.
+    The rates change every 64 clocks, so that full, empty and bursty pipelines occur. Again and again a reset comes
+    while numbers are in flight: during it nothing may be taken, nor given from its first edge on, and what was in
+    flight never comes out; it is sent again.
     """
     outputs: list[int | str | None] = [None] * len(words)
     faults: list[str] = []

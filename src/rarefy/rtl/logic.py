@@ -295,7 +295,8 @@ class Unit:
         about = About(self.name, oracle.name_of(frame.function), largest, self.command, details)
         far = "the limit" if frame.exact_limit else "just below the limit"
         text = (
-            f"// {comment(about.function)} in {fmt.name} as sums of products, largest error {largest:.6f} over all inputs\n"
+            f"// {comment(about.function)} in {fmt.name} as sums of products,"
+            f" largest error {largest:.6f} over all inputs\n"
             f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: {far}; NaN gives a NaN\n"
             + (f"// made by: {comment(self.command)}\n" if self.command else "")
             + f"module {self.name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"

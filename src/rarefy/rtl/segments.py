@@ -64,8 +64,12 @@ def segments(table: Table, nan: str) -> Unit:
         line = _shifted(slopes, f, bw, w)
     else:
         line = _product(summed, slopes, f, bw)
-    follows = odd or crossing or all(
-        (y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True)
+    follows = (
+        odd
+        or crossing
+        or all(
+            (y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True)
+        )
     )
     words = []
     for r, z, p in zip(rows, zero, passing, strict=True):
