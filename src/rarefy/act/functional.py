@@ -15,7 +15,9 @@ in a form of their own, :mod:`rarefy.act.plain`. Otherwise they are one operator
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -451,6 +453,19 @@ def _apply(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor
     return result
 
 
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+@contextlib.contextmanager
+def kept_operators() -> Iterator[None]:
+    """Within the block ``torch.export`` records our operator and not plain ones: whoever runs the program has it."""
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def _traced(
     function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
 ) -> Tensor:
@@ -464,7 +479,8 @@ def _traced(
     # the fused form of float32 would cost far more than the kernel
     slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
     result: Tensor
-    if exporting and (not needs_gradient or torch.onnx.is_in_onnx_export()):
+    kept = not dynamo and _kept.get()
+    if exporting and not kept and (not needs_gradient or torch.onnx.is_in_onnx_export()):
         result = plain.activation(x, function, mode, text)
     elif exporting or not dynamo or slow_fused:
         result = torch.ops.rarefy.activation(x, function, mode, direction, text)
