@@ -63,6 +63,21 @@ $(PEERS)/.installed: pyproject.toml | $(STAMP)
 	$(PEERS)/bin/pip install -q -r $(PEERS)/requirements.txt
 	touch $@
 
+# The benchmark of many networks: rarefy beside the extra zoo. timm comes alone: torchvision, which it asks for, is on
+# PyPI in builds that do not go with PyTorch's for the CPU, and the rest transformers asks for, too.
+ZOO := $(VENV)-zoo
+.PHONY: zoo
+zoo: $(ZOO)/.installed
+$(ZOO)/.installed: pyproject.toml | $(STAMP)
+	test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	$(BIN)/python -c "from importlib.metadata import requires; print(*(r.split(';')[0] for r in requires('rarefy') \
+	  if 'extra == \"zoo\"' in r), sep='\n')" >$(ZOO)/requirements.txt
+	$(ZOO)/bin/pip install -q -r requirements.txt
+	$(ZOO)/bin/pip install -q -e .
+	grep -v ^timm $(ZOO)/requirements.txt | $(ZOO)/bin/pip install -q -r /dev/stdin
+	grep ^timm $(ZOO)/requirements.txt | $(ZOO)/bin/pip install -q --no-deps -r /dev/stdin
+	touch $@
+
 figures: $(STAMP)
 	$(BIN)/python benchmarks/alpha.py
 

@@ -2,6 +2,7 @@
 #include <stddef.h>
 
 #include "isa.h"
+#include "mode.h"
 #include "parallel.h"
 #include "rarefy_act.h"
 
@@ -24,12 +25,14 @@ struct Job {
 template <class T, void block(const T *, T *, int64_t, const void *)>
 void over_chunks(const T *x, T *y, int64_t n, const void *table, int32_t threads) {
     if (threads <= 1 || n < SERIAL) {
+        const DefaultMode mode;
         block(x, y, n, table);
         return;
     }
     Job<T> job{x, y, n, table};
     auto chunk = [](void *context, int64_t index) {
         const Job<T> &j = *static_cast<const Job<T> *>(context);
+        const DefaultMode mode;
         const int64_t begin = index * CHUNK, size = j.n - begin < CHUNK ? j.n - begin : CHUNK;
         block(j.x + begin, j.y + begin, size, j.table);
     };

@@ -7,9 +7,13 @@ import importlib
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rarefy._outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     from rarefy.act.error import Errors
@@ -91,6 +95,9 @@ def add(
 def _bench(arguments: argparse.Namespace) -> int:
     from rarefy.act import bench
 
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
+    check_file(arguments.csv, "--csv")
     # No folders of a machine in what is stored.
     given = f"--sizes {arguments.sizes} --rounds {arguments.rounds}" + " --no-inductor" * arguments.no_inductor
     about = bench.environment(f"rarefy bench act {given}")
@@ -130,7 +137,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         return _fit_shipped(arguments)
     from rarefy.act import error, oracle
 
-    function = _function(arguments.function or "tanh")
+    function = _function("tanh" if arguments.function is None else arguments.function)
     form = arguments.form or ("shift" if oracle.is_odd(function) else "segments")
     table = _fitted(arguments, function, form)
     if arguments.output is not None:
@@ -154,8 +161,15 @@ def _fitted(arguments: argparse.Namespace, function: Function, form: str) -> Tab
     for option in dict.fromkeys(option for each in fitted_by.values() for option in each):
         if getattr(arguments, option) not in (None, False) and option not in fitted_by[form]:
             raise ValueError(f"--{option.replace('_', '-')} is not for tables of the form {form}")
-    if arguments.output is not None and arguments.output.suffix != ".json":
-        raise ValueError(f"--output must be a .json file, got {arguments.output}")
+    for option, least in (("rows", 1), ("within", 0.0), ("relative", 0.0), ("fraction_bits", 0), ("grid", 0)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least {least:g}, got {value}")
+    for option, most in (("rows", 1 << 15), ("fraction_bits", 31), ("grid", 15)):
+        value = getattr(arguments, option)
+        if value is not None and value > most:
+            raise ValueError(f"--{option.replace('_', '-')} must be at most {most}, got {value}")
+    check_file(arguments.output, "--output", ".json")
     name = None if arguments.output is None else arguments.output.stem
     fmt = arguments.format or "bf16"
     if form in _SHIFTS:
@@ -215,14 +229,22 @@ def _function(name: str) -> Function:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        _load(place, partial(spec.loader.exec_module, module))
     else:
-        module = importlib.import_module(place)
+        module = _load(place, lambda: importlib.import_module(place))
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{place} has no function {attribute!r}")
     result: Function = function
     return result
+
+
+def _load(place: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives; raises ValueError when somebody's code does not load, in whatever way."""
+    try:
+        return load()
+    except Exception as error:
+        raise ValueError(f"{place} does not load: {type(error).__name__}: {error}") from error
 
 
 def _proven(arguments: argparse.Namespace, table: Table, function: Function, errors: Errors) -> dict[str, Any] | None:
@@ -297,6 +319,7 @@ def _fit_shipped(arguments: argparse.Namespace) -> int:
     for option in (*others, "monotone", "few_shifts", "shifts", "grid", "relative"):
         if getattr(arguments, option) not in (None, False):
             raise ValueError(f"--shipped makes the tables as they are: leave {option.replace('_', '-')} out")
+    check_folder(arguments.shipped, "--shipped")
     proofs = [shipped.prove(table) for table in shipped.write(arguments.shipped)]
     proofs.append(shipped.prove_quartic())
     if arguments.json:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarefy import _export_commands
+from rarefy._outputs import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,6 +72,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--density must be in (0, 1], got {arguments.density}; 0.1 keeps a tenth of the weights")
     if arguments.peers and not peers.installed():
         raise ValueError("--peers needs another runtime: pip install onnxruntime, or openvino")
+    check_file(arguments.save, "--save")
     torch.set_num_threads(1)
     others: dict[str, float] = {}
     torch.manual_seed(0)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rarefy._outputs import check_file
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -53,6 +55,7 @@ def _export(arguments: argparse.Namespace) -> int:
     target = arguments.output or source.weights.with_name(source.weights.stem + _SUFFIXES[arguments.to])
     if target.is_dir() or (target.exists() and target.samefile(source.weights)):
         raise ValueError(f"cannot write to {target}, which is {'a folder' if target.is_dir() else 'the weights'}")
+    check_file(target, "--output")
     if arguments.weights is not None and arguments.to != "engine":
         raise ValueError(f"--weights is of engines: leave it out with --to {arguments.to}")
     result: dict[str, Any] = {"file": str(target)}
@@ -102,11 +105,15 @@ def _find(path: Path) -> _Source:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The state dict of a safetensors file, sparse or not."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from rarefy.sparse_files import is_sparse_file, load_sparse
 
-    return load_sparse(path) if is_sparse_file(path) else load_file(path)
+    try:
+        return load_sparse(path) if is_sparse_file(path) else load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file of weights: {error}") from error
 
 
 def _network(arguments: argparse.Namespace, source: _Source) -> tuple[nn.Module, Tensor]:

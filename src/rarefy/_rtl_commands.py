@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rarefy import _rtl_cost_commands
+from rarefy._outputs import check_file
 
 if TYPE_CHECKING:
     from rarefy.rtl.design import Design
@@ -65,11 +66,11 @@ def _add_design(command: argparse.ArgumentParser) -> None:
 def _design(arguments: argparse.Namespace) -> Design:
     from rarefy import act, rtl
 
+    if arguments.command is _emit:
+        check_file(arguments.output, "--output", ".sv")
     table = act.load(arguments.table)
     if arguments.format is not None and arguments.format != table.format:
         table = table.to_format(arguments.format)
-    if arguments.command is _emit and arguments.output is not None and arguments.output.suffix != ".sv":
-        raise ValueError(f"--output must be a .sv file, got {arguments.output}")
     given = [f" {arguments.table}"]
     for option in ("style", "format", "stages", "handshake", "lanes", "nan", "top"):
         value = getattr(arguments, option)

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rarefy._outputs import check_file
+
 if TYPE_CHECKING:
     from rarefy.rtl.design import Design
     from rarefy.rtl.synth import Synthesis
@@ -77,7 +79,7 @@ def _design(arguments: argparse.Namespace) -> Design:
 
 
 def _is_unit(name: str) -> bool:
-    return name.endswith(".json") and '"rarefy_logic"' in Path(name).read_text(encoding="utf-8")
+    return name.endswith(".json") and '"rarefy_logic"' in Path(name).read_text(encoding="utf-8", errors="replace")
 
 
 def _synth(arguments: argparse.Namespace) -> int:
@@ -120,9 +122,8 @@ def _print(design: Design, found: list[Synthesis]) -> None:
 def _search(arguments: argparse.Namespace) -> int:
     from rarefy.rtl import search
 
-    for path, ending in ((arguments.output, ".sv"), (arguments.unit, ".json")):
-        if path is not None and path.suffix != ending:
-            raise ValueError(f"--{'output' if ending == '.sv' else 'unit'} must be a {ending} file, got {path}")
+    check_file(arguments.output, "--output", ".sv")
+    check_file(arguments.unit, "--unit", ".json")
     if arguments.unit is not None and arguments.kinds != "logic":
         raise ValueError("--unit keeps a unit of logic: add --kinds logic")
     found = search.smallest(

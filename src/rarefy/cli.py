@@ -4,32 +4,95 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from rarefy import _act_commands, _engine_commands, _export_commands, _rtl_commands
+from rarefy._outputs import check_file, check_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit status.
 
     0; 1 for an error; 130 after Ctrl-C and 143 after SIGTERM (128 and the signal's number, as shells count). A call
-    that cannot be understood exits with 2.
+    that cannot be understood exits with 2. Whatever goes wrong is told in one line on standard error.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        with _ended_by_sigterm():
+            _check_numbers(arguments)
+            status = int(arguments.command(arguments))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        return status
+    except _TerminatedError:
+        return _told("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        print("rarefy: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _told("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # nothing more can be written there, not by the interpreter's end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _told("standard output was closed before everything was written", 1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"rarefy: {error}", file=sys.stderr)
-        return 1
+        return _told(str(error) or type(error).__name__, 1)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{Path(place.filename).name}, line {place.lineno}"
+        return _told(f"unexpected {type(error).__name__} in {at}: {error}", 1)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come: as with Ctrl-C everything that was begun is cleaned up on the way out."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as an exception, where it would end the process; elsewhere than in a main thread not."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise _TerminatedError
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _told(message: str, status: int) -> int:
+    """Say what went wrong in one line; gives the status."""
+    print(f"rarefy: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that no option has a use for."""
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number, got {value}")
+        if type(value) is int and abs(value) >= 1 << 53:
+            raise ValueError(f"{option} must be a number below 2^53, got one of {value.bit_length()} bits")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"rarefy: {' '.join(message.split())} (usage: {self.prog} --help)\n")
 
 
 def script() -> NoReturn:
@@ -51,8 +114,9 @@ def leave(status: int) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
+    parser: argparse.ArgumentParser = _Parser(prog="rarefy", description="Make PyTorch networks cheap, and prove it.")
     parser.add_argument("--version", action="version", version=f"rarefy {version('rarefy')}")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train by a recipe into a folder of its own, and write its report")
@@ -115,6 +179,7 @@ def _train(arguments: argparse.Namespace) -> int:
         changes.append(f"data.folder={json.dumps(arguments.data, ensure_ascii=False)}")
     recipe = train.load(arguments.recipe, changes)
     folder = arguments.run or _folder(recipe.name, arguments.resume)
+    check_folder(folder, "--run")
     if not arguments.resume and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds a run already: add --resume to go on with it, or name another --run")
     if arguments.baseline is not None:
@@ -182,6 +247,8 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 def _report(arguments: argparse.Namespace) -> int:
     from rarefy import report
 
+    if arguments.folder.is_dir():
+        check_file(arguments.output or arguments.folder / "report.html", "--output")
     page = report.write(arguments.folder, baseline=arguments.baseline, output=arguments.output)
     if arguments.json:
         print(json.dumps({"report": str(page)}))

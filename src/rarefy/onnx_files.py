@@ -20,7 +20,7 @@ from rarefy.cost import arguments
 
 #: Largest difference from PyTorch that is still rounding, as a share of the largest output.
 TOLERANCE = 1e-4
-#: Largest error of PyTorch itself that rounding makes of an ill-conditioned network: one with more answers at random.
+#: Largest error of PyTorch itself that rounding may make of an ill-conditioned network: beyond, it answers at random.
 _ILL = 1e-2
 
 

@@ -78,6 +78,8 @@ def test_compiled_errors_and_out():
     out = torch.empty_like(x)
     torch.compile(lambda v, o: act.tanh(v, out=o), fullgraph=True)(x, out)
     assert same(out, act.tanh(x))
+    with pytest.raises(Exception, match="out must have"):
+        torch.compile(lambda v, o: act.tanh(v, out=o), fullgraph=True)(x[:1], out)
     with pytest.raises(Exception, match="mode must be one of"):
         torch.compile(lambda v: act.tanh(v, "fast"), fullgraph=True)(x)
 
@@ -93,13 +95,17 @@ class Net(torch.nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict):
-    net = Net().bfloat16()
+@pytest.mark.parametrize("gradient", [False, True])
+def test_export(strict, gradient):
+    net = Net().bfloat16().requires_grad_(gradient)
     x = torch.randn(4, 6).bfloat16()
     program = torch.export.export(net, (x,), strict=strict)
     assert same(program.module()(x), net(x))
     targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert any("rarefy" in t for t in targets) != strict
+    assert any("rarefy" in t for t in targets) == gradient
+    if gradient:
+        program.module()(x).sum().backward()
+        assert all(p.grad is not None for p in program.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

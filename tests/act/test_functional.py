@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rarefy import act, kernels
-from rarefy.act import aten, formats, oracle, spec
+from rarefy.act import aten, formats, functional, oracle, spec
 
 SMALL = {dtype: fmt for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16}
 DTYPES = list(aten.FORMAT_OF)
@@ -328,3 +328,78 @@ def test_autocast_leaves_the_dtype_alone():
     y.float().sum().backward()  # type: ignore[no-untyped-call]
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.fixture
+def flushing():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_flushing_subnormals_changes_no_bit(function, mode, path, flushing):
+    functional._programs.clear()
+    functional._known.clear()
+    for cache in (spec.answers, spec.table_for):
+        cache.cache_clear()
+    aten._names.clear()
+    x = torch.cat([floats()[:2000], torch.tensor([1e-40, -1e-40, 1.2e-38, -2.3e-38])])
+    with kernels.forced(path):
+        got = {dtype: call(function, everything(dtype), mode) for dtype in SMALL}
+        single = call(function, x, mode)
+    assert torch.tensor(1e-40) * 1.0 == 0.0  # the mode is the caller's again
+    torch.set_flush_denormal(False)
+    with kernels.forced(path):
+        assert all(same(y, call(function, everything(dtype), mode)) for dtype, y in got.items())
+        assert same(single, call(function, x, mode))
+
+
+def test_flushing_reaches_no_thread(flushing):
+    x = torch.full((1 << 20,), 1e-40)
+    assert same(act.tanh(x), x)
+
+
+def test_tensors_without_memory_by_strides():
+    x = torch.randn(4, 8)
+    act.tanh(x)
+    act.gelu(x, "ktanh")
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    nested = torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
+    for function, mode in (("tanh", "exact"), ("gelu", "ktanh")):
+        with pytest.raises(ValueError, match="memory was freed"):
+            call(function, freed, mode)
+        with pytest.raises(ValueError, match="memory was freed"):
+            call(function, x, mode, out=freed)
+        with pytest.raises(TypeError, match=r"takes a dense tensor, got layout torch.sparse_coo: use x.to_dense\(\)"):
+            call(function, x.to_sparse(), mode)
+        with pytest.raises(TypeError, match="out must be a dense tensor, got layout torch.sparse_coo"):
+            call(function, x, mode, out=x.to_sparse())
+        with pytest.raises(TypeError, match="got a nested tensor: pad it"):
+            call(function, nested, mode)
+        assert same(call(function, torch._efficientzerotensor(4, 8), mode), torch.zeros(4, 8))
+        assert call(function, x.to("meta"), mode).device.type == "meta"
+        functional_tensor = torch._to_functional_tensor(x)
+        assert same(torch._from_functional_tensor(call(function, functional_tensor, mode)), call(function, x, mode))
+        with pytest.raises(RuntimeError, match="more than one element"):
+            call(function, x, mode, out=torch.zeros(4, 1).expand(4, 8))
+
+
+def test_out_in_inference_mode():
+    x = torch.randn(9)
+    with torch.inference_mode():
+        act.tanh(x, out=(out := torch.empty(9)))
+        act.tanh(x, out=out)
+    assert same(out, act.tanh(x))
+
+
+def test_out_in_functional_transforms():
+    x, out = torch.randn(3, 4), torch.empty(3, 4)
+    torch.func.vmap(lambda v, o: act.silu(v, out=o))(x, out)
+    assert same(out, act.silu(x))
+    with pytest.raises(RuntimeError, match="does not support gradients"):
+        torch.func.grad(lambda v: act.silu(v, out=torch.empty_like(v)).sum())(x)

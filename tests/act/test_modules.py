@@ -171,3 +171,28 @@ def test_swap_checks_its_options_before_it_changes_anything():
     with pytest.raises(ValueError, match="mode must be"):
         act.swap(net, "fast")
     assert type(net[0]) is nn.Tanh
+
+
+def test_silu_in_place_is_pytorchs():
+    class Call(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            nn.functional.silu(x, inplace=True)
+            return x
+
+    for ours in (act.SiLU(inplace=True), nn.SiLU(inplace=True), Call()):
+        act.swap(ours)
+        x = torch.randn(6)
+        y = x.clone()
+        ours(y)
+        assert torch.equal(y, act.silu(x))
+        leaf, other = (torch.randn(6, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+        ours(leaf * 1).sum().backward()
+        nn.functional.silu(other * 1, inplace=True).sum().backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(leaf.grad, other.grad)
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            ours(leaf)
+        with pytest.raises(RuntimeError, match="more than one element"):
+            ours(torch.zeros(1).expand(4))
+    assert repr(act.SiLU(inplace=True)) == "SiLU(mode='exact', inplace=True)"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarefy.act import formats, spec
+from rarefy.act import formats, spec, subnormals
 from rarefy.act.formats import Format
 from rarefy.act.quartic import LIMIT, begins
 from rarefy.act.quartic import tanh as quartic_tanh
@@ -27,6 +29,7 @@ FORMAT_OF = {
     torch.float8_e4m3fn: formats.E4M3,
     torch.float8_e5m2: formats.E5M2,
 }
+DTYPE_OF = {fmt.name: dtype for dtype, fmt in FORMAT_OF.items()}
 _INTEGER = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
@@ -46,21 +49,21 @@ def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic:
     """
     fmt = FORMAT_OF[x.dtype]
     if fmt.bits == 32:
-        return _float32(x, function, mode, table)
+        return float32(x, function, mode, table)
     bits = x.view(_INTEGER[fmt.bits]).to(torch.int32)
     compute = arithmetic if arithmetic is not None else x.device.type != "cpu"
-    plan = _plan(function, mode, fmt.name, table) if compute else "answers"
-    if plan == "linear":
+    how = plan(function, mode, fmt.name, table) if compute else "answers"
+    if how == "linear":
         return _linear16(x, bits, function, mode, table)
-    if plan == "shift":
+    if how == "shift":
         return _shift(x, bits, function, mode, table)
-    answers: Tensor = _constant("answers", function, mode, fmt.name, table, str(x.device))
+    answers: Tensor = constant("answers", function, mode, fmt.name, table, str(x.device))
     result = answers[bits & ((1 << fmt.bits) - 1)]
     return result.view(x.dtype)
 
 
 @torch.compiler.assume_constant_result
-def _plan(function: str, mode: str, fmt: str, table: str) -> str:
+def plan(function: str, mode: str, fmt: str, table: str) -> str:
     """How the table is computed here: its form where arithmetic is cheap, else "answers"."""
     f = formats.get(fmt)
     direct = spec.table_for(function, mode, f, given_table(table))
@@ -80,7 +83,7 @@ class _Tensors:
 _TENSORS = _Tensors()
 
 
-def _constant(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
+def constant(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
     """A tensor of the tables, made once for each device."""
     tensor: Tensor = getattr(_TENSORS, _attribute(what, function, mode, fmt, table, device))
     return tensor
@@ -98,7 +101,7 @@ def _attribute(*key: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
+def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
     """The header of a linear or shift table."""
     direct = _direct(function, mode, fmt, table)
     i = direct.index
@@ -116,13 +119,21 @@ def _direct(function: str, mode: str, fmt: str, table: str) -> Table:
     return direct
 
 
+@subnormals.kept()
 def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
     f = formats.get(fmt)
-    if what == "answers":
+    array: npt.NDArray[Any]
+    if what in ("answers", "values"):
         values = spec.answers(function, mode, f, given_table(table))
         array = values.view(np.int16 if f.bits == 16 else np.uint8).copy()
-    elif what == "quartic":
-        array = np.concatenate([begins()[None], quartic_tanh().values()])
+    elif what == "quartic":  # by rising segment: the rows begin with the last octave's but one
+        array = np.roll(np.concatenate([begins()[None], quartic_tanh().values()]), 8, axis=1)
+    elif what in _DOUBLES:
+        array = np.array(_DOUBLES[what])
+    elif what == "powers":  # 2^-n
+        array = np.ldexp(1.0, -np.arange(1000))
+    elif what == "scales":  # 2^(m - e), from the smallest exponent up
+        array = np.ldexp(1.0, f.mantissa_bits + f.bias - np.arange(1, (f.last >> f.mantissa_bits) + 1))
     else:
         direct = _direct(function, mode, fmt, table)
         columns = np.array(direct.rows, dtype=np.int64)
@@ -130,9 +141,12 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
             columns = np.stack([columns[:, 1], (columns[:, 0] << f.mantissa_bits) + columns[:, 2]], axis=1)
         # sums of segments in float32 need more than 32 bits
         array = columns.T.astype(np.int64 if direct.form == "segments" else np.int32)
+        if what == "factors":  # (2^-r, base)
+            array = np.stack([np.ldexp(1.0, -array[0]), array[1].astype(np.float64)])
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return (tensor.view(DTYPE_OF[fmt]) if what == "values" else tensor).to(device)
 
 
 def _finish(x: Tensor, bits: Tensor, u: Tensor, y: Tensor, fmt: Format) -> Tensor:
@@ -143,8 +157,8 @@ def _finish(x: Tensor, bits: Tensor, u: Tensor, y: Tensor, fmt: Format) -> Tenso
 
 def _linear16(x: Tensor, bits: Tensor, function: str, mode: str, table: str) -> Tensor:
     fmt = FORMAT_OF[x.dtype]
-    start, length, factor, fraction, offset, identity = _numbers(function, mode, fmt.name, table)
-    slope, base = _constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
+    start, length, factor, fraction, offset, identity = numbers(function, mode, fmt.name, table)
+    slope, base = constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
     u = bits & (fmt.sign - 1)
     d = (u - start).clamp(0, length)
     t = (d * factor) >> 16
@@ -155,8 +169,8 @@ def _linear16(x: Tensor, bits: Tensor, function: str, mode: str, table: str) -> 
 
 def _shift(x: Tensor, bits: Tensor, function: str, mode: str, table: str) -> Tensor:
     fmt = FORMAT_OF[x.dtype]
-    right, mask, identity, saturate = _numbers(function, mode, fmt.name, table)
-    shift, base = _constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
+    right, mask, identity, saturate = numbers(function, mode, fmt.name, table)
+    shift, base = constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
     u = bits & (fmt.sign - 1)
     t = (u >> right) & mask
     # y = (E, (M >> r) + b)
@@ -167,8 +181,8 @@ def _shift(x: Tensor, bits: Tensor, function: str, mode: str, table: str) -> Ten
 
 def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     fmt = FORMAT_OF[x.dtype]
-    fraction, odd = _numbers(function, mode, fmt.name, table)
-    first, slope, base = _constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
+    fraction, odd = numbers(function, mode, fmt.name, table)
+    first, slope, base = constant("rows", function, mode, fmt.name, table, str(x.device)).unbind(0)
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     magnitude = bits & (fmt.sign - 1)
     u = magnitude if odd else bits
@@ -179,17 +193,18 @@ def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     return torch.where(y >= fmt.sign, y - (fmt.sign << 1), y).to(torch.int32).view(x.dtype)
 
 
-def _float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
+def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
+    """The float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
     if mode == "exact":
-        return _exact_tanh32(x, table) if function == "tanh" else _double(x, function)
+        return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
     if mode == "hard":
         return hard32(x, function)
-    plan = _plan(function, mode, "fp32", table)
-    if plan == "shift":
+    how = plan(function, mode, "fp32", table)
+    if how == "shift":
         return _shift(x, x.view(torch.int32), function, mode, table)
-    if plan == "segments":
+    if how == "segments":
         return _segments32(x, function, mode, table)
-    return derived32(x, function, lambda z: _float32(z, "tanh", mode, table))
+    return derived32(x, function, lambda z: float32(z, "tanh", mode, table))
 
 
 def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Tensor:
@@ -212,33 +227,108 @@ def hard32(x: Tensor, function: str) -> Tensor:
 
 
 def _limit(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x == -math.inf, -0.0, y)
+    # -0 by negation: onnxruntime's choice of the first of two gives 0 for it
+    return -torch.where(x == -math.inf, 0.0, -y)
 
 
-def _double(x: Tensor, function: str) -> Tensor:
-    """Mode ``exact`` of sigmoid, silu and gelu in float32: computed in float64, rounded once more."""
-    wide = x.double()
-    if function == "sigmoid":
-        return torch.sigmoid(wide).float()
-    if function == "silu":
-        gate = torch.sigmoid(wide)
-    elif function == "gelu":
-        gate = 0.5 * torch.special.erfc(wide * -math.sqrt(0.5))
+def is_number(x: Tensor) -> Tensor:
+    """Which elements are not NaN; not by isnan, whose negation makes onnxruntime exchange the two of a choice."""
+    return x == x  # noqa: PLR0124
+
+
+def keep_nan(x: Tensor, y: Tensor) -> Tensor:
+    """``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
+    return y * torch.where(is_number(x), 1.0, x)
+
+
+# As tensors of float64 and not as Python's numbers, which exporters write as float32.
+_DOUBLES = {
+    # 1 / log 2, log 2 in two parts, and the series of e^r, highest power first
+    "exp": (
+        *(1.4426950408889634, 0.693147180369123816490, 1.90821492927058770002e-10),
+        *(1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0),
+    ),
+    # 1 / sqrt 2, how t becomes v, and P, highest power first; the first two times 2^30, since ONNX's optimizer takes
+    # a sum with 5e-9 for one with 0
+    "tail": (
+        *(0.70710678118654752440, 0.5714285714285714, 2.3333333333333335),
+        *(
+            -1.3699864756678088e-06 * 2**30,
+            -4.958619524137654e-09 * 2**30,
+            1.178517494810079e-05,
+            -8.69637313950795e-06,
+        ),
+        *(-5.441423160614242e-05, 0.00010088432153106273, 0.0001647629295146515, -0.0007047612834722094),
+        *(-0.00020530687348825638, 0.004319919601974832, -0.0017648133604631821, -0.03190743191119737),
+        *(0.019323643488389056, 0.58560210505031, -0.57487630161613),
+    ),
+    # 2 sqrt(2/pi), and the share of the cube
+    "cube": (1.5957691216057307118, 0.044715),
+}
+
+
+def _doubles(what: str, x: Tensor) -> tuple[Tensor, ...]:
+    return constant(what, "", "", "fp32", "", str(x.device)).unbind(0)
+
+
+def _wide(x: Tensor, function: str) -> Tensor:
+    """Mode ``exact`` of sigmoid, silu and gelu in float32: computed in float64, rounded once more.
+
+    One rounded operation after another as in ``native/src/act_wide.h``, which says why: so the bits are the same.
+    """
+    wide = torch.where(x < -1000.0, -1000.0, x).double()
+    if function == "gelu":
+        tail = _normal_tail(wide.abs())
+        y = wide * torch.where(wide < 0.0, tail, 1.0 - tail)
     else:
-        gate = torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))
-    return _limit(x, (wide * gate).float())
+        factor, share = _doubles("cube", x)
+        z = factor * (wide + share * (wide * wide * wide)) if function == "gelu_tanh" else wide
+        e = _exp_minus(z.abs())
+        gate = torch.where(z < 0.0, e, 1.0) / (1.0 + e)
+        y = gate if function == "sigmoid" else wide * gate
+    return keep_nan(x, y.float())
 
 
-def _exact_tanh32(x: Tensor, table: str) -> Tensor:
-    rows = _constant("quartic", "tanh", "exact", "fp32", table, str(x.device))
-    # the clamp keeps NaN; its row is any
-    a = x.abs().clamp(max=LIMIT)
-    row = ((a + 1.0).view(torch.int32) >> 20) & 31
-    f = a - rows[0][row]
-    y = rows[5][row]
-    for k in (4, 3, 2, 1):
-        y = _fused(y, f, rows[k][row])
-    return torch.copysign(y, x)
+def _exp_minus(a: Tensor) -> Tensor:
+    """e^-a in float64, for a >= 0."""
+    powers = constant("powers", "", "", "fp32", "", str(a.device))
+    inverse, high, low, first, *series = _doubles("exp", a)
+    a = torch.where(is_number(a), a, 0.0).clamp(max=690.0)
+    # e^-a = 2^-n e^r,  n = round(a / log 2), |r| <= log(2) / 2
+    n = torch.round(a * inverse)
+    r = (n * high - a) + n * low
+    p = first
+    for c in series:
+        p = p * r + c
+    return p * powers[n.long()]
+
+
+def _normal_tail(a: Tensor) -> Tensor:
+    """Phi(-a) in float64, for a >= 0."""
+    root, shift, scale, first, second, *series = _doubles("tail", a)
+    z = a.clamp(max=40.0) * root
+    t = 1.0 / (1.0 + 0.5 * z)
+    v = (t - shift) * scale
+    p = (first * v + second) / 2.0**30
+    for c in series:
+        p = p * v + c
+    return 0.5 * t * _exp_minus(z * z - p)
+
+
+def tanh32(x: Tensor) -> Tensor:
+    """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See :mod:`rarefy.act.quartic`."""
+    begins, *coefficients = constant("quartic", "tanh", "exact", "fp32", "", str(x.device)).unbind(0)
+    a = torch.where(is_number(x), x.abs(), 0.0).clamp(max=LIMIT)
+    # the segment, without the bits of w: eight for each doubling of it
+    w = a + 1.0
+    octave = torch.where(w >= 8.0, 3.0, torch.where(w >= 4.0, 2.0, torch.where(w >= 2.0, 1.0, 0.0)))
+    eighth = torch.where(w >= 8.0, 1.0, torch.where(w >= 4.0, 2.0, torch.where(w >= 2.0, 4.0, 8.0)))
+    row = (8.0 * octave + torch.floor(w * eighth)).long() - 8
+    f = a - begins[row]
+    y = coefficients[4][row]
+    for k in (3, 2, 1, 0):
+        y = _fused(y, f, coefficients[k][row])
+    return keep_nan(x, y)
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -247,7 +337,9 @@ def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     s = p + d
     back = s - p
     error = (p - (s - back)) + (d - back)
-    bits = s.view(torch.int64)
-    step = torch.where((error > 0) == (s > 0), 1, -1)
-    odd = torch.where((error != 0) & ((bits & 1) == 0), bits + step, bits)
-    return odd.view(torch.float64).float()
+    near = s.float()
+    # where the sum is a tie of float32, what it lost decides: the other neighbour lies as far on the other side
+    mirror = s + (s - near)
+    other = mirror.float()
+    tie = (other.double() == mirror) & ((other - near) * error > 0)
+    return torch.where(tie, other, near)

@@ -14,17 +14,20 @@ are one operator there, ``rarefy::activation``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from rarefy import kernels
-from rarefy.act import aten, gradients, native, spec
+from rarefy.act import aten, gradients, native, plain, spec, subnormals
 from rarefy.act.aten import FORMAT_OF, given_table
 from rarefy.act.quartic import tanh as quartic_tanh
 from rarefy.act.table import Table
+from rarefy.kernels._memory import address
 
 _THREADED = 1 << 18  # elements from which a kernel uses more than one thread
 
@@ -103,32 +106,77 @@ def _call(
     # The short way: plain contiguous data that was computed before.
     if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
         known = _known.get((function, mode, x.dtype, x.device.type, kernels.isa()))
-        if known is not None and x.is_contiguous() and not x.is_neg() and not _transformed():
+        if known is not None and _plain(x) and x.is_contiguous() and not x.is_neg() and not _transformed():
             y = torch.empty_like(x) if out is None else out
             if out is None or (_matches(x, out) and not _overlaps(x, out)):
                 n = x.numel()
                 threads = 1 if n < _THREADED else torch.get_num_threads()
-                known[0](x.data_ptr(), y.data_ptr(), n, known[1], threads)
+                known[0](address(x), address(y), n, known[1], threads)
                 if out is not None:
-                    torch.autograd.graph.increment_version(out)
+                    _changed(out)
                 return y
     text = _text(table)
+    if has_torch_function((x, out)):  # a proxy of torch.fx, a subclass with operators of its own
+        return _overridden(function, x, mode, grad, out, text)
     _check(function, x, mode, text)
+    _check_memory(x)
     direction = gradients.resolve(function, mode, grad)
-    if out is None:
-        if torch._C._functorch.peek_interpreter_stack() is not None or _dual():
-            return _apply(x, function, mode, direction, text)
-        if type(x) is Tensor and not x.requires_grad and not _transformed():
-            return _forward(x, function, mode, text)
-        result: Tensor = torch.ops.rarefy.activation(x, function, mode, direction, text)
-        return result
-    return _into(x, function, mode, text, out)
+    if out is not None:
+        return _into(x, function, mode, direction, text, out)
+    return _result(x, function, mode, direction, text)
+
+
+def _result(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+    """The result with its gradient, in the form that those who watch operators can take."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or _dual():
+        return _apply(x, function, mode, grad, table)
+    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        return plain.activation(x, function, mode, table)
+    if type(x) is Tensor and not x.requires_grad and not _transformed():
+        return _forward(x, function, mode, table)
+    result: Tensor = torch.ops.rarefy.activation(x, function, mode, grad, table)
+    return result
+
+
+def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: str) -> Tensor:
+    """Through ``__torch_function__`` of the arguments, as a function of PyTorch; a table goes as text."""
+    given: dict[str, Any] = {"grad": grad, "out": out, "table": table or None}
+    given = {key: value for key, value in given.items() if value is not None}
+    if function == "gelu_tanh":
+        given["approximate"] = "tanh"
+    public = {"tanh": tanh, "sigmoid": sigmoid, "silu": silu, "gelu": gelu, "gelu_tanh": gelu}[function]
+    result: Tensor = handle_torch_function(public, (x, out), x, mode, **given)
+    return result
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the numbers lie in memory by strides, as tensors mostly do."""
+    return (
+        x.layout is torch.strided
+        and not x.is_nested
+        and not x._is_zerotensor()
+        and not torch._is_functional_tensor(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _check_memory(x: Tensor) -> None:
+    """Raise ValueError for a tensor whose memory was freed: PyTorch's own operators would read it."""
+    if _direct(x) and not x.is_neg():
+        address(x)
+
+
+def _changed(out: Tensor) -> None:
+    """Tell autograd that a kernel wrote to ``out``."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _matches(x: Tensor, out: Tensor) -> bool:
     """Whether a kernel may write the result of contiguous ``x`` to ``out`` as it lies."""
     return (
         type(out) is Tensor
+        and _plain(out)
         and out.dtype is x.dtype
         and out.shape == x.shape
         and out.device == x.device
@@ -140,7 +188,7 @@ def _matches(x: Tensor, out: Tensor) -> bool:
 
 def _overlaps(x: Tensor, out: Tensor) -> bool:
     """Whether two contiguous tensors of one size share memory without being the same."""
-    a, b, size = x.data_ptr(), out.data_ptr(), x.numel() * x.element_size()
+    a, b, size = address(x), address(out), x.numel() * x.element_size()
     return a != b and a < b + size and b < a + size
 
 
@@ -154,6 +202,11 @@ def _check(function: str, x: Tensor, mode: str, table: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function} takes a tensor, got {type(x).__name__}")
     _check_dtype(function, x.dtype, mode, table)
+    if x.layout is not torch.strided or x.is_nested:
+        kind, way = f"layout {x.layout}", "use x.to_dense()"
+        if x.is_nested:
+            kind, way = "a nested tensor", "pad it with torch.nested.to_padded_tensor()"
+        raise TypeError(f"{function} takes a dense tensor, got {kind}: {way}")
 
 
 def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> None:
@@ -166,7 +219,10 @@ def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> No
 def _transformed() -> bool:
     """Whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None or _dual()
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or _dual()
     )
 
 
@@ -175,33 +231,60 @@ def _dual() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> Tensor:
+def _check_out(x: Tensor, out: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor like x, got {type(out).__name__}")
+    if out.layout is not torch.strided or out.is_nested:
+        kind = "a nested tensor" if out.is_nested else f"layout {out.layout}"
+        raise TypeError(f"out must be a dense tensor, got {kind}: leave it out, or give torch.empty_like of a dense x")
     if out.dtype != x.dtype or out.shape != x.shape or out.device != x.device:
         raise ValueError(
             f"out must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}),"
             f" got {tuple(out.shape)}, {out.dtype}, {out.device}"
         )
+
+
+def _into(x: Tensor, function: str, mode: str, grad: str, table: str, out: Tensor) -> Tensor:
+    _check_out(x, out)
+    _check_memory(out)
     tangents = _dual() and any(
         forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in (x, out)
     )
     if tangents or (torch.is_grad_enabled() and (x.requires_grad or out.requires_grad)):
         raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
-    return out.copy_(_forward(x, function, mode, table)) if not _direct_into(x, function, mode, table, out) else out
+    if _direct_into(x, function, mode, table, out):
+        return out
+    return out.copy_(_result(x, function, mode, grad, table))
+
+
+def in_place(call: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
+    """``call``, one of the functions, written over ``x``: with a gradient, as PyTorch's functions of ``inplace=True``.
+
+    Raises RuntimeError, PyTorch's own, for a leaf that needs a gradient.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x.copy_(call(x.clone(), **options))  # the backward needs the input
+    return call(x, out=x, **options)
 
 
 def _direct_into(x: Tensor, function: str, mode: str, table: str, out: Tensor) -> bool:
     """Let the kernel write to ``out`` itself where layouts allow; whether it did."""
-    if _transformed() or x.is_neg() or not x.is_contiguous() or not _matches(x, out) or _overlaps(x, out):
+    if _transformed() or not _direct(x) or x.is_neg() or not x.is_contiguous() or not _matches(x, out):
         return False
-    kernel = _kernel(x, function, mode, table)
+    kernel = None if _overlaps(x, out) else _kernel(x, function, mode, table)
     if kernel is None:
         return False
     if not table:
         _known[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
-    kernel[0](x.data_ptr(), out.data_ptr(), x.numel(), kernel[1], _threads(x.numel()))
-    torch.autograd.graph.increment_version(out)
+    kernel[0](address(x), address(out), x.numel(), kernel[1], _threads(x.numel()))
+    _changed(out)
     return True
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether a kernel may read ``x``: a plain tensor or a parameter."""
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and _plain(x)
 
 
 def _threads(n: int) -> int:
@@ -238,7 +321,7 @@ def program(function: str, mode: str, dtype: torch.dtype, table: str = "") -> na
 
 
 def _kernel(x: Tensor, function: str, mode: str, table: str) -> tuple[Any, int] | None:
-    if x.device.type != "cpu" or _transformed():
+    if not _direct(x) or _transformed():
         return None
     chosen = program(function, mode, x.dtype, table)
     return None if chosen is None else chosen.kernel()
@@ -253,15 +336,16 @@ def _forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
         y = torch.empty_like(x)
         if x.stride() != y.stride():  # overlapping or with gaps; empty_like keeps every other layout
             x, y = x.contiguous(), y.contiguous()
-        kernel[0](x.data_ptr(), y.data_ptr(), x.numel(), kernel[1], _threads(x.numel()))
+        kernel[0](address(x), address(y), x.numel(), kernel[1], _threads(x.numel()))
         if not table:
             _known[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
         return y
-    if x.dtype == torch.float32 and mode == "ktanh" and function != "tanh":
-        core = given_table(table)
-        if core is None or core.function == "tanh":
-            return aten.derived32(x, function, lambda z: _forward(z, "tanh", mode, table))
-    return aten.activation(x, function, mode, table)
+    with subnormals.kept():
+        if x.dtype == torch.float32 and mode == "ktanh" and function != "tanh":
+            core = given_table(table)
+            if core is None or core.function == "tanh":
+                return aten.derived32(x, function, lambda z: _forward(z, "tanh", mode, table))
+        return aten.activation(x, function, mode, table)
 
 
 @torch.library.custom_op("rarefy::activation", mutates_args=())
@@ -273,8 +357,23 @@ def activation(x: Tensor, function: str, mode: str, grad: str, table: str) -> Te
 
 
 @activation.register_fake
-def _(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+def _fake(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch._decomp.register_decomposition([torch.ops.rarefy.activation.default])
+def _decomposed(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
+    """What a tracer that is given PyTorch's table of decompositions makes of the operator."""
+    if torch.onnx.is_in_onnx_export():  # a program's decomposition cannot add constants
+        raise RuntimeError(
+            "this exported program was made with gradients and holds the operator rarefy::activation, which ONNX has"
+            " not: give torch.onnx.export the model itself, or export the model after requires_grad_(False)"
+        )
+    return plain.activation(x, function, mode, table)
+
+
+# without it fake tensors of symbolic shapes would run the decomposition
+torch._decomp.register_decomposition([torch.ops.rarefy.activation.default], type="meta")(_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -342,11 +441,18 @@ def _traced(
     text = _text(table)
     _validated(function, mode, str(x.dtype), text)
     direction = gradients.resolve(function, mode, grad)
-    # One operator in an export without dynamo, and where the fused form would cost far more than the kernel.
+    if out is not None:
+        _check_out(x, out)
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    dynamo, exporting = torch.compiler.is_dynamo_compiling(), torch.compiler.is_exporting()
+    # the fused form of float32 would cost far more than the kernel
     slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
-    if not torch.compiler.is_dynamo_compiling() or (slow_fused and not torch.compiler.is_exporting()):
-        result: Tensor = torch.ops.rarefy.activation(x, function, mode, direction, text)
-    elif x.requires_grad and torch.is_grad_enabled():
+    result: Tensor
+    if exporting and (not needs_gradient or torch.onnx.is_in_onnx_export()):
+        result = plain.activation(x, function, mode, text)
+    elif exporting or not dynamo or slow_fused:
+        result = torch.ops.rarefy.activation(x, function, mode, direction, text)
+    elif needs_gradient:
         result = _apply(x, function, mode, direction, text)
     else:
         result = aten.activation(x, function, mode, text)

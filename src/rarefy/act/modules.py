@@ -32,6 +32,13 @@ class Activation(nn.Module):
         gradients.resolve(self.function, mode, grad)
         self.mode, self.grad, self.table = mode, grad, given
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """``torch.jit.script`` asks for this; raises RuntimeError, since a table and its options are no TorchScript."""
+        raise RuntimeError(
+            f"{type(self).__name__} of rarefy.act cannot be scripted: use torch.jit.trace, which records it as one"
+            " operator, or restore() the model first"
+        )
+
     def extra_repr(self) -> str:
         """The options that are not the default."""
         parts = [f"mode={self.mode!r}"]
@@ -61,13 +68,30 @@ class Sigmoid(Activation):
 
 
 class SiLU(Activation):
-    """:func:`rarefy.act.silu` as a module."""
+    """:func:`rarefy.act.silu` as a module; ``inplace`` writes the result over the input, as PyTorch's does."""
 
     function = "silu"
 
+    def __init__(
+        self,
+        mode: str = "exact",
+        *,
+        inplace: bool = False,
+        grad: str | None = None,
+        table: Table | str | None = None,
+    ) -> None:
+        super().__init__(mode, grad=grad, table=table)
+        self.inplace = inplace
+
     def forward(self, x: Tensor) -> Tensor:
         """Any shape in, the same out."""
+        if self.inplace:
+            return functional.in_place(functional.silu, x, mode=self.mode, grad=self.grad, table=self.table)
         return functional.silu(x, self.mode, grad=self.grad, table=self.table)
+
+    def extra_repr(self) -> str:
+        """The options that are not the default."""
+        return super().extra_repr() + (", inplace=True" if self.inplace else "")
 
 
 class GELU(Activation):

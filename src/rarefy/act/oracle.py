@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from rarefy.act import subnormals
 from rarefy.act.formats import Bits, Format, Values
 
 #: Bound of the relative error of the functions below; the tests hold them against 200-bit arithmetic.
@@ -98,6 +99,7 @@ def is_odd(function: Function) -> bool:
     return bool(np.allclose(evaluate(function, -x), -evaluate(function, x), rtol=1e-9, atol=1e-12))
 
 
+@subnormals.kept()
 def rounded(function: Function, fmt: Format, bits: Bits) -> tuple[Bits, float]:
     """Correctly rounded ``function`` of every bit pattern, and the least distance to a tie, in units of the last place.
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import oracle
+from rarefy.act import oracle, subnormals
 from rarefy.act.formats import FP32
 
 SEGMENTS = 32
@@ -52,6 +52,7 @@ class Quartic:
         """The coefficients as float32, shape [5, 32]."""
         return np.array(self.coefficients, dtype=np.uint32).view(np.float32)
 
+    @subnormals.kept()
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
         """The function of float32 bit patterns, any shape: the reference of the kernels. A NaN stays a NaN."""
         given = np.asarray(bits, dtype=np.uint32)
@@ -105,7 +106,7 @@ def fused(a: Floats, b: Floats, c: Floats) -> Floats:
     s = p + d
     back = s - p
     error = (p - (s - back)) + (d - back)  # what the sum lost, exactly
-    bits = s.view(np.int64)
+    bits = s.view(np.int64)  # to odd: then rounding to float32 is the only rounding
     odd = np.where((error != 0) & (bits & 1 == 0), bits + np.where((error > 0) == (s > 0), 1, -1), bits)
     return odd.view(np.float64).astype(np.float32)
 

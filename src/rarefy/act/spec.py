@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import formats
+from rarefy.act import formats, subnormals
 from rarefy.act.formats import Bits, Format
 from rarefy.act.oracle import FUNCTIONS
 from rarefy.act.table import Table, load
@@ -84,6 +84,7 @@ def core(fmt: Format, given: Table | None) -> Table:
 
 
 @lru_cache(maxsize=64)
+@subnormals.kept()
 def answers(function: str, mode: str, fmt: Format, given: Table | None = None) -> npt.NDArray[Any]:
     """The results for all inputs of a format of at most 16 bits, indexed by bits; read-only."""
     table = table_for(function, mode, fmt, given)
@@ -100,6 +101,7 @@ def answers(function: str, mode: str, fmt: Format, given: Table | None = None) -
     return result
 
 
+@subnormals.kept()
 def compute(function: str, mode: str, fmt: Format, bits: npt.ArrayLike, given: Table | None = None) -> npt.NDArray[Any]:
     """Modes ``ktanh`` and ``hard`` of any array of bf16, fp16 or fp32 bits, from their definition."""
     b = np.asarray(bits, dtype=np.int64)

@@ -127,11 +127,13 @@ def _swap_class(
 
 
 def _bound(function: str, options: dict[str, Any], grad: str | None) -> Callable[..., Any]:
-    """Our function with its options, taking what PyTorch's takes (an ``inplace`` is accepted and not needed)."""
+    """Our function with its options, taking what PyTorch's takes."""
     chosen = {**options, "grad": _gradient(function, options["mode"], grad)}
     ours = getattr(functional, function)
 
     def call(input: torch.Tensor, inplace: bool = False, **more: Any) -> torch.Tensor:
+        if inplace:
+            return functional.in_place(ours, input, **chosen, **more)
         result: torch.Tensor = ours(input, **chosen, **more)
         return result
 

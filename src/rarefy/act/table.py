@@ -121,6 +121,13 @@ class Table:
     text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
+        for key in ("name", "function", "format", "form", "symmetry"):
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"{key} of a table must be a string, got {_short(getattr(self, key))}")
+        numbers = {key: getattr(self, key) for key in ("identity_below", "saturate_above", "fraction_bits", "offset")}
+        for key, value in (numbers | vars(self.index)).items():
+            if type(value) is not int or abs(value) >= 1 << 32:
+                raise ValueError(f"{self.name}: {key} must be an integer of at most 32 bits, got {_short(value)}")
         fmt = formats.get(self.format)
         if self.form not in FORMS:
             raise ValueError(f"{self.name}: form must be one of {', '.join(FORMS)}, got {self.form!r}")
@@ -133,7 +140,9 @@ class Table:
         columns = len(COLUMNS[self.form])
         for t, row in enumerate(self.rows):
             if len(row) != columns or not all(type(value) is int for value in row):
-                raise ValueError(f"{self.name}: row {t} must be {columns} integers, got {row!r}")
+                raise ValueError(f"{self.name}: row {t} must be {columns} integers, got {_short(row)}")
+            if any(abs(value) >= 1 << 62 for value in row):
+                raise ValueError(f"{self.name}: row {t} must hold integers of at most 62 bits, got {_short(row)}")
         {"shift": self._check_bits, "carry": self._check_bits, "linear": self._check_linear}.get(
             self.form, self._check_segments
         )(fmt)
@@ -329,17 +338,27 @@ class Table:
         """The table of a JSON text; raises ValueError when the text is none or the table is not valid."""
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise ValueError("not a table: its JSON is nested too deeply") from None
+        except ValueError as error:  # no JSON, or an integer of thousands of digits
             raise ValueError(f"not a table: {error}") from None
         if not isinstance(data, Mapping) or data.get("rarefy_table") != FILE_VERSION:
             raise ValueError(f"not a table of version {FILE_VERSION}")
         values = {key: value for key, value in data.items() if key != "rarefy_table"}
+        for key, kind in (("form", str), ("index", dict), ("rows", list)):
+            if not isinstance(values.get(key), kind):
+                raise ValueError(f"not a table: {key!r} must be a {kind.__name__}, got {_short(values.get(key))}")
+        if values["form"] not in FORMS:
+            raise ValueError(f"not a table: form must be one of {', '.join(FORMS)}, got {_short(values['form'])}")
+        for t, row in enumerate(values["rows"]):
+            if not isinstance(row, list):
+                raise ValueError(f"not a table: row {t} must be a list of integers, got {_short(row)}")
         _check_kinds(values)
         try:
             index = _INDEX_OF[values["form"]](**values.pop("index"))
             rows = tuple(tuple(row) for row in values.pop("rows"))
             return cls(index=index, rows=rows, **values)
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:  # a key too many, or one that is missing
             raise ValueError(f"not a table: {error}") from None
 
     def save(self, path: str | Path) -> None:
@@ -363,6 +382,14 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
         raise ValueError("not a table: rows hold integers of at most 63 bits")
 
 
+def _short(value: object) -> str:
+    """A value in a message: one line of a length to read."""
+    if isinstance(value, int) and abs(value) >= 1 << 128:
+        return f"an integer of {value.bit_length()} bits"
+    text = ascii(value) if not isinstance(value, (tuple, list, dict)) else ascii(str(value)[:200])[1:-1]
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def names() -> list[str]:
     """The names of the shipped tables."""
     folder = resources.files("rarefy.act") / "tables"
@@ -372,8 +399,11 @@ def names() -> list[str]:
 def load(name: str | Path) -> Table:
     """A shipped table by its name, or a table from a ``.json`` file; raises ValueError when there is none."""
     if str(name).endswith(".json"):
-        return Table.from_json(Path(name).read_text(encoding="utf-8"))
+        try:
+            return Table.from_json(Path(name).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{str(name)!r} is not a table: it is not UTF-8 text") from None
     entry = resources.files("rarefy.act") / "tables" / f"{name}.json"
-    if not entry.is_file():
+    if name not in names():
         raise ValueError(f"table must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
     return Table.from_json(entry.read_text(encoding="utf-8"))

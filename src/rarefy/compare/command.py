@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rarefy._outputs import check_file, check_folder
 from rarefy.compare.page import write
 from rarefy.compare.plan import Job, load
 from rarefy.compare.runner import run
@@ -23,6 +24,11 @@ def compare(arguments: argparse.Namespace) -> int:
         changes.append(f"data.folder={json.dumps(arguments.data, ensure_ascii=False)}")
     comparison = load(arguments.comparison, changes)
     folder = arguments.run or Path("runs") / f"compare-{comparison.name}"
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
+    check_folder(folder, "--run")
+    check_file(arguments.csv or folder / "compare.csv", "--csv")
+    check_file(arguments.html or folder / "compare.html", "--html")
     failed: dict[str, str] = {}
     if not arguments.write_only:
         began = time.monotonic()

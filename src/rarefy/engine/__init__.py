@@ -10,5 +10,6 @@ from rarefy.engine.compiler import compile
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.file import load, save
 from rarefy.engine.profile import Profile, Row
+from rarefy.engine.verify import EngineError
 
-__all__ = ["CaptureError", "Engine", "Port", "Profile", "Report", "Row", "compile", "load", "save"]
+__all__ = ["CaptureError", "Engine", "EngineError", "Port", "Profile", "Report", "Row", "compile", "load", "save"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,26 +26,52 @@ _OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _NAMES = {function: name for name, function in reference.FUNCTIONS.items()}
 
 
+#: Operators whose result, or whether they work at all, depends on the strides of their operand.
+_LAID_OUT = frozenset(
+    f"aten.{name}"
+    for name in ("view_as_complex.default", "view.dtype", "as_strided.default", "as_strided_scatter.default")
+)
+
+
 class CaptureError(ValueError):
     """A model that cannot be traced; the message names the operator and the line of the model's code."""
 
 
-def capture(model: nn.Module, inputs: Sequence[Tensor]) -> Plan:
+def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | None = None) -> Plan:
     """The plan of a model, as it computes on inputs of these shapes and dtypes, for any batch size where it can.
+
+    Where ``fixed_because`` says why, it is for the batch size of the inputs alone.
 
     Raises CaptureError for a model that ``torch.export`` does not trace, or that does more than to compute tensors from
     tensors.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    quiet = contextlib.redirect_stderr(cast(TextIO, _Others(sys.stderr)))
+    with quiet, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
-        program, fixed_because = _export(model, tuple(inputs))
+        program, fixed_because = _export(model, tuple(inputs), fixed_because)
         return _Graph(program, fixed_because).plan()
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ExportedProgram, str | None]:
+class _Others:
+    """The standard error of all threads but this one: torch.export prints the graphs that it gives up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """Write what another thread says."""
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _export(
+    model: nn.Module, inputs: tuple[Tensor, ...], fixed_because: str | None
+) -> tuple[ExportedProgram, str | None]:
     """The model as functional operators, and why it takes one batch size alone where it does."""
-    because = "the inputs have no common dimension 0"
-    if all(x.dim() and x.shape[0] == inputs[0].shape[0] for x in inputs):
+    because = fixed_because or "the inputs have no common dimension 0"
+    if fixed_because is None and all(x.dim() and x.shape[0] == inputs[0].shape[0] for x in inputs):
         # A batch of one would be traced as the constant 1.
         several = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in inputs)
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
@@ -56,7 +84,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ExportedProgr
     try:
         return _functional(torch.export.export(model, inputs)), because
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise CaptureError(_explain(model, inputs, error)) from error
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -68,8 +96,18 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _explain(model: nn.Module, error: BaseException) -> str:
+def other_dtype(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """Which input is of another floating dtype than the weights, in words; empty where none is."""
+    own = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    other = [x.dtype for x in inputs if own and x.is_floating_point() and x.dtype not in own]
+    weights = ", ".join(sorted(map(str, own)))
+    return f"an input is {other[0]} and the weights are {weights}: convert the example, or the model" if other else ""
+
+
+def _explain(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:
     """What could not be traced, and where in the model's code."""
+    if hint := other_dtype(model, inputs):
+        return f"{type(model).__name__} cannot be traced: {hint} ({_first_line(error)})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     found = re.search(r"\b\w+(::\w+|\.\w+\.\w+)", _first_line(error))
@@ -91,8 +129,10 @@ class _Graph:
         self.program = program
         self.fixed_because = fixed_because
         self.constants: dict[str, Tensor] = {}
+        self.folded: dict[str, Sequence[Tensor]] = {}  # what operators with several results make of constants
         self.sources: dict[str, str] = {}
         self.aliases: dict[str, fx.Node] = {}
+        self.operands: dict[str, str] = {}  # what a node reads in place of its first argument
         self.inputs: list[str] = []
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
@@ -102,6 +142,11 @@ class _Graph:
             else:
                 self._add_constant(spec.arg.name, program.constants[spec.target], spec.target)
         for output in program.graph_signature.output_specs:
+            if output.kind is OutputKind.USER_INPUT_MUTATION:
+                raise CaptureError(
+                    f"the model changes its input {output.target!r} in place; an engine leaves its inputs alone: let "
+                    "the model change a copy, x.clone()"
+                )
             if output.kind is not OutputKind.USER_OUTPUT:
                 raise CaptureError(
                     f"the model changes {output.target!r} in its forward; an engine keeps no state: give it as an input"
@@ -120,15 +165,18 @@ class _Graph:
         values: dict[str, Value] = {}
         result: Any = ()
         for node in self.program.graph.nodes:
+            operand = node.args[0] if node.args else None
             node.args = fx.map_arg(node.args, self._original)
             node.kwargs = fx.map_arg(node.kwargs, self._original)
             if node.op == "output":
                 result = node.args[0]
             elif node.op == "call_function" and not self._vanishes(node):
+                steps += self._laid_out(node, operand)
                 steps.append(self._step(node))
             if isinstance(node.meta.get("val"), Tensor):
-                shape = operators.sample_shape(node, self.batch)
-                values[node.name] = Value(shape, node.meta["val"].dtype)
+                value = node.meta["val"]
+                rows = str(tuple(value.shape[:-1]))
+                values[node.name] = Value(operators.sample_shape(node, self.batch), value.dtype, rows)
         outputs, single = self._outputs(result)
         read = {name for step in steps if isinstance(step, Operator) for name in step.inputs} | {*outputs}
         return Plan(
@@ -150,23 +198,42 @@ class _Graph:
         target = str(node.target)
         if not node.users and "_assert" not in target:
             return True
-        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(node.args[0], fx.Node):
-            self.aliases[node.name] = node.args[0]
+        first = node.args[0] if node.args else None
+        # A copy of a constant is made now, and then lies as asked.
+        copied = target in ("aten.contiguous.default", "aten.clone.default") and (
+            isinstance(first, fx.Node) and first.name in self.constants
+        )
+        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(first, fx.Node) and not copied:
+            self.aliases[node.name] = first
             return True
         if node.target is operator.getitem:
-            made = node.args[0]
+            made, index = node.args
             assert isinstance(made, fx.Node)
             if isinstance(made.meta["val"], Tensor):  # a batch normalisation, whose step gives the tensor alone
                 self.aliases[node.name] = made
                 return True
+            if made.name in self.folded:
+                self.constants[node.name] = operator.getitem(self.folded[made.name], index)
+                return True
         known = all(each.name in self.constants for each in node.all_input_nodes)
-        if not known or not isinstance(node.meta.get("val"), Tensor) or not isinstance(node.target, OpOverload):
+        if not known or not isinstance(node.target, OpOverload):
             return False
-        if torch.Tag.nondeterministic_seeded not in node.target.tags:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])
-            self.constants[node.name] = node.target(*args, **kwargs)
-            return True
-        return False
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return False
+        result = node.meta.get("val")
+        if isinstance(result, Tensor):
+            self.constants[node.name] = self._computed(node)
+        elif isinstance(result, (list, tuple)) and all(isinstance(each, Tensor) for each in result):
+            self.folded[node.name] = self._computed(node)
+        else:
+            return False
+        if len(node.all_input_nodes) == 1:  # what is made of one layer's weight alone still belongs to the layer
+            self.sources[node.name] = self.sources.get(node.all_input_nodes[0].name, "")
+        return True
+
+    def _computed(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _step(self, node: fx.Node) -> Step:
         if isinstance(node.target, OpOverload):
@@ -181,8 +248,50 @@ class _Graph:
                     return step
         return self._operator(node)
 
+    def _laid_out(self, node: fx.Node, operand: Any) -> list[Operator]:
+        """What lays the operand out in memory as in the graph, for an operator that depends on it; it reads that then.
+
+        Copies vanish, and steps give what is contiguous: nothing else depends on where numbers lie.
+        """
+        target = str(node.target)
+        if target in ("aten.sym_stride.int", "aten.sym_storage_offset.default"):
+            raise CaptureError(f"the model reads {target.split('.')[1]}, where numbers lie in memory{_where(node)}")
+        if target not in _LAID_OUT or not isinstance(operand, fx.Node):
+            return []
+        x, value = self._original(operand), operand.meta["val"]
+        order = list(range(value.dim()))
+        if "as_strided" in target:
+            if target == "aten.as_strided.default":
+                order.sort(key=lambda axis: -value.stride(axis))
+            fills = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            if not fills or not value.permute(order).is_contiguous():
+                raise CaptureError(
+                    f"{target} reads more than the numbers of its operand{_where(node)}: give it a contiguous tensor"
+                )
+        # The others have the meaning of their operand's numbers alone, which need only lie as they take them.
+        copied = {"memory_format": torch.contiguous_format}
+        first = Operator(
+            name=f"{node.name}_order",
+            output=f"{node.name}_order",
+            target="aten.permute.default",
+            args=(Ref(x.name), order),
+        )
+        moved = order != sorted(order)
+        read = Ref(first.output if moved else x.name)
+        second = Operator(
+            name=f"{node.name}_operand",
+            output=f"{node.name}_operand",
+            target="aten.clone.default",
+            args=(read,),
+            kwargs=copied,
+        )
+        self.operands[node.name] = second.output
+        return [first, second] if moved else [second]
+
     def _operator(self, node: fx.Node) -> Operator:
         args, kwargs = _plain(node.args), _plain(node.kwargs)
+        if node.name in self.operands:
+            args = (Ref(self.operands[node.name]), *args[1:])
         return Operator(name=node.name, output=node.name, target=_target(node), args=args, kwargs=kwargs)
 
     def _outputs(self, result: Any) -> tuple[tuple[str, ...], bool]:
@@ -190,10 +299,15 @@ class _Graph:
         flat = self.program.call_spec.out_spec.type in (tuple, list) and all(
             spec.is_leaf() for spec in self.program.call_spec.out_spec.children()
         )
-        if not (single or flat) or not all(isinstance(node, fx.Node) for node in result):
+        tensors = all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in result)
+        if not (single or flat) or not tensors:
+            kinds = ", ".join(
+                "tensor" if isinstance(value, Tensor) else type(value).__name__.replace("SymInt", "size")
+                for value in (node.meta.get("val") if isinstance(node, fx.Node) else node for node in result)
+            )
             raise CaptureError(
-                "the model gives back something else than a tensor or a tuple of tensors; wrap it in a module that "
-                "takes the tensors out"
+                f"the model gives back something else than a tensor or a tuple of tensors ({kinds}); wrap it in a "
+                "module that takes the tensors out"
             )
         return tuple(node.name for node in result), single
 
@@ -214,6 +328,13 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {**given, **node.kwargs}
 
 
+def _where(node: fx.Node) -> str:
+    """Where in the model's code a node comes from."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
+    return f" at {lines[-1]}" if lines else ""
+
+
 def _target(node: fx.Node) -> str:
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     if isinstance(target, OpOverload):
@@ -222,9 +343,7 @@ def _target(node: fx.Node) -> str:
         return "aten.reshape.default" if name in ("aten.view.default", "aten._unsafe_view.default") else name
     if target in _NAMES:
         return _NAMES[target]
-    trace = node.meta.get("stack_trace") or ""
-    where = next((line.strip() for line in reversed(trace.splitlines()) if line.strip().startswith("File")), "")
-    raise CaptureError(f"the engine cannot run the operator {target}{' at ' + where if where else ''}")
+    raise CaptureError(f"the engine cannot run the operator {target}{_where(node)}")
 
 
 def _plain(argument: Any) -> Any:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.engine import measure, native
-from rarefy.engine.capture import capture
-from rarefy.engine.engine import Engine, Port, Report
+from rarefy import kernels
+from rarefy.engine import measure, native, verify
+from rarefy.engine.capture import CaptureError, capture, other_dtype
+from rarefy.engine.eager import Eager
+from rarefy.engine.engine import Engine, Port, Report, plain
+from rarefy.engine.execute import torch_threads
 from rarefy.engine.onednn import Packed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
-from rarefy.engine.segments import Options, Segment, lower
+from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
+#: Tracing and measuring change state of the process.
+_COMPILING = threading.Lock()
+_Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
 
@@ -33,13 +40,17 @@ def compile(
 ) -> Engine:
     """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
 
+    What comes out is compared with the model on the example and, where it takes any batch size, at another one. Threads
+    that compile take turns.
+
     Args:
         model: in evaluation mode, on the CPU; one that was trained sparse, finalized. It is not changed.
         example_input: a tensor, or one for each input. Its size beyond the batch is that which the engine takes; its
             batch size is what the kernels are chosen for, any other runs, too.
         threads: how many threads the native kernels use; None takes ``torch.get_num_threads()`` at each call.
         weights: how layers store their weights: "float32", or "bfloat16" (rounded; sums stay float32): half the memory.
-        choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer. Without
+        choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer, and the model
+            as it is where all of that is slower (such an engine holds a copy of it, and cannot be saved). Without
             measuring, and so with the same result every time: "native" (native kernels by rule), "sparse" or "dense"
             (these kernels alone in the native layers), "torch" (PyTorch alone).
         tune_seconds: at most about so much time to measure native kernels for.
@@ -47,30 +58,76 @@ def compile(
     Raises:
         TypeError: ``model`` is no module, ``example_input`` no tensors.
         ValueError: the model is in training mode, is still being sparsified or is not on the CPU; an option out of its
-            range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced.
+            range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
+            :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example.
     """
     begun = time.perf_counter()
     inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
-    engine = build(optimize(capture(model, inputs)), inputs, threads, weights, choose, tune_seconds)
+    with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+        plan, trials = _captured(model, inputs)
+        better = _stored(optimize(plan), weights)
+        engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
+        for tried in trials:
+            if weights == "float32":
+                verify.check(engine, plan, model, tried)
+            else:  # rounded weights do not give the model's results: PyTorch's with the same weights
+                verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
     return engine
 
 
+def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[verify.Trial]]:
+    """The plan, which computes what the model does at the batch sizes tried, and what was tried.
+
+    A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
+    is traced at one of them. Where they differ the engine takes that of the example alone.
+    """
+    plan = capture(model, inputs)
+    try:
+        example = verify.trial(model, inputs)
+    except Exception as error:  # whatever the model raises
+        why = other_dtype(model, inputs) or f"it raises {type(error).__name__}: {error}"
+        raise CaptureError(f"{type(model).__name__} does not run on example_input: {why}") from error
+    assert example is not None
+    if plan.batch is None:
+        batch = inputs[0].shape[0]
+        other = verify.trial(model, inputs, 2 if batch == 1 else 1)
+        trials = [example] if other is None else [example, other]
+        wrong = next((found for each in trials if (found := verify.plan_differs(plan, model, each))), None)
+        refused = other is None and batch == 1
+        if wrong is None and not refused:
+            return plan, trials
+        because = "refuses a batch of 2" if refused else "does something else for a batch of one than for others"
+        plan = capture(model, inputs, f"it {because}")
+    wrong = verify.plan_differs(plan, model, example)
+    if wrong is not None:
+        raise CaptureError(
+            f"{type(model).__name__} does something else when it is traced than when it is called ({wrong}): its "
+            "forward may not depend on the Python around it or on memory that it shares with its inputs"
+        )
+    return plan, [example]
+
+
 def build(
-    plan: Plan, inputs: Sequence[Tensor], threads: int | None, weights: Weights, choose: Choose, tune_seconds: float
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    threads: int | None,
+    weights: Weights,
+    choose: Choose,
+    tune_seconds: float,
+    model: nn.Module | None = None,
 ) -> Engine:
-    """The engine of a plan; arguments as those of :func:`compile`, not checked."""
+    """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`."""
     begun = time.perf_counter()
-    if weights == "bfloat16":
-        plan = replace(plan, steps=tuple(_rounded(step) for step in plan.steps))
+    plan = _stored(plan, weights)
     threads_now = threads or torch.get_num_threads()
-    with measure.torch_threads(threads_now), torch.no_grad():
-        found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds)
-    items = found.lowered.items
-    read = {name for item in items if not isinstance(item, Segment) for name in item.inputs} | {*plan.outputs}
+    with torch_threads(threads_now), torch.no_grad():
+        found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds, model)
+    own = _Copies()
+    items = tuple(own.item(item) for item in found.lowered.items)
+    read = {name for item in items if not isinstance(item, (Segment, Eager)) for name in item.inputs} | {*plan.outputs}
     programs = [item.program.facts for item in items if isinstance(item, Segment)]
-    steps = [item.step if isinstance(item, Packed) else item for item in items if not isinstance(item, Segment)]
-    left = [tensor for step in steps for tensor in tensors(step).values()]
+    left = [tensor for item in items for tensor in _weights(item)]
     return Engine(
         items=items,
         inputs=[Port(name, tuple(x.shape), x.dtype) for name, x in zip(plan.inputs, inputs, strict=True)],
@@ -78,7 +135,7 @@ def build(
         single=plan.single,
         batch=plan.batch,
         fixed_because=plan.fixed_because,
-        constants={name: value for name, value in plan.constants.items() if name in read},
+        constants={name: own.tensor(value) for name, value in plan.constants.items() if name in read},
         names={step.output: step.name for step in plan.steps},
         layers=found.layers,
         reasons=found.lowered.reasons,
@@ -93,6 +150,47 @@ def build(
             scratch_bytes=max((facts.scratch_bytes for facts in programs), default=0),
         ),
     )
+
+
+def _weights(item: Item) -> list[Tensor]:
+    """The weights that PyTorch has for an item."""
+    match item:
+        case Segment():
+            return []
+        case Eager():
+            return [*item.model.state_dict().values()]
+        case Packed():
+            return [*tensors(item.step).values()]
+    return [*tensors(item).values()]
+
+
+class _Copies:
+    """Copies of the tensors that an engine keeps, one of each: the model's may change later."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """The copy, that which is there where it is the same tensor or another view of the same numbers."""
+        if tensor.layout is not torch.strided:
+            return tensor.clone()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        if key not in self._known:
+            self._known[key] = tensor, tensor.detach().clone()  # the first is kept, so that none takes its address
+        return self._known[key][1]
+
+    def item(self, item: Item) -> Item:
+        """The item with copies in the place of its tensors."""
+        if isinstance(item, (Segment, Eager)):  # which have their own
+            return item
+        if isinstance(item, Packed):
+            return replace(item, step=self.step(item.step))
+        return self.step(item)
+
+    def step(self, step: _Step) -> _Step:
+        """The same of a step."""
+        copies: dict[str, Any] = {name: self.tensor(value) for name, value in tensors(step).items()}
+        return replace(step, **copies)
 
 
 def _checked(
@@ -132,22 +230,42 @@ def _checked(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model must be on the CPU, {name!r} is on {tensor.device}: call model.cpu() first")
-    return tuple(x.detach() for x in inputs)
+        try:
+            kernels.address(tensor)
+        except ValueError as error:
+            raise ValueError(f"{name!r} of the model: {error}") from None
+    for x in inputs:
+        try:
+            kernels.address(plain(x))
+        except ValueError as error:
+            raise ValueError(f"example_input: {error}") from None
+    return tuple(map(plain, inputs))
+
+
+def _stored(plan: Plan, weights: str) -> Plan:
+    """The plan with its layers' weights as the native kernels store them."""
+    return plan if weights == "float32" else replace(plan, steps=tuple(map(_rounded, plan.steps)))
 
 
 def _rounded(step: Step) -> Step:
-    """The step with its weights rounded to bfloat16, as the native kernels store them."""
+    """The step with its weights rounded to bfloat16."""
     return replace(step, weight=step.weight.bfloat16().float()) if isinstance(step, Layer) else step
 
 
 def _choose(
-    plan: Plan, inputs: Sequence[Tensor], choose: str, weights: str, threads: int, tune_seconds: float
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    choose: str,
+    weights: str,
+    threads: int,
+    tune_seconds: float,
+    model: nn.Module | None,
 ) -> tuple[measure.Choice, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
     usable = native.available()
     timed = choose == "measure" and usable
-    with measure.torch_threads(1):
+    with torch_threads(1):
         shapes, layers = measure.walk(plan, inputs, timed=timed)
     options = Options(
         choice=choose if choose in ("sparse", "dense") else "measure",
@@ -157,7 +275,7 @@ def _choose(
         shapes=shapes,
     )
     if timed:
-        found = measure.choose(plan, inputs, options, layers)
+        found = measure.choose(plan, inputs, options, layers, model if weights == "float32" else None)
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"

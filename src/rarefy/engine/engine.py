@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.engine.measure import LayerFacts, execute, schedule, time_items, torch_threads
+from rarefy import kernels
+from rarefy.engine.execute import Runner, torch_threads
+from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Item, samples
+from rarefy.engine.segments import Item, Segment, samples
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Report:
         seconds: what compiling took, all in all.
         measuring_seconds: the part of it that went into measuring which kernel is fastest.
         chosen: what runs the network: "native", "native by rule" (kernels chosen without measuring), "PyTorch",
-            "PyTorch, oneDNN", or "native and PyTorch" (some layers by PyTorch).
+            "PyTorch, oneDNN", "native and PyTorch" (some layers by PyTorch), or "eager" (the model as it is).
         candidates: seconds of each of these on the example, where they were measured.
         weights: how they are stored, "float32" or "bfloat16".
         weight_bytes: weights, biases and indices in memory.
@@ -73,7 +75,12 @@ class Engine:
         self.batch, self._fixed_because, self._single = batch, fixed_because, single
         self._items, self._constants = tuple(items), dict(constants)
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
-        self._freed = schedule(items, (*(port.name for port in (*inputs, *outputs)), *constants))
+        names_in, names_out = ([port.name for port in ports] for ports in (self.inputs, self.outputs))
+        self._runner = Runner(items, names_in, names_out, constants)
+        made = [name for item in items if isinstance(item, Segment) for name in item.makes]
+        #: The outputs that may share memory with something else, and the memory that is the engine's own.
+        self._views = [i for i, name in enumerate(names_out) if name not in made or name in names_out[:i]]
+        self._own = {_memory(x) for x in self._constants.values()}
 
     @property
     def compile_seconds(self) -> float:
@@ -90,11 +97,25 @@ class Engine:
 
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
-        values = self._values(inputs)
+        given = self._checked(inputs)
         with torch.no_grad():
-            execute(self._items, self._freed, values, self.threads or torch.get_num_threads())
-        outputs = tuple(values[port.name] for port in self.outputs)
+            outputs = self._runner(given, self.threads or torch.get_num_threads())
+        outputs = self._apart(inputs, outputs)
         return outputs[0] if self._single else outputs
+
+    def _apart(self, inputs: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs, each in memory of its own: a caller may change it in place, and change nothing else."""
+        if not self._views:
+            return outputs
+        # Programs give new memory; what else shares any is copied.
+        taken = self._own | {_memory(x) for x in inputs}
+        taken |= {_memory(outputs[i]) for i in range(len(outputs)) if i not in self._views}
+        found = list(outputs)
+        for i in self._views:
+            if (where := _memory(found[i])) in taken:
+                found[i] = found[i].clone()
+            taken.add(where)
+        return tuple(found)
 
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
         """Time of every step on one thread (see :class:`rarefy.engine.profile.Profile`).
@@ -104,10 +125,10 @@ class Engine:
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
-        values = self._values(inputs or self.example())
-        batch = samples(values[self.inputs[0].name].shape)
+        given = self._checked(inputs or self.example())
+        batch = samples(given[0].shape)
         with torch.no_grad(), torch_threads(1):
-            took = time_items(self._items, self._freed, values, rounds)
+            took = self._runner.timed(given, rounds)
         return profile(self._items, took, batch, self._names, self._layers, self._reasons)
 
     def example(self) -> tuple[Tensor, ...]:
@@ -119,39 +140,63 @@ class Engine:
             for port in self.inputs
         )
 
-    def _values(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        """The inputs, checked, and the constants, by name."""
+    def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, as the items take them."""
         if len(inputs) != len(self.inputs):
             raise TypeError(f"the engine takes {len(self.inputs)} inputs, got {len(inputs)}")
-        for x, port in zip(inputs, self.inputs, strict=True):
-            self._check(x, port)
-        batches = {x.shape[0] for x in inputs} if self.batch is None else set()
-        if len(batches) > 1:
+        given = [self._input(x, port) for x, port in zip(inputs, self.inputs, strict=True)]
+        if self.batch is None and len(given) > 1 and len(batches := {x.shape[0] for x in given}) > 1:
             raise ValueError(f"all inputs must have the same batch size, got {', '.join(map(str, sorted(batches)))}")
-        named = {port.name: x.detach() for x, port in zip(inputs, self.inputs, strict=True)}
-        return {**self._constants, **named}
+        return given
 
-    def _check(self, x: Tensor, port: Port) -> None:
+    def _input(self, x: Tensor, port: Port) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"input {port.name!r} must be a tensor, got {type(x).__name__}")
         if x.dtype != port.dtype:
             raise TypeError(f"input {port.name!r} must be {port.dtype}, got {x.dtype}: convert it first")
         if x.device.type != "cpu":
             raise ValueError(f"input {port.name!r} must be on the CPU, got {x.device}: call it with x.cpu()")
+        if len(x.shape) != len(port.shape) or (port.shape and not self._fits(x.shape, port.shape)):
+            raise self._wrong_shape(x, port)
+        try:
+            numbers = plain(x)
+            kernels.address(numbers)
+        except ValueError as error:
+            raise ValueError(f"input {port.name!r}: {error}") from None
+        return numbers
+
+    def _fits(self, given: Sequence[int], expected: Sequence[int]) -> bool:
+        batch = given[0] >= 1 if self.batch is None else given[0] == expected[0]
+        return batch and given[1:] == expected[1:]
+
+    def _wrong_shape(self, x: Tensor, port: Port) -> ValueError:
         batch = "batch" if self.batch is None else f"batch of {self.batch}"
         expected = (batch, *map(str, port.shape[1:])) if port.shape else ()
         given = tuple(x.shape)
         what = f"input {port.name!r} must have the shape ({', '.join(expected)}), got {given}"
         if len(given) != len(port.shape):
-            raise ValueError(what)
-        if len(given) > 1 and given[1] != port.shape[1]:
-            raise ValueError(f"{what}: the model takes {port.shape[1]} channels")
+            return ValueError(what)
+        if len(given) > 3 and given[1] != port.shape[1]:
+            return ValueError(f"{what}: the model takes {port.shape[1]} channels")
         if given[1:] != port.shape[1:]:
-            raise ValueError(
+            dtype = "" if port.dtype is torch.float32 else f", dtype={port.dtype}"
+            return ValueError(
                 f"{what}: an engine runs at the size that it was compiled for; for this one make another, with "
-                f"engine.compile(model, torch.zeros({given}))"
+                f"engine.compile(model, torch.zeros({given}{dtype}))"
             )
         if self.batch is not None and given[:1] != port.shape[:1]:
-            raise ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
-        if given and given[0] < 1:
-            raise ValueError(f"{what}: the batch must not be empty")
+            return ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
+        return ValueError(f"{what}: the batch must not be empty")
+
+
+def plain(x: Tensor) -> Tensor:
+    """The numbers of an input: without gradient, as they are when read, no subclass that changes what operators do."""
+    x = x.detach()
+    if type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        x = x.as_subclass(Tensor)
+    return x.resolve_conj().resolve_neg() if x.layout is torch.strided else x
+
+
+def _memory(x: Tensor) -> int | None:
+    """Where the memory begins that a tensor is a view of."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else None

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from rarefy._files import write_atomically
 from rarefy.engine import native, plan
+from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
+from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import Packed, packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step
-from rarefy.engine.segments import Item, Segment
+from rarefy.engine.segments import Item, Segment, uses
 from rarefy.engine.segments import Port as ProgramPort
-from rarefy.engine.trial import LARGEST_INTEGER, check_conv, check_target, dry_run
 
 VERSION = 1
 
@@ -109,6 +110,11 @@ class _Writer:
         if isinstance(item, Segment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
             return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps), "rows": item.rows}
+        if isinstance(item, Eager):
+            raise ValueError(
+                "this engine runs the model itself, since nothing made of its graph is as fast: save the model, or "
+                'compile it with choose="native" or "torch" for an engine that can be saved'
+            )
         if isinstance(item, Operator):
             check_target(item.target)
         if isinstance(item, Packed):
@@ -121,8 +127,8 @@ def save(engine: Engine, path: str | Path) -> None:
     """Write an engine to a file, in the place of what is there.
 
     Raises ValueError, before anything is written, where PyTorch runs an operator for it that is not its own or ours
-    (such a name would mean nothing where the file is loaded), or one whose result's shape depends on its numbers (that
-    cannot be checked when it is loaded).
+    (such a name would mean nothing where the file is loaded), or one whose result's shape depends on numbers in it
+    (that cannot be checked when it is loaded).
     """
     if not isinstance(engine, Engine):
         raise TypeError(f"save takes an engine, got {type(engine).__name__}: engine.compile(model, example) makes one")
@@ -256,7 +262,7 @@ class _Reader:
         constants = {str(name): self._tensor(about) for name, about in header["constants"].items()}
         known = {*constants, *(port.name for port in inputs)}
         for item in items:
-            reads, makes = (item.reads, item.makes) if isinstance(item, Segment) else (item.inputs, (item.output,))
+            reads, makes = uses(item)
             if not known.issuperset(reads):
                 raise ValueError(f"a step reads {sorted({*reads} - known)}, which nothing makes")
             known.update(makes)

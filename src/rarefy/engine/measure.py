@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rarefy.engine.eager import Eager
+from rarefy.engine.execute import Runner
 from rarefy.engine.onednn import Packed, packed
-from rarefy.engine.plan import Conv, Layer, Plan, Step, last_uses
-from rarefy.engine.reference import run_step
+from rarefy.engine.plan import Conv, Layer, Plan, Step
+from rarefy.engine.reference import bind, run_step
 from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, samples
 
 _ROUNDS = 5
@@ -27,6 +28,10 @@ _ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated
 _LOST = 1.5
 #: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
 _CLEARLY_FASTER = 0.9
+#: What the model itself is called among the ways, and the share of the best other's time that it must stay below: what
+#: is made of its graph can be saved.
+EAGER = "eager"
+_WORTH_KEEPING = 0.97
 #: Giving layers to PyTorch is only tried where it may save this share of the whole time.
 _WORTH_TRYING = 0.03
 
@@ -67,38 +72,6 @@ class Choice:
     seconds: float
 
 
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Within the block PyTorch uses that many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def execute(items: Sequence[Item], freed: Sequence[tuple[str, ...]], values: dict[str, Any], threads: int) -> None:
-    """Run the items on the values, which change in place; those in ``freed`` go after each."""
-    for item, done in zip(items, freed, strict=True):
-        _run(item, values, threads)
-        for name in done:
-            del values[name]
-
-
-def _run(item: Item, values: dict[str, Any], threads: int) -> None:
-    if isinstance(item, Segment):
-        item.run(values, threads)
-    else:
-        values[item.output] = item.run(values) if isinstance(item, Packed) else run_step(item, values)
-
-
-def schedule(items: Sequence[Item], kept: Sequence[str]) -> list[tuple[str, ...]]:
-    """The values that are not needed any more after each item."""
-    reads = [(i.reads, i.makes) if isinstance(i, Segment) else (i.inputs, (i.output,)) for i in items]
-    return last_uses(reads, set(kept))
-
-
 def seconds_of(threads: int) -> Callable[[], float]:
     """The clock to measure with: the thread's own where there is one, since others may use the processor, too."""
     return time.thread_time if threads == 1 else time.perf_counter
@@ -133,8 +106,10 @@ def _look(step: Layer, shape: tuple[int, ...]) -> object:
     return type(step), tuple(step.weight.shape), options, step.residual is None, step.activation, shape
 
 
-def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts]) -> Choice:
-    """The fastest way to run the plan on inputs like these."""
+def choose(
+    plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts], model: nn.Module | None
+) -> Choice:
+    """The fastest way to run the plan on inputs like these; the model that it is of, where given, is one of them."""
     begun = time.perf_counter()
     native = lower(plan, options)
     slow = _slower_than_torch(native, plan, inputs, layers)
@@ -147,9 +122,26 @@ def choose(plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mappi
     }
     if slow:
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
+    if model is not None:
+        ways[EAGER] = in_eager(plan, model)
     times = _race(ways, plan, inputs, options.threads)
-    chosen = min(times, key=lambda name: times[name])
+    chosen = min(times, key=lambda name: times[name] / (_WORTH_KEEPING if name == EAGER else 1))
+    if chosen == EAGER and model is not None:
+        try:
+            ways[EAGER] = in_eager(plan, deepcopy(model))
+        except Exception:  # whatever its parts raise: then the engine has no copy that nobody changes
+            chosen = min({*times} - {EAGER}, key=lambda name: times[name])
     return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
+
+
+def runner(items: Sequence[Item], plan: Plan) -> Runner:
+    """What runs these items, into which the plan was made."""
+    return Runner(items, plan.inputs, plan.outputs, plan.constants)
+
+
+def in_eager(plan: Plan, model: nn.Module) -> Lowered:
+    """The model itself."""
+    return Lowered((Eager(model, plan.inputs, plan.outputs, plan.single),), {})
 
 
 def in_torch(plan: Plan, because: str) -> Lowered:
@@ -167,15 +159,17 @@ def _packed(item: Item, shapes: Mapping[str, tuple[int, ...]]) -> Packed | None:
     return packed(item, shapes[item.input]) if isinstance(item, Conv) else None
 
 
-def _time(item: Item, values: dict[str, Any]) -> float:
+def _time(item: Layer | Packed, values: dict[str, Any]) -> float:
     """Seconds of a step in PyTorch: the median of some runs, its inputs already in the format that it takes."""
+    given = [values[name] for name in item.inputs]
     if isinstance(item, Packed):
-        values = {name: values[name].contiguous(memory_format=torch.channels_last) for name in item.inputs}
-    _run(item, values, 1)
+        given = [x.contiguous(memory_format=torch.channels_last) for x in given]
+    run = item.run if isinstance(item, Packed) else bind(item)[0]
+    run(*given)
     took: list[float] = []
     while sum(took) < _ENOUGH_SECONDS and (len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50)):
         begun = time.thread_time()
-        _run(item, values, 1)
+        run(*given)
         took.append(time.thread_time() - begun)
     return median(took)
 
@@ -189,35 +183,11 @@ def _facts(step: Step, result: Tensor, samples: int, seconds: float | None) -> L
     return LayerFacts(weights, nonzeros, nonzeros * places, weights * places, each)
 
 
-def time_items(
-    items: Sequence[Item], freed: Sequence[tuple[str, ...]], values: dict[str, Any], rounds: int
-) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    """Seconds of each item on one thread, run ``rounds`` times: (rounds, steps of the program) or (rounds, 1)."""
-    found = []
-    for item, done in zip(items, freed, strict=True):
-        steps = item.program.facts.steps if isinstance(item, Segment) else 1
-        took = np.zeros((rounds, steps))
-        execute([item], [()], values, 1)
-        for row in took:
-            if isinstance(item, Segment):
-                item.run(values, 1, row)
-            else:
-                begun = time.thread_time()
-                _run(item, values, 1)
-                row[0] = time.thread_time() - begun
-        found.append(took)
-        for name in done:
-            del values[name]
-    return found
-
-
 def _slower_than_torch(
     native: Lowered, plan: Plan, inputs: Sequence[Tensor], layers: Mapping[str, LayerFacts]
 ) -> set[str]:
     """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
-    values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
-    freed = schedule(native.items, (*plan.inputs, *plan.outputs, *plan.constants))
-    times = time_items(native.items, freed, values, _LEAST_ROUNDS)
+    times = [took for took, _ in runner(native.items, plan).timed(inputs, _LEAST_ROUNDS)]
     saved: dict[str, float] = {}
     for item, took in zip(native.items, times, strict=True):
         if isinstance(item, Segment):
@@ -236,8 +206,7 @@ def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], thr
     rounds are long there are fewer.
     """
     clock = seconds_of(threads)
-    kept = (*plan.inputs, *plan.outputs, *plan.constants)
-    freed = {name: schedule(way.items, kept) for name, way in ways.items()}
+    runners = {name: runner(way.items, plan) for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     racing = list(ways)
     for done in range(_ROUNDS + 1):
@@ -249,9 +218,7 @@ def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], thr
         if len(racing) == 1 or enough:
             break
         for name in racing:
-            way = ways[name]
-            values = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
             begun = clock()
-            execute(way.items, freed[name], values, threads)
+            runners[name](inputs, threads)
             times[name].append(clock() - begun)
     return {name: min(each[1:] or each) for name, each in times.items()}

@@ -293,9 +293,9 @@ class Program:
 
 def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
     for x in tensors:
-        if x.dtype is not torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
-            raise NativeError(f"inputs and outputs must be contiguous float32 on the CPU, got {x.dtype} on {x.device}")
-    return (_Buffer * len(tensors))(*(_Buffer(x.data_ptr(), x.numel()) for x in tensors))
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            raise NativeError(f"inputs and outputs must be contiguous float32, got {x.dtype} of strides {x.stride()}")
+    return (_Buffer * len(tensors))(*(_Buffer(kernels.address(x), x.numel()) for x in tensors))
 
 
 def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -333,7 +333,7 @@ def _float32(values: Tensor | None) -> Tensor | None:
 
 
 def _address(values: Tensor | None) -> int | None:
-    return None if values is None else values.data_ptr()
+    return None if values is None else kernels.address(values)
 
 
 class Builder:

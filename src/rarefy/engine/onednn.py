@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,12 +47,12 @@ class Packed:
         """The value that it makes."""
         return self.step.output
 
-    def run(self, values: Mapping[str, Any]) -> Tensor:
-        """What the step makes of the values."""
-        step, x = self.step, values[self.step.input]
+    def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What the step makes of what it reads."""
+        step = self.step
         added, padding = symmetric_padding(step)
         x = (F.pad(x, added) if added else x).contiguous(memory_format=torch.channels_last)
-        fused = step.activation == "relu" and step.residual is None
+        fused = step.activation == "relu" and residual is None
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x,
             self.weight,
@@ -66,8 +65,8 @@ class Packed:
             [],
             "",
         )
-        if step.residual is not None:
-            y += values[step.residual]
+        if residual is not None:
+            y += residual
         return y if fused else activate(y, step.activation)
 
 

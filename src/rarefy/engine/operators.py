@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -73,11 +74,10 @@ class Call:
         """``name`` and ``output`` of the step."""
         return self._labels
 
-    @property
-    def layer(self) -> dict[str, Any]:
-        """The same, with the name of the layer that the weight belongs to."""
-        weight = self.args["weight"]
-        source = self.sources.get(weight.name, "") if isinstance(weight, fx.Node) else ""
+    def layer(self, weight: str = "weight") -> dict[str, Any]:
+        """The same, with the name of the layer that the weight, one of the arguments, belongs to."""
+        node = self.args[weight]
+        source = self.sources.get(node.name, "") if isinstance(node, fx.Node) else ""
         return {**self._labels, "name": source.removesuffix("weight").rstrip("._") or self.node.name}
 
 
@@ -131,7 +131,7 @@ def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-@_handles("conv1d.default", "conv2d.default", "conv1d.padding", "conv2d.padding")
+@_handles(*(f"conv{axes}d.{overload}" for axes in (1, 2, 3) for overload in ("default", "padding")))
 def _conv(call: Call) -> Step | None:
     weight, bias, x, shape = call.constant("weight"), call.constant("bias"), call.value("input"), call.shape("input")
     if weight is None or x is None or shape is None or len(shape) != weight.dim() - 1:
@@ -147,7 +147,7 @@ def _conv(call: Call) -> Step | None:
         sizes = (0,) * axes if given == "valid" else _each(given, axes)
         padding = tuple((size, size) for size in sizes)
     return Conv(
-        **call.layer,
+        **call.layer(),
         input=x,
         weight=weight,
         bias=bias,
@@ -163,7 +163,55 @@ def _linear(call: Call) -> Step | None:
     weight, bias, x = call.constant("weight"), call.constant("bias"), call.value("input")
     if weight is None or weight.dim() != 2 or x is None or (bias is None and call.given("bias")):
         return None
-    return Linear(**call.layer, input=x, weight=weight, bias=bias)
+    return Linear(**call.layer(), input=x, weight=weight, bias=bias)
+
+
+@_handles("mm.default", "matmul.default")
+def _product(call: Call) -> Step | None:
+    """``x @ w`` is a linear layer of w^T; ``w @ x``, for x (B, in, places), a convolution over the places."""
+    left, right = ("self", "mat2") if "mat2" in call.args else ("self", "other")
+    weight, x = call.constant(right), call.value(left)
+    if weight is not None and x is not None and weight.dim() == 2 and _rank(call, left) > 1:
+        return Linear(**call.layer(right), input=x, weight=weight.T.contiguous())
+    weight, x, shape = call.constant(left), call.value(right), call.shape(right)
+    if weight is None or weight.dim() != 2 or x is None or shape is None or len(shape) != 2:
+        return None
+    return Conv(**call.layer(left), input=x, weight=weight[:, :, None], stride=(1,), padding=((0, 0),), dilation=(1,))
+
+
+@_handles("addmm.default")
+def _addmm(call: Call) -> Step | None:
+    """``bias + x @ w``: how transformers' Conv1D, all of GPT-2, computes its layers."""
+    weight, bias, x = call.constant("mat2"), call.constant("self"), call.value("mat1")
+    if weight is None or bias is None or x is None or (call.args["beta"], call.args["alpha"]) != (1, 1):
+        return None
+    if bias.numel() != weight.shape[1]:
+        return None
+    return Linear(**call.layer("mat2"), input=x, weight=weight.T.contiguous(), bias=bias.reshape(-1))
+
+
+@_handles("einsum.default")
+def _einsum(call: Call) -> Step | None:
+    """A product of x's last axis with one of a constant matrix: "bti,io->bto", "...i,oi->...o", in either order."""
+    operands = call.args["tensors"]
+    found = re.fullmatch(r"([.\w]+),([.\w]+)->([.\w]+)", call.args["equation"].replace(" ", ""))
+    if found is None or len(operands) != 2:
+        return None
+    terms = dict(zip(("x", "weight"), zip(found.groups()[:2], operands, strict=True), strict=True))
+    if operands[0].name in call.constants:
+        terms = {"x": terms["weight"], "weight": terms["x"]}
+    of_x, of_weight, made = terms["x"][0], terms["weight"][0], found[3]
+    call = replace(call, args={**call.args, **{name: operand for name, (_, operand) in terms.items()}})
+    weight, x, inner, outer = call.constant("weight"), call.value("x"), of_x[-1], made[-1]
+    if weight is None or x is None or {*of_weight} != {inner, outer} or len(of_weight) != 2 or inner in made:
+        return None
+    if len({*of_x}) != len(of_x.replace("...", ".")) or made != of_x[:-1] + outer or _rank(call, "x") < 2:
+        return None
+    return Linear(**call.layer(), input=x, weight=weight if of_weight == outer + inner else weight.T.contiguous())
+
+
+def _rank(call: Call, name: str) -> int:
+    return int(call.args[name].meta["val"].dim())
 
 
 @_handles("_native_batch_norm_legit_no_training.default", "batch_norm.default")
@@ -178,7 +226,7 @@ def _batch_norm(call: Call) -> Step | None:
     scale = scale if weight is None else scale * weight.double()
     shift = -mean.double() * scale
     shift = shift if bias is None else shift + bias.double()
-    return Affine(**call.layer, input=x, scale=scale.float(), shift=shift.float())
+    return Affine(**call.layer(), input=x, scale=scale.float(), shift=shift.float())
 
 
 def _activation(call: Call, function: Activation) -> Step | None:
@@ -327,10 +375,17 @@ def _upsample(call: Call) -> Step | None:
     x, shape, out = call.value("input"), call.shape("input"), sample_shape(call.node, call.batch)
     if x is None or shape is None or out is None:
         return None
-    if any(after % before for before, after in zip(shape[1:], out[1:], strict=True)):
+    sizes, factor = shape[1:], tuple(after // before for before, after in zip(shape[1:], out[1:], strict=True))
+    if any(after % before for before, after in zip(sizes, out[1:], strict=True)):
         return None
-    factor = tuple(after // before for before, after in zip(shape[1:], out[1:], strict=True))
-    return Upsample(**call.labels, input=x, factor=factor) if call.given("scale_factors") else None
+    # A scale that is no whole number (2.1), or rounds badly (1 / 49), takes other pixels though the sizes divide.
+    for axis, (size, times) in enumerate(zip(sizes, factor, strict=True)):
+        ramp = torch.arange(float(size)).reshape(-1, *(1,) * (len(sizes) - 1 - axis))
+        given = ramp.expand(1, 1, *sizes)
+        taken = call.node.target(given, call.args["output_size"], call.args["scale_factors"])  # type: ignore[operator]
+        if not torch.equal(taken, ramp.repeat_interleave(times, 0).expand_as(taken)):
+            return None
+    return Upsample(**call.labels, input=x, factor=factor)
 
 
 @_handles(

@@ -7,9 +7,9 @@ channels, as in PyTorch. Weights are part of the step that uses them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ Activation = Literal[
     "leaky_relu",
 ]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ class Value:
         shape: of one sample, without the batch in dimension 0; None where dimension 0 is not the batch, or where
             another dimension is only known when the plan runs.
         dtype: of its elements.
+        rows: its axes but the last, as the graph writes their sizes for any batch: values where they are the same have
+            as many rows.
     """
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype
+    rows: str = ""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,7 +75,7 @@ class Step(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conv(Step):
-    """``activation(conv(input, weight) + bias + residual)``: (B, in, [H,] W) -> (B, out, [H',] W').
+    """``activation(conv(input, weight) + bias + residual)``: (B, in, [[D,] H,] W) -> (B, out, [[D',] H',] W').
 
     ``weight`` is (out, in / groups, *kernel) float32; stride, dilation and padding have one entry an axis, a padding is
     (before, after), of zeros.
@@ -228,7 +232,7 @@ class Operator(Step):
 
     @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102
-        return tuple(dict.fromkeys(_refs((self.args, tuple(self.kwargs.values())))))
+        return tuple(dict.fromkeys(refs((self.args, tuple(self.kwargs.values())))))
 
     @property
     def kind(self) -> str:  # noqa: D102
@@ -241,12 +245,13 @@ NATIVE = (Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, F
 Layer: TypeAlias = Conv | Linear
 
 
-def _refs(argument: Any) -> Iterator[str]:
+def refs(argument: Any) -> Iterator[str]:
+    """The names of the values among an argument of an :class:`Operator`."""
     if isinstance(argument, Ref):
         yield argument.name
     elif isinstance(argument, (list, tuple)):
         for each in argument:
-            yield from _refs(each)
+            yield from refs(each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,11 +293,11 @@ class Plan:
 
 
 def last_uses(
-    steps: Sequence[tuple[Sequence[str], Sequence[str]]], kept: frozenset[str] | set[str]
-) -> list[tuple[str, ...]]:
+    steps: Sequence[tuple[Sequence[_Name], Sequence[_Name]]], kept: Collection[_Name]
+) -> list[tuple[_Name, ...]]:
     """For steps given as (values read, values made): the values that no later one reads, but those to be kept."""
     seen = set(kept)
-    freed: list[tuple[str, ...]] = []
+    freed: list[tuple[_Name, ...]] = []
     for reads, makes in reversed(steps):
         now = tuple(name for name in dict.fromkeys((*reads, *makes)) if name not in seen)
         seen.update(now)

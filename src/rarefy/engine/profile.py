@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import Packed
 from rarefy.engine.peak import peak
 from rarefy.engine.segments import Item, Segment
 
+_FASTER = "the model as it is, which is faster than what is made of its graph"
 _COLUMNS = ("layer", "kernel", "ms", "share", "density", "GFLOP/s", "of peak", "dense ms", "gain")
 
 
@@ -57,9 +59,9 @@ class Profile:
     """A profile; ``str()`` of it is a table, :meth:`to_dict` is for JSON.
 
     Attributes:
-        rows: the steps, in the order in which they run.
+        rows: the steps, in the order in which they run; last, as "call", what native programs take to be called.
         batch: how many samples they ran on at once.
-        seconds: their sum.
+        seconds: of a whole call, without what checks its inputs.
         peak_gflops: what one core was measured to do at most, in 1e9 floating-point operations a second; None where
             there is no native library to measure it with.
     """
@@ -92,30 +94,37 @@ class Profile:
 
 def profile(
     items: Sequence[Item],
-    took: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
+    took: Sequence[tuple[np.ndarray[Any, np.dtype[np.float64]], float]],
     batch: int,
     names: Mapping[str, str],
     layers: Mapping[str, LayerFacts],
     reasons: Mapping[str, str],
 ) -> Profile:
-    """The profile of items from the seconds of each round and step."""
-    total = float(sum(np.median(each, 0).sum() for each in took))
+    """The profile of items from the seconds of each round and step, and of the whole item (see ``Runner.timed``)."""
+    total = sum(whole for _, whole in took)
     most = peak()
     rows = []
-    for item, times in zip(items, took, strict=True):
+    between = 0.0
+    for item, (times, whole) in zip(items, took, strict=True):
         seconds = [float(each) for each in np.median(times, 0)]
         if isinstance(item, Segment):
+            between += max(0.0, whole - sum(seconds))
             for facts, each in zip(item.program.steps(), seconds, strict=True):
                 dense = facts.dense_seconds * item.rows or None
                 port = facts.kind in ("input", "output")  # known by the value, not by the step that made it
                 name = facts.name if port else names.get(facts.name, facts.name)
                 fact = None if port else layers.get(facts.name)
                 rows.append(_row(name, facts.kind, facts.kernel, each, total, batch, fact, dense, most, ""))
+        elif isinstance(item, Eager):
+            rows.append(_row("", "model", "PyTorch", seconds[0], total, batch, None, None, most, _FASTER))
         else:
             note = reasons.get(item.output, "")
             fact = layers.get(item.output)
             kernel, step = ("oneDNN", item.step) if isinstance(item, Packed) else ("PyTorch", item)
             rows.append(_row(step.name, step.kind, kernel, seconds[0], total, batch, fact, None, most, note))
+    if between:
+        row = _row("", "call", "", between, total, batch, None, None, most, "native programs: into them and out again")
+        rows.append(row)
     return Profile(tuple(rows), batch, total, most)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.native import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError, Program
 from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import (
@@ -62,20 +63,26 @@ class Segment:
         return tuple(port.value for port in self.outputs)
 
     def run(
-        self, values: dict[str, Any], threads: int, seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None
-    ) -> None:
-        """Read the inputs from ``values``, and put the outputs there."""
-        inputs = [self._input(values[port.value], port) for port in self.inputs]
+        self, threads: int, *values: Tensor, seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    ) -> list[Tensor]:
+        """The outputs for the inputs; the time of each step is added to ``seconds``."""
+        inputs = [self._input(x, port) for x, port in zip(values, self.inputs, strict=True)]
         batch = inputs[0].shape[: inputs[0].dim() - len(self.inputs[0].shape)]
+        for x, port in zip(inputs, self.inputs, strict=True):
+            if x.shape[: x.dim() - len(port.shape)] != batch:  # the program would read past the end of the shorter
+                raise ValueError(
+                    f"{port.value} of the shape {tuple(x.shape)} and {self.inputs[0].value} of the shape "
+                    f"{tuple(inputs[0].shape)} must have the same axes before the last {len(port.shape)}"
+                )
         outputs = [torch.empty((*batch, *port.shape)) for port in self.outputs]
         if (count := math.prod(batch)) > 0:
             self.program.run(inputs, outputs, count, threads, seconds)
-        values.update(zip(self.makes, outputs, strict=True))
+        return outputs
 
     def _input(self, x: Tensor, port: Port) -> Tensor:
         if x.dtype is not torch.float32 or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
             raise ValueError(f"{port.value} must end in {port.shape} of float32, got {tuple(x.shape)} of {x.dtype}")
-        return x.contiguous()
+        return x.resolve_neg().contiguous()
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,12 @@ class Options:
 
 
 #: What an engine runs one after the other.
-Item: TypeAlias = Segment | Packed | Step
+Item: TypeAlias = Segment | Packed | Eager | Step
+
+
+def uses(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The values that an item reads, and those that it makes."""
+    return (item.reads, item.makes) if isinstance(item, (Segment, Eager)) else (item.inputs, (item.output,))
 
 
 @dataclass(frozen=True)
@@ -299,6 +311,11 @@ class _Segment:
             raise _CannotError("its shape is only known when it runs" if shape is None else "it has too many axes")
         return shape
 
+    def _same_rows(self, a: str, b: str) -> bool:
+        """Whether two values have the same axes but the last, at every batch size."""
+        known = self.plan.values[a].rows == self.plan.values[b].rows
+        return known and self.options.shapes[a][:-1] == self.options.shapes[b][:-1]
+
     def _layout_of(self, value: str, layout: int) -> int | None:
         return None if len(self._shape(value)) == 1 else layout
 
@@ -316,8 +333,12 @@ class _Segment:
             made = self.layouts.get(name, layout)
             if made is not None and made != layout:
                 raise _CannotError("it needs its input in another order of axes")
-            if self.rows and name not in self.layouts and len(self.options.shapes[name]) < 2:
-                raise _CannotError("it has too few axes")
+            if self.rows and name not in self.layouts:
+                if len(self.options.shapes[name]) < 2:
+                    raise _CannotError("it has too few axes")
+                first = next((port.value for port in self.inputs.values()), name)
+                if not self._same_rows(name, first):
+                    raise _CannotError("it has other rows than what runs before")
             self._shape(name)
         return [self._value(name, layout) for name in names]
 

@@ -5,5 +5,6 @@ When the library is missing (no compiler when the package was built) both come b
 """
 
 from rarefy.kernels._library import ENVIRONMENT, Kernel, find, forced, isa, library_path, table
+from rarefy.kernels._memory import address
 
-__all__ = ["ENVIRONMENT", "Kernel", "find", "forced", "isa", "library_path", "table"]
+__all__ = ["ENVIRONMENT", "Kernel", "address", "find", "forced", "isa", "library_path", "table"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
+from rarefy.kernels._memory import address
 
 _CHUNK = 1 << 15  # RAREFY_CHUNK in rarefy.h
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -47,7 +48,7 @@ def forward(weight: Tensor, threshold: Tensor) -> Tensor:
         out = torch.empty_like(weight)
         threshold = threshold.contiguous()
         shape = _rows(weight, threshold)
-        kernel(weight.data_ptr(), threshold.data_ptr(), out.data_ptr(), *shape, torch.get_num_threads())
+        kernel(address(weight), address(threshold), address(out), *shape, torch.get_num_threads())
         return out
     return torch.where(weight.abs() <= threshold, 0.0, weight - threshold.copysign(weight)).to(weight.dtype)
 
@@ -71,8 +72,8 @@ def backward(
         lower = None if lower is None else lower.contiguous()
         partial = torch.empty(rows * -(-cols // _CHUNK), dtype=torch.float64)
         kernel(
-            *(grad.data_ptr(), weight.data_ptr(), threshold.data_ptr(), None if lower is None else lower.data_ptr()),
-            *(float(alpha), grad_weight.data_ptr(), grad_threshold.data_ptr(), partial.data_ptr()),
+            *(address(grad), address(weight), address(threshold), None if lower is None else address(lower)),
+            *(float(alpha), address(grad_weight), address(grad_threshold), address(partial)),
             *(rows, cols, per_row, torch.get_num_threads()),
         )
         return grad_weight, grad_threshold
@@ -141,5 +142,5 @@ def count_above(weight: Tensor, threshold: Tensor) -> Tensor:
     weight, threshold = weight.detach(), threshold.detach()
     if kernel is not None and _native(weight, threshold):
         threshold = threshold.contiguous()
-        return torch.tensor(kernel(weight.data_ptr(), threshold.data_ptr(), *_rows(weight, threshold)))
+        return torch.tensor(kernel(address(weight), address(threshold), *_rows(weight, threshold)))
     return (weight.abs() > threshold).sum()

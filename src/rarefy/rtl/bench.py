@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cocotb.triggers import Timer
 from cocotb_tools.runner import get_runner
 
 PLAN = "RAREFY_RTL_PLAN"
+RESETS = 48  # in the middle of a run, at least
 
 
 def start(path: Path) -> None:
@@ -64,10 +66,11 @@ async def bench(dut: Any) -> None:
         await clock(dut, tick)
     if plan["setup"]:
         dut.we.value = 0
+    outputs: list[int | str | None]
     if plan["handshake"]:
-        outputs, faults = await stalled(dut, tick, plan["words"], random.Random(plan["seed"]), plan["latency"])
+        outputs, faults = await stalled(dut, tick, plan["words"], random.Random(plan["seed"]))
     else:
-        outputs, faults = await steady(dut, tick, plan["words"], plan["latency"]), []
+        outputs, faults = list(await steady(dut, tick, plan["words"], plan["latency"])), []
     (path.parent / "outputs.json").write_text(json.dumps({"outputs": outputs, "faults": faults}))
 
 
@@ -97,44 +100,64 @@ async def steady(dut: Any, tick: Timer, words: list[int], latency: int) -> list[
 
 
 async def stalled(
-    dut: Any, tick: Timer, words: list[int], chance: random.Random, latency: int
-) -> tuple[list[int | str], list[str]]:
+    dut: Any, tick: Timer, words: list[int], chance: random.Random
+) -> tuple[list[int | str | None], list[str]]:
     """Both sides wait at random; what waits at the output must stay, and nothing may be lost, added or stuck.
 
-    The rates change every 64 clocks, so that full, empty and bursty pipelines occur.
+    The rates change every 64 clocks, so that full, empty and bursty pipelines occur. Again and again a reset comes
+    while numbers are in flight: during it nothing may be taken, nor given from its first edge on, and what was in
+    flight never comes out; it is sent again.
     """
-    outputs: list[int | str] = []
+    outputs: list[int | str | None] = [None] * len(words)
     faults: list[str] = []
-    sent, offered, waiting, cycle, send, take = 0, False, None, 0, 1.0, 1.0
-    limit = 64 * (len(words) + latency) + 1000
-    while len(outputs) < len(words) and cycle < limit:
+    pending, flight = deque(range(len(words))), deque[int]()
+    waiting, offered, resets, left, cycle, send, take = None, False, 0, 0, 0, 1.0, 1.0
+    limit = 64 * len(words) + 20000
+    while (pending or flight or left or resets < RESETS) and cycle < limit and len(faults) < 16:
+        if not pending and resets < RESETS:
+            pending.append(chance.randrange(len(words)))
         if cycle % 64 == 0:
-            send, take = chance.choice((0.2, 0.7, 1.0)), chance.choice((0.2, 0.7, 1.0))
-        offered = offered or (sent < len(words) and chance.random() < send)
+            send, take = chance.choice((0.2, 0.7, 1.0)), chance.choice((0.0, 0.2, 0.7, 1.0))
+        first = not left and bool(flight) and chance.random() < (1 / 16 if resets < RESETS else 1 / 1024)
+        if first:
+            left, resets = chance.choice((1, 1, 2, 3)), resets + 1
+        offered = bool(pending) and (offered or chance.random() < send)
         taking = chance.random() < take
-        dut.in_valid.value, dut.out_ready.value = int(offered), int(taking)
-        dut.x.value = words[sent] if offered else 0
+        dut.rst_n.value, dut.in_valid.value, dut.out_ready.value = int(not left), int(offered), int(taking)
+        dut.x.value = words[pending[0]] if offered else 0
         await tick
-        out = number(dut.y.value) if dut.out_valid.value == 1 else None
-        if waiting is not None and out != waiting:
-            faults.append(f"clock {cycle}: the output changed from {waiting} while it waited")
-        if out is not None and taking:
-            outputs.append(out)
-        waiting = out if out is not None and not taking else None
-        if offered and dut.in_ready.value == 1:
-            sent, offered = sent + 1, False
+        ready, valid = number(dut.in_ready.value), number(dut.out_valid.value)
+        if {ready, valid} - {0, 1}:
+            faults.append(f"clock {cycle}: in_ready is {ready} and out_valid {valid}")
+        if left:
+            if ready != 0:
+                faults.append(f"clock {cycle}: in_ready is not 0 during reset")
+            if valid != 0 and not first:
+                faults.append(f"clock {cycle}: out_valid is not 0 after the first clock of a reset")
+            pending.extendleft(reversed(flight))
+            flight.clear()
+            waiting, offered, left = None, False, left - 1
+        else:
+            out = number(dut.y.value) if valid == 1 else None
+            if waiting is not None and out != waiting:
+                faults.append(f"clock {cycle}: the output changed from {waiting} to {out} while it waited")
+            waiting = out if not taking else None
+            if out is not None and not flight:
+                faults.append(f"clock {cycle}: the output gives {out}, which nothing was sent for since the last reset")
+            elif out is not None and taking:
+                index = flight.popleft()
+                if outputs[index] not in (None, out):
+                    faults.append(f"clock {cycle}: {words[index]:#x} gives {out}, and gave {outputs[index]} before")
+                outputs[index] = out
+            if offered and ready == 1:
+                flight.append(pending.popleft())
+                offered = False
         dut.clk.value = 1
         await tick
         dut.clk.value = 0
         cycle += 1
-    dut.in_valid.value, dut.out_ready.value = 0, 1
-    for _ in range(latency + 1):
-        await tick
-        if dut.out_valid.value == 1:
-            faults.append("the output gives more numbers than were sent")
-        await clock(dut, tick)
-    if len(outputs) < len(words):
-        faults.append(f"after {cycle} clocks {len(outputs)} of {len(words)} words had come out")
+    if missing := outputs.count(None):
+        faults.append(f"after {cycle} clocks {len(words) - missing} of {len(words)} words had come out")
     return outputs, faults[:16]
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from rarefy._files import write_atomically
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
+from rarefy.rtl.identifiers import module_name
 
 Compute: TypeAlias = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
@@ -55,11 +56,12 @@ class Design:
     ``clk``
         clock, rising edge; only where there is state.
     ``rst_n``
-        reset, active low, sampled at the clock: clears what is in flight (only with ``handshake``).
+        reset, active low, sampled at the clock: what is in flight is dropped (only with ``handshake``). While it is 0
+        ``in_ready`` is 0, and from the first clock edge on ``out_valid`` is, so that nothing is transferred.
     ``we``, ``wa``, ``wd``
         write port of a programmable table: the word ``wd`` goes to address ``wa`` at the clock.
     ``in_valid``, ``in_ready``, ``out_valid``, ``out_ready``
-        a transfer happens at a clock edge where valid and ready are both 1 (only with ``handshake``).
+        a transfer happens at a clock edge where valid, ready and ``rst_n`` are 1 (only with ``handshake``).
     ``x``, ``y``
         ``lanes`` numbers each, lane 0 in the lowest bits; bit patterns of ``format``.
 
@@ -80,6 +82,8 @@ class Design:
         nan: what a NaN gives: "keep", "quiet" or "none", as in :func:`rarefy.rtl.emit`.
         setup: the words (address, data) that ``compute`` takes to have been written to the table.
 
+    Raises ValueError for a ``top`` that is no name of a module, a reserved word of SystemVerilog or a port.
+
     """
 
     top: str
@@ -95,6 +99,11 @@ class Design:
     table: Table | None = None
     nan: str = "keep"
     setup: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        module_name(self.top, "top")
+        if self.port(self.top) is not None:
+            raise ValueError(f"top must not be the name of a port, got {self.top!r}: give another name as top")
 
     def port(self, name: str) -> Port | None:
         """The port of this name, or None."""

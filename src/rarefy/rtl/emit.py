@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import numpy.typing as npt
 from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
-from rarefy.rtl.design import About, Compute, Design, Port
+from rarefy.rtl.design import About, Compute, Design, Port, literal
 from rarefy.rtl.flat import flat
+from rarefy.rtl.identifiers import comment, module_name
 from rarefy.rtl.ktanh import programmable, shift_add
 from rarefy.rtl.linear import linear
 from rarefy.rtl.segments import segments
@@ -67,9 +69,10 @@ def emit(
         raise ValueError("a handshake needs registers to hold what waits: stages must be 1 or 2, got 0")
     if not 1 <= lanes <= 1024:
         raise ValueError(f"lanes must be 1 to 1024, got {lanes!r}")
+    if not isinstance(table.name, str):
+        raise ValueError(f"the table's name must be a string, got {table.name!r}")
     name = top or table.name + {"shift_add": "", "flat": "_flat", "programmable": "_prog"}[style]
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"top must be a name of letters, digits and underscores, got {name!r}")
+    module_name(name, "top" if top else "top, by default the table's name,")
     if style == "flat" and fmt.bits > 16:
         raise ValueError(f"style flat lists every input, and {fmt.name} has 2^{fmt.bits}: use shift_add")
     if style == "programmable" and table.form not in ("shift", "carry"):
@@ -87,7 +90,10 @@ def emit(
     options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
     command = command or f"rarefy.rtl.emit(table{options})"
     about = About(table.name, table.function, largest, command, {"style": style})
-    text = _header(table, about, fmt, stages) + _module(name, unit, fmt, ports, stages, handshake, lanes)
+    body = _module(name, unit, fmt, ports, stages, handshake, lanes)
+    if name in re.findall(r"[A-Za-z_]\w*", re.sub("//.*", "", body.partition("(")[2])):
+        raise ValueError(f"top must not be the name of a port or signal of the module, got {name!r}: choose another")
+    text = _header(table, about, fmt, stages) + body
     clock = "clk" if stages or unit.write else None
     return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, unit.setup)
 
@@ -124,12 +130,12 @@ def _ports(fmt: Format, unit: Unit, stages: int, handshake: bool, lanes: int) ->
 def _header(table: Table, about: About, fmt: Format, stages: int) -> str:
     known = "not known" if about.max_abs is None else f"{about.max_abs:.6g} over all inputs"
     lines = [
-        f"{table.name}: {table.function} in {fmt.name}, {len(table.rows)} rows of the form {table.form}",
+        f"table {table.name}: {table.function} in {fmt.name}, {len(table.rows)} rows of the form {table.form}",
         f"maximum absolute error: {known}",
         f"latency: {f'{stages} clock cycles' if stages > 1 else '1 clock cycle' if stages else '0 (combinational)'}",
         f"made by: {about.command}",
     ]
-    return "".join(f"// {line}\n" for line in lines)
+    return "".join(f"// {comment(line)}\n" for line in lines)
 
 
 def _module(
@@ -176,22 +182,68 @@ def _handshake(stages: int) -> str:
     blocks = text.split("  logic valid_")[1:]
     declared = "".join(f"  logic valid_{stage};\n" for stage in range(1, stages + 1))
     ordered = "".join(block.partition(";\n")[2] for block in reversed(blocks))
-    return f"{declared}{ordered}  assign in_ready = go_1;\n  assign out_valid = valid_{stages};\n\n"
+    return f"{declared}{ordered}  assign in_ready = rst_n && go_1;\n  assign out_valid = valid_{stages};\n\n"
 
 
 def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list[str]:
-    lines = [_wire(w) for w in unit.lookup(x)]
+    looked_up = _without_bits_of_scalars(unit.lookup(x), ())
     call: Callable[[str], str] = lambda name: x if name == "x" else name  # noqa: E731
+    widths = {x: fmt.bits} | {w.name: w.width for w in looked_up}
+    read = [w.expression for w in looked_up]
+    lines = [_wire(w) for w in looked_up]
     if stages == 2:
-        lines += [f"logic {_range(width)}{name}_1;" for name, width in unit.carried.items()]
-        moves = " ".join(f"{name}_1 <= {call(name)};" for name in unit.carried)
-        lines += [f"always_ff @(posedge clk) {'if (go_1) ' if handshake else ''}begin {moves} end"]
-        call = lambda name: f"{name}_1"  # noqa: E731
-    lines += [_wire(w) for w in unit.finish(call)]
+        scalars = [f"{name}_1" for name, width in unit.carried.items() if width == 1]
+        finished = _without_bits_of_scalars(unit.finish(lambda name: f"{name}_1"), scalars)
+        wanted = [w.expression for w in finished]
+        carried = {name: width for name, width in unit.carried.items() if _read(f"{name}_1", width, wanted)}
+        lines += [f"logic {_range(width)}{name}_1;" for name, width in carried.items()]
+        moves = " ".join(f"{name}_1 <= {call(name)};" for name in carried)
+        if moves:
+            lines += [f"always_ff @(posedge clk) {'if (go_1) ' if handshake else ''}begin {moves} end"]
+        widths |= {f"{name}_1": width for name, width in carried.items()}
+        read += [call(name) for name in carried]
+    else:
+        finished = _without_bits_of_scalars(unit.finish(call), [w.name for w in looked_up if w.width == 1])
+    read += [w.expression for w in finished] + ["result"]
+    lines += [_wire(w) for w in finished]
+    widths |= {w.name: w.width for w in finished}
+    unused = [part for name, width in widths.items() for part in _unread(name, width, read)]
+    if unused:  # which linters know by its name
+        lines.append(f"wire unused = &{{{', '.join([*unused, literal(1, 0)])}}};")
     if stages:
         go = f"if (go_{stages}) " if handshake else ""
         lines += [f"logic {_range(fmt.bits)}y_q;", f"always_ff @(posedge clk) {go}y_q <= result;"]
     return lines
+
+
+def _without_bits_of_scalars(wires: Sequence[Wire], scalars: Sequence[str]) -> list[Wire]:
+    """The wires with ``name`` for ``name[0:0]`` where that is one bit: SystemVerilog has no part of a scalar."""
+    names = "|".join([*scalars, *(w.name for w in wires if w.width == 1)]) or "-"
+    return [replace(w, expression=re.sub(rf"\b({names})\[0(?::0)?\]", r"\1", w.expression)) for w in wires]
+
+
+def _read(name: str, width: int, expressions: Sequence[str]) -> int:
+    """A mask of the bits of a signal that expressions read."""
+    bits = 0
+    for high, low in re.findall(rf"\b{name}\b(?:\[(\d+)(?::(\d+))?\])?", "\n".join(expressions)):
+        first, last = (int(low or high), int(high)) if high else (0, width - 1)
+        bits |= (2 << last) - (1 << first)
+    return bits
+
+
+def _unread(name: str, width: int, expressions: Sequence[str]) -> list[str]:
+    """The parts of a signal that no expression reads, highest first."""
+    read, parts, last = _read(name, width, expressions), [], width - 1
+    if not read:
+        return [name]
+    while last >= 0:
+        first = last
+        if not read >> last & 1:
+            while first and not read >> (first - 1) & 1:
+                first -= 1
+            parts.append(f"{name}[{last}:{first}]" if last > first else f"{name}[{last}]")
+        last = first - 1
+    return parts
 
 
 def _wire(w: Wire) -> str:

@@ -87,7 +87,7 @@ def has(name: str) -> bool:
 
 def run(command: Sequence[str], folder: Path) -> str:
     """What a command prints, run in ``folder``; raises RuntimeError with the end of its output when it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    done = tools.run(command, folder, _TIMEOUT)
     printed = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed (status {done.returncode}): {printed.strip()[-1500:]}")

@@ -16,7 +16,7 @@ from rarefy.rtl.emit import module
 from rarefy.rtl.flat import flat
 
 _SCRIPT = """read_verilog -sv harness.sv
-hierarchy -top harness
+hierarchy -top {top}_harness
 proc -norom
 flatten
 opt -full
@@ -68,7 +68,7 @@ def prove(design: Design, against: Design | None = None) -> Proof:
     options = f"-tempinduct -seq {depth} -maxsteps {depth + 3} -set-def-inputs" if depth else ""
     with tempfile.TemporaryDirectory(prefix="rarefy-rtl-") as name:
         (Path(name) / "harness.sv").write_text(design.text + reference.text + harness)
-        log = tools.yosys(_SCRIPT.format(seconds=_SECONDS, options=options), Path(name))
+        log = tools.yosys(_SCRIPT.format(top=design.top, seconds=_SECONDS, options=options), Path(name))
     found = _counterexample(log)
     if found is None and "SUCCESS!" not in log:
         raise RuntimeError(f"Yosys came to no end with {design.top} within {_SECONDS} s: simulate it")
@@ -115,7 +115,7 @@ def _harness(design: Design, reference: Design, low: int, exempt: str) -> str:
     )
     compared = "y" if not low else f"y[{n - 1}:{low}]"
     return f"""
-module harness(input logic clk, input logic [{width - 1}:0] x, output logic bad);
+module {design.top}_harness(input logic clk, input logic [{width - 1}:0] x, output logic bad);
   wire [{width - 1}:0] y;
   wire [{narrow * lanes - 1}:0] want;
   {design.top} dut({", ".join(ports)});

@@ -65,7 +65,7 @@ def place(design: Design, seeds: tuple[int, ...] = SEEDS) -> Placement:
         folder = Path(name)
         (folder / "design.sv").write_text(design.text + registered(design), encoding="utf-8")
         tools.yosys(
-            "read_verilog -sv design.sv\nsynth_ice40 -abc9 -device hx -top registered\n"
+            f"read_verilog -sv design.sv\nsynth_ice40 -abc9 -device hx -top {design.top}_registered\n"
             "delete t:$scopeinfo\nwrite_json design.json\n"  # marks of newer releases, which nextpnr cannot place
             "tee -q -o stat.json stat -json\n",
             folder,
@@ -96,7 +96,7 @@ def place(design: Design, seeds: tuple[int, ...] = SEEDS) -> Placement:
 
 
 def registered(design: Design) -> str:
-    """A module ``registered`` that is the design with registers in front, and behind if it has none."""
+    """A module ``TOP_registered`` that is the design with registers in front, and behind if it has none."""
     declared, connected, clocked = [], [], []
     for port in design.ports:
         if port.name == design.clock:
@@ -117,7 +117,7 @@ def registered(design: Design) -> str:
     if design.clock:
         connected.append(f".{design.clock}({design.clock})")
     return (
-        f"module registered (input logic {clock}, {', '.join(declared)});\n"
+        f"module {design.top}_registered (input logic {clock}, {', '.join(declared)});\n"
         + "".join(f"  logic {width}{name};\n" for name, width, _ in clocked)
         + f"  {design.top} unit ({', '.join(connected)});\n"
         + f"  always_ff @(posedge {clock}) begin\n"

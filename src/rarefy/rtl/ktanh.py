@@ -8,7 +8,7 @@ from rarefy.act import formats
 from rarefy.act.formats import Format
 from rarefy.act.table import BitIndex, Table
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire, choose, nan_result, nan_wire, rom, width_for
+from rarefy.rtl.units import Unit, Wire, below, choose, nan_result, nan_wire, rom, width_for
 
 
 def reachable(table: Table) -> dict[int, tuple[int, int]]:
@@ -47,7 +47,7 @@ def shift_add(table: Table, nan: str) -> Unit:
     carry = table.form == "carry"
     if carry:
         least, most = min(a for a, _ in spans.values()), max(b for _, b in spans.values())
-        bw = (least ^ most).bit_length()  # the bits above are the same in every result
+        bw = max(1, (least ^ most).bit_length())  # the bits above are the same in every result
         ew = 0
     else:
         bw, ew = m, width_for(len(exponents)) if len(exponents) > 1 else 0
@@ -63,11 +63,11 @@ def shift_add(table: Table, nan: str) -> Unit:
 
     def lookup(x: str) -> list[Wire]:
         u, address = f"{x}[{n - 2}:0]", f"{x}[{m + index.exponent_bits - 1}:{m - index.mantissa_bits}]"
-        t1, t2 = literal(n - 1, table.identity_below), literal(n - 1, table.saturate_above)
+        t2 = literal(n - 1, table.saturate_above)
         fields = "index of E, index of r, b" if ew else "index of r, base" if carry else "index of r, b"
         wires = [
             Wire("row", width, f"rows({address})", fields),
-            Wire("below", 1, f"{u} < {t1}", f"|x| < T1 = {fmt.decode(table.identity_below):g}"),
+            Wire("below", 1, below(u, n - 1, table.identity_below), f"|x| < T1 = {fmt.decode(table.identity_below):g}"),
             Wire("above", 1, f"{u} > {t2}", f"|x| > T2 = {fmt.decode(table.saturate_above):g}"),
         ]
         # the shift is of the first step: the adder and the choice after it are the longer half

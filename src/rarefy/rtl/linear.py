@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rarefy.act import formats
 from rarefy.act.table import MultiplyIndex, Table
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire, nan_result, nan_wire, rom, width_for
+from rarefy.rtl.units import Unit, Wire, below, nan_result, nan_wire, rom, width_for
 
 
 def linear(table: Table, nan: str) -> Unit:
@@ -18,7 +18,7 @@ def linear(table: Table, nan: str) -> Unit:
     odd = table.symmetry == "odd"
     dw = index.length.bit_length()
     fw = index.factor.bit_length()
-    tw = width_for(index.rows)
+    tw = width_for(index.rows) if index.rows > 1 else 0  # one row needs no address
     comments = [f"S={s} B={b}" for s, b in table.rows]
     # a table without symmetry has as many rows again for negative inputs
     negative = 0 if odd else 1 << tw
@@ -26,20 +26,24 @@ def linear(table: Table, nan: str) -> Unit:
         t if t < index.rows else negative + t - index.rows: (s << 16 | b, comment)
         for t, ((s, b), comment) in enumerate(zip(table.rows, comments, strict=True))
     }
-    rows = rom("rows", 32, tw + (not odd), words)
+    only = literal(32, words[0][0]) if odd and not tw else None
+    rows = "" if only else rom("rows", 32, tw + (not odd), words)
     start, end = literal(n - 1, index.start), literal(n - 1, index.start + index.length)
 
     def lookup(x: str) -> list[Wire]:
         u = f"{x}[{n - 2}:0]"
         inside = f"{u} - {start}"
-        clamp = f"{u} < {start} ? {literal(n - 1, 0)} : {u} > {end} ? {literal(n - 1, index.length)} : {inside}"
-        address = f"place[{16 + tw - 1}:16]"
+        clamp = f"{u} > {end} ? {literal(n - 1, index.length)} : {inside}"
+        if index.start:
+            clamp = f"{below(u, n - 1, index.start)} ? {literal(n - 1, 0)} : {clamp}"
+        place = [Wire("place", dw + fw, f"d * {literal(fw, index.factor)}")] * (tw > 0)
+        address = ", ".join([f"{x}[{n - 1}]"] * (not odd) + [f"place[{16 + tw - 1}:16]"] * (tw > 0))
         return [
             Wire("offset", n - 1, clamp, "u - start, clamped"),
             Wire("d", dw, f"offset[{dw - 1}:0]"),
-            Wire("place", dw + fw, f"d * {literal(fw, index.factor)}"),
-            Wire("row", 32, f"rows({address if odd else f'{{{x}[{n - 1}], {address}}}'})", "S, B"),
-            Wire("below", 1, f"{u} < {literal(n - 1, table.identity_below)}"),
+            *place,
+            Wire("row", 32, only or f"rows({{{address}}})", "S, B"),
+            Wire("below", 1, below(u, n - 1, table.identity_below)),
             *nan_wire(fmt, nan, x),
         ]
 

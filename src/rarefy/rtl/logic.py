@@ -27,6 +27,7 @@ from rarefy.act.formats import Bits, Format
 from rarefy.act.oracle import Function
 from rarefy.rtl.covers import Cover, Cube, Relation, between
 from rarefy.rtl.design import About, Design, Port
+from rarefy.rtl.identifiers import comment, module_name
 
 FILE_VERSION = 1
 SLACK = 1e-12  # float64 noise when two error bounds are compared
@@ -248,6 +249,9 @@ class Unit:
 
     def __post_init__(self) -> None:
         frame = self.frame
+        module_name(self.name, "a unit's name")
+        if not isinstance(self.command, str):
+            raise ValueError(f"{self.name}: command must be a string, got {self.command!r}")
         if len(self.covers) != frame.width:
             raise ValueError(f"{self.name}: the frame decides {frame.width} bits, got {len(self.covers)} covers")
         variables = len(frame.variables)
@@ -291,9 +295,10 @@ class Unit:
         about = About(self.name, oracle.name_of(frame.function), largest, self.command, details)
         far = "the limit" if frame.exact_limit else "just below the limit"
         text = (
-            f"// {about.function} in {fmt.name} as sums of products, largest error {largest:.6f} over all inputs\n"
+            f"// {comment(about.function)} in {fmt.name} as sums of products,"
+            f" largest error {largest:.6f} over all inputs\n"
             f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: {far}; NaN gives a NaN\n"
-            + (f"// made by: {self.command}\n" if self.command else "")
+            + (f"// made by: {comment(self.command)}\n" if self.command else "")
             + f"module {self.name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"
             + "".join(node.statement() for node in frame.nodes(self.covers))
             + f"  assign y[{n - 1}] = x[{n - 1}];\nendmodule\n"
@@ -333,8 +338,9 @@ class Unit:
                 for cover in data.pop("covers")
             )
             return cls(name, Frame(**data), covers, command)
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as problem:
-            raise ValueError(f"not a unit of logic: {problem!r}") from None
+        except (AttributeError, LookupError, TypeError, RecursionError, OverflowError, ValueError) as problem:
+            what = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)[:300]
+            raise ValueError(f"not a unit of logic: {type(problem).__name__}: {what}") from None
 
 
 def names() -> list[str]:
@@ -346,8 +352,11 @@ def names() -> list[str]:
 def load(name: str | Path) -> Unit:
     """A shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
     if str(name).endswith(".json"):
-        return Unit.from_json(Path(name).read_text(encoding="utf-8"))
+        try:
+            return Unit.from_json(Path(name).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{str(name)!r} is not a unit of logic: it is not UTF-8 text") from None
     entry = resources.files("rarefy.rtl") / "logic_units" / f"{name}.json"
-    if not entry.is_file():
+    if name not in names():
         raise ValueError(f"unit must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
     return Unit.from_json(entry.read_text(encoding="utf-8"))

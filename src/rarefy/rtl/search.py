@@ -95,6 +95,8 @@ def smallest(
         raise ValueError(f"error must lie between 0 and 0.5, got {error}")
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be 0 to 2^32 - 1, got {seed}")
     if f.bits > 16:
         raise ValueError(f"every input is looked at, so {f.name} is too wide: at most 16 bits")
     if not oracle.is_odd(function):

@@ -38,7 +38,8 @@ def segments(table: Table, nan: str) -> Unit:
     """``y = (B + S * (u - first)) >> f`` by rows; ``S * u`` is a shift where every slope is a power of two.
 
     Rows that give the input itself, or zero, are a choice at the end. The others have the same high bits in all their
-    results, so that the sum is only as wide as the bits that differ. With powers of two ``B - S * first`` is one
+    results, so that the sum is only as wide as the bits that differ; where a row changes the sign of its result the sum
+    is as wide as the result. With powers of two ``B - S * first`` is one
     constant of the row; a negative slope adds the complement of the input.
     """
     fmt = formats.get(table.format)
@@ -46,21 +47,29 @@ def segments(table: Table, nan: str) -> Unit:
     odd = table.symmetry == "odd"
     w = n - 1 if odd else n
     rows = _rows(table, w, nan)
-    magnitude = fmt.sign - 1
-    zero = [not any(y & magnitude for y in r.results) and r.slope == 0 for r in rows]
+    crossing = any((r.results[0] ^ r.results[1]) >> (n - 1) for r in rows)
+    k = n if crossing and not odd else n - 1  # bits that are chosen; a sign besides, if it is not among them
+    chosen = (1 << k) - 1
+    zero = [not any(y & chosen for y in r.results) and r.slope == 0 for r in rows]
     passing = [r.passes(f) and not z for r, z in zip(rows, zero, strict=True)]
     summed = [r for r, z, p in zip(rows, zero, passing, strict=True) if not z and not p]
-    ends = [y & magnitude for r in summed for y in r.results]
+    ends = [y & chosen for r in summed for y in r.results]
     # all bits above the lowest `bw` are the same in every sum
-    bw = max(1, max((a ^ ends[0] for a in ends), default=0).bit_length())
+    bw = k if crossing else max(1, max((a ^ ends[0] for a in ends), default=0).bit_length())
     prefix = ends[0] >> bw if ends else 0
     slopes = sorted({r.slope for r in summed}, key=lambda s: (abs(s), s))
-    if all(s == 0 or abs(s) & (abs(s) - 1) == 0 for s in slopes):
+    if not summed:
+        line = _Line("none", 0, 0, lambda row: 0, lambda x, row: [])
+    elif all(s == 0 or abs(s) & (abs(s) - 1) == 0 for s in slopes):
         line = _shifted(slopes, f, bw, w)
     else:
         line = _product(summed, slopes, f, bw)
-    follows = odd or all(
-        (y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True)
+    follows = (
+        odd
+        or crossing
+        or all(
+            (y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True)
+        )
     )
     words = []
     for r, z, p in zip(rows, zero, passing, strict=True):
@@ -72,22 +81,28 @@ def segments(table: Table, nan: str) -> Unit:
     sign_bit, zero_bit = line.width, line.width + (0 if follows else 1)
     width = zero_bit + 2
     grid = min(((r.first & -r.first).bit_length() - 1 for r in rows if r.first), default=0)
-    functions = _ladder(
-        width, w - grid, [(r.first >> grid, word, r.describe(fmt)) for r, word in zip(rows, words, strict=True)]
-    )
+    functions, found = "", literal(width, words[0])
+    if len(rows) > 1:
+        functions = _ladder(
+            width, w - grid, [(r.first >> grid, word, r.describe(fmt)) for r, word in zip(rows, words, strict=True)]
+        )
 
     def lookup(x: str) -> list[Wire]:
-        wires = [
-            Wire("row", width, f"rows({x}[{w - 1}:{grid}])", f"pass, zero, {'' if follows else 'sign, '}{line.fields}")
-        ]
+        row = f"rows({x}[{w - 1}:{grid}])" if functions else found
+        wires = [Wire("row", width, row, f"pass, zero, {'' if follows else 'sign, '}{line.fields}")]
         return [*wires, *nan_wire(fmt, nan, x)]
 
     def finish(q: Callable[[str], str]) -> list[Wire]:
         x, row = q("x"), q("row")
         wires = line.wires(x, row)
-        fixed = [literal(n - 1 - bw, prefix)] * (bw < n - 1)
+        fixed = [literal(k - bw, prefix)] * (bw < k)
         inside = "{" + ", ".join([*fixed, f"sum[{bw + line.fraction - 1}:{line.fraction}]"]) + "}"
-        choice = f"{row}[{zero_bit + 1}] ? {x}[{n - 2}:0] : {row}[{zero_bit}] ? {literal(n - 1, 0)} : {inside}"
+        inside = f"{row}[{zero_bit}] ? {literal(k, 0)} : {inside}" if summed else literal(k, 0)
+        choice = f"{row}[{zero_bit + 1}] ? {x}[{k - 1}:0] : {inside}"
+        if k == n:  # the sign is one of the bits
+            if nan != "none":
+                choice = f"{q('nan')} ? {{{x}[{n - 1}], {nan_result(fmt, nan, x)}}} : {choice}"
+            return [*wires, Wire("result", n, choice)]
         sign = f"{x}[{n - 1}]" if follows else f"{row}[{zero_bit + 1}] ? {x}[{n - 1}] : {row}[{sign_bit}]"
         if nan != "none":
             choice = f"{q('nan')} ? {nan_result(fmt, nan, x)} : {choice}"
@@ -112,10 +127,6 @@ def _rows(table: Table, width: int, nan: str) -> list[_Row]:
             if a <= b:
                 at = base + slope * (a - first)
                 found.append(_Row(a, b, slope, at, (at >> f, at + slope * (b - a) >> f)))
-    for row in found:
-        if (row.results[0] ^ row.results[1]) >> (fmt.bits - 1):
-            also = " (without logic for NaN, for which nan must be keep or quiet)" if nan == "none" else ""
-            raise ValueError(f"{table.name}: the results of the row from {row.first:#x} change their sign{also}")
     return found
 
 

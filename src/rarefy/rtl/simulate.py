@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -73,15 +72,8 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
             "words": _packed(inputs, design),
         }
         (folder / "plan.json").write_text(json.dumps(plan))
-        result = subprocess.run(
-            [sys.executable, str(folder / "bench.py"), str(folder / "plan.json")],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
+        command = [sys.executable, str(folder / "bench.py"), str(folder / "plan.json")]
+        result = tools.run(command, folder, _SECONDS, environment)
         written = folder / "outputs.json"
         if not written.exists():
             logs = [path.read_text() for path in (folder / "build.log", folder / "test.log") if path.exists()]
@@ -99,11 +91,11 @@ def _packed(inputs: npt.NDArray[np.int64], design: Design) -> list[int]:
     return [sum(int(x) << (design.format.bits * lane) for lane, x in enumerate(word)) for word in lanes]
 
 
-def _unpacked(outputs: list[int | str], design: Design, count: int) -> npt.NDArray[np.int64]:
+def _unpacked(outputs: list[int | str | None], design: Design, count: int) -> npt.NDArray[np.int64]:
     n = design.format.bits
     found = np.full(max(count, len(outputs) * design.lanes), -1, dtype=np.int64)
     for number, word in enumerate(outputs):
-        text = format(word, f"0{n * design.lanes}b") if isinstance(word, int) else word
+        text = format(word, f"0{n * design.lanes}b") if isinstance(word, int) else word or "x" * n * design.lanes
         for lane in range(design.lanes):
             bits = text[len(text) - n * (lane + 1) : len(text) - n * lane]
             if set(bits) <= {"0", "1"}:

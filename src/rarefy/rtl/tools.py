@@ -9,8 +9,10 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +34,62 @@ PACKAGES = {
 }
 
 
+#: How long Yosys may take.
+_SECONDS = 3600
+
+
 class MissingToolError(RuntimeError):
     """A program that is needed is not on this machine; the message says what to install."""
+
+
+#: Runs a command, and ends its whole process group, and the folder that it works in, when the pipe from the process
+#: that asked for it closes: that process is gone, however it went.
+_GUARD = """exec 3<&0
+"$@" </dev/null 3<&- & it=$!
+{ read -r line <&3; trap '' TERM; kill -TERM 0; cd /; rm -rf -- "$FOLDER"; kill -KILL 0; } >/dev/null 2>&1 & watch=$!
+wait $it; status=$?
+kill $watch
+exit $status
+"""
+
+
+def run(
+    command: Sequence[str], folder: Path, seconds: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a temporary ``folder`` of the caller's; nothing of it outlives this call or this process.
+
+    The command and all that it starts are one process group, which is ended when ``seconds`` have passed (RuntimeError)
+    or an exception such as KeyboardInterrupt ends the waiting. If this process dies itself they end too, and the folder
+    is removed. Gives the status and what was printed.
+    """
+    told, kept = os.pipe()
+    try:
+        child = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "rarefy", *command],
+            cwd=folder,
+            env={**(os.environ if environment is None else environment), "FOLDER": str(folder.resolve())},
+            stdin=told,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        os.close(told)
+        told = -1
+        try:
+            out, err = child.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            raise
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{Path(command[0]).name} did not end within {seconds:g} s and was stopped") from None
+    finally:
+        os.close(kept)
+        if told >= 0:
+            os.close(told)
+    return subprocess.CompletedProcess(list(command), child.returncode, out, err)
 
 
 def search_path() -> str:
@@ -104,11 +160,11 @@ def yosys(script: str, folder: Path) -> str:
     """
     (folder / "script.ys").write_text(script)
     if importlib.util.find_spec("pyosys") is not None:
-        run = "from pyosys import libyosys as ys; ys.run_pass('script script.ys', ys.Design())"
-        command = [sys.executable, "-c", run]
+        steps = "from pyosys import libyosys as ys; ys.run_pass('script script.ys', ys.Design())"
+        command = [sys.executable, "-c", steps]
     else:
         command = [program("yosys", "synthesis and proofs"), "-s", "script.ys"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    result = run(command, folder, _SECONDS)
     if result.returncode != 0:
         last = "\n".join((result.stdout + result.stderr).strip().splitlines()[-5:])
         raise RuntimeError(f"Yosys {yosys_version()} failed:\n{last}")

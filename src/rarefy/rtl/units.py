@@ -59,6 +59,11 @@ def choose(selector: str, width: int, options: Sequence[str]) -> str:
     return "".join(f"{selector} == {literal(width, i)} ? {text} : " for i, text in enumerate(first)) + last
 
 
+def below(u: str, width: int, value: int) -> str:
+    """Whether ``u`` is below a constant: nothing is below 0, which a linter would say of the comparison."""
+    return f"{u} < {literal(width, value)}" if value else literal(1, 0)
+
+
 def nan_wire(fmt: Format, nan: str, x: str) -> list[Wire]:
     """Whether the input is NaN, where the unit wants to know."""
     return [] if nan == "none" else [Wire("nan", 1, f"{x}[{fmt.bits - 2}:0] > {literal(fmt.bits - 1, fmt.last)}")]

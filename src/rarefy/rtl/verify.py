@@ -36,7 +36,7 @@ class Verification:
         inputs: how many inputs that covers.
         mismatches: inputs whose result differs; a proof that fails counts one.
         first: the first of them, None without any.
-        faults: breaches of the handshake (numbers lost, added or changed while they waited).
+        faults: breaches of the handshake (numbers lost, added, changed while they waited, or left over by a reset).
         exceptions: inputs that the statement leaves out, in words.
         versions: of the tools.
         seconds: how long it took.
@@ -68,10 +68,11 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
     """Compare a design with its software model.
 
     "icarus" and "verilator" simulate (cocotb): all inputs of a format of at most 16 bits, one a clock in a shuffled
-    order where there are registers, and with random stalls on both sides where there is a handshake; of float32 every
-    value of the high 16 bits, with random low bits. "formal" proves equality on all inputs by Yosys (SAT; induction
-    where there are registers): with the truth table of the model, in float32 with the table's definition written down
-    row by row. A proof holds a handshake open (simulate its stalls), and takes no programmable table.
+    order where there are registers, and where there is a handshake with random stalls on both sides and with resets
+    while numbers are in flight; of float32 every value of the high 16 bits, with random low bits. "formal" proves
+    equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of the model, in
+    float32 with the table's definition written down row by row. A proof holds a handshake open
+    (simulate its stalls), and takes no programmable table.
 
     Args:
         design: what to verify.
@@ -116,7 +117,7 @@ def _simulate(design: Design, tool: str, seed: int) -> Verification:
         y = int(answers.outputs[i])
         first = Mismatch(int(x[i]), None if y < 0 else y, int(expected[i]))
     if design.handshake:
-        statement += f", with random stalls on both sides (seed {seed})"
+        statement += f", with random stalls on both sides and resets in between (seed {seed})"
     return Verification(
         design.top, tool, statement, len(x), len(wrong), first, tuple(answers.faults), (), answers.versions, 0.0
     )

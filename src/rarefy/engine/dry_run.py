@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.engine.eager import Eager
 from rarefy.engine.onednn import Packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
 from rarefy.engine.reference import resolve, run_step
-from rarefy.engine.segments import Item, Segment
+from rarefy.engine.segments import Item, Segment, uses
 
 #: Whose operators a file may name.
 NAMESPACES = ("aten", "rarefy", "python")
@@ -58,8 +59,8 @@ def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapp
         try:
             made = _made(item, values)
         except Exception as error:  # whatever PyTorch says to arguments that do not fit
-            what = item.makes if isinstance(item, Segment) else item.output
-            raise ValueError(f"what makes {what} cannot run: {str(error).splitlines()[:1]}") from error
+            _, what = uses(item)
+            raise ValueError(f"what makes {', '.join(what)} cannot run: {str(error).splitlines()[:1]}") from error
         for name, value in made.items():
             _check_size(name, value)
         values.update(made)
@@ -78,6 +79,8 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError("its inputs have other shapes")
         (batch,) = batches
         return {port.value: torch.empty((*batch, *port.shape), device="meta") for port in item.outputs}
+    if isinstance(item, Eager):
+        raise ValueError("a model is no part of a file")
     step = item.step if isinstance(item, Packed) else item
     if isinstance(step, Conv):
         check_conv(step, tuple(values[step.input].shape))
@@ -91,7 +94,11 @@ def check_conv(step: Conv, shape: tuple[int, ...]) -> None:
     if not all(type(number) is int and 0 <= number <= 1 << 30 for number in whole):
         raise ValueError(f"its sizes are {whole}")
     per_axis = {axes, len(step.dilation), len(step.padding), step.weight.dim() - 2, len(shape) - 2}
-    if per_axis not in ({1}, {2}) or min(*step.stride, *step.dilation, step.groups) < 1 or step.weight.numel() == 0:
+    if (
+        per_axis not in ({1}, {2}, {3})
+        or min(*step.stride, *step.dilation, step.groups) < 1
+        or step.weight.numel() == 0
+    ):
         raise ValueError("its stride, dilation, padding and groups do not fit its weights")
     out, each = step.weight.shape[:2]
     room = [
@@ -113,8 +120,8 @@ def _without_numbers(step: Step) -> Step:
         elif schema is not None and any(argument.name == "device" for argument in schema.arguments):
             kwargs["device"] = torch.device("meta")
         return replace(step, args=tuple(args), kwargs=kwargs)
-    given: dict[str, Any] = {name: value.to("meta") for name, value in tensors(step).items()}
-    return replace(step, **given)
+    bare: dict[str, Any] = {name: value.to("meta") for name, value in tensors(step).items()}
+    return replace(step, **bare)
 
 
 def _bare(argument: Any) -> Any:

@@ -1,0 +1,147 @@
+"""What records operators (TorchScript, torch.export, ONNX, torch.fx) records the function, and its bits."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from rarefy import act, kernels
+from rarefy.act import oracle, plain, spec
+from tests.act.test_functional import SMALL, bits_of, call, everything, floats, same
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+class One(nn.Module):
+    """One function, of float32 tensors converted to a dtype and back."""
+
+    def __init__(self, function: str, mode: str = "exact", dtype: torch.dtype = torch.float32, **more: Any) -> None:
+        super().__init__()
+        self.function, self.mode, self.dtype, self.more = function, mode, dtype, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return call(self.function, x.to(self.dtype), self.mode, **self.more).float()
+
+
+def but_for_nan(a: Tensor, b: Tensor) -> bool:
+    nan = torch.isnan(b.float())
+    return bool(torch.isnan(a.float()[nan]).all()) and torch.equal(bits_of(a)[~nan], bits_of(b)[~nan])
+
+
+@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_the_form_without_bits_has_the_bits(function, mode):
+    for dtype in SMALL:
+        x = everything(dtype)
+        assert but_for_nan(plain.activation(x, function, mode), call(function, x, mode))
+    assert same(plain.activation(floats(), function, mode), call(function, floats(), mode))
+
+
+def test_the_form_without_bits_runs_tables_of_float32():
+    for name in ("tanh_bf16_monotone", "gelu_bf16_shifts", "tanh_bf16_shifts"):
+        table = act.load(name).to_format("fp32")
+        want = call(table.function, floats(), "ktanh", table=table)
+        assert same(plain.activation(floats(), table.function, "ktanh", table.text), want)
+
+
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_float32_has_the_kernels_bits_in_pytorch(function):
+    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1)) * 4
+    native = call(function, x)
+    with kernels.forced("pytorch"):
+        assert same(call(function, x), native)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_torchscript_traces_the_operator(known):
+    net = nn.Sequential(nn.Linear(6, 6), act.GELU("ktanh"), nn.Linear(6, 6), act.Tanh())
+    x, other = torch.randn(4, 6), torch.randn(9, 6)
+    with torch.no_grad():
+        if known:
+            net(x)
+        traced = torch.jit.trace(net, x)
+        assert torch.allclose(traced(other), net(other), atol=1e-6)
+    assert "rarefy::activation" in str(traced.inlined_graph)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    loaded(other).sum().backward()
+    net(other).sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.allclose(next(loaded.parameters()).grad, next(net.parameters()).grad, atol=1e-6)
+
+
+def test_torchscript_cannot_compile_a_module_and_says_so():
+    net = nn.Sequential(nn.Linear(3, 3), act.SiLU())
+    with pytest.raises(RuntimeError, match=r"SiLU of rarefy.act cannot be scripted: use torch.jit.trace"):
+        torch.jit.script(net)
+
+
+def run(path: Path, x: Tensor) -> Tensor:
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("how", ["scripted", "dynamo"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(One(function) for function in oracle.FUNCTIONS),
+        One("gelu", "ktanh"),
+        One("silu", "hard"),
+        One("gelu", "ktanh", table=act.load("gelu_bf16_shifts").to_format("fp32")),
+        One("tanh", dtype=torch.bfloat16),
+        One("silu", "ktanh", dtype=torch.float16),
+    ],
+    ids=lambda m: f"{m.function}-{m.mode}-{m.dtype}",
+)
+def test_onnx_has_the_bits(module, how, tmp_path):
+    pytest.importorskip("onnxscript")
+    x = floats() if module.dtype == torch.float32 else everything(module.dtype).float()
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=how == "dynamo", verbose=False)
+    assert but_for_nan(run(tmp_path / "m.onnx", x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_become_onnx_or_say_how(strict, tmp_path):
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Linear(6, 6), act.Tanh())
+    x = torch.randn(4, 6)
+    program = torch.export.export(net, (x,), strict=strict)
+    assert same(program.run_decompositions().module()(x), net(x))
+    with pytest.raises(Exception, match="requires_grad_") as caught:
+        torch.onnx.export(program, (), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    assert "give torch.onnx.export the model itself" in str(caught.value)
+    net.requires_grad_(False)
+    program = torch.export.export(net, (x,), strict=strict)
+    assert not any("rarefy" in str(n.target) for n in program.graph.nodes if n.op == "call_function")
+    assert same(program.run_decompositions().module()(x), net(x))
+    torch.onnx.export(program, (), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    assert torch.allclose(run(tmp_path / "m.onnx", x), net(x), atol=1e-6)
+
+
+def test_symbolic_trace_keeps_the_call():
+    table = act.load("tanh_bf16_monotone")
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return act.gelu(act.tanh(x, "ktanh", table=table), approximate="tanh")
+
+    x = torch.randn(20).bfloat16()
+    traced = fx.symbolic_trace(Net())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [act.tanh, act.gelu]
+    assert same(traced(x), Net()(x))
+
+
+def test_tensor_subclasses_keep_their_class():
+    class Named(Tensor):
+        pass
+
+    x = torch.randn(5)
+    y = act.silu(x.as_subclass(Named))
+    assert type(y) is Named
+    assert same(y.as_subclass(Tensor), act.silu(x))

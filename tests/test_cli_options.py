@@ -1,0 +1,198 @@
+"""Every option of every command, given nonsense: one line on standard error, and nothing is written."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rarefy import cli
+from rarefy._outputs import check_file, check_folder
+
+#: A call of every command that would do its work if the nonsense were not beside it.
+CALLS = {
+    "train": ["small.yaml"],
+    "report": ["run"],
+    "compare": ["small.yaml"],
+    "info": [],
+    "export": ["run", "--to", "engine"],
+    "bench act": ["--sizes", "L1"],
+    "bench engine": ["fashion_cnn"],
+    "table show": ["tanh_e5m2"],
+    "table fit": ["tanh", "--form", "segments"],
+    "rtl emit": ["tanh_e5m2"],
+    "rtl verify": ["tanh_e5m2"],
+    "rtl synth": ["tanh_e5m2"],
+    "rtl search": ["--error", "0.1"],
+}
+NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "text", "", "1" * 400]
+#: The options that name what is written.
+WRITTEN = {"--run", "--csv", "--html", "--output", "--save", "--shipped", "--unit"}
+
+
+def commands(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, list[argparse.Action]]]:
+    """Every command, and its options."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from commands(inner, (*words, name))
+            return
+    yield " ".join(words), [action for action in parser._actions if action.nargs != 0]
+
+
+OPTIONS = [(name, action) for name, actions in commands(cli._parser()) for action in actions]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.json").mkdir()
+    Path("folder.sv").mkdir()
+    Path("file").write_text("a file")
+    Path("latin.json").write_bytes(b'{"name": "\xe9"}')
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], here: Path, *words: str) -> str:
+    before = sorted(path for path in here.rglob("*"))
+    try:
+        status = cli.main(words)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    assert status in (1, 2), (words, out)
+    assert out == ""
+    assert err.startswith("rarefy: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert "unexpected" not in err
+    assert sorted(path for path in here.rglob("*")) == before
+    return err
+
+
+def test_every_command_has_a_call() -> None:
+    assert {name for name, _ in commands(cli._parser())} == set(CALLS)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, a.option_strings[0]) for n, a in OPTIONS if a.type in (int, float)],
+)
+def test_numbers(name: str, option: str, number: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, here, *name.split(), *CALLS[name], f"{option}={number}")
+
+
+@pytest.mark.parametrize(
+    "path", ["file/below.json", "folder.json", "/proc/none/a.json", "/dev/null", "a" * 300 + ".json"]
+)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, a.option_strings[0]) for n, a in OPTIONS if WRITTEN & set(a.option_strings)],
+)
+def test_paths_to_write(name: str, option: str, path: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if option in ("--run", "--shipped") and path == "folder.json":
+        path = "file"
+    if name in ("rtl emit", "rtl search") and option == "--output":
+        path = path.replace(".json", ".sv")
+    extra = ["--kinds", "logic"] if option == "--unit" else []
+    call = [] if option == "--shipped" else CALLS[name]
+    refused(capsys, here, *name.split(), *call, *extra, option, path)
+
+
+@pytest.mark.parametrize("path", ["nothing", "nothing.json", "folder.json", "file", "latin.json", "/proc/self/mem", ""])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("train", None),
+        ("train", "--baseline"),
+        ("report", None),
+        ("report", "--baseline"),
+        ("compare", None),
+        ("export", None),
+        ("bench engine", None),
+        ("table show", None),
+        ("table fit", None),
+        ("rtl emit", None),
+        ("rtl verify", None),
+        ("rtl synth", None),
+        ("rtl synth", "--liberty"),
+        ("rtl search", "--liberty"),
+    ],
+)
+def test_paths_to_read(name: str, place: str | None, path: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = [] if name == "rtl search" else [path if place is None else CALLS[name][0]]
+    rest = {"export": ["--to", "engine"], "rtl search": CALLS["rtl search"]}.get(name, [])
+    refused(capsys, here, *name.split(), *first, *rest, *([] if place is None else [place, path]))
+
+
+def test_what_can_be_written_is_let_pass(here: Path) -> None:
+    before = sorted(here.rglob("*"))
+    for path in (Path("new/folders/file.sv"), Path("file"), None):
+        check_file(path, "--output")
+    for path in (Path("new/folders"), Path("folder.json"), None):
+        check_folder(path, "--run")
+    assert sorted(here.rglob("*")) == before
+
+
+# Closed pipes and signals
+
+
+def test_a_reader_that_goes_away() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rarefy.cli", "rtl", "emit", "tanh_e5m2"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == "rarefy: standard output was closed before everything was written\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_nothing_is_left_of_a_simulation_that_is_ended(number: signal.Signals, status: int, here: Path) -> None:
+    temporary = here / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rarefy.cli", "rtl", "verify", "tanh_fp16_shifts", "--stages", "2", "--handshake"],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        wait_for(lambda: any("vvp" in line for line in using(temporary)))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert (out, err.count("\n")) == ("", 0 if status < 0 else 1)
+    wait_for(lambda: not using(temporary) and not list(temporary.iterdir()))
+
+
+def using(folder: Path) -> list[str]:
+    """The command lines of the processes whose working folder is below a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(process.joinpath("cwd").readlink()).startswith(str(folder)):
+                found.append(process.joinpath("cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(happens: object) -> None:
+    """Until something is so, at most a minute."""
+    assert callable(happens)
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.01)
