@@ -117,11 +117,31 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError, in one line, for one that is not valid."""
+    """What a YAML file holds. Raises ValueError, in one line, for one that is not valid or endless by its aliases."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _plain(path.read_text(encoding="utf-8"))
     except _NO_YAML as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _plain(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if _size(value, {}) > _LARGEST:
+        raise ValueError(f"its aliases make more than {_LARGEST} characters and entries of it")
+    return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Characters and entries, every alias written out: a message or a copy may do so."""
+    if isinstance(value, str):
+        return 1 + len(value)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _LARGEST  # while it is looked at: what holds itself has no end
+        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
 
 
 def parse(plain: Mapping[str, Any]) -> Recipe:
@@ -148,7 +168,7 @@ def _set(plain: dict[str, Any], change: str) -> None:
             raise ValueError(f"--set {change}: {parent!r} holds {inner!r}, not keys")
         plain = inner
     try:
-        plain[last] = yaml.safe_load(value)
+        plain[last] = _plain(value)
     except _NO_YAML as error:
         why = " ".join(str(error).split())
         raise ValueError(f"--set {change:.80}: {value!r:.80} is not valid YAML: {why}") from error
@@ -167,6 +187,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
 
 
 T = TypeVar("T")
+
+#: Characters and entries of a YAML file.
+_LARGEST = 1 << 20
 
 #: What PyYAML raises for text that is none: a tag that does not fit its node ends in Python's own errors.
 _NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
