@@ -31,7 +31,7 @@ import rarefy
 from rarefy import act, engine
 from rarefy.act.table import Table
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
+from rarefy.engine.compiler import Choose, build
 from rarefy.engine.passes import optimize
 from rarefy.sparse_files import digest
 from rarefy.train import recipe
@@ -85,9 +85,37 @@ def scribbled(data: bytes, picked: random.Random) -> bytes:
     altered = bytearray(data)
     for _ in range(picked.choice((1, 1, 2, 3))):
         place = picked.randrange(min(len(altered), 512) if picked.random() < 0.5 else len(altered))
-        word = picked.choice((b"\0", b"\xff", b"[", b"\xff" * 4, bytes(4), b"\0\0\0\x80", bytes([picked.randrange(256)])))
+        word = picked.choice(
+            (b"\0", b"\xff", b"[", b"\xff" * 4, bytes(4), b"\0\0\0\x80", bytes([picked.randrange(256)]))
+        )
         altered[place : place + len(word)] = word
     return bytes(altered[: len(data)])
+
+
+def word_sum(data: bytes) -> int:
+    """The native engine's checksum of bytes."""
+
+    def mix(h: int, word: int) -> int:
+        h = (h ^ word) * 0x9E3779B185EBCA87 % 2**64
+        return h ^ h >> 29
+
+    lanes = [1, 2, 3, 4]
+    whole = len(data) // 32 * 32
+    for i, (word,) in enumerate(struct.iter_unpack("<Q", data[:whole])):
+        lanes[i % 4] = mix(lanes[i % 4], word)
+    for byte in data[whole:]:
+        lanes[0] = mix(lanes[0], byte + 1)
+    h = len(data)
+    for lane in lanes:
+        h = mix(h, lane)
+    return h
+
+
+def sealed(program: bytes) -> bytes:
+    """A native program with the size and the checksum that its other bytes ask for."""
+    head = program[:16] + struct.pack("<QQ", len(program), 0) + program[32:64]
+    sums = struct.pack("<QQ", word_sum(head), word_sum(program[64:]))
+    return head[:24] + struct.pack("<Q", word_sum(sums)) + program[32:]
 
 
 def network() -> nn.Module:
@@ -98,23 +126,31 @@ def network() -> nn.Module:
 
 
 def engines(folder: Path) -> Mutant:
-    """Mutants of an engine's file."""
+    """Mutants of the files of an engine of native programs, and of one of operators of PyTorch."""
+    makers = [_engine(folder, choose) for choose in ("native", "native", "torch")]
+    return lambda picked, path: picked.choice(makers)(picked, path)
+
+
+def _engine(folder: Path, choose: Choose) -> Mutant:
     model, x = network(), torch.randn(2, 2, 6, 6)
-    compiled = build(optimize(capture(model, (x,))), (x,), None, "float32", "native", 0.0)
+    compiled = build(optimize(capture(model, (x,))), (x,), None, "float32", choose, 0.0)
     engine.save(compiled, folder / "whole.engine")
     data = (folder / "whole.engine").read_bytes()
     magic, version, zero, _, length, _ = HEAD.unpack(data[: HEAD.size])
     header, blobs = json.loads(data[HEAD.size : HEAD.size + length]), data[HEAD.size + length :]
     programs = [item["program"] for item in header["items"] if "program" in item]
-    assert programs
+    assert bool(programs) == (choose == "native")
+    for offset, size in programs:
+        assert sealed(blobs[offset : offset + size]) == blobs[offset : offset + size]
 
     def mutant(picked: random.Random, path: Path) -> Callable[[], None]:
         about, behind = header, blobs
-        if picked.random() < 0.7:
+        if not programs or picked.random() < 0.7:
             about = changed(header, picked)
         else:
             offset, size = picked.choice(programs)
-            behind = blobs[:offset] + scribbled(blobs[offset : offset + size], picked) + blobs[offset + size :]
+            program = sealed(scribbled(blobs[offset : offset + size], picked))
+            behind = blobs[:offset] + program + blobs[offset + size :]
         text = json.dumps(about).encode()
         text += b" " * (-len(text) % 64)
         rest = text + behind
@@ -142,7 +178,9 @@ def sparse_files(folder: Path) -> Mutant:
         header["__metadata__"][key] = json.loads(header["__metadata__"][key])
 
     def mutant(picked: random.Random, path: Path) -> Callable[[], None]:
-        about, behind = (changed(header, picked), blobs) if picked.random() < 0.7 else (header, scribbled(blobs, picked))
+        about, behind = (
+            (changed(header, picked), blobs) if picked.random() < 0.7 else (header, scribbled(blobs, picked))
+        )
         about = copy.deepcopy(about)
         inner = about.get("__metadata__")
         if isinstance(inner, dict):
@@ -178,7 +216,9 @@ def tables(_: Path) -> Mutant:
         if picked.random() < 0.8:
             head = json.loads(whole)
             rows = head.pop("rows")
-            text = json.dumps({**changed(head, picked), "rows": changed(rows, picked) if picked.random() < 0.5 else rows})
+            text = json.dumps(
+                {**changed(head, picked), "rows": changed(rows, picked) if picked.random() < 0.5 else rows}
+            )
         else:
             text = scribbled(whole.encode(), picked).decode("latin-1")
 
@@ -208,7 +248,12 @@ def recipes(_: Path) -> Mutant:
     ).to_dict()
     more = "".join(f"  a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(12))
     bomb = f"model:\n  name: resnet20\n  a0: &a0 [x]\n{more}  width: *a12\n"
-    odd = [bomb, bomb.replace("  name: resnet20\n", ""), "model: &m {name: *m}", "model: &m\n  name: resnet20\n  width: *m"]
+    odd = [
+        bomb,
+        bomb.replace("  name: resnet20\n", ""),
+        "model: &m {name: *m}",
+        "model: &m\n  name: resnet20\n  width: *m",
+    ]
 
     def mutant(picked: random.Random, path: Path) -> Callable[[], None]:
         if picked.random() < 0.7:

@@ -11,11 +11,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import nn
 
 from rarefy import models, sparse
 from rarefy._names import unknown
+from rarefy._yaml import parse_yaml, read_yaml
 from rarefy.sparse.registry import METHODS
 
 
@@ -116,34 +116,6 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     return parse(plain)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError, in one line, for one that is not valid or endless by its aliases."""
-    try:
-        return _plain(path.read_text(encoding="utf-8"))
-    except _NO_YAML as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _plain(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if _size(value, {}) > _LARGEST:
-        raise ValueError(f"its aliases make more than {_LARGEST} characters and entries of it")
-    return value
-
-
-def _size(value: Any, known: dict[int, int]) -> int:
-    """Characters and entries, every alias written out: a message or a copy may do so."""
-    if isinstance(value, str):
-        return 1 + len(value)
-    if not isinstance(value, (Mapping, list, tuple)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = _LARGEST  # while it is looked at: what holds itself has no end
-        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
-    return known[id(value)]
-
-
 def parse(plain: Mapping[str, Any]) -> Recipe:
     """The recipe that a mapping (as from YAML) describes, checked. Raises ValueError as :func:`load`."""
     recipe = _build(Recipe, plain, "")
@@ -167,11 +139,7 @@ def _set(plain: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"--set {change}: {parent!r} holds {inner!r}, not keys")
         plain = inner
-    try:
-        plain[last] = _plain(value)
-    except _NO_YAML as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"--set {change:.80}: {value!r:.80} is not valid YAML: {why}") from error
+    plain[last] = parse_yaml(value, f"--set {change:.80}: {value!r:.80}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
@@ -187,12 +155,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
 
 
 T = TypeVar("T")
-
-#: Characters and entries of a YAML file.
-_LARGEST = 1 << 20
-
-#: What PyYAML raises for text that is none: a tag that does not fit its node ends in Python's own errors.
-_NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 def _build(cls: type[T], plain: Any, where: str) -> T:
