@@ -194,7 +194,7 @@ def sparse_files(folder: Path) -> Mutant:
         write()
         try:
             inner["sha256"] = digest(load_file(path), inner)
-        except Exception:  # one that safetensors itself refuses, or without a text to digest
+        except Exception:  # one that safetensors itself refuses, or that has no text to digest
             return lambda: use(path)
         write()
         return lambda: use(path)
@@ -291,9 +291,8 @@ def main(count: int, first: int) -> int:
             try:
                 use()
                 outcomes[f"{about} used"] += 1
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError):
                 outcomes[f"{about} refused"] += 1
-                assert str(error)
             except BaseException:
                 outcomes[f"{about} wrong"] += 1
                 print(f"mutant {number}:\n{traceback.format_exc()}", flush=True)
