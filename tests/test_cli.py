@@ -255,7 +255,7 @@ def test_the_report_of_nonsense(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert "is not a run's folder" in refused(capsys, "report", ".")
     Path("recipe.yaml").write_text("[")
     Path("metrics.jsonl").write_text("nonsense\n")
-    assert "recipe.yaml: not YAML" in refused(capsys, "report", ".")
+    assert "recipe.yaml is not valid YAML" in refused(capsys, "report", ".")
 
 
 def test_the_report_of_a_run_and_of_a_stopped_one(

@@ -256,6 +256,27 @@ class TestRules:
         assert cost.count(model, torch.zeros(4, 1, 5, 5), "rigl").pooling == 0
 
 
+class Two(nn.Module):
+    """Takes two inputs, and an option that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.words = nn.Conv2d(2, 3, 3), nn.Linear(4, 6)
+
+    def forward(self, image: Tensor, words: Tensor, scale: float = 1.0) -> Tensor:
+        return self.image(image).sum((2, 3)) * scale + self.words(input=words)[:, :3]
+
+
+@pytest.mark.parametrize("convention", ["macs", "rigl"])
+def test_keyword_arguments_are_the_positional_ones(convention: cost.Convention) -> None:
+    model, image, words = Two(), torch.zeros(2, 2, 5, 5), torch.zeros(2, 4)
+    found = cost.count(model, (image, words, 2.0), convention)
+    assert [(layer.name, layer.parameters) for layer in found.layers] == [("image", 54), ("words", 24)]
+    assert found.dense == (54 * 9 + 24 if convention == "macs" else 2 * (54 * 9 + 24) + 27 + 6)
+    assert cost.count(model, {"image": image, "words": words, "scale": 2.0}, convention) == found
+    assert cost.count(model, {"scale": 2.0, "words": words, "image": image}, convention) == found
+
+
 class Scribbler(nn.Module):
     """Writes to its buffer, replaces another and draws random numbers, even in eval mode."""
 

@@ -115,6 +115,104 @@ def test_a_file_that_is_not_right_is_not_written(model: nn.Module, message: str,
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("model.onnx", "the old one")]
 
 
+# What models take and give
+
+
+class Tokens(nn.Module):
+    """Token ids (B, T) to one number a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(7, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.embedding(ids).mean(1))  # type: ignore[no-any-return]
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.float() / 255)  # type: ignore[no-any-return]
+
+
+class Pair(nn.Module):
+    """Two inputs; a dict with a tuple in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Any]:
+        a, b = self.left(left), self.right(right)
+        return {"sum": a + b, "parts": (a, [b, (a - b).relu()])}
+
+
+def answers(path: Path, **inputs: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    found = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    return [torch.from_numpy(each) for each in found]
+
+
+def test_token_ids(tmp_path: Path) -> None:
+    model, path = Tokens().eval(), tmp_path / "model.onnx"
+    difference = save_onnx(model, torch.tensor([[1, 6, 0]]), path)
+    assert difference is not None
+    assert difference < 1e-5
+    ids = torch.randint(0, 7, (5, 3))
+    (answer,) = answers(path, input=ids)
+    torch.testing.assert_close(answer, model(ids).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_of_a_byte(tmp_path: Path) -> None:
+    model, path = Pixels().eval(), tmp_path / "model.onnx"
+    save_onnx(model, torch.arange(250, 256, dtype=torch.uint8)[None], path)
+    x = torch.randint(0, 256, (5, 6)).to(torch.uint8)
+    (answer,) = answers(path, input=x)
+    torch.testing.assert_close(answer, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_float16(tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).half().eval(), tmp_path / "model.onnx"
+    save_onnx(model, torch.zeros(2, 4, dtype=torch.float16), path)
+    x = torch.randn(5, 4).half()
+    (answer,) = answers(path, input=x)
+    assert answer.dtype is torch.float16
+    torch.testing.assert_close(answer, model(x).detach(), rtol=1e-2, atol=5e-3)
+
+
+def test_what_onnxruntime_cannot_run_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot run Linear as exported.* did not write the file \(try model.float"):
+        save_onnx(nn.Linear(4, 3).bfloat16(), torch.zeros(2, 4, dtype=torch.bfloat16), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Reshape(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(1)
+
+
+def test_bfloat16_that_onnxruntime_can_run(tmp_path: Path) -> None:
+    assert save_onnx(Reshape(), torch.zeros(2, 4, 3, dtype=torch.bfloat16), tmp_path / "model.onnx") == 0
+    model = onnx.load(tmp_path / "model.onnx")
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+
+
+def test_two_inputs_and_nested_outputs(tmp_path: Path) -> None:
+    model, path = Pair().eval(), tmp_path / "model.onnx"
+    left, right = torch.randn(3, 4), torch.randn(3, 5)
+    with torch.no_grad():
+        a, b = model.left(left), model.right(right)
+    expected = [a + b, a, b, (a - b).relu()]
+    save_onnx(model, {"left": left, "right": right}, path)
+    torch.testing.assert_close(answers(path, left=left, right=right), expected, rtol=1e-4, atol=1e-5)
+    save_onnx(model, (left[:1], right[:1]), path)
+    assert [each.name for each in onnx.load(path).graph.output] == ["output_0", "output_1", "output_2", "output_3"]
+    torch.testing.assert_close(answers(path, input_0=left, input_1=right), expected, rtol=1e-4, atol=1e-5)
+
+
 # The command
 
 

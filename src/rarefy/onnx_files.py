@@ -147,7 +147,14 @@ def _difference(
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common; bfloat16 is what it mostly has no operator for
+        why = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {type(model).__name__} as exported, so save_onnx did not"
+            f" write the file (try model.float()): {why}"
+        ) from error
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for size in (1, 3):

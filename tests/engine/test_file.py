@@ -185,6 +185,16 @@ def test_operators_that_a_file_may_not_name(saved, tmp_path, target):
     refused(tmp_path / "forged.engine", forged(saved[2].read_bytes(), change))
 
 
+def softmax(header, axis):
+    """Let an operator of PyTorch that does not look at its axis before it runs make the output."""
+    (port,) = header["outputs"]
+    assert len(port["shape"]) <= 3
+    args = {"tuple": [{"ref": port["name"]}, axis]}
+    about = {"name": "a", "output": "a", "target": "aten.softmax.int", "args": args, "kwargs": {"mapping": {}}}
+    header["items"].append({"step": "Operator", "fields": about})
+    port["name"] = "a"
+
+
 def changes():
     """Headers that are wrong in one place, though the checksum is right."""
 
@@ -207,6 +217,10 @@ def changes():
     for ports in ([], [{"value": "nobody", "shape": [48]}], [{"value": "x", "shape": [1]}]):
         yield lambda header, ports=ports: programs(header)[0].update(inputs=ports)
         yield lambda header, ports=ports: programs(header)[0].update(outputs=ports)
+    yield lambda header: header["items"].append(header["items"][0])
+    yield lambda header: header["inputs"].append(header["inputs"][0])
+    for axis in (3, -4, 1 << 31):
+        yield lambda header, axis=axis: softmax(header, axis)
     yield put("outputs", [])
     yield put("outputs", 0, "name", "nobody")
     yield put("inputs", 0, "dtype", "object")
@@ -225,6 +239,12 @@ def changes():
 @pytest.mark.parametrize("change", list(changes()))
 def test_forged_headers_are_refused(saved, tmp_path, change):
     refused(tmp_path / "forged.engine", forged(saved[2].read_bytes(), change))
+
+
+def test_an_axis_that_is_there_is_not_refused(saved, tmp_path):
+    compiled, x, path = saved
+    (tmp_path / "a.engine").write_bytes(forged(path.read_bytes(), lambda header: softmax(header, -1)))
+    torch.testing.assert_close(engine.load(tmp_path / "a.engine")(x), compiled(x).softmax(-1))
 
 
 def test_altered_programs_with_a_right_checksum_do_not_crash(saved, tmp_path):

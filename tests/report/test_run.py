@@ -166,7 +166,8 @@ def test_a_wrong_value_is_named_with_its_place(
     ("file", "text", "message"),
     [
         ("summary.json", '{"name"', r"summary.json: not JSON .* delete it to report without it"),
-        ("recipe.yaml", "a: [", r"recipe.yaml: not YAML"),
+        ("recipe.yaml", "a: [", r"recipe.yaml is not valid YAML"),
+        ("recipe.yaml", "&a [*a, *a]", r"recipe.yaml is not valid YAML: its aliases"),
         ("recipe.yaml", "- a", r"recipe.yaml: expected a mapping"),
     ],
 )

@@ -190,11 +190,23 @@ def test_set_of_nonsense(change: str, message: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
+#: A list of 10^12 texts in half a kilobyte.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(12))
+
+
+def test_aliases_that_stay_small(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("model: {name: resnet20, width: &n 8}\nmethod: {name: dense}\nseed: *n\n")
+    assert (load(path).model.options, load(path).seed) == ({"width": 8}, 8)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"model: {name: [", "small.yaml is not valid YAML"),
         (b"\xff\xfe\xfa", "small.yaml is not valid YAML"),
+        (b"model: &m {name: *m}", "small.yaml is not valid YAML: its aliases make more than 1048576 characters"),
+        (BOMB.encode(), "small.yaml is not valid YAML: its aliases make more than 1048576 characters"),
         (b"- a\n- b\n", r"must hold keys such as name, model and method, got \['a', 'b'\]"),
         (b"", "must hold keys such as name, model and method, got None"),
     ],

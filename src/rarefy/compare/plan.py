@@ -29,9 +29,10 @@ from typing import Any
 
 from rarefy import sparse
 from rarefy._names import unknown
+from rarefy._yaml import read_yaml
 from rarefy.train import Recipe
 from rarefy.train import load as load_recipe
-from rarefy.train.recipe import parse, read_yaml
+from rarefy.train.recipe import parse
 
 _KEYS = ("name", "recipe", "seeds", "targets", "budget", "changes", "methods")
 

@@ -84,6 +84,8 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
     step = item.step if isinstance(item, Packed) else item
     if isinstance(step, Conv):
         check_conv(step, tuple(values[step.input].shape))
+    if isinstance(step, Operator) and not step.target.startswith("python."):
+        _check_axes(step, values)
     return {item.output: run_step(_without_numbers(step), values)}
 
 
@@ -109,6 +111,19 @@ def check_conv(step: Conv, shape: tuple[int, ...]) -> None:
         raise ValueError(f"weights of {tuple(step.weight.shape)} do not fit an input of {shape}")
     if step.bias is not None and tuple(step.bias.shape) != (out,):
         raise ValueError(f"its bias has the shape {tuple(step.bias.shape)}")
+
+
+def _check_axes(step: Operator, values: Mapping[str, Any]) -> None:
+    """Not every operator looks at its axes on the device "meta": softmax, sort and some others do not."""
+    schema = resolve(step.target)._schema  # type: ignore[attr-defined]
+    given = dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | {**step.kwargs}
+    first = next(iter(given.values()), None)
+    tensor = values[first.name] if isinstance(first, Ref) else first
+    if isinstance(tensor, Tensor):
+        axes = max(tensor.dim(), 1) + (schema.name == "aten::unsqueeze")
+        for name, axis in given.items():
+            if name.startswith("dim") and type(axis) is int and not -axes <= axis < axes:
+                raise ValueError(f"{step.target} has no axis {axis}")
 
 
 def _without_numbers(step: Step) -> Step:

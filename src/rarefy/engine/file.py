@@ -260,11 +260,12 @@ class _Reader:
         items = [self._item(about) for about in header["items"]]
         inputs, outputs = ([self._engine_port(about) for about in header[name]] for name in ("inputs", "outputs"))
         constants = {str(name): self._tensor(about) for name, about in header["constants"].items()}
-        known = {*constants, *(port.name for port in inputs)}
-        for item in items:
-            reads, makes = uses(item)
+        known: set[str] = set()
+        for reads, makes in [((), tuple(constants)), ((), tuple(port.name for port in inputs)), *map(uses, items)]:
             if not known.issuperset(reads):
                 raise ValueError(f"a step reads {sorted({*reads} - known)}, which nothing makes")
+            if len(known.union(makes)) < len(known) + len(makes):
+                raise ValueError(f"one of {sorted(makes)} is made twice")
             known.update(makes)
         if not outputs or not known.issuperset(port.name for port in outputs):
             raise ValueError("nothing makes an output")

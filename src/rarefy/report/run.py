@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
+from rarefy._yaml import read_yaml
 
 
 class RunError(ValueError):
@@ -331,11 +331,11 @@ def load(run: Path) -> Run:
     if not (run / "metrics.jsonl").is_file():
         raise RunError(f"{run} has no metrics.jsonl: the run has logged nothing yet, or the file was lost")
 
-    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
     try:
-        recipe = yaml.safe_load(recipe_text)
-    except yaml.YAMLError as error:
-        raise RunError(f"{run / 'recipe.yaml'}: not YAML ({error})") from error
+        recipe = read_yaml(run / "recipe.yaml")
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
     if not isinstance(recipe, dict):
         raise RunError(f"{run / 'recipe.yaml'}: expected a mapping of name, data, model, ...; got {recipe!r:.80}")
 

@@ -11,11 +11,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import nn
 
 from rarefy import models, sparse
 from rarefy._names import unknown
+from rarefy._yaml import parse_yaml, read_yaml
 from rarefy.sparse.registry import METHODS
 
 
@@ -116,14 +116,6 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     return parse(plain)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError, in one line, for one that is not valid."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except _NO_YAML as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def parse(plain: Mapping[str, Any]) -> Recipe:
     """The recipe that a mapping (as from YAML) describes, checked. Raises ValueError as :func:`load`."""
     recipe = _build(Recipe, plain, "")
@@ -147,11 +139,7 @@ def _set(plain: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"--set {change}: {parent!r} holds {inner!r}, not keys")
         plain = inner
-    try:
-        plain[last] = yaml.safe_load(value)
-    except _NO_YAML as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"--set {change:.80}: {value!r:.80} is not valid YAML: {why}") from error
+    plain[last] = parse_yaml(value, f"--set {change:.80}: {value!r:.80}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
@@ -167,9 +155,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
 
 
 T = TypeVar("T")
-
-#: What PyYAML raises for text that is none: a tag that does not fit its node ends in Python's own errors.
-_NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 def _build(cls: type[T], plain: Any, where: str) -> T:
