@@ -35,9 +35,10 @@ NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "text", "", "1" * 400]
 WRITTEN = {"--run", "--csv", "--html", "--output", "--save", "--shipped", "--unit"}
 
 
-def commands(
-    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
-) -> Iterator[tuple[str, list[argparse.Action]]]:
+Options = tuple[str, list[argparse.Action]]
+
+
+def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[Options]:
     """Every command, and its options."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

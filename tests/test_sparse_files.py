@@ -194,11 +194,13 @@ def test_what_is_no_dense_tensor(entry: object, message: str, tmp_path: Path) ->
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rarefy.save_sparse({"weight": torch.ones(3)}, tmp_path / "file")
 
-    def fail(tensors: object, partial: Path, metadata: object) -> None:
-        partial.write_text("half")
+    write = Path.write_bytes
+
+    def fail(partial: Path, data: bytes) -> None:
+        write(partial, data[: len(data) // 2])
         raise OSError("no space left")
 
-    monkeypatch.setattr("rarefy.sparse_files.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space"):
         rarefy.save_sparse({"weight": torch.zeros(3)}, tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

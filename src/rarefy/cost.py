@@ -259,7 +259,9 @@ def arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
         )
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors:
-        raise ValueError(f"example_input must hold a tensor, got {example_input!r:.80}; torch.zeros(shape) makes one")
+        raise ValueError(
+            f"example_input must hold a tensor of at least one sample, got {example_input!r:.80}: torch.zeros(shape)"
+        )
     if tensors[0].dim() == 0 or len(tensors[0]) == 0:
         raise ValueError("example_input must hold at least one sample in its first dimension")
     return args, kwargs

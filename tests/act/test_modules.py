@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -196,3 +197,21 @@ def test_silu_in_place_is_pytorchs():
         with pytest.raises(RuntimeError, match="more than one element"):
             ours(torch.zeros(1).expand(4))
     assert repr(act.SiLU(inplace=True)) == "SiLU(mode='exact', inplace=True)"
+
+
+def test_swap_passes_over_torchscript_and_stops_fused_encoders():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Linear(3, 3))
+    model = nn.Sequential(nn.Tanh(), scripted, nn.SiLU())
+    report = act.swap(model)
+    assert [name for name, _ in report.replaced] == ["0", "2"]
+    assert report.kept == [("1", "compiled by TorchScript, which cannot be looked into")]
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.GELU(), batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        before = layer(x)
+        report = act.swap(layer, "hard")
+        assert not torch.allclose(layer(x), before, atol=1e-4)
+        report.restore()
+        assert torch.equal(layer(x), before)

@@ -131,7 +131,7 @@ def test_functions():
         (nn.Sequential(nn.Conv1d(4, 4, 3), noisy(nn.BatchNorm1d(4)), nn.SiLU()), (2, 4, 9), ["conv"]),
         (nn.Sequential(nn.Linear(4, 5), noisy(nn.BatchNorm1d(5)), nn.GELU()), (2, 4), ["linear"]),
         (nn.Sequential(nn.Linear(4, 5), noisy(nn.BatchNorm1d(3))), (2, 3, 4), ["linear", "affine"]),
-        (nn.Sequential(nn.Conv3d(2, 2, 1)), (1, 2, 3, 3, 3), ["conv3d"]),
+        (nn.Sequential(nn.Conv3d(2, 2, 1)), (1, 2, 3, 3, 3), ["conv"]),
     ],
 )
 def test_modules_on_other_shapes(model, shape, expected):

@@ -68,9 +68,8 @@ def test_emit_takes_a_table_from_a_file(capsys):
 def test_verify_says_what_was_compared(capsys):
     result = printed(capsys, "verify", "tanh_e5m2", "--stages", "1", "--handshake", "--seed", "7")
     assert (result["passed"], result["inputs"], result["mismatches"], result["first"]) == (True, 256, 0, None)
-    assert result["statement"].endswith(
-        "all inputs of e5m2, with random stalls on both sides and resets in between (seed 7)"
-    )
+    stalled = "all inputs of e5m2, with random stalls on both sides and resets in between (seed 7)"
+    assert result["statement"].endswith(stalled)
     high = printed(capsys, "verify", "tanh_bf16_shifts", "--format", "fp32", "--tool", "formal", "--against-narrow")
     assert (high["passed"], high["inputs"], high["exceptions"]) == (True, 1 << 32, ["NaN"])
     assert main(["rtl", "verify", "tanh_e5m2", "--tool", "formal"]) == 0

@@ -1,4 +1,4 @@
-"""Tables whose rows are constants, one row, or change sign; resets that do nothing; text that must not be hardware."""
+"""Tables of constants, of one row or whose rows change sign; resets that do nothing; text that must stay text."""
 
 import re
 from dataclasses import replace
@@ -38,18 +38,8 @@ def test_a_row_that_changes_its_sign_passes_nan_through_the_sum():
 def test_linear_tables_of_one_row():
     index = MultiplyIndex(0x3D00, 100, 100)
     for symmetry, rows in (("odd", ((64, 0),)), ("none", ((64, 0), (3, 7)))):
-        table = Table(
-            "one",
-            "mine",
-            "bf16",
-            "linear",
-            index,
-            rows,
-            symmetry,
-            identity_below=0x3D00,
-            fraction_bits=6,
-            offset=0x3D00,
-        )
+        rest = {"identity_below": 0x3D00, "fraction_bits": 6, "offset": 0x3D00}
+        table = Table("one", "mine", "bf16", "linear", index, rows, symmetry, **rest)
         assert rtl.verify(rtl.emit(table, lanes=8)).passed
 
 
@@ -76,9 +66,10 @@ def test_numbers_taken_during_a_reset_are_found():
 # Names and text
 
 
-@pytest.mark.parametrize(
-    "top", [*sorted(RESERVED)[::17], "x", "y", "clk", "rows", "result", "a b", "é", "t\n", "m" * 129]
-)
+SIGNALS = ("x", "y", "clk", "rows", "result")
+
+
+@pytest.mark.parametrize("top", [*sorted(RESERVED)[::17], *SIGNALS, "a b", "é", "t\n", "m" * 129])
 def test_names_that_no_module_can_have(top):
     with pytest.raises(ValueError, match=r"^top must"):
         rtl.emit(act.load("tanh_e5m2"), stages=1, top=top)

@@ -146,7 +146,7 @@ def test_proofs_of_float32_find_a_changed_row():
         ("if (go_2) y_q <= result;", "y_q <= result;"),  # what waits is overwritten
         ("valid_1 <= in_valid;", "valid_1 <= in_valid && !valid_2;"),  # numbers are lost
         ("valid_2 <= valid_1;", "valid_2 <= valid_1 || valid_2;"),  # numbers are made up
-        ("assign in_ready = go_1;", "assign in_ready = 1'b0;"),  # nothing is taken
+        ("assign in_ready = rst_n && go_1;", "assign in_ready = 1'b0;"),  # nothing is taken
     ],
 )
 def test_stalls_find_a_wrong_pipeline(right, wrong):

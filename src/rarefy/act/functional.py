@@ -1,6 +1,6 @@
 """tanh, sigmoid, silu and gelu on tensors: native kernels on the CPU, plain PyTorch operators elsewhere, the same bits.
 
-(But float32 gelu on a GPU, which may differ in its last place.)
+(Where a compiler for a GPU fuses sums and products, float32 may differ in its last place.)
 
 Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec`. Error of
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
@@ -8,13 +8,17 @@ last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.
 
 Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
 (but exact float32 on the CPU, whose fused form is slow, is one operator that runs the kernel).
-So they are in a graph of ``torch.export(..., strict=True)``, which then needs no rarefy to run; without ``strict`` they
-are one operator there, ``rarefy::activation``.
+So they are in ONNX, and in a graph of ``torch.export`` where no gradient is needed, which then needs no rarefy to run:
+in a form of their own, :mod:`rarefy.act.plain`. Otherwise they are one operator in what is exported or traced,
+``rarefy::activation``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,8 +138,22 @@ def _result(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tenso
         return plain.activation(x, function, mode, table)
     if type(x) is Tensor and not x.requires_grad and not _transformed():
         return _forward(x, function, mode, table)
+    if type(x).__name__ == "DTensor":
+        _register_sharding()
     result: Tensor = torch.ops.rarefy.activation(x, function, mode, grad, table)
     return result
+
+
+@cache
+def _register_sharding() -> None:
+    """Tell distributed tensors that the operator works on every element by itself; sums that are pending come first."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    @register_sharding(torch.ops.rarefy.activation.default)
+    def _(x: Any, *options: str) -> list[tuple[list[Any], list[Any]]]:
+        places = [Replicate(), *(Shard(dim) for dim in range(x.ndim))]
+        return [([place], [place, *(None for _ in options)]) for place in places]
 
 
 def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: str) -> Tensor:
@@ -435,6 +453,19 @@ def _apply(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor
     return result
 
 
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+@contextlib.contextmanager
+def kept_operators() -> Iterator[None]:
+    """Within the block ``torch.export`` records our operator and not plain ones: whoever runs the program has it."""
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def _traced(
     function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
 ) -> Tensor:
@@ -448,7 +479,8 @@ def _traced(
     # the fused form of float32 would cost far more than the kernel
     slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
     result: Tensor
-    if exporting and (not needs_gradient or torch.onnx.is_in_onnx_export()):
+    kept = not dynamo and _kept.get()
+    if exporting and not kept and (not needs_gradient or torch.onnx.is_in_onnx_export()):
         result = plain.activation(x, function, mode, text)
     elif exporting or not dynamo or slow_fused:
         result = torch.ops.rarefy.activation(x, function, mode, direction, text)

@@ -79,7 +79,9 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
     options: dict[str, Any] = {"mode": mode, "table": table}
     for name, module in list(model.named_modules()):
         kind = type(module)
-        if kind in _MODULES:
+        if isinstance(module, torch.jit.ScriptModule):
+            result.kept.append((name, "compiled by TorchScript, which cannot be looked into"))
+        elif kind in _MODULES:
             _swap_class(result, name, module, _MODULES[kind], mode, grad, table)
         elif kind is nn.LSTMCell:
             given = given_table(table) if isinstance(table, str) else table
@@ -88,6 +90,8 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
         elif isinstance(module, _FUSED):
             result.kept.append((name, f"{kind.__name__} computes its gates inside PyTorch"))
         else:
+            if isinstance(module, nn.TransformerEncoderLayer) and type(module.activation) in _MODULES:
+                _assign(result, module, {"activation_relu_or_gelu": 0})  # its fused path knows PyTorch's GELU alone
             _swap_attributes(result, name, module, options, grad)
             _swap_calls(result, name, module, options, grad)
     return result

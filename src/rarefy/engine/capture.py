@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
+from rarefy.act.functional import kept_operators
 from rarefy.engine import operators, reference
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 
@@ -46,7 +47,7 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | Non
     tensors.
     """
     quiet = contextlib.redirect_stderr(cast(TextIO, _Others(sys.stderr)))
-    with quiet, torch.no_grad(), warnings.catch_warnings():
+    with quiet, torch.no_grad(), kept_operators(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = _export(model, tuple(inputs), fixed_because)
         return _Graph(program, fixed_because).plan()

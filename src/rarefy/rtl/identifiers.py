@@ -47,5 +47,5 @@ def module_name(name: object, what: str) -> str:
 
 
 def comment(text: str) -> str:
-    """``text`` as a part of a comment of one line: "?" for backslashes, backticks and what is not printable ASCII."""
+    """``text`` as part of a comment of one line: ``?`` for what is not printable ASCII, for backslash and backtick."""
     return re.sub(r"[^ -~]|[\\`]", "?", text)

@@ -71,8 +71,8 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
     order where there are registers, and where there is a handshake with random stalls on both sides and with resets
     while numbers are in flight; of float32 every value of the high 16 bits, with random low bits. "formal" proves
     equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of the model, in
-    float32 with the table's definition written down row by row. A proof holds a handshake open
-    (simulate its stalls), and takes no programmable table.
+    float32 with the table's definition written down row by row. A proof holds a handshake open (simulate its stalls),
+    and takes no programmable table.
 
     Args:
         design: what to verify.
