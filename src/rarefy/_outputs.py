@@ -6,23 +6,29 @@ import os
 import tempfile
 from pathlib import Path
 
+
+class NowhereToWriteError(OSError):
+    """The results would have no place: nothing was done yet."""
+
+
 _BESIDE = len("..partial")  # what write_atomically adds to a name while it writes
 
 
 def check_file(path: Path | None, option: str, ending: str | None = None) -> None:
     """Refuse a path that a result cannot be written to; None, no path, is fine.
 
-    Nothing is left on the disk. Raises ValueError, naming the option, when the path is a folder or a device, or when it
-    has not the ``ending`` asked for, and OSError when its folder is neither there nor can be made, or not written to.
+    Nothing is left on the disk. Raises ValueError, naming the option, for a path that has not the ``ending`` asked for,
+    and NowhereToWriteError for a folder or a device, and where its folder is not there and cannot be made, or takes no
+    files.
     """
     if path is None:
         return
     if ending is not None and path.suffix != ending:
         raise ValueError(f"{option} must be a {ending} file, got {path}")
     if path.is_dir():
-        raise IsADirectoryError(f"{option} must be a file, and {path} is a folder: name a file in it")
+        raise NowhereToWriteError(f"{option} must be a file, and {path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{option} must be an ordinary file, and {path} is none: name another")
+        raise NowhereToWriteError(f"{option} must be an ordinary file, and {path} is none: name another")
     _check_above(path, option)
 
 
@@ -33,7 +39,7 @@ def check_folder(path: Path | None, option: str) -> None:
     if path.is_dir():
         _try(path, path, option)
     elif path.exists():
-        raise NotADirectoryError(f"{option} must be a folder, and {path} is a file: name another")
+        raise NowhereToWriteError(f"{option} must be a folder, and {path} is a file: name another")
     else:
         _check_above(path, option)
 
@@ -46,7 +52,7 @@ def _check_above(path: Path, option: str) -> None:
     while not above.exists():
         above = above.parent
     if not above.is_dir():
-        raise NotADirectoryError(f"{option} cannot be written: {above} on the way to {path} is not a folder")
+        raise NowhereToWriteError(f"{option} cannot be written: {above} on the way to {path} is not a folder")
     longest = max(len(os.fsencode(part)) for part in path.parts or ("",))
     if longest + _BESIDE > 255:
         raise ValueError(f"{option} must have names of at most {255 - _BESIDE} bytes, got one of {longest}")
@@ -58,6 +64,6 @@ def _try(folder: Path, path: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PermissionError(
+        raise NowhereToWriteError(
             f"{option} cannot be written: {folder} takes no new files ({error.strerror}); name another path than {path}"
         ) from error

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rarefy import _act_commands, _engine_commands, _export_commands, _rtl_commands
-from rarefy._outputs import check_file, check_folder
+from rarefy._outputs import NowhereToWriteError, check_file, check_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # nothing more can be written there, not by the interpreter's end either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _told("standard output was closed before everything was written", 1)
+    except NowhereToWriteError as error:
+        if not getattr(arguments, "json", False):
+            print("nothing was done: the results would have no place", flush=True)
+        return _told(str(error), 1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         return _told(str(error) or type(error).__name__, 1)
     except Exception as error:
