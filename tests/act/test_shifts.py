@@ -120,7 +120,7 @@ def test_rows_of_float32_are_checked_at_their_ends():
     with pytest.raises(ValueError, match="row 3 .* leaves the range of fp32"):
         replace(table, rows=(*table.rows[:3], (first, -1 << 12, base), *table.rows[4:]))
     with pytest.raises(ValueError, match="sums of more than 63 bits"):
-        replace(table, rows=((0, 0, 0), (table.rows[-1][0], 1 << 31, -(1 << 62))))
+        replace(table, rows=((0, 0, 0), (table.rows[-1][0], 1 << 31, 1 - (1 << 62))))
 
 
 def test_table_fit_on_the_command_line(capsys):

@@ -12,8 +12,10 @@ from torch import Tensor
 from rarefy import kernels
 from rarefy.engine.execute import Runner, torch_threads
 from rarefy.engine.measure import LayerFacts
+from rarefy.engine.onednn import Packed
+from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Linear, Pool
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Item, Segment, samples
+from rarefy.engine.segments import Item, Segment, samples, uses
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Engine:
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
         names_in, names_out = ([port.name for port in ports] for ports in (self.inputs, self.outputs))
         self._runner = Runner(items, names_in, names_out, constants)
-        made = [name for item in items if isinstance(item, Segment) for name in item.makes]
+        made = [name for item in items if _makes_new(item) for name in uses(item)[1]]
         #: The outputs that may share memory with something else, and the memory that is the engine's own.
         self._views = [i for i, name in enumerate(names_out) if name not in made or name in names_out[:i]]
         self._own = {_memory(x) for x in self._constants.values()}
@@ -98,8 +100,12 @@ class Engine:
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
         given = self._checked(inputs)
-        with torch.no_grad():
-            outputs = self._runner(given, self.threads or torch.get_num_threads())
+        threads = self.threads or torch.get_num_threads()
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                outputs = self._runner(given, threads)
+        else:
+            outputs = self._runner(given, threads)
         outputs = self._apart(inputs, outputs)
         return outputs[0] if self._single else outputs
 
@@ -107,7 +113,7 @@ class Engine:
         """The outputs, each in memory of its own: a caller may change it in place, and change nothing else."""
         if not self._views:
             return outputs
-        # Programs give new memory; what else shares any is copied.
+        # Programs and layers give new memory; what else shares any is copied.
         taken = self._own | {_memory(x) for x in inputs}
         taken |= {_memory(outputs[i]) for i in range(len(outputs)) if i not in self._views}
         found = list(outputs)
@@ -154,9 +160,10 @@ class Engine:
             raise TypeError(f"input {port.name!r} must be a tensor, got {type(x).__name__}")
         if x.dtype != port.dtype:
             raise TypeError(f"input {port.name!r} must be {port.dtype}, got {x.dtype}: convert it first")
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise ValueError(f"input {port.name!r} must be on the CPU, got {x.device}: call it with x.cpu()")
-        if len(x.shape) != len(port.shape) or (port.shape and not self._fits(x.shape, port.shape)):
+        shape = x.shape
+        if len(shape) != len(port.shape) or (port.shape and not self._fits(shape, port.shape)):
             raise self._wrong_shape(x, port)
         try:
             numbers = plain(x)
@@ -191,10 +198,18 @@ class Engine:
 
 def plain(x: Tensor) -> Tensor:
     """The numbers of an input: without gradient, as they are when read, no subclass that changes what operators do."""
+    if type(x) is Tensor and not (x.requires_grad or x.is_conj() or x.is_neg()):
+        return x
     x = x.detach()
     if type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
         x = x.as_subclass(Tensor)
     return x.resolve_conj().resolve_neg() if x.layout is torch.strided else x
+
+
+def _makes_new(item: Item) -> bool:
+    """Whether what an item makes always lies in memory of its own."""
+    layers = (Segment, Packed, Conv, Linear, Binary, Pool, GlobalAverage, Concat)
+    return isinstance(item, layers) or (isinstance(item, Affine) and item.activation != "none")
 
 
 def _memory(x: Tensor) -> int | None:
