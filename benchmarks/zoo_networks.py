@@ -433,5 +433,7 @@ def _normalise(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         norm.eval()
         assert norm.running_mean is not None
         assert norm.running_var is not None
+        # A channel that hardly varies on so few inputs would magnify rounding without end.
+        norm.running_var.clamp_(min=0.01 * float(norm.running_var.mean()))
         norm.running_mean.add_(0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean))
         norm.running_var.mul_(0.8 + 0.4 * torch.rand_like(norm.running_var))
