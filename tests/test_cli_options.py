@@ -69,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], here: Path, *words: str) -> str:
         status = int(ended.code or 0)
     out, err = capsys.readouterr()
     assert status in (1, 2), (words, out)
-    assert out in ("", "nothing was done: the results would have no place\n")
+    assert out in ("", "nothing was measured: the results would have no place\n")
     assert err.startswith("rarefy: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err

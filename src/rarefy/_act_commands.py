@@ -38,7 +38,7 @@ def add(
     bench.add_argument("--rounds", type=int, default=21, metavar="N", help="how often each is measured (default: 21)")
     bench.add_argument("--no-inductor", action="store_true", help="leave out oneDNN and compiled code")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows to this file")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, measures=True)
 
     kinds = commands.add_parser("table", help="show or fit the tables of activation functions").add_subparsers(
         required=True, metavar="ACTION"

@@ -55,7 +55,7 @@ def add(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--peers", action="store_true", help="beside onnxruntime and OpenVINO, those that are installed (needs onnx)"
     )
     bench.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, measures=True)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

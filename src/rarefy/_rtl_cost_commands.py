@@ -54,7 +54,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     find.add_argument("--liberty", type=Path, metavar="FILE", help="cells of your own (default: OSU 0.18 um)")
     find.add_argument("--output", type=Path, metavar="FILE.sv", help="write the SystemVerilog there")
     find.add_argument("--unit", type=Path, metavar="FILE.json", help="write the unit of logic there")
-    find.set_defaults(command=_search)
+    find.set_defaults(command=_search, measures=True)
     for command in (cost, find):
         command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 

@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _told("standard output was closed before everything was written", 1)
     except NowhereToWriteError as error:
-        if not getattr(arguments, "json", False):
-            print("nothing was done: the results would have no place", flush=True)
+        if getattr(arguments, "measures", False) and not getattr(arguments, "json", False):
+            print("nothing was measured: the results would have no place", flush=True)
         return _told(str(error), 1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         return _told(str(error) or type(error).__name__, 1)
