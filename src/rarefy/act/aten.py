@@ -7,6 +7,7 @@ integer operations of its ``linear`` or ``shift`` table. float32 is arithmetic t
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -144,7 +145,8 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
         if what == "factors":  # (2^-r, base)
             array = np.stack([np.ldexp(1.0, -array[0]), array[1].astype(np.float64)])
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace warns of constants: this is one
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return (tensor.view(DTYPE_OF[fmt]) if what == "values" else tensor).to(device)
 
