@@ -6,9 +6,9 @@ integer operations of its ``linear`` or ``shift`` table. float32 is arithmetic t
 
 from __future__ import annotations
 
+import contextlib
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -120,6 +120,17 @@ def _direct(function: str, mode: str, fmt: str, table: str) -> Table:
     return direct
 
 
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Within the block ``torch.jit.trace`` records nothing."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 @subnormals.kept()
 def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
     f = formats.get(fmt)
@@ -145,8 +156,7 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
         if what == "factors":  # (2^-r, base)
             array = np.stack([np.ldexp(1.0, -array[0]), array[1].astype(np.float64)])
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit.trace warns of constants: this is one
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), _untraced():
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return (tensor.view(DTYPE_OF[fmt]) if what == "values" else tensor).to(device)
 
