@@ -13,3 +13,8 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"unknown {what} {given!r}{hint} (there is {listed or 'none'})"
+
+
+def layer_name(parameter_name: str) -> str:
+    """What a layer is called: its parameter's name without a trailing "weight", as "conv1" for "conv1.weight"."""
+    return "" if parameter_name == "weight" else parameter_name.removesuffix(".weight")

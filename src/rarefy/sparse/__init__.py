@@ -1,27 +1,31 @@
 """Which weights live while a network trains: one method a file, all under the contract of :class:`Sparsifier`."""
 
-from rarefy.sparse.acdc import ACDC
-from rarefy.sparse.autosparse import AutoSparse
 from rarefy.sparse.base import Info, LayerState, Sparsifier
-from rarefy.sparse.cs import ContinuousSparsification
-from rarefy.sparse.dst import DST
-from rarefy.sparse.feather import Feather
-from rarefy.sparse.gmp import GMP
-from rarefy.sparse.granet import GraNet
-from rarefy.sparse.ltp import LTP
-from rarefy.sparse.mest import MEST
-from rarefy.sparse.nm import NM
-from rarefy.sparse.optg import OptG
-from rarefy.sparse.powerprop import PowerPropagation
+from rarefy.sparse.families.latent import Latent, Projected
+from rarefy.sparse.families.learned import Learned
+from rarefy.sparse.families.masked import Masked
+from rarefy.sparse.families.soft_threshold import SoftThreshold
+from rarefy.sparse.methods.acdc import ACDC
+from rarefy.sparse.methods.autosparse import AutoSparse
+from rarefy.sparse.methods.cs import ContinuousSparsification
+from rarefy.sparse.methods.dst import DST
+from rarefy.sparse.methods.feather import Feather
+from rarefy.sparse.methods.gmp import GMP
+from rarefy.sparse.methods.granet import GraNet
+from rarefy.sparse.methods.ltp import LTP
+from rarefy.sparse.methods.mest import MEST
+from rarefy.sparse.methods.nm import NM
+from rarefy.sparse.methods.optg import OptG
+from rarefy.sparse.methods.powerprop import PowerPropagation
+from rarefy.sparse.methods.rigl import RigL
+from rarefy.sparse.methods.set import SET
+from rarefy.sparse.methods.snfs import SNFS
+from rarefy.sparse.methods.st3 import ST3
+from rarefy.sparse.methods.static import Static
+from rarefy.sparse.methods.str import STR
+from rarefy.sparse.methods.topk import TopK
+from rarefy.sparse.methods.topkast import TopKAST
 from rarefy.sparse.registry import create, list_methods, names, options, register
-from rarefy.sparse.rigl import RigL
-from rarefy.sparse.set import SET
-from rarefy.sparse.snfs import SNFS
-from rarefy.sparse.soft_threshold import STR
-from rarefy.sparse.st3 import ST3
-from rarefy.sparse.static import Static
-from rarefy.sparse.topk import TopK
-from rarefy.sparse.topkast import TopKAST
 
 __all__ = [
     "ACDC",
@@ -39,10 +43,15 @@ __all__ = [
     "Feather",
     "GraNet",
     "Info",
+    "Latent",
     "LayerState",
+    "Learned",
+    "Masked",
     "OptG",
     "PowerPropagation",
+    "Projected",
     "RigL",
+    "SoftThreshold",
     "Sparsifier",
     "Static",
     "TopK",

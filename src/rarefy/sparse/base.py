@@ -1,24 +1,42 @@
-"""The contract of every method, written once."""
+"""The contract of every method, written once: the model stays plain, and everything happens around optimizer steps.
+
+::
+
+    before a step   the gradient, dL/dW^, becomes dL/dW in place;  the parameters become W, the dense weights
+    the step        is the optimizer's own
+    after it        W is taken from the parameters, the method moves, and the parameters become W^, the weights used
+
+So between two steps the parameters are the weights used, zeros included, and evaluating, saving, averaging, compiling
+and sharding the model need nothing from here.
+"""
 
 from __future__ import annotations
 
 import math
-import operator
 import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rarefy.sparse.budget import ACTIONS, check_feasible, make_budget
-from rarefy.sparse.selection import DEFAULT_FLOOR, Prunable, check_patterns, floor_of, select_layers, warn_of_dense
+from rarefy.sparse import _checks, attachment, state
+from rarefy.sparse.attachment import Attachment
+from rarefy.sparse.buckets import Bucket, make_buckets
+from rarefy.sparse.budget import ACTIONS, Budget, check_feasible, make_budget
+from rarefy.sparse.companion import Companion
+from rarefy.sparse.layers import DEFAULT_FLOOR, Layer, local, resolve, select_layers, unwrapped
+from rarefy.sparse.masks import count_all, write_sparse
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
+
+S = TypeVar("S", bound="Sparsifier")
 
 
 @dataclass(frozen=True)
@@ -26,10 +44,10 @@ class LayerState:
     """One sparsified layer, now.
 
     Attributes:
-        name: as in ``model.named_modules()``.
+        name: of its parameter, without a trailing ".weight".
         shape: of the weight, (out, in, ...).
         live: how many weights are used in the forward pass.
-        weight_grad_density: share of the weights whose gradient is computed, in [0, 1].
+        weight_grad_density: share of the weights whose gradient is needed, in [0, 1].
         threshold: on the magnitude (the mean over the channels where there are several); None if the method has none.
         alpha: factor on the gradient of masked weights; None if the method has none.
     """
@@ -52,9 +70,9 @@ class LayerState:
         return self.live / self.weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Info:
-    """What :func:`rarefy.sparse.list` tells about a method.
+    """What :func:`rarefy.sparse.list_methods` tells about a method.
 
     Attributes:
         title: the method's own name.
@@ -67,137 +85,141 @@ class Info:
 
     title: str
     paper: str
-    start: str
-    targeted: str
+    start: Literal["dense", "sparse"]
+    targeted: Literal["always", "optional", "never"]
     training_flops: str
 
 
-class Selection(TypedDict, total=False):
-    """The keyword arguments of :class:`Sparsifier` besides ``total_steps``, for the methods built on it."""
-
-    target: float | None
-    target_flops: float | None
-    example_input: Any
-    include: Sequence[str] | None
-    exclude: Sequence[str] | None
-    floor: float | Mapping[str, float]
-
-
+@dataclass(eq=False, repr=False)
 class Sparsifier(ABC):
     """Makes a model sparse while it trains.
 
     ::
 
         sparsifier = AutoSparse(model, target=0.9, total_steps=epochs * len(loader))
-        optimizer = torch.optim.SGD(sparsifier.param_groups(weight_decay=5e-4), lr=0.1, momentum=0.9)
         sparsifier.attach(optimizer)
-        for x, y in batches:
-            ...
-            optimizer.step()
-            sparsifier.step()
+        ...                                     # the training loop, as it is
         model = sparsifier.finalize()
 
+    Making one changes nothing. From :meth:`attach` on the parameters hold the weights used; a DDP, DataParallel or
+    ``torch.compile`` wrapper around the model may come before or after, and ``fully_shard`` before :meth:`attach`.
+
     Args:
-        model: changed in place; it keeps its modules' names and its parameters.
+        model: what is trained; its parameters are changed in place, by the optimizer's steps.
         total_steps: how many optimizer steps the training takes.
-        target: sparsity to land on, in (0, 1): the share of zeros among the weights of the sparsified layers.
-        target_flops: instead of it, the inference FLOPs to land on as a share of the whole dense network's, in (0, 1).
-        example_input: what ``model`` is called with, to count FLOPs; needed with ``target_flops``.
-        include: shell patterns of the names of the layers to sparsify; default all that are exactly a Conv1d/2d/3d or
-            Linear. Where that leaves a good part of the matrix weights dense, as attention layers and subclasses, a
-            warning names them.
+        include: shell patterns of the names of layers to sparsify. By default all weights that train of linear,
+            convolution (transposed too), attention and recurrent layers and their subclasses; a pattern that matches
+            none of those may name any parameter of two or more dimensions, such as an embedding, and patterns name
+            frozen parameters and layers without a gradient too.
         exclude: shell patterns of the names of layers to leave dense.
-        floor: the least density of a layer, in [0, 1], or a mapping of shell patterns to floors (others: the default).
-            No layer ends below it, nor below one weight; while training this is seen to 125 times in the run.
 
     Raises:
-        ValueError: an option out of its range, a pattern that matches nothing, nothing to sparsify, a target that the
-            floors or the dense layers make impossible.
+        ValueError: an option out of its range, a pattern that matches nothing, nothing to sparsify.
     """
+
+    model: nn.Module
+    _: KW_ONLY
+    total_steps: int
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
 
     #: What the registry tells about the method.
     info: ClassVar[Info]
 
-    #: Whether the method must see the optimizer's steps (:meth:`attach`).
-    needs_optimizer: ClassVar[bool] = False
-
     #: The fewest steps that the method's schedule fits into.
     least_steps: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        total_steps: int,
-        target: float | None = None,
-        target_flops: float | None = None,
-        example_input: Any = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        floor: float | Mapping[str, float] = DEFAULT_FLOOR,
-    ) -> None:
-        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps < 1:
-            raise ValueError(f"total_steps must be a positive whole number of optimizer steps, got {total_steps!r}")
-        total_steps = operator.index(total_steps)
-        if total_steps < self.least_steps:
+    #: Multiple of the weights' learning rate that what the method learns is stepped at.
+    own_rate: ClassVar[float] = 1.0
+
+    #: Whether the method looks at neighbouring inputs of an output, which are laid next to one another then.
+    inputs_last: ClassVar[bool] = False
+
+    budget: Budget | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.total_steps = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")
+        if self.total_steps < self.least_steps:
             raise ValueError(
-                f"total_steps={total_steps} is too few for the schedule of {type(self).__name__}, which needs at least "
-                f"{self.least_steps}"
+                f"total_steps={self.total_steps} is too few for the schedule of {type(self).__name__}, which needs at "
+                f"least {self.least_steps}"
             )
-        layers = select_layers(model, include, exclude)
-        floors = {name: floor_of(name, floor) for name in layers}
-        if isinstance(floor, Mapping):
-            check_patterns(floor, layers, "floor")
-        self.model = model
-        self.total_steps = total_steps
+        self.model = unwrapped(self.model)
         self.steps = 0
-        self._finalized = False
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hooks: list[RemovableHandle] = []
-        self.interval = max(1, total_steps // ACTIONS)
-        self._layers = layers
-        self._least = {name: max(1, math.ceil(floors[name] * m.weight.numel())) for name, m in layers.items()}
-        if include is None and exclude is None:
-            warn_of_dense(model, layers)
-        self.budget = make_budget(model, layers, target, target_flops, example_input)
-        if self.budget is not None:
-            check_feasible(self.budget, list(self._least.values()))
+        self.interval = max(1, self.total_steps // ACTIONS)
+        self._chosen = select_layers(self.model, self.include, self.exclude, self._floors())
+        self._layers = list(self._chosen)
+        self.budget = self._whole_budget = self._make_budget()
+        self._buckets: list[Bucket] = []
+        self._parts: list[_Part] = []
+        self._shown = self._finalized = False
+        self._initial: list[Tensor] | None = None
+        self._told: set[str] = set()
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _watch_all_optimizers(self)
 
     # What a method provides
 
     @abstractmethod
-    def layers(self) -> list[LayerState]:
-        """The state of every sparsified layer, in the model's order."""
+    def _begin(self) -> None:
+        """Make what the method keeps, in every bucket, from the dense weights that the parameters hold."""
+
+    @abstractmethod
+    def _before(self, bucket: Bucket) -> None:
+        """The gradients become those of the dense weights, and of what the method learns; the parameters become W."""
+
+    @abstractmethod
+    def _take(self, bucket: Bucket) -> None:
+        """Take W from the parameters, where ``bucket.dense``."""
+
+    @abstractmethod
+    def _show(self, bucket: Bucket) -> None:
+        """The parameters become W^; takes W from them before, where ``bucket.dense``."""
 
     @abstractmethod
     def _update(self) -> None:
-        """What the method does after an optimizer step."""
+        """What the method does after an optimizer step; up to and with the last of ``total_steps``."""
 
     @abstractmethod
-    def _finalize(self, layers: Mapping[str, Prunable]) -> None:
-        """Put exact zeros into the weights of these layers, and take out everything that the method put in."""
+    def live_masks(self) -> dict[str, Tensor]:
+        """Which weights are used, by the layer's name: boolean, this process's part of the layer."""
 
     @abstractmethod
+    def _settle(self) -> list[Tensor]:
+        """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
+
+    def _values(self, bucket: Bucket) -> list[Tensor]:
+        """The weights that are used where they are live, one a layer."""
+        return bucket.weights()
+
+    def _changed(self, bucket: Bucket) -> bool:
+        """Take in weights that somebody else has written since the last step; whether they differ from ours."""
+        return False
+
     def _state(self) -> dict[str, Any]:
-        """What else must survive a checkpoint besides the model's own state and the step."""
+        """What a checkpoint must hold besides the steps and what the buckets keep."""
+        return {}
 
-    @abstractmethod
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`_state` gave."""
 
-    def _own_parameters(self) -> list[Tensor]:
-        """The parameters that the method added to the model."""
-        return []
+    def _floors(self) -> float | Mapping[str, float]:
+        return 0.0
 
-    def _own_options(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """The optimizer options of the method's own parameters, given those of all others."""
-        return {"weight_decay": 0.0}
+    def _make_budget(self) -> Budget | None:
+        return None
 
-    def _before_optimizer(self) -> None:  # noqa: B027
-        """What the method does when the gradients are whole and the optimizer is about to step."""
+    def _weight_grad_density(self, density: float) -> float:
+        """Share of a layer's weights whose gradient is needed, when this share of them is live."""
+        return density
 
-    def _after_optimizer(self) -> None:  # noqa: B027
-        """What the method does when the optimizer has stepped."""
+    def _thresholds(self) -> list[float] | None:
+        """The threshold on the magnitudes of each layer, if there is one."""
+        return None
+
+    def _alpha(self) -> float | None:
+        """The factor on the gradient of masked weights, if there is one."""
+        return None
 
     # What every method has
 
@@ -206,122 +228,463 @@ class Sparsifier(ABC):
         """Share of the training that is done, in [0, 1]."""
         return min(self.steps / self.total_steps, 1.0)
 
-    def param_groups(self, **defaults: Any) -> list[dict[str, Any]]:
-        """Parameter groups for any optimizer: the model's parameters with ``defaults``, then the method's own.
+    def aim(self) -> float | None:
+        """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
+        return None
 
-        The method's own group carries the weight decay and learning rate that the method needs; never add decay to it.
-        """
-        own = {id(parameter) for parameter in self._own_parameters()}
-        groups = [{"params": [p for p in self.model.parameters() if id(p) not in own], **defaults}]
-        if own:
-            groups.append({"params": self._own_parameters(), **defaults, **self._own_options(defaults)})
-        return groups
+    def attach(self: S, *optimizers: Any) -> S:
+        """Work around the steps of these optimizers, until :meth:`finalize`; replaces those attached before.
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the method see this optimizer's steps, until :meth:`finalize`; replaces one attached before.
-
-        Methods with hard masks hold their zeros, and clear the optimizer's state of weights that come back, this way;
-        others add the gradient of their penalty. Where nothing needs it this does nothing, so call it always, before
-        the optimizer is wrapped.
+        From here on the model's parameters are the weights used. Give all optimizers that train the model; wrappers of
+        accelerate and Lightning are looked through.
 
         Raises:
-            ValueError: the optimizer does not hold the weights of the sparsified layers.
-        """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, layer in self._layers.items():
-            if id(layer.weight) not in held:
-                raise ValueError(
-                    f"the optimizer does not hold the weight of layer {name!r}; make it from param_groups()"
-                )
-        self._detach()
-        if self.needs_optimizer:
-            self._optimizer = optimizer
-            self._hooks = [
-                optimizer.register_step_pre_hook(lambda *_: self._before_optimizer()),
-                optimizer.register_step_post_hook(lambda *_: self._after_optimizer()),
-            ]
-
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._optimizer = [], None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Call once after every optimizer step.
-
-        Raises RuntimeError after :meth:`finalize`, and without :meth:`attach` where the method needs it.
+            TypeError: what is given is no optimizer.
+            ValueError: none of them holds the weight of a sparsified layer; a model or an optimizer that keeps its
+                weights elsewhere (DeepSpeed).
+            RuntimeError: after :meth:`finalize`.
         """
         if self._finalized:
-            raise RuntimeError("step() after finalize(): the model is a plain one now; make a new sparsifier to go on")
-        if self.needs_optimizer and self._optimizer is None:
-            raise RuntimeError(
-                f"{type(self).__name__} works on the optimizer's steps: call sparsifier.attach(optimizer) once, before "
-                "training"
-            )
-        self.steps += 1
-        self._update()
+            raise RuntimeError("attach() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+        inner = [attachment.unwrapped(optimizer) for optimizer in optimizers]
+        if not inner:
+            raise TypeError("attach() takes the optimizers that train the model, got none: attach(optimizer)")
+        resolve(self.model, self._chosen)
+        owners = [self._owner(layer, inner) for layer in self._layers]
+        self._check_memory()
+        saved = self.state_dict() if self._shown else None
+        self._detach()
+        self._rebuild(owners)
+        if saved is not None:
+            self._restore(saved)
+        elif self.steps == 0:
+            self._initial = [layer.local.clone() for layer in self._layers]
+        self._parts = [_Part(self, [b for b in self._buckets if b.optimizer is optimizer]) for optimizer in inner]
+        for part, optimizer in zip(self._parts, inner, strict=True):
+            part.attachment = Attachment(optimizer, part)
+            self._known.update(part.attachment.all)
+        self._show_all()
+        return self
 
     def sparsity(self) -> float:
         """Share of zeros among the weights of the sparsified layers, in [0, 1]."""
         layers = self.layers()
         return 1.0 - sum(layer.live for layer in layers) / sum(layer.weights for layer in layers)
 
+    @torch.no_grad()
+    def layers(self) -> list[LayerState]:
+        """The state of every sparsified layer, in the model's order; after :meth:`finalize`, what is left of them."""
+        if self._finalized:
+            used = count_all([layer.local != 0 for layer in self._layers], self._shards())
+            return [
+                LayerState(layer.name, layer.shape, live, live / layer.size)
+                for layer, live in zip(self._layers, used, strict=True)
+            ]
+        self._ready()
+        live = count_all(list(self.live_masks().values()), self._shards())
+        thresholds = self._thresholds() or [None] * len(live)
+        return [
+            LayerState(layer.name, layer.shape, n, self._weight_grad_density(n / layer.size), threshold, self._alpha())
+            for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)
+        ]
+
+    @torch.no_grad()
     def finalize(self, model: nn.Module | None = None) -> nn.Module:
-        """The plain model: exact zeros in ``weight``, the dense model's keys, nothing of rarefy left; done in place.
+        """The trained model with exact zeros, done in place; the sparsifier lets go of it and of the optimizers.
 
         With a target the number of zeros is exact: the best weights whose cost fits the budget stay. Give ``model`` to
-        finalize a copy of the trained model instead (an exponential moving average, a deepcopy).
-        """
-        model = self.model if model is None else model
-        if model is self.model and self._finalized:
-            raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
-        modules = dict(model.named_modules())
-        if model is self.model and self.budget is not None:
-            density = self.budget.density([layer.live for layer in self.layers()])
-            if abs(density / self.budget.goal - 1.0) > CUT:
-                warnings.warn(
-                    f"finalize() after {self.steps} of {self.total_steps} steps cuts from a density of {density:.4f} "
-                    f"to {self.budget.goal:.4f} at once, which costs accuracy; train to the last step first (an "
-                    "optimizer step after finalize() fills zeros again)",
-                    stacklevel=2,
-                )
-        missing = [name for name in self._layers if name not in modules]
-        if missing:
-            raise ValueError(
-                f"the model given to finalize() has no layer {missing[0]!r}; give a copy of the trained one"
-            )
-        with torch.no_grad():
-            self._finalize({name: modules[name] for name in self._layers})
-        if model is self.model:
-            self._finalized = True
-            self._detach()
-        return model
+        cut a copy of the trained model to the same mask instead (an exponential moving average, a deepcopy).
 
-    def aim(self) -> float | None:
-        """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
-        return None
+        Raises:
+            ValueError: weights that are not finite; a model given without one of the layers; called twice.
+        """
+        own = model is None or unwrapped(model) is self.model
+        if own and self._finalized:
+            raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
+        targets = [layer.parameter for layer in self._layers] if own else self._copies(model)
+        if self._finalized:
+            for layer, parameter in zip(self._layers, targets, strict=True):
+                write_sparse(local(parameter.detach()), local(parameter.detach()), layer.local != 0)
+            return model or self.model
+        self._ready()
+        if own:
+            self._check_finite(finalizing=True)
+            self._warn_of_cut()
+        before = state.export(self._buckets) if not own else None
+        masks = self._settle()
+        values = self._by_layer(self._values) if own else [local(parameter.detach()) for parameter in targets]
+        for parameter, value, mask in zip(targets, values, masks, strict=True):
+            write_sparse(local(parameter.detach()), value, mask)
+        if before is not None:
+            state.restore(self._buckets, before)
+            return model or self.model
+        self._detach()
+        self._buckets, self._finalized = [], True
+        return self.model if model is None else model
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model's and the optimizer's state; tensors of shards are DTensors."""
+        if self._finalized:
+            raise RuntimeError("state_dict() after finalize(): the model is a plain one now, and its own state is all")
+        self._ready()
+        aside = [layer.name for layer in self._chosen if layer not in self._layers]
+        return {
+            "config": self._config(),
+            "steps": self.steps,
+            "aside": aside,
+            "method": self._state(),
+            "layers": state.export(self._buckets),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; before or after :meth:`attach`, and before or after the model's.
+
+        Raises:
+            ValueError: it is no sparsifier's state, or of one with other options.
+        """
+        if not isinstance(state_dict, Mapping) or not {"config", "steps", "layers"} <= set(state_dict):
+            raise ValueError(
+                "load_state_dict() takes what a sparsifier's state_dict() gave, with its config, steps and layers; got "
+                f"{list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__}"
+            )
+        for key, mine in self._config().items():
+            if state_dict["config"].get(key) != mine:
+                raise ValueError(
+                    f"the checkpoint's sparsifier has {key}={state_dict['config'].get(key)!r}, this one {mine!r}; "
+                    "make it with the options of the run that is resumed"
+                )
+        self._ready()
+        self._restore(state_dict)
+        self._show_all()
 
     def _config(self) -> dict[str, Any]:
         """What a checkpoint's sparsifier must have in common with the one that goes on."""
         return {
             "method": type(self).__name__,
             "total_steps": self.total_steps,
-            "target": None if self.budget is None else [self.budget.kind, self.budget.goal],
-            "layers": {name: list(layer.weight.shape) for name, layer in self._layers.items()},
+            "target": None if self._whole_budget is None else [self._whole_budget.kind, self._whole_budget.goal],
+            "layers": {layer.name: list(layer.shape) for layer in self._chosen},
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model's and the optimizer's state."""
-        return {"config": self._config(), "steps": self.steps, **self._state()}
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        aside = set(saved["aside"])
+        now = [layer for layer in self._chosen if layer.name not in aside]
+        if now != self._layers:
+            self._leave_out([layer for layer in self._chosen if layer.name in aside])
+        self.steps = int(saved["steps"])
+        self._initial = None if self.steps else self._initial
+        for part in self._parts:
+            part.judged = part.judged or self.steps > 0
+        state.restore(self._buckets, saved["layers"])
+        self._load_state(saved["method"])
+        for bucket in self._buckets:
+            bucket.dense = False
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken. Raises ValueError if it is of a sparsifier with other options."""
-        for key, mine in self._config().items():
-            if state["config"].get(key) != mine:
-                raise ValueError(
-                    f"the checkpoint's sparsifier has {key}={state['config'].get(key)!r}, this one {mine!r}; "
-                    "make it with the options of the run that is resumed"
+    # Buckets and layers
+
+    def _owner(self, layer: Layer, optimizers: Sequence[Optimizer]) -> tuple[Optimizer | None, int | None]:
+        for optimizer in optimizers:
+            for index, group in enumerate(optimizer.param_groups):
+                if any(parameter is layer.parameter for parameter in group["params"]):
+                    return optimizer, index
+        if layer.parameter.requires_grad:
+            raise ValueError(
+                f"the optimizer does not hold the weight of layer {layer.name!r}: give attach() every optimizer that "
+                f"trains the model, made after it was sharded or cast, or pass exclude=[{layer.name!r}]"
+            )
+        return None, None
+
+    def _check_memory(self) -> None:
+        for layer in self._layers:
+            if layer.parameter.is_meta:
+                raise ValueError(f"the weight of layer {layer.name!r} is on the meta device; give it memory first")
+
+    @torch.no_grad()
+    def _rebuild(self, owners: Sequence[tuple[Optimizer | None, int | None]]) -> None:
+        self._buckets = make_buckets(self._layers, owners, inputs_last=self.inputs_last)
+        self._places = {id(layer): (b, i) for b in self._buckets for i, layer in enumerate(b.layers)}
+        self._begin()
+        for bucket in self._buckets:
+            if bucket.own and bucket.optimizer is not None and bucket.group is not None:
+                bucket.companion = Companion(bucket.optimizer, bucket.group, bucket.own, self.own_rate)
+            bucket.seen = bucket.marks()
+
+    def _ready(self) -> None:
+        """What the method keeps is there, and agrees with the weights."""
+        moved = [bucket for bucket in self._buckets if not bucket.dense and bucket.marks() != bucket.seen]
+        if not self._buckets or (moved and not self._shown):
+            resolve(self.model, self._chosen)
+            self._check_memory()
+            self._rebuild([(None, None)] * len(self._layers))
+        else:
+            for bucket in moved:
+                self._notice(bucket)
+
+    def _show_all(self) -> None:
+        with torch.no_grad():
+            for bucket in self._buckets:
+                self._show(bucket)
+                bucket.dense, bucket.seen = False, bucket.marks()
+        self._shown = True
+
+    def _where(self, layer: Layer) -> tuple[Bucket, int]:
+        return self._places[id(layer)]
+
+    def _shards(self) -> list[Any]:
+        return [layer.shard for layer in self._layers]
+
+    def _by_layer(self, of: Callable[[Bucket], Sequence[Any]]) -> list[Any]:
+        """What a function of a bucket gives for each of its layers, in the order of ``_layers``."""
+        lists = {id(bucket): of(bucket) for bucket in self._buckets}
+        return [lists[id(bucket)][place] for bucket, place in (self._where(layer) for layer in self._layers)]
+
+    def _kept(self, name: str) -> list[Tensor]:
+        """A flat tensor that the buckets keep, as one tensor a layer, on the same memory."""
+        return self._by_layer(lambda bucket: bucket.views(bucket.kept[name]))
+
+    # Around the optimizers' steps
+
+    def _enter(self, part: _Part) -> None:
+        for bucket in part.buckets:
+            bucket.check()
+            if not bucket.dense and bucket.marks() != bucket.seen:
+                self._notice(bucket)
+        if not part.judged and any(layer.grad is not None for bucket in part.buckets for layer in bucket.layers):
+            part.judged = True
+            self._set_aside(part)
+        for bucket in part.buckets:
+            self._before(bucket)
+            bucket.dense = True
+
+    def _look(self, part: _Part) -> None:
+        for bucket in part.buckets:
+            self._show(bucket)
+            bucket.dense, bucket.seen = False, bucket.marks()
+
+    def _leave(self, part: _Part) -> None:
+        if not part.buckets:
+            return
+        if self.steps < self.total_steps:
+            for bucket in part.buckets:
+                self._learn(bucket)
+        # A step is over when every optimizer has taken one, or one of them takes its second.
+        others = [other for other in self._parts if other.buckets and other is not part]
+        complete = all(other.stepped for other in others)
+        over = complete or part.stepped
+        for other in others if over else []:
+            other.stepped = False
+        part.stepped = not complete
+        changed = [bucket for bucket in self._buckets if bucket.dense]
+        if over:
+            self.steps += 1
+            if self.steps <= self.total_steps and self._healthy():
+                self._update()
+                changed = self._buckets
+        for bucket in changed:
+            self._show(bucket)
+            bucket.dense, bucket.seen = False, bucket.marks()
+        if all(other.judged for other in self._parts if other.buckets):
+            self._initial = None
+
+    def _learn(self, bucket: Bucket) -> None:
+        """A step of what the method learns, where there is a gradient for it."""
+        if bucket.companion is not None and any(parameter.grad is not None for parameter in bucket.own.values()):
+            bucket.companion.step()
+
+    def _healthy(self) -> bool:
+        """Whether the weights are finite, looked at in the steps that measure."""
+        if self.steps % self.interval == 0 or self.steps == self.total_steps:
+            replaced = resolve(self.model, self._layers)
+            if replaced:
+                raise RuntimeError(
+                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached; call "
+                    "attach() with the optimizer that trains it"
                 )
-        self.steps = int(state["steps"])
-        self._load_state(state)
+            return self._check_finite()
+        return "finite" not in self._told
+
+    def _check_finite(self, finalizing: bool = False) -> bool:
+        found = torch.stack([(w - w).sum() if w.numel() else w.new_zeros(()) for w in self._parameters()]).float()
+        bad = [layer.name for layer, ok in zip(self._layers, found.eq(0).tolist(), strict=True) if not ok]
+        if not bad:
+            self._told.discard("finite")
+            return True
+        message = (
+            f"the weights of {len(bad)} of {len(self._layers)} sparsified layers, {bad[0]!r} first, are not finite (NaN "
+            f"or inf) after {self.steps} steps"
+        )
+        if finalizing:
+            raise ValueError(f"{message}: there is nothing to finalize; go back to a checkpoint from before")
+        self._tell("finite", f"{message}: masks stay as they are; lower the learning rate, clip, or skip such batches")
+        return False
+
+    def _parameters(self) -> list[Tensor]:
+        return [layer.local for layer in self._layers]
+
+    def _set_aside(self, part: _Part) -> None:
+        """Leave layers out that no forward uses: in the first step they have no gradient."""
+        mine = [layer for bucket in part.buckets for layer in bucket.layers]
+        unused = [layer for layer in mine if layer.grad is None and layer.parameter.requires_grad]
+        if self.include is not None or not unused or len(unused) == len(self._layers) or self._initial is None:
+            return
+        names = ", ".join(repr(layer.name) for layer in unused[:3]) + (", ..." if len(unused) > 3 else "")
+        warnings.warn(
+            f"{len(unused)} of {len(self._layers)} layers ({names}) have no gradient in the first step, as if nothing "
+            "used them: they stay dense and take no share of the target; name them in include to keep them",
+            stacklevel=2,
+        )
+        weights = zip(self._layers, self._initial, strict=True)
+        for layer, weight in weights:
+            layer.local.copy_(weight)
+        self._initial = [w for layer, w in zip(self._layers, self._initial, strict=True) if layer not in unused]
+        self._leave_out(unused)
+        self._show_all()
+
+    def _leave_out(self, out: Sequence[Layer]) -> None:
+        owners = {id(layer): (bucket.optimizer, bucket.group) for bucket in self._buckets for layer in bucket.layers}
+        self._layers, self.budget = list(self._chosen), self._whole_budget
+        for layer in out:
+            index = self._layers.index(layer)
+            if self.budget is not None:
+                self.budget = self.budget.without(index, layer.size)
+            del self._layers[index]
+        if self.budget is not None:
+            check_feasible(self.budget, [layer.least for layer in self._layers])
+        self._relayer()
+        self._rebuild([owners.get(id(layer), (None, None)) for layer in self._layers])
+        for part in self._parts:
+            optimizer = part.attachment.optimizer if part.attachment is not None else None
+            part.buckets = [bucket for bucket in self._buckets if bucket.optimizer is optimizer]
+
+    def _relayer(self) -> None:
+        """What a method derives from its layers, made again when they have become fewer."""
+
+    def _notice(self, bucket: Bucket) -> None:
+        """Weights that were written by somebody else, found before a step or when asked."""
+        if self._changed(bucket):
+            self._tell(
+                "changed",
+                "weights were changed outside the optimizer's step() and are taken as they are now: after "
+                "load_state_dict() that is right; if an optimizer or a wrapper moves them, attach() that one",
+            )
+        bucket.seen = bucket.marks()
+
+    def _unattached(self, optimizer: Optimizer) -> None:
+        """An optimizer that was not given to :meth:`attach` has stepped."""
+        if self._finalized or optimizer in self._known:
+            return
+        self._known.add(optimizer)
+        mine = {id(layer.parameter): layer.name for layer in self._layers}
+        held = [mine[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in mine]
+        if held:
+            self._tell(
+                "unattached",
+                f"{type(optimizer).__name__} has moved the weights of {len(held)} sparsified layers, {held[0]!r} first, and "
+                f"the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) before training",
+            )
+
+    def _tell(self, about: str, message: str) -> None:
+        """Warn, once about each thing."""
+        if about not in self._told:
+            self._told.add(about)
+            warnings.warn(message, stacklevel=2)
+
+    def _warn_of_cut(self) -> None:
+        if self.budget is None:
+            return
+        density = self.budget.density(count_all(list(self.live_masks().values()), self._shards()))
+        if abs(density / self.budget.goal - 1.0) > CUT:
+            warnings.warn(
+                f"finalize() after {self.steps} of {self.total_steps} steps cuts from a density of {density:.4f} "
+                f"to {self.budget.goal:.4f} at once, which costs accuracy; train to the last step first (an "
+                "optimizer step after finalize() fills zeros again)",
+                stacklevel=3,
+            )
+
+    def _copies(self, model: nn.Module | None) -> list[nn.Parameter]:
+        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False)) if model is not None else {}
+        missing = [layer.key for layer in self._layers if layer.key not in parameters]
+        if missing:
+            inside = "; give what it wraps, its .module" if f"module.{missing[0]}" in parameters else ""
+            raise ValueError(
+                f"the model given to finalize() has no parameter {missing[0]!r}{inside}; give a copy of the trained one"
+            )
+        for layer in self._layers:
+            if tuple(parameters[layer.key].shape) != layer.shape:
+                raise ValueError(
+                    f"{layer.key!r} of the model given to finalize() has the shape {tuple(parameters[layer.key].shape)}, "
+                    f"that of the trained one {layer.shape}; give a copy of the trained one"
+                )
+        return [parameters[layer.key] for layer in self._layers]
+
+    def _detach(self) -> None:
+        for part in self._parts:
+            if part.attachment is not None:
+                part.attachment.remove()
+                self._known.difference_update(part.attachment.all)
+        self._parts = []
+
+
+class _Part:
+    """The share of one optimizer in a sparsifier's work."""
+
+    def __init__(self, sparsifier: Sparsifier, buckets: list[Bucket]) -> None:
+        self.sparsifier, self.buckets = sparsifier, buckets
+        self.attachment: Attachment | None = None
+        self.stepped = False  # since the sparsifier's last step
+        self.judged = sparsifier.steps > 0  # which layers take part is known
+
+    def enter(self) -> None:
+        self.sparsifier._enter(self)
+
+    def look(self) -> None:
+        self.sparsifier._look(self)
+
+    def leave(self) -> None:
+        self.sparsifier._leave(self)
+
+
+def _watch_all_optimizers(sparsifier: Sparsifier) -> None:
+    """Let a sparsifier see steps of optimizers that it is not attached to, for as long as it lives."""
+    reference = weakref.ref(sparsifier)
+
+    def seen(optimizer: Optimizer, *_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._unattached(optimizer)
+
+    weakref.finalize(sparsifier, register_optimizer_step_post_hook(seen).remove)
+
+
+@dataclass(eq=False, repr=False)
+class Targeted(Sparsifier):
+    """A sparsifier that can land on a budget.
+
+    Args:
+        target: sparsity to land on, in (0, 1): the share of zeros among the weights of the sparsified layers.
+        target_flops: instead of it, the inference FLOPs to land on as a share of the whole dense network's, in (0, 1).
+        example_input: what ``model`` is called with, to count FLOPs; needed with ``target_flops``.
+        floor: the least density of a layer, in [0, 1], or a mapping of shell patterns to floors (others: the default).
+            No layer ends below it, nor below one weight; while training this is seen to 125 times in the run.
+
+    Raises:
+        ValueError: as :class:`Sparsifier`; a target that the floors or the dense layers make impossible.
+    """
+
+    _: KW_ONLY
+    target: float | None = None
+    target_flops: float | None = None
+    example_input: Any = None
+    floor: float | Mapping[str, float] = DEFAULT_FLOOR
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            check_feasible(self.budget, [layer.least for layer in self._layers])
+
+    def _floors(self) -> float | Mapping[str, float]:
+        return self.floor
+
+    def _make_budget(self) -> Budget | None:
+        return make_budget(self.model, self._chosen, self.target, self.target_flops, self.example_input)

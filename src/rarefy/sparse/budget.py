@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from rarefy import cost
-from rarefy.sparse import anneal
-from rarefy.sparse.selection import Prunable
+from rarefy.sparse import _checks, schedules
+from rarefy.sparse.layers import Layer
 
 #: How often in a run the controllers act.
 ACTIONS = 125
@@ -56,9 +56,16 @@ class Budget:
         """What the live weights may cost for the network to have this density."""
         return density * self.total - self.fixed
 
+    def without(self, index: int, size: int) -> Budget:
+        """The budget of the other layers alone, where one of this size turns out to take no part."""
+        costs = self.costs[:index] + self.costs[index + 1 :]
+        if self.kind == "sparsity":
+            return replace(self, costs=costs, total=self.total - size)
+        return replace(self, costs=costs, fixed=self.fixed + self.costs[index] * size)
+
     def aim(self, progress: float) -> float:
         """The density to be at, now: cubic from 1 to the goal."""
-        return 1.0 - (1.0 - self.goal) * anneal.cubic_ramp(progress, *RAMP)
+        return 1.0 - (1.0 - self.goal) * schedules.cubic_ramp(progress, *RAMP)
 
 
 def log_error(density: float, aim: float) -> float:
@@ -67,41 +74,39 @@ def log_error(density: float, aim: float) -> float:
 
 
 @dataclass
-class AlphaController:
-    """PI control of alpha: too sparse raises it, so that masked weights can come back; the integral is the state."""
+class PIController:
+    """Proportional-integral control, whose integral and answer stay within bounds; the integral is its state.
+
+    Attributes:
+        integral: where it stands.
+        proportional, gain: what an error adds to the answer at once, and to the integral.
+        low, high: the bounds.
+    """
 
     integral: float
-    proportional_gain: float = 0.5
-    integral_gain: float = 0.05
+    proportional: float
+    gain: float
+    low: float
+    high: float
 
     def update(self, error: float) -> float:
-        """The alpha in [0, 1] that answers this error (see :func:`log_error`)."""
-        self.integral = min(max(self.integral + self.integral_gain * error, 0.0), 1.0)
-        return min(max(self.integral + self.proportional_gain * error, 0.0), 1.0)
-
-
-def trim(error: float, gain: float = 0.3, limit: float = 0.5) -> float:
-    """The common shift of all threshold parameters that answers this error: up when too dense."""
-    return min(max(-gain * error, -limit), limit)
+        """The answer to this error (see :func:`log_error`)."""
+        self.integral = min(max(self.integral + self.gain * error, self.low), self.high)
+        return min(max(self.integral + self.proportional * error, self.low), self.high)
 
 
 def make_budget(
-    model: nn.Module,
-    layers: Mapping[str, Prunable],
-    target: Any,
-    target_flops: Any,
-    example_input: Any,
+    model: nn.Module, layers: Sequence[Layer], target: Any, target_flops: Any, example_input: Any
 ) -> Budget | None:
     """The budget that the options name, or None without a target."""
     if target is not None and target_flops is not None:
         raise ValueError("give target (a sparsity) or target_flops, not both")
     for option, value in (("target", target), ("target_flops", target_flops)):
-        if isinstance(value, str):
-            raise ValueError(f"{option} must be a number in (0, 1), got the text {value!r}")
-        if value is not None and not 0.0 < value < 1.0:
-            hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
-            raise ValueError(f"{option} must be in (0, 1), got {value}{hint}")
-    sizes = [module.weight.numel() for module in layers.values()]
+        if isinstance(value, Mapping):
+            raise ValueError(f"{option} must be one number in (0, 1), got {value!r}; sparsities by layer: distribution")
+        if value is not None:
+            _checks.fraction(option, value, zero=False, one=False)
+    sizes = [layer.size for layer in layers]
     if target is not None:
         return Budget("sparsity", 1.0 - target, (1.0,) * len(sizes), 0.0, float(sum(sizes)))
     if target_flops is None:
@@ -110,11 +115,11 @@ def make_budget(
         raise ValueError("target_flops needs example_input, what the model is called with, to count FLOPs")
     counted = cost.count(model, example_input)
     dense = {layer.name: float(layer.dense) for layer in counted.layers}
-    uncalled = [name for name in layers if not dense.get(name)]
+    uncalled = [layer.name for layer in layers if not dense.get(layer.name)]
     if uncalled:
-        raise ValueError(f"layer {uncalled[0]!r} is not called for example_input; exclude it")
-    costs = tuple(dense[name] / size for name, size in zip(layers, sizes, strict=True))
-    fixed = counted.dense - sum(dense[name] for name in layers)
+        raise ValueError(f"layer {uncalled[0]!r} is not called for example_input; pass exclude={uncalled}")
+    costs = tuple(dense[layer.name] / size for layer, size in zip(layers, sizes, strict=True))
+    fixed = counted.dense - sum(dense[layer.name] for layer in layers)
     return Budget("flops", target_flops, costs, fixed, float(counted.dense))
 
 

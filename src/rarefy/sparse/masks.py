@@ -7,12 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rarefy.sparse.shards import Shard, shared_group, total
 
-def top_k(scores: Tensor, k: int) -> Tensor:
+
+def top_k(scores: Tensor, k: int, shard: Shard | None = None) -> Tensor:
     """Boolean mask, shaped as ``scores``, of exactly ``k`` largest values; among equal ones the first are taken.
+
+    With ``shard`` the scores are this process's part of a layer, and ``k`` is of all parts together.
 
     Raises ValueError when ``k`` is not in [0, scores.numel()].
     """
+    if shard is not None:
+        return _best_together([scores], [1], k, [shard])[0]
     if not 0 <= k <= scores.numel():
         raise ValueError(f"k must be in [0, {scores.numel()}], the number of scores, got {k}")
     order = scores.flatten().argsort(descending=True, stable=True)
@@ -22,7 +28,11 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def within_budget(
-    scores: Sequence[Tensor], costs: Sequence[float], budget: float, least: Sequence[int]
+    scores: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    least: Sequence[int],
+    shards: Sequence[Shard | None] | None = None,
 ) -> list[Tensor]:
     """Masks of the best-scored weights over all layers whose costs add up to at most ``budget``.
 
@@ -31,34 +41,136 @@ def within_budget(
         costs: what one weight of each layer costs, > 0.
         budget: what all weights together may cost.
         least: how many weights each layer keeps whatever the others score (its own best ones).
+        shards: the part of each layer that the scores are of; None where all are whole.
 
     The next best weight is taken until the first that does not fit, so with equal costs exactly floor(budget / cost)
     weights live. Raises ValueError when the weights that must live alone cost more than the budget.
     """
+    parts: Sequence[Shard | None] = [None] * len(scores) if shards is None else shards
+    sizes = total(torch.tensor([layer.numel() for layer in scores], device=scores[0].device), parts).tolist()
+    whole = sum(cost * size for cost, size in zip(costs, sizes, strict=True))
     must = sum(cost * count for cost, count in zip(costs, least, strict=True))
-    slack = 1e-9 * sum(cost * layer.numel() for cost, layer in zip(costs, scores, strict=True))
+    slack = 1e-9 * whole
     if must > budget + slack:
         raise ValueError(f"the layers' floors alone cost {must:.6g}, more than the budget of {budget:.6g}")
-    forced = [top_k(layer, count) for layer, count in zip(scores, least, strict=True)]
-    flat = torch.cat([s.double().masked_fill(f, torch.inf).flatten() for s, f in zip(scores, forced, strict=True)])
+    forced = [top_k(layer, k, part) for layer, k, part in zip(scores, least, parts, strict=True)]
+    ranked = [s.double().masked_fill(f, torch.inf) for s, f in zip(scores, forced, strict=True)]
     # In whole numbers, whose sums are the same in any order: those of floats are not on a GPU.
-    unit = 2.0**61 / sum(cost * layer.numel() for cost, layer in zip(costs, scores, strict=True))
-    whole = [
-        torch.full((layer.numel(),), round(cost * unit), device=flat.device)
-        for cost, layer in zip(costs, scores, strict=True)
-    ]
+    unit = 2.0**61 / whole
+    prices, purse = [round(cost * unit) for cost in costs], round((budget + slack) * unit)
+    if shared_group(parts) is not None:
+        return _best_together(ranked, prices, purse, parts)
+    flat = torch.cat([layer.flatten() for layer in ranked])
     order = flat.argsort(descending=True, stable=True)
+    price = torch.cat([torch.full((n.numel(),), p, device=flat.device) for n, p in zip(scores, prices, strict=True)])
     live = torch.zeros_like(flat, dtype=torch.bool)
-    live[order] = torch.cat(whole)[order].cumsum(0) <= round((budget + slack) * unit)
-    parts = torch.split(live, [layer.numel() for layer in scores])
-    return [part.view(layer.shape) for part, layer in zip(parts, scores, strict=True)]
+    live[order] = price[order].cumsum(0) <= purse
+    pieces = torch.split(live, [layer.numel() for layer in scores])
+    return [piece.view(layer.shape) for piece, layer in zip(pieces, scores, strict=True)]
+
+
+def _best_together(
+    scores: Sequence[Tensor], prices: Sequence[int], purse: int, shards: Sequence[Shard | None]
+) -> list[Tensor]:
+    """What :func:`within_budget` chooses, where processes hold parts: the last score that is taken is found by halving.
+
+    No process sees another's scores: each step sums the numbers of weights above a value.
+    """
+    group = shared_group(shards)
+    keys = [_ordered(layer.double()) for layer in scores]
+
+    def counts(value: int) -> list[int]:
+        above = torch.stack([(key > value).sum() for key in keys])
+        return [int(count) for count in total(above, shards).tolist()]
+
+    low, high = -(2**63), 2**63 - 1  # the least value above which everything fits lies in [low, high]
+    while low < high:
+        middle = (low + high) // 2
+        if sum(price * count for price, count in zip(prices, counts(middle), strict=True)) <= purse:
+            high = middle
+        else:
+            low = middle + 1
+    left = purse - sum(price * count for price, count in zip(prices, counts(low), strict=True))
+    # Of the equal ones at the edge the first fit, by layer, and in it by process and index.
+    here = torch.stack([(key == low).sum() for key in keys])
+    everywhere = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(everywhere, here, group=group)
+    rank, masks, full = torch.distributed.get_rank(group), [], False
+    for index, (key, price, shard) in enumerate(zip(keys, prices, shards, strict=True)):
+        equal = [int(part[index]) for part in everywhere] if shard is not None else [int(here[index])]
+        taken = 0 if full else min(sum(equal), left // price)
+        full = full or taken < sum(equal)
+        left -= taken * price
+        mine = taken - sum(equal[:rank]) if shard is not None else taken
+        edge = (key == low).flatten()
+        first = (edge.cumsum(0) <= max(mine, 0)) & edge
+        masks.append((key > low) | first.view(key.shape))
+    return masks
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Doubles as int64 in the same order; -0 and 0 are equal."""
+    bits = (scores + 0.0).contiguous().view(torch.int64)
+    return torch.where(bits < 0, bits.bitwise_not().bitwise_xor(-(2**63)), bits)
+
+
+def count_all(masks: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[int]:
+    """How many of each layer, over all processes that hold a part of it."""
+    return [int(count) for count in total(torch.stack([mask.sum() for mask in masks]), shards).tolist()]
+
+
+def write_sparse(weight: Tensor, values: Tensor, mask: Tensor) -> None:
+    """Put ``values`` where ``mask`` is and exact zeros elsewhere; a live value that is 0 is made the least nonzero."""
+    tiny = torch.finfo(weight.dtype).tiny
+    weight.copy_(torch.where(mask, torch.where(values == 0.0, tiny, values), 0.0))
+
+
+def separate(magnitude: Tensor, threshold: Tensor, mask: Tensor, shard: Shard | None = None) -> Tensor:
+    """The nearest threshold, row by row, that has the magnitudes in ``mask`` above it and the others below.
+
+    ``threshold`` has one number a row, (out, 1, ..., 1), or one for the whole layer, (1, ..., 1).
+    """
+    rows = [dim for dim in range(magnitude.dim()) if threshold.shape[dim] == 1]
+    kept, dropped = magnitude.masked_fill(~mask, torch.inf), magnitude.masked_fill(mask, 0.0)
+    if magnitude.numel():
+        least_kept, most_dropped = kept.amin(rows, keepdim=True), dropped.amax(rows, keepdim=True)
+    else:
+        least_kept, most_dropped = torch.full_like(threshold, torch.inf), torch.zeros_like(threshold)
+    if shard is not None and threshold.numel() == 1:
+        torch.distributed.all_reduce(least_kept, torch.distributed.ReduceOp.MIN, group=shard.group)
+        torch.distributed.all_reduce(most_dropped, torch.distributed.ReduceOp.MAX, group=shard.group)
+    between = torch.where(least_kept.isinf(), most_dropped * 1.001, (least_kept + most_dropped) / 2)
+    return torch.where((threshold < most_dropped) | (threshold >= least_kept), between, threshold)
+
+
+def drop_and_grow(
+    magnitude: Tensor, mask: Tensor, growth: Tensor, fraction: float, block: int = 1, shard: Shard | None = None
+) -> Tensor:
+    """The mask after dropping this share of the live and growing as many of what is not live then.
+
+    Args:
+        magnitude: what to keep most, (out, in, ...); -1 where the mask is not.
+        mask: boolean, of the same shape.
+        growth: what to grow most.
+        fraction: of the live weights, rounded down, and at most as many as are not live.
+        block: consecutive inputs that are dropped and grown together.
+        shard: the part of the layer that this is.
+    """
+    live = block_sum(mask, block) > 0
+    keep_score = block_sum(magnitude, block)
+    numbers = torch.stack([live.sum(), torch.tensor(live.numel(), device=live.device)])
+    alive, size = (int(n) for n in total(numbers, [shard, shard]).tolist())
+    moved = min(int(fraction * alive), size - alive)
+    kept = top_k(keep_score, alive - moved, shard)
+    grow_score = block_sum(growth, block).double().masked_fill(kept, -torch.inf)
+    return block_expand(kept | top_k(grow_score, moved, shard), block)
 
 
 def block_sum(scores: Tensor, block: int) -> Tensor:
     """(out, in, ...) -> (out, in / block, ...): the sum over each block of consecutive inputs."""
     if block == 1:
         return scores
-    return scores.reshape(scores.shape[0], -1, block, *scores.shape[2:]).sum(2)
+    return scores.reshape(scores.shape[0], scores.shape[1] // block, block, *scores.shape[2:]).sum(2)
 
 
 def block_expand(blocks: Tensor, block: int) -> Tensor:
@@ -74,14 +186,6 @@ def check_divisible(shapes: Mapping[str, Sequence[int]], width: int, what: str) 
         raise ValueError(
             f"layer {name!r} has {inputs} inputs to an output, which {what} do not divide; pass exclude={list(odd)}"
         )
-
-
-def best_of_each(scores: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the n best of every m consecutive inputs of an output: scores (out, in, ...), ties to the lower index."""
-    groups = scores.reshape(scores.shape[0], -1, m, *scores.shape[2:]).movedim(2, -1)
-    order = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
-    return mask.movedim(-1, 2).flatten(1, 2)
 
 
 def random_scores(shape: Sequence[int], *numbers: int) -> Tensor:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-import inspect
 from typing import Any, Literal, overload
 
 from torch import nn
 
 from rarefy._names import unknown
-from rarefy.sparse.acdc import ACDC
-from rarefy.sparse.autosparse import AutoSparse
 from rarefy.sparse.base import Info, Sparsifier
-from rarefy.sparse.cs import ContinuousSparsification
-from rarefy.sparse.dst import DST
-from rarefy.sparse.feather import Feather
-from rarefy.sparse.gmp import GMP
-from rarefy.sparse.granet import GraNet
-from rarefy.sparse.ltp import LTP
-from rarefy.sparse.mest import MEST
-from rarefy.sparse.nm import NM
-from rarefy.sparse.optg import OptG
-from rarefy.sparse.powerprop import PowerPropagation
-from rarefy.sparse.rigl import RigL
-from rarefy.sparse.set import SET
-from rarefy.sparse.snfs import SNFS
-from rarefy.sparse.soft_threshold import STR
-from rarefy.sparse.st3 import ST3
-from rarefy.sparse.static import Static
-from rarefy.sparse.topk import TopK
-from rarefy.sparse.topkast import TopKAST
+from rarefy.sparse.methods.acdc import ACDC
+from rarefy.sparse.methods.autosparse import AutoSparse
+from rarefy.sparse.methods.cs import ContinuousSparsification
+from rarefy.sparse.methods.dst import DST
+from rarefy.sparse.methods.feather import Feather
+from rarefy.sparse.methods.gmp import GMP
+from rarefy.sparse.methods.granet import GraNet
+from rarefy.sparse.methods.ltp import LTP
+from rarefy.sparse.methods.mest import MEST
+from rarefy.sparse.methods.nm import NM
+from rarefy.sparse.methods.optg import OptG
+from rarefy.sparse.methods.powerprop import PowerPropagation
+from rarefy.sparse.methods.rigl import RigL
+from rarefy.sparse.methods.set import SET
+from rarefy.sparse.methods.snfs import SNFS
+from rarefy.sparse.methods.st3 import ST3
+from rarefy.sparse.methods.static import Static
+from rarefy.sparse.methods.str import STR
+from rarefy.sparse.methods.topk import TopK
+from rarefy.sparse.methods.topkast import TopKAST
 
 METHODS: dict[str, type[Sparsifier]] = {
     "acdc": ACDC,
@@ -54,6 +54,9 @@ METHODS: dict[str, type[Sparsifier]] = {
     "topkast": TopKAST,
 }
 
+#: What users of other libraries write, and what it is called here.
+_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
+
 
 def names() -> list[str]:
     """The names that :func:`create` knows."""
@@ -71,7 +74,7 @@ def list_methods(pattern: str = "*", *, details: Literal[True]) -> dict[str, Inf
 def list_methods(pattern: str = "*", details: bool = False) -> list[str] | dict[str, Info]:
     """The names that match a shell pattern, in order; with ``details``, what each method is, by name.
 
-    As ``rarefy.sparse.list``: ``list("s*")`` gives ``["set", "snfs", ...]``.
+    ``list_methods("s*")`` gives ``["set", "snfs", ...]``.
     """
     found = fnmatch.filter(names(), pattern)
     return {name: METHODS[name].info for name in found} if details else found
@@ -89,13 +92,15 @@ def register(name: str, method: type[Sparsifier]) -> None:
     METHODS[name] = method
 
 
-def options(name: str) -> set[str]:
-    """The keyword arguments of the method of this name. Raises ValueError for a name that is not there."""
+def options(name: str) -> dict[str, Any]:
+    """The keyword arguments of the method of this name and their defaults; ``dataclasses.MISSING`` for none.
+
+    Raises ValueError for a name that is not there.
+    """
     if name not in METHODS:
         raise ValueError(unknown("method", name, names()))
-    constructors = [vars(cls)["__init__"] for cls in METHODS[name].__mro__[:-1] if "__init__" in vars(cls)]
-    parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    fields = dataclasses.fields(METHODS[name])
+    return {field.name: field.default for field in fields if field.init and field.kw_only}
 
 
 def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:
@@ -106,5 +111,7 @@ def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:
     known = options(name)
     for option in arguments:
         if option not in known:
-            raise ValueError(unknown(f"option of method {name!r}:", option, sorted(known)))
+            meant = _OTHER_WORDS.get(option)
+            hint = f" (did you mean {meant!r}?)" if meant in known else ""
+            raise ValueError(unknown(f"option of method {name!r}:", option, sorted(known)) + hint)
     return METHODS[name](model, **arguments)

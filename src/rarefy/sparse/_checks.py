@@ -1,0 +1,58 @@
+"""Checks of options, each with the message that says what was given and what is expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+
+def fraction(name: str, value: Any, *, zero: bool = True, one: bool = True) -> None:
+    """Raise ValueError unless the value is a number in [0, 1], without the ends that are said to be out."""
+    span = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number in {span}, got {_shown(value)}")
+    if not 0.0 <= value <= 1.0 or (value == 0.0 and not zero) or (value == 1.0 and not one):
+        hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
+        raise ValueError(f"{name} must be in {span}, got {value}{hint}")
+
+
+def number(name: str, value: Any, *, least: float = 0.0, above: bool = False) -> None:
+    """Raise ValueError unless the value is a finite number of at least ``least``, or above it."""
+    given = not isinstance(value, (bool, str)) and hasattr(value, "__float__")
+    if not given or not math.isfinite(value) or value < least or (above and value == least):
+        bound = f"above {least:g}" if above else "that is not negative" if least == 0.0 else f"of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number {bound}, got {_shown(value)}")
+
+
+def whole(name: str, value: Any, *, least: int = 1, what: str = "number") -> int:
+    """The value as an int. Raises ValueError unless it is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        kind = "positive whole" if least == 1 else "whole"
+        bound = "" if least == 1 else f" of at least {least}"
+        raise ValueError(f"{name} must be a {kind} {what}{bound}, got {_shown(value)}")
+    return operator.index(value)
+
+
+def one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise ValueError unless the value is one of the known ones."""
+    names = list(known)
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+def ramp(start: float, end: float) -> None:
+    """Raise ValueError unless the sparsity rises between two shares of the run, in this order."""
+    if not 0.0 <= start < end <= 1.0:
+        raise ValueError(f"start and end must be shares of the run with 0 <= start < end <= 1, got {start} and {end}")
+
+
+def update_every(value: int | None, total_steps: int) -> None:
+    """Raise ValueError unless it is None or fits into the run."""
+    if value is not None and (isinstance(value, bool) or not 1 <= value <= total_steps):
+        raise ValueError(f"update_every must be between 1 and total_steps={total_steps}, got {value}")
+
+
+def _shown(value: Any) -> str:
+    return f"the text {value!r}" if isinstance(value, str) else repr(value)

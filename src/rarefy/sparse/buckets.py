@@ -1,0 +1,197 @@
+"""Layers that are computed with as one: their weights lie in one flat tensor, whatever their number and shapes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rarefy.sparse.companion import Companion
+from rarefy.sparse.layers import Layer, dense_in_memory
+from rarefy.sparse.shards import total
+
+#: How many weights a bucket holds at most, unless a single layer has more: what is computed in passing is as large.
+MOST = 1 << 26
+
+
+class Bucket:
+    """Some layers of one device, dtype and group of an optimizer.
+
+    Flat tensors, (N,), hold one number for every weight that this process has of the layers, layer after layer, each in
+    the order of the parameter's own memory; :meth:`views` gives them back in the layers' shapes.
+
+    Attributes:
+        layers: in the model's order.
+        optimizer, group: what trains them, and the index of the group of it that they are in; None before :meth:`Sparsifier.attach`.
+        dense: whether the parameters hold the dense weights now, as in an optimizer's step; else those that are used.
+        rows: how many numbers each layer has in tensors that have one a row, or one a layer; None if there are none.
+        own: what the method learns for these layers besides their weights, by name; flat, or by rows.
+        kept: what else the method keeps for them, by name: likewise, or one tensor a layer.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        optimizer: Optimizer | None = None,
+        group: int | None = None,
+        *,
+        inputs_last: bool = False,
+    ) -> None:
+        self.layers, self.optimizer, self.group = list(layers), optimizer, group
+        self.dense = False
+        self.rows: list[int] | None = None
+        self.own: dict[str, nn.Parameter] = {}
+        self.kept: dict[str, Any] = {}
+        self.companion: Companion | None = None
+        self.seen: list[tuple[int, int]] = []
+        weights = [layer.local for layer in layers]
+        self.device, self.dtype = weights[0].device, weights[0].dtype
+        self.shapes = [weight.shape for weight in weights]
+        self.sizes = [weight.numel() for weight in weights]
+        self.offsets = [0, *itertools.accumulate(self.sizes)]
+        self._strides = [_strides(weight, inputs_last) for weight in weights]
+        self._made_for = [_about(weight) for weight in weights]
+        self._stretches: dict[int, Tensor] = {}
+        self._indices: dict[int, Tensor] = {}
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.offsets[-1]
+
+    def weights(self) -> list[Tensor]:
+        """What the parameters hold now, one tensor a layer."""
+        return [layer.local for layer in self.layers]
+
+    def flat(self, value: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        """A new flat tensor, (N,), of the layers' dtype unless said otherwise."""
+        return torch.full((self.size,), value, dtype=dtype or self.dtype, device=self.device)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor as one tensor a layer, in the layers' shapes, on the same memory."""
+        if flat.stride() != (1,):
+            flat = flat.contiguous()
+        start = flat.storage_offset()
+        rows = zip(self.shapes, self._strides, self.offsets, strict=False)
+        return [flat.as_strided(shape, strides, start + offset) for shape, strides, offset in rows]
+
+    def gather(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+        """One tensor a layer as a flat one; zeros for None."""
+        flat = self.flat() if out is None else out
+        pairs = [(v, t) for v, t in zip(self.views(flat), tensors, strict=True) if t is not None]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs])
+        return flat
+
+    def scatter(self, flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Write a flat tensor into one tensor a layer; nowhere for None."""
+        pairs = [(t, v) for v, t in zip(self.views(flat), tensors, strict=True) if t is not None]
+        if pairs:
+            torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A number a layer, (L,), or an output channel, (C,), to one a weight, (N,); differentiable."""
+        return _Spread.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """(N,) to (L,): the sum over each layer, over all processes that hold a part of it."""
+        if flat.is_cuda:
+            summed = torch.segment_reduce(flat, "sum", lengths=self._lengths(len(self.sizes)), unsafe=True)
+        else:
+            summed = torch.stack([part.sum() for part in flat.split(self.sizes)])
+        return total(summed, [layer.shard for layer in self.layers])
+
+    def channel_sums(self, flat: Tensor) -> Tensor:
+        """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""
+        channels = sum(shape[0] for shape in self.shapes)
+        return torch.segment_reduce(flat, "sum", lengths=self._lengths(channels), unsafe=True)
+
+    def _lengths(self, count: int) -> Tensor:
+        """How many weights share each of so many numbers, which are one a layer or one a channel; on the device."""
+        if count not in self._stretches:
+            found = self.sizes
+            if count != len(self.sizes):
+                rows = zip(self.sizes, self.shapes, strict=True)
+                found = [size // shape[0] for size, shape in rows for _ in range(shape[0])]
+            self._stretches[count] = torch.tensor(found, device=self.device)
+        return self._stretches[count]
+
+    def _index(self, count: int) -> Tensor:
+        """Which of so many numbers each weight has, (N,)."""
+        if count not in self._indices:
+            numbers = torch.arange(count, device=self.device, dtype=torch.int32)
+            self._indices[count] = numbers.repeat_interleave(self._lengths(count), output_size=self.size)
+        return self._indices[count]
+
+    def marks(self) -> list[tuple[int, int]]:
+        """Where the parameters lie and how often they were written to: equal if nobody has, apart from native code."""
+        return [(weight.data_ptr(), weight._version) for weight in self.weights()]
+
+    def check(self) -> None:
+        """Raise RuntimeError if a parameter was cast, moved or laid out anew since the bucket was made."""
+        for layer, known in zip(self.layers, self._made_for, strict=True):
+            now = _about(layer.local)
+            if now != known:
+                raise RuntimeError(
+                    f"layer {layer.name!r} is {_told(now)} now, and was {_told(known)} when the sparsifier was attached: "
+                    "call attach(optimizer) again after moving or casting the model"
+                )
+
+
+class _Spread(torch.autograd.Function):
+    """Numbers that stretches of weights share, one for each weight; back: the sums over the stretches, always alike."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bucket: Bucket) -> Tensor:
+        ctx.bucket, ctx.by_layer = bucket, len(values) == len(bucket.sizes)
+        return values.index_select(0, bucket._index(len(values)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        sums = ctx.bucket.sums if ctx.by_layer else ctx.bucket.channel_sums
+        return sums(grad.contiguous()), None
+
+
+def _about(weight: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]:
+    return weight.device, weight.dtype, weight.shape, weight.stride()
+
+
+def _told(about: tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]) -> str:
+    device, dtype, shape, strides = about
+    return f"{dtype} on {device} of shape {tuple(shape)} and strides {strides}"
+
+
+def _strides(weight: Tensor, inputs_last: bool) -> tuple[int, ...]:
+    """The strides of a layer's part of a flat tensor: the weight's own, or those with the inputs next to one another."""
+    if inputs_last and weight.dim() > 2:
+        kind = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[weight.dim()]
+        if kind is None:
+            return (weight.shape[1] * weight.shape[2], 1, weight.shape[1])
+        return torch.empty(weight.shape, device="meta").to(memory_format=kind).stride()
+    if dense_in_memory(weight):
+        return weight.stride()
+    return torch.empty(weight.shape, device="meta").stride()
+
+
+def make_buckets(
+    layers: Sequence[Layer],
+    owners: Sequence[tuple[Optimizer | None, int | None]],
+    *,
+    inputs_last: bool = False,
+) -> list[Bucket]:
+    """The layers in buckets, ``owners`` being the optimizer of each and the index of its group."""
+    kinds: dict[tuple[Any, ...], list[list[Layer]]] = {}
+    about: dict[tuple[Any, ...], tuple[Optimizer | None, int | None]] = {}
+    for layer, (optimizer, group) in zip(layers, owners, strict=True):
+        weight = layer.local
+        kind = (weight.device, weight.dtype, id(optimizer), group, layer.shard is None)
+        about[kind] = (optimizer, group)
+        lists = kinds.setdefault(kind, [[]])
+        if lists[-1] and sum(other.local.numel() for other in lists[-1]) + weight.numel() > MOST:
+            lists.append([])
+        lists[-1].append(layer)
+    return [Bucket(some, *about[kind], inputs_last=inputs_last) for kind, lists in kinds.items() for some in lists]

@@ -1,0 +1,118 @@
+"""Methods that choose exactly as many weights as a budget allows: how many, over which layers, in which pattern."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rarefy._names import unknown
+from rarefy.sparse import _checks
+from rarefy.sparse import distribution as spread
+from rarefy.sparse.base import Targeted
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k, within_budget
+
+
+@dataclass(eq=False, repr=False)
+class Budgeted(Targeted):
+    """Counts a layer for every density, and the choice of the best weights for them.
+
+    One of the targets must be given.
+
+    Args:
+        distribution: "uniform", "erk", "global" (the best weights wherever they are) or a mapping of shell patterns of
+            layers to sparsities, where the layers that it does not name share the rest of the target uniformly. None
+            takes the method's own.
+        block: 4 chooses blocks of 4 consecutive inputs of one output together, which integer dot products of CPUs
+            want; 1 chooses single weights.
+
+    Raises:
+        ValueError: as :class:`Targeted`; no target; a distribution that the target or the method does not allow; an
+            input width that blocks do not divide.
+    """
+
+    _: KW_ONLY
+    distribution: str | Mapping[str, float] | None = None
+    block: int = 1
+
+    #: What the method takes when nothing is asked for.
+    default_distribution: ClassVar[str] = "erk"
+
+    #: Whether the best weights may be chosen over all layers together.
+    takes_global: ClassVar[bool] = False
+
+    least_steps = 10
+
+    def __post_init__(self) -> None:
+        self._check_target()
+        self.block = _checks.whole("block", self.block, what="number of weights")
+        super().__post_init__()
+        assert self.budget is not None
+        self.distribution = self._checked(self.default_distribution if self.distribution is None else self.distribution)
+        check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
+        self._relayer()
+        self.live_counts(self.budget.goal)
+
+    def _check_target(self) -> None:
+        if self.target is None and self.target_flops is None:
+            raise ValueError(f"{type(self).__name__} needs a target (a sparsity, such as 0.9) or target_flops")
+
+    def _relayer(self) -> None:
+        # From here on in blocks, which are single weights where block is 1.
+        assert self.budget is not None
+        shapes = {layer.name: layer.shape for layer in self._layers}
+        self._sizes = [layer.size // self.block for layer in self._layers]
+        self._costs = [cost * self.block for cost in self.budget.costs]
+        self._least = [math.ceil(layer.least / self.block) for layer in self._layers]
+        self._relative = spread.relative_densities(self.distribution or "uniform", shapes)
+        self._fixed = spread.fixed_densities(self.distribution or "uniform", list(shapes))
+
+    def _checked(self, distribution: str | Mapping[str, float]) -> str | Mapping[str, float]:
+        if isinstance(distribution, Mapping):
+            names = [layer.name for layer in self._layers]
+            for pattern, sparsity in distribution.items():
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(unknown("layer in distribution:", pattern, names))
+                if not 0.0 <= sparsity < 1.0:
+                    raise ValueError(f"distribution: the sparsity of {pattern!r} must be in [0, 1), got {sparsity}")
+            return dict(distribution)
+        known = (*spread.NAMES, *(("global",) if self.takes_global else ()))
+        if distribution not in known:
+            raise ValueError(
+                f"distribution must be one of {', '.join(map(repr, known))} or a mapping of layers to sparsities, "
+                f"got {distribution!r}"
+            )
+        return distribution
+
+    def live_counts(self, density: float) -> list[int]:
+        """How many blocks of every layer live when the whole network has this density."""
+        assert self.budget is not None
+        if density >= 1.0:
+            return list(self._sizes)
+        available = self.budget.available_at(density)
+        whole = [cost * size for cost, size in zip(self._costs, self._sizes, strict=True)]
+        lows = [low / size for low, size in zip(self._least, self._sizes, strict=True)]
+        found = spread.densities(self._relative, self._fixed, whole, lows, available)
+        return spread.counts(found, self._sizes, self._costs, self._least, available)
+
+    def choose(self, scores: Sequence[Tensor], density: float) -> list[Tensor]:
+        """The masks of the best weights when the whole network has this density; one tensor of scores a layer."""
+        assert self.budget is not None
+        if density >= 1.0:
+            return [torch.ones_like(layer, dtype=torch.bool) for layer in scores]
+        sums = [block_sum(layer, self.block) for layer in scores]
+        shards = self._shards()
+        if self.distribution == "global":
+            masks = within_budget(sums, self._costs, self.budget.available_at(density), self._least, shards)
+        else:
+            rows = zip(sums, self.live_counts(density), shards, strict=True)
+            masks = [top_k(layer, k, shard) for layer, k, shard in rows]
+        return [block_expand(mask, self.block) for mask in masks]
+
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "distribution": self.distribution, "block": self.block}

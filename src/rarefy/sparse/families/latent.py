@@ -1,0 +1,254 @@
+"""Weights that are used as a function of dense ones, W^ = f(W, own), and the gradient that comes of it.
+
+The dense ("latent") weights W live here while the parameters hold W^, and are trained by the optimizer: it finds W in
+the parameters, and dL/dW in their gradients, for as long as its step takes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rarefy.sparse import _checks
+from rarefy.sparse.base import Sparsifier
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.budgeted import Budgeted
+from rarefy.sparse.layers import Layer
+from rarefy.sparse.masks import count_all, separate, top_k
+from rarefy.sparse.schedules import cubic_ramp
+
+
+@dataclass(eq=False, repr=False)
+class Latent(Sparsifier):
+    """Dense weights kept as ``bucket.kept["latent"]``, and a formula over all layers of a bucket at once.
+
+    The tensors of a formula are flat, (N,): see :class:`Bucket`.
+    """
+
+    # What a method provides
+
+    @abstractmethod
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ of the dense weights W, (N,) to (N,); zero where masked."""
+
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW, (N,), of dL/dW^, and the gradients of ``bucket.own`` into their ``grad``: by default those of value."""
+        weight = weight.detach().requires_grad_()
+        own = list(bucket.own.values())
+        with torch.enable_grad():
+            used = self.value(weight, bucket)
+        first, *others = torch.autograd.grad(used, [weight, *own], grad.to(used.dtype), materialize_grads=True)
+        for parameter, found in zip(own, others, strict=True):
+            parameter.grad = found
+        return first
+
+    def latent(self, weight: Tensor) -> Tensor:
+        """The dense weights whose value, without a mask, is this; in the beginning."""
+        return weight
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """What W is worth without a mask: the inverse of :meth:`latent`."""
+        return weight
+
+    def live(self, bucket: Bucket) -> Tensor:
+        """Which weights are used, (N,), boolean."""
+        return self.value(bucket.kept["latent"], bucket) != 0
+
+    # What all have
+
+    def live_masks(self) -> dict[str, Tensor]:
+        """See :meth:`Sparsifier.live_masks`."""
+        self._ready()
+        self._take_all()
+        masks = self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
+        return dict(zip([layer.name for layer in self._layers], masks, strict=True))
+
+    def latents(self) -> list[Tensor]:
+        """The dense weights, one tensor a layer: this process's part of it."""
+        self._take_all()
+        return self._kept("latent")
+
+    def _begin(self) -> None:
+        for bucket in self._buckets:
+            bucket.kept["latent"] = self.latent(bucket.gather(bucket.weights()))
+            self._prepare(bucket)
+
+    def _prepare(self, bucket: Bucket) -> None:
+        """Make what else the method keeps in a bucket."""
+
+    def _before(self, bucket: Bucket) -> None:
+        grads = [layer.grad for layer in bucket.layers]
+        weight = bucket.kept["latent"]
+        if any(grad is not None for grad in grads):
+            bucket.scatter(self.gradient(bucket.gather(grads), weight, bucket), grads)
+        bucket.scatter(weight, bucket.weights())
+
+    def _take(self, bucket: Bucket) -> None:
+        if bucket.dense:
+            bucket.gather(bucket.weights(), bucket.kept["latent"])
+
+    def _take_all(self) -> None:
+        for bucket in self._buckets:
+            self._take(bucket)
+
+    def _show(self, bucket: Bucket) -> None:
+        self._take(bucket)
+        bucket.scatter(self.value(bucket.kept["latent"], bucket), bucket.weights())
+
+    def _changed(self, bucket: Bucket) -> bool:
+        # Where the parameters are not what was put there, they are the dense weights from here on.
+        ours = self.value(bucket.kept["latent"], bucket).to(bucket.dtype)
+        theirs = bucket.gather(bucket.weights())
+        other = (theirs != ours) & ~(theirs.isnan() & ours.isnan())
+        if not bool(other.any()):
+            return False
+        bucket.kept["latent"].copy_(torch.where(other, self.latent(theirs), bucket.kept["latent"]))
+        return True
+
+    def _values(self, bucket: Bucket) -> list[Tensor]:
+        return bucket.views(self.value(bucket.kept["latent"], bucket).to(bucket.dtype))
+
+
+@dataclass(eq=False, repr=False)
+class Projected(Budgeted, Latent):
+    """Masks of the best weights, chosen anew every few steps, exactly at the density of the schedule.
+
+    Unlike hard masks the weights outside keep their values, and what reaches them of the gradient is the method's; so
+    they can come back. ``bucket.kept["mask"]`` is the mask, (N,).
+
+    Args:
+        update_every: steps from one choice of the masks to the next; None takes a 125th of the run.
+        start, end: shares of the run between which the sparsity rises, on a cubic curve; both 0 for the target's from
+            the first step on. None takes the method's own.
+    """
+
+    _: KW_ONLY
+    update_every: int | None = None
+    start: float | None = None
+    end: float | None = None
+
+    takes_global = True
+    default_distribution = "global"
+
+    #: start and end if nothing is asked for.
+    ramp: ClassVar[tuple[float, float]] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        _checks.update_every(self.update_every, self.total_steps)
+        self.start = self.ramp[0] if self.start is None else self.start
+        self.end = self.ramp[1] if self.end is None else self.end
+        if (self.start, self.end) != (0.0, 0.0):
+            _checks.ramp(self.start, self.end)
+        super().__post_init__()
+        self._every = self.update_every or self.interval
+
+    def scores(self, layer: Layer, weight: Tensor) -> Tensor:
+        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, unless a method says otherwise."""
+        return self.dense(weight).abs()
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = W M, unless a method says otherwise."""
+        return self.dense(weight) * bucket.kept["mask"]
+
+    def live(self, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`."""
+        return bucket.kept["mask"]
+
+    def project(self, masks: Sequence[Tensor]) -> None:
+        """Use these masks, one a layer, from now on."""
+        for mine, new in zip(self._kept("mask"), masks, strict=True):
+            mine.copy_(new)
+
+    def aim(self) -> float:
+        """The density that the schedule asks for now, in (0, 1]."""
+        assert self.budget is not None
+        assert self.start is not None
+        if not self.end:
+            return self.budget.goal
+        return 1.0 - (1.0 - self.budget.goal) * cubic_ramp(self.progress, self.start, self.end)
+
+    def _begin(self) -> None:
+        for bucket in self._buckets:
+            bucket.kept["mask"] = bucket.flat(1, torch.bool)
+        super()._begin()
+        self._project(self.aim())
+
+    def _project(self, density: float) -> None:
+        pairs = zip(self._layers, self.latents(), strict=True)
+        self.project(self.choose([self.scores(layer, weight) for layer, weight in pairs], density))
+
+    def _update(self) -> None:
+        if self.steps % self._every == 0 or self.steps == self.total_steps:
+            self._project(self.aim())
+
+    def _weight_grad_density(self, density: float) -> float:
+        return 1.0
+
+    def _settle(self) -> list[Tensor]:
+        assert self.budget is not None
+        self._project(self.budget.goal)
+        return self._kept("mask")
+
+
+@dataclass(eq=False, repr=False)
+class Thresholding(Projected):
+    """Projected masks held by a threshold a layer, ``bucket.kept["threshold"]``, (L,): live is what lies above it."""
+
+    def __post_init__(self) -> None:
+        if self.block != 1:
+            raise ValueError(f"{type(self).__name__} thresholds single weights: leave block out")
+        super().__post_init__()
+
+    def _prepare(self, bucket: Bucket) -> None:
+        bucket.rows = [1] * len(bucket.layers)
+        bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
+
+    def threshold(self, bucket: Bucket) -> Tensor:
+        """T of every weight, (N,)."""
+        return bucket.spread(bucket.kept["threshold"])
+
+    def live(self, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`."""
+        return bucket.kept["latent"].abs() > self.threshold(bucket)
+
+    def project(self, masks: Sequence[Tensor]) -> None:
+        """See :class:`Projected`; the thresholds move as little as makes the masks these."""
+        super().project(masks)
+        for layer, weight, mask in zip(self._layers, self.latents(), masks, strict=True):
+            bucket, place = self._where(layer)
+            threshold = bucket.kept["threshold"][place]
+            one = threshold.double().view((1,) * weight.dim())
+            threshold.copy_(separate(weight.double().abs(), one, mask, layer.shard).view(()))
+
+    def _thresholds(self) -> list[float]:
+        return [float(t) for t in self._by_layer(lambda bucket: bucket.kept["threshold"].tolist())]
+
+
+@dataclass(eq=False, repr=False)
+class Exploring(Projected):
+    """Projected masks beside which the next largest weights get a gradient too: ``bucket.kept["explore"]``, (N,)."""
+
+    @abstractmethod
+    def reach(self, layer: Layer, live: int) -> int:
+        """How many weights of the layer get a gradient, when so many are live."""
+
+    def _prepare(self, bucket: Bucket) -> None:
+        bucket.rows = [1] * len(bucket.layers)
+        bucket.kept["explore"] = bucket.flat(0, torch.bool)
+        bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)
+
+    def project(self, masks: Sequence[Tensor]) -> None:
+        """See :class:`Projected`."""
+        super().project(masks)
+        rows = zip(self._layers, self.latents(), masks, count_all(masks, self._shards()), strict=True)
+        for layer, weight, mask, live in rows:
+            bucket, place = self._where(layer)
+            # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
+            best = top_k(weight.abs().masked_fill(mask, torch.inf), self.reach(layer, live), layer.shard)
+            bucket.views(bucket.kept["explore"])[place].copy_(best & ~mask)
+            bucket.kept["density"][place] = live / layer.size

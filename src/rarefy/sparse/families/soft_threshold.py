@@ -1,0 +1,433 @@
+"""Learned soft thresholds ``W^ = sign(W) * max(|W| - T, 0)``, ``T = g(s)``.
+
+Source: Soft Threshold Reparameterization (Kusupati et al., ICML 2020), equations 2 to 6.
+
+What makes sparsity here is *pressure*: a decay of s towards 0, which raises g(s) towards g(0) until the loss holds
+against it. STR and AutoSparse leave it to the optimizer's weight decay, where its effect hangs on the learning rate,
+the momentum, the schedule, the length of the run and the kind of optimizer. Here the sparsifier applies it after every
+step, decoupled, so that over a run ``log|s|`` falls by ``pressure`` if the loss does not answer. For SGD that equals a
+decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
+
+A soft threshold takes T from every weight, and counts on training to give it back. Where the optimizer cannot move the
+weights that far, as in fine-tuning at a small learning rate, it takes as much less: ``W - sign(W) * shrink * T`` above
+the threshold, with ``shrink`` measured from how far the steps move the layer's weights, 1 in training from scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.kernels.thresholds import ThresholdedLayers
+from rarefy.sparse import _checks
+from rarefy.sparse.base import Targeted
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.budget import log_error
+from rarefy.sparse.families.latent import Latent
+from rarefy.sparse.layers import Layer
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, separate, top_k, within_budget
+from rarefy.sparse.shards import total
+
+#: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
+#: layer and can be huge while alpha is near 1.
+MAX_MOVE = 0.2
+
+#: The most that pressure takes off log|s| in one step: the weights could not follow more, and ran away. In a very short
+#: run it is this much over the whole run instead, to have an effect at all.
+MAX_DECAY, LEAST_REACH = 0.05, 6.0
+
+#: How far below its first value s may fall: a threshold of nothing has no gradient to come back by.
+MAX_FALL = 3.0
+
+#: The first threshold is at most this share of the root mean square of a layer's weights: wide layers start dense too.
+START = 0.15
+
+#: How many times its own size a layer's weights must be able to move in the run for the whole soft threshold.
+FREE = 10.0
+
+
+class ThresholdFunction(NamedTuple):
+    """g, its inverse, which keeps order over all magnitudes, and its derivative as a function of T = g(s)."""
+
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def _sigmoid_inverse(threshold: Tensor) -> Tensor:
+    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
+    edge = 1.0 - 1e-6
+    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
+
+
+def _softplus_inverse(threshold: Tensor) -> Tensor:
+    return threshold + torch.log(-torch.expm1(-threshold.clamp(min=1e-30)))
+
+
+def _log(threshold: Tensor) -> Tensor:
+    return torch.log(threshold.clamp(min=1e-30))
+
+
+THRESHOLD_FUNCTIONS = {
+    "sigmoid": ThresholdFunction(torch.sigmoid, _sigmoid_inverse, lambda t: (1.0 - t) * t),
+    "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
+    "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
+}
+
+
+def trim(error: float, gain: float = 0.3, limit: float = 0.5) -> float:
+    """The common shift of all s that answers this error of the density: up when too dense."""
+    return min(max(-gain * error, -limit), limit)
+
+
+@dataclass(eq=False, repr=False)
+class SoftThreshold(Targeted, Latent):
+    """Thresholds, pressure, floors and the landing on a budget: all but alpha, which is the method's (a subclass).
+
+    Args:
+        pressure: total decay of s over the run (see the module); None takes the method's own for the target.
+        granularity: one threshold a "layer" or an output "channel".
+        threshold_function: g: "sigmoid", "exp" or "softplus".
+        threshold_init: the first s, where the layer's weights are large enough; -5 gives thresholds of 0.0067. A layer
+            starts at no more than 0.15 times the root mean square of its weights, and one whose weights are all 0
+            without a threshold, until they are not.
+        threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD and Adam; a larger one lets the loss
+            push the thresholds down.
+        block: 4 thresholds blocks of 4 consecutive inputs of one output by their mean |W|, which integer dot products
+            of CPUs want: W^ = W * max(1 - T/mean, 0). 1 thresholds single weights.
+
+    Raises:
+        ValueError: as :class:`Targeted`; an option out of its range; weights so large that sigmoid thresholds, which
+            end at 1, cannot reach the target; a layer whose inputs blocks do not divide.
+    """
+
+    _: KW_ONLY
+    pressure: float | None = None
+    granularity: str = "layer"
+    threshold_function: str = "sigmoid"
+    threshold_init: float = -5.0
+    threshold_lr: float = 1.0
+    block: int = 1
+
+    #: Share of the run after which the thresholds are trimmed to the target.
+    trim_from: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        _checks.one_of("granularity", self.granularity, ("layer", "channel"))
+        _checks.one_of("threshold_function", self.threshold_function, THRESHOLD_FUNCTIONS)
+        if self.pressure is not None:
+            _checks.number("pressure", self.pressure)
+        _checks.number("threshold_lr", self.threshold_lr)
+        if not math.isfinite(self.threshold_init):
+            raise ValueError(f"threshold_init must be a finite number, got {self.threshold_init}")
+        self.block = _checks.whole("block", self.block, what="number of weights")
+        super().__post_init__()
+        check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
+        self._g = THRESHOLD_FUNCTIONS[self.threshold_function]
+        self.own_rate = self.threshold_lr  # type: ignore[misc]
+        if self.pressure is None:
+            self.pressure = self._default_pressure()
+        self._density = 1.0
+        if not any(layer.parameter.is_meta for layer in self._layers):
+            self._check_reach()
+
+    def _check_reach(self) -> None:
+        """Refuse weights that no sigmoid threshold can mask."""
+        if self.budget is None or self.threshold_function != "sigmoid":
+            return
+        beyond = torch.stack([(layer.local.abs() >= 1.0).sum() for layer in self._layers])
+        least = self.budget.density([int(n) for n in total(beyond, self._shards()).tolist()])
+        if least > self.budget.goal:
+            raise ValueError(
+                f"the weights are too large for sigmoid thresholds, which end at 1: {100 * least:.1f} % of the cost "
+                f"lies above, and the target leaves {100 * self.budget.goal:.1f} %; take threshold_function='softplus'"
+            )
+
+    # What a method provides
+
+    @abstractmethod
+    def _default_pressure(self) -> float:
+        """The pressure that suits the budget."""
+
+    @abstractmethod
+    def _steer(self, error: float | None) -> None:
+        """Set alpha for the next step; ``error`` is the log error of the density, in the steps that measure it."""
+
+    @property
+    @abstractmethod
+    def alpha_now(self) -> float:
+        """The factor on the gradient of masked weights."""
+
+    # The formula
+
+    def threshold(self, bucket: Bucket) -> Tensor:
+        """T = g(s), one a row; 0 for layers whose weights are still all 0."""
+        return self._g.forward(bucket.own["s"].detach()) * self._rows_of(bucket, bucket.kept["awake"])
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = sign(W) (|W| - shrink T) for |W| > T, else 0; for blocks W (1 - shrink T/B), B the mean |W|."""
+        used = bucket.flat()
+        rows = zip(bucket.views(used), bucket.views(weight), self._shaped(bucket), bucket.kept["shrink"], strict=True)
+        for out, w, t, shrink in rows:
+            size = self._magnitude(w)
+            kept = w - (shrink * t).copysign(w) if self.block == 1 else w * (1.0 - shrink * t / size.clamp(min=1e-30))
+            out.copy_(torch.where(size <= t, 0.0, kept))
+        return used
+
+    def live(self, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`."""
+        live = bucket.flat(dtype=torch.bool)
+        for out, w, t in zip(bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True):
+            out.copy_(self._magnitude(w) > t)
+        return live
+
+    def _magnitude(self, weight: Tensor) -> Tensor:
+        """What is compared with T, in float32: |W|, or for each weight the mean |W| of its block."""
+        magnitude = weight.float().abs()
+        return block_expand(block_sum(magnitude, self.block) / self.block, self.block)
+
+    def _shaped(self, bucket: Bucket) -> list[Tensor]:
+        """The thresholds of each layer, (1, ..., 1) or (out, 1, ..., 1)."""
+        assert bucket.rows is not None
+        parts = self.threshold(bucket).split(bucket.rows)
+        return [t.view(-1, *[1] * (len(shape) - 1)) for t, shape in zip(parts, bucket.shapes, strict=True)]
+
+    def _rows_of(self, bucket: Bucket, values: Tensor) -> Tensor:
+        """(L,) to one a row."""
+        if self.granularity == "layer":
+            return values
+        assert bucket.rows is not None
+        return torch.cat([v.expand(n) for v, n in zip(values, bucket.rows, strict=True)])
+
+    def _prepare(self, bucket: Bucket) -> None:
+        channels = self.granularity == "channel"
+        bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
+        weight, count = bucket.kept["latent"], len(bucket.layers)
+        bucket.kept["scale"] = self._root_mean_square(bucket, weight)
+        bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
+        bucket.kept["moved"] = torch.zeros(count, device=bucket.device)
+        bucket.kept["shrink"] = torch.ones(count, device=bucket.device)
+        first = self._first(bucket.kept["scale"])
+        bucket.own["s"] = nn.Parameter(self._rows_of(bucket, first).clone())
+        bucket.kept["lowest"] = bucket.own["s"].detach() - MAX_FALL
+        bucket.kept["previous"] = bucket.own["s"].detach().clone()
+        bucket.kept["lower"] = torch.zeros_like(bucket.kept["previous"])
+
+    def _root_mean_square(self, bucket: Bucket, weight: Tensor) -> Tensor:
+        sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
+        return (bucket.sums(weight.float().square()) / sizes).sqrt()
+
+    def _first(self, scale: Tensor) -> Tensor:
+        """The first s of layers whose weights are of this size."""
+        usual = torch.full_like(scale, self.threshold_init)
+        return torch.minimum(usual, self._g.inverse((START * scale).double()).float())
+
+    # Around the optimizer's steps
+
+    def _kernel(self, bucket: Bucket) -> ThresholdedLayers:
+        """The passes over all layers; made anew when a parameter's memory is another one."""
+        pointers = tuple(weight.data_ptr() for weight in bucket.weights())
+        cached = self._kernels.get(id(bucket))
+        if cached is None or cached[0] != pointers:
+            assert bucket.rows is not None
+            layers = ThresholdedLayers(bucket.weights(), bucket.views(bucket.kept["latent"]), bucket.rows)
+            cached = self._kernels[id(bucket)] = (pointers, layers)
+        return cached[1]
+
+    def _begin(self) -> None:
+        self._kernels: dict[int, tuple[tuple[int, ...], ThresholdedLayers]] = {}
+        super()._begin()
+
+    def _before(self, bucket: Bucket) -> None:
+        grads = [layer.grad for layer in bucket.layers]
+        threshold, s = self.threshold(bucket), bucket.own["s"]
+        # A layer whose weights are all 0 gets its whole gradient.
+        alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
+        if self.block == 1:
+            slope = self._kernel(bucket).before(grads, threshold, alpha, self._lower(bucket))
+        else:
+            slope = self._before_blocks(bucket, grads, alpha)
+        if self.granularity == "layer":
+            slope = total(slope, [layer.shard for layer in bucket.layers])
+        # dL/ds = dL/dT g'(s)
+        s.grad = slope * self._g.derivative(threshold) * self._rows_of(bucket, bucket.kept["awake"])
+
+    def _lower(self, bucket: Bucket) -> Tensor | None:
+        """The bound of the sparse backward, one a row; None where it reaches all weights."""
+        return None
+
+    def _before_blocks(self, bucket: Bucket, grads: Sequence[Tensor | None], alpha: Tensor) -> Tensor:
+        slopes = []
+        latents = bucket.views(bucket.kept["latent"])
+        for weight, w, grad, t, a in zip(bucket.weights(), latents, grads, self._shaped(bucket), alpha, strict=True):
+            weight.copy_(w)
+            if grad is None:
+                slopes.append(torch.zeros_like(t).flatten())
+                continue
+            size = self._magnitude(w).clamp(min=1e-30)
+            # 1 or alpha to W, and to T that along W/B
+            grad.mul_(torch.where(size > t, 1.0, a))
+            slopes.append(-(grad * w / size).sum_to_size(t.shape).flatten())
+        return torch.cat(slopes)
+
+    def _show(self, bucket: Bucket) -> None:
+        if self.block != 1:
+            super()._show(bucket)
+            return
+        if not bucket.dense:
+            bucket.scatter(bucket.kept["latent"], bucket.weights())
+        self._kernel(bucket).after(self.threshold(bucket), bucket.kept["shrink"])
+
+    # After them
+
+    def _update(self) -> None:
+        parameters = [bucket.own["s"].detach() for bucket in self._buckets]
+        self._limit(parameters)
+        if self.budget is None or self._density > self.budget.goal:
+            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1.
+            # It only raises thresholds: s above 0 is the trim's doing.
+            assert self.pressure is not None
+            share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
+            self._press(parameters, self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
+        error = None
+        if self.steps % self.interval == 0 or self.steps in (1, self.total_steps):
+            self._see_moves()
+            error = self._measure() if self.steps > 1 or self.total_steps == 1 or self.interval == 1 else None
+        torch._foreach_copy_([bucket.kept["previous"] for bucket in self._buckets], parameters)
+        self._steer(error)
+
+    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+        """Let s decay by this much of log|s|, and no more than ``most``."""
+        torch._foreach_maximum_(parameters, torch._foreach_mul(parameters, math.exp(-min(decay, most))))
+
+    def _limit(self, parameters: list[Tensor]) -> None:
+        """Bound what the optimizer did to s."""
+        previous = [bucket.kept["previous"] for bucket in self._buckets]
+        lowest, highest = torch._foreach_sub(previous, MAX_MOVE), torch._foreach_add(previous, MAX_MOVE)
+        torch._foreach_maximum_(lowest, [bucket.kept["lowest"] for bucket in self._buckets])
+        torch._foreach_maximum_(parameters, lowest)
+        torch._foreach_minimum_(parameters, highest)
+
+    def _see_moves(self) -> None:
+        """See how far this step has moved the weights, and wake layers whose weights are no longer 0."""
+        for bucket in self._buckets:
+            if not bucket.dense:
+                continue
+            kept = bucket.kept
+            now, sizes = bucket.gather(bucket.weights()), [float(layer.size) for layer in bucket.layers]
+            step = bucket.sums((now - kept["latent"]).float().abs()) / torch.tensor(sizes, device=bucket.device)
+            kept["moved"].copy_(torch.maximum(kept["moved"], step))
+            size = self._root_mean_square(bucket, now)
+            waking = (kept["awake"] == 0.0) & (size > 0.0)
+            kept["scale"].copy_(torch.where(waking, size, kept["scale"]))
+            kept["awake"].copy_((kept["scale"] > 0.0).float())
+            first, rows = self._first(kept["scale"]), self._rows_of(bucket, waking.float()) > 0.0
+            for name in ("s", "previous"):
+                mine = bucket.own["s"].detach() if name == "s" else kept[name]
+                mine.copy_(torch.where(rows, self._rows_of(bucket, first), mine))
+            kept["lowest"].copy_(torch.where(rows, self._rows_of(bucket, first) - MAX_FALL, kept["lowest"]))
+            # The whole soft threshold where the run can move the weights FREE times their size.
+            reach = kept["moved"] * self.total_steps / kept["scale"].clamp(min=1e-30)
+            kept["shrink"].copy_((reach / FREE).clamp(max=1.0))
+
+    def _count(self) -> list[int]:
+        self._take_all()
+        if self.block == 1:
+            counts = self._by_layer(lambda bucket: self._kernel(bucket).count(self.threshold(bucket)).unbind())
+        else:
+            counts = [mask.sum() for mask in self._by_layer(lambda bucket: bucket.views(self.live(bucket)))]
+        return [int(n) for n in total(torch.stack(counts), self._shards()).tolist()]
+
+    def _measure(self) -> float | None:
+        """Keep floors, land on the budget; gives the log error of the density against the aim of now."""
+        live = self._count()
+        scores = None
+        for index, (layer, count) in enumerate(zip(self._layers, live, strict=True)):
+            bucket, place = self._where(layer)
+            if count < layer.least and float(bucket.kept["awake"][place]):
+                scores = scores or self._scores()
+                blocks = top_k(scores[index], self._least_blocks(layer), layer.shard)
+                self._move(layer, block_expand(blocks, self.block))
+        if self.budget is None:
+            return None
+        self._density = self.budget.density(live)
+        if self.steps == self.total_steps:
+            for layer, mask in zip(self._layers, self._select(), strict=True):
+                self._move(layer, mask)
+        elif self.progress >= self.trim_from or self._density < self.budget.goal:
+            shift = trim(log_error(self._density, self.budget.goal))
+            torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], shift)
+        return log_error(self._density, self.budget.aim(self.progress))
+
+    def _scores(self) -> list[Tensor]:
+        """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""
+        scores = []
+        for layer, weight in zip(self._layers, self.latents(), strict=True):
+            bucket, place = self._where(layer)
+            assert bucket.rows is not None
+            s = bucket.own["s"].detach().split(bucket.rows)[place].view(-1, *[1] * (weight.dim() - 1))
+            magnitude = block_sum(weight.double().abs(), self.block) / self.block
+            scores.append(self._g.inverse(magnitude) - s.double())
+        return scores
+
+    def _least_blocks(self, layer: Layer) -> int:
+        return math.ceil(layer.least / self.block)
+
+    def _select(self) -> list[Tensor]:
+        """The masks that a common shift of s gives, cut exactly at the budget."""
+        assert self.budget is not None
+        least = [self._least_blocks(layer) for layer in self._layers]
+        costs = [cost * self.block for cost in self.budget.costs]
+        masks = within_budget(self._scores(), costs, self.budget.available, least, self._shards())
+        return [block_expand(mask, self.block) for mask in masks]
+
+    def _move(self, layer: Layer, mask: Tensor) -> None:
+        """Move s as little as makes the layer's mask this one."""
+        bucket, place = self._where(layer)
+        assert bucket.rows is not None
+        now = self._shaped(bucket)[place].double()
+        weight = bucket.views(bucket.kept["latent"])[place]
+        wanted = separate(self._magnitude(weight).double(), now, mask, layer.shard)
+        s = bucket.own["s"].detach().split(bucket.rows)[place]
+        s.copy_(torch.where((wanted != now).flatten(), self._g.inverse(wanted).flatten(), s.double()))
+
+    def _settle(self) -> list[Tensor]:
+        self._take_all()
+        if self.budget is None:
+            return self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
+        masks = self._select()
+        for layer, mask in zip(self._layers, masks, strict=True):
+            self._move(layer, mask)
+        return masks
+
+    def _weight_grad_density(self, density: float) -> float:
+        return 1.0 if self.alpha_now > 0.0 else density
+
+    def _alpha(self) -> float | None:
+        return self.alpha_now
+
+    def _thresholds(self) -> list[float]:
+        means = self._by_layer(lambda bucket: [t.mean() if t.numel() else t.sum() for t in self._shaped(bucket)])
+        return [float(value) for value in torch.stack(means).tolist()]
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            **super()._config(),
+            "pressure": self.pressure,
+            "threshold_function": self.threshold_function,
+            "granularity": self.granularity,
+            "block": self.block,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {"density": self._density}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        self._density = state["density"]

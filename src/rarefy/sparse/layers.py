@@ -1,0 +1,267 @@
+"""Which parameters of a model a method works on, and how far down each may go.
+
+A *layer* is one parameter that takes part in products, under the name of the parameter without a trailing ".weight":
+"conv1", "encoder.self_attn.in_proj_weight", "rnn.weight_hh_l0". A weight that several modules share is one layer.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from rarefy._names import layer_name, unknown
+from rarefy.sparse import _checks
+from rarefy.sparse.shards import Shard, shard_of
+
+#: The least density of a layer, where nothing else is asked for.
+DEFAULT_FLOOR = 0.005
+
+#: What wraps a model and leaves its parameters as they are; the sparsifier works on what is inside.
+_TRANSPARENT = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(eq=False)
+class Layer:
+    """A parameter that is sparsified.
+
+    Attributes:
+        name: see the module.
+        key: the parameter's own name, as in ``model.named_parameters()``.
+        parameter: as it is now; a sharded one is a DTensor.
+        shape: of the whole parameter, on all processes together.
+        least: how many weights live at least.
+        shard: which part of it this process holds, where it is sharded.
+    """
+
+    name: str
+    key: str
+    parameter: nn.Parameter
+    least: int = 1
+    shape: tuple[int, ...] = field(init=False)
+    shard: Shard | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.take(self.parameter)
+
+    def take(self, parameter: nn.Parameter) -> None:
+        """Work on this parameter from now on."""
+        self.parameter, self.shape, self.shard = parameter, tuple(parameter.shape), shard_of(self.name, parameter)
+
+    @property
+    def size(self) -> int:
+        """How many weights it has, on all processes together."""
+        return math.prod(self.shape)
+
+    @property
+    def local(self) -> Tensor:
+        """What this process holds of it, as a tensor that shares its memory."""
+        return local(self.parameter).detach()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """This process's part of the gradient, or None."""
+        grad = self.parameter.grad
+        if grad is None:
+            return None
+        if grad.is_sparse:
+            raise ValueError(
+                f"the gradient of layer {self.name!r} is a sparse tensor; make the embedding with sparse=False, or "
+                "exclude it"
+            )
+        return local(grad).detach()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a distributed tensor that this process holds; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and ``torch.compile``. Raises ValueError for wrappers that hide parameters."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    while isinstance(model, _TRANSPARENT) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, _TRANSPARENT) else model._orig_mod  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "FullyShardedDataParallel" or type(module).__module__.startswith("deepspeed"):
+            where = f"module {name!r} of the model" if name else "the model"
+            raise ValueError(
+                f"{where} is wrapped in {kind}, which hides the parameters in one flat tensor; shard it with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+            )
+    return model
+
+
+def product_weights(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters that are sparsified unless asked otherwise."""
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D":
+        return ["weight"]  # Conv1D: the linear layer of GPT-2 in transformers
+    if isinstance(module, nn.MultiheadAttention):
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if isinstance(module, (nn.RNNBase, nn.modules.rnn.RNNCellBase)):
+        return [name for name in module._parameters if name.startswith("weight_")]
+    return []
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """A parameter that could be a layer, under all its names."""
+
+    parameter: nn.Parameter
+    keys: list[str] = field(default_factory=list)
+    usual: bool = False  # takes part in products, as far as its module tells
+    embedding: bool = False
+
+    def matches(self, patterns: Iterable[str]) -> bool:
+        names = {name for key in self.keys for name in (key, layer_name(key), key.rpartition(".")[0])}
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+    @property
+    def lazy(self) -> bool:
+        return isinstance(self.parameter, nn.parameter.UninitializedParameter)
+
+
+def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
+    found: dict[int, _Candidate] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        usual = product_weights(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            candidate = found.setdefault(id(parameter), _Candidate(parameter))
+            candidate.keys.append(f"{prefix}.{name}" if prefix else name)
+            candidate.usual |= name in usual
+            candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if usual == ["weight"] and module._parameters.get("weight") is None and getattr(module, "weight", None) is not None:
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")):
+                raise ValueError(
+                    f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
+                    f"on it); remove that first, or pass exclude=[{prefix!r}]"
+                )
+    return [
+        candidate
+        for candidate in found.values()
+        if candidate.lazy or (candidate.parameter.dim() >= 2 and candidate.parameter.numel() > 0)
+    ]
+
+
+def select_layers(
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    floor: float | Mapping[str, float],
+) -> list[Layer]:
+    """The layers to sparsify, in the model's order. Raises ValueError as :class:`rarefy.sparse.Sparsifier` says."""
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
+        if patterns is not None and not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"{option} must be a list of names or shell patterns of layers, got {patterns!r:.80}")
+    candidates = _candidates(model, exclude or ())
+    usual = [c for c in candidates if c.usual and not c.embedding and (c.parameter.requires_grad or c.lazy)]
+    names = [layer_name(c.keys[0]) for c in candidates]
+    if include is None:
+        chosen = usual
+    else:
+        picked = []
+        for pattern in include:
+            # A pattern is about the layers that are usual; one that finds none of them may name any parameter.
+            matching = [c for c in candidates if c.matches([pattern])]
+            picked += [c for c in matching if c.usual] or matching
+            if not matching:
+                raise ValueError(unknown("layer in include:", pattern, names))
+        chosen = [c for c in candidates if any(c is other for other in picked)]
+    for pattern in exclude or ():
+        if not any(c.matches([pattern]) for c in candidates):
+            raise ValueError(unknown("layer in exclude:", pattern, names))
+    chosen = [c for c in chosen if not c.matches(exclude or ())]
+    if not chosen:
+        frozen = sum(c.usual and not c.parameter.requires_grad for c in candidates)
+        raise ValueError(
+            f"nothing to sparsify: the model has {len(usual)} weights of linear, convolution, attention or recurrent "
+            "layers that train"
+            + (f" ({frozen} are frozen: name those in include)" if frozen else "")
+            + (", and include and exclude leave none" if usual else "")
+        )
+    layers = []
+    for candidate in chosen:
+        key = candidate.keys[0]
+        name = layer_name(key)
+        if candidate.lazy:
+            raise ValueError(f"layer {name!r} is lazy and has no weight yet; call the model once on an example first")
+        if not candidate.parameter.is_floating_point():
+            raise ValueError(f"layer {name!r} is of {candidate.parameter.dtype}, which is not real; exclude it")
+        layers.append(Layer(name, key, candidate.parameter))
+    for layer in layers:
+        layer.least = max(1, math.ceil(_floor_of(layer.name, floor) * layer.size))
+    if isinstance(floor, Mapping):
+        check_patterns(floor, [layer.name for layer in layers], "floor")
+    if include is None and exclude is None:
+        _warn_of_dense(candidates, chosen)
+    return layers
+
+
+def check_patterns(patterns: Iterable[str], names: Sequence[str], option: str) -> None:
+    """Raise ValueError for a pattern that matches no name."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(unknown(f"layer in {option}:", pattern, names))
+
+
+def resolve(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+    """Look every layer up again in the model; gives those whose parameter has become another object."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    moved = []
+    for layer in layers:
+        parameter = parameters.get(layer.key)
+        if parameter is None:
+            raise ValueError(f"the model has no parameter {layer.key!r} any more; make a new sparsifier")
+        if parameter is not layer.parameter:
+            layer.take(parameter)
+            moved.append(layer)
+    return moved
+
+
+def _warn_of_dense(candidates: Sequence[_Candidate], chosen: Sequence[_Candidate], share: float = 0.05) -> None:
+    """Warn if more than ``share`` of the weights that train and could be sparse stay dense, naming where."""
+    able = [c for c in candidates if c.parameter.requires_grad and not c.lazy and not c.embedding]
+    outside = sorted((c for c in able if c not in chosen), key=lambda c: c.parameter.numel(), reverse=True)
+    total = sum(c.parameter.numel() for c in able) or 1
+    left = sum(c.parameter.numel() for c in outside) / total
+    if left > share:
+        warnings.warn(
+            f"{100 * left:.0f} % of the matrix weights stay dense, {', '.join(c.keys[0] for c in outside[:3])} among "
+            "them: by default linear, convolution, attention and recurrent layers are sparsified, and targets are "
+            "about those; include=[...] names any parameter and silences this",
+            stacklevel=6,
+        )
+
+
+def _floor_of(name: str, floor: float | Mapping[str, float]) -> float:
+    """The floor of the layer of this name. Raises ValueError for one outside [0, 1]."""
+    value: Any = floor
+    if isinstance(floor, Mapping):
+        value = next((v for pattern, v in floor.items() if fnmatch.fnmatchcase(name, pattern)), DEFAULT_FLOOR)
+    try:
+        _checks.fraction("floor", value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be in", "must be a density in", 1)) from None
+    return float(value)
+
+
+def dense_in_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill its memory without gaps, its first dimension outermost."""
+    dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
+    expected = 1
+    for stride, size in sorted(dims):
+        if stride != expected:
+            return False
+        expected *= size
+    return tensor.shape[0] <= 1 or tensor.stride(0) == expected // tensor.shape[0]

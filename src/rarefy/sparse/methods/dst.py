@@ -1,0 +1,82 @@
+"""DST: dynamic sparse training with trainable masked layers (Liu et al., ICLR 2020, arXiv 2005.06870).
+
+    forward     W^ = W * step(|W| - t),   one t an output neuron or filter, 0 at first;  step(0) = 1
+    backward    step'(x) = 2 - 4|x| for |x| <= 0.4,  0.4 for 0.4 < |x| <= 1,  0 beyond     (long-tailed estimator)
+    penalty     sum over all t of exp(-t)
+    reset       a layer that keeps 1 % or less of its weights has its t set to 0           (the code)
+
+With a target the reset stays out: the floors and the trimming hold a layer up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.sparse.base import Info
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.learned import LearnedThreshold
+from rarefy.sparse.masks import count_all
+
+#: The share of live weights at which a layer's thresholds are set to 0 in a run without a target.
+RESET_AT = 0.01
+
+
+def long_tailed_step(x: Tensor) -> Tensor:
+    """1 where x >= 0, else 0, with the gradient of the long-tailed estimator."""
+    size = x.detach().abs()
+    slope = torch.where(size <= 0.4, 2.0 - 4.0 * size, torch.where(size <= 1.0, 0.4, 0.0))
+    return (x.detach() >= 0.0).to(x.dtype) + slope * (x - x.detach())
+
+
+@dataclass(eq=False, repr=False)
+class DST(LearnedThreshold):
+    """Dynamic sparse training.
+
+    Args:
+        penalty: the paper's coefficient is 5e-4 for small networks on MNIST, 5e-6 on CIFAR; None takes 5e-4.
+        mask_lr: learning rate of the thresholds as a multiple of the weights', above 0; None takes 1.
+    """
+
+    info = Info(
+        title="DST",
+        paper="Liu et al., ICLR 2020, arXiv 2005.06870",
+        start="dense",
+        targeted="optional",
+        training_flops="dense",
+    )
+    default_penalty = 5e-4
+    max_move = 0.02
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = W step(|W| - t)."""
+        return weight * long_tailed_step(weight.abs() - bucket.spread(bucket.own["threshold"]))
+
+    def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """|W|."""
+        return weight.abs()
+
+    def live(self, bucket: Bucket) -> Tensor:
+        """step(|W| - t) = 1."""
+        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach())
+
+    def penalise(self, bucket: Bucket, coefficient: float) -> None:
+        """Add d exp(-t) / dt."""
+        t = bucket.own["threshold"]
+        assert t.grad is not None
+        t.grad.sub_(torch.exp(-t.detach()), alpha=coefficient)
+
+    def _prepare(self, bucket: Bucket) -> None:
+        self._add_thresholds(bucket, [shape[0] for shape in bucket.shapes])
+
+    def steer(self) -> None:
+        """Reset layers that are all but gone, in a run without a target."""
+        if self.budget is not None or self.steps % self.interval:
+            return
+        for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
+            if live <= RESET_AT * layer.size:
+                bucket, place = self._where(layer)
+                assert bucket.rows is not None
+                bucket.own["threshold"].detach().split(bucket.rows)[place].zero_()

@@ -1,0 +1,71 @@
+"""Feather (Georgiou et al., BMVC 2023): a threshold between soft and hard, and a scaled straight-through gradient.
+
+    forward     W^ = sign(W) * (|W|^p - T^p)^(1/p) for |W| > T, else 0,   p = 3
+    backward    dL/dW = dL/dW^ for |W| > T, theta * dL/dW^ for the others
+
+theta is 1 up to a sparsity of 95 % and 0.5 above. One T for all layers; the sparsity rises on a cubic curve over the
+first half of the run. arXiv 2310.02448.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.sparse import _checks
+from rarefy.sparse.base import Info
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.latent import Thresholding
+
+
+@dataclass(eq=False, repr=False)
+class Feather(Thresholding):
+    """The power threshold on the budget.
+
+    Args:
+        start, end: shares of the run between which the sparsity rises; None takes 0 and 0.5.
+        power: p, at least 1; 1 is the soft threshold, and the larger the harder; 3.
+        theta: in [0, 1]; None takes the paper's for the target.
+
+    Raises:
+        ValueError: as :class:`Budgeted`; blocks; an option out of its range.
+    """
+
+    _: KW_ONLY
+    power: float = 3.0
+    theta: float | None = None
+
+    info = Info(
+        title="Feather",
+        paper="Georgiou et al., BMVC 2023, arXiv 2310.02448",
+        start="dense",
+        targeted="always",
+        training_flops="dense",
+    )
+    ramp = (0.0, 0.5)
+
+    def __post_init__(self) -> None:
+        _checks.number("power", self.power, least=1.0)
+        if self.theta is not None:
+            _checks.fraction("theta", self.theta)
+        super().__post_init__()
+        if self.theta is None:
+            self.theta = 0.5 if self.target is not None and self.target > 0.95 else 1.0
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = sign(W) (|W|^p - T^p)^(1/p)."""
+        p, size, threshold = self.power, weight.float().abs(), self.threshold(bucket)
+        shrunk = (size**p - threshold**p).clamp(min=0.0) ** (1.0 / p)
+        return shrunk.copysign(weight) * (size > threshold)
+
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW = dL/dW^ where |W| > T, else theta dL/dW^."""
+        return grad if self.theta == 1.0 else torch.where(self.live(bucket), grad, self.theta * grad)
+
+    def _weight_grad_density(self, density: float) -> float:
+        return 1.0 if self.theta else density
+
+    def _alpha(self) -> float | None:
+        return self.theta

@@ -1,0 +1,86 @@
+"""LTP: learned threshold pruning (Azarian et al. 2020, arXiv 2003.00075).
+
+    forward     W^ = W * sigmoid((W^2 - tau) / T),   one tau a layer, T = T_0 var(W)
+    backward    to W: dL/dW^ * sigmoid(...) alone, the sigmoid's own slope in W left out; to tau: the whole gradient
+    penalty     the soft L0 norm, the sum over all weights of sigmoid((W^2 - tau) / T)
+
+Here tau is measured in units of the layer's variance at the start, v = tau / var(W), and the penalty is a share of the
+network's weights, so that one coefficient serves any network. After the last step the mask is hard, W^2 > tau.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.sparse import _checks
+from rarefy.sparse.base import Info
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.learned import LearnedThreshold
+
+
+@dataclass(eq=False, repr=False)
+class LTP(LearnedThreshold):
+    """Learned threshold pruning.
+
+    Args:
+        penalty: coefficient of the soft L0 norm, not negative; None takes 1e-3.
+        mask_lr: learning rate of the thresholds as a multiple of the weights', above 0; None takes 1.
+        temperature: T_0, above 0; 1e-3 as in the paper.
+
+    Raises:
+        ValueError: as :class:`Learned`; a temperature that is not above 0.
+    """
+
+    _: KW_ONLY
+    temperature: float = 1e-3
+
+    info = Info(
+        title="LTP",
+        paper="Azarian et al. 2020, arXiv 2003.00075",
+        start="dense",
+        targeted="optional",
+        training_flops="dense",
+    )
+    default_penalty = 1e-3
+    max_move = 0.05
+    tracks = True
+
+    def __post_init__(self) -> None:
+        _checks.number("temperature", self.temperature, above=True)
+        super().__post_init__()
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = W sigmoid((W^2 - tau) / T), hard in the end."""
+        soft = torch.sigmoid(self._excess(weight.detach(), bucket))
+        return weight * (soft if self.steps < self.total_steps else self.live(bucket))
+
+    def _excess(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """(W^2 / var - v) / T_0."""
+        return (self.size(weight, bucket) - bucket.spread(bucket.own["threshold"])) / self.temperature
+
+    def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^2 / var."""
+        return weight.square() / bucket.spread(bucket.kept["variance"]).to(weight.dtype)
+
+    def penalise(self, bucket: Bucket, coefficient: float) -> None:
+        """Add the slope of the soft L0 norm."""
+        soft = torch.sigmoid(self._excess(bucket.kept["latent"], bucket).detach())
+        slope = bucket.sums(soft * (1.0 - soft)) / self.temperature
+        v = bucket.own["threshold"]
+        assert v.grad is not None
+        v.grad.sub_(slope, alpha=coefficient / sum(layer.size for layer in self._layers))
+
+    def shown(self, threshold: Tensor, bucket: Bucket) -> Tensor:
+        """sqrt(tau)."""
+        return (threshold * bucket.kept["variance"]).sqrt()
+
+    def _prepare(self, bucket: Bucket) -> None:
+        self._add_thresholds(bucket, [1] * len(bucket.layers))
+        sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
+        weight = bucket.kept["latent"].float()
+        mean = bucket.sums(weight) / sizes
+        squares = bucket.sums((weight - bucket.spread(mean)).square())
+        bucket.kept["variance"] = (squares / (sizes - 1.0).clamp(min=1.0)).clamp(min=1e-12)

@@ -1,0 +1,99 @@
+"""N:M sparsity by SR-STE: of every M consecutive inputs of an output N live (Zhou et al., ICLR 2021, arXiv 2102.04010).
+
+    forward     W^ = W * M,   M = 1 for the N largest |W| of each M
+    backward    dL/dW = dL/dW^ + lambda * (1 - M) * W         (sparse-refined straight-through estimator, equation 9)
+
+The refinement pulls what is not used towards 0, so that masks settle. Sparse tensor cores take 2:4. The inputs of a
+convolution are its input channels, at each position of the kernel, as these units want them. The masks are those of the
+current weights in every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.sparse import _checks
+from rarefy.sparse.base import Info
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.latent import Latent
+from rarefy.sparse.masks import check_divisible
+
+
+def best_of_each(scores: Tensor, n: int, m: int) -> Tensor:
+    """Mask of the n best of every m consecutive scores, (N,), ties to the lower index."""
+    groups = scores.view(-1, m)
+    better = groups.unsqueeze(1) > groups.unsqueeze(2)  # (groups, i, j): j is larger than i
+    earlier = torch.ones(m, m, dtype=torch.bool, device=scores.device).tril(-1)
+    equal = (groups.unsqueeze(1) == groups.unsqueeze(2)) & earlier
+    return ((better | equal).sum(2) < n).flatten()
+
+
+@dataclass(eq=False, repr=False)
+class NM(Latent):
+    """N:M sparse training. There is no target: the sparsity is 1 - n/m in every layer throughout.
+
+    Args:
+        n, m: how many of how many live, 0 < n < m; 2 of 4. M must divide the inputs of every layer.
+        refinement: lambda, not negative; 2e-4 as in the paper.
+
+    Raises:
+        ValueError: as :class:`Sparsifier`; n and m out of order; a layer whose inputs m does not divide, by name.
+    """
+
+    _: KW_ONLY
+    n: int = 2
+    m: int = 4
+    refinement: float = 2e-4
+
+    info = Info(
+        title="N:M by SR-STE",
+        paper="Zhou et al., ICLR 2021, arXiv 2102.04010",
+        start="sparse",
+        targeted="never",
+        training_flops="dense",
+    )
+    inputs_last = True
+
+    def __post_init__(self) -> None:
+        whole = all(hasattr(x, "__index__") and not isinstance(x, bool) for x in (self.n, self.m))
+        if not whole or not 0 < self.n < self.m:
+            raise ValueError(
+                f"n and m must be whole numbers with 0 < n < m, such as 2 and 4, got {self.n!r} and {self.m!r}"
+            )
+        _checks.number("refinement", self.refinement)
+        super().__post_init__()
+        check_divisible({layer.name: layer.shape for layer in self._layers}, self.m, f"groups of {self.m}")
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = W M."""
+        return weight * self._mask(weight)
+
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW = dL/dW^ + lambda (1 - M) W."""
+        return grad.add_(weight.masked_fill(self._mask(weight), 0.0), alpha=self.refinement)
+
+    def live(self, bucket: Bucket) -> Tensor:
+        """M."""
+        return self._mask(bucket.kept["latent"])
+
+    def _mask(self, weight: Tensor) -> Tensor:
+        return best_of_each(weight.abs(), self.n, self.m)
+
+    def _update(self) -> None:
+        """Nothing: the masks follow from the weights."""
+
+    def _settle(self) -> list[Tensor]:
+        return list(self.live_masks().values())
+
+    def _weight_grad_density(self, density: float) -> float:
+        return 1.0
+
+    def _alpha(self) -> float | None:
+        return 1.0
+
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "n": self.n, "m": self.m}
