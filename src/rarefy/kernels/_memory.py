@@ -1,4 +1,4 @@
-"""The one way from a tensor to memory that a native kernel may touch."""
+"""The one way from a tensor to memory that a kernel may touch."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ from torch import Tensor, strided
 from torch._C import _functorch
 
 
-def address(tensor: Tensor) -> int:
-    """Where the elements of a tensor begin in memory, for a native kernel that knows its strides and its dtype.
+def address(tensor: Tensor, device: str = "cpu") -> int:
+    """Where the elements of a tensor begin in memory, for a kernel that knows its strides and its dtype.
+
+    ``device`` is the type of device that the kernel runs on: "cpu" for native ones.
 
     Raises TypeError for what is no tensor, and ValueError for one whose numbers do not lie there as they are: on
     another device, sparse, quantised, nested, distributed, conjugated or negated when read, seen by ``torch.func``,
     freed.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"a native kernel takes a tensor, got {type(tensor).__name__}")
-    why = _not_plain(tensor)
+        raise TypeError(f"a kernel takes a tensor, got {type(tensor).__name__}")
+    why = _not_plain(tensor, device)
     where = 0 if why else tensor.data_ptr()
     if where == 0 and (why or tensor.numel() > 0):
-        raise ValueError(f"a native kernel takes a plain tensor on the CPU, got {why or _FREED}")
+        raise ValueError(f"a kernel takes a plain tensor on {device}, got {why or _FREED}")
     return where
 
 
 _FREED = "one whose memory was freed: gather its shards first"
 
 
-def _not_plain(tensor: Tensor) -> str | None:
+def _not_plain(tensor: Tensor, device: str) -> str | None:
     """What the tensor is and what to do about it, where its numbers are not simply in memory; otherwise None."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}: give its local tensor (to_local(), full_tensor())"
@@ -33,8 +35,8 @@ def _not_plain(tensor: Tensor) -> str | None:
         return "one inside a transform of torch.func (vmap, grad): call it outside, on the whole batch"
     if tensor.layout is not strided:
         return f"one of layout {tensor.layout}: call it with to_dense()"
-    if not tensor.is_cpu:
-        return f"one on {tensor.device}: call it with cpu()"
+    if tensor.device.type != device:
+        return f"one on {tensor.device}: call it with {device}()"
     if tensor.is_nested:
         return "a nested one: pad it with torch.nested.to_padded_tensor()"
     if tensor.is_quantized:
