@@ -1,4 +1,4 @@
-"""Errors about names: every one says what was given and which right name is nearest."""
+"""Names: what a layer is called, and errors that say what was given and which right name is nearest."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"unknown {what} {given!r}{hint} (there is {listed or 'none'})"
+
+
+def layer_name(parameter_name: str) -> str:
+    """The name of the layer that a parameter is: ``conv1`` for ``conv1.weight``, ``""`` for a model's own ``weight``.
+
+    Every other parameter keeps its name: ``attn.in_proj_weight``, ``rnn.weight_ih_l0``.
+    """
+    return "" if parameter_name == "weight" else parameter_name.removesuffix(".weight")
