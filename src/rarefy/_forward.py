@@ -22,14 +22,16 @@ _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block the model is in eval mode and without gradients; modes and random generators are restored."""
-    # Attention's fused path of inference would hide its products.
     fused = torch.backends.mha.get_fastpath_enabled()
     modes = [(module, module.training) for module in model.modules()]
     accelerators = [] if device.type == "cpu" else [device]
     try:
         model.eval()
+        # Attention fused for inference would hide its products, and so would what a model compiles in its forward.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        eager = torch.compiler.set_stance("force_eager")
+        state = torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda")
+        with eager, torch.no_grad(), state:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -169,9 +169,8 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sizes[name] = parameter.numel()
             start = int(parameter.storage_offset()) if parameter.layout is torch.strided else 0
             part = (start, start + parameter.numel(), name)
-            parts = self._parts.setdefault(_key(parameter), [])
-            if part not in parts:
-                parts.append(part)
+            others = [other for other in self._parts.get(_key(parameter), []) if other[1] < math.inf and other != part]
+            self._parts[_key(parameter)] = [*others, part]
 
     def _mark(self, tensor: Tensor, origin: str | None) -> None:
         self._parts[_key(tensor)] = [(0, math.inf, origin)]
@@ -233,8 +232,8 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, product: _Product) -> bool:
         """Add a product to its parameter's, and say whether it has one."""
         for weight, rows in product.operands:
-            if _key(weight) not in self._parts:
-                # FSDP gathers a parameter when its module runs.
+            if self._part(weight)[2] == _CONSTANT:
+                # FSDP puts a gathered parameter into the place of a shard when its module runs.
                 self._find_parameters()
             _, end, name = self._part(weight)
             if name:
