@@ -1,4 +1,4 @@
-"""Errors about names: every one says what was given and which right name is nearest."""
+"""Names: what a layer is called, and errors that say what was given and which right name is nearest."""
 
 from __future__ import annotations
 
@@ -16,5 +16,8 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
 
 
 def layer_name(parameter_name: str) -> str:
-    """What a layer is called: its parameter's name without a trailing "weight", as "conv1" for "conv1.weight"."""
+    """The name of the layer that a parameter is: ``conv1`` for ``conv1.weight``, ``""`` for a model's own ``weight``.
+
+    Every other parameter keeps its name: ``attn.in_proj_weight``, ``rnn.weight_ih_l0``.
+    """
     return "" if parameter_name == "weight" else parameter_name.removesuffix(".weight")

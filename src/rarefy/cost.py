@@ -2,43 +2,57 @@
 
 Two conventions are in use, and their figures differ by a factor of two:
 
-- ``"macs"`` (STR, OptG, ST-3): one multiply-accumulate is one FLOP; convolutions, linear layers and adaptive average
-  pools count; biases, normalisations and activation functions do not. ResNet-50 at 224x224: 4,089,284,608.
+- ``"macs"`` (STR, OptG, ST-3): one multiply-accumulate is one FLOP; layers and adaptive average pools count; biases,
+  normalisations and activation functions do not. ResNet-50 at 224x224: 4,089,284,608.
 - ``"rigl"`` (RigL, MicroNet challenge): multiplications and additions count one each, plus one for the activation
   function of every output; pools do not count. A layer with v weights behind each of its N outputs costs 2 v N + N.
 
-In both a zero weight costs nothing, and nothing else counts: no attention product, no recurrent cell, no element-wise
-operation. All FLOPs are per sample.
+A layer is a parameter that takes part in a product, wherever it stands: convolutions and linear layers, attention's
+projections, recurrent networks at each of their steps, an embedding that is the classifier as well, a parameter that is
+multiplied by a plain function. In both conventions a zero weight costs nothing, and nothing else counts: no product of
+two activations (attention's scores and averages), no element-wise operation. `Cost.uncounted` says how many
+multiplications that leaves out. All FLOPs are per sample.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from rarefy._forward import arguments, run, undisturbed
+from rarefy._names import layer_name
+from rarefy._products import Tally
 
 __all__ = ["Convention", "Cost", "LayerCost", "TrainingSteps", "count", "training_flops", "training_ratio"]
 
 Convention = Literal["macs", "rigl"]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_LINEAR = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.Bilinear),
+)
+#: Modules whose weights are layers even where they do not run.
+_LAYERS = (*_LINEAR, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+
+#: The share of uncounted multiplications that is told.
+_NOTABLE = 0.05
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: its weights and its FLOPs per sample, all its calls together.
+    """One layer: its weights and its FLOPs per sample, all its uses together.
 
+    `name` is its parameter's, without ``.weight`` at the end; `kind` is the type of the module that holds it.
     `nonzeros` is a whole number when counted, and may have a fraction when it comes from a density. `dense` is the
-    FLOPs with no weight skipped, `fixed` the part of them that stays when weights become zero.
+    FLOPs with no weight skipped, `fixed` the part of them that stays when weights become zero. Where the weights of one
+    parameter are used unequally often, as packed projections are by queries and keys of other lengths, its FLOPs are
+    taken to spread evenly.
     """
 
     name: str
@@ -65,14 +79,17 @@ class Cost:
     """The cost of a network under one convention: per layer in `layers`, summed in the properties.
 
     `pooling` is the FLOPs per sample of the pools, part of `dense` and of `inference`; `other_parameters` counts the
-    parameters that are not weights of these layers (biases, normalisations, embeddings). A weight that two layers share
-    counts in each of them.
+    parameters that are not weights of these layers (biases, normalisations, embeddings). A weight that is used twice
+    costs twice, and is one layer. `uncounted` is what the forward multiplied besides, of which nothing is in the other
+    figures: multiplications per sample by the name of PyTorch's operator (the products of attention, say), None for an
+    operator that takes weights and does not tell what it multiplies.
     """
 
     convention: Convention
     layers: tuple[LayerCost, ...]
     pooling: int
     other_parameters: int
+    uncounted: Mapping[str, int | None] = field(default_factory=dict, hash=False)
 
     @property
     def parameters(self) -> int:
@@ -138,6 +155,7 @@ class Cost:
             "inference": self.inference,
             "ratio": self.ratio,
             "pooling": self.pooling,
+            "uncounted": dict(self.uncounted),
             "layers": [
                 {
                     "name": layer.name,
@@ -153,7 +171,7 @@ class Cost:
         }
 
     def table(self) -> str:
-        """The layers and their totals as an aligned text table."""
+        """The layers and their totals as an aligned text table, and what is not counted below it."""
         header = ("layer", "kind", "shape", "weights", "density", "dense FLOPs", "FLOPs", "of dense")
         rows = [
             (
@@ -190,97 +208,25 @@ class Cost:
             ]
             for row in (header, rule, *rows, rule, total)
         ]
-        return "\n".join("  ".join(row).rstrip() for row in aligned)
+        lines = ["  ".join(row).rstrip() for row in aligned]
+        for operator, products in self.uncounted.items():
+            known = "unknown" if products is None else f"{products:,}"
+            lines.append(f"not counted: {operator}, multiplications: {known}")
+        return "\n".join(lines)
 
 
-def _positions(module: nn.Module, source: Tensor, output: Tensor) -> int:
-    """How often a call of this module used each of its weights; for a pool, how many elements it read."""
-    # Padding counts as if it were data, as everybody counts it.
-    if isinstance(module, _TRANSPOSED):
-        return source.numel() // module.in_channels
-    if isinstance(module, _CONVOLUTIONS):
-        return output.numel() // module.out_channels
-    if isinstance(module, nn.Linear):
-        return output.numel() // module.out_features
-    return source.numel()
-
-
-@dataclass
-class _Tally:
-    """A forward hook that adds up a module's calls over the whole example batch."""
-
-    positions: int = 0
-    outputs: int = 0
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        self.positions += _positions(module, args[0] if args else kwargs["input"], output)
-        self.outputs += output.numel()
-
-    def per_sample(self, name: str, batch: int) -> tuple[int, int]:
-        if self.positions % batch or self.outputs % batch:
-            raise ValueError(
-                f"{name!r} ran at {self.positions} positions for {batch} samples, so its work is not per sample; "
-                "give an example_input of one sample"
-            )
-        return self.positions // batch, self.outputs // batch
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block the model is in eval mode and without gradients; modes and random generators are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    accelerators = [] if device.type == "cpu" else [device]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: positional and keyword arguments, of a tensor, a tuple of arguments, or a dict.
-
-    Raises TypeError for anything else, ValueError where no argument is a tensor with a sample in its first dimension.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_input, Tensor):
-        args = (example_input,)
-    elif isinstance(example_input, (tuple, list)):
-        args = tuple(example_input)
-    elif isinstance(example_input, Mapping) and all(isinstance(name, str) for name in example_input):
-        kwargs = dict(example_input)
-    else:
-        raise TypeError(
-            "example_input must be a tensor, a tuple of the model's arguments or a dict of its keyword arguments, "
-            f"got {type(example_input).__name__}"
+def _warn_of_uncounted(model: nn.Module, counted: int, uncounted: Mapping[str, int | None]) -> None:
+    others = sum(products or 0 for products in uncounted.values())
+    share = others / (counted + others)
+    unknown = [operator for operator, products in uncounted.items() if products is None]
+    told = [f"{share:.0%} of its multiplications ({', '.join(uncounted)})"] if share > _NOTABLE else []
+    told += [f"what {operator} multiplies" for operator in unknown]
+    if told:
+        warnings.warn(
+            f"the cost of {type(model).__name__} leaves out {' and '.join(told)}: only products with a parameter "
+            "count, none of two activations; Cost.uncounted has them",
+            stacklevel=3,
         )
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not tensors:
-        raise ValueError(
-            f"example_input must hold a tensor of at least one sample, got {example_input!r:.80}: torch.zeros(shape)"
-        )
-    if tensors[0].dim() == 0 or len(tensors[0]) == 0:
-        raise ValueError("example_input must hold at least one sample in its first dimension")
-    return args, kwargs
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Tally]:
-    """What one forward adds up for every layer and pool, by name."""
-    tallies, handles = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, (*_LAYERS, *_POOLS)):
-            tallies[name] = _Tally()
-            handles.append(module.register_forward_hook(tallies[name], with_kwargs=True))
-    try:
-        # The forward runs on copies of the buffers: some modules write to theirs even in eval mode.
-        functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, args, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tallies
 
 
 def count(
@@ -290,51 +236,62 @@ def count(
 ) -> Cost:
     """The cost of `model` per sample, measured by one forward of `example_input` in eval mode.
 
-    The layers counted are Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear with their subclasses, once for each call of
-    the module; one that never runs costs nothing, but its weights count. `example_input` is the argument, the tuple
-    of arguments, or the dict of keyword arguments of the model; the first dimension of the first tensor is the batch.
-    Tensors are moved to the model's device. The
-    model is left as it was: modes, buffers, gradients, random generators.
+    Every parameter that takes part in a product is a layer, and costs what it multiplies in all its uses, at every step
+    of a recurrent network. Weights computed from parameters (weight normalisation, a mask) have the name of the largest
+    of them and the zeros that they have when used. A layer module that never runs costs nothing, but its weights count.
 
-    Raises ValueError for an unknown convention, a model none of whose layers is counted or runs, and work that is not a
-    multiple of the batch.
+    `example_input` is the argument, the tuple of arguments, or the dict of keyword arguments of the model; the first
+    dimension of the first tensor is the batch, or the second, where a recurrent network or attention that is not
+    ``batch_first`` takes it so; packed sequences cost the mean of their samples. Tensors are moved to the model's
+    device. The model is left as it was: modes, buffers, gradients, random generators.
+
+    Warns where more than 5 % of the multiplications are not counted, or some whose number nobody knows.
+
+    Raises ValueError for an unknown convention, a model with lazy layers or without any that runs, and work that is not
+    a multiple of the batch.
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
     args, kwargs = arguments(example_input)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer to count; counted are convolutions and linear layers")
+    kind = type(model).__name__
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]!r} is of a lazy layer that has no shape yet; call the model once before")
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is None:
+        raise ValueError(f"{kind} has no layer to count: it has no parameters")
 
-    device = next(model.parameters()).device
-    with _undisturbed(model, device):
-        moved = [value.to(device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
-        tallies = _run(model, tuple(moved[: len(args)]), dict(zip(kwargs, moved[len(args) :], strict=True)))
-        # In here because a re-parametrised weight is computed on access, and may be another one in training mode.
-        weights = [(name, module, module.weight) for name, module in layers]
-        # A layer that is still being sparsified computes with another weight than it stores.
-        used = [getattr(module, "sparse_weight", lambda weight=weight: weight)() for _, module, weight in weights]
-        nonzeros = [int(torch.count_nonzero(weight)) for weight in used]
-    if not any(tallies[name].positions for name, _ in layers):
-        raise ValueError(
-            f"no convolution or linear layer of {type(model).__name__} ran on example_input; "
-            "give the model itself, not one already compiled"
-        )
+    with undisturbed(model, device):
+        forward = run(model, args, kwargs, device)
+        tallies = forward.products.tallies
+        used = []
+        for name, parameter in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            idle = isinstance(owner, _LAYERS) and "weight" in name.rpartition(".")[2] and parameter.dim() > 1
+            if name in tallies or (idle and name not in forward.products.absorbed):
+                tally = tallies.get(name, Tally())
+                alive = int(torch.count_nonzero(parameter)) if tally.nonzeros is None else tally.nonzeros
+                used.append((name, owner, parameter, tally, alive))
+    if not tallies:
+        raise ValueError(f"no parameter of {kind} took part in a product on example_input")
 
-    batch = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
     costs = []
-    for (name, module, weight), alive in zip(weights, nonzeros, strict=True):
-        kind = next(kind.__name__ for kind in _LAYERS if isinstance(module, kind))
-        positions, outputs = tallies.pop(name).per_sample(name, batch)
-        # macs: positions v;  rigl: positions v multiplications, as many additions with the bias's, and the activations.
+    for name, owner, parameter, tally, alive in used:
+        layer = layer_name(name)
+        products, outputs = forward.per_sample(layer, tally.rows, tally.products, tally.outputs)
+        # macs: the products;  rigl: as many additions with the bias's, and the activations.
         fixed = outputs if convention == "rigl" else 0
-        dense = positions * weight.numel() * (2 if convention == "rigl" else 1) + fixed
-        costs.append(LayerCost(name, kind, tuple(weight.shape), weight.numel(), alive, dense, fixed))
-    # What is left in the tallies are the pools.
-    pooling = sum(tally.per_sample(name, batch)[0] for name, tally in tallies.items()) if convention == "macs" else 0
-    counted = {id(weight) for _, _, weight in weights}
-    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in counted)
-    return Cost(convention, tuple(costs), pooling, others)
+        dense = products * (2 if convention == "rigl" else 1) + fixed
+        kind = next((base.__name__ for base in _LINEAR if isinstance(owner, base)), type(owner).__name__)
+        costs.append(LayerCost(layer, kind, tuple(parameter.shape), parameter.numel(), alive, dense, fixed))
+    pooled = [forward.per_sample(name, read, read)[0] for name, read in forward.pooled.items()]
+    uncounted = {
+        operator: None if products is None else round(products / forward.batch)
+        for operator, products in forward.products.uncounted.items()
+    }
+    _warn_of_uncounted(model, sum(tally.products for tally in tallies.values()) // forward.batch, uncounted)
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(layer.parameters for layer in costs)
+    return Cost(convention, tuple(costs), sum(pooled) if convention == "macs" else 0, others, uncounted)
 
 
 @dataclass(frozen=True)

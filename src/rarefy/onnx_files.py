@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rarefy._files import write_atomically
-from rarefy.cost import arguments
+from rarefy._forward import arguments
 
 #: Largest difference from PyTorch that is still rounding, as a share of the largest output.
 TOLERANCE = 1e-4
