@@ -17,7 +17,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -188,6 +188,11 @@ class Sparsifier(ABC):
     def _settle(self) -> list[Tensor]:
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
+        self._ready()
+        return {layer.name: layer.local for layer in self._layers}
+
     def _values(self, bucket: Bucket) -> list[Tensor]:
         """The weights that are used where they are live, one a layer."""
         return bucket.weights()
@@ -245,7 +250,9 @@ class Sparsifier(ABC):
             RuntimeError: after :meth:`finalize`.
         """
         if self._finalized:
-            raise RuntimeError("attach() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+            raise RuntimeError(
+                "attach() after finalize(): the model is a plain one now; make a new sparsifier to go on"
+            )
         inner = [attachment.unwrapped(optimizer) for optimizer in optimizers]
         if not inner:
             raise TypeError("attach() takes the optimizers that train the model, got none: attach(optimizer)")
@@ -282,7 +289,7 @@ class Sparsifier(ABC):
             ]
         self._ready()
         live = count_all(list(self.live_masks().values()), self._shards())
-        thresholds = self._thresholds() or [None] * len(live)
+        thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
         return [
             LayerState(layer.name, layer.shape, n, self._weight_grad_density(n / layer.size), threshold, self._alpha())
             for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)

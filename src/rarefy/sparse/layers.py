@@ -139,8 +139,14 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             candidate.keys.append(f"{prefix}.{name}" if prefix else name)
             candidate.usual |= name in usual
             candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if usual == ["weight"] and module._parameters.get("weight") is None and getattr(module, "weight", None) is not None:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")):
+        if (
+            usual == ["weight"]
+            and module._parameters.get("weight") is None
+            and getattr(module, "weight", None) is not None
+        ):
+            if not any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")
+            ):
                 raise ValueError(
                     f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
                     f"on it); remove that first, or pass exclude=[{prefix!r}]"

@@ -54,7 +54,9 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
                 if given is not None:
                     value.copy_(_part(layer, given, value))
                 elif not name.startswith("optimizer."):
-                    raise ValueError(f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method")
+                    raise ValueError(
+                        f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method"
+                    )
 
 
 def _is_part(layer: Layer, value: Tensor) -> bool:

@@ -68,6 +68,11 @@ class Latent(Sparsifier):
         masks = self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
         return dict(zip([layer.name for layer in self._layers], masks, strict=True))
 
+    def dense_weights(self) -> dict[str, Tensor]:
+        """See :meth:`Sparsifier.dense_weights`."""
+        self._ready()
+        return {layer.name: self.dense(weight) for layer, weight in zip(self._layers, self.latents(), strict=True)}
+
     def latents(self) -> list[Tensor]:
         """The dense weights, one tensor a layer: this process's part of it."""
         self._take_all()

@@ -184,7 +184,9 @@ class SoftThreshold(Targeted, Latent):
     def live(self, bucket: Bucket) -> Tensor:
         """See :class:`Latent`."""
         live = bucket.flat(dtype=torch.bool)
-        for out, w, t in zip(bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True):
+        for out, w, t in zip(
+            bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True
+        ):
             out.copy_(self._magnitude(w) > t)
         return live
 
@@ -362,9 +364,12 @@ class SoftThreshold(Targeted, Latent):
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self.budget.goal:
-            shift = trim(log_error(self._density, self.budget.goal))
-            torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], shift)
+            self._shift(trim(log_error(self._density, self.budget.goal)))
         return log_error(self._density, self.budget.aim(self.progress))
+
+    def _shift(self, by: float) -> None:
+        """Move all s together."""
+        torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], by)
 
     def _scores(self) -> list[Tensor]:
         """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""
