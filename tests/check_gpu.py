@@ -17,7 +17,6 @@ from rarefy import act, kernels
 from rarefy.act import aten, spec
 from rarefy.data import fashion_mnist
 from rarefy.kernels import _thresholds_pytorch, thresholds
-from rarefy.kernels import soft_threshold as kernel
 from rarefy.sparse import masks
 from rarefy.train import Classification
 from tests.kernels.threshold_cases import KINDS, Case
@@ -135,22 +134,6 @@ def test_autosparse_moves_to_the_gpu_while_it_trains():
     for state in run.optimizer.state.values():
         state["momentum_buffer"] = state["momentum_buffer"].cuda()
     finish(run.train(ALL - HALF))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 9], ids=["layer", "channel"])
-def test_the_soft_threshold_is_that_of_the_cpu(dtype, rows):
-    generator = torch.Generator().manual_seed(0)
-    weight, grad = (torch.randn(9, 41, 3, generator=generator).to(dtype) for _ in range(2))
-    threshold = torch.rand(rows, 1, 1, generator=generator)
-    alpha, lower = torch.tensor(0.3), threshold / 2
-    here = (kernel.forward(weight, threshold), *kernel.backward(grad, weight, threshold, alpha, lower))
-    there = [tensor.cuda() for tensor in (grad, weight, threshold, alpha, lower)]
-    moved = (kernel.forward(*there[1:3]), *kernel.backward(*there))
-    for index, (a, b) in enumerate(zip(moved, here, strict=True)):
-        exact = index < 2  # the threshold's gradient is a sum, in another order
-        torch.testing.assert_close(a.cpu(), b, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
-    assert int(kernel.count_above(*there[1:3])) == int(kernel.count_above(weight, threshold))
 
 
 @pytest.mark.parametrize("kind", KINDS)
