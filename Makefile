@@ -123,7 +123,7 @@ test-neon: $(NATIVE)/cases.bin
 .PHONY: test-triton
 test-triton: $(STAMP)
 	$(BIN)/pip install -q triton
-	$(BIN)/pytest -q tests/act/check_triton.py
+	$(BIN)/pytest -q tests/act/check_triton.py tests/kernels/check_triton_thresholds.py
 
 # Units in Verilator, on all inputs; it compiles C++, so it needs make, g++ and perl.
 .PHONY: test-verilator

@@ -13,12 +13,13 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from rarefy import act
+from rarefy import act, kernels
 from rarefy.act import aten, spec
 from rarefy.data import fashion_mnist
-from rarefy.kernels import soft_threshold as kernel
+from rarefy.kernels import _thresholds_pytorch, thresholds
 from rarefy.sparse import masks
 from rarefy.train import Classification
+from tests.kernels.threshold_cases import KINDS, Case
 from tests.sparse.methods import CASES, STEPS, TARGETED, Run, accuracy
 from tests.train.runs import recipe, records, stop_at, synthetic
 
@@ -135,20 +136,107 @@ def test_autosparse_moves_to_the_gpu_while_it_trains():
     finish(run.train(ALL - HALF))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 9], ids=["layer", "channel"])
-def test_the_soft_threshold_is_that_of_the_cpu(dtype, rows):
-    generator = torch.Generator().manual_seed(0)
-    weight, grad = (torch.randn(9, 41, 3, generator=generator).to(dtype) for _ in range(2))
-    threshold = torch.rand(rows, 1, 1, generator=generator)
-    alpha, lower = torch.tensor(0.3), threshold / 2
-    here = (kernel.forward(weight, threshold), *kernel.backward(grad, weight, threshold, alpha, lower))
-    there = [tensor.cuda() for tensor in (grad, weight, threshold, alpha, lower)]
-    moved = (kernel.forward(*there[1:3]), *kernel.backward(*there))
-    for index, (a, b) in enumerate(zip(moved, here, strict=True)):
-        exact = index < 2  # the threshold's gradient is a sum, in another order
-        torch.testing.assert_close(a.cpu(), b, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
-    assert int(kernel.count_above(*there[1:3])) == int(kernel.count_above(weight, threshold))
+@pytest.mark.parametrize("kind", KINDS)
+def test_thresholds_have_the_bits_of_the_cpu(kind):
+    case = Case(kind)
+    here = case.run()
+    case.to("cuda")
+    there = case.run()
+    case.same(there, here)
+    again = case.run()
+    for name, tensors in there.items():  # sums too
+        assert all(torch.equal(a, b) for a, b in zip(again[name], tensors, strict=True)), name
+    with kernels.forced("pytorch"):
+        case.same(case.run(), here)
+
+
+def test_thresholds_run_in_triton():
+    from rarefy.kernels import _thresholds_triton
+
+    weight = torch.zeros(3, device="cuda")
+    for dtype in _thresholds_triton.TYPES:
+        assert thresholds._implementation(weight.device, dtype) is _thresholds_triton
+    assert thresholds._implementation(weight.device, torch.float64) is _thresholds_pytorch
+    numbers = (2**62 + 1, 0, 2**53 + 1, 1)
+    assert _thresholds_triton._uploaded(numbers, weight.device, 0).tolist() == list(numbers)
+
+
+def test_nan_passes_thresholds_and_masks_cut_it():
+    given = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, 0.1], device="cuda")
+    layers = thresholds.ThresholdedLayers([given.clone()], [given.clone()], [1])
+    half, one = torch.full((1,), 0.5, device="cuda"), torch.ones(1, device="cuda")
+    layers.after(half, one)
+    assert layers.weights[0][0].isnan()
+    assert layers.weights[0][1:].tolist() == [float("inf"), -float("inf"), -1.5, 0]
+    grad = torch.full_like(given, 3.0)
+    assert layers.before([grad], half, one * 0).tolist() == [3]
+    assert grad.tolist() == [3, 3, 3, 3, 0]
+    thresholds.mask_([given], [torch.tensor([False, False, True, True, False], device="cuda")])
+    assert given.tolist() == [0, 0, -float("inf"), -2, 0]
+
+
+@pytest.fixture
+def step():
+    """The parts of a step over two layers: W, the gradient and what the step does with them."""
+    case = Case(shapes=[(64, 300), (9, 41)], rows=True).to("cuda")
+    layers = thresholds.ThresholdedLayers(case.copies(case.dense), case.copies(case.dense), case.rows)
+
+    def run(grads):
+        sums = layers.before(grads, case.thresholds, case.alpha, case.thresholds / 3)
+        torch._foreach_add_(layers.weights, grads, alpha=-0.1)
+        layers.after(case.thresholds, case.shrink)
+        thresholds.mask_(layers.weights, case.masks)
+        return sums, layers.count(case.thresholds)
+
+    return case, layers, run
+
+
+def test_thresholds_never_wait_for_the_gpu(step):
+    case, _, run = step
+    run(case.copies(case.grads))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        held = [case.copies(case.grads) for _ in range(3)]  # each elsewhere
+        for grads in held:
+            run(grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_thresholds_in_a_graph(step):
+    case, layers, run = step
+    start = [case.copies(tensors) for tensors in (layers.weights, layers.latents)]
+    expected = []
+    for _ in range(3):
+        expected.append([tensor.clone() for tensor in run(case.copies(case.grads))])
+    ends = [case.copies(tensors) for tensors in (layers.weights, layers.latents)]
+    for tensors, values in zip((layers.weights, layers.latents), start, strict=True):
+        torch._foreach_copy_(tensors, values)
+    grads, graph = case.copies(case.grads), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(grads)
+    for values in expected:
+        torch._foreach_copy_(grads, case.grads)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, values, strict=True))
+    for tensors, values in zip((layers.weights, layers.latents), ends, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+
+
+def test_thresholds_of_more_than_2_to_the_31_values():
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 7 * count:
+        pytest.skip("needs 15 GB")
+    weight, latent, grad = (torch.zeros(count, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    layers = thresholds.ThresholdedLayers([weight], [latent], [1])
+    weight[-3:] = 2.0
+    half, one = torch.full((1,), 0.5, device="cuda"), torch.ones(1, device="cuda")
+    layers.after(half, one)
+    assert (weight[-4:].tolist(), latent[-4:].tolist()) == ([0, 1.5, 1.5, 1.5], [0, 2, 2, 2])
+    grad.fill_(1.0)
+    assert layers.before([grad], half, one * 0).tolist() == [-3]
+    assert (grad[-4:].tolist(), grad[:9].tolist()) == ([0, 1, 1, 1], [0] * 9)
+    assert layers.count(half).tolist() == [3]
 
 
 def test_the_choice_of_masks_is_that_of_the_cpu(deterministic):

@@ -107,7 +107,7 @@ class ThresholdedLayers:
         lower = None if lower is None else self._per_row("lower", lower)
         chosen = self._implementation()
         if chosen is _thresholds_pytorch:
-            return chosen.before(self, grads, thresholds, alpha, lower)
+            return _thresholds_pytorch.before(self, grads, thresholds, alpha, lower)
         # Gradients of other strides go through a copy that lies as the weight does.
         placed = [
             grad if grad is None or _order(grad) == _order(weight) else torch.empty_like(weight).copy_(grad)
