@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy import GMP, engine, kernels
+from rarefy import engine, kernels
 from rarefy.engine import compiler, measure, profile
 from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.passes import optimize
 from rarefy.engine.segments import Options, lower
+from rarefy.sparse import GMP
 from tests.engine.layers import paths
 from tests.engine.networks import UNet, thinned
 
