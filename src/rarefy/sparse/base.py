@@ -361,7 +361,8 @@ class Sparsifier(ABC):
                     f"the checkpoint's sparsifier has {key}={state_dict['config'].get(key)!r}, this one {mine!r}; "
                     "make it with the options of the run that is resumed"
                 )
-        self._ready()
+        if not self._buckets:
+            self._ready()
         self._restore(state_dict)
         self._show_all()
 
