@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 #: Packages whose wrappers hand every call on to the optimizer inside, which has the hooks that they lack.
@@ -15,6 +17,12 @@ _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 class Listener(Protocol):
     """What is done around the steps of one optimizer."""
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Those whose gradients it changes."""
+
+    def lift(self) -> None:
+        """Something is about to move the parameters that is no step."""
 
     def enter(self) -> None:
         """The gradients are whole, and the optimizer is about to move the parameters."""
@@ -39,9 +47,14 @@ def unwrapped(optimizer: Any) -> Optimizer:
         if inner is not None and inner is not optimizer:
             return unwrapped(inner)
     if not isinstance(optimizer, Optimizer):
+        hint = ""
+        if isinstance(optimizer, (list, tuple)):
+            hint = "; write attach(*optimizers)"
+        elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            hint = "; give the one that it wraps, its .optimizer"
         raise TypeError(
             "attach() takes the optimizers that train the model, each a torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}"
+            f"{type(optimizer).__name__}{hint}"
         )
     return optimizer
 
@@ -55,7 +68,7 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer, listener: Listener) -> None:
         self.optimizer, self.listener = optimizer, listener
-        self.all = list(_with_nested(optimizer))
+        self.all = _with_nested(optimizer)
         self._running: list[Optimizer] = []
         self._skipped = False
         self._undo: list[Callable[[], Any]] = []
@@ -76,7 +89,7 @@ class Attachment:
         self._undo.clear()
 
     def _wrap(self, optimizer: Optimizer, name: str, around: Callable[..., Any]) -> None:
-        given = getattr(optimizer, name)
+        own, given = vars(optimizer).get(name), getattr(optimizer, name)
 
         def call(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return around(given, optimizer, *args, **kwargs) if self._undo else given(*args, **kwargs)
@@ -85,8 +98,11 @@ class Attachment:
         setattr(optimizer, name, wrapped)
 
         def undo() -> None:
-            if vars(optimizer).get(name) is wrapped:
-                delattr(optimizer, name)
+            if vars(optimizer).get(name) is not wrapped:
+                return  # a scheduler has wrapped it since: from here on it hands calls on
+            delattr(optimizer, name)
+            if own is not None:
+                setattr(optimizer, name, own)
 
         self._undo.append(undo)
 
@@ -98,21 +114,19 @@ class Attachment:
         return result
 
     def _move(self, given: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """A call that moves the weights without being a step: on the dense ones, whose gradients stay as they are."""
-        gradients = _Gradients(optimizer)
+        """A call that moves the weights without being a step: on the dense ones."""
         with torch.no_grad():
-            self.listener.enter()
-        gradients.changed()
-        result = given(*args, **kwargs)
-        with torch.no_grad():
-            self.listener.look()
-        gradients.restore()
-        return result
+            self.listener.lift()
+        try:
+            return given(*args, **kwargs)
+        finally:
+            with torch.no_grad():
+                self.listener.look()
 
     @torch._dynamo.disable
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if any(optimizer is running for running in self._running):  # the step before ended in an error
-            self._running.clear()
+        if any(optimizer is running for running in self._running) and not _stepping_twice(optimizer):
+            self._running.clear()  # the step before ended in an error
         self._running.append(optimizer)
         if len(self._running) > 1:
             return None
@@ -130,7 +144,8 @@ class Attachment:
             with torch.no_grad():
                 self.listener.enter()
             return None
-        gradients = _Gradients(optimizer)
+        # An optimizer may use the gradients that are there before it asks for others (SAM).
+        gradients = _Gradients(self.listener.parameters())
         with torch.no_grad():
             self.listener.enter()
         gradients.changed()
@@ -150,10 +165,11 @@ class Attachment:
 
     @torch._dynamo.disable
     def _after(self, optimizer: Optimizer) -> None:
-        if not self._running or self._running[0] is not optimizer:
+        places = [place for place, running in enumerate(self._running) if running is optimizer]
+        if not places:
             return
-        self._running.clear()
-        if not self._skipped:
+        del self._running[places[-1] :]
+        if not self._running and not self._skipped:
             with torch.no_grad():
                 self.listener.leave()
 
@@ -161,9 +177,10 @@ class Attachment:
 class _Gradients:
     """The gradients that a closure may go on adding to, as they were before they became those of the dense weights."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._saved = [(p, p.grad, p.grad.detach().clone()) for p in parameters]
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._saved: list[tuple[nn.Parameter, Tensor, Tensor]] = [
+            (parameter, grad, grad.detach().clone()) for parameter in parameters if (grad := parameter.grad) is not None
+        ]
         self._versions: list[int] = []
 
     def changed(self) -> None:
@@ -178,11 +195,27 @@ class _Gradients:
         self._saved, self._versions = [], []
 
 
-def _with_nested(optimizer: Optimizer, seen: tuple[Optimizer, ...] = ()) -> Iterator[Optimizer]:
-    yield optimizer
-    for inner in vars(optimizer).values():
-        if isinstance(inner, Optimizer) and not any(inner is other for other in (*seen, optimizer)):
-            yield from _with_nested(inner, (*seen, optimizer))
+def _with_nested(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those in its attributes, in lists and dictionaries too, and in theirs."""
+    found = [optimizer]
+    for outer in found:
+        for value in vars(outer).values():
+            if isinstance(value, Mapping) and value is not outer.state:
+                value = list(value.values())
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(inner, Optimizer) and not any(inner is other for other in found):
+                    found.append(inner)
+    return found
+
+
+def _stepping_twice(optimizer: Optimizer) -> bool:
+    """Whether a step of it is running inside a step of it: a subclass that calls ``super().step()``, both hooked."""
+    code = Optimizer.profile_hook_step(Optimizer.step).__code__  # of what runs the hooks, the same for all classes
+    frame, steps = inspect.currentframe(), 0
+    while frame is not None:
+        steps += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
 
 
 def _skips(optimizer: Optimizer) -> bool:

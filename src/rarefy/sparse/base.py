@@ -12,19 +12,23 @@ and sharding the model need nothing from here.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Self
 
+from rarefy._names import unknown
 from rarefy.sparse import _checks, attachment, state
 from rarefy.sparse.attachment import Attachment
 from rarefy.sparse.buckets import Bucket, make_buckets
@@ -36,7 +40,11 @@ from rarefy.sparse.masks import count_all, write_sparse
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
 
-S = TypeVar("S", bound="Sparsifier")
+#: What users of other libraries write, and what it is called here.
+_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
+
+#: Which sparsifier is attached to a parameter.
+_TAKEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,12 @@ class Sparsifier(ABC):
 
     budget: Budget | None = field(init=False, default=None)
 
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Raise TypeError for an option that is not there, naming the one that is meant."""
+        if unknown_option := option_error(cls, options):
+            raise TypeError(unknown_option)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.total_steps = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")
         if self.total_steps < self.least_steps:
@@ -158,11 +172,25 @@ class Sparsifier(ABC):
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _watch_all_optimizers(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which goes with the copied model and is attached to nothing."""
+        return {**vars(self), "_parts": [], "_known": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See :meth:`__getstate__`."""
+        vars(self).update(state)
+        self._known = weakref.WeakSet()
+        _watch_all_optimizers(self)
+
     # What a method provides
 
     @abstractmethod
     def _begin(self) -> None:
         """Make what the method keeps, in every bucket, from the dense weights that the parameters hold."""
+
+    @abstractmethod
+    def _lift(self, bucket: Bucket) -> None:
+        """The parameters become W, and nothing else."""
 
     @abstractmethod
     def _before(self, bucket: Bucket) -> None:
@@ -237,7 +265,7 @@ class Sparsifier(ABC):
         """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
         return None
 
-    def attach(self: S, *optimizers: Any) -> S:
+    def attach(self, *optimizers: Any) -> Self:
         """Work around the steps of these optimizers, until :meth:`finalize`; replaces those attached before.
 
         From here on the model's parameters are the weights used. Give all optimizers that train the model; wrappers of
@@ -253,11 +281,12 @@ class Sparsifier(ABC):
             raise RuntimeError(
                 "attach() after finalize(): the model is a plain one now; make a new sparsifier to go on"
             )
-        inner = [attachment.unwrapped(optimizer) for optimizer in optimizers]
+        inner = list(dict.fromkeys(attachment.unwrapped(optimizer) for optimizer in optimizers))
         if not inner:
             raise TypeError("attach() takes the optimizers that train the model, got none: attach(optimizer)")
         resolve(self.model, self._chosen)
         owners = [self._owner(layer, inner) for layer in self._layers]
+        self._check_free()
         self._check_memory()
         saved = self.state_dict() if self._shown else None
         self._detach()
@@ -270,6 +299,8 @@ class Sparsifier(ABC):
         for part, optimizer in zip(self._parts, inner, strict=True):
             part.attachment = Attachment(optimizer, part)
             self._known.update(part.attachment.all)
+        for layer in self._layers:
+            _TAKEN[layer.parameter] = weakref.ref(self)
         self._show_all()
         return self
 
@@ -312,8 +343,8 @@ class Sparsifier(ABC):
         if self._finalized:
             for layer, parameter in zip(self._layers, targets, strict=True):
                 write_sparse(local(parameter.detach()), local(parameter.detach()), layer.local != 0)
-            return model or self.model
-        self._ready()
+            return self.model if model is None else model
+        self._ready(by_value=True)
         if own:
             self._check_finite(finalizing=True)
             self._warn_of_cut()
@@ -324,7 +355,7 @@ class Sparsifier(ABC):
             write_sparse(local(parameter.detach()), value, mask)
         if before is not None:
             state.restore(self._buckets, before)
-            return model or self.model
+            return self.model if model is None else model
         self._detach()
         self._buckets, self._finalized = [], True
         return self.model if model is None else model
@@ -333,7 +364,8 @@ class Sparsifier(ABC):
         """What a checkpoint needs beside the model's and the optimizer's state; tensors of shards are DTensors."""
         if self._finalized:
             raise RuntimeError("state_dict() after finalize(): the model is a plain one now, and its own state is all")
-        self._ready()
+        with torch.no_grad():
+            self._ready(by_value=True)
         aside = [layer.name for layer in self._chosen if layer not in self._layers]
         return {
             "config": self._config(),
@@ -392,16 +424,35 @@ class Sparsifier(ABC):
     # Buckets and layers
 
     def _owner(self, layer: Layer, optimizers: Sequence[Optimizer]) -> tuple[Optimizer | None, int | None]:
-        for optimizer in optimizers:
-            for index, group in enumerate(optimizer.param_groups):
-                if any(parameter is layer.parameter for parameter in group["params"]):
-                    return optimizer, index
+        owners = [
+            (optimizer, index)
+            for optimizer in optimizers
+            for index, group in enumerate(optimizer.param_groups)
+            if any(parameter is layer.parameter for parameter in group["params"])
+        ]
+        if len(owners) > 1:
+            kinds = " and ".join(type(optimizer).__name__ for optimizer, _ in owners)
+            raise ValueError(
+                f"the weight of layer {layer.name!r} is in several of the optimizers, {kinds}: attach the one that trains "
+                "it now, the outer one if one wraps the other, and call attach() again when that changes"
+            )
+        if owners:
+            return owners[0]
         if layer.parameter.requires_grad:
             raise ValueError(
                 f"the optimizer does not hold the weight of layer {layer.name!r}: give attach() every optimizer that "
                 f"trains the model, made after it was sharded or cast, or pass exclude=[{layer.name!r}]"
             )
         return None, None
+
+    def _check_free(self) -> None:
+        for layer in self._layers:
+            other = _TAKEN[layer.parameter]() if layer.parameter in _TAKEN else None
+            if other is not None and other is not self:
+                raise ValueError(
+                    f"layer {layer.name!r} is being sparsified already, by {type(other).__name__}: finalize() that one, "
+                    f"make the model and its optimizer anew, or pass exclude=[{layer.name!r}]"
+                )
 
     def _check_memory(self) -> None:
         for layer in self._layers:
@@ -418,16 +469,17 @@ class Sparsifier(ABC):
                 bucket.companion = Companion(bucket.optimizer, bucket.group, bucket.own, self.own_rate)
             bucket.seen = bucket.marks()
 
-    def _ready(self) -> None:
-        """What the method keeps is there, and agrees with the weights."""
+    def _ready(self, by_value: bool = False) -> None:
+        """What the method keeps is there, and agrees with the weights; ``by_value`` sees what leaves no mark too."""
         moved = [bucket for bucket in self._buckets if not bucket.dense and bucket.marks() != bucket.seen]
         if not self._buckets or (moved and not self._shown):
             resolve(self.model, self._chosen)
             self._check_memory()
             self._rebuild([(None, None)] * len(self._layers))
-        else:
-            for bucket in moved:
-                self._notice(bucket)
+        elif self._shown:
+            for bucket in self._buckets if by_value else moved:
+                if not bucket.dense:
+                    self._notice(bucket)
 
     def _show_all(self) -> None:
         with torch.no_grad():
@@ -453,15 +505,29 @@ class Sparsifier(ABC):
 
     # Around the optimizers' steps
 
+    def _lift_all(self, part: _Part) -> None:
+        for bucket in part.buckets:
+            if not bucket.dense:
+                self._check_outside(bucket)
+                self._lift(bucket)
+                bucket.dense = True
+
+    def _check_outside(self, bucket: Bucket) -> None:
+        """Notice weights that somebody else has written; what leaves no mark (``.data``), in the steps that measure."""
+        bucket.check()
+        if bucket.marks() != bucket.seen or (self.steps + 1) % self.interval == 0:
+            self._notice(bucket)
+
     def _enter(self, part: _Part) -> None:
         for bucket in part.buckets:
-            bucket.check()
-            if not bucket.dense and bucket.marks() != bucket.seen:
-                self._notice(bucket)
+            if not bucket.dense:
+                self._check_outside(bucket)
         if not part.judged and any(layer.grad is not None for bucket in part.buckets for layer in bucket.layers):
             part.judged = True
             self._set_aside(part)
         for bucket in part.buckets:
+            for parameter in bucket.own.values():
+                parameter.grad = None
             self._before(bucket)
             bucket.dense = True
 
@@ -542,9 +608,11 @@ class Sparsifier(ABC):
             "used them: they stay dense and take no share of the target; name them in include to keep them",
             stacklevel=2,
         )
-        weights = zip(self._layers, self._initial, strict=True)
-        for layer, weight in weights:
-            layer.local.copy_(weight)
+        # Another optimizer's layers may have trained already: of those only what was masked is as it was at first.
+        dense = self.dense_weights()
+        for layer, first in zip(self._layers, self._initial, strict=True):
+            now = dense[layer.name]
+            layer.local.copy_(torch.where(now == 0.0, first, now))
         self._initial = [w for layer, w in zip(self._layers, self._initial, strict=True) if layer not in unused]
         self._leave_out(unused)
         self._show_all()
@@ -632,6 +700,23 @@ class Sparsifier(ABC):
                 part.attachment.remove()
                 self._known.difference_update(part.attachment.all)
         self._parts = []
+        for layer in self._chosen:
+            if layer.parameter in _TAKEN and _TAKEN[layer.parameter]() is self:
+                del _TAKEN[layer.parameter]
+
+
+def option_error(cls: type, options: Iterable[str]) -> str | None:
+    """What to say of the first of these options that making a ``cls`` does not take."""
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    known = [name for name in parameters if name != "self"]
+    for option in options:
+        if option not in known:
+            meant = _OTHER_WORDS.get(option)
+            hint = f" (did you mean {meant!r}?)" if meant in known else ""
+            return unknown(f"option of {cls.__name__}:", option, sorted(known)) + hint
+    return None
 
 
 class _Part:
@@ -642,6 +727,12 @@ class _Part:
         self.attachment: Attachment | None = None
         self.stepped = False  # since the sparsifier's last step
         self.judged = sparsifier.steps > 0  # which layers take part is known
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [layer.parameter for bucket in self.buckets for layer in bucket.layers]
+
+    def lift(self) -> None:
+        self.sparsifier._lift_all(self)
 
     def enter(self) -> None:
         self.sparsifier._enter(self)

@@ -58,6 +58,10 @@ class Bucket:
         self._stretches: dict[int, Tensor] = {}
         self._indices: dict[int, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which no optimizer trains, and whose weights lie elsewhere."""
+        return {**vars(self), "optimizer": None, "group": None}
+
     @property
     def size(self) -> int:
         """N."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -43,23 +45,25 @@ class Companion:
                 f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; take "
                 "SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
             )
-        kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), torch.optim.Adam)
+        self._kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), torch.optim.Adam)
         self._source, self._group, self.rate, self.parameters = optimizer, group, rate, parameters
-        self._optimizer = kind(list(parameters.values()), lr=1.0, weight_decay=0.0)  # type: ignore[call-arg]
-        self._shared = [
-            key for key in self._optimizer.defaults if key in optimizer.param_groups[group] and key not in _OWN
-        ]
-        self._read()
-        # All state exists from the start, so that a checkpoint of any step has the same entries.
-        for parameter in parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-        before = [parameter.detach().clone() for parameter in parameters.values()]
-        self._optimizer.step()
-        for parameter, value in zip(parameters.values(), before, strict=True):
-            parameter.detach().copy_(value)
-            parameter.grad = None
-        for value in self.tensors().values():
-            value.zero_()
+        self.renew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which holds what this remembers until another takes it over."""
+        return {**vars(self), "_source": None}
+
+    def renew(self, started: bool = False) -> None:
+        """Forget what it remembers; ``started``: have it all there, as after a step, for :meth:`tensors` to be filled."""
+        parameters = list(self.parameters.values())
+        self._optimizer = self._kind(parameters, lr=1.0, weight_decay=0.0)  # type: ignore[call-arg]
+        if started:
+            before = [parameter.detach().clone() for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.step()
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.detach().copy_(value)
 
     def step(self) -> None:
         """Step the parameters that have a gradient, and forget the gradients."""
@@ -70,7 +74,8 @@ class Companion:
 
     def _read(self) -> None:
         own, theirs = self._optimizer.param_groups[0], self._source.param_groups[self._group]
-        own.update({key: theirs[key] for key in self._shared})
+        if isinstance(self._source, self._kind):  # what another kind calls by these names may be something else
+            own.update({key: theirs[key] for key in self._optimizer.defaults if key in theirs and key not in _OWN})
         own["lr"] = theirs["lr"] * self.rate
 
     def tensors(self) -> dict[str, Tensor]:

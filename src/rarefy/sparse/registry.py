@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from rarefy._names import unknown
-from rarefy.sparse.base import Info, Sparsifier
+from rarefy.sparse.base import Info, Sparsifier, option_error
 from rarefy.sparse.methods.acdc import ACDC
 from rarefy.sparse.methods.autosparse import AutoSparse
 from rarefy.sparse.methods.cs import ContinuousSparsification
@@ -53,9 +53,6 @@ METHODS: dict[str, type[Sparsifier]] = {
     "topk": TopK,
     "topkast": TopKAST,
 }
-
-#: What users of other libraries write, and what it is called here.
-_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
 
 
 def names() -> list[str]:
@@ -108,10 +105,7 @@ def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:
 
     Raises ValueError for a name or an option that is not there, naming the nearest one that is.
     """
-    known = options(name)
-    for option in arguments:
-        if option not in known:
-            meant = _OTHER_WORDS.get(option)
-            hint = f" (did you mean {meant!r}?)" if meant in known else ""
-            raise ValueError(unknown(f"option of method {name!r}:", option, sorted(known)) + hint)
+    options(name)
+    if unknown_option := option_error(METHODS[name], arguments):
+        raise ValueError(unknown_option)
     return METHODS[name](model, **arguments)

@@ -17,9 +17,13 @@ def _tensors(bucket: Bucket) -> dict[str, Sequence[Tensor]]:
     """Everything that must survive, by name: one tensor a layer, in place."""
     found = {name: _split(bucket, value) for name, value in bucket.kept.items()}
     found.update({f"own.{name}": _split(bucket, value.detach()) for name, value in bucket.own.items()})
-    if bucket.companion is not None:
-        found.update({f"optimizer.{key}": _split(bucket, value) for key, value in bucket.companion.tensors().items()})
-    return found
+    return {**found, **_steps(bucket)}
+
+
+def _steps(bucket: Bucket) -> dict[str, Sequence[Tensor]]:
+    """What the optimizer of the method's own parameters remembers: nothing before its first step."""
+    tensors = {} if bucket.companion is None else bucket.companion.tensors()
+    return {f"optimizer.{key}": _split(bucket, value) for key, value in tensors.items()}
 
 
 def _split(bucket: Bucket, value: Any) -> Sequence[Tensor]:
@@ -48,12 +52,17 @@ def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
 def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write back what :func:`export` gave, on these processes' parts of the layers."""
     for bucket in buckets:
+        if bucket.companion is not None:
+            bucket.companion.renew(started=True)
+            known = [set(saved.get(layer.name, {})) for layer in bucket.layers]
+            if not all(set(_steps(bucket)) <= names for names in known):  # it had none yet, or was of another kind
+                bucket.companion.renew()
         for name, values in _tensors(bucket).items():
             for layer, value in zip(bucket.layers, values, strict=True):
                 given = saved.get(layer.name, {}).get(name)
                 if given is not None:
                     value.copy_(_part(layer, given, value))
-                elif not name.startswith("optimizer."):
+                else:
                     raise ValueError(
                         f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method"
                     )

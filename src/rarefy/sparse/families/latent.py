@@ -86,6 +86,9 @@ class Latent(Sparsifier):
     def _prepare(self, bucket: Bucket) -> None:
         """Make what else the method keeps in a bucket."""
 
+    def _lift(self, bucket: Bucket) -> None:
+        bucket.scatter(bucket.kept["latent"], bucket.weights())
+
     def _before(self, bucket: Bucket) -> None:
         grads = [layer.grad for layer in bucket.layers]
         weight = bucket.kept["latent"]
@@ -106,14 +109,17 @@ class Latent(Sparsifier):
         bucket.scatter(self.value(bucket.kept["latent"], bucket), bucket.weights())
 
     def _changed(self, bucket: Bucket) -> bool:
-        # Where the parameters are not what was put there, they are the dense weights from here on.
-        ours = self.value(bucket.kept["latent"], bucket).to(bucket.dtype)
-        theirs = bucket.gather(bucket.weights())
+        # Where the parameters are not what was put there, they are the dense weights from here on. What a method takes
+        # from a live weight, as a soft threshold does, is given back, so that it is taken once.
+        latent = bucket.kept["latent"]
+        ours, theirs = self.value(latent, bucket).to(bucket.dtype), bucket.gather(bucket.weights())
         other = (theirs != ours) & ~(theirs.isnan() & ours.isnan())
         if not bool(other.any()):
             return False
-        bucket.kept["latent"].copy_(torch.where(other, self.latent(theirs), bucket.kept["latent"]))
-        return True
+        taken = torch.where((ours != 0.0) & (theirs != 0.0), (self.dense(latent) - ours).abs(), 0.0)
+        latent.copy_(torch.where(other, self.latent(theirs + taken.copysign(theirs)), latent))
+        # Rounding, as of a step aside and back (SAM), is no change.
+        return bool((theirs - ours).abs().amax() > 1e-5 * ours.abs().amax()) or bool(theirs.isnan().any())
 
     def _values(self, bucket: Bucket) -> list[Tensor]:
         return bucket.views(self.value(bucket.kept["latent"], bucket).to(bucket.dtype))

@@ -102,6 +102,9 @@ class Masked(Budgeted):
         for mine, new in zip(self._kept("mask"), masks, strict=True):
             mine.copy_(new)
 
+    def _lift(self, bucket: Bucket) -> None:
+        """Nothing, as :meth:`_take`."""
+
     def _before(self, bucket: Bucket) -> None:
         self.see_gradients(bucket)
         pairs = [(layer.grad, mask) for layer, mask in zip(bucket.layers, self._views(bucket), strict=True)]

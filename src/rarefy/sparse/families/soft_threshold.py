@@ -243,6 +243,10 @@ class SoftThreshold(Targeted, Latent):
             cached = self._kernels[id(bucket)] = (pointers, layers)
         return cached[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The passes are over memory that a copy does not have."""
+        return {**super().__getstate__(), "_kernels": {}}
+
     def _begin(self) -> None:
         self._kernels: dict[int, tuple[tuple[int, ...], ThresholdedLayers]] = {}
         super()._begin()
@@ -259,7 +263,8 @@ class SoftThreshold(Targeted, Latent):
         if self.granularity == "layer":
             slope = total(slope, [layer.shard for layer in bucket.layers])
         # dL/ds = dL/dT g'(s)
-        s.grad = slope * self._g.derivative(threshold) * self._rows_of(bucket, bucket.kept["awake"])
+        if any(grad is not None for grad in grads):
+            s.grad = slope * self._g.derivative(threshold) * self._rows_of(bucket, bucket.kept["awake"])
 
     def _lower(self, bucket: Bucket) -> Tensor | None:
         """The bound of the sparse backward, one a row; None where it reaches all weights."""
@@ -300,7 +305,6 @@ class SoftThreshold(Targeted, Latent):
             self._press(parameters, self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
         error = None
         if self.steps % self.interval == 0 or self.steps in (1, self.total_steps):
-            self._see_moves()
             error = self._measure() if self.steps > 1 or self.total_steps == 1 or self.interval == 1 else None
         torch._foreach_copy_([bucket.kept["previous"] for bucket in self._buckets], parameters)
         self._steer(error)
@@ -317,27 +321,30 @@ class SoftThreshold(Targeted, Latent):
         torch._foreach_maximum_(parameters, lowest)
         torch._foreach_minimum_(parameters, highest)
 
-    def _see_moves(self) -> None:
+    def _learn(self, bucket: Bucket) -> None:
+        super()._learn(bucket)
+        step = self.steps + 1
+        if step % self.interval == 0 or step in (1, self.total_steps):
+            self._see_moves(bucket)
+
+    def _see_moves(self, bucket: Bucket) -> None:
         """See how far this step has moved the weights, and wake layers whose weights are no longer 0."""
-        for bucket in self._buckets:
-            if not bucket.dense:
-                continue
-            kept = bucket.kept
-            now, sizes = bucket.gather(bucket.weights()), [float(layer.size) for layer in bucket.layers]
-            step = bucket.sums((now - kept["latent"]).float().abs()) / torch.tensor(sizes, device=bucket.device)
-            kept["moved"].copy_(torch.maximum(kept["moved"], step))
-            size = self._root_mean_square(bucket, now)
-            waking = (kept["awake"] == 0.0) & (size > 0.0)
-            kept["scale"].copy_(torch.where(waking, size, kept["scale"]))
-            kept["awake"].copy_((kept["scale"] > 0.0).float())
-            first, rows = self._first(kept["scale"]), self._rows_of(bucket, waking.float()) > 0.0
-            for name in ("s", "previous"):
-                mine = bucket.own["s"].detach() if name == "s" else kept[name]
-                mine.copy_(torch.where(rows, self._rows_of(bucket, first), mine))
-            kept["lowest"].copy_(torch.where(rows, self._rows_of(bucket, first) - MAX_FALL, kept["lowest"]))
-            # The whole soft threshold where the run can move the weights FREE times their size.
-            reach = kept["moved"] * self.total_steps / kept["scale"].clamp(min=1e-30)
-            kept["shrink"].copy_((reach / FREE).clamp(max=1.0))
+        kept = bucket.kept
+        now, sizes = bucket.gather(bucket.weights()), [float(layer.size) for layer in bucket.layers]
+        step = bucket.sums((now - kept["latent"]).float().abs()) / torch.tensor(sizes, device=bucket.device)
+        kept["moved"].copy_(torch.maximum(kept["moved"], step))
+        size = self._root_mean_square(bucket, now)
+        waking = (kept["awake"] == 0.0) & (size > 0.0)
+        kept["scale"].copy_(torch.where(waking, size, kept["scale"]))
+        kept["awake"].copy_((kept["scale"] > 0.0).float())
+        first, rows = self._first(kept["scale"]), self._rows_of(bucket, waking.float()) > 0.0
+        for name in ("s", "previous"):
+            mine = bucket.own["s"].detach() if name == "s" else kept[name]
+            mine.copy_(torch.where(rows, self._rows_of(bucket, first), mine))
+        kept["lowest"].copy_(torch.where(rows, self._rows_of(bucket, first) - MAX_FALL, kept["lowest"]))
+        # The whole soft threshold where the run can move the weights FREE times their size.
+        reach = kept["moved"] * self.total_steps / kept["scale"].clamp(min=1e-30)
+        kept["shrink"].copy_((reach / FREE).clamp(max=1.0))
 
     def _count(self) -> list[int]:
         self._take_all()

@@ -42,19 +42,28 @@ class SNFS(SET):
     def __post_init__(self) -> None:
         _checks.fraction("growth_momentum", self.growth_momentum, one=False)
         super().__post_init__()
+        self._next: dict[int, Tensor] = {}
 
     def see_gradients(self, bucket: Bucket) -> None:
-        """See :class:`Masked`: m <- 0.9 m + 0.1 dL/dW."""
+        """See :class:`Masked`: m <- 0.9 m + 0.1 dL/dW, once the step is made: a closure may be asked several times."""
         if self.progress < self.stop:
-            pairs = zip(bucket.views(bucket.kept["momentum"]), [layer.grad for layer in bucket.layers], strict=True)
+            following = bucket.kept["momentum"].clone()
+            pairs = zip(bucket.views(following), [layer.grad for layer in bucket.layers], strict=True)
             seen = [(momentum, grad) for momentum, grad in pairs if grad is not None]
-            torch._foreach_lerp_([m for m, _ in seen], [g for _, g in seen], 1.0 - self.growth_momentum)
+            if seen:
+                torch._foreach_lerp_([m for m, _ in seen], [g for _, g in seen], 1.0 - self.growth_momentum)
+            self._next[id(bucket)] = following
+
+    def _learn(self, bucket: Bucket) -> None:
+        super()._learn(bucket)
+        bucket.kept["momentum"] = self._next.pop(id(bucket), bucket.kept["momentum"])
 
     def growth_scores(self) -> Sequence[Tensor]:
         """See :class:`SET`: |m|."""
         return [momentum.abs() for momentum in self._kept("momentum")]
 
     def _begin(self) -> None:
+        self._next = {}
         for bucket in self._buckets:
             bucket.kept["momentum"] = bucket.flat()
         super()._begin()
