@@ -27,11 +27,12 @@ def _split(bucket: Bucket, value: Any) -> Sequence[Tensor]:
         return value
     if value.dim() == 0:  # a step, the same for all layers
         return [value] * len(bucket.layers)
-    if value.numel() == bucket.size and bucket.rows is None:
-        return bucket.views(value)
-    if value.numel() == bucket.size and sum(bucket.rows or ()) != bucket.size:
-        return bucket.views(value)
-    return list(value.split(list(bucket.rows or ())))
+    count = len(bucket.layers)
+    if value.numel() == count:
+        return list(value.split([1] * count))
+    if bucket.rows is not None and value.numel() == sum(bucket.rows):
+        return list(value.split(bucket.rows))
+    return bucket.views(value)
 
 
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
