@@ -73,12 +73,12 @@ class Case:
 
 def milliseconds(step: Callable[[], None], count: int) -> float:
     """A step's time, the mean of so many."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
     for _ in range(count):
         step()
-    end.record()  # type: ignore[no-untyped-call]
-    end.synchronize()  # type: ignore[no-untyped-call]
+    end.record()
+    end.synchronize()
     return float(start.elapsed_time(end)) / count
 
 
