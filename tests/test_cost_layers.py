@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -433,3 +434,26 @@ class TestExamples:
             ValueError, match=r"'1.weight' is of a lazy layer that has no shape yet; call the model once"
         ):
             cost.count(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), torch.zeros(1, 4))
+
+
+def test_sharded_parameters_are_counted_whole(tmp_path: Path) -> None:
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("PyTorch was built without torch.distributed")
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    encoder = nn.TransformerEncoderLayer(E, 4, 24, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, E), encoder, nn.LSTM(E, 8, batch_first=True))
+    with torch.no_grad():
+        encoder.linear1.weight[:6] = 0
+    x = torch.zeros(2, 5, 8)
+    plain = cost.count(model, x)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model[1], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert cost.count(model, x) == plain
+    finally:
+        dist.destroy_process_group()
