@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from rarefy import act, kernels
+from rarefy import act, cost, kernels
 from rarefy.act import aten, spec
 from rarefy.data import fashion_mnist
 from rarefy.kernels import _thresholds_pytorch, thresholds
@@ -294,3 +294,31 @@ def test_a_compiled_activation_has_the_bits_of_the_eager_one():
         torch._dynamo.reset()
         given = ACTIVATIONS[function]
         assert torch.equal(torch.compile(given, fullgraph=True)(x), given(x)), function
+
+
+@pytest.mark.filterwarnings("ignore:the cost of", "ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: torch.nn.LSTM(16, 8, 2, bidirectional=True, batch_first=True), (2, 5, 16)),
+        (lambda: torch.nn.LSTM(16, 8, 2, bias=False, proj_size=4, batch_first=True), (2, 5, 16)),
+        (lambda: torch.nn.GRU(16, 8, 2), (5, 2, 16)),
+        (lambda: torch.nn.RNN(16, 8), (5, 16)),
+        (lambda: torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (2, 4, 16)),
+        (lambda: torch.nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 5, 5)),
+    ],
+)
+def test_a_network_costs_what_it_costs_on_the_cpu(make, shape, precision):
+    model, x = make(), torch.randn(shape)
+    expected = cost.count(model, x, "rigl")
+    with torch.autocast("cuda", dtype=precision, enabled=precision is not torch.float32):
+        found = cost.count(model.cuda(), x, "rigl")
+    assert found.layers == expected.layers
+    assert sum(found.uncounted.values()) == sum(expected.uncounted.values())
+
+
+def test_packed_sequences_cost_what_they_cost_on_the_cpu():
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 16), torch.tensor([5, 3, 1]), batch_first=True)
+    model = torch.nn.LSTM(16, 8, 2)
+    assert cost.count(model, packed).layers == cost.count(model.cuda(), packed).layers
