@@ -131,15 +131,18 @@ def test_a_collapsing_layer_is_brought_back():
 
 def test_s_moves_and_falls_no_further_than_its_bounds():
     # a gradient that is a sum over a layer took a threshold from 0.38 to nothing in four steps, for good
-    run = ByHand("autosparse", torch.randn(10, 20), total_steps=1000, pressure=0.0, lr=0.1, alpha=1.0)
-    assert run.kept("own.s").item() == -5.0
-    inputs = 1e5 * run.model[0].weight.detach().mean(0, keepdim=True)
-    for expected in [-5.2, -5.4, -5.6, -5.8, -6.0, *[None] * 20, -8.0]:
-        with torch.no_grad():
-            run.model[0].weight.copy_(run.sparsifier.latents()[0])
-        run.step(inputs if expected != "up" else -inputs)
-        if expected is not None:
-            assert run.kept("own.s").item() == pytest.approx(expected)
+    weight = torch.randn(10, 20)
+    options = {"total_steps": 1000, "pressure": 0.0, "alpha": 1.0, "anneal": "constant"}
+    run = ByHand("autosparse", weight, lr=1e-20, threshold_lr=1e25, **options)
+    seen = [run.kept("own.s").item()]
+    for _ in range(30):
+        run.step(-weight.sign().sum(0, keepdim=True))  # dL/ds = -g'(s) sum of sign(W) dL/dW^, above 0
+        seen.append(run.kept("own.s").item())
+    assert seen[:6] == pytest.approx([-5.0, -5.2, -5.4, -5.6, -5.8, -6.0])
+    assert seen[-1] == pytest.approx(-8.0)
+    for _ in range(5):
+        run.step(weight.sign().sum(0, keepdim=True))
+    assert run.kept("own.s").item() == pytest.approx(-7.0)
 
 
 def test_pressure_rests_below_the_target():
@@ -186,7 +189,7 @@ def test_thresholds_learn_at_a_multiple_of_the_weights_rate_and_without_decay():
         run.rest()
         assert run.kept("own.s").item() + 5.0 == moved[-1], "no gradient, no step"
     assert moved[0] > 0
-    assert moved[1] == pytest.approx(50.0 * moved[0], rel=2e-3)
+    assert moved[1] == pytest.approx(50.0 * moved[0], rel=2e-2)  # of float32's steps near 5
 
 
 def test_without_a_target_finalize_keeps_what_training_left():
@@ -278,7 +281,8 @@ def test_high_targets_in_short_runs_do_not_run_away(case, target):
     # pressure that grew with the target alone drove every threshold to 1 and the weights to hundreds
     run = Run(case, target=target, total_steps=3 * STEPS).train(3 * STEPS)
     assert run.sparsifier.sparsity() == pytest.approx(target, abs=2e-3)
-    assert max(layer.threshold for layer in run.sparsifier.layers()) < 0.9
+    assert max(layer.threshold for layer in run.sparsifier.layers()) < 0.99
+    assert max(latent.abs().max().item() for latent in run.sparsifier.latents()) < 10
     assert accuracy(run.sparsifier.finalize()) > 0.7
 
 

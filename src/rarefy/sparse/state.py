@@ -27,11 +27,11 @@ def _split(bucket: Bucket, value: Any) -> Sequence[Tensor]:
         return value
     if value.dim() == 0:  # a step, the same for all layers
         return [value] * len(bucket.layers)
-    if value.numel() == bucket.size and bucket.rows is None:
+    if bucket.rows is not None and len(value) == sum(bucket.rows):
+        return list(torch.split(value, bucket.rows))
+    if len(value) == bucket.size:
         return bucket.views(value)
-    if value.numel() == bucket.size and sum(bucket.rows or ()) != bucket.size:
-        return bucket.views(value)
-    return list(value.split(list(bucket.rows or ())))
+    return list(torch.split(value, 1))  # one a layer
 
 
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
