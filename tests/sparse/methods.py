@@ -96,12 +96,11 @@ class Run:
         arguments = {"example_input": torch.zeros(1, 2, 8, 8, device=device), **known, **options}
         self.sparsifier = sparse.create(name, self.plain, total_steps=total_steps, **arguments)
         self.model = wrap(self.plain)
+        weights = self.plain.parameters()
         if adam:
-            groups = self.sparsifier.param_groups(lr=3e-3)
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(weights, lr=3e-3)
         else:
-            groups = self.sparsifier.param_groups(lr=0.05, weight_decay=5e-4)
-            self.optimizer = torch.optim.SGD(groups, momentum=0.9)
+            self.optimizer = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=5e-4)
         self.sparsifier.attach(self.optimizer)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +116,6 @@ class Run:
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(images), labels).backward()
             self.optimizer.step()
-            self.sparsifier.step()
         return self
 
     def state(self) -> dict:

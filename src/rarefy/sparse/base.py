@@ -12,6 +12,7 @@ and sharding the model need nothing from here.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
@@ -156,7 +157,8 @@ class Sparsifier(ABC):
         self._initial: list[Tensor] | None = None
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        _watch_all_optimizers(self)
+        _watch_all_optimizers()
+        _alive.add(self)
 
     # What a method provides
 
@@ -653,16 +655,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-def _watch_all_optimizers(sparsifier: Sparsifier) -> None:
-    """Let a sparsifier see steps of optimizers that it is not attached to, for as long as it lives."""
-    reference = weakref.ref(sparsifier)
+#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
+_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    """Let sparsifiers see steps of optimizers that they are not attached to."""
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._unattached(optimizer)
+        for sparsifier in list(_alive):
+            sparsifier._unattached(optimizer)
 
-    weakref.finalize(sparsifier, register_optimizer_step_post_hook(seen).remove)
+    register_optimizer_step_post_hook(seen)
 
 
 @dataclass(eq=False, repr=False)

@@ -27,12 +27,11 @@ def _split(bucket: Bucket, value: Any) -> Sequence[Tensor]:
         return value
     if value.dim() == 0:  # a step, the same for all layers
         return [value] * len(bucket.layers)
-    count = len(bucket.layers)
-    if value.numel() == count:
-        return list(value.split([1] * count))
-    if bucket.rows is not None and value.numel() == sum(bucket.rows):
-        return list(value.split(bucket.rows))
-    return bucket.views(value)
+    if bucket.rows is not None and len(value) == sum(bucket.rows):
+        return list(torch.split(value, bucket.rows))
+    if len(value) == bucket.size:
+        return bucket.views(value)
+    return list(torch.split(value, 1))  # one a layer
 
 
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
@@ -55,9 +54,7 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
                 if given is not None:
                     value.copy_(_part(layer, given, value))
                 elif not name.startswith("optimizer."):
-                    raise ValueError(
-                        f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method"
-                    )
+                    raise ValueError(f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method")
 
 
 def _is_part(layer: Layer, value: Tensor) -> bool:
