@@ -64,8 +64,18 @@ class Layer:
         return local(self.parameter).detach()
 
     @property
+    def place(self) -> int:
+        """Where that lies."""
+        return (self.parameter if self.shard is None else local(self.parameter)).data_ptr()
+
+    @property
+    def version(self) -> int:
+        """How often it was written to."""
+        return (self.parameter if self.shard is None else local(self.parameter))._version
+
+    @property
     def grad(self) -> Tensor | None:
-        """This process's part of the gradient, or None."""
+        """The gradient of what this process holds, or None."""
         grad = self.parameter.grad
         if grad is None:
             return None
@@ -74,7 +84,7 @@ class Layer:
                 f"the gradient of layer {self.name!r} is a sparse tensor; make the embedding with sparse=False, or "
                 "exclude it"
             )
-        return local(grad).detach()
+        return grad.detach() if grad.requires_grad else local(grad) if self.shard is not None else grad
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -80,17 +80,16 @@ class Latent(Sparsifier):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["latent"] = self.latent(bucket.gather(bucket.weights()))
+            bucket.keep("latent", self.latent(bucket.gather(bucket.weights())))
             self._prepare(bucket)
 
     def _prepare(self, bucket: Bucket) -> None:
         """Make what else the method keeps in a bucket."""
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
-        weight = bucket.kept["latent"]
+        grads, weight = bucket.grads(), bucket.kept["latent"]
         if any(grad is not None for grad in grads):
-            bucket.scatter(self.gradient(bucket.gather(grads), weight, bucket), grads)
+            bucket.scatter(self.gradient(bucket.gather(grads, bucket.scratch()), weight, bucket), grads)
         bucket.scatter(weight, bucket.weights())
 
     def _take(self, bucket: Bucket) -> None:
@@ -179,7 +178,7 @@ class Projected(Budgeted, Latent):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["mask"] = bucket.flat(1, torch.bool)
+            bucket.keep("mask", bucket.flat(1, torch.bool))
         super()._begin()
         self._project(self.aim())
 

@@ -248,7 +248,7 @@ class SoftThreshold(Targeted, Latent):
         super()._begin()
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
+        grads = bucket.grads()
         threshold, s = self.threshold(bucket), bucket.own["s"]
         # A layer whose weights are all 0 gets its whole gradient.
         alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
