@@ -155,8 +155,7 @@ class ThresholdedLayers:
 
     def _check(self) -> None:
         """Refuse weights and latents that do not go together: a model may have moved since they were given."""
-        places = self._gate.addresses((*self.weights, *self.latents), known=True) if self._known else ()
-        if places and places == self._known:
+        if self._known and self._known == tuple(tensor.data_ptr() for tensor in (*self.weights, *self.latents)):
             return
         _alike("latents", self.latents, "weights", self.weights)
         for index, (weight, latent) in enumerate(zip(self.weights, self.latents, strict=True)):
@@ -172,17 +171,20 @@ class ThresholdedLayers:
                     f"latents[{index}] must have the strides {weight.stride()} of its weight, got {latent.stride()}: "
                     "make it with weight.detach().clone()"
                 )
-        self._known = tuple(tensor.data_ptr() for tensor in (*self.weights, *self.latents))
+        self._known, self._gated = tuple(tensor.data_ptr() for tensor in (*self.weights, *self.latents)), False
+        self._dense = len({weight.dtype for weight in self.weights}) == 1 and all(
+            _dense(weight.shape, weight.stride(), rows) for weight, rows in zip(self.weights, self.rows, strict=True)
+        )
 
     def addresses(self, tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
         """Where weights, latents or gradients lie, 0 for None; for the kernels."""
-        mine = tensors is self.weights or tensors is self.latents
-        name = "weights" if tensors is self.weights else "latents" if mine else "grads"
-        known = self._gate.known(name, tensors)
-        places = self._gate.addresses(tensors, known)
-        if not known and mine:
-            self._gate.passed(name, tensors)
-        return places
+        if tensors is self.weights or tensors is self.latents:
+            if not self._gated:  # PyTorch takes what a kernel cannot
+                self._gate.addresses((*self.weights, *self.latents), known=False)
+                self._gated = True
+            half = len(self.weights)
+            return self._known[:half] if tensors is self.weights else self._known[half:]
+        return self._gate.addresses(tensors, self._gate.known("grads", tensors))
 
     def _per_row(self, name: str, given: Tensor) -> Tensor:
         return self._numbers(name, given, sum(self.rows), "one a row")
@@ -200,12 +202,9 @@ class ThresholdedLayers:
         return given.contiguous()
 
     def _implementation(self) -> _Implementation:
-        dtypes = {weight.dtype for weight in self.weights}
-        if len(dtypes) == 1 and all(
-            _dense(weight.shape, weight.stride(), rows) for weight, rows in zip(self.weights, self.rows, strict=True)
-        ):
-            return _implementation(self.weights[0].device, dtypes.pop())
-        return _thresholds_pytorch
+        if not self._dense:
+            return _thresholds_pytorch
+        return _implementation(self.weights[0].device, self.weights[0].dtype)
 
 
 class Masks:
