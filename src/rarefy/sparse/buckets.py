@@ -59,6 +59,7 @@ class Bucket:
         self._weights: list[Tensor] = []
         self._views: list[tuple[Tensor, list[Tensor]]] = []
         self._scratch: Tensor | None = None
+        self._channels: Tensor | None = None
         self._made_for = [_about(weight) for weight in weights]
         self._stretches: dict[int, Tensor] = {}
         self._indices: dict[int, Tensor] = {}
@@ -133,8 +134,10 @@ class Bucket:
 
     def sums(self, flat: Tensor) -> Tensor:
         """(N,) to (L,): the sum over each layer, over all processes that hold a part of it."""
-        if flat.is_cuda:
-            summed = torch.segment_reduce(flat, "sum", lengths=self._lengths(len(self.sizes)), unsafe=True)
+        if flat.is_cuda:  # where one block adds up a stretch: over channels first, of which there are many
+            if self._channels is None:
+                self._channels = torch.tensor([shape[0] for shape in self.shapes]).to(self.device)
+            summed = torch.segment_reduce(self.channel_sums(flat), "sum", lengths=self._channels, unsafe=True)
         else:
             summed = torch.stack([part.sum() for part in flat.split(self.sizes)])
         return total(summed, [layer.shard for layer in self.layers])
