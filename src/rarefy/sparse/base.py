@@ -18,7 +18,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rarefy._names import unknown
 from rarefy.sparse import _checks, attachment, state
 from rarefy.sparse.attachment import Attachment
 from rarefy.sparse.buckets import Bucket, make_buckets
@@ -36,6 +37,9 @@ from rarefy.sparse.masks import count_all, write_sparse
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
+
+#: What users of other libraries write, and what it is called here.
+_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
 
 S = TypeVar("S", bound="Sparsifier")
 
@@ -137,6 +141,16 @@ class Sparsifier(ABC):
     inputs_last: ClassVar[bool] = False
 
     budget: Budget | None = field(init=False, default=None)
+
+    def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
+        """Refuse options that are not there, naming what was meant."""
+        known = [option.name for option in fields(cls) if option.init and option.kw_only]
+        for option in options:
+            if option not in known and option != "model":
+                meant = _OTHER_WORDS.get(option)
+                hint = f" (did you mean {meant!r}?)" if meant in known else ""
+                raise ValueError(unknown(f"option of {cls.__name__}:", option, sorted(known)) + hint)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.total_steps = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")

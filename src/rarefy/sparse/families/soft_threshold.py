@@ -61,10 +61,17 @@ class ThresholdFunction(NamedTuple):
     derivative: Callable[[Tensor], Tensor]
 
 
+# A sigmoid up to 1 - 1e-6, and on in a straight line, so that any magnitude can be masked in the end.
+_EDGE = 1.0 - 1e-6
+_BEND = math.log(_EDGE / (1.0 - _EDGE))
+
+
+def _sigmoid(s: Tensor) -> Tensor:
+    return torch.sigmoid(s.clamp(max=_BEND)) + 1e-6 * (s - _BEND).clamp(min=0.0)
+
+
 def _sigmoid_inverse(threshold: Tensor) -> Tensor:
-    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
-    edge = 1.0 - 1e-6
-    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
+    return torch.logit(threshold.clamp(1e-30, _EDGE)) + 1e6 * (threshold - _EDGE).clamp(min=0.0)
 
 
 def _softplus_inverse(threshold: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ def _log(threshold: Tensor) -> Tensor:
 
 
 THRESHOLD_FUNCTIONS = {
-    "sigmoid": ThresholdFunction(torch.sigmoid, _sigmoid_inverse, lambda t: (1.0 - t) * t),
+    "sigmoid": ThresholdFunction(_sigmoid, _sigmoid_inverse, lambda t: (1.0 - t).clamp(min=0.0) * t),
     "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
     "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
 }
