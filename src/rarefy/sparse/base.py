@@ -249,6 +249,11 @@ class Sparsifier(ABC):
         """Share of the training that is done, in [0, 1]."""
         return min(self.steps / self.total_steps, 1.0)
 
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finalized
+
     def aim(self) -> float | None:
         """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
         return None
@@ -379,6 +384,11 @@ class Sparsifier(ABC):
                 )
         if not self._buckets:
             self._ready()
+        # Before the first step: what attach() has masked are the weights of the checkpoint, if the model was loaded first.
+        for layer, weight in zip(self._layers, self._initial or [], strict=False):
+            bucket, place = self._where(layer)
+            if bucket.marks()[place] == bucket.seen[place]:
+                layer.local.copy_(weight)
         self._restore(state_dict)
         self._show_all()
 
