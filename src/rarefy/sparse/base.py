@@ -169,6 +169,7 @@ class Sparsifier(ABC):
         self._parts: list[_Part] = []
         self._shown = self._finalized = False
         self._initial: list[Tensor] | None = None
+        self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _watch_all_optimizers()
@@ -285,6 +286,7 @@ class Sparsifier(ABC):
         self._rebuild(owners)
         if saved is not None:
             self._restore(saved)
+            self._waiting = {}
         elif self.steps == 0:
             self._initial = [layer.local.clone() for layer in self._layers]
         self._parts = [_Part(self, [b for b in self._buckets if b.optimizer is optimizer]) for optimizer in inner]
@@ -361,7 +363,10 @@ class Sparsifier(ABC):
             "steps": self.steps,
             "aside": aside,
             "method": self._state(),
-            "layers": state.export(self._buckets),
+            "layers": {
+                name: {**self._waiting.get(name, {}), **tensors}
+                for name, tensors in state.export(self._buckets).items()
+            },
         }
 
     @torch.no_grad()
@@ -390,6 +395,11 @@ class Sparsifier(ABC):
             if bucket.marks()[place] == bucket.seen[place]:
                 layer.local.copy_(weight)
         self._restore(state_dict)
+        if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
+            self._waiting = {
+                name: {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+                for name, tensors in state_dict["layers"].items()
+            }
         self._show_all()
 
     def _config(self) -> dict[str, Any]:
