@@ -49,10 +49,11 @@ class DST(LearnedThreshold):
     )
     default_penalty = 5e-4
     max_move = 0.02
+    channels = True
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W step(|W| - t)."""
-        return weight * long_tailed_step(weight.abs() - bucket.spread(bucket.own["threshold"]))
+        return weight * long_tailed_step(weight.abs() - bucket.spread(bucket.own["threshold"], channels=True))
 
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """|W|."""
@@ -60,16 +61,13 @@ class DST(LearnedThreshold):
 
     def live(self, bucket: Bucket) -> Tensor:
         """step(|W| - t) = 1."""
-        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach())
+        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True)
 
     def penalise(self, bucket: Bucket, coefficient: float) -> None:
         """Add d exp(-t) / dt."""
         t = bucket.own["threshold"]
         assert t.grad is not None
         t.grad.sub_(torch.exp(-t.detach()), alpha=coefficient)
-
-    def _prepare(self, bucket: Bucket) -> None:
-        self._add_thresholds(bucket, [shape[0] for shape in bucket.shapes])
 
     def steer(self) -> None:
         """Reset layers that are all but gone, in a run without a target."""
