@@ -318,7 +318,7 @@ def test_count_sees_the_zeros_while_training():
 def test_create_names_the_nearest():
     with pytest.raises(ValueError, match="unknown method 'autospars'; did you mean 'autosparse'"):
         sparse.create("autospars", linear_model(), total_steps=1)
-    with pytest.raises(ValueError, match="unknown option of method 'autosparse': 'targt'; did you mean 'target'"):
+    with pytest.raises(ValueError, match="unknown option of AutoSparse: 'targt'; did you mean 'target'"):
         sparse.create("autosparse", linear_model(), total_steps=1, targt=0.9)
 
 

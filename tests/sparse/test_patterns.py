@@ -65,7 +65,7 @@ def test_every_group_has_its_n_in_every_step_and_at_the_end(n, m):
         ({"n": 4, "m": 4}, "n and m must be whole numbers with 0 < n < m"),
         ({"n": 1.5}, "n and m must be whole numbers with 0 < n < m"),
         ({"refinement": -1.0}, "refinement must be a finite number that is not negative"),
-        ({"target": 0.9}, "unknown option of method 'nm': 'target'"),
+        ({"target": 0.9}, "unknown option of NM: 'target'"),
         ({"m": 8}, r"layer '0' has 4 inputs.*groups of 8 do not divide; pass exclude=\['0'\]"),
     ],
 )

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rarefy._names import unknown
 from rarefy.sparse import _checks, attachment, state
 from rarefy.sparse.attachment import Attachment
 from rarefy.sparse.buckets import Bucket, make_buckets
@@ -36,6 +37,9 @@ from rarefy.sparse.masks import count_all, write_sparse
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
+
+#: What users of other libraries write, and what it is called here.
+_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
 
 S = TypeVar("S", bound="Sparsifier")
 
@@ -138,6 +142,16 @@ class Sparsifier(ABC):
 
     budget: Budget | None = field(init=False, default=None)
 
+    def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
+        """Refuse options that are not there, naming what was meant."""
+        known = [option.name for option in fields(cls) if option.init and option.kw_only]
+        for option in options:
+            if option not in known and option != "model":
+                meant = _OTHER_WORDS.get(option)
+                hint = f" (did you mean {meant!r}?)" if meant in known else ""
+                raise ValueError(unknown(f"option of {cls.__name__}:", option, sorted(known)) + hint)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.total_steps = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")
         if self.total_steps < self.least_steps:
@@ -190,6 +204,11 @@ class Sparsifier(ABC):
     def _settle(self) -> list[Tensor]:
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
+        self._ready()
+        return {layer.name: layer.local for layer in self._layers}
+
     def _values(self, bucket: Bucket) -> list[Tensor]:
         """The weights that are used where they are live, one a layer."""
         return bucket.weights()
@@ -230,6 +249,11 @@ class Sparsifier(ABC):
         """Share of the training that is done, in [0, 1]."""
         return min(self.steps / self.total_steps, 1.0)
 
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finalized
+
     def aim(self) -> float | None:
         """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
         return None
@@ -247,7 +271,9 @@ class Sparsifier(ABC):
             RuntimeError: after :meth:`finalize`.
         """
         if self._finalized:
-            raise RuntimeError("attach() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+            raise RuntimeError(
+                "attach() after finalize(): the model is a plain one now; make a new sparsifier to go on"
+            )
         inner = [attachment.unwrapped(optimizer) for optimizer in optimizers]
         if not inner:
             raise TypeError("attach() takes the optimizers that train the model, got none: attach(optimizer)")
@@ -284,7 +310,7 @@ class Sparsifier(ABC):
             ]
         self._ready()
         live = count_all(list(self.live_masks().values()), self._shards())
-        thresholds = self._thresholds() or [None] * len(live)
+        thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
         return [
             LayerState(layer.name, layer.shape, n, self._weight_grad_density(n / layer.size), threshold, self._alpha())
             for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)
@@ -356,7 +382,13 @@ class Sparsifier(ABC):
                     f"the checkpoint's sparsifier has {key}={state_dict['config'].get(key)!r}, this one {mine!r}; "
                     "make it with the options of the run that is resumed"
                 )
-        self._ready()
+        if not self._buckets:
+            self._ready()
+        # Before the first step: what attach() has masked are the weights of the checkpoint, if the model was loaded first.
+        for layer, weight in zip(self._layers, self._initial or [], strict=False):
+            bucket, place = self._where(layer)
+            if bucket.marks()[place] == bucket.seen[place]:
+                layer.local.copy_(weight)
         self._restore(state_dict)
         self._show_all()
 

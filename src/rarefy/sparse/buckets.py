@@ -54,6 +54,12 @@ class Bucket:
         self.sizes = [weight.numel() for weight in weights]
         self.offsets = [0, *itertools.accumulate(self.sizes)]
         self._strides = [_strides(weight, inputs_last) for weight in weights]
+        self._places: list[int] = []
+        self._checked: list[int] = []
+        self._weights: list[Tensor] = []
+        self._views: list[tuple[Tensor, list[Tensor]]] = []
+        self._scratch: Tensor | None = None
+        self._channels: Tensor | None = None
         self._made_for = [_about(weight) for weight in weights]
         self._stretches: dict[int, Tensor] = {}
         self._indices: dict[int, Tensor] = {}
@@ -65,7 +71,14 @@ class Bucket:
 
     def weights(self) -> list[Tensor]:
         """What the parameters hold now, one tensor a layer."""
-        return [layer.local for layer in self.layers]
+        places = [layer.place for layer in self.layers]
+        if places != self._places:
+            self._places, self._weights = places, [layer.local for layer in self.layers]
+        return self._weights
+
+    def grads(self) -> list[Tensor | None]:
+        """The gradients, one a layer; None where there is none."""
+        return [layer.grad for layer in self.layers]
 
     def flat(self, value: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """A new flat tensor, (N,), of the layers' dtype unless said otherwise."""
@@ -73,15 +86,35 @@ class Bucket:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor as one tensor a layer, in the layers' shapes, on the same memory."""
+        for kept, views in self._views:
+            if kept is flat:
+                return views
         if flat.stride() != (1,):
             flat = flat.contiguous()
         start = flat.storage_offset()
         rows = zip(self.shapes, self._strides, self.offsets, strict=False)
         return [flat.as_strided(shape, strides, start + offset) for shape, strides, offset in rows]
 
+    def keep(self, name: str, flat: Tensor) -> Tensor:
+        """Keep a flat tensor under this name, whose views are always the same tensors."""
+        self._views = [(kept, views) for kept, views in self._views if kept is not self.kept.get(name)]
+        self.kept[name] = flat
+        self._views.append((flat, self.views(flat)))
+        return flat
+
+    def scratch(self) -> Tensor:
+        """A flat tensor for what is computed in passing."""
+        if self._scratch is None:
+            self._scratch = self.flat()
+            self._views.append((self._scratch, self.views(self._scratch)))
+        return self._scratch
+
     def gather(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """One tensor a layer as a flat one; zeros for None."""
-        flat = self.flat() if out is None else out
+        if out is None:
+            flat = self.flat()
+        else:
+            flat = out.zero_() if any(tensor is None for tensor in tensors) else out
         pairs = [(v, t) for v, t in zip(self.views(flat), tensors, strict=True) if t is not None]
         if pairs:
             torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs])
@@ -89,6 +122,8 @@ class Bucket:
 
     def scatter(self, flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
         """Write a flat tensor into one tensor a layer; nowhere for None."""
+        if flat.dtype == self.dtype and all(flat is not kept for kept, _ in self._views):
+            flat = self.scratch().copy_(flat)
         pairs = [(t, v) for v, t in zip(self.views(flat), tensors, strict=True) if t is not None]
         if pairs:
             torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
@@ -99,8 +134,10 @@ class Bucket:
 
     def sums(self, flat: Tensor) -> Tensor:
         """(N,) to (L,): the sum over each layer, over all processes that hold a part of it."""
-        if flat.is_cuda:
-            summed = torch.segment_reduce(flat, "sum", lengths=self._lengths(len(self.sizes)), unsafe=True)
+        if flat.is_cuda:  # where one block adds up a stretch: over channels first, of which there are many
+            if self._channels is None:
+                self._channels = torch.tensor([shape[0] for shape in self.shapes]).to(self.device)
+            summed = torch.segment_reduce(self.channel_sums(flat), "sum", lengths=self._channels, unsafe=True)
         else:
             summed = torch.stack([part.sum() for part in flat.split(self.sizes)])
         return total(summed, [layer.shard for layer in self.layers])
@@ -128,18 +165,22 @@ class Bucket:
         return self._indices[count]
 
     def marks(self) -> list[tuple[int, int]]:
-        """Where the parameters lie and how often they were written to: equal if nobody has, apart from native code."""
-        return [(weight.data_ptr(), weight._version) for weight in self.weights()]
+        """Where the parameters lie and how often they were written to: equal if nobody has."""
+        return [(layer.place, layer.version) for layer in self.layers]
 
     def check(self) -> None:
         """Raise RuntimeError if a parameter was cast, moved or laid out anew since the bucket was made."""
+        places = [layer.place for layer in self.layers]
+        if places == self._checked:
+            return
         for layer, known in zip(self.layers, self._made_for, strict=True):
             now = _about(layer.local)
             if now != known:
                 raise RuntimeError(
-                    f"layer {layer.name!r} is {_told(now)} now, and was {_told(known)} when the sparsifier was attached: "
-                    "call attach(optimizer) again after moving or casting the model"
+                    f"layer {layer.name!r} is {_told(now)} now, and was {_told(known)} when the sparsifier was "
+                    "attached: call attach(optimizer) again after moving or casting the model"
                 )
+        self._checked = places
 
 
 class _Spread(torch.autograd.Function):

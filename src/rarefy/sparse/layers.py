@@ -64,8 +64,18 @@ class Layer:
         return local(self.parameter).detach()
 
     @property
+    def place(self) -> int:
+        """Where that lies."""
+        return (self.parameter if self.shard is None else local(self.parameter)).data_ptr()
+
+    @property
+    def version(self) -> int:
+        """How often it was written to."""
+        return (self.parameter if self.shard is None else local(self.parameter))._version
+
+    @property
     def grad(self) -> Tensor | None:
-        """This process's part of the gradient, or None."""
+        """The gradient of what this process holds, or None."""
         grad = self.parameter.grad
         if grad is None:
             return None
@@ -74,7 +84,7 @@ class Layer:
                 f"the gradient of layer {self.name!r} is a sparse tensor; make the embedding with sparse=False, or "
                 "exclude it"
             )
-        return local(grad).detach()
+        return grad.detach() if grad.requires_grad else local(grad) if self.shard is not None else grad
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -139,8 +149,14 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             candidate.keys.append(f"{prefix}.{name}" if prefix else name)
             candidate.usual |= name in usual
             candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if usual == ["weight"] and module._parameters.get("weight") is None and getattr(module, "weight", None) is not None:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")):
+        if (
+            usual == ["weight"]
+            and module._parameters.get("weight") is None
+            and getattr(module, "weight", None) is not None
+        ):
+            if not any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")
+            ):
                 raise ValueError(
                     f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
                     f"on it); remove that first, or pass exclude=[{prefix!r}]"

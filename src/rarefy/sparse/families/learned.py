@@ -87,10 +87,6 @@ class Learned(Targeted, Latent):
     def settle(self, layer: Layer, mask: Tensor) -> None:
         """Move what is learned as little as makes the layer's mask this one."""
 
-    @abstractmethod
-    def penalise(self, bucket: Bucket, coefficient: float) -> None:
-        """Add the gradient of the coefficient times the penalty to that of what is learned."""
-
     def bound(self, bucket: Bucket) -> None:
         """Keep what is learned in its range after a step."""
 
@@ -103,11 +99,11 @@ class Learned(Targeted, Latent):
         """See :class:`Latent`."""
         return self.margin(bucket) > 0.0
 
-    def _before(self, bucket: Bucket) -> None:
-        super()._before(bucket)
-        if any(parameter.grad is not None for parameter in bucket.own.values()):
-            assert self.penalty is not None
-            self.penalise(bucket, self.penalty * self._factor)
+    @property
+    def penalty_now(self) -> float:
+        """The coefficient of the penalty in this step, whose slope a method's ``gradient`` adds to that of the loss."""
+        assert self.penalty is not None
+        return self.penalty * self._factor
 
     def _learn(self, bucket: Bucket) -> None:
         super()._learn(bucket)

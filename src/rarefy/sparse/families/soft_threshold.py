@@ -61,10 +61,17 @@ class ThresholdFunction(NamedTuple):
     derivative: Callable[[Tensor], Tensor]
 
 
+# A sigmoid up to 1 - 1e-6, and on in a straight line, so that any magnitude can be masked in the end.
+_EDGE = 1.0 - 1e-6
+_BEND = math.log(_EDGE / (1.0 - _EDGE))
+
+
+def _sigmoid(s: Tensor) -> Tensor:
+    return torch.sigmoid(s.clamp(max=_BEND)) + 1e-6 * (s - _BEND).clamp(min=0.0)
+
+
 def _sigmoid_inverse(threshold: Tensor) -> Tensor:
-    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
-    edge = 1.0 - 1e-6
-    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
+    return torch.logit(threshold.clamp(1e-30, _EDGE)) + 1e6 * (threshold - _EDGE).clamp(min=0.0)
 
 
 def _softplus_inverse(threshold: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ def _log(threshold: Tensor) -> Tensor:
 
 
 THRESHOLD_FUNCTIONS = {
-    "sigmoid": ThresholdFunction(torch.sigmoid, _sigmoid_inverse, lambda t: (1.0 - t) * t),
+    "sigmoid": ThresholdFunction(_sigmoid, _sigmoid_inverse, lambda t: (1.0 - t).clamp(min=0.0) * t),
     "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
     "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
 }
@@ -184,7 +191,9 @@ class SoftThreshold(Targeted, Latent):
     def live(self, bucket: Bucket) -> Tensor:
         """See :class:`Latent`."""
         live = bucket.flat(dtype=torch.bool)
-        for out, w, t in zip(bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True):
+        for out, w, t in zip(
+            bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True
+        ):
             out.copy_(self._magnitude(w) > t)
         return live
 
@@ -246,7 +255,7 @@ class SoftThreshold(Targeted, Latent):
         super()._begin()
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
+        grads = bucket.grads()
         threshold, s = self.threshold(bucket), bucket.own["s"]
         # A layer whose weights are all 0 gets its whole gradient.
         alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
@@ -362,9 +371,12 @@ class SoftThreshold(Targeted, Latent):
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self.budget.goal:
-            shift = trim(log_error(self._density, self.budget.goal))
-            torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], shift)
+            self._shift(trim(log_error(self._density, self.budget.goal)))
         return log_error(self._density, self.budget.aim(self.progress))
+
+    def _shift(self, by: float) -> None:
+        """Move all s together."""
+        torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], by)
 
     def _scores(self) -> list[Tensor]:
         """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""

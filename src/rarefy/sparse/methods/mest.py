@@ -109,7 +109,9 @@ class MEST(Masked):
             ]
         masks = []
         counts = self.live_counts(self.budget.goal)
-        for score, draw, count, size, shard in zip(scores, self.random(self.seed), counts, self._sizes, shards, strict=True):
+        for score, draw, count, size, shard in zip(
+            scores, self.random(self.seed), counts, self._sizes, shards, strict=True
+        ):
             lower, upper = self.bounds(count, size)
             kept = top_k(block_sum(score, self.block), lower, shard)
             growth = block_sum(draw, self.block).masked_fill(kept, -torch.inf)

@@ -86,4 +86,3 @@ class ST3(Thresholding):
 
     def _alpha(self) -> float | None:
         return self._annealed(self.progress)
-
