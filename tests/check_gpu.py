@@ -12,20 +12,22 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from torch import nn
 
-from rarefy import act, kernels
+from rarefy import act, cost, kernels
 from rarefy.act import aten, spec
 from rarefy.data import fashion_mnist
 from rarefy.kernels import _thresholds_pytorch, thresholds
-from rarefy.sparse import masks
+from rarefy.sparse import create, masks
 from rarefy.train import Classification
 from tests.kernels.threshold_cases import KINDS, Case
-from tests.sparse.methods import CASES, STEPS, TARGETED, Run, accuracy
+from tests.sparse.methods import CASES, STEPS, TARGETED, Run, accuracy, network
 from tests.train.runs import recipe, records, stop_at, synthetic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HALF, ALL = 15, 30
+SHAPES = {key: value.shape for key, value in network().state_dict().items()}
 ACTIVATIONS = {
     "tanh": act.tanh,
     "sigmoid": act.sigmoid,
@@ -54,7 +56,7 @@ def finish(run):
     goal = run.sparsifier.budget
     names = [layer.name for layer in run.sparsifier.layers()]
     model = run.sparsifier.finalize()
-    assert {key: value.shape for key, value in model.state_dict().items()} == run.dense_keys
+    assert {key: value.shape for key, value in model.state_dict().items()} == SHAPES
     assert all(value.is_cuda and value.isfinite().all() for value in model.state_dict().values())
     live = [int((model.get_submodule(name).weight != 0).sum()) for name in names]
     if goal is not None:
@@ -82,7 +84,6 @@ def test_autocast(case, dtype):
         scaler.scale(F.cross_entropy(output.float(), labels)).backward()
         scaler.step(run.optimizer)
         scaler.update()
-        run.sparsifier.step()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in run.plain.parameters())
     finish(run)
 
@@ -127,12 +128,79 @@ def test_inductor(case):
     finish(run.train(ALL - 5))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_step_waits_for_the_gpu(case):
+    run = Run(case, total_steps=100_000, device="cuda").train(3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.sparsifier.steps == 6
+
+
+@pytest.mark.parametrize("case", ["autosparse-accuracy", "gmp", "rigl", "st3"])
+def test_forward_and_backward_in_a_cuda_graph(case):
+    eager, captured = (Run(case, norm=False, device="cuda") for _ in range(2))
+    images, labels = (tensor.clone() for tensor in captured.batch(0))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            captured.optimizer.zero_grad()
+            F.cross_entropy(captured.model(images), labels).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    captured.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        F.cross_entropy(captured.model(images), labels).backward()
+    for step in range(STEPS):
+        for tensor, new in zip((images, labels), captured.batch(step), strict=True):
+            tensor.copy_(new)
+        for parameter in captured.plain.parameters():
+            parameter.grad.zero_()
+        graph.replay()
+        captured.optimizer.step()
+    eager.train(STEPS)
+    for a, b in zip(captured.plain.parameters(), eager.plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_a_step_is_not_captured():
+    run = Run("gmp", device="cuda").train(2)
+    with (
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        run.optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")  # of a prototype
+def test_pytorch_takes_two_of_four():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sparsifier = create("nm", model, total_steps=20).attach(optimizer)
+    x = torch.randn(64, 128, device="cuda")
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model = sparsifier.finalize().half()
+    expected = model(x.half())
+    for module in (model[0], model[2]):
+        module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x.half()), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_autosparse_moves_to_the_gpu_while_it_trains():
     run = Run("autosparse-accuracy", total_steps=ALL).train(HALF)
     run.plain.cuda()
     run.device = "cuda"
     for state in run.optimizer.state.values():
         state["momentum_buffer"] = state["momentum_buffer"].cuda()
+    run.sparsifier.attach(run.optimizer)
     finish(run.train(ALL - HALF))
 
 
@@ -191,6 +259,7 @@ def step():
     return case, layers, run
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_thresholds_never_wait_for_the_gpu(step):
     case, _, run = step
     run(case.copies(case.grads))
@@ -294,3 +363,31 @@ def test_a_compiled_activation_has_the_bits_of_the_eager_one():
         torch._dynamo.reset()
         given = ACTIVATIONS[function]
         assert torch.equal(torch.compile(given, fullgraph=True)(x), given(x)), function
+
+
+@pytest.mark.filterwarnings("ignore:the cost of", "ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: torch.nn.LSTM(16, 8, 2, bidirectional=True, batch_first=True), (2, 5, 16)),
+        (lambda: torch.nn.LSTM(16, 8, 2, bias=False, proj_size=4, batch_first=True), (2, 5, 16)),
+        (lambda: torch.nn.GRU(16, 8, 2), (5, 2, 16)),
+        (lambda: torch.nn.RNN(16, 8), (5, 16)),
+        (lambda: torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (2, 4, 16)),
+        (lambda: torch.nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 5, 5)),
+    ],
+)
+def test_a_network_costs_what_it_costs_on_the_cpu(make, shape, precision):
+    model, x = make(), torch.randn(shape)
+    expected = cost.count(model, x, "rigl")
+    with torch.autocast("cuda", dtype=precision, enabled=precision is not torch.float32):
+        found = cost.count(model.cuda(), x, "rigl")
+    assert found.layers == expected.layers
+    assert sum(found.uncounted.values()) == sum(expected.uncounted.values())
+
+
+def test_packed_sequences_cost_what_they_cost_on_the_cpu():
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 16), torch.tensor([5, 3, 1]), batch_first=True)
+    model = torch.nn.LSTM(16, 8, 2)
+    assert cost.count(model, packed).layers == cost.count(model.cuda(), packed).layers

@@ -132,6 +132,14 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if strided else id(tensor)
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first element of its storage that is a tensor's, and one past the last."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return 0, tensor.numel()
+    first = int(tensor.storage_offset())
+    return first, first + 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The tensors that an operator writes into."""
     if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
@@ -164,10 +172,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.absorbed: set[str] = set()
         self.ragged = False
         self._parameters = parameters
-        self._sizes = {_CONSTANT: 0}
+        self._sizes: dict[str, int] = {}
         self._homes: dict[str, int] = {}  # the storage of every parameter
-        # By storage: which elements are what; the first that fits. There are several where parameters share a storage,
-        # as in a recurrent network on a GPU.
+        # By storage: which elements are what. Parameters may share one, as in a recurrent network on a GPU.
         self._parts: dict[int, list[tuple[int, float, str | None]]] = {}
         for tensor in tensors(inputs):
             self._mark(tensor, _DATA)
@@ -185,17 +192,22 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _mark_part(self, tensor: Tensor, origin: str) -> None:
         """Note what a tensor is, which may be a part of its storage."""
-        start = int(tensor.storage_offset()) if tensor.layout is torch.strided else 0
-        part = (start, start + tensor.numel(), origin)
+        part = (*_span(tensor), origin)
         parts = self._parts.setdefault(_key(tensor), [])
         if part not in parts:
-            parts.insert(0, part)
+            parts.append(part)
 
     def _origin(self, tensor: Tensor) -> str | None:
-        """The name of the parameter whose weights a tensor is, `_CONSTANT` or `_DATA`."""
+        """`_DATA`, or the name of the largest parameter whose weights are in a tensor, or `_CONSTANT`."""
         parts = self._parts.get(_key(tensor), [])
-        at = tensor.storage_offset() if len(parts) > 1 else None
-        return next((name for start, end, name in parts if at is None or start <= at < end), _CONSTANT)
+        if len(parts) > 1:
+            first, last = _span(tensor)
+            parts = [part for part in parts if part[0] < last and first < part[1]]
+        names = [name for *_, name in parts]
+        return _DATA if _DATA in names else self._largest(names)
+
+    def _largest(self, names: Iterable[str | None]) -> str:
+        return max((name for name in names if name), key=self._sizes.__getitem__, default=_CONSTANT)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -271,8 +283,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written: Sequence[Tensor],
     ) -> None:
         """Note what came out of an operator: data, a constant, or weights of the largest parameter that went in."""
-        names = {origin for origin in origins if origin}
-        origin = _DATA if _DATA in origins else max((*names, _CONSTANT), key=self._sizes.__getitem__)
+        origin = _DATA if _DATA in origins else self._largest(origins)
         views = {_key(tensor) for tensor in given}
         for tensor in outputs:
             if _key(tensor) not in views:
@@ -283,4 +294,4 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif origin and all(name is not _DATA for *_, name in self._parts.get(_key(tensor), [])):
                 self._mark_part(tensor, origin)
         if origin:
-            self.absorbed |= names - {origin}
+            self.absorbed |= {name for name in origins if name} - {origin}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.sparse.layers import local
+
 #: Packages whose wrappers hand every call on to the optimizer inside, which has the hooks that they lack.
 _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
@@ -178,20 +180,23 @@ class _Gradients:
     """The gradients that a closure may go on adding to, as they were before they became those of the dense weights."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._saved: list[tuple[nn.Parameter, Tensor, Tensor]] = [
-            (parameter, grad, grad.detach().clone()) for parameter in parameters if (grad := parameter.grad) is not None
+        # Of a shard its local part, which FSDP adds to without the distributed tensor's noticing.
+        self._saved: list[tuple[nn.Parameter, Tensor, Tensor, Tensor]] = [
+            (parameter, grad, local(grad), local(grad).detach().clone())
+            for parameter in parameters
+            if (grad := parameter.grad) is not None
         ]
         self._versions: list[int] = []
 
     def changed(self) -> None:
         """They are those of the dense weights from here on."""
-        self._versions = [grad._version for _, grad, _ in self._saved]
+        self._versions = [mine._version for _, _, mine, _ in self._saved]
 
     def restore(self) -> None:
         """Put back, once, those that nobody has touched since."""
-        for (parameter, grad, saved), version in zip(self._saved, self._versions, strict=True):
-            if parameter.grad is grad and grad._version == version:
-                grad.detach().copy_(saved)
+        for (parameter, grad, mine, saved), version in zip(self._saved, self._versions, strict=True):
+            if parameter.grad is grad and mine._version == version:
+                mine.detach().copy_(saved)
         self._saved, self._versions = [], []
 
 

@@ -12,21 +12,20 @@ and sharding the model need nothing from here.
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
-from typing_extensions import Self
 
 from rarefy._names import unknown
 from rarefy.sparse import _checks, attachment, state
@@ -36,6 +35,7 @@ from rarefy.sparse.budget import ACTIONS, Budget, check_feasible, make_budget
 from rarefy.sparse.companion import Companion
 from rarefy.sparse.layers import DEFAULT_FLOOR, Layer, local, resolve, select_layers, unwrapped
 from rarefy.sparse.masks import count_all, write_sparse
+from rarefy.sparse.shards import Shard, reshard, total
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
@@ -45,6 +45,8 @@ _OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "ta
 
 #: Which sparsifier is attached to a parameter.
 _TAKEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+S = TypeVar("S", bound="Sparsifier")
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,14 @@ class Sparsifier(ABC):
 
     budget: Budget | None = field(init=False, default=None)
 
-    def __new__(cls, *_: Any, **options: Any) -> Self:
-        """Raise TypeError for an option that is not there, naming the one that is meant."""
-        if unknown_option := option_error(cls, options):
-            raise TypeError(unknown_option)
+    def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
+        """Refuse options that are not there, naming what was meant."""
+        known = [option.name for option in fields(cls) if option.init and option.kw_only]
+        for option in options:
+            if option not in known and option != "model":
+                meant = _OTHER_WORDS.get(option)
+                hint = f" (did you mean {meant!r}?)" if meant in known else ""
+                raise ValueError(unknown(f"option of {cls.__name__}:", option, sorted(known)) + hint)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -168,19 +174,22 @@ class Sparsifier(ABC):
         self._parts: list[_Part] = []
         self._shown = self._finalized = False
         self._initial: list[Tensor] | None = None
+        self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        _watch_all_optimizers(self)
+        _watch_all_optimizers()
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which goes with the copied model and is attached to nothing."""
-        return {**vars(self), "_parts": [], "_known": None}
+        waiting = _steps_of(state.export(self._buckets)) if self._parts else self._waiting
+        return {**vars(self), "_parts": [], "_known": None, "_waiting": waiting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See :meth:`__getstate__`."""
         vars(self).update(state)
         self._known = weakref.WeakSet()
-        _watch_all_optimizers(self)
+        _alive.add(self)
 
     # What a method provides
 
@@ -261,11 +270,16 @@ class Sparsifier(ABC):
         """Share of the training that is done, in [0, 1]."""
         return min(self.steps / self.total_steps, 1.0)
 
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finalized
+
     def aim(self) -> float | None:
         """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
         return None
 
-    def attach(self, *optimizers: Any) -> Self:
+    def attach(self: S, *optimizers: Any) -> S:
         """Work around the steps of these optimizers, until :meth:`finalize`; replaces those attached before.
 
         From here on the model's parameters are the weights used. Give all optimizers that train the model; wrappers of
@@ -293,6 +307,7 @@ class Sparsifier(ABC):
         self._rebuild(owners)
         if saved is not None:
             self._restore(saved)
+            self._waiting = {}
         elif self.steps == 0:
             self._initial = [layer.local.clone() for layer in self._layers]
         self._parts = [_Part(self, [b for b in self._buckets if b.optimizer is optimizer]) for optimizer in inner]
@@ -337,6 +352,7 @@ class Sparsifier(ABC):
             ValueError: weights that are not finite; a model given without one of the layers; called twice.
         """
         own = model is None or unwrapped(model) is self.model
+        reshard(self.model if model is None else model)
         if own and self._finalized:
             raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
         targets = [layer.parameter for layer in self._layers] if own else self._copies(model)
@@ -372,7 +388,10 @@ class Sparsifier(ABC):
             "steps": self.steps,
             "aside": aside,
             "method": self._state(),
-            "layers": state.export(self._buckets),
+            "layers": {
+                name: {**self._waiting.get(name, {}), **tensors}
+                for name, tensors in state.export(self._buckets).items()
+            },
         }
 
     @torch.no_grad()
@@ -395,7 +414,14 @@ class Sparsifier(ABC):
                 )
         if not self._buckets:
             self._ready()
+        # Before the first step: what attach() has masked are the weights of the checkpoint, if the model was loaded first.
+        for layer, weight in zip(self._layers, self._initial or [], strict=False):
+            bucket, place = self._where(layer)
+            if bucket.marks()[place] == bucket.seen[place]:
+                layer.local.copy_(weight)
         self._restore(state_dict)
+        if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
+            self._waiting = _steps_of(state_dict["layers"])
         self._show_all()
 
     def _config(self) -> dict[str, Any]:
@@ -482,6 +508,7 @@ class Sparsifier(ABC):
                     self._notice(bucket)
 
     def _show_all(self) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for bucket in self._buckets:
                 self._show(bucket)
@@ -491,7 +518,7 @@ class Sparsifier(ABC):
     def _where(self, layer: Layer) -> tuple[Bucket, int]:
         return self._places[id(layer)]
 
-    def _shards(self) -> list[Any]:
+    def _shards(self) -> list[Shard | None]:
         return [layer.shard for layer in self._layers]
 
     def _by_layer(self, of: Callable[[Bucket], Sequence[Any]]) -> list[Any]:
@@ -579,8 +606,9 @@ class Sparsifier(ABC):
         return "finite" not in self._told
 
     def _check_finite(self, finalizing: bool = False) -> bool:
-        found = torch.stack([(w - w).sum() if w.numel() else w.new_zeros(()) for w in self._parameters()]).float()
-        bad = [layer.name for layer, ok in zip(self._layers, found.eq(0).tolist(), strict=True) if not ok]
+        # w - w is 0 for what is finite, and the same is decided wherever a part of the layer lies.
+        counts = count_all([(w - w).sum() != 0 for w in self._parameters()], self._shards())
+        bad = [layer.name for layer, count in zip(self._layers, counts, strict=True) if count]
         if not bad:
             self._told.discard("finite")
             return True
@@ -598,8 +626,10 @@ class Sparsifier(ABC):
 
     def _set_aside(self, part: _Part) -> None:
         """Leave layers out that no forward uses: in the first step they have no gradient."""
-        mine = [layer for bucket in part.buckets for layer in bucket.layers]
-        unused = [layer for layer in mine if layer.grad is None and layer.parameter.requires_grad]
+        mine = [layer for bucket in part.buckets for layer in bucket.layers if layer.parameter.requires_grad]
+        graded = torch.tensor([int(layer.grad is not None) for layer in mine], device=mine[0].local.device)
+        used = total(graded, [layer.shard for layer in mine]).tolist()
+        unused = [layer for layer, anywhere in zip(mine, used, strict=True) if not anywhere]
         if self.include is not None or not unused or len(unused) == len(self._layers) or self._initial is None:
             return
         names = ", ".join(repr(layer.name) for layer in unused[:3]) + (", ..." if len(unused) > 3 else "")
@@ -692,6 +722,12 @@ class Sparsifier(ABC):
                     f"{layer.key!r} of the model given to finalize() has the shape {tuple(parameters[layer.key].shape)}, "
                     f"that of the trained one {layer.shape}; give a copy of the trained one"
                 )
+            if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
+                raise ValueError(
+                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: give a copy "
+                    "that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole model, "
+                    "whose load_state_dict() takes this one's state"
+                )
         return [parameters[layer.key] for layer in self._layers]
 
     def _detach(self) -> None:
@@ -705,18 +741,12 @@ class Sparsifier(ABC):
                 del _TAKEN[layer.parameter]
 
 
-def option_error(cls: type, options: Iterable[str]) -> str | None:
-    """What to say of the first of these options that making a ``cls`` does not take."""
-    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    known = [name for name in parameters if name != "self"]
-    for option in options:
-        if option not in known:
-            meant = _OTHER_WORDS.get(option)
-            hint = f" (did you mean {meant!r}?)" if meant in known else ""
-            return unknown(f"option of {cls.__name__}:", option, sorted(known)) + hint
-    return None
+def _steps_of(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Of what the buckets keep, what the steps of the method's own parameters remember."""
+    return {
+        name: {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+        for name, tensors in layers.items()
+    }
 
 
 class _Part:
@@ -744,16 +774,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-def _watch_all_optimizers(sparsifier: Sparsifier) -> None:
-    """Let a sparsifier see steps of optimizers that it is not attached to, for as long as it lives."""
-    reference = weakref.ref(sparsifier)
+#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
+_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    """Let sparsifiers see steps of optimizers that they are not attached to."""
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._unattached(optimizer)
+        for sparsifier in list(_alive):
+            sparsifier._unattached(optimizer)
 
-    weakref.finalize(sparsifier, register_optimizer_step_post_hook(seen).remove)
+    register_optimizer_step_post_hook(seen)
 
 
 @dataclass(eq=False, repr=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,10 +47,6 @@ class Companion:
         self._source, self._group, self.rate, self.parameters = optimizer, group, rate, parameters
         self.renew()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, which holds what this remembers until another takes it over."""
-        return {**vars(self), "_source": None}
-
     def renew(self, started: bool = False) -> None:
         """Forget what it remembers; ``started``: have it all there, as after a step, for :meth:`tensors` to be filled."""
         parameters = list(self.parameters.values())
@@ -78,10 +72,10 @@ class Companion:
             own.update({key: theirs[key] for key in self._optimizer.defaults if key in theirs and key not in _OWN})
         own["lr"] = theirs["lr"] * self.rate
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Its state, by parameter and key; in place."""
         return {
-            f"{name}.{key}": value
+            (name, key): value
             for name, parameter in self.parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from rarefy._names import unknown
-from rarefy.sparse.base import Info, Sparsifier, option_error
+from rarefy.sparse.base import Info, Sparsifier
 from rarefy.sparse.methods.acdc import ACDC
 from rarefy.sparse.methods.autosparse import AutoSparse
 from rarefy.sparse.methods.cs import ContinuousSparsification
@@ -105,7 +105,6 @@ def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:
 
     Raises ValueError for a name or an option that is not there, naming the nearest one that is.
     """
-    options(name)
-    if unknown_option := option_error(METHODS[name], arguments):
-        raise ValueError(unknown_option)
+    if name not in METHODS:
+        raise ValueError(unknown("method", name, names()))
     return METHODS[name](model, **arguments)

@@ -80,7 +80,7 @@ class Latent(Sparsifier):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["latent"] = self.latent(bucket.gather(bucket.weights()))
+            bucket.keep("latent", self.latent(bucket.gather(bucket.weights())))
             self._prepare(bucket)
 
     def _prepare(self, bucket: Bucket) -> None:
@@ -90,10 +90,9 @@ class Latent(Sparsifier):
         bucket.scatter(bucket.kept["latent"], bucket.weights())
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
-        weight = bucket.kept["latent"]
+        grads, weight = bucket.grads(), bucket.kept["latent"]
         if any(grad is not None for grad in grads):
-            bucket.scatter(self.gradient(bucket.gather(grads), weight, bucket), grads)
+            bucket.scatter(self.gradient(bucket.gather(grads, bucket.scratch()), weight, bucket), grads)
         bucket.scatter(weight, bucket.weights())
 
     def _take(self, bucket: Bucket) -> None:
@@ -185,7 +184,7 @@ class Projected(Budgeted, Latent):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["mask"] = bucket.flat(1, torch.bool)
+            bucket.keep("mask", bucket.flat(1, torch.bool))
         super()._begin()
         self._project(self.aim())
 
@@ -217,6 +216,7 @@ class Thresholding(Projected):
 
     def _prepare(self, bucket: Bucket) -> None:
         bucket.rows = [1] * len(bucket.layers)
+        bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
     def threshold(self, bucket: Bucket) -> Tensor:
@@ -251,6 +251,7 @@ class Exploring(Projected):
     def _prepare(self, bucket: Bucket) -> None:
         bucket.rows = [1] * len(bucket.layers)
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
+        bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
     def project(self, masks: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarefy.kernels.thresholds import mask_
+from rarefy.kernels.thresholds import Masks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import local
@@ -94,8 +94,10 @@ class Masked(Budgeted):
         return self.steps % every == 0 and self.steps - every < until * self.total_steps
 
     def _begin(self) -> None:
+        self._cuts: dict[int, Masks] = {}
         for bucket in self._buckets:
-            bucket.kept["mask"] = bucket.flat(1, torch.bool)
+            bucket.keep("mask", bucket.flat(1, torch.bool))
+            self._cuts[id(bucket)] = Masks(self._views(bucket))
         self._write(self.initial_masks())
 
     def _write(self, masks: Sequence[Tensor]) -> None:
@@ -107,8 +109,7 @@ class Masked(Budgeted):
 
     def _before(self, bucket: Bucket) -> None:
         self.see_gradients(bucket)
-        pairs = [(layer.grad, mask) for layer, mask in zip(bucket.layers, self._views(bucket), strict=True)]
-        mask_([grad for grad, _ in pairs if grad is not None], [mask for grad, mask in pairs if grad is not None])
+        self._cuts[id(bucket)].cut_(bucket.grads())
 
     def _views(self, bucket: Bucket) -> list[Tensor]:
         return bucket.views(bucket.kept["mask"])
@@ -117,7 +118,7 @@ class Masked(Budgeted):
         """Nothing: the parameters are the dense weights, where they live."""
 
     def _show(self, bucket: Bucket) -> None:
-        mask_(bucket.weights(), self._views(bucket))
+        self._cuts[id(bucket)].cut_(bucket.weights())
 
     def _changed(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.weights(), self._views(bucket), strict=True)

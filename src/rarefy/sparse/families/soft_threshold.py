@@ -32,7 +32,7 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import log_error
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import block_expand, block_sum, check_divisible, separate, top_k, within_budget
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, means, separate, top_k, within_budget
 from rarefy.sparse.shards import total
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
@@ -61,10 +61,17 @@ class ThresholdFunction(NamedTuple):
     derivative: Callable[[Tensor], Tensor]
 
 
+# A sigmoid up to 1 - 1e-6, and on in a straight line, so that any magnitude can be masked in the end.
+_EDGE = 1.0 - 1e-6
+_BEND = math.log(_EDGE / (1.0 - _EDGE))
+
+
+def _sigmoid(s: Tensor) -> Tensor:
+    return torch.sigmoid(s.clamp(max=_BEND)) + 1e-6 * (s - _BEND).clamp(min=0.0)
+
+
 def _sigmoid_inverse(threshold: Tensor) -> Tensor:
-    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
-    edge = 1.0 - 1e-6
-    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
+    return torch.logit(threshold.clamp(1e-30, _EDGE)) + 1e6 * (threshold - _EDGE).clamp(min=0.0)
 
 
 def _softplus_inverse(threshold: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ def _log(threshold: Tensor) -> Tensor:
 
 
 THRESHOLD_FUNCTIONS = {
-    "sigmoid": ThresholdFunction(torch.sigmoid, _sigmoid_inverse, lambda t: (1.0 - t) * t),
+    "sigmoid": ThresholdFunction(_sigmoid, _sigmoid_inverse, lambda t: (1.0 - t).clamp(min=0.0) * t),
     "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
     "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
 }
@@ -211,6 +218,8 @@ class SoftThreshold(Targeted, Latent):
     def _prepare(self, bucket: Bucket) -> None:
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
+        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
+        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower"], self.granularity))
         weight, count = bucket.kept["latent"], len(bucket.layers)
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
         bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
@@ -252,7 +261,7 @@ class SoftThreshold(Targeted, Latent):
         super()._begin()
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
+        grads = bucket.grads()
         threshold, s = self.threshold(bucket), bucket.own["s"]
         # A layer whose weights are all 0 gets its whole gradient.
         alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
@@ -406,7 +415,8 @@ class SoftThreshold(Targeted, Latent):
         assert bucket.rows is not None
         now = self._shaped(bucket)[place].double()
         weight = bucket.views(bucket.kept["latent"])[place]
-        wanted = separate(self._magnitude(weight).double(), now, mask, layer.shard)
+        shard = layer.shard if self.granularity == "layer" else None  # rows are whole wherever they are
+        wanted = separate(self._magnitude(weight).double(), now, mask, shard)
         s = bucket.own["s"].detach().split(bucket.rows)[place]
         s.copy_(torch.where((wanted != now).flatten(), self._g.inverse(wanted).flatten(), s.double()))
 
@@ -426,8 +436,7 @@ class SoftThreshold(Targeted, Latent):
         return self.alpha_now
 
     def _thresholds(self) -> list[float]:
-        means = self._by_layer(lambda bucket: [t.mean() if t.numel() else t.sum() for t in self._shaped(bucket)])
-        return [float(value) for value in torch.stack(means).tolist()]
+        return means(self._by_layer(self._shaped), self._shards() if self.granularity == "channel" else None)
 
     def _config(self) -> dict[str, Any]:
         return {

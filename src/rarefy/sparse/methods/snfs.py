@@ -48,7 +48,7 @@ class SNFS(SET):
         """See :class:`Masked`: m <- 0.9 m + 0.1 dL/dW, once the step is made: a closure may be asked several times."""
         if self.progress < self.stop:
             following = bucket.kept["momentum"].clone()
-            pairs = zip(bucket.views(following), [layer.grad for layer in bucket.layers], strict=True)
+            pairs = zip(bucket.views(following), bucket.grads(), strict=True)
             seen = [(momentum, grad) for momentum, grad in pairs if grad is not None]
             if seen:
                 torch._foreach_lerp_([m for m, _ in seen], [g for _, g in seen], 1.0 - self.growth_momentum)
@@ -56,7 +56,8 @@ class SNFS(SET):
 
     def _learn(self, bucket: Bucket) -> None:
         super()._learn(bucket)
-        bucket.kept["momentum"] = self._next.pop(id(bucket), bucket.kept["momentum"])
+        if (following := self._next.pop(id(bucket), None)) is not None:
+            bucket.kept["momentum"].copy_(following)
 
     def growth_scores(self) -> Sequence[Tensor]:
         """See :class:`SET`: |m|."""
@@ -65,7 +66,7 @@ class SNFS(SET):
     def _begin(self) -> None:
         self._next = {}
         for bucket in self._buckets:
-            bucket.kept["momentum"] = bucket.flat()
+            bucket.keep("momentum", bucket.flat())
         super()._begin()
 
     def _weight_grad_density(self, density: float) -> float:
