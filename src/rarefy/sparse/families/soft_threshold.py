@@ -137,7 +137,6 @@ class SoftThreshold(Targeted, Latent):
         self.block = _checks.whole("block", self.block, what="number of weights")
         super().__post_init__()
         check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
-        self._g = THRESHOLD_FUNCTIONS[self.threshold_function]
         self.own_rate = self.threshold_lr  # type: ignore[misc]
         if self.pressure is None:
             self.pressure = self._default_pressure()
@@ -171,6 +170,10 @@ class SoftThreshold(Targeted, Latent):
     @abstractmethod
     def alpha_now(self) -> float:
         """The factor on the gradient of masked weights."""
+
+    @property
+    def _g(self) -> ThresholdFunction:
+        return THRESHOLD_FUNCTIONS[self.threshold_function]
 
     # The formula
 
