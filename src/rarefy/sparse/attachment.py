@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +41,8 @@ def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside the wrappers of trainers. Raises TypeError for what is none, ValueError for DeepSpeed's."""
     if type(optimizer).__name__.startswith("DeepSpeed") or type(optimizer).__module__.startswith("deepspeed"):
         raise ValueError(
-            f"{type(optimizer).__name__} keeps the weights in buffers of its own, which a sparsifier cannot reach; train "
-            "with DDP or FSDP2 (fully_shard) and an optimizer of torch.optim"
+            f"{type(optimizer).__name__} keeps the weights in buffers of its own, which a sparsifier cannot reach; "
+            "train with DDP or FSDP2 (fully_shard) and an optimizer of torch.optim"
         )
     package = type(optimizer).__module__.partition(".")[0]
     if package in _WRAPPERS:
@@ -70,7 +71,7 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer, listener: Listener) -> None:
         self.optimizer, self.listener = optimizer, listener
-        self.all = _with_nested(optimizer)
+        self.all = with_nested(optimizer)
         self._running: list[Optimizer] = []
         self._skipped = False
         self._undo: list[Callable[[], Any]] = []
@@ -78,6 +79,7 @@ class Attachment:
             if vars(each).get("_optimizer_step_pre_hooks") is not None and getattr(type(each).step, "hooked", False):
                 self._undo.append(each.register_step_pre_hook(self._before).remove)
                 self._undo.append(each.register_step_post_hook(lambda each, *_: self._after(each)).remove)
+                self._wrap(each, "step", self._guard)
             else:  # a wrapper that never called Optimizer.__init__
                 self._wrap(each, "step", self._step)
         for name in ("train", "eval"):  # schedule-free optimizers move the weights in these
@@ -93,6 +95,7 @@ class Attachment:
     def _wrap(self, optimizer: Optimizer, name: str, around: Callable[..., Any]) -> None:
         own, given = vars(optimizer).get(name), getattr(optimizer, name)
 
+        @functools.wraps(given)
         def call(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return around(given, optimizer, *args, **kwargs) if self._undo else given(*args, **kwargs)
 
@@ -111,9 +114,20 @@ class Attachment:
     def _step(self, given: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         changed = self._before(optimizer, (optimizer, *args), kwargs)
         given_args, given_kwargs = ((optimizer, *args), kwargs) if changed is None else changed
-        result = given(*given_args[1:], **given_kwargs)
+        result = self._guard(given, optimizer, *given_args[1:], **given_kwargs)
         self._after(optimizer)
         return result
+
+    def _guard(self, given: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """A step that ends in an error, or is interrupted, leaves the weights used in the parameters too."""
+        try:
+            return given(*args, **kwargs)
+        except BaseException:
+            if self._running and self._running[0] is optimizer:
+                self._running.clear()
+                with torch.no_grad():
+                    self.listener.look()
+            raise
 
     def _move(self, given: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """A call that moves the weights without being a step: on the dense ones."""
@@ -200,16 +214,17 @@ class _Gradients:
         self._saved, self._versions = [], []
 
 
-def _with_nested(optimizer: Optimizer) -> list[Optimizer]:
+def with_nested(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer and those in its attributes, in lists and dictionaries too, and in theirs."""
     found = [optimizer]
     for outer in found:
-        for value in vars(outer).values():
-            if isinstance(value, Mapping) and value is not outer.state:
-                value = list(value.values())
-            for inner in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(inner, Optimizer) and not any(inner is other for other in found):
-                    found.append(inner)
+        for name, value in vars(outer).items():
+            held: Any = [value]
+            if isinstance(value, (list, tuple, dict)) and name not in ("state", "param_groups"):
+                held = value.values() if isinstance(value, dict) else value
+            found += [
+                each for each in held if isinstance(each, Optimizer) and all(each is not known for known in found)
+            ]
     return found
 
 

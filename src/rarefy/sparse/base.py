@@ -13,11 +13,12 @@ and sharding the model need nothing from here.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -44,7 +45,7 @@ CUT = 0.05
 _OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
 
 #: Which sparsifier is attached to a parameter.
-_TAKEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_TAKEN: MutableMapping[nn.Parameter, weakref.ref[Sparsifier]] = WeakIdKeyDictionary()
 
 S = TypeVar("S", bound="Sparsifier")
 
@@ -175,6 +176,7 @@ class Sparsifier(ABC):
         self._shown = self._finalized = False
         self._initial: list[Tensor] | None = None
         self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._copied: dict[str, Any] | None = None
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _watch_all_optimizers()
@@ -182,8 +184,8 @@ class Sparsifier(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which goes with the copied model and is attached to nothing."""
-        waiting = _steps_of(state.export(self._buckets)) if self._parts else self._waiting
-        return {**vars(self), "_parts": [], "_known": None, "_waiting": waiting}
+        copied = self.state_dict() if self._shown and not self._finalized else None
+        return {**vars(self), "_parts": [], "_buckets": [], "_places": {}, "_known": None, "_copied": copied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See :meth:`__getstate__`."""
@@ -420,8 +422,6 @@ class Sparsifier(ABC):
             if bucket.marks()[place] == bucket.seen[place]:
                 layer.local.copy_(weight)
         self._restore(state_dict)
-        if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
-            self._waiting = _steps_of(state_dict["layers"])
         self._show_all()
 
     def _config(self) -> dict[str, Any]:
@@ -444,6 +444,8 @@ class Sparsifier(ABC):
             part.judged = part.judged or self.steps > 0
         state.restore(self._buckets, saved["layers"])
         self._load_state(saved["method"])
+        if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
+            self._waiting = _steps_of(saved["layers"])
         for bucket in self._buckets:
             bucket.dense = False
 
@@ -473,7 +475,11 @@ class Sparsifier(ABC):
 
     def _check_free(self) -> None:
         for layer in self._layers:
-            other = _TAKEN[layer.parameter]() if layer.parameter in _TAKEN else None
+            other = _attached_to(layer.parameter)
+            if other is not None and other is not self:
+                del other
+                gc.collect()  # what goes with an optimizer that is gone
+                other = _attached_to(layer.parameter)
             if other is not None and other is not self:
                 raise ValueError(
                     f"layer {layer.name!r} is being sparsified already, by {type(other).__name__}: finalize() that one, "
@@ -492,7 +498,7 @@ class Sparsifier(ABC):
         self._begin()
         for bucket in self._buckets:
             if bucket.own and bucket.optimizer is not None and bucket.group is not None:
-                bucket.companion = Companion(bucket.optimizer, bucket.group, bucket.own, self.own_rate)
+                bucket.companion = Companion(bucket.trainers, bucket.group, bucket.own, self.own_rate)
             bucket.seen = bucket.marks()
 
     def _ready(self, by_value: bool = False) -> None:
@@ -502,6 +508,9 @@ class Sparsifier(ABC):
             resolve(self.model, self._chosen)
             self._check_memory()
             self._rebuild([(None, None)] * len(self._layers))
+            if self._copied is not None:
+                copied, self._copied = self._copied, None
+                self._restore(copied)
         elif self._shown:
             for bucket in self._buckets if by_value else moved:
                 if not bucket.dense:
@@ -560,8 +569,9 @@ class Sparsifier(ABC):
 
     def _look(self, part: _Part) -> None:
         for bucket in part.buckets:
-            self._show(bucket)
-            bucket.dense, bucket.seen = False, bucket.marks()
+            if bucket.dense:
+                self._show(bucket)
+                bucket.dense, bucket.seen = False, bucket.marks()
 
     def _leave(self, part: _Part) -> None:
         if not part.buckets:
@@ -737,8 +747,12 @@ class Sparsifier(ABC):
                 self._known.difference_update(part.attachment.all)
         self._parts = []
         for layer in self._chosen:
-            if layer.parameter in _TAKEN and _TAKEN[layer.parameter]() is self:
+            if _attached_to(layer.parameter) is self:
                 del _TAKEN[layer.parameter]
+
+
+def _attached_to(parameter: nn.Parameter) -> Sparsifier | None:
+    return _TAKEN[parameter]() if parameter in _TAKEN else None
 
 
 def _steps_of(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

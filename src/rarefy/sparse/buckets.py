@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.sparse.attachment import with_nested
 from rarefy.sparse.companion import Companion
 from rarefy.sparse.layers import Layer, dense_in_memory
 from rarefy.sparse.shards import total
@@ -31,6 +32,7 @@ class Bucket:
         rows: how many numbers each layer has in tensors that have one a row, or one a layer; None if there are none.
         own: what the method learns for these layers besides their weights, by name; flat, or by rows.
         kept: what else the method keeps for them, by name: likewise.
+        passes: what a method computes with on the memory of all layers.
         per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; others are flat.
     """
 
@@ -49,6 +51,7 @@ class Bucket:
         self.kept: dict[str, Tensor] = {}
         self.per: dict[str, str] = {}
         self.companion: Companion | None = None
+        self.passes: Any = None
         self.seen: list[tuple[int, int]] = []
         weights = [layer.local for layer in layers]
         self.device, self.dtype = weights[0].device, weights[0].dtype
@@ -66,10 +69,15 @@ class Bucket:
         self._stretches: dict[bool, Tensor] = {}
         self._indices: dict[bool, Tensor] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, which no optimizer trains, and whose tensors lie elsewhere."""
-        anew: dict[str, Any] = {"_places": [], "_checked": [], "_weights": [], "_views": [], "_scratch": None}
-        return {**vars(self), "optimizer": None, "group": None, "companion": None, **anew}
+    @property
+    def trainers(self) -> list[Optimizer]:
+        """The optimizer and those inside of it that hold the layers' weights."""
+        weight = self.layers[0].parameter
+        return [
+            each
+            for each in ([] if self.optimizer is None else with_nested(self.optimizer))
+            if any(parameter is weight for group in each.param_groups for parameter in group["params"])
+        ]
 
     @property
     def size(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,8 +29,8 @@ class Companion:
     """Steps a method's parameters as the optimizer steps the weights of one of its groups, without weight decay.
 
     Args:
-        optimizer: that trains the weights.
-        group: the index of the one of its groups that the weights are in, whose learning rate and momenta are read at
+        optimizers: those that train the weights: one, and what it has inside (SAM's, Lookahead's).
+        group: the index of the one of the first's groups that the weights are in, whose learning rate and momenta are read at
             every step.
         parameters: by name.
         rate: multiple of the weights' learning rate.
@@ -37,14 +39,18 @@ class Companion:
         ValueError: an optimizer without a learning rate to go by (LBFGS).
     """
 
-    def __init__(self, optimizer: Optimizer, group: int, parameters: dict[str, nn.Parameter], rate: float) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS) or "lr" not in optimizer.param_groups[group]:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], group: int, parameters: dict[str, nn.Parameter], rate: float
+    ) -> None:
+        optimizer = optimizers[0]
+        if any(isinstance(each, torch.optim.LBFGS) for each in optimizers) or "lr" not in optimizer.param_groups[group]:
             raise ValueError(
-                f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; take "
-                "SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
+                f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; "
+                "take SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
             )
-        self._kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), torch.optim.Adam)
         self._source, self._group, self.rate, self.parameters = optimizer, group, rate, parameters
+        found = next((kind for each in optimizers for kind in _KINDS if isinstance(each, kind)), None)
+        self._kind, self._alike = found or torch.optim.Adam, found is not None
         self.renew()
 
     def renew(self, started: bool = False) -> None:
@@ -68,7 +74,7 @@ class Companion:
 
     def _read(self) -> None:
         own, theirs = self._optimizer.param_groups[0], self._source.param_groups[self._group]
-        if isinstance(self._source, self._kind):  # what another kind calls by these names may be something else
+        if self._alike:  # what another kind calls by these names may be something else
             own.update({key: theirs[key] for key in self._optimizer.defaults if key in theirs and key not in _OWN})
         own["lr"] = theirs["lr"] * self.rate
 

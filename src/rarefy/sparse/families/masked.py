@@ -94,10 +94,9 @@ class Masked(Budgeted):
         return self.steps % every == 0 and self.steps - every < until * self.total_steps
 
     def _begin(self) -> None:
-        self._cuts: dict[int, Masks] = {}
         for bucket in self._buckets:
             bucket.keep("mask", bucket.flat(1, torch.bool))
-            self._cuts[id(bucket)] = Masks(self._views(bucket))
+            bucket.passes = Masks(self._views(bucket))
         self._write(self.initial_masks())
 
     def _write(self, masks: Sequence[Tensor]) -> None:
@@ -109,7 +108,7 @@ class Masked(Budgeted):
 
     def _before(self, bucket: Bucket) -> None:
         self.see_gradients(bucket)
-        self._cuts[id(bucket)].cut_(bucket.grads())
+        bucket.passes.cut_(bucket.grads())
 
     def _views(self, bucket: Bucket) -> list[Tensor]:
         return bucket.views(bucket.kept["mask"])
@@ -118,7 +117,7 @@ class Masked(Budgeted):
         """Nothing: the parameters are the dense weights, where they live."""
 
     def _show(self, bucket: Bucket) -> None:
-        self._cuts[id(bucket)].cut_(bucket.weights())
+        bucket.passes.cut_(bucket.weights())
 
     def _changed(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.weights(), self._views(bucket), strict=True)
@@ -133,10 +132,10 @@ class Masked(Budgeted):
     def _forget(self, masks: Sequence[Tensor]) -> None:
         """The optimizer forgets what it knows of the weights that are masked, or come back, from here on."""
         for layer, old, new in zip(self._layers, self._kept("mask"), masks, strict=True):
-            optimizer = self._where(layer)[0].optimizer
-            for value in ({} if optimizer is None else optimizer.state.get(layer.parameter, {})).values():
-                if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
-                    local(value).masked_fill_(old ^ new, 0.0)
+            for optimizer in self._where(layer)[0].trainers:
+                for value in optimizer.state.get(layer.parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
+                        local(value).masked_fill_(old ^ new, 0.0)
 
     def _settle(self) -> list[Tensor]:
         assert self.budget is not None

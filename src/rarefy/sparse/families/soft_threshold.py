@@ -248,20 +248,12 @@ class SoftThreshold(Targeted, Latent):
     def _kernel(self, bucket: Bucket) -> ThresholdedLayers:
         """The passes over all layers; made anew when a parameter's memory is another one."""
         pointers = tuple(weight.data_ptr() for weight in bucket.weights())
-        cached = self._kernels.get(id(bucket))
+        cached: tuple[tuple[int, ...], ThresholdedLayers] | None = bucket.passes
         if cached is None or cached[0] != pointers:
             assert bucket.rows is not None
             layers = ThresholdedLayers(bucket.weights(), bucket.views(bucket.kept["latent"]), bucket.rows)
-            cached = self._kernels[id(bucket)] = (pointers, layers)
+            cached = bucket.passes = (pointers, layers)
         return cached[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The passes are over memory that a copy does not have."""
-        return {**super().__getstate__(), "_kernels": {}}
-
-    def _begin(self) -> None:
-        self._kernels: dict[int, tuple[tuple[int, ...], ThresholdedLayers]] = {}
-        super()._begin()
 
     def _before(self, bucket: Bucket) -> None:
         grads = bucket.grads()

@@ -76,7 +76,7 @@ class TopKAST(Exploring):
             if decay:
                 # The optimizer adds lambda W everywhere: here 1/D - 1 of it more where it explores, and none outside B.
                 factor = explore * (1.0 / bucket.spread(bucket.kept["density"]) - 1.0)
-                if not isinstance(bucket.optimizer, torch.optim.AdamW):
+                if not any(isinstance(each, torch.optim.AdamW) for each in bucket.trainers):
                     factor = factor - (~(mask | explore)).to(factor.dtype)
                 found = found.add(weight * factor, alpha=decay)
         return found
