@@ -715,7 +715,7 @@ class Sparsifier(ABC):
                 f"finalize() after {self.steps} of {self.total_steps} steps cuts from a density of {density:.4f} "
                 f"to {self.budget.goal:.4f} at once, which costs accuracy; train to the last step first (an "
                 "optimizer step after finalize() fills zeros again)",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _copies(self, model: nn.Module | None) -> list[nn.Parameter]:
