@@ -133,7 +133,7 @@ def test_no_step_waits_for_the_gpu(case):
     run = Run(case, total_steps=100_000, device="cuda").train(3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(3):
+        for _ in range(3):
             run.optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -259,6 +259,7 @@ def step():
     return case, layers, run
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_thresholds_never_wait_for_the_gpu(step):
     case, _, run = step
     run(case.copies(case.grads))

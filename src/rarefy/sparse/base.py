@@ -34,6 +34,7 @@ from rarefy.sparse.budget import ACTIONS, Budget, check_feasible, make_budget
 from rarefy.sparse.companion import Companion
 from rarefy.sparse.layers import DEFAULT_FLOOR, Layer, local, resolve, select_layers, unwrapped
 from rarefy.sparse.masks import count_all, write_sparse
+from rarefy.sparse.shards import Shard, reshard, total
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
@@ -169,6 +170,7 @@ class Sparsifier(ABC):
         self._parts: list[_Part] = []
         self._shown = self._finalized = False
         self._initial: list[Tensor] | None = None
+        self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _watch_all_optimizers()
@@ -285,6 +287,7 @@ class Sparsifier(ABC):
         self._rebuild(owners)
         if saved is not None:
             self._restore(saved)
+            self._waiting = {}
         elif self.steps == 0:
             self._initial = [layer.local.clone() for layer in self._layers]
         self._parts = [_Part(self, [b for b in self._buckets if b.optimizer is optimizer]) for optimizer in inner]
@@ -327,6 +330,7 @@ class Sparsifier(ABC):
             ValueError: weights that are not finite; a model given without one of the layers; called twice.
         """
         own = model is None or unwrapped(model) is self.model
+        reshard(self.model if model is None else model)
         if own and self._finalized:
             raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
         targets = [layer.parameter for layer in self._layers] if own else self._copies(model)
@@ -361,7 +365,10 @@ class Sparsifier(ABC):
             "steps": self.steps,
             "aside": aside,
             "method": self._state(),
-            "layers": state.export(self._buckets),
+            "layers": {
+                name: {**self._waiting.get(name, {}), **tensors}
+                for name, tensors in state.export(self._buckets).items()
+            },
         }
 
     @torch.no_grad()
@@ -390,6 +397,11 @@ class Sparsifier(ABC):
             if bucket.marks()[place] == bucket.seen[place]:
                 layer.local.copy_(weight)
         self._restore(state_dict)
+        if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
+            self._waiting = {
+                name: {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+                for name, tensors in state_dict["layers"].items()
+            }
         self._show_all()
 
     def _config(self) -> dict[str, Any]:
@@ -456,6 +468,7 @@ class Sparsifier(ABC):
                 self._notice(bucket)
 
     def _show_all(self) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for bucket in self._buckets:
                 self._show(bucket)
@@ -465,7 +478,7 @@ class Sparsifier(ABC):
     def _where(self, layer: Layer) -> tuple[Bucket, int]:
         return self._places[id(layer)]
 
-    def _shards(self) -> list[Any]:
+    def _shards(self) -> list[Shard | None]:
         return [layer.shard for layer in self._layers]
 
     def _by_layer(self, of: Callable[[Bucket], Sequence[Any]]) -> list[Any]:
@@ -539,8 +552,9 @@ class Sparsifier(ABC):
         return "finite" not in self._told
 
     def _check_finite(self, finalizing: bool = False) -> bool:
-        found = torch.stack([(w - w).sum() if w.numel() else w.new_zeros(()) for w in self._parameters()]).float()
-        bad = [layer.name for layer, ok in zip(self._layers, found.eq(0).tolist(), strict=True) if not ok]
+        # w - w is 0 for what is finite, and the same is decided wherever a part of the layer lies.
+        counts = count_all([(w - w).sum() != 0 for w in self._parameters()], self._shards())
+        bad = [layer.name for layer, count in zip(self._layers, counts, strict=True) if count]
         if not bad:
             self._told.discard("finite")
             return True
@@ -558,8 +572,10 @@ class Sparsifier(ABC):
 
     def _set_aside(self, part: _Part) -> None:
         """Leave layers out that no forward uses: in the first step they have no gradient."""
-        mine = [layer for bucket in part.buckets for layer in bucket.layers]
-        unused = [layer for layer in mine if layer.grad is None and layer.parameter.requires_grad]
+        mine = [layer for bucket in part.buckets for layer in bucket.layers if layer.parameter.requires_grad]
+        graded = torch.tensor([int(layer.grad is not None) for layer in mine], device=mine[0].local.device)
+        used = total(graded, [layer.shard for layer in mine]).tolist()
+        unused = [layer for layer, anywhere in zip(mine, used, strict=True) if not anywhere]
         if self.include is not None or not unused or len(unused) == len(self._layers) or self._initial is None:
             return
         names = ", ".join(repr(layer.name) for layer in unused[:3]) + (", ..." if len(unused) > 3 else "")
@@ -649,6 +665,12 @@ class Sparsifier(ABC):
                 raise ValueError(
                     f"{layer.key!r} of the model given to finalize() has the shape {tuple(parameters[layer.key].shape)}, "
                     f"that of the trained one {layer.shape}; give a copy of the trained one"
+                )
+            if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
+                raise ValueError(
+                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: give a copy "
+                    "that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole model, "
+                    "whose load_state_dict() takes this one's state"
                 )
         return [parameters[layer.key] for layer in self._layers]
 

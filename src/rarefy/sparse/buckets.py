@@ -30,7 +30,8 @@ class Bucket:
         dense: whether the parameters hold the dense weights now, as in an optimizer's step; else those that are used.
         rows: how many numbers each layer has in tensors that have one a row, or one a layer; None if there are none.
         own: what the method learns for these layers besides their weights, by name; flat, or by rows.
-        kept: what else the method keeps for them, by name: likewise, or one tensor a layer.
+        kept: what else the method keeps for them, by name: likewise.
+        per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; others are flat.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class Bucket:
         self.dense = False
         self.rows: list[int] | None = None
         self.own: dict[str, nn.Parameter] = {}
-        self.kept: dict[str, Any] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.per: dict[str, str] = {}
         self.companion: Companion | None = None
         self.seen: list[tuple[int, int]] = []
         weights = [layer.local for layer in layers]
@@ -61,8 +63,8 @@ class Bucket:
         self._scratch: Tensor | None = None
         self._channels: Tensor | None = None
         self._made_for = [_about(weight) for weight in weights]
-        self._stretches: dict[int, Tensor] = {}
-        self._indices: dict[int, Tensor] = {}
+        self._stretches: dict[bool, Tensor] = {}
+        self._indices: dict[bool, Tensor] = {}
 
     @property
     def size(self) -> int:
@@ -128,9 +130,9 @@ class Bucket:
         if pairs:
             torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor, *, channels: bool = False) -> Tensor:
         """A number a layer, (L,), or an output channel, (C,), to one a weight, (N,); differentiable."""
-        return _Spread.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Spread.apply(values, self, channels)  # type: ignore[no-any-return, no-untyped-call]
 
     def sums(self, flat: Tensor) -> Tensor:
         """(N,) to (L,): the sum over each layer, over all processes that hold a part of it."""
@@ -144,29 +146,33 @@ class Bucket:
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""
-        channels = sum(shape[0] for shape in self.shapes)
-        return torch.segment_reduce(flat, "sum", lengths=self._lengths(channels), unsafe=True)
+        return torch.segment_reduce(flat, "sum", lengths=self._lengths(True), unsafe=True)
 
-    def _lengths(self, count: int) -> Tensor:
-        """How many weights share each of so many numbers, which are one a layer or one a channel; on the device."""
-        if count not in self._stretches:
+    def _lengths(self, channels: bool) -> Tensor:
+        """How many weights each layer or output channel has; on the device."""
+        if channels not in self._stretches:
             found = self.sizes
-            if count != len(self.sizes):
+            if channels:
                 rows = zip(self.sizes, self.shapes, strict=True)
                 found = [size // shape[0] for size, shape in rows for _ in range(shape[0])]
-            self._stretches[count] = torch.tensor(found, device=self.device)
-        return self._stretches[count]
+            self._stretches[channels] = torch.tensor(found, device=self.device)
+        return self._stretches[channels]
 
-    def _index(self, count: int) -> Tensor:
-        """Which of so many numbers each weight has, (N,)."""
-        if count not in self._indices:
-            numbers = torch.arange(count, device=self.device, dtype=torch.int32)
-            self._indices[count] = numbers.repeat_interleave(self._lengths(count), output_size=self.size)
-        return self._indices[count]
+    def _index(self, channels: bool) -> Tensor:
+        """Which layer or output channel each weight is of, (N,)."""
+        if channels not in self._indices:
+            lengths = self._lengths(channels)
+            numbers = torch.arange(len(lengths), device=self.device, dtype=torch.int32)
+            self._indices[channels] = numbers.repeat_interleave(lengths, output_size=self.size)
+        return self._indices[channels]
 
     def marks(self) -> list[tuple[int, int]]:
-        """Where the parameters lie and how often they were written to: equal if nobody has."""
-        return [(layer.place, layer.version) for layer in self.layers]
+        """Where the parameters lie and how often they were written to: equal if nobody has.
+
+        Parts without a weight are left out: ``fully_shard`` replaces them, on the processes that have such.
+        """
+        rows = zip(self.layers, self.sizes, strict=True)
+        return [(layer.place, layer.version) if size else (0, 0) for layer, size in rows]
 
     def check(self) -> None:
         """Raise RuntimeError if a parameter was cast, moved or laid out anew since the bucket was made."""
@@ -187,14 +193,14 @@ class _Spread(torch.autograd.Function):
     """Numbers that stretches of weights share, one for each weight; back: the sums over the stretches, always alike."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bucket: Bucket) -> Tensor:
-        ctx.bucket, ctx.by_layer = bucket, len(values) == len(bucket.sizes)
-        return values.index_select(0, bucket._index(len(values)))
+    def forward(ctx: Any, values: Tensor, bucket: Bucket, channels: bool) -> Tensor:
+        ctx.bucket, ctx.channels = bucket, channels
+        return values.index_select(0, bucket._index(channels))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sums = ctx.bucket.sums if ctx.by_layer else ctx.bucket.channel_sums
-        return sums(grad.contiguous()), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        sums = ctx.bucket.channel_sums if ctx.channels else ctx.bucket.sums
+        return sums(grad.contiguous()), None, None
 
 
 def _about(weight: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]:

@@ -73,10 +73,10 @@ class Companion:
         own.update({key: theirs[key] for key in self._shared})
         own["lr"] = theirs["lr"] * self.rate
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Its state, by parameter and key; in place."""
         return {
-            f"{name}.{key}": value
+            (name, key): value
             for name, parameter in self.parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rarefy._names import layer_name, unknown
 from rarefy.sparse import _checks
-from rarefy.sparse.shards import Shard, shard_of
+from rarefy.sparse.shards import Shard, reshard, shard_of, shared_group
 
 #: The least density of a layer, where nothing else is asked for.
 DEFAULT_FLOOR = 0.005
@@ -84,7 +84,14 @@ class Layer:
                 f"the gradient of layer {self.name!r} is a sparse tensor; make the embedding with sparse=False, or "
                 "exclude it"
             )
-        return grad.detach() if grad.requires_grad else local(grad) if self.shard is not None else grad
+        if self.shard is None and not hasattr(grad, "_local_tensor"):
+            return grad.detach() if grad.requires_grad else grad
+        if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
+            raise ValueError(
+                f"the gradient of layer {self.name!r} is placed as {getattr(grad, 'placements', None)}, the parameter as "
+                f"{getattr(self.parameter, 'placements', None)}: bring it there with redistribute(), or exclude the layer"
+            )
+        return local(grad).detach()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -180,6 +187,7 @@ def select_layers(
             raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
         if patterns is not None and not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"{option} must be a list of names or shell patterns of layers, got {patterns!r:.80}")
+    reshard(model)
     candidates = _candidates(model, exclude or ())
     usual = [c for c in candidates if c.usual and not c.embedding and (c.parameter.requires_grad or c.lazy)]
     names = [layer_name(c.keys[0]) for c in candidates]
@@ -215,6 +223,7 @@ def select_layers(
         if not candidate.parameter.is_floating_point():
             raise ValueError(f"layer {name!r} is of {candidate.parameter.dtype}, which is not real; exclude it")
         layers.append(Layer(name, key, candidate.parameter))
+    shared_group([layer.shard for layer in layers])
     for layer in layers:
         layer.least = max(1, math.ceil(_floor_of(layer.name, floor) * layer.size))
     if isinstance(floor, Mapping):
@@ -231,17 +240,25 @@ def check_patterns(patterns: Iterable[str], names: Sequence[str], option: str) -
             raise ValueError(unknown(f"layer in {option}:", pattern, names))
 
 
-def resolve(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+def resolve(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     """Look every layer up again in the model; gives those whose parameter has become another object."""
+    unwrapped(model)
+    reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     moved = []
     for layer in layers:
         parameter = parameters.get(layer.key)
-        if parameter is None:
-            raise ValueError(f"the model has no parameter {layer.key!r} any more; make a new sparsifier")
+        if parameter is None or tuple(parameter.shape) != layer.shape:
+            now = "is not there any more" if parameter is None else f"is of shape {tuple(parameter.shape)} now"
+            raise ValueError(
+                f"{layer.key!r} of the model {now}, and was of shape {layer.shape} when the sparsifier was made: make a new "
+                "one; where a wrapper has flattened the parameters (FullyShardedDataParallel, DeepSpeed) shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+            )
         if parameter is not layer.parameter:
             layer.take(parameter)
             moved.append(layer)
+    shared_group([layer.shard for layer in layers])
     return moved
 
 

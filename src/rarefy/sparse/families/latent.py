@@ -210,6 +210,7 @@ class Thresholding(Projected):
 
     def _prepare(self, bucket: Bucket) -> None:
         bucket.rows = [1] * len(bucket.layers)
+        bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
     def threshold(self, bucket: Bucket) -> Tensor:
@@ -244,6 +245,7 @@ class Exploring(Projected):
     def _prepare(self, bucket: Bucket) -> None:
         bucket.rows = [1] * len(bucket.layers)
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
+        bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
     def project(self, masks: Sequence[Tensor]) -> None:

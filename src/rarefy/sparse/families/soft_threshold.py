@@ -32,7 +32,7 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import log_error
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import block_expand, block_sum, check_divisible, separate, top_k, within_budget
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, means, separate, top_k, within_budget
 from rarefy.sparse.shards import total
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
@@ -218,6 +218,8 @@ class SoftThreshold(Targeted, Latent):
     def _prepare(self, bucket: Bucket) -> None:
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
+        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
+        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower"], self.granularity))
         weight, count = bucket.kept["latent"], len(bucket.layers)
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
         bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
@@ -406,7 +408,8 @@ class SoftThreshold(Targeted, Latent):
         assert bucket.rows is not None
         now = self._shaped(bucket)[place].double()
         weight = bucket.views(bucket.kept["latent"])[place]
-        wanted = separate(self._magnitude(weight).double(), now, mask, layer.shard)
+        shard = layer.shard if self.granularity == "layer" else None  # rows are whole wherever they are
+        wanted = separate(self._magnitude(weight).double(), now, mask, shard)
         s = bucket.own["s"].detach().split(bucket.rows)[place]
         s.copy_(torch.where((wanted != now).flatten(), self._g.inverse(wanted).flatten(), s.double()))
 
@@ -426,8 +429,7 @@ class SoftThreshold(Targeted, Latent):
         return self.alpha_now
 
     def _thresholds(self) -> list[float]:
-        means = self._by_layer(lambda bucket: [t.mean() if t.numel() else t.sum() for t in self._shaped(bucket)])
-        return [float(value) for value in torch.stack(means).tolist()]
+        return means(self._by_layer(self._shaped), self._shards() if self.granularity == "channel" else None)
 
     def _config(self) -> dict[str, Any]:
         return {

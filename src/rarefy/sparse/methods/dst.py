@@ -48,15 +48,16 @@ class DST(LearnedThreshold):
     )
     default_penalty = 5e-4
     max_move = 0.02
+    channels = True
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W step(|W| - t)."""
-        return weight * (weight.abs() >= bucket.spread(bucket.own["threshold"].detach()))
+        return weight * (weight.abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True))
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ (step + |W| step');  dL/dt = -sum over the filter of dL/dW^ W step', and the penalty's."""
         size, t = weight.abs(), bucket.own["threshold"].detach()
-        excess = size - bucket.spread(t)
+        excess = size - bucket.spread(t, channels=True)
         slope = long_tail(excess)
         # d exp(-t) / dt = -exp(-t)
         bucket.own["threshold"].grad = -bucket.channel_sums(grad * weight * slope) - self.penalty_now * torch.exp(-t)
@@ -68,10 +69,8 @@ class DST(LearnedThreshold):
 
     def live(self, bucket: Bucket) -> Tensor:
         """step(|W| - t) = 1."""
-        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach())
+        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True)
 
-    def _prepare(self, bucket: Bucket) -> None:
-        self._add_thresholds(bucket, [shape[0] for shape in bucket.shapes])
 
     def steer(self) -> None:
         """Reset layers that are all but gone, in a run without a target."""

@@ -46,6 +46,7 @@ class LTP(LearnedThreshold):
     )
     default_penalty = 1e-3
     max_move = 0.05
+    channels = False
     tracks = True
 
     def __post_init__(self) -> None:
@@ -80,7 +81,8 @@ class LTP(LearnedThreshold):
         return (threshold * bucket.kept["variance"]).sqrt()
 
     def _prepare(self, bucket: Bucket) -> None:
-        self._add_thresholds(bucket, [1] * len(bucket.layers))
+        super()._prepare(bucket)
+        bucket.per["variance"] = "layer"
         sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
         weight = bucket.kept["latent"].float()
         mean = bucket.sums(weight) / sizes
