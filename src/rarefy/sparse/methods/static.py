@@ -64,7 +64,6 @@ class Static(Masked):
 
     def initial_masks(self) -> list[Tensor]:
         """See :class:`Masked`."""
-        assert self.budget is not None
         if self.masks == "magnitude":
             return self.choose([weight.abs() for weight in self.weights()], self.budget.goal)
         found = None if self.masks == "random" else self.zeros_of_the_model()
