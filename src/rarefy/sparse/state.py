@@ -27,8 +27,8 @@ def _by_layer(bucket: Bucket, name: str, value: Tensor) -> tuple[bool, Sequence[
         return False, [value] * len(bucket.layers)
     per = bucket.per.get(name)
     if per == "layer":
-        return False, value.split(1)
-    return True, bucket.views(value) if per is None else value.split([shape[0] for shape in bucket.shapes])
+        return False, value.split_with_sizes([1] * len(value))
+    return True, bucket.views(value) if per is None else value.split_with_sizes([shape[0] for shape in bucket.shapes])
 
 
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:

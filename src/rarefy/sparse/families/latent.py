@@ -170,7 +170,6 @@ class Projected(Budgeted, Latent):
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         assert self.start is not None
         if not self.end:
             return self.budget.goal
@@ -194,7 +193,6 @@ class Projected(Budgeted, Latent):
         return 1.0
 
     def _settle(self) -> list[Tensor]:
-        assert self.budget is not None
         self._project(self.budget.goal)
         return self._kept("mask")
 
@@ -209,7 +207,6 @@ class Thresholding(Projected):
         super().__post_init__()
 
     def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
         bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
@@ -243,7 +240,6 @@ class Exploring(Projected):
         """How many weights of the layer get a gradient, when so many are live."""
 
     def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
         bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)

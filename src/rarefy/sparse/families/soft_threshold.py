@@ -206,15 +206,13 @@ class SoftThreshold(Targeted, Latent):
 
     def _shaped(self, bucket: Bucket) -> list[Tensor]:
         """The thresholds of each layer, (1, ..., 1) or (out, 1, ..., 1)."""
-        assert bucket.rows is not None
-        parts = self.threshold(bucket).split(bucket.rows)
+        parts = bucket.parts(self.threshold(bucket))
         return [t.view(-1, *[1] * (len(shape) - 1)) for t, shape in zip(parts, bucket.shapes, strict=True)]
 
     def _rows_of(self, bucket: Bucket, values: Tensor) -> Tensor:
         """(L,) to one a row."""
         if self.granularity == "layer":
             return values
-        assert bucket.rows is not None
         return torch.cat([v.expand(n) for v, n in zip(values, bucket.rows, strict=True)])
 
     def _prepare(self, bucket: Bucket) -> None:
@@ -249,7 +247,6 @@ class SoftThreshold(Targeted, Latent):
         pointers = tuple(weight.data_ptr() for weight in bucket.weights())
         cached = self._kernels.get(id(bucket))
         if cached is None or cached[0] != pointers:
-            assert bucket.rows is not None
             layers = ThresholdedLayers(bucket.weights(), bucket.views(bucket.kept["latent"]), bucket.rows)
             cached = self._kernels[id(bucket)] = (pointers, layers)
         return cached[1]
@@ -393,8 +390,7 @@ class SoftThreshold(Targeted, Latent):
         scores = []
         for layer, weight in zip(self._layers, self.latents(), strict=True):
             bucket, place = self._where(layer)
-            assert bucket.rows is not None
-            s = bucket.own["s"].detach().split(bucket.rows)[place].view(-1, *[1] * (weight.dim() - 1))
+            s = bucket.parts(bucket.own["s"].detach())[place].view(-1, *[1] * (weight.dim() - 1))
             magnitude = block_sum(weight.double().abs(), self.block) / self.block
             scores.append(self._g.inverse(magnitude) - s.double())
         return scores
@@ -413,12 +409,11 @@ class SoftThreshold(Targeted, Latent):
     def _move(self, layer: Layer, mask: Tensor) -> None:
         """Move s as little as makes the layer's mask this one."""
         bucket, place = self._where(layer)
-        assert bucket.rows is not None
         now = self._shaped(bucket)[place].double()
         weight = bucket.views(bucket.kept["latent"])[place]
         shard = layer.shard if self.granularity == "layer" else None  # rows are whole wherever they are
         wanted = separate(self._magnitude(weight).double(), now, mask, shard)
-        s = bucket.own["s"].detach().split(bucket.rows)[place]
+        s = bucket.parts(bucket.own["s"].detach())[place]
         s.copy_(torch.where((wanted != now).flatten(), self._g.inverse(wanted).flatten(), s.double()))
 
     def _settle(self) -> list[Tensor]:

@@ -79,5 +79,4 @@ class DST(LearnedThreshold):
         for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
             if live <= RESET_AT * layer.size:
                 bucket, place = self._where(layer)
-                assert bucket.rows is not None
-                bucket.own["threshold"].detach().split(bucket.rows)[place].zero_()
+                bucket.parts(bucket.own["threshold"].detach())[place].zero_()
