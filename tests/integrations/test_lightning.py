@@ -93,7 +93,7 @@ def test_accumulation_clipping_and_bfloat16(tmp_path):
 @pytest.mark.parametrize("method", ["autosparse", "gmp"])
 def test_two_optimizers_stepped_by_hand(tmp_path, method):
     torch.manual_seed(0)
-    module, callback, _ = fit(tmp_path, method, Two)
+    module, *_ = fit(tmp_path, method, Two)
     zeros = sum(int((module.body[i].weight == 0).sum()) for i in (0, 2))
     assert zeros / (20 * 64 + 64 * 5) == pytest.approx(0.8, abs=1e-3)
 

@@ -31,7 +31,7 @@ class Bucket:
         rows: how many numbers each layer has in tensors that are by rows: 1, or one for each output channel.
         own: what the method learns for these layers besides their weights, by name; flat, or by rows.
         kept: what else the method keeps for them, by name: likewise.
-        per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; others are flat.
+        per: for those in ``own`` and ``kept`` that are not flat, whether they have one number a "layer" or "channel".
     """
 
     def __init__(
@@ -217,7 +217,7 @@ def _told(about: tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]) 
 
 
 def _strides(weight: Tensor, inputs_last: bool) -> tuple[int, ...]:
-    """The strides of a layer's part of a flat tensor: the weight's own, or those with the inputs next to one another."""
+    """The strides of a layer's part of a flat tensor: the weight's own, or with the inputs next to one another."""
     if inputs_last and weight.dim() > 2:
         kind = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[weight.dim()]
         if kind is None:

@@ -37,7 +37,7 @@ class Latent(Sparsifier):
         """W^ of the dense weights W, (N,) to (N,); zero where masked."""
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
-        """dL/dW, (N,), of dL/dW^, and the gradients of ``bucket.own`` into their ``grad``: by default those of value."""
+        """dL/dW, (N,), of dL/dW^, and those of ``bucket.own`` into their ``grad``: by default gradients of value."""
         weight = weight.detach().requires_grad_()
         own = list(bucket.own.values())
         with torch.enable_grad():
@@ -152,7 +152,7 @@ class Projected(Budgeted, Latent):
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
-        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, unless a method says otherwise."""
+        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, if a method does not say."""
         return self.dense(weight).abs()
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:

@@ -71,7 +71,6 @@ class DST(LearnedThreshold):
         """step(|W| - t) = 1."""
         return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True)
 
-
     def steer(self) -> None:
         """Reset layers that are all but gone, in a run without a target."""
         if self.budget is not None or self.steps % self.interval:
