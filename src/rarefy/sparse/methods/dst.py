@@ -71,12 +71,11 @@ class DST(LearnedThreshold):
         """step(|W| - t) = 1."""
         return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True)
 
-
     def steer(self) -> None:
         """Reset layers that are all but gone, in a run without a target."""
         if self.budget is not None or self.steps % self.interval:
             return
         for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
             if live <= RESET_AT * layer.size:
-                bucket, place = self._where(layer)
+                bucket, place = self.where(layer)
                 bucket.parts(bucket.own["threshold"].detach())[place].zero_()
