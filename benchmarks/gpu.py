@@ -146,7 +146,7 @@ def main() -> None:
         for batch in (256, 64)
     ]
     some = [method for method in ("autosparse",) if method in arguments.only]
-    cases.append(("ResNet-20, batch 256", 256, False, resnet20, (256, 1, 28, 28), 10, some))
+    cases.insert(2, ("ResNet-20, batch 256", 256, False, resnet20, (256, 1, 28, 28), 10, some))
     about = {
         **environment.describe(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
