@@ -82,7 +82,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def like(local: Tensor, parameter: nn.Parameter) -> Tensor:
+def like(local: Tensor, parameter: Any) -> Tensor:
     """A local tensor as a distributed one, split as the parameter is; itself where that is not split."""
     if not hasattr(parameter, "_local_tensor"):
         return local
