@@ -12,6 +12,7 @@ and sharding the model need nothing from here.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
@@ -157,7 +158,8 @@ class Sparsifier(ABC):
         self._initial: list[Tensor] | None = None
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        _watch_all_optimizers(self)
+        _LIVING.add(self)
+        _watch_all_optimizers()
 
     # What a method provides
 
@@ -665,16 +667,22 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-def _watch_all_optimizers(sparsifier: Sparsifier) -> None:
-    """Let a sparsifier see steps of optimizers that it is not attached to, for as long as it lives."""
-    reference = weakref.ref(sparsifier)
+#: Every sparsifier that is alive, to tell of steps of optimizers that it is not attached to.
+_LIVING: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    """Let living sparsifiers see the steps of all optimizers; one hook for all, which is never taken away.
+
+    A hook of each, removed when it is collected, could be removed while an optimizer walks through its hooks.
+    """
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._unattached(optimizer)
+        for sparsifier in list(_LIVING):
+            sparsifier._unattached(optimizer)
 
-    weakref.finalize(sparsifier, register_optimizer_step_post_hook(seen).remove)
+    register_optimizer_step_post_hook(seen)
 
 
 @dataclass(eq=False, repr=False)
