@@ -174,8 +174,8 @@ class Sparsifier(ABC):
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _LIVING.add(self)
         _watch_all_optimizers()
-        _alive.add(self)
 
     # What a method provides
 
@@ -708,16 +708,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
-_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+#: Every sparsifier that is alive, to tell of steps of optimizers that it is not attached to.
+_LIVING: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    """Let sparsifiers see steps of optimizers that they are not attached to."""
+    """Let living sparsifiers see the steps of all optimizers; one hook for all, which is never taken away.
+
+    A hook of each, removed when it is collected, could be removed while an optimizer walks through its hooks.
+    """
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        for sparsifier in list(_alive):
+        for sparsifier in list(_LIVING):
             sparsifier._unattached(optimizer)
 
     register_optimizer_step_post_hook(seen)

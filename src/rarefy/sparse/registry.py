@@ -7,7 +7,6 @@ import fnmatch
 import functools
 import inspect
 import re
-from dataclasses import MISSING
 from typing import Any, Literal, overload
 
 from torch import nn
