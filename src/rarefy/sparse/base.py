@@ -208,7 +208,7 @@ class Sparsifier(ABC):
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
     def prepare(self, bucket: Bucket) -> None:  # noqa: B027
-        """Make what the method learns and keeps in a bucket besides, from the dense weights that the parameters hold."""
+        """Make what the method learns and keeps in a bucket besides, from the dense weights."""
 
     def dense_weights(self) -> dict[str, Tensor]:
         """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""

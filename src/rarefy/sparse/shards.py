@@ -91,8 +91,8 @@ def like(local: Tensor, parameter: Any) -> Tensor:
     shape = torch.Size([parameter.shape[0], *local.shape[1:]])
     return DTensor.from_local(
         local,
-        parameter.device_mesh,  # type: ignore[attr-defined]
-        parameter.placements,  # type: ignore[attr-defined]
+        parameter.device_mesh,
+        parameter.placements,
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
