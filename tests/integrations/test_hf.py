@@ -5,10 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the extra integrations is not installed")
 
-from rarefy import sparse
-from rarefy.integrations.hf import FILE, SparsifierCallback
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers', accelerate's and dataloaders' own
+from rarefy import sparse  # noqa: E402
+from rarefy.integrations.hf import FILE, SparsifierCallback  # noqa: E402
 
 STEPS = 12
 
