@@ -29,9 +29,7 @@ class ByHand:
         with torch.no_grad():
             self.model[0].weight.copy_(weight)
         self.sparsifier = sparse.create(method, self.model, **{"total_steps": 10, **options})
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
-        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.sparsifier.attach(self.optimizer)
         # Hooks run in the order they were registered: this one sees what the optimizer is about to see.
         self.optimizer.register_step_pre_hook(self._record)

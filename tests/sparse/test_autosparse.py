@@ -305,7 +305,9 @@ def test_a_model_without_memory_is_refused_when_it_is_attached():
 def test_a_cast_after_attaching_is_refused():
     run = ByHand("autosparse", torch.randn(10, 20))
     run.model.bfloat16()
-    with pytest.raises(RuntimeError, match=r"layer '0' is torch.bfloat16.*was torch.float32.*attach\(optimizer\) again"):
+    with pytest.raises(
+        RuntimeError, match=r"layer '0' is torch.bfloat16.*was torch.float32.*attach\(optimizer\) again"
+    ):
         run.step(torch.ones(1, 20, dtype=torch.bfloat16))
 
 

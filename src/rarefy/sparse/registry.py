@@ -54,6 +54,7 @@ METHODS: dict[str, type[Sparsifier]] = {
     "topkast": TopKAST,
 }
 
+
 def names() -> list[str]:
     """The names that :func:`create` knows."""
     return sorted(METHODS)

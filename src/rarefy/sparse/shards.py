@@ -31,7 +31,7 @@ class Shard:
 
 
 def shard_of(name: str, parameter: nn.Parameter) -> Shard | None:
-    """The part of a parameter that is here, or None where all of it is. Raises ValueError for other ways to split it."""
+    """The part of a parameter that is here, or None where all of it is. Raises ValueError for other splits."""
     if not hasattr(parameter, "_local_tensor"):
         return None
     from torch.distributed.tensor import Replicate
@@ -61,7 +61,7 @@ def shared_group(shards: Sequence[Shard | None]) -> ProcessGroup | None:
 
 
 def total(values: Tensor, shards: Sequence[Shard | None]) -> Tensor:
-    """(L, ...): what each process found for its part of each layer, summed over the parts; layers that are whole stay."""
+    """(L, ...): what each process found for its part of each layer, summed over the parts; whole layers stay."""
     group = shared_group(shards)
     if group is None:
         return values
@@ -91,8 +91,8 @@ def like(local: Tensor, parameter: nn.Parameter) -> Tensor:
     shape = torch.Size([parameter.shape[0], *local.shape[1:]])
     return DTensor.from_local(
         local,
-        parameter.device_mesh,
-        parameter.placements,
+        parameter.device_mesh,  # type: ignore[attr-defined]
+        parameter.placements,  # type: ignore[attr-defined]
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),

@@ -37,7 +37,7 @@ class Latent(Sparsifier):
         """W^ of the dense weights W, (N,) to (N,); zero where masked."""
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
-        """dL/dW, (N,), of dL/dW^, and the gradients of ``bucket.own`` into their ``grad``: by default those of value."""
+        """dL/dW, (N,), of dL/dW^, and those of ``bucket.own`` into their ``grad``: by default gradients of value."""
         weight = weight.detach().requires_grad_()
         own = list(bucket.own.values())
         with torch.enable_grad():
@@ -152,7 +152,7 @@ class Projected(Budgeted, Latent):
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
-        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, unless a method says otherwise."""
+        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, if a method does not say."""
         return self.dense(weight).abs()
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
@@ -170,7 +170,6 @@ class Projected(Budgeted, Latent):
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         assert self.start is not None
         if not self.end:
             return self.budget.goal
@@ -194,7 +193,6 @@ class Projected(Budgeted, Latent):
         return 1.0
 
     def _settle(self) -> list[Tensor]:
-        assert self.budget is not None
         self._project(self.budget.goal)
         return self._kept("mask")
 
@@ -209,7 +207,6 @@ class Thresholding(Projected):
         super().__post_init__()
 
     def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
         bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
@@ -243,7 +240,6 @@ class Exploring(Projected):
         """How many weights of the layer get a gradient, when so many are live."""
 
     def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
         bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)

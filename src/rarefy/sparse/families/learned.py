@@ -214,12 +214,11 @@ class LearnedThreshold(Learned):
     def settle(self, layer: Layer, mask: Tensor) -> None:
         """See :class:`Learned`."""
         bucket, place = self._where(layer)
-        assert bucket.rows is not None
         size = bucket.views(self.size(bucket.kept["latent"].double(), bucket))[place]
-        threshold = bucket.own["threshold"].detach().split(bucket.rows)[place]
+        threshold = bucket.parts(bucket.own["threshold"].detach())[place]
         shaped = threshold.double().view(-1, *[1] * (size.dim() - 1))
         threshold.copy_(separate(size, shaped, mask, None if self.channels else layer.shard).flatten())
-        bucket.kept["previous"].split(bucket.rows)[place].copy_(threshold)
+        bucket.parts(bucket.kept["previous"])[place].copy_(threshold)
 
     def bound(self, bucket: Bucket) -> None:
         """See :class:`Learned`."""
@@ -233,7 +232,6 @@ class LearnedThreshold(Learned):
 
     def _thresholds(self) -> list[float]:
         def thresholds(bucket: Bucket) -> Sequence[Tensor]:
-            assert bucket.rows is not None
-            return self.shown(bucket.own["threshold"].detach(), bucket).split(bucket.rows)
+            return bucket.parts(self.shown(bucket.own["threshold"].detach(), bucket))
 
         return means(self._by_layer(thresholds), self._shards() if self.channels else None)

@@ -136,7 +136,6 @@ class Masked(Budgeted):
                     local(value).masked_fill_(old ^ new, 0.0)
 
     def _settle(self) -> list[Tensor]:
-        assert self.budget is not None
         masks = self._kept("mask")
         if self.budget.density(count_all(masks, self._shards())) > self.budget.goal * (1.0 + 1e-9):
             self._write(self.choose(self.magnitudes(), self.budget.goal))

@@ -61,7 +61,7 @@ class ContinuousSparsification(Learned):
     @property
     def beta(self) -> float:
         """final^progress."""
-        return self.final_beta**self.progress
+        return float(self.final_beta**self.progress)
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W sigmoid(beta s) / sigmoid(s_0), hard in the end."""

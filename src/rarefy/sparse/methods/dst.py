@@ -71,7 +71,6 @@ class DST(LearnedThreshold):
         """step(|W| - t) = 1."""
         return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True)
 
-
     def steer(self) -> None:
         """Reset layers that are all but gone, in a run without a target."""
         if self.budget is not None or self.steps % self.interval:
@@ -79,5 +78,4 @@ class DST(LearnedThreshold):
         for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
             if live <= RESET_AT * layer.size:
                 bucket, place = self._where(layer)
-                assert bucket.rows is not None
-                bucket.own["threshold"].detach().split(bucket.rows)[place].zero_()
+                bucket.parts(bucket.own["threshold"].detach())[place].zero_()

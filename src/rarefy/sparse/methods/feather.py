@@ -62,7 +62,7 @@ class Feather(Thresholding):
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where |W| > T, else theta dL/dW^."""
-        return grad if self.theta == 1.0 else torch.where(self.live(bucket), grad, self.theta * grad)
+        return grad if self.theta == 1.0 else torch.where(self.live(bucket), grad, grad * float(self.theta or 0.0))
 
     def _weight_grad_density(self, density: float) -> float:
         return 1.0 if self.theta else density

@@ -27,8 +27,8 @@ def check_power(power: float, layers: Sequence[Layer] = ()) -> None:
     still = [layer.name for layer in layers if not layer.parameter.is_meta and not bool(layer.local.any())]
     if still and power > 1.0 and not any(layer.shard is not None for layer in layers):
         raise ValueError(
-            f"the weights of layer {still[0]!r} are all 0, where W = phi |phi|^(a - 1) has no gradient: they would never "
-            f"learn; pass exclude={still}, or start them elsewhere"
+            f"the weights of layer {still[0]!r} are all 0, where W = phi |phi|^(a - 1) has no gradient: they would "
+            f"never learn; pass exclude={still}, or start them elsewhere"
         )
 
 

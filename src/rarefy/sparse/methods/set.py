@@ -67,7 +67,6 @@ class SET(Masked):
 
     def initial_masks(self) -> list[Tensor]:
         """See :class:`Masked`: at random."""
-        assert self.budget is not None
         return self.random_masks(self.budget.goal, self.seed)
 
     def growth_scores(self) -> Sequence[Tensor] | None:
