@@ -18,8 +18,8 @@ def checked(make: Make) -> Make:
     if isinstance(make, Sparsifier) or not callable(make):
         raise TypeError(
             "SparsifierCallback() takes how to make the sparsifier, since the trainer knows the number of steps: "
-            f"lambda model, total_steps: AutoSparse(model, target=0.9, total_steps=total_steps); "
-            f"got {type(make).__name__}"
+            "lambda model, total_steps: AutoSparse(model, target=0.9, total_steps=total_steps); got "
+            f"{type(make).__name__}"
         )
     return make
 
