@@ -66,7 +66,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {case: [train(case, rank, sharded) for sharded in (False, True)] for case in CASES}
     chosen = choices(rank)
-    other = nn.Linear(8, 8)
+    other = nn.Linear(8, 8, bias=False)
     fully_shard(other, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda _: Shard(1))
     try:
         sparse.create("gmp", other, target=0.5, total_steps=20)

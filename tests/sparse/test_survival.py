@@ -220,8 +220,8 @@ def test_weights_loaded_in_the_middle_are_gone_on_from(case):
 def test_autocast(case, dtype):
     run = Run(case, total_steps=ALL)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
-    for step in range(ALL):
-        images, labels = batch(step)
+    while run.sparsifier.steps < ALL:  # steps that the scaler skips did not happen
+        images, labels = batch(run.sparsifier.steps)
         run.optimizer.zero_grad()
         with torch.autocast("cpu", dtype):
             output = run.model(images)

@@ -32,7 +32,16 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import log_error
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import block_expand, block_sum, check_divisible, means, separate, top_k, within_budget
+from rarefy.sparse.masks import (
+    block_expand,
+    block_sum,
+    check_divisible,
+    count_all,
+    means,
+    separate,
+    top_k,
+    within_budget,
+)
 from rarefy.sparse.shards import total
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
@@ -423,6 +432,10 @@ class SoftThreshold(Targeted, Latent):
         self._take_all()
         if self.budget is None:
             return self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
+        live = self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
+        short = self.budget.goal - self.budget.density(count_all(live, self._shards()))
+        if -1e-9 <= short < max(self.budget.costs) / self.budget.total:  # landed, to the weight
+            return live
         masks = self._select()
         for layer, mask in zip(self._layers, masks, strict=True):
             self._move(layer, mask)
