@@ -340,3 +340,85 @@ def test_static_sparse_training_learns():
     images, labels = batch(10_000, 500)
     run.plain.eval()
     assert (run.plain(images).argmax(1) == labels).float().mean() > 0.8
+
+
+def sparse_layers():
+    """Two layers of 40 weights, 30 and 24 of them 0."""
+    model = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Linear(5, 8, bias=False))
+    with torch.no_grad():
+        for module, zeros in zip(model, (30, 24), strict=True):
+            module.weight.flatten()[torch.randperm(40)[:zeros]] = 0.0
+    return model
+
+
+def descend(model, sparsifier, steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).sub(1.0).square().mean().backward()
+        optimizer.step()
+        yield [layer.density for layer in sparsifier.layers()]
+
+
+def test_static_holds_the_zeros_that_the_model_has():
+    model = sparse_layers()
+    zeros = [module.weight == 0 for module in model]
+    before = [module.weight.clone() for module in model]
+    sparsifier = sparse.create("static", model, masks="nonzero", total_steps=20)
+    assert sparsifier.sparsity() == pytest.approx(54 / 80)
+    for densities in descend(model, sparsifier, 20):
+        assert densities == pytest.approx([10 / 40, 16 / 40])
+    sparsifier.finalize()
+    for module, zero, old in zip(model, zeros, before, strict=True):
+        assert torch.equal(module.weight == 0, zero)
+        assert (module.weight[~zero] != old[~zero]).any()
+
+
+def test_static_takes_the_largest_over_all_layers_or_of_each():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[8.0, -7.0, 6.0, 1.0]]))
+        model[1].weight.copy_(torch.tensor([[-5.0, 2.0, 3.0, 4.0]]))
+    for distribution, expected in (
+        ("global", [[1, 1, 1, 0], [1, 0, 0, 0]]),
+        ("uniform", [[1, 1, 0, 0], [1, 0, 0, 1]]),
+    ):
+        options = {"masks": "magnitude", "distribution": distribution, "target": 0.5, "total_steps": 10}
+        masks = sparse.create("static", model, **options).live_masks().values()
+        assert [mask[0].int().tolist() for mask in masks] == expected
+
+
+def test_gmp_goes_on_from_a_sparse_model():
+    model = sparse_layers()
+    zeros = [module.weight == 0 for module in model]
+    sparsifier = sparse.create("gmp", model, target=0.9, total_steps=100, update_every=10)
+    # s(t) = s_f + (s_i - s_f) (1 - u)^3
+    s_i = 54 / 80
+    for step, densities in enumerate(descend(model, sparsifier, 100), 1):
+        expected = 1 - (0.9 + (s_i - 0.9) * (1 - cubic_ramp(step // 10 / 10, 0.05, 0.6)))
+        assert 40 * sum(densities) == pytest.approx(math.floor(80 * expected + 1e-6)), step
+        assert all(not module.weight[zero].any() for module, zero in zip(model, zeros, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": "nonzero", "target": 0.9}, "holds the zeros that the model has: leave target"),
+        ({"masks": "nonzero", "distribution": "erk"}, "holds the zeros that the model has: leave distribution"),
+        ({"masks": "nonzero", "block": 4}, "holds the zeros that the model has: leave block"),
+        ({"masks": "nonzero", "floor": 0.1}, "holds the zeros that the model has: leave floor"),
+        ({"masks": "nonzero", "seed": 1}, "masks='nonzero' draws nothing: leave seed out"),
+        ({"masks": "magnitude", "seed": 1, "target": 0.5}, "masks='magnitude' draws nothing: leave seed out"),
+        ({"masks": "zeros", "target": 0.5}, "masks must be one of 'random', 'magnitude', 'nonzero', got 'zeros'"),
+        ({"masks": "random", "target": 0.5, "distribution": "global"}, "distribution='global'.*pass masks='magnitude'"),
+    ],
+)
+def test_options_that_static_has_no_use_for_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sparse.create("static", sparse_layers(), total_steps=100, **options)
+
+
+def test_a_dense_model_has_no_zeros_to_hold():
+    with pytest.raises(ValueError, match="of its 80 weights 0 are 0: load the sparse weights before"):
+        sparse.create("static", nn.Sequential(nn.Linear(8, 10)), masks="nonzero", total_steps=100)

@@ -140,13 +140,14 @@ class Sparsifier(ABC):
     #: The fewest steps that the method's schedule fits into.
     least_steps: ClassVar[int] = 1
 
-    #: Multiple of the weights' learning rate that what the method learns is stepped at.
-    own_rate: ClassVar[float] = 1.0
-
     #: Whether the method looks at neighbouring inputs of an output, which are laid next to one another then.
     inputs_last: ClassVar[bool] = False
 
+    #: None in a run without a target.
     budget: Budget | None = field(init=False, default=None)
+
+    #: Multiple of the weights' learning rate that what the method learns is stepped at.
+    own_rate: float = field(init=False, default=1.0)
 
     def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
         """Refuse options that are not there, naming what was meant."""
@@ -172,6 +173,7 @@ class Sparsifier(ABC):
         self._layers = list(self._chosen)
         self.budget = self._whole_budget = self._make_budget()
         self._buckets: list[Bucket] = []
+        self._places: dict[int, tuple[Bucket, int]] = {}
         self._parts: list[_Part] = []
         self._shown = self._finalized = False
         self._initial: list[Tensor] | None = None
@@ -179,8 +181,8 @@ class Sparsifier(ABC):
         self._copied: dict[str, Any] | None = None
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _LIVING.add(self)
         _watch_all_optimizers()
-        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which goes with the copied model and is attached to nothing."""
@@ -191,7 +193,8 @@ class Sparsifier(ABC):
         """See :meth:`__getstate__`."""
         vars(self).update(state)
         self._known = weakref.WeakSet()
-        _alive.add(self)
+        _LIVING.add(self)
+        _watch_all_optimizers()
 
     # What a method provides
 
@@ -227,6 +230,9 @@ class Sparsifier(ABC):
     def _settle(self) -> list[Tensor]:
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
+    def prepare(self, bucket: Bucket) -> None:  # noqa: B027
+        """Make what the method learns and keeps in a bucket besides, from the dense weights."""
+
     def dense_weights(self) -> dict[str, Tensor]:
         """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
         self._ready()
@@ -244,7 +250,7 @@ class Sparsifier(ABC):
         """What a checkpoint must hold besides the steps and what the buckets keep."""
         return {}
 
-    def _load_state(self, state: Mapping[str, Any]) -> None:
+    def _load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what :meth:`_state` gave."""
 
     def _floors(self) -> float | Mapping[str, float]:
@@ -253,7 +259,7 @@ class Sparsifier(ABC):
     def _make_budget(self) -> Budget | None:
         return None
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
         """Share of a layer's weights whose gradient is needed, when this share of them is live."""
         return density
 
@@ -339,7 +345,7 @@ class Sparsifier(ABC):
         live = count_all(list(self.live_masks().values()), self._shards())
         thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
         return [
-            LayerState(layer.name, layer.shape, n, self._weight_grad_density(n / layer.size), threshold, self._alpha())
+            LayerState(layer.name, layer.shape, n, self.weight_grad_density(n / layer.size), threshold, self._alpha())
             for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)
         ]
 
@@ -375,7 +381,8 @@ class Sparsifier(ABC):
             state.restore(self._buckets, before)
             return self.model if model is None else model
         self._detach()
-        self._buckets, self._places, self._finalized = [], {}, True
+        self._buckets, self._finalized = [], True
+        self._places.clear()
         return self.model if model is None else model
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,9 +423,9 @@ class Sparsifier(ABC):
                 )
         if not self._buckets:
             self._ready()
-        # Before the first step: what attach() has masked are the weights of the checkpoint, if the model was loaded first.
+        # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
         for layer, weight in zip(self._layers, self._initial or [], strict=False):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             if bucket.marks()[place] == bucket.seen[place]:
                 layer.local.copy_(weight)
         self._restore(state_dict)
@@ -461,8 +468,8 @@ class Sparsifier(ABC):
         if len(owners) > 1:
             kinds = " and ".join(type(optimizer).__name__ for optimizer, _ in owners)
             raise ValueError(
-                f"the weight of layer {layer.name!r} is in several of the optimizers, {kinds}: attach the one that trains "
-                "it now, the outer one if one wraps the other, and call attach() again when that changes"
+                f"the weight of layer {layer.name!r} is in several of the optimizers, {kinds}: attach the one that "
+                "trains it now, the outer one if one wraps the other, and call attach() again when that changes"
             )
         if owners:
             return owners[0]
@@ -482,8 +489,8 @@ class Sparsifier(ABC):
                 other = _attached_to(layer.parameter)
             if other is not None and other is not self:
                 raise ValueError(
-                    f"layer {layer.name!r} is being sparsified already, by {type(other).__name__}: finalize() that one, "
-                    f"make the model and its optimizer anew, or pass exclude=[{layer.name!r}]"
+                    f"layer {layer.name!r} is being sparsified already, by {type(other).__name__}: finalize() that "
+                    f"one, make the model and its optimizer anew, or pass exclude=[{layer.name!r}]"
                 )
 
     def _check_memory(self) -> None:
@@ -524,7 +531,8 @@ class Sparsifier(ABC):
                 bucket.dense, bucket.seen = False, bucket.marks()
         self._shown = True
 
-    def _where(self, layer: Layer) -> tuple[Bucket, int]:
+    def where(self, layer: Layer) -> tuple[Bucket, int]:
+        """The bucket that a layer is in, and its place there."""
         return self._places[id(layer)]
 
     def _shards(self) -> list[Shard | None]:
@@ -533,9 +541,9 @@ class Sparsifier(ABC):
     def _by_layer(self, of: Callable[[Bucket], Sequence[Any]]) -> list[Any]:
         """What a function of a bucket gives for each of its layers, in the order of ``_layers``."""
         lists = {id(bucket): of(bucket) for bucket in self._buckets}
-        return [lists[id(bucket)][place] for bucket, place in (self._where(layer) for layer in self._layers)]
+        return [lists[id(bucket)][place] for bucket, place in (self.where(layer) for layer in self._layers)]
 
-    def _kept(self, name: str) -> list[Tensor]:
+    def kept(self, name: str) -> list[Tensor]:
         """A flat tensor that the buckets keep, as one tensor a layer, on the same memory."""
         return self._by_layer(lambda bucket: bucket.views(bucket.kept[name]))
 
@@ -609,8 +617,8 @@ class Sparsifier(ABC):
             replaced = resolve(self.model, self._layers)
             if replaced:
                 raise RuntimeError(
-                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached; call "
-                    "attach() with the optimizer that trains it"
+                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached; "
+                    "call attach() with the optimizer that trains it"
                 )
             return self._check_finite()
         return "finite" not in self._told
@@ -623,8 +631,8 @@ class Sparsifier(ABC):
             self._told.discard("finite")
             return True
         message = (
-            f"the weights of {len(bad)} of {len(self._layers)} sparsified layers, {bad[0]!r} first, are not finite (NaN "
-            f"or inf) after {self.steps} steps"
+            f"the weights of {len(bad)} of {len(self._layers)} sparsified layers, {bad[0]!r} first, are not finite "
+            f"(NaN or inf) after {self.steps} steps"
         )
         if finalizing:
             raise ValueError(f"{message}: there is nothing to finalize; go back to a checkpoint from before")
@@ -673,7 +681,7 @@ class Sparsifier(ABC):
             optimizer = part.attachment.optimizer if part.attachment is not None else None
             part.buckets = [bucket for bucket in self._buckets if bucket.optimizer is optimizer]
 
-    def _relayer(self) -> None:
+    def _relayer(self) -> None:  # noqa: B027
         """What a method derives from its layers, made again when they have become fewer."""
 
     def _notice(self, bucket: Bucket) -> None:
@@ -696,8 +704,9 @@ class Sparsifier(ABC):
         if held:
             self._tell(
                 "unattached",
-                f"{type(optimizer).__name__} has moved the weights of {len(held)} sparsified layers, {held[0]!r} first, and "
-                f"the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) before training",
+                f"{type(optimizer).__name__} has moved the weights of {len(held)} sparsified layers, {held[0]!r} "
+                f"first, and the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) "
+                "before training",
             )
 
     def _tell(self, about: str, message: str) -> None:
@@ -729,14 +738,15 @@ class Sparsifier(ABC):
         for layer in self._layers:
             if tuple(parameters[layer.key].shape) != layer.shape:
                 raise ValueError(
-                    f"{layer.key!r} of the model given to finalize() has the shape {tuple(parameters[layer.key].shape)}, "
-                    f"that of the trained one {layer.shape}; give a copy of the trained one"
+                    f"{layer.key!r} of the model given to finalize() has the shape "
+                    f"{tuple(parameters[layer.key].shape)}, that of the trained one {layer.shape}; "
+                    "give a copy of that"
                 )
             if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
                 raise ValueError(
-                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: give a copy "
-                    "that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole model, "
-                    "whose load_state_dict() takes this one's state"
+                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: "
+                    "give a copy that fully_shard has split alike, or finalize a whole copy with the sparsifier of a "
+                    "whole model, whose load_state_dict() takes this one's state"
                 )
         return [parameters[layer.key] for layer in self._layers]
 
@@ -788,16 +798,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
-_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+#: Every sparsifier that is alive, to tell of steps of optimizers that it is not attached to.
+_LIVING: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    """Let sparsifiers see steps of optimizers that they are not attached to."""
+    """Let living sparsifiers see the steps of all optimizers; one hook for all, which is never taken away.
+
+    A hook of each, removed when it is collected, could be removed while an optimizer walks through its hooks.
+    """
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        for sparsifier in list(_alive):
+        for sparsifier in list(_LIVING):
             sparsifier._unattached(optimizer)
 
     register_optimizer_step_post_hook(seen)

@@ -27,13 +27,14 @@ class Bucket:
 
     Attributes:
         layers: in the model's order.
-        optimizer, group: what trains them, and the index of the group of it that they are in; None before :meth:`Sparsifier.attach`.
+        optimizer, group: what trains them, and the index of its group that they are in; None before it is known.
         dense: whether the parameters hold the dense weights now, as in an optimizer's step; else those that are used.
-        rows: how many numbers each layer has in tensors that have one a row, or one a layer; None if there are none.
+        rows: how many numbers each layer has in tensors that are by rows: 1, or one for each output channel.
         own: what the method learns for these layers besides their weights, by name; flat, or by rows.
         kept: what else the method keeps for them, by name: likewise.
         passes: what a method computes with on the memory of all layers.
-        per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; others are flat.
+        per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; the others
+            are flat.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Bucket:
     ) -> None:
         self.layers, self.optimizer, self.group = list(layers), optimizer, group
         self.dense = False
-        self.rows: list[int] | None = None
+        self.rows = [1] * len(layers)
         self.own: dict[str, nn.Parameter] = {}
         self.kept: dict[str, Tensor] = {}
         self.per: dict[str, str] = {}
@@ -110,6 +111,10 @@ class Bucket:
         rows = zip(self.shapes, self._strides, self.offsets, strict=False)
         return [flat.as_strided(shape, strides, start + offset) for shape, strides, offset in rows]
 
+    def parts(self, values: Tensor) -> list[Tensor]:
+        """A tensor by rows as one tensor a layer, on the same memory."""
+        return list(values.split_with_sizes(self.rows))
+
     def keep(self, name: str, flat: Tensor) -> Tensor:
         """Keep a flat tensor under this name, whose views are always the same tensors."""
         self._views = [(kept, views) for kept, views in self._views if kept is not self.kept.get(name)]
@@ -154,7 +159,7 @@ class Bucket:
                 self._channels = torch.tensor([shape[0] for shape in self.shapes]).to(self.device)
             summed = torch.segment_reduce(self.channel_sums(flat), "sum", lengths=self._channels, unsafe=True)
         else:
-            summed = torch.stack([part.sum() for part in flat.split(self.sizes)])
+            summed = torch.stack([part.sum() for part in flat.split_with_sizes(self.sizes)])
         return total(summed, [layer.shard for layer in self.layers])
 
     def channel_sums(self, flat: Tensor) -> Tensor:
@@ -226,7 +231,7 @@ def _told(about: tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]) 
 
 
 def _strides(weight: Tensor, inputs_last: bool) -> tuple[int, ...]:
-    """The strides of a layer's part of a flat tensor: the weight's own, or those with the inputs next to one another."""
+    """The strides of a layer's part of a flat tensor: the weight's own, or with the inputs next to one another."""
     if inputs_last and weight.dim() > 2:
         kind = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[weight.dim()]
         if kind is None:

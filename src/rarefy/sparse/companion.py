@@ -30,8 +30,8 @@ class Companion:
 
     Args:
         optimizers: those that train the weights: one, and what it has inside (SAM's, Lookahead's).
-        group: the index of the one of the first's groups that the weights are in, whose learning rate and momenta are read at
-            every step.
+        group: the index of the one of the first's groups that the weights are in, whose learning rate and momenta are
+            read at every step.
         parameters: by name.
         rate: multiple of the weights' learning rate.
 
@@ -54,7 +54,7 @@ class Companion:
         self.renew()
 
     def renew(self, started: bool = False) -> None:
-        """Forget what it remembers; ``started``: have it all there, as after a step, for :meth:`tensors` to be filled."""
+        """Forget what it remembers; ``started``: have it there as after a step, for :meth:`tensors` to be filled."""
         parameters = list(self.parameters.values())
         self._optimizer = self._kind(parameters, lr=1.0, weight_decay=0.0)  # type: ignore[call-arg]
         if started:

@@ -88,8 +88,8 @@ class Layer:
             return grad.detach() if grad.requires_grad else grad
         if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
             raise ValueError(
-                f"the gradient of layer {self.name!r} is placed as {getattr(grad, 'placements', None)}, the parameter as "
-                f"{getattr(self.parameter, 'placements', None)}: bring it there with redistribute(), or exclude the layer"
+                f"the gradient of layer {self.name!r} is placed as {getattr(grad, 'placements', None)}, the parameter "
+                f"as {getattr(self.parameter, 'placements', None)}: bring it there with redistribute(), or exclude it"
             )
         return local(grad).detach()
 
@@ -156,18 +156,14 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             candidate.keys.append(f"{prefix}.{name}" if prefix else name)
             candidate.usual |= name in usual
             candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if (
-            usual == ["weight"]
-            and module._parameters.get("weight") is None
-            and getattr(module, "weight", None) is not None
-        ):
-            if not any(
-                fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")
-            ):
-                raise ValueError(
-                    f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
-                    f"on it); remove that first, or pass exclude=[{prefix!r}]"
-                )
+        computed = usual == ["weight"] and module._parameters.get("weight") is None
+        named = (prefix, f"{prefix}.weight")
+        out = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in named)
+        if computed and getattr(module, "weight", None) is not None and not out:
+            raise ValueError(
+                f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
+                f"on it); remove that first, or pass exclude=[{prefix!r}]"
+            )
     return [
         candidate
         for candidate in found.values()
@@ -251,9 +247,9 @@ def resolve(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         if parameter is None or tuple(parameter.shape) != layer.shape:
             now = "is not there any more" if parameter is None else f"is of shape {tuple(parameter.shape)} now"
             raise ValueError(
-                f"{layer.key!r} of the model {now}, and was of shape {layer.shape} when the sparsifier was made: make a new "
-                "one; where a wrapper has flattened the parameters (FullyShardedDataParallel, DeepSpeed) shard with "
-                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+                f"{layer.key!r} of the model {now}, and was of shape {layer.shape} when the sparsifier was made: make "
+                "a new one; where a wrapper has flattened the parameters (FullyShardedDataParallel, DeepSpeed) shard "
+                "with torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
             )
         if parameter is not layer.parameter:
             layer.take(parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from rarefy.sparse.shards import like
 
 
 def _tensors(bucket: Bucket) -> dict[str, tuple[bool, Sequence[Tensor]]]:
-    """Everything that must survive, by name: whether it is split as the weights are, and one tensor a layer, in place."""
+    """All that must survive, by name: whether it is split as the weights are, and one tensor a layer, in place."""
     found = {name: _by_layer(bucket, name, value) for name, value in bucket.kept.items()}
     found.update({f"own.{name}": _by_layer(bucket, name, value.detach()) for name, value in bucket.own.items()})
     if bucket.companion is not None:
@@ -27,8 +28,8 @@ def _by_layer(bucket: Bucket, name: str, value: Tensor) -> tuple[bool, Sequence[
         return False, [value] * len(bucket.layers)
     per = bucket.per.get(name)
     if per == "layer":
-        return False, value.split(1)
-    return True, bucket.views(value) if per is None else value.split([shape[0] for shape in bucket.shapes])
+        return False, value.split_with_sizes([1] * len(value))
+    return True, bucket.views(value) if per is None else value.split_with_sizes([shape[0] for shape in bucket.shapes])
 
 
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
@@ -61,15 +62,15 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
                     )
 
 
-def _part(layer: Layer, given: Tensor, mine: Tensor, split: bool) -> Tensor:
-    """This process's part of a saved tensor, which may be whole, or a part of another division."""
+def _part(layer: Layer, given: Any, mine: Tensor, split: bool) -> Any:
+    """The part that is held here of a saved tensor, which may be whole, or a part of another division."""
     if hasattr(given, "full_tensor"):
         # By what all processes see alike: gathering takes all of them.
         mesh, placements = getattr(layer.parameter, "device_mesh", None), getattr(layer.parameter, "placements", None)
-        if split and given.device_mesh == mesh and given.placements == placements:  # type: ignore[attr-defined]
-            given = given.to_local()  # type: ignore[operator]
+        if split and given.device_mesh == mesh and given.placements == placements:
+            given = given.to_local()
         else:
-            given = given.full_tensor()  # type: ignore[operator]
+            given = given.full_tensor()
     if split and layer.shard is not None and len(given) == layer.shape[0] != len(mine):
         given = given[layer.shard.first_row : layer.shard.first_row + len(mine)]
     if given.shape != mine.shape:

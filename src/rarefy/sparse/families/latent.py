@@ -20,7 +20,7 @@ from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import count_all, separate, top_k
+from rarefy.sparse.masks import count_all, separate, top_k_each
 from rarefy.sparse.schedules import cubic_ramp
 
 
@@ -38,7 +38,7 @@ class Latent(Sparsifier):
         """W^ of the dense weights W, (N,) to (N,); zero where masked."""
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
-        """dL/dW, (N,), of dL/dW^, and the gradients of ``bucket.own`` into their ``grad``: by default those of value."""
+        """dL/dW, (N,), of dL/dW^, and the gradients of ``bucket.own`` into their ``grad``; by default of value."""
         weight = weight.detach().requires_grad_()
         own = list(bucket.own.values())
         with torch.enable_grad():
@@ -77,15 +77,12 @@ class Latent(Sparsifier):
     def latents(self) -> list[Tensor]:
         """The dense weights, one tensor a layer: this process's part of it."""
         self._take_all()
-        return self._kept("latent")
+        return self.kept("latent")
 
     def _begin(self) -> None:
         for bucket in self._buckets:
             bucket.keep("latent", self.latent(bucket.gather(bucket.weights())))
-            self._prepare(bucket)
-
-    def _prepare(self, bucket: Bucket) -> None:
-        """Make what else the method keeps in a bucket."""
+            self.prepare(bucket)
 
     def _lift(self, bucket: Bucket) -> None:
         bucket.scatter(bucket.kept["latent"], bucket.weights())
@@ -159,7 +156,7 @@ class Projected(Budgeted, Latent):
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
-        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, unless a method says otherwise."""
+        """What the masks of a layer are chosen by, shaped as its weight; the magnitude by default."""
         return self.dense(weight).abs()
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
@@ -172,12 +169,11 @@ class Projected(Budgeted, Latent):
 
     def project(self, masks: Sequence[Tensor]) -> None:
         """Use these masks, one a layer, from now on."""
-        for mine, new in zip(self._kept("mask"), masks, strict=True):
+        for mine, new in zip(self.kept("mask"), masks, strict=True):
             mine.copy_(new)
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         assert self.start is not None
         if not self.end:
             return self.budget.goal
@@ -200,14 +196,14 @@ class Projected(Budgeted, Latent):
         if self.steps % self._every == 0 or self.steps == self.total_steps:
             self._project(self.aim())
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0
 
     def _settle(self) -> list[Tensor]:
-        assert self.budget is not None
         used, best = list(self.live_masks().values()), self._best(self.budget.goal)
         now, then = (self.budget.density(count_all(masks, self._shards())) for masks in (used, best))
-        if math.isclose(now, then, rel_tol=1e-9):  # what the model computes stays as it is
+        if math.isclose(now, then, rel_tol=1e-9):  # landed: what the model computes stays as it is
             return used
         self.project(best)
         return best
@@ -222,8 +218,8 @@ class Thresholding(Projected):
             raise ValueError(f"{type(self).__name__} thresholds single weights: leave block out")
         super().__post_init__()
 
-    def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
@@ -239,7 +235,7 @@ class Thresholding(Projected):
         """See :class:`Projected`; the thresholds move as little as makes the masks these."""
         super().project(masks)
         for layer, weight, mask in zip(self._layers, self.latents(), masks, strict=True):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             threshold = bucket.kept["threshold"][place]
             one = threshold.double().view((1,) * weight.dim())
             threshold.copy_(separate(weight.double().abs(), one, mask, layer.shard).view(()))
@@ -256,8 +252,8 @@ class Exploring(Projected):
     def reach(self, layer: Layer, live: int) -> int:
         """How many weights of the layer get a gradient, when so many are live."""
 
-    def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
         bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)
@@ -265,10 +261,13 @@ class Exploring(Projected):
     def project(self, masks: Sequence[Tensor]) -> None:
         """See :class:`Projected`."""
         super().project(masks)
-        rows = zip(self._layers, self.latents(), masks, count_all(masks, self._shards()), strict=True)
-        for layer, weight, mask, live in rows:
-            bucket, place = self._where(layer)
-            # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
-            best = top_k(weight.abs().masked_fill(mask, torch.inf), self.reach(layer, live), layer.shard)
+        shards = self._shards()
+        live = count_all(masks, shards)
+        # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
+        scores = [weight.abs().masked_fill(m, torch.inf) for weight, m in zip(self.latents(), masks, strict=True)]
+        reached = [self.reach(layer, count) for layer, count in zip(self._layers, live, strict=True)]
+        rows = zip(self._layers, top_k_each(scores, reached, shards), masks, live, strict=True)
+        for layer, best, mask, count in rows:
+            bucket, place = self.where(layer)
             bucket.views(bucket.kept["explore"])[place].copy_(best & ~mask)
-            bucket.kept["density"][place] = live / layer.size
+            bucket.kept["density"][place] = count / layer.size

@@ -59,8 +59,9 @@ class DST(LearnedThreshold):
         size, t = weight.abs(), bucket.own["threshold"].detach()
         excess = size - bucket.spread(t, channels=True)
         slope = long_tail(excess)
+        pull = bucket.channel_sums((grad * weight * slope).float())
         # d exp(-t) / dt = -exp(-t)
-        bucket.own["threshold"].grad = -bucket.channel_sums(grad * weight * slope) - self.penalty_now * torch.exp(-t)
+        bucket.own["threshold"].grad = -pull - self.penalty_now * torch.exp(-t)
         return grad.mul_(size.mul_(slope).add_(excess >= 0.0))
 
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
@@ -77,6 +78,5 @@ class DST(LearnedThreshold):
             return
         for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
             if live <= RESET_AT * layer.size:
-                bucket, place = self._where(layer)
-                assert bucket.rows is not None
-                bucket.own["threshold"].detach().split(bucket.rows)[place].zero_()
+                bucket, place = self.where(layer)
+                bucket.parts(bucket.own["threshold"].detach())[place].zero_()

@@ -26,7 +26,7 @@ class GraNet(RigL):
 
     Args:
         initial_density: 0.5 for sparse to sparse, 1 for dense to sparse; more than the target's density, at most 1.
-        end: the share of the run at which the sparsity is the target's, in (0, 1]; 0.6.
+        end: the share of the run at which the sparsity is the target's, in (0, 1].
 
     Raises:
         ValueError: as :class:`SET`; an initial density not above the target's.
@@ -51,7 +51,6 @@ class GraNet(RigL):
         _checks.ramp(0.0, self.end)
         _checks.fraction("initial_density", self.initial_density, zero=False)
         super().__post_init__()
-        assert self.budget is not None
         if self.initial_density <= self.budget.goal:
             raise ValueError(
                 f"initial_density={self.initial_density:g} must be above the target's density, {self.budget.goal:.4g}"
@@ -63,7 +62,6 @@ class GraNet(RigL):
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         fall = self.initial_density - self.budget.goal
         return self.initial_density - fall * cubic_ramp(self.progress, 0.0, self.end)
 

@@ -27,8 +27,8 @@ def check_power(power: float, layers: Sequence[Layer] = ()) -> None:
     still = [layer.name for layer in layers if not layer.parameter.is_meta and not bool(layer.local.any())]
     if still and power > 1.0 and not any(layer.shard is not None for layer in layers):
         raise ValueError(
-            f"the weights of layer {still[0]!r} are all 0, where W = phi |phi|^(a - 1) has no gradient: they would never "
-            f"learn; pass exclude={still}, or start them elsewhere"
+            f"the weights of layer {still[0]!r} are all 0, where W = phi |phi|^(a - 1) has no gradient: they would "
+            f"never learn; pass exclude={still}, or start them elsewhere"
         )
 
 
@@ -48,7 +48,7 @@ class PowerPropagation(Projected):
 
     Args:
         start, end: shares of the run between which the sparsity rises; None takes 0.05 and 0.6.
-        power: a, at least 1, where it is gradual magnitude pruning; 2, the paper uses 1.4 to 4.
+        power: a, at least 1, where it is gradual magnitude pruning; the paper uses 1.4 to 4.
 
     Raises:
         ValueError: as :class:`Budgeted`; a power below 1; a layer whose weights are all 0.
@@ -79,5 +79,6 @@ class PowerPropagation(Projected):
         """W = phi |phi|^(a - 1)."""
         return from_phi(weight, self.power)
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return density

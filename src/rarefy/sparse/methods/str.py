@@ -31,7 +31,7 @@ class STR(SoftThreshold):
         training_flops="at the density of the weights",
     )
     trim_from = 0.75
-    alpha_now = 0.0  # type: ignore[assignment]
+    alpha_now = 0.0
 
     def _steer(self, error: float | None) -> None:
         """Alpha stays 0."""
