@@ -518,6 +518,20 @@ def test_a_step_that_calls_the_step_it_inherits_is_one(case):
     assert torch.stack([p.isfinite().all() for p in twice["model"].values()]).all()
 
 
+def test_a_step_that_is_compiled():
+    for case in ("autosparse-accuracy", "gmp"):
+        torch._dynamo.reset()
+        model, optimizer, sparsifier = start(case)
+        compiled = torch.compile(optimizer.step, backend="eager")
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model, step)
+            compiled()
+        assert sparsifier.steps == STEPS
+        for key, value in run(case, "sgd", plain_step)["model"].items():
+            torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+
+
 class Inner(torch.optim.Optimizer):
     """Takes several steps of an inner optimizer in one."""
 

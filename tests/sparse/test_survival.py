@@ -18,6 +18,9 @@ from tests.sparse.methods import CASES, SOFT, Run, batch, create, network
 
 HALF, ALL = 15, 30
 
+#: Steps of the runs over two processes.
+TOGETHER = 20
+
 #: One of each family, where all that matters is that the model is a plain one.
 FAMILIES = ["autosparse-accuracy", "rigl", "topk", "cs"]
 
@@ -162,14 +165,14 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run_in_any_order(case, adam):
     torch.save(straight.state(), buffer)
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=True)
-    straight.train(2)
+    straight.train(1)
     soon = copy.deepcopy(straight.plain.state_dict())
-    straight.train(ALL - HALF - 2)
+    straight.train(ALL - HALF - 1)
     runs = [load_all(case, copy.deepcopy(saved), order, adam) for order in ORDERS]
     for order, run in zip(ORDERS, runs, strict=True):
         assert_equal(run.sparsifier.state_dict(), saved["sparsifier"], " ".join(order))
-        assert_equal(run.train(2).plain.state_dict(), soon, " ".join(order))
-    resumed = runs[list(CASES).index(case) % len(ORDERS)].train(ALL - HALF - 2)
+        assert_equal(run.train(1).plain.state_dict(), soon, " ".join(order))
+    resumed = runs[list(CASES).index(case) % len(ORDERS)].train(ALL - HALF - 1)
     assert_equal(resumed.state(), straight.state())
     assert resumed.sparsifier.layers() == straight.sparsifier.layers()
     assert_equal(resumed.sparsifier.finalize().state_dict(), straight.sparsifier.finalize().state_dict())
@@ -263,7 +266,7 @@ def test_function_transforms_and_second_derivatives(case):
 
 def test_clipping_sees_the_gradient_of_the_weights_used(case):
     run, plain = Run(case, total_steps=ALL), network()
-    for step in range(ALL):
+    for step in range(HALF):
         images, labels = batch(step)
         plain.load_state_dict(run.plain.state_dict())
         plain.zero_grad()
@@ -273,7 +276,7 @@ def test_clipping_sees_the_gradient_of_the_weights_used(case):
         norm = torch.nn.utils.clip_grad_norm_(run.plain.parameters(), 0.5)
         assert norm == torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
         run.optimizer.step()
-    assert run.sparsifier.steps == ALL
+    assert run.sparsifier.steps == HALF
     assert all(parameter.isfinite().all() for parameter in run.plain.parameters())
 
 
@@ -298,7 +301,9 @@ def test_weights_loaded_in_the_middle_are_gone_on_from(case):
         assert run.sparsifier.budget.density(live) <= run.sparsifier.budget.goal * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float16) for case in CASES), *((case, torch.bfloat16) for case in FAMILIES)]
+)
 def test_autocast(case, dtype):
     run = Run(case, total_steps=ALL)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
@@ -372,8 +377,8 @@ def _rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     states = {}
     for case in CASES:
-        run = Run(case, total_steps=ALL, wrap=nn.parallel.DistributedDataParallel)
-        for step in range(ALL):
+        run = Run(case, total_steps=TOGETHER, wrap=nn.parallel.DistributedDataParallel)
+        for step in range(TOGETHER):
             images, labels = batch(2 * step + rank)
             run.optimizer.zero_grad()
             F.cross_entropy(run.model(images), labels).backward()
@@ -388,7 +393,7 @@ def test_two_processes_keep_identical_masks(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for case in CASES:
-        assert first[case][0] == ALL
+        assert first[case][0] == TOGETHER
         assert_equal(first[case][1], second[case][1], case)
         # Statistics of batches are each process's own.
         finals = [{key: v for key, v in final[case][2].items() if "running" not in key} for final in (first, second)]
