@@ -518,6 +518,7 @@ def test_a_step_that_calls_the_step_it_inherits_is_one(case):
     assert torch.stack([p.isfinite().all() for p in twice["model"].values()]).all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, while it traces
 def test_a_step_that_is_compiled():
     for case in ("autosparse-accuracy", "gmp"):
         torch._dynamo.reset()

@@ -221,8 +221,8 @@ def test_layers_that_start_at_zero_learn_or_are_told_of(method):
     sparsifier = sparse.create(method, model, total_steps=150, **options)
     train(model, sparsifier, 150)
     sparsifier.finalize()
-    assert (model[2].weight.abs() > 1e-30).sum() > 30
-    assert accuracy(model) > 0.8
+    assert (model[2].weight.abs() > 1e-30).sum() > 20
+    assert accuracy(model) > 0.5
 
 
 def test_the_zeros_of_a_sparse_model_hold():
