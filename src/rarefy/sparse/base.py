@@ -113,7 +113,8 @@ class Sparsifier(ABC):
         model = sparsifier.finalize()
 
     Making one changes nothing. From :meth:`attach` on the parameters hold the weights used; a DDP, DataParallel or
-    ``torch.compile`` wrapper around the model may come before or after, and ``fully_shard`` before :meth:`attach`.
+    ``torch.compile`` wrapper around the model may come before or after, and ``fully_shard`` before :meth:`attach`. A
+    copy of it, as with a model that holds it, works on the copied model and is attached to nothing.
 
     Args:
         model: what is trained; its parameters are changed in place, by the optimizer's steps.
@@ -295,8 +296,9 @@ class Sparsifier(ABC):
 
         Raises:
             TypeError: what is given is no optimizer.
-            ValueError: none of them holds the weight of a sparsified layer; a model or an optimizer that keeps its
-                weights elsewhere (DeepSpeed).
+            ValueError: none of them, or more than one, holds the weight of a sparsified layer; another sparsifier is
+                attached to a layer; an optimizer that keeps the weights elsewhere (DeepSpeed), or that gives no
+                learning rate for what the method learns (LBFGS).
             RuntimeError: after :meth:`finalize`.
         """
         if self._finalized:
