@@ -5,8 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the extra integrations is not installed")
 
-from rarefy import sparse  # noqa: E402
-from rarefy.integrations.hf import FILE, SparsifierCallback  # noqa: E402
+from rarefy import sparse
+from rarefy.integrations.hf import FILE, SparsifierCallback
 
 STEPS = 12
 

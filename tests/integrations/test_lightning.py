@@ -10,8 +10,8 @@ from torch import nn
 
 L = pytest.importorskip("lightning", reason="the extra integrations is not installed")
 
-from rarefy import sparse  # noqa: E402
-from rarefy.integrations.lightning import SparsifierCallback  # noqa: E402
+from rarefy import sparse
+from rarefy.integrations.lightning import SparsifierCallback
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
