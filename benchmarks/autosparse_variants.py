@@ -102,7 +102,7 @@ class ByCost(AutoSparse):
 
     def _s(self, layer: Layer) -> Tensor:
         """The threshold parameter of a layer, (1,)."""
-        bucket, place = self._where(layer)
+        bucket, place = self.where(layer)
         return bucket.own["s"].detach()[place : place + 1]
 
 

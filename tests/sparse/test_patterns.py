@@ -1,11 +1,16 @@
 """N:M and blocks of four, and what the registry tells."""
 
+import dataclasses
+import inspect
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from rarefy import sparse
 from rarefy.sparse.methods.nm import best_of_each
+from rarefy.sparse.registry import METHODS
 from tests.sparse.by_hand import ByHand
 from tests.sparse.methods import CASES, Run
 
@@ -150,3 +155,27 @@ def test_start_is_what_the_list_says(name):
     sparsifier = sparse.create(name, model, total_steps=100, **target)
     sparse_at_once = sparsifier.sparsity() > 0.3
     assert sparse_at_once == (sparse.list(name, details=True)[name].start == "sparse")
+
+
+@pytest.mark.parametrize("name", sparse.names())
+def test_help_tells_every_option_and_its_default(name):
+    method = METHODS[name]
+    told = re.search(r"\n\nArgs:\n((?:    .*\n?)+)", method.__doc__)[1]
+    entries = {}
+    for entry in re.split(r"^    (?=\S)", told, flags=re.MULTILINE)[1:]:
+        about, text = entry.split(": ", 1)
+        for index, option in enumerate(about.split(", ")):
+            default = re.search(r" Default: (.*)\.\s*$", text)
+            entries[option] = default and (default[1].split(", ")[index] if ", " in about else default[1])
+    options = sparse.options(name)
+    assert list(entries) == ["model", *options]
+    for option, default in options.items():
+        expected = None if default is dataclasses.MISSING else repr(default)
+        assert entries[option] == expected, option
+    parameters = inspect.signature(method).parameters.values()
+    assert options == {
+        p.name: dataclasses.MISSING if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
+    }
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["model"]

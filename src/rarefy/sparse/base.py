@@ -135,13 +135,14 @@ class Sparsifier(ABC):
     #: The fewest steps that the method's schedule fits into.
     least_steps: ClassVar[int] = 1
 
-    #: Multiple of the weights' learning rate that what the method learns is stepped at.
-    own_rate: ClassVar[float] = 1.0
-
     #: Whether the method looks at neighbouring inputs of an output, which are laid next to one another then.
     inputs_last: ClassVar[bool] = False
 
+    #: None in a run without a target.
     budget: Budget | None = field(init=False, default=None)
+
+    #: Multiple of the weights' learning rate that what the method learns is stepped at.
+    own_rate: float = field(init=False, default=1.0)
 
     def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
         """Refuse options that are not there, naming what was meant."""
@@ -173,8 +174,8 @@ class Sparsifier(ABC):
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _LIVING.add(self)
         _watch_all_optimizers()
-        _alive.add(self)
 
     # What a method provides
 
@@ -206,6 +207,9 @@ class Sparsifier(ABC):
     def _settle(self) -> list[Tensor]:
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
+    def prepare(self, bucket: Bucket) -> None:  # noqa: B027
+        """Make what the method learns and keeps in a bucket besides, from the dense weights."""
+
     def dense_weights(self) -> dict[str, Tensor]:
         """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
         self._ready()
@@ -232,7 +236,7 @@ class Sparsifier(ABC):
     def _make_budget(self) -> Budget | None:
         return None
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
         """Share of a layer's weights whose gradient is needed, when this share of them is live."""
         return density
 
@@ -315,7 +319,7 @@ class Sparsifier(ABC):
         live = count_all(list(self.live_masks().values()), self._shards())
         thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
         return [
-            LayerState(layer.name, layer.shape, n, self._weight_grad_density(n / layer.size), threshold, self._alpha())
+            LayerState(layer.name, layer.shape, n, self.weight_grad_density(n / layer.size), threshold, self._alpha())
             for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)
         ]
 
@@ -393,7 +397,7 @@ class Sparsifier(ABC):
             self._ready()
         # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
         for layer, weight in zip(self._layers, self._initial or [], strict=False):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             if bucket.marks()[place] == bucket.seen[place]:
                 layer.local.copy_(weight)
         self._restore(state_dict)
@@ -475,7 +479,8 @@ class Sparsifier(ABC):
                 bucket.dense, bucket.seen = False, bucket.marks()
         self._shown = True
 
-    def _where(self, layer: Layer) -> tuple[Bucket, int]:
+    def where(self, layer: Layer) -> tuple[Bucket, int]:
+        """The bucket that a layer is in, and its place there."""
         return self._places[id(layer)]
 
     def _shards(self) -> list[Shard | None]:
@@ -484,9 +489,9 @@ class Sparsifier(ABC):
     def _by_layer(self, of: Callable[[Bucket], Sequence[Any]]) -> list[Any]:
         """What a function of a bucket gives for each of its layers, in the order of ``_layers``."""
         lists = {id(bucket): of(bucket) for bucket in self._buckets}
-        return [lists[id(bucket)][place] for bucket, place in (self._where(layer) for layer in self._layers)]
+        return [lists[id(bucket)][place] for bucket, place in (self.where(layer) for layer in self._layers)]
 
-    def _kept(self, name: str) -> list[Tensor]:
+    def kept(self, name: str) -> list[Tensor]:
         """A flat tensor that the buckets keep, as one tensor a layer, on the same memory."""
         return self._by_layer(lambda bucket: bucket.views(bucket.kept[name]))
 
@@ -703,16 +708,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
-_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+#: Every sparsifier that is alive, to tell of steps of optimizers that it is not attached to.
+_LIVING: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    """Let sparsifiers see steps of optimizers that they are not attached to."""
+    """Let living sparsifiers see the steps of all optimizers; one hook for all, which is never taken away.
+
+    A hook of each, removed when it is collected, could be removed while an optimizer walks through its hooks.
+    """
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        for sparsifier in list(_alive):
+        for sparsifier in list(_LIVING):
             sparsifier._unattached(optimizer)
 
     register_optimizer_step_post_hook(seen)

@@ -31,7 +31,8 @@ class Bucket:
         rows: how many numbers each layer has in tensors that are by rows: 1, or one for each output channel.
         own: what the method learns for these layers besides their weights, by name; flat, or by rows.
         kept: what else the method keeps for them, by name: likewise.
-        per: for those in ``own`` and ``kept`` that are not flat, whether they have one number a "layer" or "channel".
+        per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; the others
+            are flat.
     """
 
     def __init__(

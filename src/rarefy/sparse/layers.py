@@ -161,8 +161,8 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
         out = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in named)
         if computed and getattr(module, "weight", None) is not None and not out:
             raise ValueError(
-                f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is on it); "
-                f"remove that first, or pass exclude=[{prefix!r}]"
+                f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
+                f"on it); remove that first, or pass exclude=[{prefix!r}]"
             )
     return [
         candidate

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import inspect
+import re
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -55,6 +58,36 @@ METHODS: dict[str, type[Sparsifier]] = {
 }
 
 
+@functools.cache
+def _sections(kind: type) -> list[str]:
+    """What a class's own docstring says: about it, then Args and Raises where they are."""
+    return re.split(r"\n\n(?=Args:|Raises:)", inspect.cleandoc(vars(kind).get("__doc__") or kind.__name__))
+
+
+def _document(method: type[Sparsifier]) -> None:
+    """Let ``help()`` of a method tell all its options, those of its bases too, and their defaults."""
+    known = {field.name: field.default for field in dataclasses.fields(method) if field.init}
+    told: dict[str, str] = {}
+    for args in (section for kind in method.__mro__ for section in _sections(kind) if section.startswith("Args:")):
+        for entry in re.split(r"\n    (?=\S)", args.rstrip())[1:]:
+            about = entry.partition(": ")[0].split(", ")
+            values = [
+                repr(known[name]) for name in about if known.get(name, dataclasses.MISSING) is not dataclasses.MISSING
+            ]
+            default = f" Default: {', '.join(values)}." if values else ""
+            told = {**dict.fromkeys(about, f"    {entry}{default}"), **told}
+    lines = dict.fromkeys(told[name] for name in known if name in told)  # in order, and once
+    head, *others = _sections(method)
+    raises = [section for section in others if section.startswith("Raises:")]
+    method.__doc__ = "\n\n".join([head, "\n".join(["Args:", *lines]), *raises])
+
+
+for _method in METHODS.values():
+    _sections(_method)
+for _method in METHODS.values():
+    _document(_method)
+
+
 def names() -> list[str]:
     """The names that :func:`create` knows."""
     return sorted(METHODS)
@@ -86,6 +119,7 @@ def register(name: str, method: type[Sparsifier]) -> None:
         raise ValueError(f"there is a method {name!r} already")
     if not (isinstance(method, type) and issubclass(method, Sparsifier)):
         raise ValueError(f"a method is a subclass of Sparsifier, got {method!r}")
+    _document(method)
     METHODS[name] = method
 
 

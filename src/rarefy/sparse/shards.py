@@ -82,7 +82,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def like(local: Tensor, parameter: nn.Parameter) -> Tensor:
+def like(local: Tensor, parameter: Any) -> Tensor:
     """A local tensor as a distributed one, split as the parameter is; itself where that is not split."""
     if not hasattr(parameter, "_local_tensor"):
         return local
@@ -91,8 +91,8 @@ def like(local: Tensor, parameter: nn.Parameter) -> Tensor:
     shape = torch.Size([parameter.shape[0], *local.shape[1:]])
     return DTensor.from_local(
         local,
-        parameter.device_mesh,  # type: ignore[attr-defined]
-        parameter.placements,  # type: ignore[attr-defined]
+        parameter.device_mesh,
+        parameter.placements,
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),

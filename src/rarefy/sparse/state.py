@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,13 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
                     )
 
 
-def _part(layer: Layer, given: Tensor, mine: Tensor, split: bool) -> Tensor:
+def _part(layer: Layer, given: Any, mine: Tensor, split: bool) -> Any:
     """The part that is held here of a saved tensor, which may be whole, or a part of another division."""
     if hasattr(given, "full_tensor"):
         # By what all processes see alike: gathering takes all of them.
         mesh, placements = getattr(layer.parameter, "device_mesh", None), getattr(layer.parameter, "placements", None)
-        if split and given.device_mesh == mesh and given.placements == placements:  # type: ignore[attr-defined]
-            given = given.to_local()  # type: ignore[attr-defined]
+        if split and given.device_mesh == mesh and given.placements == placements:
+            given = given.to_local()
         else:
             given = given.full_tensor()
     if split and layer.shard is not None and len(given) == layer.shape[0] != len(mine):

@@ -19,7 +19,7 @@ from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import count_all, separate, top_k
+from rarefy.sparse.masks import count_all, separate, top_k_each
 from rarefy.sparse.schedules import cubic_ramp
 
 
@@ -37,7 +37,7 @@ class Latent(Sparsifier):
         """W^ of the dense weights W, (N,) to (N,); zero where masked."""
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
-        """dL/dW, (N,), of dL/dW^, and those of ``bucket.own`` into their ``grad``: by default gradients of value."""
+        """dL/dW, (N,), of dL/dW^, and the gradients of ``bucket.own`` into their ``grad``; by default of value."""
         weight = weight.detach().requires_grad_()
         own = list(bucket.own.values())
         with torch.enable_grad():
@@ -76,15 +76,12 @@ class Latent(Sparsifier):
     def latents(self) -> list[Tensor]:
         """The dense weights, one tensor a layer: this process's part of it."""
         self._take_all()
-        return self._kept("latent")
+        return self.kept("latent")
 
     def _begin(self) -> None:
         for bucket in self._buckets:
             bucket.keep("latent", self.latent(bucket.gather(bucket.weights())))
-            self._prepare(bucket)
-
-    def _prepare(self, bucket: Bucket) -> None:
-        """Make what else the method keeps in a bucket."""
+            self.prepare(bucket)
 
     def _before(self, bucket: Bucket) -> None:
         grads, weight = bucket.grads(), bucket.kept["latent"]
@@ -152,7 +149,7 @@ class Projected(Budgeted, Latent):
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
-        """What the masks of a layer are chosen by, shaped as its weight: the magnitude, if a method does not say."""
+        """What the masks of a layer are chosen by, shaped as its weight; the magnitude by default."""
         return self.dense(weight).abs()
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
@@ -165,7 +162,7 @@ class Projected(Budgeted, Latent):
 
     def project(self, masks: Sequence[Tensor]) -> None:
         """Use these masks, one a layer, from now on."""
-        for mine, new in zip(self._kept("mask"), masks, strict=True):
+        for mine, new in zip(self.kept("mask"), masks, strict=True):
             mine.copy_(new)
 
     def aim(self) -> float:
@@ -189,12 +186,13 @@ class Projected(Budgeted, Latent):
         if self.steps % self._every == 0 or self.steps == self.total_steps:
             self._project(self.aim())
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0
 
     def _settle(self) -> list[Tensor]:
         self._project(self.budget.goal)
-        return self._kept("mask")
+        return self.kept("mask")
 
 
 @dataclass(eq=False, repr=False)
@@ -206,7 +204,8 @@ class Thresholding(Projected):
             raise ValueError(f"{type(self).__name__} thresholds single weights: leave block out")
         super().__post_init__()
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
@@ -222,7 +221,7 @@ class Thresholding(Projected):
         """See :class:`Projected`; the thresholds move as little as makes the masks these."""
         super().project(masks)
         for layer, weight, mask in zip(self._layers, self.latents(), masks, strict=True):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             threshold = bucket.kept["threshold"][place]
             one = threshold.double().view((1,) * weight.dim())
             threshold.copy_(separate(weight.double().abs(), one, mask, layer.shard).view(()))
@@ -239,7 +238,8 @@ class Exploring(Projected):
     def reach(self, layer: Layer, live: int) -> int:
         """How many weights of the layer get a gradient, when so many are live."""
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
         bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)
@@ -247,10 +247,13 @@ class Exploring(Projected):
     def project(self, masks: Sequence[Tensor]) -> None:
         """See :class:`Projected`."""
         super().project(masks)
-        rows = zip(self._layers, self.latents(), masks, count_all(masks, self._shards()), strict=True)
-        for layer, weight, mask, live in rows:
-            bucket, place = self._where(layer)
-            # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
-            best = top_k(weight.abs().masked_fill(mask, torch.inf), self.reach(layer, live), layer.shard)
+        shards = self._shards()
+        live = count_all(masks, shards)
+        # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
+        scores = [weight.abs().masked_fill(m, torch.inf) for weight, m in zip(self.latents(), masks, strict=True)]
+        reached = [self.reach(layer, count) for layer, count in zip(self._layers, live, strict=True)]
+        rows = zip(self._layers, top_k_each(scores, reached, shards), masks, live, strict=True)
+        for layer, best, mask, count in rows:
+            bucket, place = self.where(layer)
             bucket.views(bucket.kept["explore"])[place].copy_(best & ~mask)
-            bucket.kept["density"][place] = live / layer.size
+            bucket.kept["density"][place] = count / layer.size

@@ -68,7 +68,7 @@ class Learned(Targeted, Latent):
             _checks.number("penalty", self.penalty)
         super().__post_init__()
         self.penalty = self.default_penalty if self.penalty is None else self.penalty
-        self.own_rate = self.default_mask_lr if self.mask_lr is None else self.mask_lr  # type: ignore[misc]
+        self.own_rate = self.default_mask_lr if self.mask_lr is None else self.mask_lr
         # Of the log of the factor on the penalty; too dense raises it.
         self._controller = PIController(0.0, proportional=1.0, gain=0.15, low=-RANGE, high=RANGE)
         self._factor = 1.0
@@ -172,7 +172,8 @@ class Learned(Targeted, Latent):
             self.settle(layer, mask)
         return masks
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0
 
     def _state(self) -> dict[str, Any]:
@@ -196,7 +197,8 @@ class LearnedThreshold(Learned):
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """What is compared with the threshold, (N,)."""
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.rows = [shape[0] if self.channels else 1 for shape in bucket.shapes]
         bucket.own["threshold"] = nn.Parameter(torch.zeros(sum(bucket.rows), dtype=torch.float32, device=bucket.device))
         bucket.kept["previous"] = torch.zeros_like(bucket.own["threshold"].detach())
@@ -213,7 +215,7 @@ class LearnedThreshold(Learned):
 
     def settle(self, layer: Layer, mask: Tensor) -> None:
         """See :class:`Learned`."""
-        bucket, place = self._where(layer)
+        bucket, place = self.where(layer)
         size = bucket.views(self.size(bucket.kept["latent"].double(), bucket))[place]
         threshold = bucket.parts(bucket.own["threshold"].detach())[place]
         shaped = threshold.double().view(-1, *[1] * (size.dim() - 1))

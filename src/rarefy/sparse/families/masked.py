@@ -20,7 +20,7 @@ from rarefy.kernels.thresholds import Masks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import local
-from rarefy.sparse.masks import block_expand, block_sum, count_all, random_scores, top_k
+from rarefy.sparse.masks import block_expand, block_sum, count_all, random_scores, top_k_each
 
 
 @dataclass(eq=False, repr=False)
@@ -49,11 +49,11 @@ class Masked(Budgeted):
     def live_masks(self) -> dict[str, Tensor]:
         """See :meth:`Sparsifier.live_masks`."""
         self._ready()
-        return dict(zip([layer.name for layer in self._layers], self._kept("mask"), strict=True))
+        return dict(zip([layer.name for layer in self._layers], self.kept("mask"), strict=True))
 
     def magnitudes(self) -> list[Tensor]:
         """|W| where the masks are, -1 elsewhere: whatever lives comes before whatever does not."""
-        rows = zip(self.weights(), self._kept("mask"), strict=True)
+        rows = zip(self.weights(), self.kept("mask"), strict=True)
         return [weight.abs().masked_fill(~mask, -1.0) for weight, mask in rows]
 
     def random(self, seed: int) -> list[Tensor]:
@@ -73,8 +73,8 @@ class Masked(Budgeted):
 
     def masks_of(self, counts: Sequence[int], seed: int) -> list[Tensor]:
         """Masks of so many blocks a layer, drawn at random."""
-        rows = zip(self.random(seed), counts, self._shards(), strict=True)
-        return [block_expand(top_k(block_sum(d, self.block), n, shard), self.block) for d, n, shard in rows]
+        sums = [block_sum(draw, self.block) for draw in self.random(seed)]
+        return [block_expand(mask, self.block) for mask in top_k_each(sums, counts, self._shards())]
 
     def zeros_of_the_model(self) -> list[Tensor] | None:
         """Masks of the weights that are not 0, where the model is sparse already; None where it is dense.
@@ -98,10 +98,11 @@ class Masked(Budgeted):
         for bucket in self._buckets:
             bucket.keep("mask", bucket.flat(1, torch.bool))
             self._cuts[id(bucket)] = Masks(self._views(bucket))
+            self.prepare(bucket)
         self._write(self.initial_masks())
 
     def _write(self, masks: Sequence[Tensor]) -> None:
-        for mine, new in zip(self._kept("mask"), masks, strict=True):
+        for mine, new in zip(self.kept("mask"), masks, strict=True):
             mine.copy_(new)
 
     def _before(self, bucket: Bucket) -> None:
@@ -129,14 +130,14 @@ class Masked(Budgeted):
 
     def _forget(self, masks: Sequence[Tensor]) -> None:
         """The optimizer forgets what it knows of the weights that are masked, or come back, from here on."""
-        for layer, old, new in zip(self._layers, self._kept("mask"), masks, strict=True):
-            optimizer = self._where(layer)[0].optimizer
+        for layer, old, new in zip(self._layers, self.kept("mask"), masks, strict=True):
+            optimizer = self.where(layer)[0].optimizer
             for value in ({} if optimizer is None else optimizer.state.get(layer.parameter, {})).values():
                 if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
                     local(value).masked_fill_(old ^ new, 0.0)
 
     def _settle(self) -> list[Tensor]:
-        masks = self._kept("mask")
+        masks = self.kept("mask")
         if self.budget.density(count_all(masks, self._shards())) > self.budget.goal * (1.0 + 1e-9):
             self._write(self.choose(self.magnitudes(), self.budget.goal))
-        return self._kept("mask")
+        return self.kept("mask")

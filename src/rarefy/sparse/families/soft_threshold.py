@@ -19,7 +19,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +125,6 @@ class SoftThreshold(Targeted, Latent):
     threshold_lr: float = 1.0
     block: int = 1
 
-    #: Share of the run after which the thresholds are trimmed to the target.
-    trim_from: ClassVar[float]
-
     def __post_init__(self) -> None:
         _checks.one_of("granularity", self.granularity, ("layer", "channel"))
         _checks.one_of("threshold_function", self.threshold_function, THRESHOLD_FUNCTIONS)
@@ -140,7 +137,7 @@ class SoftThreshold(Targeted, Latent):
         super().__post_init__()
         check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
         self._g = THRESHOLD_FUNCTIONS[self.threshold_function]
-        self.own_rate = self.threshold_lr  # type: ignore[misc]
+        self.own_rate = self.threshold_lr
         if self.pressure is None:
             self.pressure = self._default_pressure()
         self._density = self._freedom = 1.0
@@ -168,6 +165,11 @@ class SoftThreshold(Targeted, Latent):
     @abstractmethod
     def _steer(self, error: float | None) -> None:
         """Set alpha for the next step; ``error`` is the log error of the density, in the steps that measure it."""
+
+    @property
+    @abstractmethod
+    def trim_from(self) -> float:
+        """Share of the run after which the thresholds are trimmed to the target."""
 
     @property
     @abstractmethod
@@ -215,7 +217,8 @@ class SoftThreshold(Targeted, Latent):
             return values
         return torch.cat([v.expand(n) for v, n in zip(values, bucket.rows, strict=True)])
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
         bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
@@ -365,7 +368,7 @@ class SoftThreshold(Targeted, Latent):
         live = self._count()
         scores = None
         for index, (layer, count) in enumerate(zip(self._layers, live, strict=True)):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             if count < layer.least and float(bucket.kept["awake"][place]):
                 scores = scores or self._scores()
                 blocks = top_k(scores[index], self._least_blocks(layer), layer.shard)
@@ -389,7 +392,7 @@ class SoftThreshold(Targeted, Latent):
         """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""
         scores = []
         for layer, weight in zip(self._layers, self.latents(), strict=True):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             s = bucket.parts(bucket.own["s"].detach())[place].view(-1, *[1] * (weight.dim() - 1))
             magnitude = block_sum(weight.double().abs(), self.block) / self.block
             scores.append(self._g.inverse(magnitude) - s.double())
@@ -408,7 +411,7 @@ class SoftThreshold(Targeted, Latent):
 
     def _move(self, layer: Layer, mask: Tensor) -> None:
         """Move s as little as makes the layer's mask this one."""
-        bucket, place = self._where(layer)
+        bucket, place = self.where(layer)
         now = self._shaped(bucket)[place].double()
         weight = bucket.views(bucket.kept["latent"])[place]
         shard = layer.shard if self.granularity == "layer" else None  # rows are whole wherever they are
@@ -425,7 +428,8 @@ class SoftThreshold(Targeted, Latent):
             self._move(layer, mask)
         return masks
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0 if self.alpha_now > 0.0 else density
 
     def _alpha(self) -> float | None:

@@ -26,9 +26,9 @@ class ACDC(Masked):
     """Compressed and decompressed training in turn.
 
     Args:
-        warmup: share of the run before the first compressed phase, in [0, 1); 0.1.
-        phase: share of the run that a phase takes, in (0, 1); 0.05.
-        final: share of the run after which it stays compressed; 0.85.
+        warmup: share of the run before the first compressed phase, in [0, 1).
+        phase: share of the run that a phase takes, in (0, 1).
+        final: share of the run after which it stays compressed.
 
     Raises:
         ValueError: as :class:`Budgeted`; a phase of less than one step; shares that are out of order.

@@ -112,8 +112,8 @@ class AutoSparse(SoftThreshold):
         return self._alpha_now
 
     @property
-    def trim_from(self) -> float:  # type: ignore[override]
-        """Share of the run after which the thresholds are trimmed to the target."""
+    def trim_from(self) -> float:
+        """See :class:`SoftThreshold`."""
         return POLICIES[self.policy or "accuracy"].trim_from
 
     def _default_pressure(self) -> float:
@@ -145,7 +145,7 @@ class AutoSparse(SoftThreshold):
         if self.backward_density is None:
             return
         for layer, weight in zip(self._layers, self.latents(), strict=True):
-            bucket, place = self._where(layer)
+            bucket, place = self.where(layer)
             threshold = self._shaped(bucket)[place]
             excess = weight.float().abs() - threshold
             best = top_k(excess, max(1, int(self.backward_density * layer.size)), layer.shard)
@@ -155,7 +155,8 @@ class AutoSparse(SoftThreshold):
             # What the forward uses always gets its gradient: the bound is never above the threshold.
             bucket.parts(bucket.kept["lower"])[place].copy_((threshold + least.clamp(max=0.0)).flatten())
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         if self._alpha_now == 0.0:
             return density
         return 1.0 if self.backward_density is None else max(density, self.backward_density)

@@ -31,8 +31,8 @@ class ContinuousSparsification(Learned):
     Args:
         penalty: coefficient of the sum of all masks, not negative; None takes 1e-8.
         mask_lr: learning rate of s as a multiple of the weights', above 0; None takes 30.
-        initial: s_0; above 0, so that everything lives at first; 0.1.
-        final_beta: beta at the end, above 1; 200.
+        initial: s_0; above 0, so that everything lives at first.
+        final_beta: beta at the end, above 1.
 
     Raises:
         ValueError: as :class:`Learned`; an option out of its range.
@@ -61,7 +61,7 @@ class ContinuousSparsification(Learned):
     @property
     def beta(self) -> float:
         """final^progress."""
-        return float(self.final_beta**self.progress)
+        return math.pow(self.final_beta, self.progress)
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W sigmoid(beta s) / sigmoid(s_0), hard in the end."""
@@ -86,10 +86,11 @@ class ContinuousSparsification(Learned):
 
     def settle(self, layer: Layer, mask: Tensor) -> None:
         """See :class:`Learned`."""
-        bucket, place = self._where(layer)
+        bucket, place = self.where(layer)
         s = bucket.views(bucket.own["s"].detach())[place]
         edge = torch.finfo(s.dtype).tiny
         s.copy_(torch.where(mask, s.clamp(min=edge), s.clamp(max=0.0)))
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.own["s"] = nn.Parameter(bucket.flat(self.initial, torch.float32))

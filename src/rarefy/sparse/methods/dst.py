@@ -77,5 +77,5 @@ class DST(LearnedThreshold):
             return
         for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
             if live <= RESET_AT * layer.size:
-                bucket, place = self._where(layer)
+                bucket, place = self.where(layer)
                 bucket.parts(bucket.own["threshold"].detach())[place].zero_()

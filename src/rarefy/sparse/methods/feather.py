@@ -26,7 +26,7 @@ class Feather(Thresholding):
 
     Args:
         start, end: shares of the run between which the sparsity rises; None takes 0 and 0.5.
-        power: p, at least 1; 1 is the soft threshold, and the larger the harder; 3.
+        power: p, at least 1; 1 is the soft threshold, and the larger the harder.
         theta: in [0, 1]; None takes the paper's for the target.
 
     Raises:
@@ -51,8 +51,8 @@ class Feather(Thresholding):
         if self.theta is not None:
             _checks.fraction("theta", self.theta)
         super().__post_init__()
-        if self.theta is None:
-            self.theta = 0.5 if self.target is not None and self.target > 0.95 else 1.0
+        high = self.target is not None and self.target > 0.95
+        self._theta = self.theta if self.theta is not None else 0.5 if high else 1.0
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = sign(W) (|W|^p - T^p)^(1/p)."""
@@ -62,10 +62,11 @@ class Feather(Thresholding):
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where |W| > T, else theta dL/dW^."""
-        return grad if self.theta == 1.0 else torch.where(self.live(bucket), grad, grad * float(self.theta or 0.0))
+        return grad if self._theta == 1.0 else torch.where(self.live(bucket), grad, self._theta * grad)
 
-    def _weight_grad_density(self, density: float) -> float:
-        return 1.0 if self.theta else density
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
+        return 1.0 if self._theta else density
 
     def _alpha(self) -> float | None:
-        return self.theta
+        return self._theta

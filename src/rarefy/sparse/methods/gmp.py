@@ -32,7 +32,7 @@ class GMP(Masked):
 
     Args:
         update_every: steps from one change of the masks to the next; None takes a 125th of the run.
-        start, end: the shares of the run between which the sparsity rises; 0.05 and 0.6.
+        start, end: the shares of the run between which the sparsity rises.
 
     Raises:
         ValueError: as :class:`Budgeted`; start and end not in order.

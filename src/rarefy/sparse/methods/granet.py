@@ -26,7 +26,7 @@ class GraNet(RigL):
 
     Args:
         initial_density: 0.5 for sparse to sparse, 1 for dense to sparse; more than the target's density, at most 1.
-        end: the share of the run at which the sparsity is the target's, in (0, 1]; 0.6.
+        end: the share of the run at which the sparsity is the target's, in (0, 1].
 
     Raises:
         ValueError: as :class:`SET`; an initial density not above the target's.

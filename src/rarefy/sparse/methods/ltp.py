@@ -28,7 +28,7 @@ class LTP(LearnedThreshold):
     Args:
         penalty: coefficient of the soft L0 norm, not negative; None takes 1e-3.
         mask_lr: learning rate of the thresholds as a multiple of the weights', above 0; None takes 1.
-        temperature: T_0, above 0; 1e-3 as in the paper.
+        temperature: T_0, above 0; the paper's by default.
 
     Raises:
         ValueError: as :class:`Learned`; a temperature that is not above 0.
@@ -80,8 +80,9 @@ class LTP(LearnedThreshold):
         """sqrt(tau)."""
         return (threshold * bucket.kept["variance"]).sqrt()
 
-    def _prepare(self, bucket: Bucket) -> None:
-        super()._prepare(bucket)
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
+        super().prepare(bucket)
         bucket.per["variance"] = "layer"
         sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
         weight = bucket.kept["latent"].float()

@@ -36,11 +36,11 @@ class MEST(Masked):
     Args:
         update_every: steps from one change of the masks to the next; None takes a 32nd of the run, as the code's 5 of
             160 epochs.
-        seed: of what is drawn at random; every process of a run must have the same; 0.
+        seed: of what is drawn at random; every process of a run must have the same.
         soft: False for EM, True for EM&S.
         moved: share of the live weights that is replaced (EM) or added for a while (EM&S) at first, in (0, 1); None
             takes the code's, 0.2 and 0.5.
-        gradient_weight: lambda, not negative; 0 as in the code.
+        gradient_weight: lambda, not negative; the code's by default.
 
     Raises:
         ValueError: as :class:`Budgeted`; an option out of its range.

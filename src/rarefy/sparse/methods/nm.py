@@ -40,7 +40,7 @@ class NM(Latent):
 
     Args:
         n, m: how many of how many live, 0 < n < m; 2 of 4. M must divide the inputs of every layer.
-        refinement: lambda, not negative; 2e-4 as in the paper.
+        refinement: lambda, not negative; the paper's by default.
 
     Raises:
         ValueError: as :class:`Sparsifier`; n and m out of order; a layer whose inputs m does not divide, by name.
@@ -84,7 +84,8 @@ class NM(Latent):
         """M."""
         return best_of_each(bucket.kept["latent"].abs(), self.n, self.m)
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.kept["mask"] = bucket.flat(1, torch.bool)
 
     def _update(self) -> None:
@@ -93,7 +94,8 @@ class NM(Latent):
     def _settle(self) -> list[Tensor]:
         return list(self.live_masks().values())
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0
 
     def _alpha(self) -> float | None:

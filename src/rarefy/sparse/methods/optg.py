@@ -45,8 +45,9 @@ class OptG(Projected):
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
         """S."""
-        bucket, place = self._where(layer)
+        bucket, place = self.where(layer)
         return bucket.views(bucket.own["score"].detach())[place]
 
-    def _prepare(self, bucket: Bucket) -> None:
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
         bucket.own["score"] = nn.Parameter(bucket.flat())

@@ -48,7 +48,7 @@ class PowerPropagation(Projected):
 
     Args:
         start, end: shares of the run between which the sparsity rises; None takes 0.05 and 0.6.
-        power: a, at least 1, where it is gradual magnitude pruning; 2, the paper uses 1.4 to 4.
+        power: a, at least 1, where it is gradual magnitude pruning; the paper uses 1.4 to 4.
 
     Raises:
         ValueError: as :class:`Budgeted`; a power below 1; a layer whose weights are all 0.
@@ -79,5 +79,6 @@ class PowerPropagation(Projected):
         """W = phi |phi|^(a - 1)."""
         return from_phi(weight, self.power)
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return density

@@ -47,5 +47,6 @@ class RigL(SET):
             return None
         return [seen.get(layer.name, torch.zeros_like(layer.local)) for layer in self._layers]
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return density + (1.0 - density) / self._every if self.progress < self.stop else density

@@ -30,9 +30,9 @@ class SET(Masked):
 
     Args:
         update_every: steps from one change of the masks to the next; None takes a 125th of the run.
-        seed: of what is drawn at random; every process of a run must have the same; 0.
-        drop_fraction: p, the share of the live weights replaced at the first update, in (0, 1); 0.3, GraNet 0.5.
-        stop: the share of the run after which the masks stay, in (0, 1]; 0.75.
+        seed: of what is drawn at random; every process of a run must have the same.
+        drop_fraction: p, the share of the live weights replaced at the first update, in (0, 1).
+        stop: the share of the run after which the masks stay, in (0, 1].
 
     Raises:
         ValueError: as :class:`Budgeted`; an option out of its range; a run without a single update before ``stop``.

@@ -25,7 +25,7 @@ class SNFS(SET):
     """Drop the smallest, grow where the gradient's momentum is largest.
 
     Args:
-        growth_momentum: of the gradients that decide what grows, in [0, 1); 0.9.
+        growth_momentum: of the gradients that decide what grows, in [0, 1).
     """
 
     _: KW_ONLY
@@ -52,12 +52,12 @@ class SNFS(SET):
 
     def growth_scores(self) -> Sequence[Tensor]:
         """See :class:`SET`: |m|."""
-        return [momentum.abs() for momentum in self._kept("momentum")]
+        return [momentum.abs() for momentum in self.kept("momentum")]
 
-    def _begin(self) -> None:
-        for bucket in self._buckets:
-            bucket.keep("momentum", bucket.flat())
-        super()._begin()
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`: m."""
+        bucket.keep("momentum", bucket.flat())
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0 if self.progress < self.stop else density

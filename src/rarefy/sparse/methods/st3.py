@@ -28,8 +28,8 @@ class ST3(Thresholding):
 
     Args:
         start, end: shares of the run between which the sparsity rises; None takes 0.05 and 0.5.
-        sigma: compare weights in units of their layer's standard deviation; False.
-        rescale: scale each output channel up by what the threshold took from it, as in the paper; True.
+        sigma: compare weights in units of their layer's standard deviation.
+        rescale: scale each output channel up by what the threshold took from it, as in the paper.
         alpha, anneal: the factor on the gradient of masked weights and its schedule, as of AutoSparse: with less than 1
             this is AutoSparse with its thresholds on the budget instead of learned. The paper has 1.0, "constant".
 
@@ -79,7 +79,8 @@ class ST3(Thresholding):
         squares = total((weight - mean).square().sum()[None], [layer.shard]) / (layer.size - 1)
         return weight.abs() / squares.sqrt().to(weight.dtype).clamp(min=1e-12)
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return 1.0 if self._annealed(self.progress) > 0.0 else density
 
     def _alpha(self) -> float | None:

@@ -27,7 +27,7 @@ class Static(Masked):
         masks: "random", "magnitude" (the largest weights), or "nonzero": the model's zeros stay zeros, and there is no
             target to give. None takes "nonzero" for a model that is sparse already (a tenth of its weights, in half of
             the layers), and "random" for any other.
-        seed: of the random masks; every process of a run must have the same; 0.
+        seed: of the random masks; every process of a run must have the same.
 
     Raises:
         ValueError: as :class:`Budgeted`; an option that the masks leave no use for; with

@@ -25,10 +25,10 @@ class TopK(Exploring):
     """Top-K with Gradient Annealing, over uniform layers as in the paper.
 
     Args:
-        alpha: alpha_0, in [0, 1]; 0.75.
+        alpha: alpha_0, in [0, 1].
         anneal: "sigmoid-cosine", "cosine", "sigmoid", "linear" or "constant".
         cutoff: share of the run after which alpha is 0, in [0, 1]; None never cuts it off.
-        backward_density: share of each layer's weights that gets a gradient while alpha is not 0, in [0, 1]; 0.5.
+        backward_density: share of each layer's weights that gets a gradient while alpha is not 0, in [0, 1].
 
     Raises:
         ValueError: as :class:`Budgeted`; an option out of its range.
@@ -63,7 +63,8 @@ class TopK(Exploring):
         """How many weights of the layer get a gradient."""
         return max(live, int(self.backward_density * layer.size))
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return max(density, self.backward_density) if self._annealed(self.progress) > 0.0 else density
 
     def _alpha(self) -> float | None:

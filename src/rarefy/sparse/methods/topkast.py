@@ -28,7 +28,7 @@ class TopKAST(Exploring):
     """Top-KAST, over ERK's distribution.
 
     Args:
-        superset: how many times as many weights B has as A, at least 1; 2.
+        superset: how many times as many weights B has as A, at least 1.
         exploration: whether the decay is that of the paper, with the optimizer's weight decay as lambda (True); else
             the optimizer's own. With a decoupled decay (AdamW) the weights outside B keep the optimizer's.
         power: Powerpropagation's a, at least 1, which is none.
@@ -85,5 +85,6 @@ class TopKAST(Exploring):
         """How many weights of the layer are in B."""
         return min(layer.size, int(self.superset * live))
 
-    def _weight_grad_density(self, density: float) -> float:
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
         return min(1.0, self.superset * density)
