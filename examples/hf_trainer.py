@@ -12,7 +12,7 @@ folder = sys.argv[1]
 torch.manual_seed(0)
 shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 model = BertForSequenceClassification(BertConfig(vocab_size=100, num_labels=2, **shape))
-data = [{"input_ids": row, "labels": int(row[0] > 50)} for row in torch.randint(100, (512, 16))]
+data = [{"input_ids": row, "labels": int(row[0] > 50)} for row in torch.randint(100, (256, 16))]
 
 
 def make(model, total_steps):

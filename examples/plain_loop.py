@@ -11,7 +11,7 @@ images = torch.randn(2048, 64)
 labels = (images @ torch.randn(64, 10)).argmax(1)
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
-steps = 400
+steps = 300
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 sparsifier = AutoSparse(model, target=0.9, total_steps=steps).attach(optimizer)
