@@ -14,6 +14,7 @@ $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -ty
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
 	$(BIN)/pip install -q -e '.[train,export,rtl,integrations,dev]'
+	$(BIN)/pip install -q --no-deps timm==1.0.31  # see zoo, below
 	touch $@
 
 lint: $(STAMP)

@@ -70,8 +70,8 @@ class Layer:
 
     @property
     def version(self) -> int:
-        """How often it was written to."""
-        return (self.parameter if self.shard is None else local(self.parameter))._version
+        """How often it was written to: a part, or the distributed tensor around it, which counts for itself."""
+        return self.parameter._version + (0 if self.shard is None else local(self.parameter)._version)
 
     @property
     def grad(self) -> Tensor | None:
