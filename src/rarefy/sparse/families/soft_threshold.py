@@ -297,16 +297,21 @@ class SoftThreshold(Targeted, Latent):
             # It only raises thresholds: s above 0 is the trim's doing.
             assert self.pressure is not None
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
-            self._press(parameters, self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
+            self._press(parameters, min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps)))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             error = self._measure()
         torch._foreach_copy_([bucket.kept["previous"] for bucket in self._buckets], parameters)
         self._steer(error)
 
-    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
-        """Let s decay by this much of log|s|, and no more than ``most``."""
-        torch._foreach_maximum_(parameters, torch._foreach_mul(parameters, math.exp(-min(decay, most))))
+    def _press(self, parameters: list[Tensor], decay: float) -> None:
+        """Let s decay by this much of log|s|; without a target by as much less as the loss can answer less."""
+        if self.budget is None:
+            shrinks = [self._rows_of(bucket, bucket.kept["shrink"]) for bucket in self._buckets]
+            decayed = torch._foreach_mul(parameters, [torch.exp(-decay * shrink) for shrink in shrinks])
+        else:
+            decayed = torch._foreach_mul(parameters, math.exp(-decay))
+        torch._foreach_maximum_(parameters, decayed)
 
     def _limit(self, parameters: list[Tensor]) -> None:
         """Bound what the optimizer did to s."""
