@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -type f) $(shell find src -type d -not -name __pycache__)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q -e '.[train,export,rtl,dev]'
+	$(BIN)/pip install -q -e '.[train,export,rtl,integrations,dev]'
 	touch $@
 
 lint: $(STAMP)
@@ -123,7 +123,7 @@ test-neon: $(NATIVE)/cases.bin
 .PHONY: test-triton
 test-triton: $(STAMP)
 	$(BIN)/pip install -q triton
-	$(BIN)/pytest -q tests/act/check_triton.py
+	$(BIN)/pytest -q tests/act/check_triton.py tests/kernels/check_triton_thresholds.py
 
 # Units in Verilator, on all inputs; it compiles C++, so it needs make, g++ and perl.
 .PHONY: test-verilator
@@ -151,3 +151,8 @@ rtl-figures: $(STAMP) $(TOOLS)
 .PHONY: test-gpu
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -n 8 tests/check_gpu.py
+
+# What every method adds to a training step on a GPU: four minutes, results/gpu.csv.
+.PHONY: bench-gpu
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py

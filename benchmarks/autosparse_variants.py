@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from rarefy import models, sparse
 from rarefy.cli import main as rarefy
 from rarefy.data import fashion_mnist
 from rarefy.sparse import AutoSparse
-from rarefy.sparse.soft_threshold import MAX_DECAY
-from rarefy.sparse.thresholded import Thresholded
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.soft_threshold import MAX_DECAY
+from rarefy.sparse.layers import Layer
 from rarefy.train.batches import normalise
 
 RUNS = Path("runs/autosparse-variants")
@@ -42,24 +44,23 @@ FLOPS = 0.07
 ESTIMATED_FROM = 5000
 
 
+@dataclass(eq=False, repr=False)
 class _Masked(AutoSparse):
     """AutoSparse with something done to masked weights around every step of an SGD."""
 
-    needs_optimizer = True
     decays = forgets = False
 
-    def _before_optimizer(self) -> None:
-        assert self._optimizer is not None
-        decay = {id(p): group["weight_decay"] for group in self._optimizer.param_groups for p in group["params"]}
-        for layer in self._layers.values():
-            assert isinstance(layer, Thresholded)
-            weight = layer.weight
-            assert weight.grad is not None
-            masked = layer.magnitude() <= layer.threshold()
+    def _before(self, bucket: Bucket) -> None:
+        super()._before(bucket)
+        assert bucket.optimizer is not None
+        assert bucket.group is not None
+        decay = bucket.optimizer.param_groups[bucket.group]["weight_decay"]
+        for layer, mask in zip(bucket.layers, bucket.views(self.live(bucket)), strict=True):
+            assert layer.grad is not None
             if not self.decays:  # what SGD is about to add
-                weight.grad -= decay[id(weight)] * weight.detach() * masked
-            if self.forgets and "momentum_buffer" in (state := self._optimizer.state[weight]):
-                state["momentum_buffer"] *= ~masked
+                layer.grad.sub_(decay * layer.local * ~mask)
+            if self.forgets and "momentum_buffer" in (state := bucket.optimizer.state[layer.parameter]):
+                state["momentum_buffer"] *= mask
 
 
 class NoDecay(_Masked):
@@ -78,13 +79,14 @@ class Neither(_Masked):
     forgets = True
 
 
+@dataclass(eq=False, repr=False)
 class ByCost(AutoSparse):
     """Pressure in proportion to a power of what one weight of the layer costs, its mean over all weights unchanged."""
 
     power = 1.0
 
     def _sizes(self) -> list[int]:
-        return [layer.weight.numel() for layer in self._layers.values()]
+        return [layer.size for layer in self._layers]
 
     def _measures(self) -> Sequence[float]:
         assert self.budget is not None
@@ -94,8 +96,14 @@ class ByCost(AutoSparse):
         scaled = [measure**self.power for measure in self._measures()]
         sizes = self._sizes()
         mean = sum(measure * size for measure, size in zip(scaled, sizes, strict=True)) / sum(sizes)
-        for s, measure in zip(parameters, scaled, strict=True):
+        for layer, measure in zip(self._layers, scaled, strict=True):
+            s = self._s(layer)
             torch.maximum(s, s * math.exp(-min(decay * measure / mean, MAX_DECAY)), out=s)
+
+    def _s(self, layer: Layer) -> Tensor:
+        """The threshold parameter of a layer, (1,)."""
+        bucket, place = self._where(layer)
+        return bucket.own["s"].detach()[place : place + 1]
 
 
 class ByRootOfCost(ByCost):
@@ -119,26 +127,30 @@ class ByFourthRootOfSize(ByRootOfSize):
     power = 0.25
 
 
-class ToScale(AutoSparse):
+class ToScale(ByCost):
     """Pressure towards twice the deviation of the layer's first weights, in place of 1/2."""
 
     deviations = 2.0
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        weights = [layer.weight.detach() for layer in self._layers.values()]
-        self._ends = [self._inverse((self.deviations * weight.std()).clamp(max=0.9)) for weight in weights]
+    def _begin(self) -> None:
+        super()._begin()
+        weights = [layer.local for layer in self._layers]
+        self._ends = [self._g.inverse((self.deviations * weight.std()).clamp(max=0.9)) for weight in weights]
 
     def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
-        for s, end in zip(parameters, self._ends, strict=True):
+        for layer, end in zip(self._layers, self._ends, strict=True):
+            s = self._s(layer)
             torch.maximum(s, end + (s - end) * math.exp(-min(decay, most)), out=s)
 
 
-class Untrimmed(AutoSparse):
+class Untrimmed(ByCost):
     """The classifier's threshold is not trimmed."""
 
+    power = 0.0
+
     def _shift(self, by: float) -> None:
-        torch._foreach_add_(self._own_parameters()[:-1], by)
+        for layer in self._layers[:-1]:
+            self._s(layer).add_(by)
 
 
 METHODS: dict[str, tuple[str, type[AutoSparse]]] = {

@@ -47,7 +47,8 @@ def train(target: float, steps: int) -> nn.Module:
         if name.endswith("bn3"):  # blocks begin as the identity: so deep a network learns nothing in so few steps else
             nn.init.zeros_(module.weight)
     sparsifier = AutoSparse(model, target=target, total_steps=steps)
-    optimizer = torch.optim.SGD(sparsifier.param_groups(weight_decay=5e-4), lr=LR, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+    sparsifier.attach(optimizer)
     began = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -57,7 +58,6 @@ def train(target: float, steps: int) -> nn.Module:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        sparsifier.step()
         if step % 20 == 19:
             about = f"loss {loss.item():.3f}  sparsity {sparsifier.sparsity():.4f}"
             print(f"{target:g}  step {step + 1} of {steps}  {about}  {time.monotonic() - began:.0f} s", flush=True)

@@ -32,16 +32,14 @@ def step_of(
     """One whole training step: forward, backward, optimizer, and the sparsifier if there is one."""
     torch.manual_seed(0)
     model = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sparsifier = AutoSparse(model, total_steps=1000, **options) if sparse else None  # type: ignore[arg-type]
-    groups = model.parameters() if sparsifier is None else sparsifier.param_groups()
-    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    if sparse:
+        AutoSparse(model, total_steps=1000, **options).attach(optimizer)  # type: ignore[arg-type]
 
     def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if sparsifier is not None:
-            sparsifier.step()
 
     return step
 

@@ -12,19 +12,22 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from torch import nn
 
-from rarefy import act
+from rarefy import act, cost, kernels
 from rarefy.act import aten, spec
 from rarefy.data import fashion_mnist
-from rarefy.kernels import soft_threshold as kernel
-from rarefy.sparse import masks
+from rarefy.kernels import _thresholds_pytorch, thresholds
+from rarefy.sparse import create, masks
 from rarefy.train import Classification
-from tests.sparse.methods import CASES, STEPS, TARGETED, Run, accuracy
+from tests.kernels.threshold_cases import KINDS, Case
+from tests.sparse.methods import CASES, STEPS, TARGETED, Run, accuracy, network
 from tests.train.runs import recipe, records, stop_at, synthetic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HALF, ALL = 15, 30
+SHAPES = {key: value.shape for key, value in network().state_dict().items()}
 ACTIVATIONS = {
     "tanh": act.tanh,
     "sigmoid": act.sigmoid,
@@ -48,12 +51,12 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def finish(run):
+def finish(run, norm=True):
     """Finalize, and check that the zeros are exact and where the budget has them."""
     goal = run.sparsifier.budget
     names = [layer.name for layer in run.sparsifier.layers()]
     model = run.sparsifier.finalize()
-    assert {key: value.shape for key, value in model.state_dict().items()} == run.dense_keys
+    assert not norm or {key: value.shape for key, value in model.state_dict().items()} == SHAPES
     assert all(value.is_cuda and value.isfinite().all() for value in model.state_dict().values())
     live = [int((model.get_submodule(name).weight != 0).sum()) for name in names]
     if goal is not None:
@@ -72,8 +75,8 @@ def test_training_reaches_the_target(case):
 def test_autocast(case, dtype):
     run = Run(case, total_steps=ALL, device="cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
-    for step in range(ALL):
-        images, labels = run.batch(step)
+    while run.sparsifier.steps < ALL:  # steps that the scaler skips did not happen
+        images, labels = run.batch(run.sparsifier.steps)
         run.optimizer.zero_grad()
         with torch.autocast("cuda", dtype):
             output = run.model(images)
@@ -81,7 +84,6 @@ def test_autocast(case, dtype):
         scaler.scale(F.cross_entropy(output.float(), labels)).backward()
         scaler.step(run.optimizer)
         scaler.update()
-        run.sparsifier.step()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in run.plain.parameters())
     finish(run)
 
@@ -126,29 +128,187 @@ def test_inductor(case):
     finish(run.train(ALL - 5))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_step_waits_for_the_gpu(case):
+    run = Run(case, total_steps=100_000, device="cuda").train(3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.sparsifier.steps == 6
+
+
+@pytest.mark.parametrize("case", ["autosparse-accuracy", "gmp", "rigl", "st3"])
+def test_forward_and_backward_in_a_cuda_graph(case):
+    eager, captured = (Run(case, norm=False, device="cuda") for _ in range(2))
+    images, labels = (tensor.clone() for tensor in captured.batch(0))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            captured.optimizer.zero_grad()
+            F.cross_entropy(captured.model(images), labels).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    captured.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        F.cross_entropy(captured.model(images), labels).backward()
+    for step in range(STEPS):
+        for tensor, new in zip((images, labels), captured.batch(step), strict=True):
+            tensor.copy_(new)
+        for parameter in captured.plain.parameters():
+            parameter.grad.zero_()
+        graph.replay()
+        captured.optimizer.step()
+        if step < 5:
+            eager.train(1)
+            for a, b in zip(captured.plain.parameters(), eager.plain.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert accuracy(finish(captured, norm=False).cpu()) > 0.6
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_step_is_not_captured():
+    run = Run("gmp", device="cuda").train(2)
+    with (
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        run.optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")  # of a prototype
+def test_pytorch_takes_two_of_four():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sparsifier = create("nm", model, total_steps=20).attach(optimizer)
+    x = torch.randn(64, 128, device="cuda")
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model = sparsifier.finalize().half()
+    expected = model(x.half())
+    for module in (model[0], model[2]):
+        module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x.half()), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_autosparse_moves_to_the_gpu_while_it_trains():
     run = Run("autosparse-accuracy", total_steps=ALL).train(HALF)
     run.plain.cuda()
     run.device = "cuda"
     for state in run.optimizer.state.values():
         state["momentum_buffer"] = state["momentum_buffer"].cuda()
+    run.sparsifier.attach(run.optimizer)
     finish(run.train(ALL - HALF))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 9], ids=["layer", "channel"])
-def test_the_soft_threshold_is_that_of_the_cpu(dtype, rows):
-    generator = torch.Generator().manual_seed(0)
-    weight, grad = (torch.randn(9, 41, 3, generator=generator).to(dtype) for _ in range(2))
-    threshold = torch.rand(rows, 1, 1, generator=generator)
-    alpha, lower = torch.tensor(0.3), threshold / 2
-    here = (kernel.forward(weight, threshold), *kernel.backward(grad, weight, threshold, alpha, lower))
-    there = [tensor.cuda() for tensor in (grad, weight, threshold, alpha, lower)]
-    moved = (kernel.forward(*there[1:3]), *kernel.backward(*there))
-    for index, (a, b) in enumerate(zip(moved, here, strict=True)):
-        exact = index < 2  # the threshold's gradient is a sum, in another order
-        torch.testing.assert_close(a.cpu(), b, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
-    assert int(kernel.count_above(*there[1:3])) == int(kernel.count_above(weight, threshold))
+@pytest.mark.parametrize("kind", KINDS)
+def test_thresholds_have_the_bits_of_the_cpu(kind):
+    case = Case(kind)
+    here = case.run()
+    case.to("cuda")
+    there = case.run()
+    case.same(there, here)
+    again = case.run()
+    for name, tensors in there.items():  # sums too
+        assert all(torch.equal(a, b) for a, b in zip(again[name], tensors, strict=True)), name
+    with kernels.forced("pytorch"):
+        case.same(case.run(), here)
+
+
+def test_thresholds_run_in_triton():
+    from rarefy.kernels import _thresholds_triton
+
+    weight = torch.zeros(3, device="cuda")
+    for dtype in _thresholds_triton.TYPES:
+        assert thresholds._implementation(weight.device, dtype) is _thresholds_triton
+    assert thresholds._implementation(weight.device, torch.float64) is _thresholds_pytorch
+    numbers = (2**62 + 1, 0, 2**53 + 1, 1)
+    assert _thresholds_triton._uploaded(numbers, weight.device, 0).tolist() == list(numbers)
+
+
+def test_nan_passes_thresholds_and_masks_cut_it():
+    given = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, 0.1], device="cuda")
+    layers = thresholds.ThresholdedLayers([given.clone()], [given.clone()], [1])
+    half, one = torch.full((1,), 0.5, device="cuda"), torch.ones(1, device="cuda")
+    layers.after(half, one)
+    assert layers.weights[0][0].isnan()
+    assert layers.weights[0][1:].tolist() == [float("inf"), -float("inf"), -1.5, 0]
+    grad = torch.full_like(given, 3.0)
+    assert layers.before([grad], half, one * 0).tolist() == [3]
+    assert grad.tolist() == [3, 3, 3, 3, 0]
+    thresholds.mask_([given], [torch.tensor([False, False, True, True, False], device="cuda")])
+    assert given.tolist() == [0, 0, -float("inf"), -2, 0]
+
+
+@pytest.fixture
+def step():
+    """The parts of a step over two layers: W, the gradient and what the step does with them."""
+    case = Case(shapes=[(64, 300), (9, 41)], rows=True).to("cuda")
+    layers = thresholds.ThresholdedLayers(case.copies(case.dense), case.copies(case.dense), case.rows)
+
+    def run(grads):
+        sums = layers.before(grads, case.thresholds, case.alpha, case.thresholds / 3)
+        torch._foreach_add_(layers.weights, grads, alpha=-0.1)
+        layers.after(case.thresholds, case.shrink)
+        thresholds.mask_(layers.weights, case.masks)
+        return sums, layers.count(case.thresholds)
+
+    return case, layers, run
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_thresholds_never_wait_for_the_gpu(step):
+    case, _, run = step
+    run(case.copies(case.grads))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        held = [case.copies(case.grads) for _ in range(3)]  # each elsewhere
+        for grads in held:
+            run(grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_thresholds_in_a_graph(step):
+    case, layers, run = step
+    start = [case.copies(tensors) for tensors in (layers.weights, layers.latents)]
+    expected = []
+    for _ in range(3):
+        expected.append([tensor.clone() for tensor in run(case.copies(case.grads))])
+    ends = [case.copies(tensors) for tensors in (layers.weights, layers.latents)]
+    for tensors, values in zip((layers.weights, layers.latents), start, strict=True):
+        torch._foreach_copy_(tensors, values)
+    grads, graph = case.copies(case.grads), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(grads)
+    for values in expected:
+        torch._foreach_copy_(grads, case.grads)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, values, strict=True))
+    for tensors, values in zip((layers.weights, layers.latents), ends, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+
+
+def test_thresholds_of_more_than_2_to_the_31_values():
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 7 * count:
+        pytest.skip("needs 15 GB")
+    weight, latent, grad = (torch.zeros(count, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    layers = thresholds.ThresholdedLayers([weight], [latent], [1])
+    weight[-3:] = 2.0
+    half, one = torch.full((1,), 0.5, device="cuda"), torch.ones(1, device="cuda")
+    layers.after(half, one)
+    assert (weight[-4:].tolist(), latent[-4:].tolist()) == ([0, 1.5, 1.5, 1.5], [0, 2, 2, 2])
+    grad.fill_(1.0)
+    assert layers.before([grad], half, one * 0).tolist() == [-3]
+    assert (grad[-4:].tolist(), grad[:9].tolist()) == ([0, 1, 1, 1], [0] * 9)
+    assert layers.count(half).tolist() == [3]
 
 
 def test_the_choice_of_masks_is_that_of_the_cpu(deterministic):
@@ -206,3 +366,31 @@ def test_a_compiled_activation_has_the_bits_of_the_eager_one():
         torch._dynamo.reset()
         given = ACTIVATIONS[function]
         assert torch.equal(torch.compile(given, fullgraph=True)(x), given(x)), function
+
+
+@pytest.mark.filterwarnings("ignore:the cost of", "ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: torch.nn.LSTM(16, 8, 2, bidirectional=True, batch_first=True), (2, 5, 16)),
+        (lambda: torch.nn.LSTM(16, 8, 2, bias=False, proj_size=4, batch_first=True), (2, 5, 16)),
+        (lambda: torch.nn.GRU(16, 8, 2), (5, 2, 16)),
+        (lambda: torch.nn.RNN(16, 8), (5, 16)),
+        (lambda: torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (2, 4, 16)),
+        (lambda: torch.nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 5, 5)),
+    ],
+)
+def test_a_network_costs_what_it_costs_on_the_cpu(make, shape, precision):
+    model, x = make(), torch.randn(shape)
+    expected = cost.count(model, x, "rigl")
+    with torch.autocast("cuda", dtype=precision, enabled=precision is not torch.float32):
+        found = cost.count(model.cuda(), x, "rigl")
+    assert found.layers == expected.layers
+    assert sum(found.uncounted.values()) == sum(expected.uncounted.values())
+
+
+def test_packed_sequences_cost_what_they_cost_on_the_cpu():
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 16), torch.tensor([5, 3, 1]), batch_first=True)
+    model = torch.nn.LSTM(16, 8, 2)
+    assert cost.count(model, packed).layers == cost.count(model.cuda(), packed).layers

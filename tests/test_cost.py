@@ -404,7 +404,10 @@ class TestErrors:
             (lambda: cost.count(small(), torch.zeros(())), "at least one sample"),
             (lambda: cost.count(small(), torch.zeros(0, 3, 6, 6)), "at least one sample"),
             (lambda: cost.count(small(), ()), "must hold a tensor"),
-            (lambda: cost.count(nn.LayerNorm(4), torch.zeros(1, 4)), "no parameter of LayerNorm took part in a product"),
+            (
+                lambda: cost.count(nn.LayerNorm(4), torch.zeros(1, 4)),
+                "no parameter of LayerNorm took part in a product",
+            ),
             (lambda: cost.count(Shared(), torch.zeros(2, 4)), "'proj' ran at 3 positions for 2 samples"),
             (lambda: SMALL.with_densities({"0": 10}), r"'0' must be in \[0, 1\], got 10; .*0.1 for a sparsity of 90 %"),
             (lambda: SMALL.with_densities({"0": -0.1}), r"must be in \[0, 1\]"),

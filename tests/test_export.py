@@ -43,13 +43,13 @@ class Branches(nn.Module):
 def trained(model: nn.Module, steps: int = 4) -> nn.Module:
     """With a mask that AutoSparse found."""
     sparsifier = rarefy.AutoSparse(model, target=0.8, total_steps=steps)
-    optimizer = torch.optim.SGD(sparsifier.param_groups(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier.attach(optimizer)
     torch.manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
         model(torch.randn(8, *SHAPE)).square().mean().backward()
         optimizer.step()
-        sparsifier.step()
     return sparsifier.finalize()
 
 

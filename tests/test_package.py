@@ -60,11 +60,11 @@ def test_without_a_compiler_everything_works_in_pytorch(tmp_path):
         assert kernels.library_path() is None
         model = torch.nn.Sequential(torch.nn.Linear(20, 20))
         sparsifier = rarefy.AutoSparse(model, total_steps=3, target=0.9)
-        optimizer = torch.optim.SGD(sparsifier.param_groups(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparsifier.attach(optimizer)
         for _ in range(3):
             model(torch.randn(8, 20)).square().sum().backward()
             optimizer.step()
-            sparsifier.step()
         print(int((sparsifier.finalize()[0].weight != 0).sum()))
         cli.main(["info"])
         """,

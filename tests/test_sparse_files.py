@@ -147,12 +147,12 @@ def test_names_that_look_like_parts(tmp_path: Path) -> None:
 def test_a_trained_network_loads_into_a_dense_one(tmp_path: Path) -> None:
     model = models.fashion_cnn()
     sparsifier = rarefy.AutoSparse(model, target=0.9, total_steps=4)
-    optimizer = torch.optim.SGD(sparsifier.param_groups(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
     for _ in range(4):
         optimizer.zero_grad()
         model(torch.randn(4, 1, 28, 28)).square().mean().backward()
         optimizer.step()
-        sparsifier.step()
     model = sparsifier.finalize().eval()
     rarefy.save_sparse(model, tmp_path / "file")
     save_file(model.state_dict(), tmp_path / "dense")

@@ -35,12 +35,10 @@ _MATRIX_PRODUCTS = {
     **dict.fromkeys((aten.addmm, aten.addmv, aten.addbmm, aten.baddbmm, aten._addmm_activation), 1),
 }
 _CONVOLUTIONS = (aten.convolution, aten.convolution_overrideable)
-#: Fused recurrent networks, by the places of their weights, and of the numbers of samples at each step when packed.
-_RECURRENT = {
-    aten.mkldnn_rnn_layer: (slice(1, 3), 8),
-    aten._cudnn_rnn: (slice(1, 2), 14),
-    aten.miopen_rnn: (slice(1, 2), 12),
-}
+#: How many matrices of the hidden size a recurrent cell has one upon the other, by cuDNN's number of its kind.
+_GATES = (1, 1, 4, 3)
+#: What is opaque of PyTorch's own: fused for other machines than those above, or where attention cannot be told not to.
+_OPAQUE = (aten.miopen_rnn, aten._lstm_mps, aten._native_multi_head_attention, aten._transformer_encoder_layer_fwd)
 _ATTENTION = "_scaled_dot_product_"
 
 _CONSTANT, _DATA = "", None
@@ -105,12 +103,20 @@ def _products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs
     if operator is aten._trilinear:  # of nn.Bilinear, whose second product has no weights
         weight, rows = args[1], len(args[0])
         return [_Product(rows * weight.numel(), rows * len(weight), ((weight, rows),))]
-    if operator in _RECURRENT:
-        weights, lengths = _RECURRENT[operator]
-        # (time, batch, features), or (all steps, features) when packed.
-        rows = sum(args[lengths]) if args[lengths] and args[0].dim() == 2 else args[0].shape[:2].numel()
-        matrices = [weight for weight in tensors(args[weights]) if weight.dim() == 2]
-        return [_Product(rows * weight.numel(), rows * len(weight), ((weight, rows),)) for weight in matrices]
+    if operator is aten.mkldnn_rnn_layer:
+        rows = args[0].shape[:2].numel()
+        return [_Product(rows * weight.numel(), rows * len(weight), ((weight, rows),)) for weight in args[1:3]]
+    if operator is aten._cudnn_rnn:
+        weights, per_layer, mode, hidden, projected, lengths = args[1], args[2], *args[6:9], args[14]
+        # Packed samples come as all their steps, one below the other.
+        rows = args[0].shape[: 1 if lengths else 2].numel()
+        # Of a layer and direction come weight_ih, weight_hh, their biases if any, and weight_hr where there is one.
+        sizes = {0: _GATES[mode] * hidden, 1: _GATES[mode] * hidden} | ({per_layer - 1: projected} if projected else {})
+        return [
+            _Product(rows * weight.numel(), rows * sizes[at % per_layer], ((weight, rows),))
+            for at, weight in enumerate(weights)
+            if at % per_layer in sizes
+        ]
     if _name(func).startswith(_ATTENTION):
         query, key, value = args[:3]
         scores = query.shape[:-1].numel() * key.shape[-2]
@@ -126,6 +132,14 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if strided else id(tensor)
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first element of its storage that is a tensor's, and one past the last."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return 0, tensor.numel()
+    first = int(tensor.storage_offset())
+    return first, first + 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The tensors that an operator writes into."""
     if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
@@ -135,9 +149,10 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
                 yield from tensors([given.get(argument.name)])
 
 
-def _is_foreign(func: Any) -> bool:
-    """Whether an operator is not one of PyTorch's simple ones, so that nobody here knows what it multiplies."""
-    return not isinstance(func, torch._ops.OpOverload) or func.namespace not in ("aten", "prim", "prims")
+def _is_opaque(func: Any) -> bool:
+    """Whether nobody here knows what an operator multiplies: it is not one of PyTorch's simple ones."""
+    known = isinstance(func, torch._ops.OpOverload) and func.namespace in ("aten", "prim", "prims")
+    return not known or func._overloadpacket in _OPAQUE
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -157,8 +172,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.absorbed: set[str] = set()
         self.ragged = False
         self._parameters = parameters
-        self._sizes = {_CONSTANT: 0}
-        # By storage: which elements are what. Only parameters share a storage and have an end.
+        self._sizes: dict[str, int] = {}
+        self._homes: dict[str, int] = {}  # the storage of every parameter
+        # By storage: which elements are what. Parameters may share one, as in a recurrent network on a GPU.
         self._parts: dict[int, list[tuple[int, float, str | None]]] = {}
         for tensor in tensors(inputs):
             self._mark(tensor, _DATA)
@@ -167,20 +183,31 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _find_parameters(self) -> None:
         for name, parameter in self._parameters():
             self._sizes[name] = parameter.numel()
-            start = int(parameter.storage_offset()) if parameter.layout is torch.strided else 0
-            part = (start, start + parameter.numel(), name)
-            others = [other for other in self._parts.get(_key(parameter), []) if other[1] < math.inf and other != part]
-            self._parts[_key(parameter)] = [*others, part]
+            self._homes[name] = _key(parameter)
+            self._mark_part(parameter, name)
 
     def _mark(self, tensor: Tensor, origin: str | None) -> None:
+        """Note what all of a tensor's storage is."""
         self._parts[_key(tensor)] = [(0, math.inf, origin)]
 
-    def _part(self, tensor: Tensor) -> tuple[int, float, str | None]:
-        """What a tensor is: with the name of the parameter whose weights it holds, `_CONSTANT` or `_DATA`."""
+    def _mark_part(self, tensor: Tensor, origin: str) -> None:
+        """Note what a tensor is, which may be a part of its storage."""
+        part = (*_span(tensor), origin)
+        parts = self._parts.setdefault(_key(tensor), [])
+        if part not in parts:
+            parts.append(part)
+
+    def _origin(self, tensor: Tensor) -> str | None:
+        """`_DATA`, or the name of the largest parameter whose weights are in a tensor, or `_CONSTANT`."""
         parts = self._parts.get(_key(tensor), [])
-        # Parameters may lie in one storage: cuDNN keeps all weights of a recurrent network together.
-        at = tensor.storage_offset() if len(parts) > 1 else 0
-        return next((part for part in parts if len(parts) == 1 or part[0] <= at < part[1]), (0, math.inf, _CONSTANT))
+        if len(parts) > 1:
+            first, last = _span(tensor)
+            parts = [part for part in parts if part[0] < last and first < part[1]]
+        names = [name for *_, name in parts]
+        return _DATA if _DATA in names else self._largest(names)
+
+    def _largest(self, names: Iterable[str | None]) -> str:
+        return max((name for name in names if name), key=self._sizes.__getitem__, default=_CONSTANT)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -194,14 +221,11 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         given = list(tensors((args, kwargs)))
         # torch.tensor(numbers) comes out of an operator whose input nobody made.
-        origins = [] if func is aten.lift_fresh.default else [self._part(tensor)[2] for tensor in given]
+        origins = [] if func is aten.lift_fresh.default else [self._origin(tensor) for tensor in given]
         result = func(*args, **kwargs)
         outputs = list(tensors([result]))
         origins += self._count(func, args, kwargs, given, origins, outputs)
-        self._follow(given if origins else [], origins, outputs)
-        if _DATA in origins:
-            for tensor in _written(func, args, kwargs):
-                self._mark(tensor, _DATA)
+        self._follow(given if origins else [], origins, outputs, list(_written(func, args, kwargs)))
         self.ragged |= func is aten._pack_padded_sequence.default
         return result
 
@@ -225,23 +249,23 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if not counted:
                     self._leave_out(func, product.products)
             weights = any(origin and tensor.dim() > 1 for tensor, origin in zip(given, origins, strict=True))
-            if weights and not products and _is_foreign(func):
+            if weights and not products and _is_opaque(func):
                 self._leave_out(func, None)
         return [_DATA] if any(of_layers) else []
 
     def _add(self, product: _Product) -> bool:
         """Add a product to its parameter's, and say whether it has one."""
         for weight, rows in product.operands:
-            if self._part(weight)[2] == _CONSTANT:
+            if self._origin(weight) == _CONSTANT:
                 # FSDP puts a gathered parameter into the place of a shard when its module runs.
                 self._find_parameters()
-            _, end, name = self._part(weight)
+            name = self._origin(weight)
             if name:
                 tally = self.tallies.setdefault(name, Tally())
                 tally.products += product.products
                 tally.rows += rows
                 tally.outputs += product.outputs
-                if end == math.inf and weight.numel() == self._sizes[name]:
+                if _key(weight) != self._homes[name] and weight.numel() == self._sizes[name]:
                     tally.nonzeros = int(torch.count_nonzero(weight))
                 return True
         return False
@@ -251,13 +275,23 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self.uncounted.get(name, 0)
         self.uncounted[name] = None if products is None or before is None else before + products
 
-    def _follow(self, given: Iterable[Tensor], origins: Sequence[str | None], outputs: Iterable[Tensor]) -> None:
+    def _follow(
+        self,
+        given: Sequence[Tensor],
+        origins: Sequence[str | None],
+        outputs: Sequence[Tensor],
+        written: Sequence[Tensor],
+    ) -> None:
         """Note what came out of an operator: data, a constant, or weights of the largest parameter that went in."""
-        names = {origin for origin in origins if origin}
-        origin = _DATA if _DATA in origins else max((*names, _CONSTANT), key=self._sizes.__getitem__)
-        if origin:
-            self.absorbed |= names - {origin}
+        origin = _DATA if _DATA in origins else self._largest(origins)
         views = {_key(tensor) for tensor in given}
         for tensor in outputs:
             if _key(tensor) not in views:
                 self._mark(tensor, origin)
+        for tensor in written:
+            if origin is _DATA:
+                self._mark(tensor, origin)
+            elif origin and all(name is not _DATA for *_, name in self._parts.get(_key(tensor), [])):
+                self._mark_part(tensor, origin)
+        if origin:
+            self.absorbed |= {name for name in origins if name} - {origin}

@@ -215,6 +215,12 @@ class Cost:
         return "\n".join(lines)
 
 
+def _nonzeros(parameter: Tensor) -> int:
+    found = torch.count_nonzero(parameter)
+    # Of a distributed tensor every process has a part.
+    return int(found.full_tensor() if hasattr(found, "full_tensor") else found)
+
+
 def _warn_of_uncounted(model: nn.Module, counted: int, uncounted: Mapping[str, int | None]) -> None:
     others = sum(products or 0 for products in uncounted.values())
     share = others / (counted + others)
@@ -270,7 +276,7 @@ def count(
             idle = isinstance(owner, _LAYERS) and "weight" in name.rpartition(".")[2] and parameter.dim() > 1
             if name in tallies or (idle and name not in forward.products.absorbed):
                 tally = tallies.get(name, Tally())
-                alive = int(torch.count_nonzero(parameter)) if tally.nonzeros is None else tally.nonzeros
+                alive = _nonzeros(parameter) if tally.nonzeros is None else tally.nonzeros
                 used.append((name, owner, parameter, tally, alive))
     if not tallies:
         raise ValueError(f"no parameter of {kind} took part in a product on example_input")

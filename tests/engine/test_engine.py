@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy import AutoSparse, engine, kernels
+from rarefy import engine, kernels
 from rarefy.engine import compiler, measure, profile
 from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.passes import optimize
 from rarefy.engine.segments import Options, lower
+from rarefy.sparse import GMP
 from tests.engine.layers import paths
 from tests.engine.networks import UNet, thinned
 
@@ -93,14 +94,12 @@ def test_one_part_in_training_mode_is_named():
         engine.compile(model, IMAGE)
 
 
-def test_a_model_that_is_still_being_sparsified():
+def test_a_model_that_is_being_sparsified_compiles_as_it_is():
     model = UNet()
-    sparsifier = AutoSparse(model, target=0.9, total_steps=10)
-    with pytest.raises(ValueError, match=r"the module 'stem' of the model is still being sparsified .*finalize\(\)"):
-        engine.compile(model.eval(), IMAGE)
-    with pytest.warns(UserWarning, match="finalize"):
-        model = sparsifier.finalize()
-    assert engine.compile(model.eval(), IMAGE, choose="torch")(IMAGE).shape == (2, 2, 16, 16)
+    sparsifier = GMP(model, target=0.9, total_steps=10)
+    sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    expected = model.eval()(IMAGE)
+    torch.testing.assert_close(engine.compile(model, IMAGE, choose="torch")(IMAGE), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_threads_are_the_callers_unless_given(monkeypatch, compiled):

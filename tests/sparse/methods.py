@@ -45,6 +45,9 @@ CASES = {
     "cs": ("cs", {"target": 0.9}),
     "topkast-power": ("topkast", {"target": 0.9, "power": 1.5, "superset": 4.0}),
 }
+#: Cases whose masks are soft up to the last step: only what is 0 then is what they call masked.
+SOFT = {"ltp", "cs"}
+
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
 
 
@@ -74,6 +77,14 @@ def batch(step: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
+def create(case: str, model: nn.Module, total_steps: int = STEPS, **options) -> sparse.Sparsifier:
+    """The sparsifier of a case, on a :func:`network`."""
+    name, known = CASES[case]
+    if "target_flops" in {**known, **options}:
+        options = {"example_input": torch.zeros(1, 2, 8, 8, device=next(model.parameters()).device), **options}
+    return sparse.create(name, model, total_steps=total_steps, **{**known, **options})
+
+
 class Run:
     """A model, its sparsifier and its optimizer."""
 
@@ -91,17 +102,13 @@ class Run:
         torch.manual_seed(1)
         self.plain = network(norm).to(device)
         self.device = device
-        self.dense_keys = {key: value.shape for key, value in self.plain.state_dict().items()}
-        name, known = CASES[case]
-        arguments = {"example_input": torch.zeros(1, 2, 8, 8, device=device), **known, **options}
-        self.sparsifier = sparse.create(name, self.plain, total_steps=total_steps, **arguments)
+        self.sparsifier = create(case, self.plain, total_steps, **options)
         self.model = wrap(self.plain)
-        if adam:
-            groups = self.sparsifier.param_groups(lr=3e-3)
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
-        else:
-            groups = self.sparsifier.param_groups(lr=0.05, weight_decay=5e-4)
-            self.optimizer = torch.optim.SGD(groups, momentum=0.9)
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(self.plain.parameters(), lr=3e-3)
+            if adam
+            else torch.optim.SGD(self.plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        )
         self.sparsifier.attach(self.optimizer)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +124,6 @@ class Run:
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(images), labels).backward()
             self.optimizer.step()
-            self.sparsifier.step()
         return self
 
     def state(self) -> dict:

@@ -10,7 +10,6 @@ from torch import nn
 
 from rarefy import models, sparse
 from rarefy.sparse import distribution as spread
-from rarefy.sparse.selection import PRUNABLE
 
 
 def erk(shapes, sparsity):
@@ -25,7 +24,7 @@ def erk(shapes, sparsity):
 def resnet50():
     with torch.device("meta"):
         layers = models.resnet50().named_modules()
-    return {name: tuple(module.weight.shape) for name, module in layers if type(module) in PRUNABLE}
+    return {name: tuple(module.weight.shape) for name, module in layers if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
 def test_erk_of_resnet50_is_the_published_one():
@@ -92,8 +91,8 @@ def test_uniform_gives_each_layer_the_target():
         ({"distribution": {"7": 0.5}}, "unknown layer in distribution: '7'"),
         ({"distribution": {"0": 1.0}}, r"sparsity of '0' must be in \[0, 1\), got 1"),
         ({"distribution": {"*": 0.5}}, "distribution: with these sparsities.*target asks for 0.1"),
-        ({"distribution": "erdos"}, "distribution must be one of 'uniform', 'erk' or a mapping"),
-        ({"distribution": "global"}, "distribution must be one of 'uniform', 'erk' or a mapping"),
+        ({"distribution": "erdos"}, "distribution must be one of 'uniform', 'erk', 'global' or a mapping"),
+        ({"distribution": "global"}, "distribution='global'.*pass masks='magnitude'"),
         ({"block": 3}, r"layer '0' has 20 inputs.*blocks of 3 do not divide; pass exclude=\['0', '2'\]"),
         ({"block": 0}, "block must be a positive whole number"),
         ({"target": None}, "Static needs a target"),

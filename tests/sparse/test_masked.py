@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import cost, sparse
-from rarefy.sparse.anneal import cubic_ramp
-from rarefy.sparse.masked import cosine_decay
-from rarefy.sparse.set import drop_and_grow
+from rarefy.sparse.masks import drop_and_grow
+from rarefy.sparse.schedules import cosine_decay, cubic_ramp
+from tests.sparse.by_hand import ByHand
 from tests.sparse.methods import Run, batch
 
 FIXED = ("static", "set", "rigl", "snfs", "mest")
@@ -25,13 +25,17 @@ def weights(run):
     return [run.plain.get_submodule(layer.name).weight for layer in run.sparsifier.layers()]
 
 
+def masks(run):
+    return [mask.clone() for mask in run.sparsifier.live_masks().values()]
+
+
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
 @pytest.mark.parametrize("case", HARD)
 def test_nothing_lives_outside_the_masks_in_any_step(case, adam):
     run = Run(case, total_steps=60, adam=adam)
     for _ in range(60):
         run.train(1)
-        for weight, mask in zip(weights(run), run.sparsifier._masks, strict=True):
+        for weight, mask in zip(weights(run), masks(run), strict=True):
             assert not weight[~mask].any()
     assert run.sparsifier.budget.density(live(run)) <= run.sparsifier.budget.goal + 1e-12
 
@@ -44,9 +48,9 @@ def test_sparse_to_sparse_counts_stay_exact_in_every_step(case):
     assert sum(first) == math.floor(0.1 * total + 1e-9)
     moved = 0
     for _ in range(60):
-        before = [mask.clone() for mask in run.sparsifier._masks]
+        before = masks(run)
         assert live(run.train(1)) == first
-        moved += sum(int((a ^ b).sum()) for a, b in zip(before, run.sparsifier._masks, strict=True))
+        moved += sum(int((a ^ b).sum()) for a, b in zip(before, masks(run), strict=True))
     assert (moved == 0) == (case == "static")
 
 
@@ -82,8 +86,9 @@ def test_gmp_keeps_the_largest_of_all_layers():
         model[0].weight.copy_(torch.tensor([[8.0, -7.0, 6.0, 1.0]]))
         model[1].weight.copy_(torch.tensor([[-5.0, 2.0, 3.0, 4.0]]))
     sparsifier = sparse.create("gmp", model, target=0.5, total_steps=10, start=0.0, end=0.1)
-    sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-    sparsifier.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    optimizer.step()
     assert model[0].weight.tolist() == [[8.0, -7.0, 6.0, 0.0]]
     assert model[1].weight.tolist() == [[-5.0, 0.0, 0.0, 0.0]]
 
@@ -112,51 +117,81 @@ def test_cosine_decay_is_rigls():
 
 
 def one_layer(method, **options):
-    """One linear layer of 2 x 6 with 4 live weights, whose loss is the sum of G * W: its gradient is G."""
-    model = nn.Sequential(nn.Linear(6, 2, bias=False))
-    sparsifier = sparse.create(method, model, target=2 / 3, total_steps=100, update_every=5, **options)
-    optimizer = torch.optim.SGD(sparsifier.param_groups(), lr=1e-6, momentum=0.9)
-    sparsifier.attach(optimizer)
-    return model, sparsifier, optimizer
+    """2 x 6 with 4 live weights."""
+    options = {"target": 2 / 3, "total_steps": 100, "update_every": 5, **options}
+    return ByHand(method, torch.ones(2, 6), lr=1e-6, momentum=0.9, **options)
 
 
-def step(model, sparsifier, optimizer, gradient):
-    optimizer.zero_grad()
-    (model[0].weight * gradient).sum().backward()
-    optimizer.step()
-    sparsifier.step()
+def step(run, gradient):
+    """A step under the loss sum of G * W, whose gradient is G."""
+    run.optimizer.zero_grad()
+    (run.model[0].weight * gradient).sum().backward()
+    run.optimizer.step()
+
+
+def test_masked_weights_get_no_gradient():
+    run = ByHand("static", torch.ones(2, 6), target=2 / 3)
+    step(run, torch.ones(2, 6))
+    assert torch.equal(run.gradient, run.mask.float())
 
 
 def test_rigl_grows_where_the_gradient_is_largest():
-    model, sparsifier, optimizer = one_layer("rigl", drop_fraction=0.5)
-    old = sparsifier._masks[0].clone()
+    run = one_layer("rigl", drop_fraction=0.5)
+    old, weight = run.mask, run.model[0].weight
     with torch.no_grad():
-        model[0].weight[old] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        weight[old] = torch.tensor([4.0, 3.0, 2.0, 1.0])
     gradient = torch.zeros(2, 6)
     dead = (~old).nonzero()
     gradient[tuple(dead[2])] = -5.0
     for _ in range(5):
-        step(model, sparsifier, optimizer, gradient)
+        step(run, gradient)
     # f(5 / 100) of 4 live is 1.97 of them: one
-    new = sparsifier._masks[0]
+    new = run.mask
     assert (old & ~new).nonzero().tolist() == [old.nonzero()[3].tolist()]
     assert (new & ~old).nonzero().tolist() == [dead[2].tolist()]
-    assert model[0].weight[tuple(dead[2])] == 0.0
+    assert weight[tuple(dead[2])] == 0.0
 
 
 def test_rigl_looks_at_one_gradient_and_snfs_at_their_mean():
     grown = {}
     for method in ("rigl", "snfs"):
-        torch.manual_seed(0)
-        model, sparsifier, optimizer = one_layer(method, drop_fraction=0.5)
-        old = sparsifier._masks[0].clone()
+        run = one_layer(method, drop_fraction=0.5)
+        old = run.mask
         lasting, last = torch.zeros(2, 6), torch.zeros(2, 6)
         dead = (~old).nonzero()
         lasting[tuple(dead[0])], last[tuple(dead[1])] = 2.0, 3.0
         for index in range(5):
-            step(model, sparsifier, optimizer, last if index == 4 else lasting)
-        grown[method] = (sparsifier._masks[0] & ~old).nonzero().tolist()
+            step(run, last if index == 4 else lasting)
+        grown[method] = (run.mask & ~old).nonzero().tolist()
     assert grown == {"rigl": [dead[1].tolist()], "snfs": [dead[0].tolist()]}
+
+
+def test_what_grows_is_a_method_that_can_be_asked():
+    run = one_layer("set")
+    first, second = run.sparsifier.growth_scores()[0], run.sparsifier.growth_scores()[0]
+    assert torch.equal(first, second), "a function of the step"
+    assert not torch.equal(run.rest().sparsifier.growth_scores()[0], first)
+    assert one_layer("rigl").sparsifier.growth_scores() is None, "no gradient seen yet"
+    snfs = one_layer("snfs", growth_momentum=0.75)
+    step(snfs, torch.full((2, 6), -4.0))
+    assert snfs.sparsifier.growth_scores()[0].tolist() == [[1.0] * 6] * 2
+
+
+@pytest.mark.parametrize(("gradient_weight", "smallest"), [(0.0, 0), (1.0, 1)])
+def test_mest_drops_by_magnitude_and_gradient(gradient_weight, smallest):
+    # |W| + lambda |dL/dW| of four weights: 1 + 10 lambda, 2, 3 and 4
+    run = one_layer("mest", gradient_weight=gradient_weight, moved=0.25)
+    old, weight = run.mask, run.model[0].weight
+    places = [tuple(place) for place in old.nonzero()]
+    with torch.no_grad():
+        weight[old] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    gradient = torch.zeros(2, 6)
+    gradient[places[0]] = 10.0
+    for _ in range(5):
+        step(run, gradient)
+    # one goes and one comes, at random
+    assert [index for index, place in enumerate(places) if not run.mask[place]] == [smallest]
+    assert int(run.mask.sum()) == 4
 
 
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
@@ -165,9 +200,9 @@ def test_revived_weights_start_fresh(case, adam):
     run = Run(case, total_steps=60, adam=adam)
     revived = 0
     for _ in range(60):
-        before = [mask.clone() for mask in run.sparsifier._masks]
+        before = masks(run)
         run.train(1)
-        for weight, old, new in zip(weights(run), before, run.sparsifier._masks, strict=True):
+        for weight, old, new in zip(weights(run), before, masks(run), strict=True):
             back = new & ~old
             revived += int(back.sum())
             assert not weight[back].any()
@@ -180,7 +215,7 @@ def test_revived_weights_start_fresh(case, adam):
 
 def test_masked_gradients_leave_no_trace_in_the_optimizer():
     run = Run("static", total_steps=20, adam=True).train(5)
-    for weight, mask in zip(weights(run), run.sparsifier._masks, strict=True):
+    for weight, mask in zip(weights(run), masks(run), strict=True):
         assert run.optimizer.state[weight]["exp_avg"][mask].any()
         assert not run.optimizer.state[weight]["exp_avg"][~mask].any()
 
@@ -209,24 +244,23 @@ def test_acdc_alternates_as_the_paper_does():
 
 
 def test_random_growth_is_the_same_on_every_rank_and_changes_with_the_seed():
-    a, b, c = (Run("set", total_steps=40, seed=seed).train(20).sparsifier._masks for seed in (1, 1, 2))
+    a, b, c = (masks(Run("set", total_steps=40, seed=seed).train(20)) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
 
 
-def test_step_without_the_optimizer_is_a_clear_error():
-    sparsifier = sparse.create("rigl", nn.Sequential(nn.Linear(8, 8)), target=0.5, total_steps=100)
-    with pytest.raises(RuntimeError, match=r"RigL works on the optimizer's steps: call sparsifier.attach\(optimizer\)"):
-        sparsifier.step()
-    with pytest.raises(ValueError, match=r"does not hold the weight of layer '0'; make it from param_groups"):
-        sparsifier.attach(torch.optim.SGD(nn.Linear(2, 2).parameters()))
-
-
 def test_a_step_that_the_scaler_skips_changes_no_mask():
     run = Run("rigl", total_steps=100, update_every=1)
-    before = [mask.clone() for mask in run.sparsifier._masks]
-    run.sparsifier.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, run.sparsifier._masks, strict=True))
+    scaler = torch.amp.GradScaler("cpu")
+    before = masks(run)
+    for factor, moves in ((float("inf"), False), (1.0, True)):
+        images, labels = run.batch(0)
+        run.optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(run.model(images), labels) * factor).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        assert run.sparsifier.steps == int(moves)
+        assert all(torch.equal(a, b) for a, b in zip(before, masks(run), strict=True)) != moves
 
 
 def test_attaching_again_replaces_and_finalize_lets_go():
@@ -248,21 +282,21 @@ def test_finalize_before_the_end_cuts_to_the_target():
 
 
 def test_blocks_of_four_live_and_die_together():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(288, 4))
     for method in ("gmp", "rigl"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(288, 4))
         sparsifier = sparse.create(method, model, target=0.8, total_steps=20, block=4, update_every=2)
-        optimizer = torch.optim.SGD(sparsifier.param_groups(), lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         sparsifier.attach(optimizer)
         for index in range(20):
             optimizer.zero_grad()
             x = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(index))
             F.cross_entropy(model(x), x[:, 0, 0, :4].argmax(1)).backward()
             optimizer.step()
-            sparsifier.step()
-        conv, fc = sparsifier._masks
+        conv, fc = sparsifier.live_masks().values()
         assert set(conv.sum(1).flatten().tolist()) <= {0, 4}
         assert set(fc.view(4, 72, 4).sum(2).flatten().tolist()) <= {0, 4}
+        sparsifier.finalize()
         assert sparsifier.sparsity() == pytest.approx(0.8, abs=0.003)
         assert int(conv.sum() + fc.sum()) == math.floor(0.2 * (288 + 1152) / 4) * 4
 
@@ -274,10 +308,10 @@ def test_blocks_of_four_live_and_die_together():
         ("gmp", {"update_every": 0}, "update_every must be between 1 and total_steps=100, got 0"),
         ("set", {"drop_fraction": 0.0}, r"drop_fraction must be in \(0, 1\), got 0"),
         ("set", {"update_every": 80}, "update_every=80 leaves no update within 75% of total_steps=100"),
-        ("rigl", {"stop": 2.0}, r"stop must be a share of the run in \(0, 1\]"),
+        ("rigl", {"stop": 2.0}, r"stop must be in \(0, 1\], got 2"),
         ("snfs", {"growth_momentum": 1.0}, r"growth_momentum must be in \[0, 1\), got 1"),
         ("mest", {"moved": 1.0}, r"moved must be in \(0, 1\), got 1"),
-        ("mest", {"gradient_weight": -1.0}, "gradient_weight must not be negative"),
+        ("mest", {"gradient_weight": -1.0}, "gradient_weight must be a finite number that is not negative"),
         ("granet", {"initial_density": 0.05}, "initial_density=0.05 must be above the target's density, 0.1"),
         ("acdc", {"final": 0.05}, "0 <= warmup < final < 1 must hold"),
         ("acdc", {"phase": 0.001}, "phase must be a share of the run and last a step at least"),
@@ -306,3 +340,85 @@ def test_static_sparse_training_learns():
     images, labels = batch(10_000, 500)
     run.plain.eval()
     assert (run.plain(images).argmax(1) == labels).float().mean() > 0.8
+
+
+def sparse_layers():
+    """Two layers of 40 weights, 30 and 24 of them 0."""
+    model = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Linear(5, 8, bias=False))
+    with torch.no_grad():
+        for module, zeros in zip(model, (30, 24), strict=True):
+            module.weight.flatten()[torch.randperm(40)[:zeros]] = 0.0
+    return model
+
+
+def descend(model, sparsifier, steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8)).sub(1.0).square().mean().backward()
+        optimizer.step()
+        yield [layer.density for layer in sparsifier.layers()]
+
+
+def test_static_holds_the_zeros_that_the_model_has():
+    model = sparse_layers()
+    zeros = [module.weight == 0 for module in model]
+    before = [module.weight.clone() for module in model]
+    sparsifier = sparse.create("static", model, masks="nonzero", total_steps=20)
+    assert sparsifier.sparsity() == pytest.approx(54 / 80)
+    for densities in descend(model, sparsifier, 20):
+        assert densities == pytest.approx([10 / 40, 16 / 40])
+    sparsifier.finalize()
+    for module, zero, old in zip(model, zeros, before, strict=True):
+        assert torch.equal(module.weight == 0, zero)
+        assert (module.weight[~zero] != old[~zero]).any()
+
+
+def test_static_takes_the_largest_over_all_layers_or_of_each():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[8.0, -7.0, 6.0, 1.0]]))
+        model[1].weight.copy_(torch.tensor([[-5.0, 2.0, 3.0, 4.0]]))
+    for distribution, expected in (
+        ("global", [[1, 1, 1, 0], [1, 0, 0, 0]]),
+        ("uniform", [[1, 1, 0, 0], [1, 0, 0, 1]]),
+    ):
+        options = {"masks": "magnitude", "distribution": distribution, "target": 0.5, "total_steps": 10}
+        masks = sparse.create("static", model, **options).live_masks().values()
+        assert [mask[0].int().tolist() for mask in masks] == expected
+
+
+def test_gmp_goes_on_from_a_sparse_model():
+    model = sparse_layers()
+    zeros = [module.weight == 0 for module in model]
+    sparsifier = sparse.create("gmp", model, target=0.9, total_steps=100, update_every=10)
+    # s(t) = s_f + (s_i - s_f) (1 - u)^3
+    s_i = 54 / 80
+    for step, densities in enumerate(descend(model, sparsifier, 100), 1):
+        expected = 1 - (0.9 + (s_i - 0.9) * (1 - cubic_ramp(step // 10 / 10, 0.05, 0.6)))
+        assert 40 * sum(densities) == pytest.approx(math.floor(80 * expected + 1e-6)), step
+        assert all(not module.weight[zero].any() for module, zero in zip(model, zeros, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": "nonzero", "target": 0.9}, "holds the zeros that the model has: leave target"),
+        ({"masks": "nonzero", "distribution": "erk"}, "holds the zeros that the model has: leave distribution"),
+        ({"masks": "nonzero", "block": 4}, "holds the zeros that the model has: leave block"),
+        ({"masks": "nonzero", "floor": 0.1}, "holds the zeros that the model has: leave floor"),
+        ({"masks": "nonzero", "seed": 1}, "masks='nonzero' draws nothing: leave seed out"),
+        ({"masks": "magnitude", "seed": 1, "target": 0.5}, "masks='magnitude' draws nothing: leave seed out"),
+        ({"masks": "zeros", "target": 0.5}, "masks must be one of 'random', 'magnitude', 'nonzero', got 'zeros'"),
+        ({"masks": "random", "target": 0.5, "distribution": "global"}, "distribution='global'.*pass masks='magnitude'"),
+    ],
+)
+def test_options_that_static_has_no_use_for_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sparse.create("static", sparse_layers(), total_steps=100, **options)
+
+
+def test_a_dense_model_has_no_zeros_to_hold():
+    with pytest.raises(ValueError, match="of its 80 weights 0 are 0: load the sparse weights before"):
+        sparse.create("static", nn.Sequential(nn.Linear(8, 10)), masks="nonzero", total_steps=100)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rarefy import cost, models
+from rarefy._names import layer_name
 from rarefy.train import Classification, TrainingDivergedError, TrainingInterruptedError, classification, load
 from rarefy.train.batches import normalise
 from rarefy.train.optimizer import learning_rate
@@ -202,18 +203,18 @@ def test_the_learning_rate_of_every_step(tmp_path: Path) -> None:
     rates = []
     made.train(lambda seen: rates.append([group["lr"] for group in made.optimizer.param_groups]))  # type: ignore[func-returns-value]
     for step, groups in enumerate(rates):
-        assert groups == pytest.approx([0.05 * learning_rate(step, 5, STEPS)] * 3)
+        assert groups == pytest.approx([0.05 * learning_rate(step, 5, STEPS)] * 2)
 
 
 def test_vectors_have_a_weight_decay_of_their_own(tmp_path: Path) -> None:
     decays = {"weight_decay": 0.01, "norm_weight_decay": 0.002}
-    for method, groups in (({"name": "dense"}, 2), (AUTOSPARSE["method"], 3)):
+    for method in ({"name": "dense"}, AUTOSPARSE["method"]):
         made = Classification(recipe(optimizer=decays, method=method), tmp_path)
         of = {id(p): group for group in made.optimizer.param_groups for p in group["params"]}
-        assert len(made.optimizer.param_groups) == groups
+        assert len(made.optimizer.param_groups) == 2
         assert len(of) == len(list(made.plain_model.parameters()))
         for name, parameter in made.plain_model.named_parameters():
-            expected = 0.0 if "raw_threshold" in name else 0.002 if name.startswith("bn") else 0.01
+            expected = 0.002 if name.startswith("bn") else 0.01
             assert of[id(parameter)]["weight_decay"] == expected, name
 
 
@@ -306,5 +307,6 @@ def test_the_initial_weights_follow_from_the_seed_alone(tmp_path: Path) -> None:
     for method in ({"name": "dense"}, {"name": "str"}):
         torch.rand(3)
         made = Classification(recipe(method=method), tmp_path)
-        found.append({key: digest(p) for key, p in made.plain_model.named_parameters() if "threshold" not in key})
+        dense = {} if made.sparsifier is None else made.sparsifier.dense_weights()
+        found.append({key: digest(dense.get(layer_name(key), p)) for key, p in made.plain_model.named_parameters()})
     assert found[0] == found[1]

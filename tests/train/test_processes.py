@@ -53,12 +53,10 @@ def told(folder: Path, rank: int) -> dict[str, Any]:
     return dict(json.loads((folder / f"rank{rank}.json").read_text()))
 
 
-def test_both_have_the_same_parameters_thresholds_and_masks(both: Path) -> None:
+def test_both_have_the_same_parameters_and_masks(both: Path) -> None:
     one, other = told(both, 0), told(both, 1)
-    assert any("raw_threshold" in key for key in one["trained"])
     assert one["trained"] == other["trained"]
     assert one["finalized"] == other["finalized"]
-    assert one["trained"] != one["finalized"]
 
 
 def test_one_of_them_writes(both: Path) -> None:

@@ -57,7 +57,7 @@ def compile(
 
     Raises:
         TypeError: ``model`` is no module, ``example_input`` no tensors.
-        ValueError: the model is in training mode, is still being sparsified or is not on the CPU; an option out of its
+        ValueError: the model is in training mode or is not on the CPU; an option out of its
             range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
             :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example.
     """
@@ -221,10 +221,6 @@ def _checked(
         raise ValueError(f"tune_seconds must be at least 0, got {tune_seconds}")
     for name, module in model.named_modules():
         where = f"the module {name!r} of the model" if name else "the model"
-        if type(module).__module__.startswith("rarefy.sparse"):
-            raise ValueError(
-                f"{where} is still being sparsified ({type(module).__name__}): compile what sparsifier.finalize() gives"
-            )
         if module.training:
             raise ValueError(f"{where} is in training mode: call model.eval() first")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

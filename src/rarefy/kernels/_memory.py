@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, strided
 from torch._C import _functorch
 
@@ -22,6 +24,37 @@ def address(tensor: Tensor, device: str = "cpu") -> int:
     if where == 0 and (why or tensor.numel() > 0):
         raise ValueError(f"a kernel takes a plain tensor on {device}, got {why or _FREED}")
     return where
+
+
+class Gate:
+    """:func:`address` for lists of tensors that come again and again: a list of the same kinds is not looked at twice.
+
+    What is remembered of each tensor is its class, shape, strides, dtype and layout.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._passed: dict[str, list[object]] = {}
+
+    def known(self, name: str, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether the list of this name has gone through with the same kinds of tensors."""
+        return self._passed.get(name) == [_kind(tensor) for tensor in tensors]
+
+    def passed(self, name: str, tensors: Sequence[Tensor | None]) -> None:
+        """Let such lists of this name through from here on."""
+        self._passed[name] = [_kind(tensor) for tensor in tensors]
+
+    def addresses(self, tensors: Sequence[Tensor | None], known: bool) -> tuple[int, ...]:
+        """Where the elements of each begin, 0 for None; looked at one by one unless their kinds are ``known``."""
+        if known:
+            places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+            if 0 not in places:
+                return places
+        return tuple(0 if tensor is None else address(tensor, self.device) for tensor in tensors)
+
+
+def _kind(tensor: Tensor | None) -> object:
+    return None if tensor is None else (type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.layout)
 
 
 _FREED = "one whose memory was freed: gather its shards first"

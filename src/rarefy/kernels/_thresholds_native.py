@@ -34,7 +34,7 @@ def before(
     grad_thresholds = torch.empty_like(thresholds)
     partial = torch.empty(chunks, dtype=torch.float64, device="cpu")
     _kernel("thresholds_before_f32", 8)(
-        *(table, len(layers.sizes), _places(layers.weights), _places(grads), _places(layers.latents)),
+        *(table, len(layers.sizes), *(_array(layers.addresses(part)) for part in (layers.weights, grads, layers.latents))),
         *(address(thresholds), address(alpha), None if lower is None else address(lower)),
         *(address(grad_thresholds), address(partial), torch.get_num_threads()),
     )
@@ -45,7 +45,7 @@ def after(layers: ThresholdedLayers, thresholds: Tensor, shrink: Tensor) -> None
     """See :meth:`rarefy.kernels.thresholds.ThresholdedLayers.after`."""
     table, _ = _table(layers.sizes)
     _kernel("thresholds_after_f32", 4)(
-        *(table, len(layers.sizes), _places(layers.weights), _places(layers.latents)),
+        *(table, len(layers.sizes), *(_array(layers.addresses(part)) for part in (layers.weights, layers.latents))),
         *(address(thresholds), address(shrink), torch.get_num_threads()),
     )
 
@@ -56,16 +56,16 @@ def count(layers: ThresholdedLayers, thresholds: Tensor) -> Tensor:
     live = torch.empty(len(layers.sizes), dtype=torch.int64, device="cpu")
     partial = torch.empty(chunks, dtype=torch.int64, device="cpu")
     _kernel("thresholds_count_f32", 4)(
-        *(table, len(layers.sizes), _places(layers.latents), address(thresholds), address(live), address(partial)),
+        *(table, len(layers.sizes), _array(layers.addresses(layers.latents)), address(thresholds), address(live), address(partial)),
         torch.get_num_threads(),
     )
     return live
 
 
-def mask(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """See :func:`rarefy.kernels.thresholds.mask_`."""
+def mask(tensors: Sequence[Tensor], places: tuple[int, ...], masks: tuple[int, ...]) -> None:
+    """See :func:`rarefy.kernels.thresholds.mask_`; ``places`` and ``masks`` are where they lie."""
     table, _ = _table(tuple((1, tensor.numel()) for tensor in tensors))
-    _kernel("mask_f32", 2)(table, len(tensors), _places(tensors), _places(masks), torch.get_num_threads())
+    _kernel("mask_f32", 2)(table, len(tensors), _array(places), _array(masks), torch.get_num_threads())
 
 
 def _kernel(name: str, pointers: int) -> Any:
@@ -73,9 +73,9 @@ def _kernel(name: str, pointers: int) -> Any:
     return find(name, None, _POINTER, _INT64, *(_POINTER,) * pointers, _INT32)
 
 
-def _places(tensors: Sequence[Tensor | None]) -> Any:
-    """An array of pointers, null for None."""
-    return (_POINTER * len(tensors))(*(None if tensor is None else address(tensor) for tensor in tensors))
+def _array(places: tuple[int, ...]) -> Any:
+    """An array of pointers, null for 0."""
+    return (_POINTER * len(places))(*places)
 
 
 @functools.lru_cache(maxsize=64)

@@ -76,6 +76,6 @@ def _per_layer(layers: ThresholdedLayers, values: Tensor) -> Iterator[Tensor]:
 
     It has as many dimensions as the weight: PyTorch then computes in the wider of both dtypes.
     """
-    parts = torch.split(values, layers.rows)
+    parts = torch.split(values, list(layers.rows))
     for part, weight, rows in zip(parts, layers.weights, layers.rows, strict=True):
         yield part.view((rows, *_ones(weight)[1:]) if weight.dim() else ())

@@ -119,7 +119,7 @@ def before(
     partial, grad_thresholds = thresholds.new_empty(len(chunks)), torch.empty_like(thresholds)
     with _device_of(thresholds):
         if len(chunks):
-            places = (_places(tensors, device) for tensors in (layers.weights, grads, layers.latents))
+            places = (_places(layers.addresses(part), device) for part in (layers.weights, grads, layers.latents))
             _before_kernel[(len(chunks),)](
                 *places, chunks, thresholds, alpha, thresholds if lower is None else lower, partial,
                 lower is not None, TYPES[layers.weights[0].dtype], CHUNK, **OPTIONS,
@@ -134,7 +134,7 @@ def after(layers: ThresholdedLayers, thresholds: Tensor, shrink: Tensor) -> None
     chunks, _, _ = _table(layers.sizes, thresholds.device)
     with _device_of(thresholds):
         if len(chunks):
-            places = (_places(tensors, thresholds.device) for tensors in (layers.weights, layers.latents))
+            places = (_places(layers.addresses(part), thresholds.device) for part in (layers.weights, layers.latents))
             dtype = TYPES[layers.weights[0].dtype]
             _after_kernel[(len(chunks),)](*places, chunks, thresholds, shrink, dtype, CHUNK, **OPTIONS)
 
@@ -148,20 +148,20 @@ def count(layers: ThresholdedLayers, thresholds: Tensor) -> Tensor:
     with _device_of(thresholds):
         if len(chunks):
             dtype = TYPES[layers.weights[0].dtype]
-            places = _places(layers.latents, device)
+            places = _places(layers.addresses(layers.latents), device)
             _count_kernel[(len(chunks),)](places, chunks, thresholds, partial, dtype, CHUNK, **OPTIONS)
         _sum_kernel[(len(live),)](partial, first_of_layer, live, tl.int64, LANES)
     return live
 
 
-def mask(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """See :func:`rarefy.kernels.thresholds.mask_`."""
+def mask(tensors: Sequence[Tensor], places: tuple[int, ...], masks: tuple[int, ...]) -> None:
+    """See :func:`rarefy.kernels.thresholds.mask_`; ``places`` and ``masks`` are where they lie."""
     device = tensors[0].device
     chunks, _, _ = _table(tuple((1, tensor.numel()) for tensor in tensors), device)
     with _device_of(tensors[0]):
         if len(chunks):
-            places = (_places(some, device) for some in (tensors, masks))
-            _mask_kernel[(len(chunks),)](*places, chunks, INTEGERS[tensors[0].element_size()], CHUNK, **OPTIONS)
+            tables = (_places(some, device) for some in (places, masks))
+            _mask_kernel[(len(chunks),)](*tables, chunks, INTEGERS[tensors[0].element_size()], CHUNK, **OPTIONS)
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -201,9 +201,8 @@ def _firsts(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _places(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """The addresses of the tensors, int64 on the device; 0 for None."""
-    places = tuple(0 if tensor is None else address(tensor, device.type) for tensor in tensors)
+def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses as int64 on the device."""
     if device.type != "cuda":
         return _uploaded.__wrapped__(places, device, 0)
     # In a graph that is captured, the table is the graph's own: it holds nothing before a replay, and then again.

@@ -16,12 +16,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rarefy.kernels import _library, _thresholds_native, _thresholds_pytorch
+from rarefy.kernels._memory import Gate
 
 
 class _Implementation(Protocol):
@@ -39,8 +40,6 @@ class _Implementation(Protocol):
     def after(self, layers: ThresholdedLayers, thresholds: Tensor, shrink: Tensor) -> None: ...
 
     def count(self, layers: ThresholdedLayers, thresholds: Tensor) -> Tensor: ...
-
-    def mask(self, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None: ...
 
 
 class ThresholdedLayers:
@@ -71,6 +70,8 @@ class ThresholdedLayers:
                     f"rows[{index}] must be {' or '.join(map(str, sorted(allowed)))} for a weight of shape "
                     f"{tuple(weight.shape)}, got {count}"
                 )
+        self._gate = Gate(self.weights[0].device.type if self.weights else "cpu")
+        self._known: tuple[int, ...] = ()
         self._check()
         places = [place for tensor in (*self.weights, *self.latents) if (place := tensor.data_ptr())]
         if len(set(places)) < len(places):
@@ -102,18 +103,26 @@ class ThresholdedLayers:
         Source: AutoSparse (arXiv 2304.06941), the proxy derivative ``1 if x > 0 else alpha`` of ``x = |W| - T``.
         """
         self._check()
-        _alike("grads", grads, "weights", self.weights)
+        known = self._gate.known("grads", grads)
+        if not known:
+            _alike("grads", grads, "weights", self.weights)
         thresholds, alpha = self._per_row("thresholds", thresholds), self._per_layer("alpha", alpha)
         lower = None if lower is None else self._per_row("lower", lower)
         chosen = self._implementation()
         if chosen is _thresholds_pytorch:
-            return chosen.before(self, grads, thresholds, alpha, lower)
+            return _thresholds_pytorch.before(self, grads, thresholds, alpha, lower)
+        if known:
+            result = chosen.before(self, grads, thresholds, alpha, lower)
+            torch.autograd.graph.increment_version([*self.weights, *(grad for grad in grads if grad is not None)])
+            return result
         # Gradients of other strides go through a copy that lies as the weight does.
         placed = [
             grad if grad is None or _order(grad) == _order(weight) else torch.empty_like(weight).copy_(grad)
             for grad, weight in zip(grads, self.weights, strict=True)
         ]
         result = chosen.before(self, placed, thresholds, alpha, lower)
+        if all(grad is copy for grad, copy in zip(grads, placed, strict=True)):
+            self._gate.passed("grads", grads)
         for grad, copy in zip(grads, placed, strict=True):
             if grad is not None and copy is not None and grad is not copy:
                 grad.copy_(copy)
@@ -146,6 +155,8 @@ class ThresholdedLayers:
 
     def _check(self) -> None:
         """Refuse weights and latents that do not go together: a model may have moved since they were given."""
+        if self._known and self._known == tuple(tensor.data_ptr() for tensor in (*self.weights, *self.latents)):
+            return
         _alike("latents", self.latents, "weights", self.weights)
         for index, (weight, latent) in enumerate(zip(self.weights, self.latents, strict=True)):
             if not weight.is_floating_point():
@@ -160,6 +171,20 @@ class ThresholdedLayers:
                     f"latents[{index}] must have the strides {weight.stride()} of its weight, got {latent.stride()}: "
                     "make it with weight.detach().clone()"
                 )
+        self._known, self._gated = tuple(tensor.data_ptr() for tensor in (*self.weights, *self.latents)), False
+        self._dense = len({weight.dtype for weight in self.weights}) == 1 and all(
+            _dense(weight.shape, weight.stride(), rows) for weight, rows in zip(self.weights, self.rows, strict=True)
+        )
+
+    def addresses(self, tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+        """Where weights, latents or gradients lie, 0 for None; for the kernels."""
+        if tensors is self.weights or tensors is self.latents:
+            if not self._gated:  # PyTorch takes what a kernel cannot
+                self._gate.addresses((*self.weights, *self.latents), known=False)
+                self._gated = True
+            half = len(self.weights)
+            return self._known[:half] if tensors is self.weights else self._known[half:]
+        return self._gate.addresses(tensors, self._gate.known("grads", tensors))
 
     def _per_row(self, name: str, given: Tensor) -> Tensor:
         return self._numbers(name, given, sum(self.rows), "one a row")
@@ -177,21 +202,53 @@ class ThresholdedLayers:
         return given.contiguous()
 
     def _implementation(self) -> _Implementation:
-        dtypes = {weight.dtype for weight in self.weights}
-        if len(dtypes) == 1 and all(
-            _dense(weight.shape, weight.stride(), rows) for weight, rows in zip(self.weights, self.rows, strict=True)
-        ):
-            return _implementation(self.weights[0].device, dtypes.pop())
-        return _thresholds_pytorch
+        if not self._dense:
+            return _thresholds_pytorch
+        return _implementation(self.weights[0].device, self.weights[0].dtype)
+
+
+class Masks:
+    """Boolean masks of some layers, to be laid over lists of tensors again and again: see :func:`mask_`.
+
+    Args:
+        masks: bool, one tensor a layer.
+    """
+
+    def __init__(self, masks: Sequence[Tensor]) -> None:
+        self.masks = tuple(masks)
+        self._gate = Gate(self.masks[0].device.type if self.masks else "cpu")
+
+    @torch.no_grad()
+    def cut_(self, tensors: Sequence[Tensor | None]) -> None:
+        """Set ``tensors[i]`` to 0 in place where not ``masks[i]``; None is passed over. See :func:`mask_`."""
+        if self._gate.known("tensors", tensors):
+            whole = [tensor for tensor in tensors if tensor is not None]
+            masks = [mask for tensor, mask in zip(tensors, self.masks, strict=True) if tensor is not None]
+            if not whole:
+                return
+            if _implementation(whole[0].device, whole[0].dtype) is not _thresholds_pytorch:
+                self._cut(whole, masks, known=True)
+                return
+        pairs = [(tensor, mask) for tensor, mask in zip(tensors, self.masks, strict=True) if tensor is not None]
+        if mask_([tensor for tensor, _ in pairs], [mask for _, mask in pairs]):
+            self._gate.passed("tensors", tensors)
+
+    def _cut(self, tensors: Sequence[Tensor], masks: Sequence[Tensor], known: bool) -> None:
+        chosen: Any = _implementation(tensors[0].device, tensors[0].dtype)
+        chosen.mask(tensors, self._gate.addresses(tensors, known), self._gate.addresses(masks, known))
+        torch.autograd.graph.increment_version(tensors)
 
 
 @torch.no_grad()
-def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
     """Set ``tensors[i]`` to 0 in place where not ``masks[i]``, NaN and infinities too; what stays keeps its bits.
 
     Args:
         tensors: weights or gradients of any floating dtype.
         masks: bool, each of the shape and device of its tensor.
+
+    Returns:
+        Whether a kernel took all of them at once: they are dense, of one dtype and device, and lie as their masks do.
 
     Raises ValueError where they do not fit, before anything is written.
     """
@@ -211,11 +268,15 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         some, theirs = together.setdefault((tensor.device, tensor.dtype, plain), ([], []))
         some.append(tensor)
         theirs.append(mask)
+    kernels = 0
     for (device, dtype, plain), (some, theirs) in together.items():
-        chosen = _implementation(device, dtype) if plain else _thresholds_pytorch
-        chosen.mask(some, theirs)
-        if chosen is not _thresholds_pytorch:
-            torch.autograd.graph.increment_version(some)
+        chosen = _implementation(device, dtype) if plain else None
+        if chosen is None or chosen is _thresholds_pytorch:
+            _thresholds_pytorch.mask(some, theirs)
+        else:
+            Masks(theirs)._cut(some, theirs, known=False)
+            kernels += 1
+    return len(together) == kernels == 1
 
 
 def _alike(name: str, tensors: Sequence[Tensor | None], model_name: str, models: Sequence[Tensor]) -> None:

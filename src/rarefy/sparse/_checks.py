@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def fraction(name: str, value: Any, *, zero: bool = True, one: bool = True) -> None:
-    """Raise ValueError unless the value is a number in [0, 1], without the ends that are said to be out."""
+def fraction(name: str, value: Any, *, zero: bool = True, one: bool = True, percent: bool = False) -> None:
+    """Raise ValueError unless the value is a number in [0, 1], without the ends that are said to be out.
+
+    ``percent`` is for what people give in percent: the message says how to write it.
+    """
     span = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number in {span}, got {_shown(value)}")
     if not 0.0 <= value <= 1.0 or (value == 0.0 and not zero) or (value == 1.0 and not one):
-        hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
+        hint = f"; for {value:g} % write {value / 100:g}" if percent and 1.0 < value < 100.0 else ""
         raise ValueError(f"{name} must be in {span}, got {value}{hint}")
 
 

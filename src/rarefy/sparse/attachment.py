@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from rarefy.sparse.layers import local
+
 #: Packages whose wrappers hand every call on to the optimizer inside, which has the hooks that they lack.
 _WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
@@ -163,18 +165,19 @@ class _Gradients:
 
     def __init__(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._saved = [(p, p.grad, p.grad.detach().clone()) for p in parameters]
+        # Of a shard its local part, which FSDP adds to without the distributed tensor's noticing.
+        self._saved = [(p, p.grad, local(p.grad), local(p.grad).detach().clone()) for p in parameters]
         self._versions: list[int] = []
 
     def changed(self) -> None:
         """They are those of the dense weights from here on."""
-        self._versions = [grad._version for _, grad, _ in self._saved]
+        self._versions = [mine._version for _, _, mine, _ in self._saved]
 
     def restore(self) -> None:
         """Put back, once, those that nobody has touched since."""
-        for (parameter, grad, saved), version in zip(self._saved, self._versions, strict=True):
-            if parameter.grad is grad and grad._version == version:
-                grad.detach().copy_(saved)
+        for (parameter, grad, mine, saved), version in zip(self._saved, self._versions, strict=True):
+            if parameter.grad is grad and mine._version == version:
+                mine.detach().copy_(saved)
         self._saved, self._versions = [], []
 
 

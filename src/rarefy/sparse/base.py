@@ -12,12 +12,13 @@ and sharding the model need nothing from here.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rarefy._names import unknown
 from rarefy.sparse import _checks, attachment, state
 from rarefy.sparse.attachment import Attachment
 from rarefy.sparse.buckets import Bucket, make_buckets
@@ -32,9 +34,13 @@ from rarefy.sparse.budget import ACTIONS, Budget, check_feasible, make_budget
 from rarefy.sparse.companion import Companion
 from rarefy.sparse.layers import DEFAULT_FLOOR, Layer, local, resolve, select_layers, unwrapped
 from rarefy.sparse.masks import count_all, write_sparse
+from rarefy.sparse.shards import Shard, reshard, total
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
+
+#: What users of other libraries write, and what it is called here.
+_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
 
 S = TypeVar("S", bound="Sparsifier")
 
@@ -137,6 +143,16 @@ class Sparsifier(ABC):
 
     budget: Budget | None = field(init=False, default=None)
 
+    def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
+        """Refuse options that are not there, naming what was meant."""
+        known = [option.name for option in fields(cls) if option.init and option.kw_only]
+        for option in options:
+            if option not in known and option != "model":
+                meant = _OTHER_WORDS.get(option)
+                hint = f" (did you mean {meant!r}?)" if meant in known else ""
+                raise ValueError(unknown(f"option of {cls.__name__}:", option, sorted(known)) + hint)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.total_steps = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")
         if self.total_steps < self.least_steps:
@@ -154,9 +170,11 @@ class Sparsifier(ABC):
         self._parts: list[_Part] = []
         self._shown = self._finalized = False
         self._initial: list[Tensor] | None = None
+        self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        _watch_all_optimizers(self)
+        _watch_all_optimizers()
+        _alive.add(self)
 
     # What a method provides
 
@@ -187,6 +205,11 @@ class Sparsifier(ABC):
     @abstractmethod
     def _settle(self) -> list[Tensor]:
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
+        self._ready()
+        return {layer.name: layer.local for layer in self._layers}
 
     def _values(self, bucket: Bucket) -> list[Tensor]:
         """The weights that are used where they are live, one a layer."""
@@ -228,6 +251,11 @@ class Sparsifier(ABC):
         """Share of the training that is done, in [0, 1]."""
         return min(self.steps / self.total_steps, 1.0)
 
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finalized
+
     def aim(self) -> float | None:
         """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
         return None
@@ -245,7 +273,9 @@ class Sparsifier(ABC):
             RuntimeError: after :meth:`finalize`.
         """
         if self._finalized:
-            raise RuntimeError("attach() after finalize(): the model is a plain one now; make a new sparsifier to go on")
+            raise RuntimeError(
+                "attach() after finalize(): the model is a plain one now; make a new sparsifier to go on"
+            )
         inner = [attachment.unwrapped(optimizer) for optimizer in optimizers]
         if not inner:
             raise TypeError("attach() takes the optimizers that train the model, got none: attach(optimizer)")
@@ -257,6 +287,7 @@ class Sparsifier(ABC):
         self._rebuild(owners)
         if saved is not None:
             self._restore(saved)
+            self._waiting = {}
         elif self.steps == 0:
             self._initial = [layer.local.clone() for layer in self._layers]
         self._parts = [_Part(self, [b for b in self._buckets if b.optimizer is optimizer]) for optimizer in inner]
@@ -282,7 +313,7 @@ class Sparsifier(ABC):
             ]
         self._ready()
         live = count_all(list(self.live_masks().values()), self._shards())
-        thresholds = self._thresholds() or [None] * len(live)
+        thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
         return [
             LayerState(layer.name, layer.shape, n, self._weight_grad_density(n / layer.size), threshold, self._alpha())
             for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)
@@ -299,6 +330,7 @@ class Sparsifier(ABC):
             ValueError: weights that are not finite; a model given without one of the layers; called twice.
         """
         own = model is None or unwrapped(model) is self.model
+        reshard(self.model if model is None else model)
         if own and self._finalized:
             raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
         targets = [layer.parameter for layer in self._layers] if own else self._copies(model)
@@ -333,7 +365,10 @@ class Sparsifier(ABC):
             "steps": self.steps,
             "aside": aside,
             "method": self._state(),
-            "layers": state.export(self._buckets),
+            "layers": {
+                name: {**self._waiting.get(name, {}), **tensors}
+                for name, tensors in state.export(self._buckets).items()
+            },
         }
 
     @torch.no_grad()
@@ -354,8 +389,19 @@ class Sparsifier(ABC):
                     f"the checkpoint's sparsifier has {key}={state_dict['config'].get(key)!r}, this one {mine!r}; "
                     "make it with the options of the run that is resumed"
                 )
-        self._ready()
+        if not self._buckets:
+            self._ready()
+        # Before the first step: what attach() has masked are the weights of the checkpoint, if the model was loaded first.
+        for layer, weight in zip(self._layers, self._initial or [], strict=False):
+            bucket, place = self._where(layer)
+            if bucket.marks()[place] == bucket.seen[place]:
+                layer.local.copy_(weight)
         self._restore(state_dict)
+        if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
+            self._waiting = {
+                name: {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+                for name, tensors in state_dict["layers"].items()
+            }
         self._show_all()
 
     def _config(self) -> dict[str, Any]:
@@ -422,6 +468,7 @@ class Sparsifier(ABC):
                 self._notice(bucket)
 
     def _show_all(self) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for bucket in self._buckets:
                 self._show(bucket)
@@ -431,7 +478,7 @@ class Sparsifier(ABC):
     def _where(self, layer: Layer) -> tuple[Bucket, int]:
         return self._places[id(layer)]
 
-    def _shards(self) -> list[Any]:
+    def _shards(self) -> list[Shard | None]:
         return [layer.shard for layer in self._layers]
 
     def _by_layer(self, of: Callable[[Bucket], Sequence[Any]]) -> list[Any]:
@@ -505,8 +552,9 @@ class Sparsifier(ABC):
         return "finite" not in self._told
 
     def _check_finite(self, finalizing: bool = False) -> bool:
-        found = torch.stack([(w - w).sum() if w.numel() else w.new_zeros(()) for w in self._parameters()]).float()
-        bad = [layer.name for layer, ok in zip(self._layers, found.eq(0).tolist(), strict=True) if not ok]
+        # w - w is 0 for what is finite, and the same is decided wherever a part of the layer lies.
+        counts = count_all([(w - w).sum() != 0 for w in self._parameters()], self._shards())
+        bad = [layer.name for layer, count in zip(self._layers, counts, strict=True) if count]
         if not bad:
             self._told.discard("finite")
             return True
@@ -524,8 +572,10 @@ class Sparsifier(ABC):
 
     def _set_aside(self, part: _Part) -> None:
         """Leave layers out that no forward uses: in the first step they have no gradient."""
-        mine = [layer for bucket in part.buckets for layer in bucket.layers]
-        unused = [layer for layer in mine if layer.grad is None and layer.parameter.requires_grad]
+        mine = [layer for bucket in part.buckets for layer in bucket.layers if layer.parameter.requires_grad]
+        graded = torch.tensor([int(layer.grad is not None) for layer in mine], device=mine[0].local.device)
+        used = total(graded, [layer.shard for layer in mine]).tolist()
+        unused = [layer for layer, anywhere in zip(mine, used, strict=True) if not anywhere]
         if self.include is not None or not unused or len(unused) == len(self._layers) or self._initial is None:
             return
         names = ", ".join(repr(layer.name) for layer in unused[:3]) + (", ..." if len(unused) > 3 else "")
@@ -616,6 +666,12 @@ class Sparsifier(ABC):
                     f"{layer.key!r} of the model given to finalize() has the shape {tuple(parameters[layer.key].shape)}, "
                     f"that of the trained one {layer.shape}; give a copy of the trained one"
                 )
+            if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
+                raise ValueError(
+                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: give a copy "
+                    "that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole model, "
+                    "whose load_state_dict() takes this one's state"
+                )
         return [parameters[layer.key] for layer in self._layers]
 
     def _detach(self) -> None:
@@ -645,16 +701,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-def _watch_all_optimizers(sparsifier: Sparsifier) -> None:
-    """Let a sparsifier see steps of optimizers that it is not attached to, for as long as it lives."""
-    reference = weakref.ref(sparsifier)
+#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
+_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    """Let sparsifiers see steps of optimizers that they are not attached to."""
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._unattached(optimizer)
+        for sparsifier in list(_alive):
+            sparsifier._unattached(optimizer)
 
-    weakref.finalize(sparsifier, register_optimizer_step_post_hook(seen).remove)
+    register_optimizer_step_post_hook(seen)
 
 
 @dataclass(eq=False, repr=False)

@@ -26,11 +26,12 @@ class Bucket:
 
     Attributes:
         layers: in the model's order.
-        optimizer, group: what trains them, and the index of the group of it that they are in; None before :meth:`Sparsifier.attach`.
+        optimizer, group: what trains them, and the index of its group that they are in; None before it is known.
         dense: whether the parameters hold the dense weights now, as in an optimizer's step; else those that are used.
-        rows: how many numbers each layer has in tensors that have one a row, or one a layer; None if there are none.
+        rows: how many numbers each layer has in tensors that are by rows: 1, or one for each output channel.
         own: what the method learns for these layers besides their weights, by name; flat, or by rows.
-        kept: what else the method keeps for them, by name: likewise, or one tensor a layer.
+        kept: what else the method keeps for them, by name: likewise.
+        per: the names of those in ``own`` and ``kept`` that have one number a "layer" or output "channel"; others are flat.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Bucket:
     ) -> None:
         self.layers, self.optimizer, self.group = list(layers), optimizer, group
         self.dense = False
-        self.rows: list[int] | None = None
+        self.rows = [1] * len(layers)
         self.own: dict[str, nn.Parameter] = {}
-        self.kept: dict[str, Any] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.per: dict[str, str] = {}
         self.companion: Companion | None = None
         self.seen: list[tuple[int, int]] = []
         weights = [layer.local for layer in layers]
@@ -54,9 +56,15 @@ class Bucket:
         self.sizes = [weight.numel() for weight in weights]
         self.offsets = [0, *itertools.accumulate(self.sizes)]
         self._strides = [_strides(weight, inputs_last) for weight in weights]
+        self._places: list[int] = []
+        self._checked: list[int] = []
+        self._weights: list[Tensor] = []
+        self._views: list[tuple[Tensor, list[Tensor]]] = []
+        self._scratch: Tensor | None = None
+        self._channels: Tensor | None = None
         self._made_for = [_about(weight) for weight in weights]
-        self._stretches: dict[int, Tensor] = {}
-        self._indices: dict[int, Tensor] = {}
+        self._stretches: dict[bool, Tensor] = {}
+        self._indices: dict[bool, Tensor] = {}
 
     @property
     def size(self) -> int:
@@ -65,7 +73,14 @@ class Bucket:
 
     def weights(self) -> list[Tensor]:
         """What the parameters hold now, one tensor a layer."""
-        return [layer.local for layer in self.layers]
+        places = [layer.place for layer in self.layers]
+        if places != self._places:
+            self._places, self._weights = places, [layer.local for layer in self.layers]
+        return self._weights
+
+    def grads(self) -> list[Tensor | None]:
+        """The gradients, one a layer; None where there is none."""
+        return [layer.grad for layer in self.layers]
 
     def flat(self, value: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """A new flat tensor, (N,), of the layers' dtype unless said otherwise."""
@@ -73,15 +88,39 @@ class Bucket:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor as one tensor a layer, in the layers' shapes, on the same memory."""
+        for kept, views in self._views:
+            if kept is flat:
+                return views
         if flat.stride() != (1,):
             flat = flat.contiguous()
         start = flat.storage_offset()
         rows = zip(self.shapes, self._strides, self.offsets, strict=False)
         return [flat.as_strided(shape, strides, start + offset) for shape, strides, offset in rows]
 
+    def parts(self, values: Tensor) -> list[Tensor]:
+        """A tensor by rows as one tensor a layer, on the same memory."""
+        return list(values.split_with_sizes(self.rows))
+
+    def keep(self, name: str, flat: Tensor) -> Tensor:
+        """Keep a flat tensor under this name, whose views are always the same tensors."""
+        self._views = [(kept, views) for kept, views in self._views if kept is not self.kept.get(name)]
+        self.kept[name] = flat
+        self._views.append((flat, self.views(flat)))
+        return flat
+
+    def scratch(self) -> Tensor:
+        """A flat tensor for what is computed in passing."""
+        if self._scratch is None:
+            self._scratch = self.flat()
+            self._views.append((self._scratch, self.views(self._scratch)))
+        return self._scratch
+
     def gather(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """One tensor a layer as a flat one; zeros for None."""
-        flat = self.flat() if out is None else out
+        if out is None:
+            flat = self.flat()
+        else:
+            flat = out.zero_() if any(tensor is None for tensor in tensors) else out
         pairs = [(v, t) for v, t in zip(self.views(flat), tensors, strict=True) if t is not None]
         if pairs:
             torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs])
@@ -89,71 +128,83 @@ class Bucket:
 
     def scatter(self, flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
         """Write a flat tensor into one tensor a layer; nowhere for None."""
+        if flat.dtype == self.dtype and all(flat is not kept for kept, _ in self._views):
+            flat = self.scratch().copy_(flat)
         pairs = [(t, v) for v, t in zip(self.views(flat), tensors, strict=True) if t is not None]
         if pairs:
             torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor, *, channels: bool = False) -> Tensor:
         """A number a layer, (L,), or an output channel, (C,), to one a weight, (N,); differentiable."""
-        return _Spread.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Spread.apply(values, self, channels)  # type: ignore[no-any-return, no-untyped-call]
 
     def sums(self, flat: Tensor) -> Tensor:
         """(N,) to (L,): the sum over each layer, over all processes that hold a part of it."""
-        if flat.is_cuda:
-            summed = torch.segment_reduce(flat, "sum", lengths=self._lengths(len(self.sizes)), unsafe=True)
+        if flat.is_cuda:  # where one block adds up a stretch: over channels first, of which there are many
+            if self._channels is None:
+                self._channels = torch.tensor([shape[0] for shape in self.shapes]).to(self.device)
+            summed = torch.segment_reduce(self.channel_sums(flat), "sum", lengths=self._channels, unsafe=True)
         else:
-            summed = torch.stack([part.sum() for part in flat.split(self.sizes)])
+            summed = torch.stack([part.sum() for part in flat.split_with_sizes(self.sizes)])
         return total(summed, [layer.shard for layer in self.layers])
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""
-        channels = sum(shape[0] for shape in self.shapes)
-        return torch.segment_reduce(flat, "sum", lengths=self._lengths(channels), unsafe=True)
+        return torch.segment_reduce(flat, "sum", lengths=self._lengths(True), unsafe=True)
 
-    def _lengths(self, count: int) -> Tensor:
-        """How many weights share each of so many numbers, which are one a layer or one a channel; on the device."""
-        if count not in self._stretches:
+    def _lengths(self, channels: bool) -> Tensor:
+        """How many weights each layer or output channel has; on the device."""
+        if channels not in self._stretches:
             found = self.sizes
-            if count != len(self.sizes):
+            if channels:
                 rows = zip(self.sizes, self.shapes, strict=True)
                 found = [size // shape[0] for size, shape in rows for _ in range(shape[0])]
-            self._stretches[count] = torch.tensor(found, device=self.device)
-        return self._stretches[count]
+            self._stretches[channels] = torch.tensor(found, device=self.device)
+        return self._stretches[channels]
 
-    def _index(self, count: int) -> Tensor:
-        """Which of so many numbers each weight has, (N,)."""
-        if count not in self._indices:
-            numbers = torch.arange(count, device=self.device, dtype=torch.int32)
-            self._indices[count] = numbers.repeat_interleave(self._lengths(count), output_size=self.size)
-        return self._indices[count]
+    def _index(self, channels: bool) -> Tensor:
+        """Which layer or output channel each weight is of, (N,)."""
+        if channels not in self._indices:
+            lengths = self._lengths(channels)
+            numbers = torch.arange(len(lengths), device=self.device, dtype=torch.int32)
+            self._indices[channels] = numbers.repeat_interleave(lengths, output_size=self.size)
+        return self._indices[channels]
 
     def marks(self) -> list[tuple[int, int]]:
-        """Where the parameters lie and how often they were written to: equal if nobody has, apart from native code."""
-        return [(weight.data_ptr(), weight._version) for weight in self.weights()]
+        """Where the parameters lie and how often they were written to: equal if nobody has.
+
+        Parts without a weight are left out: ``fully_shard`` replaces them, on the processes that have such.
+        """
+        rows = zip(self.layers, self.sizes, strict=True)
+        return [(layer.place, layer.version) if size else (0, 0) for layer, size in rows]
 
     def check(self) -> None:
         """Raise RuntimeError if a parameter was cast, moved or laid out anew since the bucket was made."""
+        places = [layer.place for layer in self.layers]
+        if places == self._checked:
+            return
         for layer, known in zip(self.layers, self._made_for, strict=True):
             now = _about(layer.local)
             if now != known:
                 raise RuntimeError(
-                    f"layer {layer.name!r} is {_told(now)} now, and was {_told(known)} when the sparsifier was attached: "
-                    "call attach(optimizer) again after moving or casting the model"
+                    f"layer {layer.name!r} is {_told(now)} now, and was {_told(known)} when the sparsifier was "
+                    "attached: call attach(optimizer) again after moving or casting the model"
                 )
+        self._checked = places
 
 
 class _Spread(torch.autograd.Function):
     """Numbers that stretches of weights share, one for each weight; back: the sums over the stretches, always alike."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bucket: Bucket) -> Tensor:
-        ctx.bucket, ctx.by_layer = bucket, len(values) == len(bucket.sizes)
-        return values.index_select(0, bucket._index(len(values)))
+    def forward(ctx: Any, values: Tensor, bucket: Bucket, channels: bool) -> Tensor:
+        ctx.bucket, ctx.channels = bucket, channels
+        return values.index_select(0, bucket._index(channels))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sums = ctx.bucket.sums if ctx.by_layer else ctx.bucket.channel_sums
-        return sums(grad.contiguous()), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        sums = ctx.bucket.channel_sums if ctx.channels else ctx.bucket.sums
+        return sums(grad.contiguous()), None, None
 
 
 def _about(weight: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]:

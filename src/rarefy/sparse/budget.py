@@ -105,7 +105,7 @@ def make_budget(
         if isinstance(value, Mapping):
             raise ValueError(f"{option} must be one number in (0, 1), got {value!r}; sparsities by layer: distribution")
         if value is not None:
-            _checks.fraction(option, value, zero=False, one=False)
+            _checks.fraction(option, value, zero=False, one=False, percent=True)
     sizes = [layer.size for layer in layers]
     if target is not None:
         return Budget("sparsity", 1.0 - target, (1.0,) * len(sizes), 0.0, float(sum(sizes)))

@@ -37,9 +37,7 @@ class Companion:
         ValueError: an optimizer without a learning rate to go by (LBFGS).
     """
 
-    def __init__(
-        self, optimizer: Optimizer, group: int, parameters: dict[str, nn.Parameter], rate: float
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, group: int, parameters: dict[str, nn.Parameter], rate: float) -> None:
         if isinstance(optimizer, torch.optim.LBFGS) or "lr" not in optimizer.param_groups[group]:
             raise ValueError(
                 f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; take "
@@ -48,7 +46,9 @@ class Companion:
         kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), torch.optim.Adam)
         self._source, self._group, self.rate, self.parameters = optimizer, group, rate, parameters
         self._optimizer = kind(list(parameters.values()), lr=1.0, weight_decay=0.0)  # type: ignore[call-arg]
-        self._shared = [key for key in self._optimizer.defaults if key in optimizer.param_groups[group] and key not in _OWN]
+        self._shared = [
+            key for key in self._optimizer.defaults if key in optimizer.param_groups[group] and key not in _OWN
+        ]
         self._read()
         # All state exists from the start, so that a checkpoint of any step has the same entries.
         for parameter in parameters.values():
@@ -73,10 +73,10 @@ class Companion:
         own.update({key: theirs[key] for key in self._shared})
         own["lr"] = theirs["lr"] * self.rate
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Its state, by parameter and key; in place."""
         return {
-            f"{name}.{key}": value
+            (name, key): value
             for name, parameter in self.parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rarefy._names import layer_name, unknown
 from rarefy.sparse import _checks
-from rarefy.sparse.shards import Shard, shard_of
+from rarefy.sparse.shards import Shard, reshard, shard_of, shared_group
 
 #: The least density of a layer, where nothing else is asked for.
 DEFAULT_FLOOR = 0.005
@@ -64,8 +64,18 @@ class Layer:
         return local(self.parameter).detach()
 
     @property
+    def place(self) -> int:
+        """Where that lies."""
+        return (self.parameter if self.shard is None else local(self.parameter)).data_ptr()
+
+    @property
+    def version(self) -> int:
+        """How often it was written to."""
+        return (self.parameter if self.shard is None else local(self.parameter))._version
+
+    @property
     def grad(self) -> Tensor | None:
-        """This process's part of the gradient, or None."""
+        """The gradient of what this process holds, or None."""
         grad = self.parameter.grad
         if grad is None:
             return None
@@ -73,6 +83,13 @@ class Layer:
             raise ValueError(
                 f"the gradient of layer {self.name!r} is a sparse tensor; make the embedding with sparse=False, or "
                 "exclude it"
+            )
+        if self.shard is None and not hasattr(grad, "_local_tensor"):
+            return grad.detach() if grad.requires_grad else grad
+        if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
+            raise ValueError(
+                f"the gradient of layer {self.name!r} is placed as {getattr(grad, 'placements', None)}, the parameter as "
+                f"{getattr(self.parameter, 'placements', None)}: bring it there with redistribute(), or exclude the layer"
             )
         return local(grad).detach()
 
@@ -139,8 +156,14 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             candidate.keys.append(f"{prefix}.{name}" if prefix else name)
             candidate.usual |= name in usual
             candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if usual == ["weight"] and module._parameters.get("weight") is None and getattr(module, "weight", None) is not None:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")):
+        if (
+            usual == ["weight"]
+            and module._parameters.get("weight") is None
+            and getattr(module, "weight", None) is not None
+        ):
+            if not any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")
+            ):
                 raise ValueError(
                     f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
                     f"on it); remove that first, or pass exclude=[{prefix!r}]"
@@ -164,6 +187,7 @@ def select_layers(
             raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
         if patterns is not None and not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"{option} must be a list of names or shell patterns of layers, got {patterns!r:.80}")
+    reshard(model)
     candidates = _candidates(model, exclude or ())
     usual = [c for c in candidates if c.usual and not c.embedding and (c.parameter.requires_grad or c.lazy)]
     names = [layer_name(c.keys[0]) for c in candidates]
@@ -199,6 +223,7 @@ def select_layers(
         if not candidate.parameter.is_floating_point():
             raise ValueError(f"layer {name!r} is of {candidate.parameter.dtype}, which is not real; exclude it")
         layers.append(Layer(name, key, candidate.parameter))
+    shared_group([layer.shard for layer in layers])
     for layer in layers:
         layer.least = max(1, math.ceil(_floor_of(layer.name, floor) * layer.size))
     if isinstance(floor, Mapping):
@@ -215,17 +240,25 @@ def check_patterns(patterns: Iterable[str], names: Sequence[str], option: str) -
             raise ValueError(unknown(f"layer in {option}:", pattern, names))
 
 
-def resolve(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+def resolve(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     """Look every layer up again in the model; gives those whose parameter has become another object."""
+    unwrapped(model)
+    reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     moved = []
     for layer in layers:
         parameter = parameters.get(layer.key)
-        if parameter is None:
-            raise ValueError(f"the model has no parameter {layer.key!r} any more; make a new sparsifier")
+        if parameter is None or tuple(parameter.shape) != layer.shape:
+            now = "is not there any more" if parameter is None else f"is of shape {tuple(parameter.shape)} now"
+            raise ValueError(
+                f"{layer.key!r} of the model {now}, and was of shape {layer.shape} when the sparsifier was made: make a new "
+                "one; where a wrapper has flattened the parameters (FullyShardedDataParallel, DeepSpeed) shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+            )
         if parameter is not layer.parameter:
             layer.take(parameter)
             moved.append(layer)
+    shared_group([layer.shard for layer in layers])
     return moved
 
 

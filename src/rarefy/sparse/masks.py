@@ -72,51 +72,57 @@ def within_budget(
 def _best_together(
     scores: Sequence[Tensor], prices: Sequence[int], purse: int, shards: Sequence[Shard | None]
 ) -> list[Tensor]:
-    """What :func:`within_budget` chooses, where processes hold parts: the last score that is taken is found by halving.
+    """What :func:`within_budget` chooses, where processes hold parts: the last score that is taken is found byte by byte.
 
-    No process sees another's scores: each step sums the numbers of weights above a value.
+    No process sees another's scores: each of eight rounds sums how many have which next byte.
     """
     group = shared_group(shards)
     keys = [_ordered(layer.double()) for layer in scores]
-
-    def counts(value: int) -> list[int]:
-        above = torch.stack([(key > value).sum() for key in keys])
-        return [int(count) for count in total(above, shards).tolist()]
-
-    low, high = -(2**63), 2**63 - 1  # the least value above which everything fits lies in [low, high]
-    while low < high:
-        middle = (low + high) // 2
-        if sum(price * count for price, count in zip(prices, counts(middle), strict=True)) <= purse:
-            high = middle
-        else:
-            low = middle + 1
-    left = purse - sum(price * count for price, count in zip(prices, counts(low), strict=True))
+    price = torch.tensor(prices, device=keys[0].device).unsqueeze(1)
+    chosen = [torch.zeros_like(key, dtype=torch.bool) for key in keys]  # above the bytes found so far
+    edge = [torch.ones_like(key, dtype=torch.bool) for key in keys]  # equal to them
+    left = purse
+    for shift in range(56, -8, -8):
+        byte = [(key >> shift) & 255 for key in keys]
+        counts = torch.stack([b[e].bincount(minlength=256) for b, e in zip(byte, edge, strict=True)])
+        costs = (total(counts, shards) * price).sum(0)
+        above = costs.flip(0).cumsum(0).flip(0) - costs  # what the scores with a larger byte cost
+        found = int((above > left).sum())  # the least byte above which everything fits
+        left -= int(above[found])
+        chosen = [c | (e & (b > found)) for b, c, e in zip(byte, chosen, edge, strict=True)]
+        edge = [e & (b == found) for b, e in zip(byte, edge, strict=True)]
     # Of the equal ones at the edge the first fit, by layer, and in it by process and index.
-    here = torch.stack([(key == low).sum() for key in keys])
+    here = torch.stack([equal.sum() for equal in edge])
     everywhere = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(everywhere, here, group=group)
-    rank, masks, full = torch.distributed.get_rank(group), [], False
-    for index, (key, price, shard) in enumerate(zip(keys, prices, shards, strict=True)):
-        equal = [int(part[index]) for part in everywhere] if shard is not None else [int(here[index])]
-        taken = 0 if full else min(sum(equal), left // price)
-        full = full or taken < sum(equal)
-        left -= taken * price
-        mine = taken - sum(equal[:rank]) if shard is not None else taken
-        edge = (key == low).flatten()
-        first = (edge.cumsum(0) <= max(mine, 0)) & edge
-        masks.append((key > low) | first.view(key.shape))
-    return masks
+    rank, full = torch.distributed.get_rank(group), False
+    for index, (equal, price_of_one, shard) in enumerate(zip(edge, prices, shards, strict=True)):
+        numbers = [int(part[index]) for part in everywhere] if shard is not None else [int(here[index])]
+        taken = 0 if full else min(sum(numbers), left // price_of_one)
+        full = full or taken < sum(numbers)
+        left -= taken * price_of_one
+        mine = taken - sum(numbers[:rank]) if shard is not None else taken
+        first = (equal.flatten().cumsum(0) <= max(mine, 0)) & equal.flatten()
+        chosen[index] |= first.view(equal.shape)
+    return chosen
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """Doubles as int64 in the same order; -0 and 0 are equal."""
-    bits = (scores + 0.0).contiguous().view(torch.int64)
-    return torch.where(bits < 0, bits.bitwise_not().bitwise_xor(-(2**63)), bits)
+    """Doubles as int64 whose bytes, read without a sign, are in the same order; -0 and 0 are equal, NaN is largest."""
+    bits = torch.where(scores.isnan(), torch.nan, scores + 0.0).contiguous().view(torch.int64)
+    return torch.where(bits < 0, bits.bitwise_not(), bits.bitwise_xor(-(2**63)))
 
 
 def count_all(masks: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[int]:
     """How many of each layer, over all processes that hold a part of it."""
     return [int(count) for count in total(torch.stack([mask.sum() for mask in masks]), shards).tolist()]
+
+
+def means(values: Sequence[Tensor], shards: Sequence[Shard | None] | None = None) -> list[float]:
+    """The mean of each layer's numbers; with ``shards`` over all processes that hold a part of them."""
+    found = torch.stack([torch.stack([v.double().sum(), v.new_tensor(v.numel()).double()]) for v in values])
+    sums = found if shards is None else total(found, shards)
+    return [part / count for part, count in sums.tolist()]
 
 
 def write_sparse(weight: Tensor, values: Tensor, mask: Tensor) -> None:
@@ -128,7 +134,8 @@ def write_sparse(weight: Tensor, values: Tensor, mask: Tensor) -> None:
 def separate(magnitude: Tensor, threshold: Tensor, mask: Tensor, shard: Shard | None = None) -> Tensor:
     """The nearest threshold, row by row, that has the magnitudes in ``mask`` above it and the others below.
 
-    ``threshold`` has one number a row, (out, 1, ..., 1), or one for the whole layer, (1, ..., 1).
+    ``threshold`` has one number a row, (out, 1, ..., 1), or one for the whole layer, (1, ..., 1); ``shard`` is given for
+    one that the parts of a layer share.
     """
     rows = [dim for dim in range(magnitude.dim()) if threshold.shape[dim] == 1]
     kept, dropped = magnitude.masked_fill(~mask, torch.inf), magnitude.masked_fill(mask, 0.0)
@@ -136,7 +143,7 @@ def separate(magnitude: Tensor, threshold: Tensor, mask: Tensor, shard: Shard | 
         least_kept, most_dropped = kept.amin(rows, keepdim=True), dropped.amax(rows, keepdim=True)
     else:
         least_kept, most_dropped = torch.full_like(threshold, torch.inf), torch.zeros_like(threshold)
-    if shard is not None and threshold.numel() == 1:
+    if shard is not None:
         torch.distributed.all_reduce(least_kept, torch.distributed.ReduceOp.MIN, group=shard.group)
         torch.distributed.all_reduce(most_dropped, torch.distributed.ReduceOp.MAX, group=shard.group)
     between = torch.where(least_kept.isinf(), most_dropped * 1.001, (least_kept + most_dropped) / 2)

@@ -61,14 +61,25 @@ def shared_group(shards: Sequence[Shard | None]) -> ProcessGroup | None:
 
 
 def total(values: Tensor, shards: Sequence[Shard | None]) -> Tensor:
-    """(L,): what each process found for its part of each layer, summed over the parts; layers that are whole stay."""
+    """(L, ...): what each process found for its part of each layer, summed over the parts; layers that are whole stay."""
     group = shared_group(shards)
     if group is None:
         return values
     split = torch.tensor([shard is not None for shard in shards], device=values.device)
+    split = split.view(-1, *[1] * (values.dim() - 1))
     summed = torch.where(split, values, 0)
     torch.distributed.all_reduce(summed, group=group)
     return torch.where(split, summed, values)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let ``fully_shard`` drop what it has gathered for a forward: the model's parameters are the shards from here on.
+
+    What a forward without a backward has gathered would stay in use, whatever is written to the shards.
+    """
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_backward"):  # an FSDPModule
+            module.reshard()  # type: ignore[operator]
 
 
 def like(local: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,61 +12,58 @@ from rarefy.sparse.layers import Layer
 from rarefy.sparse.shards import like
 
 
-def _tensors(bucket: Bucket) -> dict[str, Sequence[Tensor]]:
-    """Everything that must survive, by name: one tensor a layer, in place."""
-    found = {name: _split(bucket, value) for name, value in bucket.kept.items()}
-    found.update({f"own.{name}": _split(bucket, value.detach()) for name, value in bucket.own.items()})
+def _tensors(bucket: Bucket) -> dict[str, tuple[bool, Sequence[Tensor]]]:
+    """Everything that must survive, by name: whether it is split as the weights are, and one tensor a layer, in place."""
+    found = {name: _by_layer(bucket, name, value) for name, value in bucket.kept.items()}
+    found.update({f"own.{name}": _by_layer(bucket, name, value.detach()) for name, value in bucket.own.items()})
     if bucket.companion is not None:
-        found.update({f"optimizer.{key}": _split(bucket, value) for key, value in bucket.companion.tensors().items()})
+        for (name, key), value in bucket.companion.tensors().items():
+            found[f"optimizer.{name}.{key}"] = _by_layer(bucket, name, value)
     return found
 
 
-def _split(bucket: Bucket, value: Any) -> Sequence[Tensor]:
-    if isinstance(value, list):
-        return value
+def _by_layer(bucket: Bucket, name: str, value: Tensor) -> tuple[bool, Sequence[Tensor]]:
     if value.dim() == 0:  # a step, the same for all layers
-        return [value] * len(bucket.layers)
-    if value.numel() == bucket.size and bucket.rows is None:
-        return bucket.views(value)
-    if value.numel() == bucket.size and sum(bucket.rows or ()) != bucket.size:
-        return bucket.views(value)
-    return list(value.split(list(bucket.rows or ())))
+        return False, [value] * len(bucket.layers)
+    per = bucket.per.get(name)
+    if per == "layer":
+        return False, value.split_with_sizes([1] * len(value))
+    return True, bucket.views(value) if per is None else value.split_with_sizes([shape[0] for shape in bucket.shapes])
 
 
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
     """Copies of what the buckets keep: ``{layer: {name: tensor}}``; a part of a layer comes as a DTensor."""
     saved: dict[str, dict[str, Tensor]] = {}
     for bucket in buckets:
-        for name, values in _tensors(bucket).items():
+        for name, (split, values) in _tensors(bucket).items():
             for layer, value in zip(bucket.layers, values, strict=True):
                 copy = value.detach().clone(memory_format=torch.contiguous_format)
-                saved.setdefault(layer.name, {})[name] = like(copy, layer.parameter) if _is_part(layer, copy) else copy
+                saved.setdefault(layer.name, {})[name] = like(copy, layer.parameter) if split else copy
     return saved
 
 
 def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write back what :func:`export` gave, on these processes' parts of the layers."""
     for bucket in buckets:
-        for name, values in _tensors(bucket).items():
+        for name, (split, values) in _tensors(bucket).items():
             for layer, value in zip(bucket.layers, values, strict=True):
                 given = saved.get(layer.name, {}).get(name)
                 if given is not None:
-                    value.copy_(_part(layer, given, value))
+                    value.copy_(_part(layer, given, value, split))
                 elif not name.startswith("optimizer."):
                     raise ValueError(f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method")
 
 
-def _is_part(layer: Layer, value: Tensor) -> bool:
-    return layer.shard is not None and value.dim() > 0 and value.shape[0] == layer.local.shape[0]
-
-
-def _part(layer: Layer, given: Tensor, mine: Tensor) -> Tensor:
-    """This process's part of a saved tensor, which may be a part of another division, or whole."""
+def _part(layer: Layer, given: Tensor, mine: Tensor, split: bool) -> Tensor:
+    """This process's part of a saved tensor, which may be whole, or a part of another division."""
     if hasattr(given, "full_tensor"):
-        if given._local_tensor.shape == mine.shape and layer.shard is not None:  # type: ignore[attr-defined]
-            return given._local_tensor  # type: ignore[attr-defined, no-any-return]
-        given = given.full_tensor()  # type: ignore[operator]
-    if layer.shard is not None and given.shape != mine.shape:
+        # By what all processes see alike: gathering takes all of them.
+        mesh, placements = getattr(layer.parameter, "device_mesh", None), getattr(layer.parameter, "placements", None)
+        if split and given.device_mesh == mesh and given.placements == placements:  # type: ignore[attr-defined]
+            given = given.to_local()  # type: ignore[operator]
+        else:
+            given = given.full_tensor()  # type: ignore[operator]
+    if split and layer.shard is not None and len(given) == layer.shape[0] != len(mine):
         given = given[layer.shard.first_row : layer.shard.first_row + len(mine)]
     if given.shape != mine.shape:
         raise ValueError(

@@ -142,17 +142,14 @@ class Classification:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sparsifier: Sparsifier | None = None
         if recipe.method.name != "dense":
-            self.sparsifier = sparse.create(
-                recipe.method.name,
-                model,
-                total_steps=self.total_steps,
-                example_input=example.to(self.accelerator.device),
-                **recipe.method.options,
-            )
+            options = dict(recipe.method.options)
+            if "example_input" in sparse.options(recipe.method.name):
+                options["example_input"] = example.to(self.accelerator.device)
+            self.sparsifier = sparse.create(recipe.method.name, model, total_steps=self.total_steps, **options)
         self.plain_model = model
         self.interval = max(1, self.total_steps // RECORDS) if self.sparsifier is None else self.sparsifier.interval
         self.recorder = Recorder(self.folder, self.cost, self.sparsifier, len(self.batches))
-        optimizer = make_optimizer(recipe.optimizer, model, self.sparsifier)
+        optimizer = make_optimizer(recipe.optimizer, model)
         if self.sparsifier is not None:
             self.sparsifier.attach(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -250,8 +247,6 @@ class Classification:
                 self.optimizer.zero_grad()
             self._losses.append(loss.detach())
         self.step += 1
-        if self.sparsifier is not None:
-            self.sparsifier.step()
 
     def _mean_loss(self) -> float:
         """Over the steps since the last record and over all processes, checked."""
@@ -372,7 +367,7 @@ class Classification:
     def _finish(self) -> dict[str, Any]:
         """Finalize the model, and write what the run came to."""
         states = [] if self.sparsifier is None else self.sparsifier.layers()
-        magnitudes = [] if self.sparsifier is None else histograms(self.plain_model, self.sparsifier)
+        magnitudes = [] if self.sparsifier is None else histograms(self.sparsifier)
         if self.sparsifier is not None:
             self.sparsifier.finalize()
         accuracy, loss = self._evaluate()

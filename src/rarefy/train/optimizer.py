@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.sparse import Sparsifier
 from rarefy.train.recipe import Optimizer
 
 
@@ -19,24 +18,20 @@ def learning_rate(step: float, warmup: float, total: float) -> float:
     return (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2.0
 
 
-def make_optimizer(options: Optimizer, model: nn.Module, sparsifier: Sparsifier | None) -> torch.optim.Optimizer:
+def make_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer of all parameters; each of its groups keeps the learning rate given to it as ``peak_lr``.
 
-    The groups are the weights, the sparsifier's own if there is any, and the vectors: the scales and biases of norms
-    and the biases of convolutions, with a weight decay of their own.
+    The groups are the weights, and the vectors: the scales and biases of norms and the biases of convolutions, with a
+    weight decay of their own.
     """
-    defaults = {"lr": options.lr, "weight_decay": options.weight_decay}
-    if sparsifier is None:
-        groups: list[dict[str, Any]] = [{"params": list(model.parameters()), **defaults}]
-    else:
-        groups = sparsifier.param_groups(**defaults)
     linear_biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.Linear)}
-    vectors = [p for p in groups[0]["params"] if p.dim() <= 1 and id(p) not in linear_biases]
+    vectors = [p for p in model.parameters() if p.dim() <= 1 and id(p) not in linear_biases]
     chosen = {id(p) for p in vectors}
-    groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in chosen]
-    groups.append({"params": vectors, "lr": options.lr, "weight_decay": options.norm_weight_decay})
-    for group in groups:
-        group["peak_lr"] = group["lr"]
+    weights = [p for p in model.parameters() if id(p) not in chosen]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "lr": options.lr, "weight_decay": options.weight_decay, "peak_lr": options.lr},
+        {"params": vectors, "lr": options.lr, "weight_decay": options.norm_weight_decay, "peak_lr": options.lr},
+    ]
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr)
     return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)

@@ -185,9 +185,8 @@ def _named(plain: Any, where: str) -> Named:
         _one_of("method.name", name, ["dense", *sparse.names()])
         kinds, known = {}, set()
         if name != "dense":
-            constructors = [vars(cls)["__init__"] for cls in METHODS[name].__mro__[:-1] if "__init__" in vars(cls)]
-            kinds = {key: kind for init in constructors for key, kind in typing.get_type_hints(init).items()}
-            known = sparse.options(name) - {"example_input", "total_steps"}
+            kinds = typing.get_type_hints(METHODS[name])
+            known = set(sparse.options(name)) - {"example_input", "total_steps"}
     options = {}
     for key, value in plain.items():
         if key != "name":

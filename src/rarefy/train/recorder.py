@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from rarefy import cost
@@ -144,12 +143,11 @@ class Recorder:
         }
 
 
-def histograms(model: nn.Module, sparsifier: Sparsifier, bins: int = 60) -> list[dict[str, Any]]:
-    """Magnitudes of the raw weights of each sparsified layer, to be seen about their threshold."""
-    modules, found = dict(model.named_modules()), []
+def histograms(sparsifier: Sparsifier, bins: int = 60) -> list[dict[str, Any]]:
+    """Magnitudes of the dense weights of each sparsified layer, to be seen about their threshold."""
+    weights, found = sparsifier.dense_weights(), []
     for layer in sparsifier.layers():
-        weight = modules[layer.name].get_parameter("weight")
-        counts, edges = torch.histogram(weight.detach().float().abs().flatten().cpu(), bins)
+        counts, edges = torch.histogram(weights[layer.name].float().abs().flatten().cpu(), bins)
         named = {"name": layer.name, "threshold": layer.threshold}
         found.append({**named, "edges": edges.tolist(), "counts": [int(count) for count in counts]})
     return found

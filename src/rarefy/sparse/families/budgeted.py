@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from rarefy._names import unknown
 from rarefy.sparse import _checks
 from rarefy.sparse import distribution as spread
 from rarefy.sparse.base import Targeted
+from rarefy.sparse.budget import Budget
 from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k, within_budget
 
 
@@ -36,6 +37,8 @@ class Budgeted(Targeted):
             input width that blocks do not divide.
     """
 
+    budget: Budget = field(init=False)
+
     _: KW_ONLY
     distribution: str | Mapping[str, float] | None = None
     block: int = 1
@@ -52,7 +55,6 @@ class Budgeted(Targeted):
         self._check_target()
         self.block = _checks.whole("block", self.block, what="number of weights")
         super().__post_init__()
-        assert self.budget is not None
         self.distribution = self._checked(self.default_distribution if self.distribution is None else self.distribution)
         check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
         self._relayer()
@@ -64,7 +66,6 @@ class Budgeted(Targeted):
 
     def _relayer(self) -> None:
         # From here on in blocks, which are single weights where block is 1.
-        assert self.budget is not None
         shapes = {layer.name: layer.shape for layer in self._layers}
         self._sizes = [layer.size // self.block for layer in self._layers]
         self._costs = [cost * self.block for cost in self.budget.costs]
@@ -91,7 +92,6 @@ class Budgeted(Targeted):
 
     def live_counts(self, density: float) -> list[int]:
         """How many blocks of every layer live when the whole network has this density."""
-        assert self.budget is not None
         if density >= 1.0:
             return list(self._sizes)
         available = self.budget.available_at(density)
@@ -102,7 +102,6 @@ class Budgeted(Targeted):
 
     def choose(self, scores: Sequence[Tensor], density: float) -> list[Tensor]:
         """The masks of the best weights when the whole network has this density; one tensor of scores a layer."""
-        assert self.budget is not None
         if density >= 1.0:
             return [torch.ones_like(layer, dtype=torch.bool) for layer in scores]
         sums = [block_sum(layer, self.block) for layer in scores]

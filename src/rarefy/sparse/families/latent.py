@@ -68,6 +68,11 @@ class Latent(Sparsifier):
         masks = self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
         return dict(zip([layer.name for layer in self._layers], masks, strict=True))
 
+    def dense_weights(self) -> dict[str, Tensor]:
+        """See :meth:`Sparsifier.dense_weights`."""
+        self._ready()
+        return {layer.name: self.dense(weight) for layer, weight in zip(self._layers, self.latents(), strict=True)}
+
     def latents(self) -> list[Tensor]:
         """The dense weights, one tensor a layer: this process's part of it."""
         self._take_all()
@@ -75,17 +80,16 @@ class Latent(Sparsifier):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["latent"] = self.latent(bucket.gather(bucket.weights()))
+            bucket.keep("latent", self.latent(bucket.gather(bucket.weights())))
             self._prepare(bucket)
 
     def _prepare(self, bucket: Bucket) -> None:
         """Make what else the method keeps in a bucket."""
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
-        weight = bucket.kept["latent"]
+        grads, weight = bucket.grads(), bucket.kept["latent"]
         if any(grad is not None for grad in grads):
-            bucket.scatter(self.gradient(bucket.gather(grads), weight, bucket), grads)
+            bucket.scatter(self.gradient(bucket.gather(grads, bucket.scratch()), weight, bucket), grads)
         bucket.scatter(weight, bucket.weights())
 
     def _take(self, bucket: Bucket) -> None:
@@ -166,7 +170,6 @@ class Projected(Budgeted, Latent):
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         assert self.start is not None
         if not self.end:
             return self.budget.goal
@@ -174,7 +177,7 @@ class Projected(Budgeted, Latent):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["mask"] = bucket.flat(1, torch.bool)
+            bucket.keep("mask", bucket.flat(1, torch.bool))
         super()._begin()
         self._project(self.aim())
 
@@ -190,7 +193,6 @@ class Projected(Budgeted, Latent):
         return 1.0
 
     def _settle(self) -> list[Tensor]:
-        assert self.budget is not None
         self._project(self.budget.goal)
         return self._kept("mask")
 
@@ -205,7 +207,7 @@ class Thresholding(Projected):
         super().__post_init__()
 
     def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
+        bucket.per["threshold"] = "layer"
         bucket.kept["threshold"] = torch.zeros(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
     def threshold(self, bucket: Bucket) -> Tensor:
@@ -238,8 +240,8 @@ class Exploring(Projected):
         """How many weights of the layer get a gradient, when so many are live."""
 
     def _prepare(self, bucket: Bucket) -> None:
-        bucket.rows = [1] * len(bucket.layers)
         bucket.kept["explore"] = bucket.flat(0, torch.bool)
+        bucket.per["density"] = "layer"
         bucket.kept["density"] = torch.ones(len(bucket.layers), dtype=torch.float32, device=bucket.device)
 
     def project(self, masks: Sequence[Tensor]) -> None:

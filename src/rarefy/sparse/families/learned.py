@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import PIController, log_error
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import count_all, separate, top_k, within_budget
+from rarefy.sparse.masks import count_all, means, separate, top_k, within_budget
 
 #: Share of the run after which thresholds are trimmed to the target.
 TRIM_FROM = 0.6
@@ -87,10 +87,6 @@ class Learned(Targeted, Latent):
     def settle(self, layer: Layer, mask: Tensor) -> None:
         """Move what is learned as little as makes the layer's mask this one."""
 
-    @abstractmethod
-    def penalise(self, bucket: Bucket, coefficient: float) -> None:
-        """Add the gradient of the coefficient times the penalty to that of what is learned."""
-
     def bound(self, bucket: Bucket) -> None:
         """Keep what is learned in its range after a step."""
 
@@ -103,11 +99,11 @@ class Learned(Targeted, Latent):
         """See :class:`Latent`."""
         return self.margin(bucket) > 0.0
 
-    def _before(self, bucket: Bucket) -> None:
-        super()._before(bucket)
-        if any(parameter.grad is not None for parameter in bucket.own.values()):
-            assert self.penalty is not None
-            self.penalise(bucket, self.penalty * self._factor)
+    @property
+    def penalty_now(self) -> float:
+        """The coefficient of the penalty in this step, whose slope a method's ``gradient`` adds to that of the loss."""
+        assert self.penalty is not None
+        return self.penalty * self._factor
 
     def _learn(self, bucket: Bucket) -> None:
         super()._learn(bucket)
@@ -154,7 +150,8 @@ class Learned(Targeted, Latent):
             return
         margins = self._margins()
         kept = zip(margins, self._select(margins, density), strict=True)
-        least_kept = torch.stack([torch.where(c, m, torch.inf).amin() for m, c in kept if m.numel()]).amin()
+        least_kept = torch.cat([torch.where(c, m, torch.inf).flatten() for m, c in kept])
+        least_kept = least_kept.amin() if least_kept.numel() else least_kept.new_full((), torch.inf)
         group = next((layer.shard.group for layer in self._layers if layer.shard is not None), None)
         if group is not None:
             torch.distributed.all_reduce(least_kept, torch.distributed.ReduceOp.MIN, group=group)
@@ -192,19 +189,23 @@ class LearnedThreshold(Learned):
     #: The most that a threshold moves in a step: its gradient is a sum over many weights.
     max_move: ClassVar[float]
 
+    #: Whether there is one threshold an output channel; else one a layer.
+    channels: ClassVar[bool]
+
     @abstractmethod
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """What is compared with the threshold, (N,)."""
 
-    def _add_thresholds(self, bucket: Bucket, rows: list[int]) -> None:
-        bucket.rows = rows
-        bucket.own["threshold"] = nn.Parameter(torch.zeros(sum(rows), dtype=torch.float32, device=bucket.device))
-        bucket.kept["previous"] = torch.zeros(sum(rows), dtype=torch.float32, device=bucket.device)
+    def _prepare(self, bucket: Bucket) -> None:
+        bucket.rows = [shape[0] if self.channels else 1 for shape in bucket.shapes]
+        bucket.own["threshold"] = nn.Parameter(torch.zeros(sum(bucket.rows), dtype=torch.float32, device=bucket.device))
+        bucket.kept["previous"] = torch.zeros_like(bucket.own["threshold"].detach())
+        bucket.per = dict.fromkeys(["threshold", "previous"], "channel" if self.channels else "layer")
 
     def margin(self, bucket: Bucket) -> Tensor:
         """See :class:`Learned`."""
         size = self.size(bucket.kept["latent"].double(), bucket)
-        return size - bucket.spread(bucket.own["threshold"].detach().double())
+        return size - bucket.spread(bucket.own["threshold"].detach().double(), channels=self.channels)
 
     def shift(self, bucket: Bucket, by: float) -> None:
         """See :class:`Learned`."""
@@ -213,12 +214,11 @@ class LearnedThreshold(Learned):
     def settle(self, layer: Layer, mask: Tensor) -> None:
         """See :class:`Learned`."""
         bucket, place = self._where(layer)
-        assert bucket.rows is not None
         size = bucket.views(self.size(bucket.kept["latent"].double(), bucket))[place]
-        threshold = bucket.own["threshold"].detach().split(bucket.rows)[place]
+        threshold = bucket.parts(bucket.own["threshold"].detach())[place]
         shaped = threshold.double().view(-1, *[1] * (size.dim() - 1))
-        threshold.copy_(separate(size, shaped, mask, layer.shard).flatten())
-        bucket.kept["previous"].split(bucket.rows)[place].copy_(threshold)
+        threshold.copy_(separate(size, shaped, mask, None if self.channels else layer.shard).flatten())
+        bucket.parts(bucket.kept["previous"])[place].copy_(threshold)
 
     def bound(self, bucket: Bucket) -> None:
         """See :class:`Learned`."""
@@ -231,9 +231,7 @@ class LearnedThreshold(Learned):
         return threshold
 
     def _thresholds(self) -> list[float]:
-        def means(bucket: Bucket) -> list[Tensor]:
-            assert bucket.rows is not None
-            shown = self.shown(bucket.own["threshold"].detach(), bucket)
-            return [part.mean() if part.numel() else part.sum() for part in shown.split(bucket.rows)]
+        def thresholds(bucket: Bucket) -> Sequence[Tensor]:
+            return bucket.parts(self.shown(bucket.own["threshold"].detach(), bucket))
 
-        return [float(mean) for mean in torch.stack(self._by_layer(means)).tolist()]
+        return means(self._by_layer(thresholds), self._shards() if self.channels else None)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarefy.kernels.thresholds import mask_
+from rarefy.kernels.thresholds import Masks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import local
@@ -94,8 +94,10 @@ class Masked(Budgeted):
         return self.steps % every == 0 and self.steps - every < until * self.total_steps
 
     def _begin(self) -> None:
+        self._cuts: dict[int, Masks] = {}
         for bucket in self._buckets:
-            bucket.kept["mask"] = bucket.flat(1, torch.bool)
+            bucket.keep("mask", bucket.flat(1, torch.bool))
+            self._cuts[id(bucket)] = Masks(self._views(bucket))
         self._write(self.initial_masks())
 
     def _write(self, masks: Sequence[Tensor]) -> None:
@@ -104,8 +106,7 @@ class Masked(Budgeted):
 
     def _before(self, bucket: Bucket) -> None:
         self.see_gradients(bucket)
-        pairs = [(layer.grad, mask) for layer, mask in zip(bucket.layers, self._views(bucket), strict=True)]
-        mask_([grad for grad, _ in pairs if grad is not None], [mask for grad, mask in pairs if grad is not None])
+        self._cuts[id(bucket)].cut_(bucket.grads())
 
     def _views(self, bucket: Bucket) -> list[Tensor]:
         return bucket.views(bucket.kept["mask"])
@@ -114,7 +115,7 @@ class Masked(Budgeted):
         """Nothing: the parameters are the dense weights, where they live."""
 
     def _show(self, bucket: Bucket) -> None:
-        mask_(bucket.weights(), self._views(bucket))
+        self._cuts[id(bucket)].cut_(bucket.weights())
 
     def _changed(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.weights(), self._views(bucket), strict=True)
@@ -135,7 +136,6 @@ class Masked(Budgeted):
                     local(value).masked_fill_(old ^ new, 0.0)
 
     def _settle(self) -> list[Tensor]:
-        assert self.budget is not None
         masks = self._kept("mask")
         if self.budget.density(count_all(masks, self._shards())) > self.budget.goal * (1.0 + 1e-9):
             self._write(self.choose(self.magnitudes(), self.budget.goal))

@@ -32,7 +32,7 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import log_error
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import block_expand, block_sum, check_divisible, separate, top_k, within_budget
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, means, separate, top_k, within_budget
 from rarefy.sparse.shards import total
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
@@ -63,10 +63,17 @@ class ThresholdFunction(NamedTuple):
     derivative: Callable[[Tensor], Tensor]
 
 
+# A sigmoid up to 1 - 1e-6, and on in a straight line, so that any magnitude can be masked in the end.
+_EDGE = 1.0 - 1e-6
+_BEND = math.log(_EDGE / (1.0 - _EDGE))
+
+
+def _sigmoid(s: Tensor) -> Tensor:
+    return torch.sigmoid(s.clamp(max=_BEND)) + 1e-6 * (s - _BEND).clamp(min=0.0)
+
+
 def _sigmoid_inverse(threshold: Tensor) -> Tensor:
-    # Above 1 - 1e-6, which no sigmoid threshold passes, on in a straight line, so that magnitudes keep their order.
-    edge = 1.0 - 1e-6
-    return torch.logit(threshold.clamp(1e-30, edge)) + 1e6 * (threshold - edge).clamp(min=0.0)
+    return torch.logit(threshold.clamp(1e-30, _EDGE)) + 1e6 * (threshold - _EDGE).clamp(min=0.0)
 
 
 def _softplus_inverse(threshold: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ def _log(threshold: Tensor) -> Tensor:
 
 
 THRESHOLD_FUNCTIONS = {
-    "sigmoid": ThresholdFunction(torch.sigmoid, _sigmoid_inverse, lambda t: (1.0 - t) * t),
+    "sigmoid": ThresholdFunction(_sigmoid, _sigmoid_inverse, lambda t: (1.0 - t).clamp(min=0.0) * t),
     "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
     "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
 }
@@ -186,7 +193,9 @@ class SoftThreshold(Targeted, Latent):
     def live(self, bucket: Bucket) -> Tensor:
         """See :class:`Latent`."""
         live = bucket.flat(dtype=torch.bool)
-        for out, w, t in zip(bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True):
+        for out, w, t in zip(
+            bucket.views(live), bucket.views(bucket.kept["latent"]), self._shaped(bucket), strict=True
+        ):
             out.copy_(self._magnitude(w) > t)
         return live
 
@@ -197,20 +206,20 @@ class SoftThreshold(Targeted, Latent):
 
     def _shaped(self, bucket: Bucket) -> list[Tensor]:
         """The thresholds of each layer, (1, ..., 1) or (out, 1, ..., 1)."""
-        assert bucket.rows is not None
-        parts = self.threshold(bucket).split(bucket.rows)
+        parts = bucket.parts(self.threshold(bucket))
         return [t.view(-1, *[1] * (len(shape) - 1)) for t, shape in zip(parts, bucket.shapes, strict=True)]
 
     def _rows_of(self, bucket: Bucket, values: Tensor) -> Tensor:
         """(L,) to one a row."""
         if self.granularity == "layer":
             return values
-        assert bucket.rows is not None
         return torch.cat([v.expand(n) for v, n in zip(values, bucket.rows, strict=True)])
 
     def _prepare(self, bucket: Bucket) -> None:
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
+        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
+        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower"], self.granularity))
         weight, count = bucket.kept["latent"], len(bucket.layers)
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
         bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
@@ -238,7 +247,6 @@ class SoftThreshold(Targeted, Latent):
         pointers = tuple(weight.data_ptr() for weight in bucket.weights())
         cached = self._kernels.get(id(bucket))
         if cached is None or cached[0] != pointers:
-            assert bucket.rows is not None
             layers = ThresholdedLayers(bucket.weights(), bucket.views(bucket.kept["latent"]), bucket.rows)
             cached = self._kernels[id(bucket)] = (pointers, layers)
         return cached[1]
@@ -248,7 +256,7 @@ class SoftThreshold(Targeted, Latent):
         super()._begin()
 
     def _before(self, bucket: Bucket) -> None:
-        grads = [layer.grad for layer in bucket.layers]
+        grads = bucket.grads()
         threshold, s = self.threshold(bucket), bucket.own["s"]
         # A layer whose weights are all 0 gets its whole gradient.
         alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
@@ -375,17 +383,19 @@ class SoftThreshold(Targeted, Latent):
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self._rest():
-            shift = trim(log_error(self._density, self._rest()))
-            torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], shift)
+            self._shift(trim(log_error(self._density, self._rest())))
         return log_error(self._density, self.budget.aim(self.progress))
+
+    def _shift(self, by: float) -> None:
+        """Move all s together."""
+        torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], by)
 
     def _scores(self) -> list[Tensor]:
         """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""
         scores = []
         for layer, weight in zip(self._layers, self.latents(), strict=True):
             bucket, place = self._where(layer)
-            assert bucket.rows is not None
-            s = bucket.own["s"].detach().split(bucket.rows)[place].view(-1, *[1] * (weight.dim() - 1))
+            s = bucket.parts(bucket.own["s"].detach())[place].view(-1, *[1] * (weight.dim() - 1))
             magnitude = block_sum(weight.double().abs(), self.block) / self.block
             scores.append(self._g.inverse(magnitude) - s.double())
         return scores
@@ -404,11 +414,11 @@ class SoftThreshold(Targeted, Latent):
     def _move(self, layer: Layer, mask: Tensor) -> None:
         """Move s as little as makes the layer's mask this one."""
         bucket, place = self._where(layer)
-        assert bucket.rows is not None
         now = self._shaped(bucket)[place].double()
         weight = bucket.views(bucket.kept["latent"])[place]
-        wanted = separate(self._magnitude(weight).double(), now, mask, layer.shard)
-        s = bucket.own["s"].detach().split(bucket.rows)[place]
+        shard = layer.shard if self.granularity == "layer" else None  # rows are whole wherever they are
+        wanted = separate(self._magnitude(weight).double(), now, mask, shard)
+        s = bucket.parts(bucket.own["s"].detach())[place]
         s.copy_(torch.where((wanted != now).flatten(), self._g.inverse(wanted).flatten(), s.double()))
 
     def _settle(self) -> list[Tensor]:
@@ -427,8 +437,7 @@ class SoftThreshold(Targeted, Latent):
         return self.alpha_now
 
     def _thresholds(self) -> list[float]:
-        means = self._by_layer(lambda bucket: [t.mean() if t.numel() else t.sum() for t in self._shaped(bucket)])
-        return [float(value) for value in torch.stack(means).tolist()]
+        return means(self._by_layer(self._shaped), self._shards() if self.granularity == "channel" else None)
 
     def _config(self) -> dict[str, Any]:
         return {

@@ -72,7 +72,6 @@ class ACDC(Masked):
 
     def update_masks(self) -> list[Tensor] | None:
         """See :class:`Masked`: the largest weights, or all."""
-        assert self.budget is not None
         if self.compressed() == self._sparse:
             return None
         self._sparse = not self._sparse

@@ -146,7 +146,6 @@ class AutoSparse(SoftThreshold):
             return
         for layer, weight in zip(self._layers, self.latents(), strict=True):
             bucket, place = self._where(layer)
-            assert bucket.rows is not None
             threshold = self._shaped(bucket)[place]
             excess = weight.float().abs() - threshold
             best = top_k(excess, max(1, int(self.backward_density * layer.size)), layer.shard)
@@ -154,7 +153,7 @@ class AutoSparse(SoftThreshold):
             if layer.shard is not None:
                 torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=layer.shard.group)
             # What the forward uses always gets its gradient: the bound is never above the threshold.
-            bucket.kept["lower"].split(bucket.rows)[place].copy_((threshold + least.clamp(max=0.0)).flatten())
+            bucket.parts(bucket.kept["lower"])[place].copy_((threshold + least.clamp(max=0.0)).flatten())
 
     def _weight_grad_density(self, density: float) -> float:
         if self._alpha_now == 0.0:

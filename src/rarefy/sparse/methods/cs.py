@@ -68,6 +68,14 @@ class ContinuousSparsification(Learned):
         soft = weight * torch.sigmoid(self.beta * bucket.own["s"]) * (1.0 + math.exp(-self.initial))
         return soft if self.steps < self.total_steps else soft * self.live(bucket)
 
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW = dL/dW^ sigmoid(beta s) / sigmoid(s_0);  dL/ds that of the loss and of the penalty."""
+        scale = 1.0 + math.exp(-self.initial)
+        soft = torch.sigmoid(self.beta * bucket.own["s"].detach())
+        pull = (grad * weight).mul_(scale).add_(self.penalty_now).mul_(self.beta)
+        bucket.own["s"].grad = (1.0 - soft).mul_(soft).mul_(pull)
+        return grad.mul_(soft).mul_(scale)
+
     def margin(self, bucket: Bucket) -> Tensor:
         """See :class:`Learned`: s."""
         return bucket.own["s"].detach().double()
@@ -82,13 +90,6 @@ class ContinuousSparsification(Learned):
         s = bucket.views(bucket.own["s"].detach())[place]
         edge = torch.finfo(s.dtype).tiny
         s.copy_(torch.where(mask, s.clamp(min=edge), s.clamp(max=0.0)))
-
-    def penalise(self, bucket: Bucket, coefficient: float) -> None:
-        """Add d sigmoid(beta s) / ds."""
-        s = bucket.own["s"]
-        soft = torch.sigmoid(self.beta * s.detach())
-        assert s.grad is not None
-        s.grad.add_(soft * (1.0 - soft), alpha=coefficient * self.beta)
 
     def _prepare(self, bucket: Bucket) -> None:
         bucket.own["s"] = nn.Parameter(bucket.flat(self.initial, torch.float32))

@@ -24,11 +24,10 @@ from rarefy.sparse.masks import count_all
 RESET_AT = 0.01
 
 
-def long_tailed_step(x: Tensor) -> Tensor:
-    """1 where x >= 0, else 0, with the gradient of the long-tailed estimator."""
-    size = x.detach().abs()
-    slope = torch.where(size <= 0.4, 2.0 - 4.0 * size, torch.where(size <= 1.0, 0.4, 0.0))
-    return (x.detach() >= 0.0).to(x.dtype) + slope * (x - x.detach())
+def long_tail(x: Tensor) -> Tensor:
+    """step'(x), the long-tailed estimator."""
+    size = x.abs()
+    return (2.0 - 4.0 * size).clamp_(min=0.4) * (size <= 1.0)
 
 
 @dataclass(eq=False, repr=False)
@@ -49,10 +48,20 @@ class DST(LearnedThreshold):
     )
     default_penalty = 5e-4
     max_move = 0.02
+    channels = True
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W step(|W| - t)."""
-        return weight * long_tailed_step(weight.abs() - bucket.spread(bucket.own["threshold"]))
+        return weight * (weight.abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True))
+
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW = dL/dW^ (step + |W| step');  dL/dt = -sum over the filter of dL/dW^ W step', and the penalty's."""
+        size, t = weight.abs(), bucket.own["threshold"].detach()
+        excess = size - bucket.spread(t, channels=True)
+        slope = long_tail(excess)
+        # d exp(-t) / dt = -exp(-t)
+        bucket.own["threshold"].grad = -bucket.channel_sums(grad * weight * slope) - self.penalty_now * torch.exp(-t)
+        return grad.mul_(size.mul_(slope).add_(excess >= 0.0))
 
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """|W|."""
@@ -60,16 +69,8 @@ class DST(LearnedThreshold):
 
     def live(self, bucket: Bucket) -> Tensor:
         """step(|W| - t) = 1."""
-        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach())
+        return bucket.kept["latent"].abs() >= bucket.spread(bucket.own["threshold"].detach(), channels=True)
 
-    def penalise(self, bucket: Bucket, coefficient: float) -> None:
-        """Add d exp(-t) / dt."""
-        t = bucket.own["threshold"]
-        assert t.grad is not None
-        t.grad.sub_(torch.exp(-t.detach()), alpha=coefficient)
-
-    def _prepare(self, bucket: Bucket) -> None:
-        self._add_thresholds(bucket, [shape[0] for shape in bucket.shapes])
 
     def steer(self) -> None:
         """Reset layers that are all but gone, in a run without a target."""
@@ -78,5 +79,4 @@ class DST(LearnedThreshold):
         for layer, live in zip(self._layers, count_all(self._live(), self._shards()), strict=True):
             if live <= RESET_AT * layer.size:
                 bucket, place = self._where(layer)
-                assert bucket.rows is not None
-                bucket.own["threshold"].detach().split(bucket.rows)[place].zero_()
+                bucket.parts(bucket.own["threshold"].detach())[place].zero_()

@@ -62,7 +62,6 @@ class GMP(Masked):
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         return self._initial_density - (self._initial_density - self.budget.goal) * cubic_ramp(
             self.progress, self.start, self.end
         )
@@ -71,7 +70,6 @@ class GMP(Masked):
         """See :class:`Masked`: what the model has."""
         masks = self.zeros_of_the_model()
         if masks is not None:
-            assert self.budget is not None
             self._initial_density = self.budget.density(count_all(masks, self._shards()))
         return super().initial_masks() if masks is None else masks
 
@@ -79,7 +77,6 @@ class GMP(Masked):
         """See :class:`Masked`: the largest weights."""
         if not self.due(self._every, self.end) and self.steps != self.total_steps:
             return None
-        assert self.budget is not None
         if self._initial_density <= self.budget.goal:  # as sparse as the target, or sparser
             return None
         return self.choose(self.magnitudes(), self.aim())

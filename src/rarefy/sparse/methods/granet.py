@@ -51,7 +51,6 @@ class GraNet(RigL):
         _checks.ramp(0.0, self.end)
         _checks.fraction("initial_density", self.initial_density, zero=False)
         super().__post_init__()
-        assert self.budget is not None
         if self.initial_density <= self.budget.goal:
             raise ValueError(
                 f"initial_density={self.initial_density:g} must be above the target's density, {self.budget.goal:.4g}"
@@ -63,7 +62,6 @@ class GraNet(RigL):
 
     def aim(self) -> float:
         """The density that the schedule asks for now, in (0, 1]."""
-        assert self.budget is not None
         fall = self.initial_density - self.budget.goal
         return self.initial_density - fall * cubic_ramp(self.progress, 0.0, self.end)
 

@@ -46,6 +46,7 @@ class LTP(LearnedThreshold):
     )
     default_penalty = 1e-3
     max_move = 0.05
+    channels = False
     tracks = True
 
     def __post_init__(self) -> None:
@@ -54,31 +55,34 @@ class LTP(LearnedThreshold):
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W sigmoid((W^2 - tau) / T), hard in the end."""
-        soft = torch.sigmoid(self._excess(weight.detach(), bucket))
-        return weight * (soft if self.steps < self.total_steps else self.live(bucket))
+        return weight * (self._soft(weight, bucket) if self.steps < self.total_steps else self.live(bucket))
 
-    def _excess(self, weight: Tensor, bucket: Bucket) -> Tensor:
-        """(W^2 / var - v) / T_0."""
-        return (self.size(weight, bucket) - bucket.spread(bucket.own["threshold"])) / self.temperature
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW = dL/dW^ sigmoid(...);  dL/dv = -sum of (dL/dW^ W + the penalty's) sigmoid'(...) / T_0."""
+        soft = self._soft(weight, bucket)
+        steep = soft * (1.0 - soft)
+        penalty = self.penalty_now / sum(layer.size for layer in self._layers)
+        pull = (grad * weight).add_(penalty).mul_(steep)
+        bucket.own["threshold"].grad = bucket.sums(pull).div_(-self.temperature)
+        return grad.mul_(soft)
+
+    def _soft(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """sigmoid((W^2 / var - v) / T_0)."""
+        scale = 1.0 / (bucket.kept["variance"] * self.temperature)
+        shift = bucket.own["threshold"].detach() / self.temperature
+        return weight.square().mul_(bucket.spread(scale)).sub_(bucket.spread(shift)).sigmoid_()
 
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^2 / var."""
         return weight.square() / bucket.spread(bucket.kept["variance"]).to(weight.dtype)
-
-    def penalise(self, bucket: Bucket, coefficient: float) -> None:
-        """Add the slope of the soft L0 norm."""
-        soft = torch.sigmoid(self._excess(bucket.kept["latent"], bucket).detach())
-        slope = bucket.sums(soft * (1.0 - soft)) / self.temperature
-        v = bucket.own["threshold"]
-        assert v.grad is not None
-        v.grad.sub_(slope, alpha=coefficient / sum(layer.size for layer in self._layers))
 
     def shown(self, threshold: Tensor, bucket: Bucket) -> Tensor:
         """sqrt(tau)."""
         return (threshold * bucket.kept["variance"]).sqrt()
 
     def _prepare(self, bucket: Bucket) -> None:
-        self._add_thresholds(bucket, [1] * len(bucket.layers))
+        super()._prepare(bucket)
+        bucket.per["variance"] = "layer"
         sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
         weight = bucket.kept["latent"].float()
         mean = bucket.sums(weight) / sizes

@@ -75,7 +75,6 @@ class MEST(Masked):
 
     def initial_masks(self) -> list[Tensor]:
         """See :class:`Masked`: at random."""
-        assert self.budget is not None
         counts = zip(self.live_counts(self.budget.goal), self._sizes, strict=True)
         return self.masks_of([self.bounds(count, size)[1] for count, size in counts], self.seed)
 
@@ -98,7 +97,6 @@ class MEST(Masked):
         # After the last stage has begun one more update takes away what EM&S has too many.
         if not self.due(self._every) and self.steps != self.total_steps:
             return None
-        assert self.budget is not None
         scores, shards = self.magnitudes(), self._shards()
         seen, self._gradients = self._gradients, {}
         if seen:
@@ -109,7 +107,9 @@ class MEST(Masked):
             ]
         masks = []
         counts = self.live_counts(self.budget.goal)
-        for score, draw, count, size, shard in zip(scores, self.random(self.seed), counts, self._sizes, shards, strict=True):
+        for score, draw, count, size, shard in zip(
+            scores, self.random(self.seed), counts, self._sizes, shards, strict=True
+        ):
             lower, upper = self.bounds(count, size)
             kept = top_k(block_sum(score, self.block), lower, shard)
             growth = block_sum(draw, self.block).masked_fill(kept, -torch.inf)

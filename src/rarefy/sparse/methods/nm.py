@@ -26,10 +26,12 @@ from rarefy.sparse.masks import check_divisible
 def best_of_each(scores: Tensor, n: int, m: int) -> Tensor:
     """Mask of the n best of every m consecutive scores, (N,), ties to the lower index."""
     groups = scores.view(-1, m)
-    better = groups.unsqueeze(1) > groups.unsqueeze(2)  # (groups, i, j): j is larger than i
-    earlier = torch.ones(m, m, dtype=torch.bool, device=scores.device).tril(-1)
-    equal = (groups.unsqueeze(1) == groups.unsqueeze(2)) & earlier
-    return ((better | equal).sum(2) < n).flatten()
+    better = torch.zeros_like(groups, dtype=torch.uint8)  # how many of its group come before each
+    for index in range(m):
+        other = groups[:, index : index + 1]
+        better[:, :index] += other > groups[:, :index]
+        better[:, index + 1 :] += other >= groups[:, index + 1 :]
+    return (better < n).flatten()
 
 
 @dataclass(eq=False, repr=False)
@@ -70,18 +72,20 @@ class NM(Latent):
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W M."""
-        return weight * self._mask(weight)
+        mask = best_of_each(weight.abs(), self.n, self.m)
+        bucket.kept["mask"].copy_(mask)
+        return weight * mask
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ + lambda (1 - M) W."""
-        return grad.add_(weight.masked_fill(self._mask(weight), 0.0), alpha=self.refinement)
+        return grad.add_(weight.masked_fill(bucket.kept["mask"], 0.0), alpha=self.refinement)
 
     def live(self, bucket: Bucket) -> Tensor:
         """M."""
-        return self._mask(bucket.kept["latent"])
+        return best_of_each(bucket.kept["latent"].abs(), self.n, self.m)
 
-    def _mask(self, weight: Tensor) -> Tensor:
-        return best_of_each(weight.abs(), self.n, self.m)
+    def _prepare(self, bucket: Bucket) -> None:
+        bucket.kept["mask"] = bucket.flat(1, torch.bool)
 
     def _update(self) -> None:
         """Nothing: the masks follow from the weights."""

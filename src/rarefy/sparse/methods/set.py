@@ -67,7 +67,6 @@ class SET(Masked):
 
     def initial_masks(self) -> list[Tensor]:
         """See :class:`Masked`: at random."""
-        assert self.budget is not None
         return self.random_masks(self.budget.goal, self.seed)
 
     def growth_scores(self) -> Sequence[Tensor] | None:
@@ -79,7 +78,9 @@ class SET(Masked):
         if not self.due(self._every, self.stop):
             return None
         growth = self.growth_scores()
-        return None if growth is None else self.drop_and_grow(list(self.live_masks().values()), self.magnitudes(), growth)
+        return (
+            None if growth is None else self.drop_and_grow(list(self.live_masks().values()), self.magnitudes(), growth)
+        )
 
     def drop_and_grow(
         self, masks: Sequence[Tensor], magnitudes: Sequence[Tensor], growth: Sequence[Tensor]

@@ -46,7 +46,7 @@ class SNFS(SET):
     def see_gradients(self, bucket: Bucket) -> None:
         """See :class:`Masked`: m <- 0.9 m + 0.1 dL/dW."""
         if self.progress < self.stop:
-            pairs = zip(bucket.views(bucket.kept["momentum"]), [layer.grad for layer in bucket.layers], strict=True)
+            pairs = zip(bucket.views(bucket.kept["momentum"]), bucket.grads(), strict=True)
             seen = [(momentum, grad) for momentum, grad in pairs if grad is not None]
             torch._foreach_lerp_([m for m, _ in seen], [g for _, g in seen], 1.0 - self.growth_momentum)
 
@@ -56,7 +56,7 @@ class SNFS(SET):
 
     def _begin(self) -> None:
         for bucket in self._buckets:
-            bucket.kept["momentum"] = bucket.flat()
+            bucket.keep("momentum", bucket.flat())
         super()._begin()
 
     def _weight_grad_density(self, density: float) -> float:

@@ -63,7 +63,7 @@ class ST3(Thresholding):
         if self.rescale:
             # r of each channel, and c for each of its weights
             left = bucket.channel_sums(shrunk) / bucket.channel_sums(size).clamp(min=1e-12)
-            shrunk = shrunk * bucket.spread(1.01 / (left + 0.01))
+            shrunk = shrunk * bucket.spread(1.01 / (left + 0.01), channels=True)
         return shrunk.copysign(weight)
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
@@ -75,8 +75,6 @@ class ST3(Thresholding):
         """|W|, or |W| / std(W)."""
         if not self.sigma:
             return weight.abs()
-        if layer.shard is None:
-            return weight.abs() / weight.std().clamp(min=1e-12)
         mean = total(weight.double().sum()[None], [layer.shard]) / layer.size
         squares = total((weight - mean).square().sum()[None], [layer.shard]) / (layer.size - 1)
         return weight.abs() / squares.sqrt().to(weight.dtype).clamp(min=1e-12)
@@ -86,4 +84,3 @@ class ST3(Thresholding):
 
     def _alpha(self) -> float | None:
         return self._annealed(self.progress)
-

@@ -15,6 +15,7 @@ from rarefy.sparse import _checks
 from rarefy.sparse.base import Info
 from rarefy.sparse.budget import Budget
 from rarefy.sparse.families.masked import Masked
+from rarefy.sparse.layers import DEFAULT_FLOOR
 from rarefy.sparse.masks import count_all
 
 
@@ -29,7 +30,8 @@ class Static(Masked):
         seed: of the random masks; every process of a run must have the same; 0.
 
     Raises:
-        ValueError: as :class:`Budgeted`; with masks="nonzero" a target, or a model that has no zeros.
+        ValueError: as :class:`Budgeted`; an option that the masks leave no use for; with
+            masks="nonzero" a model that has no zeros.
     """
 
     _: KW_ONLY
@@ -49,11 +51,19 @@ class Static(Masked):
         _checks.whole("seed", self.seed, least=0)
         if self.masks is not None:
             _checks.one_of("masks", self.masks, ("random", "magnitude", "nonzero"))
+        if self.masks == "nonzero":
+            free = {"target": None, "target_flops": None, "distribution": None, "floor": DEFAULT_FLOOR, "block": 1}
+            given = [name for name, default in free.items() if getattr(self, name) != default]
+            if given:
+                raise ValueError(f"masks='nonzero' holds the zeros that the model has: leave {' and '.join(given)} out")
+        if self.masks in ("magnitude", "nonzero") and self.seed:
+            raise ValueError(f"masks={self.masks!r} draws nothing: leave seed out")
+        if self.distribution == "global" and self.masks != "magnitude":
+            raise ValueError("distribution='global' takes the largest weights over all layers: pass masks='magnitude'")
         super().__post_init__()
 
     def initial_masks(self) -> list[Tensor]:
         """See :class:`Masked`."""
-        assert self.budget is not None
         if self.masks == "magnitude":
             return self.choose([weight.abs() for weight in self.weights()], self.budget.goal)
         found = None if self.masks == "random" else self.zeros_of_the_model()
@@ -64,8 +74,6 @@ class Static(Masked):
     def _check_target(self) -> None:
         if self.masks != "nonzero":
             super()._check_target()
-        elif self.target is not None or self.target_flops is not None:
-            raise ValueError("masks='nonzero' holds the zeros that the model has: leave target and target_flops out")
 
     def _make_budget(self) -> Budget | None:
         if self.masks != "nonzero":
@@ -74,8 +82,8 @@ class Static(Masked):
         live = sum(count_all([layer.local != 0 for layer in self._chosen], self._shards()))
         if not 0 < live < sum(sizes):
             raise ValueError(
-                f"masks='nonzero' holds the zeros that the model has, and of its {sum(sizes)} weights {sum(sizes) - live} "
-                "are 0: load the sparse weights before the sparsifier is made"
+                f"masks='nonzero' holds the zeros that the model has, and of its {sum(sizes)} weights "
+                f"{sum(sizes) - live} are 0: load the sparse weights before the sparsifier is made"
             )
         return Budget("sparsity", live / sum(sizes), (1.0,) * len(sizes), 0.0, float(sum(sizes)))
 

@@ -1,13 +1,12 @@
 """Top-K with Gradient Annealing: the variant of AutoSparse with a budget fixed beforehand (arXiv 2304.06941).
 
-    forward     W^ = W where W is among the K largest |W| of its layer, else 0
-    backward    1 for those, alpha for the next largest up to ``backward_density`` of the layer, 0 for the rest
-    annealing   alpha = alpha_0 * schedule(progress)
+forward     W^ = W where W is among the K largest |W| of its layer, else 0
+backward    1 for those, alpha for the next largest up to ``backward_density`` of the layer, 0 for the rest
+annealing   alpha = alpha_0 * schedule(progress)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rarefy.sparse import anneal
+from rarefy.sparse import schedules
 
 #: epoch of 100 -> cosine, sigmoid, the larger of both
 REFERENCE = {
@@ -20,24 +20,24 @@ REFERENCE = {
 
 @pytest.mark.parametrize(("epoch", "values"), REFERENCE.items())
 def test_reference_values(epoch, values):
-    got = [anneal.SCHEDULES[name](epoch / 100) for name in ("cosine", "sigmoid", "sigmoid-cosine")]
+    got = [schedules.SCHEDULES[name](epoch / 100) for name in ("cosine", "sigmoid", "sigmoid-cosine")]
     assert got == pytest.approx(values, abs=5.1e-6)
 
 
 def test_linear_and_constant():
-    assert [anneal.linear(p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
-    assert [anneal.constant(p) for p in (0, 0.25, 1)] == [1, 1, 1]
+    assert [schedules.linear(p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
+    assert [schedules.constant(p) for p in (0, 0.25, 1)] == [1, 1, 1]
 
 
 def test_cubic_ramp():
-    assert anneal.cubic_ramp(0.0, 0.05, 0.6) == 0
-    assert anneal.cubic_ramp(0.05, 0.05, 0.6) == 0
-    assert anneal.cubic_ramp(0.325, 0.05, 0.6) == pytest.approx(1 - 0.5**3)
-    assert anneal.cubic_ramp(0.6, 0.05, 0.6) == anneal.cubic_ramp(1.0, 0.05, 0.6) == 1
+    assert schedules.cubic_ramp(0.0, 0.05, 0.6) == 0
+    assert schedules.cubic_ramp(0.05, 0.05, 0.6) == 0
+    assert schedules.cubic_ramp(0.325, 0.05, 0.6) == pytest.approx(1 - 0.5**3)
+    assert schedules.cubic_ramp(0.6, 0.05, 0.6) == schedules.cubic_ramp(1.0, 0.05, 0.6) == 1
 
 
-@pytest.mark.parametrize("name", anneal.SCHEDULES)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_schedules_fall_within_0_and_1(name):
-    values = [anneal.SCHEDULES[name](i / 200) for i in range(201)]
+    values = [schedules.SCHEDULES[name](i / 200) for i in range(201)]
     assert all(0 <= value <= 1 for value in values)
     assert values == sorted(values, reverse=True)

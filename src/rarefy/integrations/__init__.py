@@ -1,0 +1,1 @@
+"""Sparse training inside other people's trainers: a callback each."""
