@@ -4,7 +4,7 @@
 
 Trains each network densely, once for each seed, and goes on from there to 70 and 90 % zeros by every method with the
 same batches. Rows go to results/fine-tuning.csv as they come; started again, it does only what is missing. ``--print``
-prints the table of docs/autosparse.md.
+prints the table of what is there.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Task:
 
 
 class Recall(nn.Module):
-    """A small transformer over (B, 16) tokens below 16; the answer is the token at the place that the first names."""
+    """A small transformer over (B, 16) tokens below 16: the first names the place of the answer, another of them."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def tuned(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean accuracy over the seeds, and what each method is off GMP, as Markdown."""
+    """Mean accuracy over the seeds, as Markdown."""
 
     def mean(**cell: Any) -> float | None:
         same = [float(r["accuracy"]) for r in rows if all(str(r[key]) == str(value) for key, value in cell.items())]

@@ -9,13 +9,20 @@ step, decoupled, so that over a run ``log|s|`` falls by ``pressure`` if the loss
 decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
 
 A soft threshold takes T from every weight, and counts on training to give it back. Where the optimizer cannot move the
-weights that far, as in fine-tuning at a small learning rate, it takes as much less: ``W - sign(W) * shrink * T`` above
-the threshold, with ``shrink`` measured from how far the steps move the layer's weights, 1 in training from scratch.
+weights that far, as in fine-tuning at a small learning rate, it takes less::
+
+    W^ = sign(W) (|W| - shrink T)  for |W| > T, else 0
+    shrink = min(1, (reach / FREE)^2),   reach = steps * (largest mean |step| of a layer's weights) / (their first size)
+
+from the soft threshold (1: training from scratch) to the hard one (0). Nor can the loss hold against the pressure then:
+the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
+of the method's own.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -110,11 +117,12 @@ class SoftThreshold(Targeted, Latent):
     """Thresholds, pressure, floors and the landing on a budget: all but alpha, which is the method's (a subclass).
 
     Args:
-        pressure: total decay of s over the run (see the module); None takes the method's own for the target.
+        pressure: total decay of s over the run (see the module); None takes the method's own for the target, or without
+            one as much of it as the optimizer can move the weights.
         granularity: one threshold a "layer" or an output "channel".
         threshold_function: g: "sigmoid", "exp" or "softplus".
         threshold_init: the first s, where the layer's weights are large enough; -5 gives thresholds of 0.0067. A layer
-            starts at no more than 0.15 times the root mean square of its weights, and one whose weights are all 0
+            starts at no more than 0.12 times the root mean square of its weights, and one whose weights are all 0
             without a threshold, until they are not.
         threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD and Adam; a larger one lets the loss
             push the thresholds down.
@@ -146,6 +154,7 @@ class SoftThreshold(Targeted, Latent):
         super().__post_init__()
         check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
         self.own_rate = self.threshold_lr
+        self._pressure_yields = self.pressure is None and self.budget is None
         if self.pressure is None:
             self.pressure = self._default_pressure()
         self._density = self._freedom = 1.0
@@ -239,7 +248,8 @@ class SoftThreshold(Targeted, Latent):
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
         bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
         bucket.kept["moved"] = torch.zeros(count, device=bucket.device)
-        bucket.kept["shrink"] = torch.ones(count, device=bucket.device)
+        # What no optimizer holds does not move.
+        bucket.kept["shrink"] = torch.full((count,), 0.0 if bucket.optimizer is None else 1.0, device=bucket.device)
         first = self._first(bucket.kept["scale"])
         bucket.own["s"] = nn.Parameter(self._rows_of(bucket, first).clone())
         bucket.kept["lowest"] = bucket.own["s"].detach() - MAX_FALL
@@ -317,16 +327,21 @@ class SoftThreshold(Targeted, Latent):
             # It only raises thresholds: s above 0 is the trim's doing.
             assert self.pressure is not None
             share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
-            self._press(parameters, self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps))
+            self._press(parameters, min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps)))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             error = self._measure()
         torch._foreach_copy_([bucket.kept["previous"] for bucket in self._buckets], parameters)
         self._steer(error)
 
-    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
-        """Let s decay by this much of log|s|, and no more than ``most``."""
-        torch._foreach_maximum_(parameters, torch._foreach_mul(parameters, math.exp(-min(decay, most))))
+    def _press(self, parameters: list[Tensor], decay: float) -> None:
+        """Let s decay by this much of log|s|, or as much less as the loss can answer less."""
+        if self._pressure_yields:
+            shrinks = [self._rows_of(bucket, bucket.kept["shrink"]) for bucket in self._buckets]
+            decayed = torch._foreach_mul(parameters, [torch.exp(-decay * shrink) for shrink in shrinks])
+        else:
+            decayed = torch._foreach_mul(parameters, math.exp(-decay))
+        torch._foreach_maximum_(parameters, decayed)
 
     def _limit(self, parameters: list[Tensor]) -> None:
         """Bound what the optimizer did to s."""
@@ -346,7 +361,7 @@ class SoftThreshold(Targeted, Latent):
         kept, now = bucket.kept, bucket.gather(bucket.weights())
         sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
         step = bucket.sums((now - kept["latent"]).float().abs()) / sizes
-        kept["moved"].copy_(torch.maximum(kept["moved"], step))
+        kept["moved"].copy_(torch.fmax(kept["moved"], step))  # NaN leaves it as it is
         size = self._root_mean_square(bucket, now)
         waking = (kept["awake"] == 0.0) & (size > 0.0)
         kept["scale"].copy_(torch.where(waking, size, kept["scale"]))
@@ -385,7 +400,7 @@ class SoftThreshold(Targeted, Latent):
         if self.budget is None:
             return None
         self._density = self.budget.density(live)
-        self._freedom = float(torch.cat([bucket.kept["shrink"] for bucket in self._buckets]).mean())
+        self._freedom = statistics.fmean(value for bucket in self._buckets for value in bucket.kept["shrink"].tolist())
         if self.steps == self.total_steps:
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
