@@ -111,7 +111,7 @@ def test_autosparse_and_str(alpha):
         dense, _, sparsifier = trained("autosparse", alpha=alpha, anneal="constant", **options)
     else:
         dense, _, sparsifier = trained("str", **options)
-    assert (s.detach() - first).abs().min() > 0.001, "thresholds learn"
+    assert (s.detach() - first).abs().max() > 0.01, "thresholds learn"
     torch.testing.assert_close(thresholds_of(sparsifier), s.detach(), rtol=1e-5, atol=0)
     for mine, theirs in zip(dense, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

@@ -208,7 +208,7 @@ class Sparsifier(ABC):
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
     def prepare(self, bucket: Bucket) -> None:  # noqa: B027
-        """Make what the method learns and keeps in a bucket besides, from the dense weights that the parameters hold."""
+        """Make what the method learns and keeps in a bucket besides; the parameters hold the dense weights."""
 
     def dense_weights(self) -> dict[str, Tensor]:
         """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
@@ -227,7 +227,7 @@ class Sparsifier(ABC):
         """What a checkpoint must hold besides the steps and what the buckets keep."""
         return {}
 
-    def _load_state(self, state: Mapping[str, Any]) -> None:
+    def _load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what :meth:`_state` gave."""
 
     def _floors(self) -> float | Mapping[str, float]:
@@ -395,7 +395,7 @@ class Sparsifier(ABC):
                 )
         if not self._buckets:
             self._ready()
-        # Before the first step: what attach() has masked are the weights of the checkpoint, if the model was loaded first.
+        # Before the first step: if the model was loaded first, what attach() has masked are the checkpoint's weights.
         for layer, weight in zip(self._layers, self._initial or [], strict=False):
             bucket, place = self.where(layer)
             if bucket.marks()[place] == bucket.seen[place]:
@@ -550,8 +550,8 @@ class Sparsifier(ABC):
             replaced = resolve(self.model, self._layers)
             if replaced:
                 raise RuntimeError(
-                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached; call "
-                    "attach() with the optimizer that trains it"
+                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached: "
+                    "call attach() with the optimizer that trains it"
                 )
             return self._check_finite()
         return "finite" not in self._told
@@ -564,8 +564,8 @@ class Sparsifier(ABC):
             self._told.discard("finite")
             return True
         message = (
-            f"the weights of {len(bad)} of {len(self._layers)} sparsified layers, {bad[0]!r} first, are not finite (NaN "
-            f"or inf) after {self.steps} steps"
+            f"the weights of {len(bad)} of {len(self._layers)} sparsified layers, {bad[0]!r} first, are not finite "
+            f"(NaN or inf) after {self.steps} steps"
         )
         if finalizing:
             raise ValueError(f"{message}: there is nothing to finalize; go back to a checkpoint from before")
@@ -612,7 +612,7 @@ class Sparsifier(ABC):
             optimizer = part.attachment.optimizer if part.attachment is not None else None
             part.buckets = [bucket for bucket in self._buckets if bucket.optimizer is optimizer]
 
-    def _relayer(self) -> None:
+    def _relayer(self) -> None:  # noqa: B027
         """What a method derives from its layers, made again when they have become fewer."""
 
     def _notice(self, bucket: Bucket) -> None:
@@ -635,8 +635,9 @@ class Sparsifier(ABC):
         if held:
             self._tell(
                 "unattached",
-                f"{type(optimizer).__name__} has moved the weights of {len(held)} sparsified layers, {held[0]!r} first, and "
-                f"the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) before training",
+                f"{type(optimizer).__name__} has moved the weights of {len(held)} sparsified layers, {held[0]!r} "
+                f"first, and the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) before "
+                "training",
             )
 
     def _tell(self, about: str, message: str) -> None:
@@ -668,14 +669,15 @@ class Sparsifier(ABC):
         for layer in self._layers:
             if tuple(parameters[layer.key].shape) != layer.shape:
                 raise ValueError(
-                    f"{layer.key!r} of the model given to finalize() has the shape {tuple(parameters[layer.key].shape)}, "
-                    f"that of the trained one {layer.shape}; give a copy of the trained one"
+                    f"{layer.key!r} of the model given to finalize() has the shape "
+                    f"{tuple(parameters[layer.key].shape)}, that of the trained one {layer.shape}; give a copy "
+                    "of the trained one"
                 )
             if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
                 raise ValueError(
-                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: give a copy "
-                    "that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole model, "
-                    "whose load_state_dict() takes this one's state"
+                    f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: "
+                    "give a copy that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole "
+                    "model, whose load_state_dict() takes this one's state"
                 )
         return [parameters[layer.key] for layer in self._layers]
 

@@ -218,7 +218,7 @@ def _told(about: tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]) 
 
 
 def _strides(weight: Tensor, inputs_last: bool) -> tuple[int, ...]:
-    """The strides of a layer's part of a flat tensor: the weight's own, or those with the inputs next to one another."""
+    """The strides of a layer's part of a flat tensor: the weight's own, or with the inputs next to one another."""
     if inputs_last and weight.dim() > 2:
         kind = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[weight.dim()]
         if kind is None:

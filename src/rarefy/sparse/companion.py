@@ -40,8 +40,8 @@ class Companion:
     def __init__(self, optimizer: Optimizer, group: int, parameters: dict[str, nn.Parameter], rate: float) -> None:
         if isinstance(optimizer, torch.optim.LBFGS) or "lr" not in optimizer.param_groups[group]:
             raise ValueError(
-                f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; take "
-                "SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
+                f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights: "
+                "take SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
             )
         kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), torch.optim.Adam)
         self._source, self._group, self.rate, self.parameters = optimizer, group, rate, parameters

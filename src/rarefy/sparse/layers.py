@@ -88,8 +88,8 @@ class Layer:
             return grad.detach() if grad.requires_grad else grad
         if getattr(grad, "placements", None) != getattr(self.parameter, "placements", None):
             raise ValueError(
-                f"the gradient of layer {self.name!r} is placed as {getattr(grad, 'placements', None)}, the parameter as "
-                f"{getattr(self.parameter, 'placements', None)}: bring it there with redistribute(), or exclude the layer"
+                f"the gradient of layer {self.name!r} is placed as {getattr(grad, 'placements', None)}, the parameter "
+                f"as {getattr(self.parameter, 'placements', None)}: bring it there with redistribute(), or exclude it"
             )
         return local(grad).detach()
 
@@ -111,7 +111,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             where = f"module {name!r} of the model" if name else "the model"
             raise ValueError(
                 f"{where} is wrapped in {kind}, which hides the parameters in one flat tensor; shard it with "
-                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+                "with torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
             )
     return model
 
@@ -161,9 +161,8 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             and module._parameters.get("weight") is None
             and getattr(module, "weight", None) is not None
         ):
-            if not any(
-                fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in (prefix, f"{prefix}.weight")
-            ):
+            names = (prefix, f"{prefix}.weight")
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in names):
                 raise ValueError(
                     f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
                     f"on it); remove that first, or pass exclude=[{prefix!r}]"
@@ -251,9 +250,9 @@ def resolve(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         if parameter is None or tuple(parameter.shape) != layer.shape:
             now = "is not there any more" if parameter is None else f"is of shape {tuple(parameter.shape)} now"
             raise ValueError(
-                f"{layer.key!r} of the model {now}, and was of shape {layer.shape} when the sparsifier was made: make a new "
-                "one; where a wrapper has flattened the parameters (FullyShardedDataParallel, DeepSpeed) shard with "
-                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+                f"{layer.key!r} of the model {now}, and was of shape {layer.shape} when the sparsifier was made: make "
+                "a new one; where a wrapper has flattened the parameters (FullyShardedDataParallel, DeepSpeed) shard "
+                "with torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
             )
         if parameter is not layer.parameter:
             layer.take(parameter)

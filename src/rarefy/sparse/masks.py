@@ -72,7 +72,7 @@ def within_budget(
 def _best_together(
     scores: Sequence[Tensor], prices: Sequence[int], purse: int, shards: Sequence[Shard | None]
 ) -> list[Tensor]:
-    """What :func:`within_budget` chooses, where processes hold parts: the last score that is taken is found byte by byte.
+    """What :func:`within_budget` chooses, where processes hold parts: the last score taken is found byte by byte.
 
     No process sees another's scores: each of eight rounds sums how many have which next byte.
     """
@@ -134,8 +134,8 @@ def write_sparse(weight: Tensor, values: Tensor, mask: Tensor) -> None:
 def separate(magnitude: Tensor, threshold: Tensor, mask: Tensor, shard: Shard | None = None) -> Tensor:
     """The nearest threshold, row by row, that has the magnitudes in ``mask`` above it and the others below.
 
-    ``threshold`` has one number a row, (out, 1, ..., 1), or one for the whole layer, (1, ..., 1); ``shard`` is given for
-    one that the parts of a layer share.
+    ``threshold`` has one number a row, (out, 1, ..., 1), or one for the whole layer, (1, ..., 1); ``shard`` is given
+    for one that the parts of a layer share.
     """
     rows = [dim for dim in range(magnitude.dim()) if threshold.shape[dim] == 1]
     kept, dropped = magnitude.masked_fill(~mask, torch.inf), magnitude.masked_fill(mask, 0.0)

@@ -31,7 +31,7 @@ class Shard:
 
 
 def shard_of(name: str, parameter: nn.Parameter) -> Shard | None:
-    """The part of a parameter that is here, or None where all of it is. Raises ValueError for other ways to split it."""
+    """The part of a parameter that is here, or None where all of it is. ValueError for other ways to split it."""
     if not hasattr(parameter, "_local_tensor"):
         return None
     from torch.distributed.tensor import Replicate
@@ -61,7 +61,7 @@ def shared_group(shards: Sequence[Shard | None]) -> ProcessGroup | None:
 
 
 def total(values: Tensor, shards: Sequence[Shard | None]) -> Tensor:
-    """(L, ...): what each process found for its part of each layer, summed over the parts; layers that are whole stay."""
+    """(L, ...): what each process found for its part of each layer, summed over the parts; whole layers stay."""
     group = shared_group(shards)
     if group is None:
         return values

@@ -14,7 +14,7 @@ from rarefy.sparse.shards import like
 
 
 def _tensors(bucket: Bucket) -> dict[str, tuple[bool, Sequence[Tensor]]]:
-    """Everything that must survive, by name: whether it is split as the weights are, and one tensor a layer, in place."""
+    """All that must survive, by name: whether it is split as the weights are, and one tensor a layer, in place."""
     found = {name: _by_layer(bucket, name, value) for name, value in bucket.kept.items()}
     found.update({f"own.{name}": _by_layer(bucket, name, value.detach()) for name, value in bucket.own.items()})
     if bucket.companion is not None:
@@ -58,7 +58,7 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
 
 
 def _part(layer: Layer, given: Any, mine: Tensor, split: bool) -> Any:
-    """This process's part of a saved tensor, which may be whole, or a part of another division."""
+    """The part of a saved tensor, which may be whole or divided otherwise, that is here."""
     if hasattr(given, "full_tensor"):
         # By what all processes see alike: gathering takes all of them.
         mesh, placements = getattr(layer.parameter, "device_mesh", None), getattr(layer.parameter, "placements", None)
