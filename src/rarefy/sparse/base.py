@@ -636,8 +636,8 @@ class Sparsifier(ABC):
             self._tell(
                 "unattached",
                 f"{type(optimizer).__name__} has moved the weights of {len(held)} sparsified layers, {held[0]!r} "
-                f"first, and the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) before "
-                "training",
+                f"first, and the sparsifier of {type(self).__name__} is not attached to it: call attach(optimizer) "
+                "before training",
             )
 
     def _tell(self, about: str, message: str) -> None:
@@ -676,8 +676,8 @@ class Sparsifier(ABC):
             if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
                 raise ValueError(
                     f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: "
-                    "give a copy that fully_shard has split alike, or finalize a whole copy with the sparsifier of a whole "
-                    "model, whose load_state_dict() takes this one's state"
+                    "give a copy that fully_shard has split alike, or finalize a whole copy with the sparsifier of a "
+                    "whole model, whose load_state_dict() takes this one's state"
                 )
         return [parameters[layer.key] for layer in self._layers]
 

@@ -111,7 +111,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             where = f"module {name!r} of the model" if name else "the model"
             raise ValueError(
                 f"{where} is wrapped in {kind}, which hides the parameters in one flat tensor; shard it with "
-                "with torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
+                "torch.distributed.fsdp.fully_shard (FSDP2) or use DDP"
             )
     return model
 

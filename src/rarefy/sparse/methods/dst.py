@@ -60,7 +60,9 @@ class DST(LearnedThreshold):
         excess = size - bucket.spread(t, channels=True)
         slope = long_tail(excess)
         # d exp(-t) / dt = -exp(-t)
-        bucket.own["threshold"].grad = -bucket.channel_sums(grad * weight * slope) - self.penalty_now * torch.exp(-t)
+        bucket.own["threshold"].grad = -bucket.channel_sums(
+            (grad * weight * slope).float()
+        ) - self.penalty_now * torch.exp(-t)
         return grad.mul_(size.mul_(slope).add_(excess >= 0.0))
 
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:

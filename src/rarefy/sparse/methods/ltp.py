@@ -63,7 +63,7 @@ class LTP(LearnedThreshold):
         steep = soft * (1.0 - soft)
         penalty = self.penalty_now / sum(layer.size for layer in self._layers)
         pull = (grad * weight).add_(penalty).mul_(steep)
-        bucket.own["threshold"].grad = bucket.sums(pull).div_(-self.temperature)
+        bucket.own["threshold"].grad = bucket.sums(pull.float()).div_(-self.temperature)
         return grad.mul_(soft)
 
     def _soft(self, weight: Tensor, bucket: Bucket) -> Tensor:
