@@ -63,7 +63,7 @@ class Task:
 
 
 class Recall(nn.Module):
-    """A small transformer over (B, 16) tokens below 16: the answer is the token at the place that the first one names."""
+    """A small transformer over (B, 16) tokens below 16; the answer is the token at the place that the first names."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -117,9 +117,7 @@ def cnn() -> Task:
 TASKS: dict[str, Callable[[], Task]] = {"mlp": mlp, "transformer": transformer, "cnn": cnn}
 
 
-def fit(
-    model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, steps: int, schedule: str, seed: int
-) -> None:
+def fit(model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, steps: int, schedule: str, seed: int) -> None:
     """Train for so many steps; "cosine" is that of the dense network."""
     factors: dict[str, Callable[[int], float]] = {
         "constant": lambda step: 1.0,
@@ -142,7 +140,9 @@ def fit(
 def accuracy(model: nn.Module, task: Task) -> float:
     """In percent, on images and sequences that no step saw."""
     model.eval()
-    hits = [(model(x).argmax(1) == y).float() for x, y in zip(*(part.split(2000) for part in task.test), strict=True)]
+    hits = [
+        (model(x).argmax(1) == y).float() for x, y in zip(*(torch.split(part, 2000) for part in task.test), strict=True)
+    ]
     return 100.0 * torch.cat(hits).mean().item()
 
 
@@ -162,7 +162,7 @@ def tuned(
     name, options = METHODS[method]
     sparsifier = sparse.create(name, model, target=target, total_steps=length[0], **options)
     kind, lr = RATES[rate]
-    momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    momentum: dict[str, Any] = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=lr, **momentum)  # type: ignore[call-arg]
     sparsifier.attach(optimizer)
     fit(model, task, optimizer, *length, 1000 + seed)

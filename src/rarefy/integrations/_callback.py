@@ -17,8 +17,9 @@ def checked(make: Make) -> Make:
     """Raise TypeError for what makes no sparsifier, such as one that is made already."""
     if isinstance(make, Sparsifier) or not callable(make):
         raise TypeError(
-            "SparsifierCallback() takes how to make the sparsifier, since the trainer knows the number of steps: lambda "
-            f"model, total_steps: AutoSparse(model, target=0.9, total_steps=total_steps); got {type(make).__name__}"
+            "SparsifierCallback() takes how to make the sparsifier, since the trainer knows the number of steps: "
+            "lambda model, total_steps: AutoSparse(model, target=0.9, total_steps=total_steps); got "
+            f"{type(make).__name__}"
         )
     return make
 

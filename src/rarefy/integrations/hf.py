@@ -75,7 +75,10 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     @staticmethod
     def _resume(sparsifier: Sparsifier, model: nn.Module, folder: Path) -> None:
-        elsewhere = f"if the trainer has loaded another checkpoint than {folder}, name it in TrainingArguments(resume_from_checkpoint=...)"
+        elsewhere = (
+            f"if the trainer has loaded another checkpoint than {folder}, name it in "
+            "TrainingArguments(resume_from_checkpoint=...)"
+        )
         if not (folder / FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {FILE}, as if it was saved without this callback; {elsewhere}")
         loaded = _sizes(model)

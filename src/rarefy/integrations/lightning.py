@@ -60,8 +60,8 @@ class SparsifierCallback(Callback):
         steps = trainer.estimated_stepping_batches
         if not 0 < steps < math.inf:
             raise ValueError(
-                "the sparsifier needs to know when training ends: give the Trainer max_steps, or max_epochs and a loader "
-                "that has a length"
+                "the sparsifier needs to know when training ends: give the Trainer max_steps, or max_epochs and a "
+                "loader that has a length"
             )
         if trainer.ckpt_path and self._loaded is None:
             raise ValueError(

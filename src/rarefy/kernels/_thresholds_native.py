@@ -34,7 +34,11 @@ def before(
     grad_thresholds = torch.empty_like(thresholds)
     partial = torch.empty(chunks, dtype=torch.float64, device="cpu")
     _kernel("thresholds_before_f32", 8)(
-        *(table, len(layers.sizes), *(_array(layers.addresses(part)) for part in (layers.weights, grads, layers.latents))),
+        *(
+            table,
+            len(layers.sizes),
+            *(_array(layers.addresses(part)) for part in (layers.weights, grads, layers.latents)),
+        ),
         *(address(thresholds), address(alpha), None if lower is None else address(lower)),
         *(address(grad_thresholds), address(partial), torch.get_num_threads()),
     )
@@ -56,7 +60,14 @@ def count(layers: ThresholdedLayers, thresholds: Tensor) -> Tensor:
     live = torch.empty(len(layers.sizes), dtype=torch.int64, device="cpu")
     partial = torch.empty(chunks, dtype=torch.int64, device="cpu")
     _kernel("thresholds_count_f32", 4)(
-        *(table, len(layers.sizes), _array(layers.addresses(layers.latents)), address(thresholds), address(live), address(partial)),
+        *(
+            table,
+            len(layers.sizes),
+            _array(layers.addresses(layers.latents)),
+            address(thresholds),
+            address(live),
+            address(partial),
+        ),
         torch.get_num_threads(),
     )
     return live

@@ -18,8 +18,6 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-from rarefy.kernels._memory import address
-
 if TYPE_CHECKING:
     from rarefy.kernels.thresholds import ThresholdedLayers
 

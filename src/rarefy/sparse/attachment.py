@@ -32,7 +32,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside the wrappers of trainers. Raises TypeError for what is none, ValueError for DeepSpeed's."""
     if type(optimizer).__name__.startswith("DeepSpeed") or type(optimizer).__module__.startswith("deepspeed"):
         raise ValueError(
-            f"{type(optimizer).__name__} keeps the weights in buffers of its own, which a sparsifier cannot reach: "
+            f"{type(optimizer).__name__} keeps the weights in buffers of its own, which a sparsifier cannot reach; "
             "train with DDP or FSDP2 (fully_shard) and an optimizer of torch.optim"
         )
     package = type(optimizer).__module__.partition(".")[0]

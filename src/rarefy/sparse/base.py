@@ -174,8 +174,8 @@ class Sparsifier(ABC):
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        _LIVING.add(self)
         _watch_all_optimizers()
-        _alive.add(self)
 
     # What a method provides
 
@@ -208,7 +208,7 @@ class Sparsifier(ABC):
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 
     def prepare(self, bucket: Bucket) -> None:  # noqa: B027
-        """Make what the method learns and keeps in a bucket besides; the parameters hold the dense weights."""
+        """Make what the method learns and keeps in a bucket besides, from the dense weights."""
 
     def dense_weights(self) -> dict[str, Tensor]:
         """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
@@ -395,7 +395,7 @@ class Sparsifier(ABC):
                 )
         if not self._buckets:
             self._ready()
-        # Before the first step: if the model was loaded first, what attach() has masked are the checkpoint's weights.
+        # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
         for layer, weight in zip(self._layers, self._initial or [], strict=False):
             bucket, place = self.where(layer)
             if bucket.marks()[place] == bucket.seen[place]:
@@ -550,7 +550,7 @@ class Sparsifier(ABC):
             replaced = resolve(self.model, self._layers)
             if replaced:
                 raise RuntimeError(
-                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached: "
+                    f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached; "
                     "call attach() with the optimizer that trains it"
                 )
             return self._check_finite()
@@ -670,8 +670,8 @@ class Sparsifier(ABC):
             if tuple(parameters[layer.key].shape) != layer.shape:
                 raise ValueError(
                     f"{layer.key!r} of the model given to finalize() has the shape "
-                    f"{tuple(parameters[layer.key].shape)}, that of the trained one {layer.shape}; give a copy "
-                    "of the trained one"
+                    f"{tuple(parameters[layer.key].shape)}, that of the trained one {layer.shape}; "
+                    "give a copy of that"
                 )
             if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
                 raise ValueError(
@@ -708,16 +708,19 @@ class _Part:
         self.sparsifier._leave(self)
 
 
-#: All sparsifiers there are. One hook sees for all of them: a hook of each would go with it while hooks are being run.
-_alive: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+#: Every sparsifier that is alive, to tell of steps of optimizers that it is not attached to.
+_LIVING: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    """Let sparsifiers see steps of optimizers that they are not attached to."""
+    """Let living sparsifiers see the steps of all optimizers; one hook for all, which is never taken away.
+
+    A hook of each, removed when it is collected, could be removed while an optimizer walks through its hooks.
+    """
 
     def seen(optimizer: Optimizer, *_: Any) -> None:
-        for sparsifier in list(_alive):
+        for sparsifier in list(_LIVING):
             sparsifier._unattached(optimizer)
 
     register_optimizer_step_post_hook(seen)

@@ -17,6 +17,7 @@ from torch import nn
 from rarefy import cost
 from rarefy.sparse import _checks, schedules
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.shards import reshard
 
 #: How often in a run the controllers act.
 ACTIONS = 125
@@ -114,6 +115,7 @@ def make_budget(
     if example_input is None:
         raise ValueError("target_flops needs example_input, what the model is called with, to count FLOPs")
     counted = cost.count(model, example_input)
+    reshard(model)  # so that an optimizer made next finds the shards
     dense = {layer.name: float(layer.dense) for layer in counted.layers}
     uncalled = [layer.name for layer in layers if not dense.get(layer.name)]
     if uncalled:

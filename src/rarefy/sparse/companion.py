@@ -40,7 +40,7 @@ class Companion:
     def __init__(self, optimizer: Optimizer, group: int, parameters: dict[str, nn.Parameter], rate: float) -> None:
         if isinstance(optimizer, torch.optim.LBFGS) or "lr" not in optimizer.param_groups[group]:
             raise ValueError(
-                f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights: "
+                f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; "
                 "take SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
             )
         kind = next((kind for kind in _KINDS if isinstance(optimizer, kind)), torch.optim.Adam)

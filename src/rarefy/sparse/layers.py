@@ -156,17 +156,14 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             candidate.keys.append(f"{prefix}.{name}" if prefix else name)
             candidate.usual |= name in usual
             candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if (
-            usual == ["weight"]
-            and module._parameters.get("weight") is None
-            and getattr(module, "weight", None) is not None
-        ):
-            names = (prefix, f"{prefix}.weight")
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in names):
-                raise ValueError(
-                    f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
-                    f"on it); remove that first, or pass exclude=[{prefix!r}]"
-                )
+        computed = usual == ["weight"] and module._parameters.get("weight") is None
+        named = (prefix, f"{prefix}.weight")
+        out = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in named)
+        if computed and getattr(module, "weight", None) is not None and not out:
+            raise ValueError(
+                f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
+                f"on it); remove that first, or pass exclude=[{prefix!r}]"
+            )
     return [
         candidate
         for candidate in found.values()

@@ -18,13 +18,20 @@ def top_k(scores: Tensor, k: int, shard: Shard | None = None) -> Tensor:
     Raises ValueError when ``k`` is not in [0, scores.numel()].
     """
     if shard is not None:
-        return _best_together([scores], [1], k, [shard])[0]
+        return _best_together([scores], [1], [k], [shard])[0]
     if not 0 <= k <= scores.numel():
         raise ValueError(f"k must be in [0, {scores.numel()}], the number of scores, got {k}")
     order = scores.flatten().argsort(descending=True, stable=True)
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order[:k]] = True
     return mask.view(scores.shape)
+
+
+def top_k_each(scores: Sequence[Tensor], counts: Sequence[int], shards: Sequence[Shard | None]) -> list[Tensor]:
+    """:func:`top_k` of every layer, with as few messages as of one."""
+    if shared_group(shards) is None:
+        return [top_k(layer, k) for layer, k in zip(scores, counts, strict=True)]
+    return _best_together(scores, [1] * len(scores), counts, shards)
 
 
 def within_budget(
@@ -53,13 +60,13 @@ def within_budget(
     slack = 1e-9 * whole
     if must > budget + slack:
         raise ValueError(f"the layers' floors alone cost {must:.6g}, more than the budget of {budget:.6g}")
-    forced = [top_k(layer, k, part) for layer, k, part in zip(scores, least, parts, strict=True)]
+    forced = top_k_each(scores, least, parts)
     ranked = [s.double().masked_fill(f, torch.inf) for s, f in zip(scores, forced, strict=True)]
     # In whole numbers, whose sums are the same in any order: those of floats are not on a GPU.
     unit = 2.0**61 / whole
     prices, purse = [round(cost * unit) for cost in costs], round((budget + slack) * unit)
     if shared_group(parts) is not None:
-        return _best_together(ranked, prices, purse, parts)
+        return _best_together(ranked, prices, [purse], parts)
     flat = torch.cat([layer.flatten() for layer in ranked])
     order = flat.argsort(descending=True, stable=True)
     price = torch.cat([torch.full((n.numel(),), p, device=flat.device) for n, p in zip(scores, prices, strict=True)])
@@ -70,41 +77,45 @@ def within_budget(
 
 
 def _best_together(
-    scores: Sequence[Tensor], prices: Sequence[int], purse: int, shards: Sequence[Shard | None]
+    scores: Sequence[Tensor], prices: Sequence[int], purses: Sequence[int], shards: Sequence[Shard | None]
 ) -> list[Tensor]:
-    """What :func:`within_budget` chooses, where processes hold parts: the last score taken is found byte by byte.
+    """What :func:`within_budget` chooses, where processes hold parts; with a purse for all layers, or one for each.
 
-    No process sees another's scores: each of eight rounds sums how many have which next byte.
+    No process sees another's scores. The last score that is taken is found byte by byte: each of eight rounds sums how
+    many have which next byte.
     """
-    group = shared_group(shards)
+    group, device = shared_group(shards), scores[0].device
     keys = [_ordered(layer.double()) for layer in scores]
-    price = torch.tensor(prices, device=keys[0].device).unsqueeze(1)
-    chosen = [torch.zeros_like(key, dtype=torch.bool) for key in keys]  # above the bytes found so far
+    price, left = torch.tensor(prices, device=device).unsqueeze(1), torch.tensor(purses, device=device).unsqueeze(1)
+    taken = [torch.zeros_like(key, dtype=torch.bool) for key in keys]  # above the bytes found so far
     edge = [torch.ones_like(key, dtype=torch.bool) for key in keys]  # equal to them
-    left = purse
     for shift in range(56, -8, -8):
         byte = [(key >> shift) & 255 for key in keys]
         counts = torch.stack([b[e].bincount(minlength=256) for b, e in zip(byte, edge, strict=True)])
-        costs = (total(counts, shards) * price).sum(0)
-        above = costs.flip(0).cumsum(0).flip(0) - costs  # what the scores with a larger byte cost
-        found = int((above > left).sum())  # the least byte above which everything fits
-        left -= int(above[found])
-        chosen = [c | (e & (b > found)) for b, c, e in zip(byte, chosen, edge, strict=True)]
-        edge = [e & (b == found) for b, e in zip(byte, edge, strict=True)]
+        costs = total(counts, shards) * price
+        if len(purses) == 1:
+            costs = costs.sum(0, keepdim=True)
+        above = costs.flip(1).cumsum(1).flip(1) - costs  # what the scores with a larger byte cost
+        found = (above > left).sum(1, keepdim=True)  # the least byte above which everything fits
+        left = left - above.gather(1, found)
+        for index, (b, least) in enumerate(zip(byte, found.expand(len(keys), 1), strict=True)):
+            taken[index] |= edge[index] & (b > least)
+            edge[index] &= b == least
     # Of the equal ones at the edge the first fit, by layer, and in it by process and index.
     here = torch.stack([equal.sum() for equal in edge])
-    everywhere = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(everywhere, here, group=group)
-    rank, full = torch.distributed.get_rank(group), False
-    for index, (equal, price_of_one, shard) in enumerate(zip(edge, prices, shards, strict=True)):
-        numbers = [int(part[index]) for part in everywhere] if shard is not None else [int(here[index])]
-        taken = 0 if full else min(sum(numbers), left // price_of_one)
-        full = full or taken < sum(numbers)
-        left -= taken * price_of_one
-        mine = taken - sum(numbers[:rank]) if shard is not None else taken
-        first = (equal.flatten().cumsum(0) <= max(mine, 0)) & equal.flatten()
-        chosen[index] |= first.view(equal.shape)
-    return chosen
+    parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, here, group=group)
+    rank, numbers = torch.distributed.get_rank(group), torch.stack(parts, 1).tolist()
+    remaining, full = left.flatten().tolist(), False
+    for index, (equal, layers, shard) in enumerate(zip(edge, numbers, shards, strict=True)):
+        purse = index if len(purses) > 1 else 0
+        split = layers if shard is not None else [int(here[index])]
+        fit = 0 if full else min(sum(split), remaining[purse] // prices[index])
+        full = len(purses) == 1 and (full or fit < sum(split))
+        remaining[purse] -= fit * prices[index]
+        mine = fit - sum(split[:rank]) if shard is not None else fit
+        taken[index] |= ((equal.flatten().cumsum(0) <= max(mine, 0)) & equal.flatten()).view(equal.shape)
+    return taken
 
 
 def _ordered(scores: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def _sections(kind: type) -> list[str]:
 
 
 def _document(method: type[Sparsifier]) -> None:
-    """Let ``help()`` of a method tell all its options, its bases' too, with the defaults that it has for them."""
+    """Let ``help()`` of a method tell all its options, those of its bases too, and their defaults."""
     known = {field.name: field.default for field in dataclasses.fields(method) if field.init}
     told: dict[str, str] = {}
     for args in (section for kind in method.__mro__ for section in _sections(kind) if section.startswith("Args:")):

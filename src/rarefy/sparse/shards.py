@@ -31,7 +31,7 @@ class Shard:
 
 
 def shard_of(name: str, parameter: nn.Parameter) -> Shard | None:
-    """The part of a parameter that is here, or None where all of it is. ValueError for other ways to split it."""
+    """The part of a parameter that is here, or None where all of it is. Raises ValueError for other splits."""
     if not hasattr(parameter, "_local_tensor"):
         return None
     from torch.distributed.tensor import Replicate

@@ -58,7 +58,7 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
 
 
 def _part(layer: Layer, given: Any, mine: Tensor, split: bool) -> Any:
-    """The part of a saved tensor, which may be whole or divided otherwise, that is here."""
+    """The part that is held here of a saved tensor, which may be whole, or a part of another division."""
     if hasattr(given, "full_tensor"):
         # By what all processes see alike: gathering takes all of them.
         mesh, placements = getattr(layer.parameter, "device_mesh", None), getattr(layer.parameter, "placements", None)

@@ -16,7 +16,7 @@ from rarefy.sparse import _checks
 from rarefy.sparse import distribution as spread
 from rarefy.sparse.base import Targeted
 from rarefy.sparse.budget import Budget
-from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k, within_budget
+from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k_each, within_budget
 
 
 @dataclass(eq=False, repr=False)
@@ -109,8 +109,7 @@ class Budgeted(Targeted):
         if self.distribution == "global":
             masks = within_budget(sums, self._costs, self.budget.available_at(density), self._least, shards)
         else:
-            rows = zip(sums, self.live_counts(density), shards, strict=True)
-            masks = [top_k(layer, k, shard) for layer, k, shard in rows]
+            masks = top_k_each(sums, self.live_counts(density), shards)
         return [block_expand(mask, self.block) for mask in masks]
 
     def _config(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import count_all, separate, top_k
+from rarefy.sparse.masks import count_all, separate, top_k_each
 from rarefy.sparse.schedules import cubic_ramp
 
 
@@ -247,10 +247,13 @@ class Exploring(Projected):
     def project(self, masks: Sequence[Tensor]) -> None:
         """See :class:`Projected`."""
         super().project(masks)
-        rows = zip(self._layers, self.latents(), masks, count_all(masks, self._shards()), strict=True)
-        for layer, weight, mask, live in rows:
+        shards = self._shards()
+        live = count_all(masks, shards)
+        # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
+        scores = [weight.abs().masked_fill(m, torch.inf) for weight, m in zip(self.latents(), masks, strict=True)]
+        reached = [self.reach(layer, count) for layer, count in zip(self._layers, live, strict=True)]
+        rows = zip(self._layers, top_k_each(scores, reached, shards), masks, live, strict=True)
+        for layer, best, mask, count in rows:
             bucket, place = self.where(layer)
-            # What the forward uses comes first, whatever its size: floors and blocks may have chosen smaller ones.
-            best = top_k(weight.abs().masked_fill(mask, torch.inf), self.reach(layer, live), layer.shard)
             bucket.views(bucket.kept["explore"])[place].copy_(best & ~mask)
-            bucket.kept["density"][place] = live / layer.size
+            bucket.kept["density"][place] = count / layer.size

@@ -20,7 +20,7 @@ from rarefy.kernels.thresholds import Masks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import local
-from rarefy.sparse.masks import block_expand, block_sum, count_all, random_scores, top_k
+from rarefy.sparse.masks import block_expand, block_sum, count_all, random_scores, top_k_each
 
 
 @dataclass(eq=False, repr=False)
@@ -73,8 +73,8 @@ class Masked(Budgeted):
 
     def masks_of(self, counts: Sequence[int], seed: int) -> list[Tensor]:
         """Masks of so many blocks a layer, drawn at random."""
-        rows = zip(self.random(seed), counts, self._shards(), strict=True)
-        return [block_expand(top_k(block_sum(d, self.block), n, shard), self.block) for d, n, shard in rows]
+        sums = [block_sum(draw, self.block) for draw in self.random(seed)]
+        return [block_expand(mask, self.block) for mask in top_k_each(sums, counts, self._shards())]
 
     def zeros_of_the_model(self) -> list[Tensor] | None:
         """Masks of the weights that are not 0, where the model is sparse already; None where it is dense.

@@ -353,8 +353,7 @@ class SoftThreshold(Targeted, Latent):
     def _rest(self) -> float:
         """The density at which the pressure rests: the goal, and the curve to it where the weights cannot follow."""
         assert self.budget is not None
-        goal, aim = self.budget.goal, self.budget.aim(self.progress)
-        return math.pow(goal, self._freedom) * math.pow(aim, 1.0 - self._freedom)
+        return float(self.budget.goal**self._freedom * self.budget.aim(self.progress) ** (1.0 - self._freedom))
 
     def _count(self) -> list[int]:
         self._take_all()

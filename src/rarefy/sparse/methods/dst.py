@@ -59,10 +59,9 @@ class DST(LearnedThreshold):
         size, t = weight.abs(), bucket.own["threshold"].detach()
         excess = size - bucket.spread(t, channels=True)
         slope = long_tail(excess)
+        pull = bucket.channel_sums((grad * weight * slope).float())
         # d exp(-t) / dt = -exp(-t)
-        bucket.own["threshold"].grad = -bucket.channel_sums(
-            (grad * weight * slope).float()
-        ) - self.penalty_now * torch.exp(-t)
+        bucket.own["threshold"].grad = -pull - self.penalty_now * torch.exp(-t)
         return grad.mul_(size.mul_(slope).add_(excess >= 0.0))
 
     def size(self, weight: Tensor, bucket: Bucket) -> Tensor:
