@@ -92,7 +92,7 @@ class ByCost(AutoSparse):
         assert self.budget is not None
         return self.budget.costs
 
-    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+    def _press(self, parameters: list[Tensor], decay: float) -> None:
         scaled = [measure**self.power for measure in self._measures()]
         sizes = self._sizes()
         mean = sum(measure * size for measure, size in zip(scaled, sizes, strict=True)) / sum(sizes)
@@ -137,10 +137,10 @@ class ToScale(ByCost):
         weights = [layer.local for layer in self._layers]
         self._ends = [self._g.inverse((self.deviations * weight.std()).clamp(max=0.9)) for weight in weights]
 
-    def _press(self, parameters: list[Tensor], decay: float, most: float) -> None:
+    def _press(self, parameters: list[Tensor], decay: float) -> None:
         for layer, end in zip(self._layers, self._ends, strict=True):
             s = self._s(layer)
-            torch.maximum(s, end + (s - end) * math.exp(-min(decay, most)), out=s)
+            torch.maximum(s, end + (s - end) * math.exp(-decay), out=s)
 
 
 class Untrimmed(ByCost):
