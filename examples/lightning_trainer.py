@@ -32,6 +32,7 @@ torch.manual_seed(0)
 images = torch.randn(2048, 64)
 loader = DataLoader(TensorDataset(images, (images @ torch.randn(64, 10)).argmax(1)), batch_size=64, shuffle=True)
 callback = SparsifierCallback(lambda model, total_steps: AutoSparse(model, target=0.9, total_steps=total_steps))
-trainer = L.Trainer(max_epochs=4, callbacks=[callback], default_root_dir=sys.argv[1], accelerator="cpu")
+settings = {"max_epochs": 4, "log_every_n_steps": 8, "accelerator": "cpu"}
+trainer = L.Trainer(callbacks=[callback], default_root_dir=sys.argv[1], **settings)
 trainer.fit(Classifier(), loader)  # fit(..., ckpt_path="last") goes on from the last checkpoint
 print(f"{100 * callback.sparsifier.sparsity():.1f} % zeros")

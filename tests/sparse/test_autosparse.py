@@ -214,6 +214,7 @@ MISTAKES = {
     "one": ({"target": 1.0}, r"target must be in \(0, 1\), got 1"),
     "both targets": ({"target": 0.9, "target_flops": 0.1}, "not both"),
     "flops without input": ({"target_flops": 0.1}, "needs example_input"),
+    "input without flops": ({"target": 0.9, "example_input": torch.zeros(1, 2, 8, 8)}, "give it with target_flops"),
     "steps": ({"total_steps": 0}, "total_steps must be a positive whole number.*got 0"),
     "steps type": ({"total_steps": 10.5}, "total_steps must be a positive whole number.*got 10.5"),
     "include": ({"include": ["2"]}, r"include: '2'.*there is 0, 1"),

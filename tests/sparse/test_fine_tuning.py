@@ -126,11 +126,11 @@ def test_moves_are_seen_of_every_optimizer():
 @pytest.mark.parametrize("initialise", [None, lambda weight: nn.init.normal_(weight, std=0.005)])
 @pytest.mark.parametrize("width", [512, 4096, 8192])
 def test_wide_layers_start_dense(width, initialise):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(width, 64))
-    if initialise is not None:
-        initialise(model[0].weight)
     for method in ("autosparse", "str"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(width, 64))
+        if initialise is not None:
+            initialise(model[0].weight)
         sparsifier = sparse.create(method, model, target=0.5, total_steps=1000)
         assert sparsifier.sparsity() < 0.1
         sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -173,7 +173,8 @@ def test_layers_that_start_at_zero_learn(case):
     model = Residual()
     x = torch.randn(256, 20)
     y = (x @ torch.randn(20, 4)).argmax(1)
-    sparsifier = sparse.create(name, model, total_steps=50, **{"example_input": x, **options})
+    examples = {"example_input": x} if "target_flops" in options else {}
+    sparsifier = sparse.create(name, model, total_steps=50, **examples, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     sparsifier.attach(optimizer)
     for _ in range(30):

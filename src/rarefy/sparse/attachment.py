@@ -76,7 +76,8 @@ class Attachment:
         self._skipped = False
         self._undo: list[Callable[[], Any]] = []
         for each in self.all:
-            if vars(each).get("_optimizer_step_pre_hooks") is not None and getattr(type(each).step, "hooked", False):
+            # Of this one's step, not of its class: a scheduler may have wrapped it before the class was given hooks.
+            if vars(each).get("_optimizer_step_pre_hooks") is not None and getattr(each.step, "hooked", False):
                 self._undo.append(each.register_step_pre_hook(self._before).remove)
                 self._undo.append(each.register_step_post_hook(lambda each, *_: self._after(each)).remove)
                 self._wrap(each, "step", self._guard)

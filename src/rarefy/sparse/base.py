@@ -825,7 +825,7 @@ class Targeted(Sparsifier):
     Args:
         target: sparsity to land on, in (0, 1): the share of zeros among the weights of the sparsified layers.
         target_flops: instead of it, the inference FLOPs to land on as a share of the whole dense network's, in (0, 1).
-        example_input: what ``model`` is called with, to count FLOPs; needed with ``target_flops``.
+        example_input: what ``model`` is called with, to count FLOPs; goes with ``target_flops``.
         floor: the least density of a layer, in [0, 1], or a mapping of shell patterns to floors (others: the default).
             No layer ends below it, nor below one weight; while training this is seen to 125 times in the run.
 

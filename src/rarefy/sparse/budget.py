@@ -107,6 +107,8 @@ def make_budget(
             raise ValueError(f"{option} must be one number in (0, 1), got {value!r}; sparsities by layer: distribution")
         if value is not None:
             _checks.fraction(option, value, zero=False, one=False, percent=True)
+    if example_input is not None and target_flops is None:
+        raise ValueError("example_input is what FLOPs are counted with: give it with target_flops, or leave it out")
     sizes = [layer.size for layer in layers]
     if target is not None:
         return Budget("sparsity", 1.0 - target, (1.0,) * len(sizes), 0.0, float(sum(sizes)))

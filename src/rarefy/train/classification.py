@@ -143,7 +143,7 @@ class Classification:
         self.sparsifier: Sparsifier | None = None
         if recipe.method.name != "dense":
             options = dict(recipe.method.options)
-            if "example_input" in sparse.options(recipe.method.name):
+            if options.get("target_flops") is not None:
                 options["example_input"] = example.to(self.accelerator.device)
             self.sparsifier = sparse.create(recipe.method.name, model, total_steps=self.total_steps, **options)
         self.plain_model = model
