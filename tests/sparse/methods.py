@@ -85,6 +85,17 @@ def create(case: str, model: nn.Module, total_steps: int = STEPS, **options) -> 
     return sparse.create(name, model, total_steps=total_steps, **{**known, **options})
 
 
+def assert_equal(a, b, about=""):
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], dict):
+            assert_equal(a[key], b[key], f"{about} {key}")
+        elif isinstance(a[key], torch.Tensor):
+            assert torch.equal(a[key], b[key]), f"{about} {key}"
+        else:
+            assert a[key] == b[key], f"{about} {key}"
+
+
 class Run:
     """A model, its sparsifier and its optimizer."""
 

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from rarefy import sparse
 from rarefy.sparse import DST, GMP, AutoSparse, PowerPropagation, RigL, Static
-from tests.sparse.methods import CASES, Run, batch, create, network
-from tests.sparse.test_survival import FAMILIES, assert_equal
+from tests.sparse.methods import CASES, Run, assert_equal, batch, create, network
+from tests.sparse.test_survival import FAMILIES
 
 STEPS = 20
 

@@ -5,43 +5,93 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rarefy import sparse
 from rarefy.sparse import masks
 from rarefy.sparse.shards import shard_of
-from tests.sparse.methods import CASES, batch, create, network
+from tests.sparse.methods import CASES, assert_equal, batch, create, network
 
 STEPS = 30
+
+# What torch.distributed.checkpoint says of one process.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+)
 
 
 def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train(case, rank, sharded):
-    """The weights after a few steps, of the whole model, and how sparse the sparsifier says it is."""
-    torch.manual_seed(1)
-    model = network(norm=False)
-    sparsifier = create(case, model, total_steps=STEPS)
-    if sharded:
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    forward = model if sharded else nn.parallel.DistributedDataParallel(model)
-    sparsifier.attach(optimizer)
-    for step in range(STEPS):
-        images, labels = batch(2 * step + rank)
-        optimizer.zero_grad()
-        F.cross_entropy(forward(images), labels).backward()
-        optimizer.step()
-    sparsity = sparsifier.sparsity()
-    sparsifier.finalize()
-    return {name: whole(p) for name, p in model.named_parameters()}, sparsity
+class Run:
+    """A model that one process holds, or two by replicas or shards; each trains on a half of the examples."""
+
+    def __init__(self, case, kind):
+        torch.manual_seed(1)
+        self.model = self.forward = network(norm=False)
+        self.sparsifier = create(case, self.model, total_steps=STEPS)
+        if kind == "shards":
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (2,)))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        if kind == "replicas":
+            self.forward = nn.parallel.DistributedDataParallel(self.model)
+        self.parts = [0, 1] if kind == "one" else [dist.get_rank()]
+        self.sparsifier.attach(self.optimizer)
+
+    def train(self, steps):
+        for step in steps:
+            halves = [batch(2 * step + part) for part in self.parts]
+            images, labels = (torch.cat(some) for some in zip(*halves, strict=True))
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.forward(images), labels).backward()
+            self.optimizer.step()
+        return self
+
+    def checkpoint(self):
+        """What torch.distributed.checkpoint saves, and loads into."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "sparsifier": self.sparsifier.state_dict()}
+
+    def load(self, folder):
+        state = self.checkpoint()
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        return self
+
+    def end(self):
+        """The weights of the whole model, and how sparse the sparsifier said it was."""
+        sparsity = self.sparsifier.sparsity()
+        self.sparsifier.finalize()
+        return {name: whole(p) for name, p in self.model.named_parameters()}, sparsity
+
+
+def entire(state):
+    """A state without shards."""
+    if isinstance(state, dict):
+        return {key: entire(value) for key, value in state.items()}
+    return whole(state) if isinstance(state, torch.Tensor) else state
+
+
+def two(case, folder):
+    """What two processes do with a case: by replicas, by shards, and from checkpoints of shards and of one process."""
+    half, rest = range(STEPS // 2), range(STEPS // 2, STEPS)
+    replicas = Run(case, "replicas").train(half).train(rest).end()
+    run = Run(case, "shards").train(half)
+    dcp.save(run.checkpoint(), checkpoint_id=f"{folder}/two/{case}")
+    middle = entire(run.checkpoint())
+    shards = run.train(rest).end()
+    again = Run(case, "shards").load(f"{folder}/two/{case}").train(rest).end()
+    loaded = entire(Run(case, "shards").load(f"{folder}/one/{case}").checkpoint())
+    return {"replicas": replicas, "shards": shards, "again": again, "middle": middle, "from one": loaded}
 
 
 def choices(rank):
@@ -61,18 +111,33 @@ def choices(rank):
     return there, masks.within_budget(layers, [1.0, 49.0, 3.5], 150.0, [1, 1, 2])
 
 
+def refusals():
+    """What is said of ways to split that a sparsifier cannot follow."""
+    columns, flat, late = (nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU()) for _ in range(3))
+    fully_shard(columns, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda _: Shard(1))
+    flat = FullyShardedDataParallel(flat, device_id=torch.device("cpu"))
+    sparsifier = sparse.create("gmp", late, target=0.5, total_steps=20)
+    late = FullyShardedDataParallel(late, device_id=torch.device("cpu"))
+    attempts = {
+        "columns": lambda: sparse.create("gmp", columns, target=0.5, total_steps=20),
+        "flat, before": lambda: sparse.create("gmp", flat, target=0.5, total_steps=20),
+        "flat, after": lambda: sparsifier.attach(torch.optim.SGD(late.parameters(), lr=0.1)),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {case: [train(case, rank, sharded) for sharded in (False, True)] for case in CASES}
+    found = {case: two(case, folder) for case in CASES}
     chosen = choices(rank)
-    other = nn.Linear(8, 8, bias=False)
-    fully_shard(other, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda _: Shard(1))
-    try:
-        sparse.create("gmp", other, target=0.5, total_steps=20)
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
+    refused = refusals()
     torch.save((found, chosen, refused), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -82,19 +147,45 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
+    middles = {}
+    for case in CASES:
+        run = Run(case, "one").train(range(STEPS // 2))
+        dcp.save(run.checkpoint(), checkpoint_id=folder / "one" / case, no_dist=True)
+        middles[case] = entire(run.checkpoint())
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return *found, middles, folder
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_shards_train_as_replicas_do(both, case):
-    (replicas, sparsity), (shards, sharded_sparsity) = both[0][0][case]
+    (replicas, sparsity), (shards, sharded_sparsity) = both[0][0][case]["replicas"], both[0][0][case]["shards"]
     assert sharded_sparsity == pytest.approx(sparsity, abs=2e-3)
     for name, value in replicas.items():
         torch.testing.assert_close(shards[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    for weights in (0, 1):
-        for name, value in both[0][0][case][weights][0].items():
-            assert torch.equal(value, both[1][0][case][weights][0][name]), name
+    for kind in ("replicas", "shards", "again"):
+        for name, value in both[0][0][case][kind][0].items():
+            assert torch.equal(value, both[1][0][case][kind][0][name]), (kind, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_go_on_from_their_checkpoint_bit_for_bit(both, case):
+    (shards, sparsity), (again, sparsity_again) = both[0][0][case]["shards"], both[0][0][case]["again"]
+    assert sparsity_again == sparsity
+    for name, value in shards.items():
+        assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_is_gone_on_from_by_another_number_of_processes(both, case):
+    results = both[0][0]
+    assert_equal(results[case]["from one"], both[2][case])
+    run = Run(case, "one").load(both[3] / "two" / case)
+    assert_equal(entire(run.checkpoint()), results[case]["middle"])
+    (shards, sparsity), (one, sparsity_of_one) = results[case]["shards"], run.train(range(STEPS // 2, STEPS)).end()
+    assert sparsity_of_one == pytest.approx(sparsity, abs=2e-3)
+    for name, value in shards.items():
+        torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_choices_over_parts_are_those_over_the_whole(both):
@@ -104,4 +195,7 @@ def test_choices_over_parts_are_those_over_the_whole(both):
 
 
 def test_other_splits_are_refused(both):
-    assert "split along their first dimension" in both[0][2]
+    assert "split along their first dimension" in both[0][2]["columns"]
+    for when in ("before", "after"):
+        assert "FullyShardedDataParallel" in both[0][2][f"flat, {when}"]
+        assert "fully_shard" in both[0][2][f"flat, {when}"]

@@ -10,8 +10,7 @@ from torch import nn
 
 from rarefy import sparse
 from rarefy.sparse import GMP, AutoSparse, Static
-from tests.sparse.methods import CASES, create, network
-from tests.sparse.test_survival import assert_equal
+from tests.sparse.methods import CASES, assert_equal, create, network
 
 
 def mlp():

@@ -14,7 +14,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
-from tests.sparse.methods import CASES, SOFT, Run, batch, create, network
+from tests.sparse.methods import CASES, SOFT, Run, assert_equal, batch, create, network
 
 HALF, ALL = 15, 30
 
@@ -33,17 +33,6 @@ SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 @pytest.fixture(params=CASES)
 def case(request):
     return request.param
-
-
-def assert_equal(a, b, about=""):
-    assert a.keys() == b.keys()
-    for key in a:
-        if isinstance(a[key], dict):
-            assert_equal(a[key], b[key], f"{about} {key}")
-        elif isinstance(a[key], torch.Tensor):
-            assert torch.equal(a[key], b[key]), f"{about} {key}"
-        else:
-            assert a[key] == b[key], f"{about} {key}"
 
 
 def anatomy(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -78,8 +79,21 @@ class Companion:
             own.update({key: theirs[key] for key in self._optimizer.defaults if key in theirs and key not in _OWN})
         own["lr"] = theirs["lr"] * self.rate
 
+    @property
+    def started(self) -> bool:
+        """Whether it has stepped."""
+        return bool(self._optimizer.state)
+
     def tensors(self) -> dict[tuple[str, str], Tensor]:
-        """Its state, by parameter and key; in place."""
+        """Its state, by parameter and key, in place; before the first step copies of what it will have, all 0.
+
+        So a checkpoint of any step has the same entries, which torch.distributed.checkpoint reads by.
+        """
+        if not self.started:
+            twin = copy.copy(self)
+            twin.parameters = {name: nn.Parameter(value.detach().clone()) for name, value in self.parameters.items()}
+            twin.renew(started=True)
+            return {key: torch.zeros_like(value) for key, value in twin.tensors().items()}
         return {
             (name, key): value
             for name, parameter in self.parameters.items()

@@ -12,6 +12,9 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.shards import like
 
+#: Whether the optimizer of the method's own parameters had stepped.
+STARTED = "optimizer.started"
+
 
 def _tensors(bucket: Bucket) -> dict[str, tuple[bool, Sequence[Tensor]]]:
     """All that must survive, by name: whether it is split as the weights are, and one tensor a layer, in place."""
@@ -20,6 +23,7 @@ def _tensors(bucket: Bucket) -> dict[str, tuple[bool, Sequence[Tensor]]]:
     if bucket.companion is not None:
         for (name, key), value in bucket.companion.tensors().items():
             found[f"optimizer.{name}.{key}"] = _by_layer(bucket, name, value)
+        found[STARTED] = _by_layer(bucket, STARTED, torch.tensor(bucket.companion.started))
     return found
 
 
@@ -48,10 +52,13 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
     for bucket in buckets:
         if bucket.companion is not None:
             bucket.companion.renew(started=True)
-            steps = {f"optimizer.{name}.{key}" for name, key in bucket.companion.tensors()}
-            if not all(steps <= set(saved.get(layer.name, {})) for layer in bucket.layers):
+            alike = {f"optimizer.{name}.{key}" for name, key in bucket.companion.tensors()}
+            there = [saved.get(layer.name, {}) for layer in bucket.layers]
+            if not all(alike <= set(tensors) and tensors.get(STARTED) for tensors in there):
                 bucket.companion.renew()  # it had not stepped yet, or was of another kind
         for name, (split, values) in _tensors(bucket).items():
+            if name.startswith("optimizer.") and not (bucket.companion and bucket.companion.started):
+                continue
             for layer, value in zip(bucket.layers, values, strict=True):
                 given = saved.get(layer.name, {}).get(name)
                 if given is not None:
