@@ -36,6 +36,9 @@ class Companion:
         parameters: by name.
         rate: multiple of the weights' learning rate.
 
+    Attributes:
+        started: whether it has stepped.
+
     Raises:
         ValueError: an optimizer without a learning rate to go by (LBFGS).
     """
@@ -58,6 +61,7 @@ class Companion:
         """Forget what it remembers; ``started``: have it there as after a step, for :meth:`tensors` to be filled."""
         parameters = list(self.parameters.values())
         self._optimizer = self._kind(parameters, lr=1.0, weight_decay=0.0)  # type: ignore[call-arg]
+        self.started = False
         if started:
             before = [parameter.detach().clone() for parameter in parameters]
             for parameter in parameters:
@@ -70,6 +74,7 @@ class Companion:
         """Step the parameters that have a gradient, and forget the gradients."""
         self._read()
         self._optimizer.step()
+        self.started = True
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -78,11 +83,6 @@ class Companion:
         if self._alike:  # what another kind calls by these names may be something else
             own.update({key: theirs[key] for key in self._optimizer.defaults if key in theirs and key not in _OWN})
         own["lr"] = theirs["lr"] * self.rate
-
-    @property
-    def started(self) -> bool:
-        """Whether it has stepped."""
-        return bool(self._optimizer.state)
 
     def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Its state, by parameter and key, in place; before the first step copies of what it will have, all 0.
