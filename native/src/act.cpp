@@ -228,7 +228,7 @@ void lookup8(const uint8_t *x, uint8_t *y, int64_t n, const void *table) {
 constexpr auto lookup8 = lookup<uint8_t>;
 #endif
 
-#include "act_wide.h"
+#include "act_wide-inl.h"
 
 }  // namespace
 

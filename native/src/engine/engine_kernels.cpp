@@ -16,13 +16,13 @@ namespace {
 
 using namespace engine;
 
-#include "vec.h"
+#include "vec-inl.h"
 
-#include "activations.h"
+#include "activations-inl.h"
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 32")
 
-#include "depthwise.h"
+#include "depthwise-inl.h"
 
 // ---- packing
 

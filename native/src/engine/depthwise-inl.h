@@ -1,5 +1,5 @@
 // One channel of a depthwise convolution, straight from the input's plane. Included by engine_kernels.cpp only, in an unnamed
-// namespace, after vec.h.
+// namespace, after vec-inl.h.
 #pragma once
 
 // The lanes of a vector from column `at` on that lie in a row of `width`.

@@ -6,7 +6,7 @@
 //     silu           3.2 from -88 on; below, its gate is denormal: off by 1.2e-43 at most
 //     gelu           5 (7.2) from -3 on, 5.7 (21) from -8 on, 10 (72) below, where it is less than 5e-15
 //     gelu_tanh      2.8 (3) from -1 on, 11 (16) from -3 on, 18 (36) from -5 on, 64 (122) from -8 on, 153 (210) below
-// NaN stays NaN; x times a gate is NaN at minus infinity, as in PyTorch. Included by engine_kernels.cpp, after vec.h.
+// NaN stays NaN; x times a gate is NaN at minus infinity, as in PyTorch. Included by engine_kernels.cpp, after vec-inl.h.
 #pragma once
 
 // e^x comes multiplied by this: no x of interest underflows, and a quotient of such numbers is rounded once, also where it
