@@ -1,4 +1,5 @@
-// The activation kernels: loops over rarefy_act.h, and plain C where an instruction set has no better. Built once for each.
+// The activation kernels: loops over rarefy_act.h, and plain C where an instruction set has no better. Built once for
+// each.
 #include <stddef.h>
 
 #include "isa.h"

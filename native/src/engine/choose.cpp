@@ -29,7 +29,8 @@ const Kernels *find_kernels(std::string *isa) {
     return nullptr;
 }
 
-std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images) {
+std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config,
+                                        int32_t images) {
     return std::make_shared<const Tiling>(
         make_tiling(step.node.window, images, *program.kernels, config.vectors, static_cast<Form>(config.form)));
 }
@@ -53,7 +54,8 @@ std::vector<float> scales(const Step &step) {
 
 bool is_vector(const rarefy_program &program, const Step &step) {
     const Shape &x = program.graph.values[step.node.x];
-    return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535;
+    return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 &&
+           x.channels < 65535;
 }
 
 bool depthwise(const Step &step, const Matrix &m) { return step.node.groups == m.channels; }
@@ -61,7 +63,8 @@ bool depthwise(const Step &step, const Matrix &m) { return step.node.groups == m
 // Vectors of pixels that a step has.
 int32_t vectors_of(const rarefy_program &program, const Step &step) {
     const int64_t pixels = program.graph.values[step.node.out].pixels() * step.group;
-    return static_cast<int32_t>(std::min<int64_t>(1 << 20, (pixels + program.kernels->lanes - 1) / program.kernels->lanes));
+    return static_cast<int32_t>(
+        std::min<int64_t>(1 << 20, (pixels + program.kernels->lanes - 1) / program.kernels->lanes));
 }
 
 // What weights of a config are made for: of one that is not tiled, the lanes alone.
@@ -102,7 +105,8 @@ Config planes(const Step &step) {
 
 // The config of tiles, or of vectors; no rows where there is none.
 Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
-    const bool sparse = step.node.choice == RAREFY_SPARSE || (step.node.choice == RAREFY_MEASURE && density < 0.45 && !depthwise(step, m));
+    const bool sparse = step.node.choice == RAREFY_SPARSE ||
+                        (step.node.choice == RAREFY_MEASURE && density < 0.45 && !depthwise(step, m));
     Config c = {};
     c.kind = kind_of(sparse, step.node.storage);
     c.vector = is_vector(program, step);
@@ -131,14 +135,16 @@ Config by_rule(const rarefy_program &program, const Step &step, const Matrix &m,
 int64_t pool_margin(const Step &step) {
     const Window &w = step.node.window;
     // the last vector of results may begin at the last column
-    const int64_t reach = (int64_t{w.out_w} + 2 * MAX_LANES) * w.stride[1] + int64_t{w.kernel[1]} * w.dilation[1] - w.in_w;
+    const int64_t reach =
+        (int64_t{w.out_w} + 2 * MAX_LANES) * w.stride[1] + int64_t{w.kernel[1]} * w.dilation[1] - w.in_w;
     return (std::max<int64_t>(reach, w.left) + 2 * MAX_LANES + 15) / 16 * 16;
 }
 
 void finish_step(rarefy_program &program, Step &step) {
     const int32_t lanes = program.kernels->lanes;
     if (step.node.kind == Kind::CONV && step.config.vector) {
-        program.packed_floats = std::max<int64_t>(program.packed_floats, program.graph.values[step.node.x].channels + 2 * lanes);
+        program.packed_floats =
+            std::max<int64_t>(program.packed_floats, program.graph.values[step.node.x].channels + 2 * lanes);
     } else if (step.node.kind == Kind::CONV && step.config.planes()) {
         program.packed_floats = std::max<int64_t>(program.packed_floats, step.node.window.taps());
     } else if (step.node.kind == Kind::CONV) {
@@ -147,16 +153,19 @@ void finish_step(rarefy_program &program, Step &step) {
         const int64_t width = int64_t{step.config.vectors} * lanes;
         // packed pixels, or addresses of planes; and zeros
         constexpr int64_t ADDRESS = sizeof(uintptr_t) / sizeof(float);
-        const int64_t held = step.config.direct() ? (step.config.block + 1) * ADDRESS : step.config.block * step.one->channel_floats;
+        const int64_t held =
+            step.config.direct() ? (step.config.block + 1) * ADDRESS : step.config.block * step.one->channel_floats;
         program.packed_floats = std::max(program.packed_floats, held + width);
         // sums are kept between the blocks of a tile
         const bool blocks = step.config.block < program.graph.values[step.node.x].channels;
-        program.sums_floats = std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
+        program.sums_floats =
+            std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
         program.trash_floats = std::max(program.trash_floats, width);
     } else if (step.node.kind == Kind::POOL) {
         // its rows' addresses follow the line
         const int64_t pointers = step.node.window.kernel[0] * int64_t{2};
-        program.packed_floats = std::max(program.packed_floats, 2 * pool_margin(step) + step.node.window.in_w + pointers + 32);
+        program.packed_floats =
+            std::max(program.packed_floats, 2 * pool_margin(step) + step.node.window.in_w + pointers + 32);
         if (step.node.flag) step.scale = scales(step);
     }
 }
@@ -165,17 +174,22 @@ double preparation(const rarefy_program &program) {
     double work = 0.0;
     for (const Step &step : program.steps) {
         const Window &w = step.node.window;
-        if (step.node.kind == Kind::POOL) work += UNIT_WORK * w.out_h + (step.node.flag ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
+        if (step.node.kind == Kind::POOL)
+            work += UNIT_WORK * w.out_h + (step.node.flag ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
         if (step.node.kind != Kind::CONV || step.config.vector) continue;
         if (step.config.planes()) work += UNIT_WORK * w.out_h;
-        else for (const int32_t images : {1, step.group}) work += tiling_work(w, images, layout_for(step, step.config, program.kernels->lanes), static_cast<Form>(step.config.form));
+        else
+            for (const int32_t images : {1, step.group})
+                work += tiling_work(w, images, layout_for(step, step.config, program.kernels->lanes),
+                                    static_cast<Form>(step.config.form));
     }
     return work;
 }
 
 void finish_program(rarefy_program &program) {
     for (Step &step : program.steps) finish_step(program, step);
-    for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.trash_floats}) *floats = (*floats + 31) / 16 * 16;
+    for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.trash_floats})
+        *floats = (*floats + 31) / 16 * 16;
     program.banded = make_banded_plan(program);
 }
 
@@ -183,8 +197,9 @@ namespace {
 
 // Runs candidates on buffers of the plan's own layout, filled with noise.
 class Measurer {
-   public:
-    Measurer(rarefy_program &program, const Graph &graph) : program_(program), graph_(graph), begins_(program.plan.values.size(), 0) {
+ public:
+    Measurer(rarefy_program &program, const Graph &graph)
+        : program_(program), graph_(graph), begins_(program.plan.values.size(), 0) {
         int64_t channels = 1;
         for (const Value &v : program.plan.values) {
             channels = std::max<int64_t>(channels, v.shape.channels);
@@ -205,7 +220,8 @@ class Measurer {
 
     void refill() {
         std::minstd_rand noise(1);
-        for (int64_t i = 0; i < program_.plan.arena_floats; ++i) space_.arena[i] = static_cast<float>(noise() % 2001) * 1e-3f - 1.0f;
+        for (int64_t i = 0; i < program_.plan.arena_floats; ++i)
+            space_.arena[i] = static_cast<float>(noise() % 2001) * 1e-3f - 1.0f;
     }
 
     // Seconds of one image under this config; weights are left in the step. 0 where the config cannot be.
@@ -217,7 +233,16 @@ class Measurer {
             step.many = step.group == 1 ? step.one : tiling_of(program_, step, config, step.group);
         }
         step.weights = make_weights(m, entries, config, layout_for(step, config, program_.kernels->lanes));
-        const Frame frame{&program_, &program_.plan, begins_.data(), space_.arena, space_.scratch, input_pointers_.data(), output_pointers_.data(), 0, 0, 1};
+        const Frame frame{&program_,
+                          &program_.plan,
+                          begins_.data(),
+                          space_.arena,
+                          space_.scratch,
+                          input_pointers_.data(),
+                          output_pointers_.data(),
+                          0,
+                          0,
+                          1};
         double best = 1e30, all = 0.0;
         for (int32_t i = 0; i < 12 && (i < 4 || all < 1e-3); ++i) {
             const double before = thread_seconds();
@@ -229,7 +254,7 @@ class Measurer {
         return best / step.group;
     }
 
-   private:
+ private:
     rarefy_program &program_;
     const Graph &graph_;
     Workspace space_;
@@ -246,8 +271,9 @@ struct Found {
 
 // The fastest config of one kind: first the form, then the tile, then the size of a block.
 class Search {
-   public:
-    Search(Measurer &measurer, const rarefy_program &program, Step &step, const Matrix &m, const Entries &entries, double deadline)
+ public:
+    Search(Measurer &measurer, const rarefy_program &program, Step &step, const Matrix &m, const Entries &entries,
+           double deadline)
         : measurer_(measurer), program_(program), step_(step), m_(m), entries_(entries), deadline_(deadline) {}
 
     Found run(Config start, bool thorough) {
@@ -265,10 +291,11 @@ class Search {
             }
         }
         if (!thorough || best_.config.planes()) return best_;
-        static const int32_t sparse_tiles[][2] = {{2, 7}, {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14}, {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3}};
+        static const int32_t sparse_tiles[][2] = {{2, 7},  {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14},
+                                                  {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3}};
         static const int32_t dense_tiles[][2] = {{6, 4}, {4, 6}, {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
         static const int32_t depthwise_tiles[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
-        const auto try_tiles = [&](const int32_t(*tiles)[2], size_t count) {
+        const auto try_tiles = [&](const int32_t (*tiles)[2], size_t count) {
             for (size_t i = 0; i < count; ++i) {
                 Config c = best_.config;
                 c.rows = tiles[i][0];
@@ -283,7 +310,7 @@ class Search {
         return best_;
     }
 
-   private:
+ private:
     void consider(Config c, int32_t kilobytes) {
         const int32_t all = vectors_of(program_, step_);
         if (c.tiled()) {
@@ -320,7 +347,8 @@ std::string signature(const rarefy_program &program, const Step &step, const Mat
     n.out = 0;
     std::string key(reinterpret_cast<const char *>(&n), sizeof n);
     const int64_t density = step.nonzeros * 40 / std::max<int64_t>(1, step.total_weights);
-    for (const int64_t v : {int64_t{m.rows}, int64_t{m.channels}, density, int64_t{step.group}}) key.append(reinterpret_cast<const char *>(&v), sizeof v);
+    for (const int64_t v : {int64_t{m.rows}, int64_t{m.channels}, density, int64_t{step.group}})
+        key.append(reinterpret_cast<const char *>(&v), sizeof v);
     return key;
 }
 
@@ -350,8 +378,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
         const double density = static_cast<double>(step.nonzeros) / static_cast<double>(w.size());
         step.config = by_rule(program, step, m, density);
         if (!step.config.rows)
-            return "the kernel, " + std::to_string(step.node.window.kernel[0]) + " x " + std::to_string(step.node.window.kernel[1]) +
-                   ", is too large for this input";
+            return "the kernel, " + std::to_string(step.node.window.kernel[0]) + " x " +
+                   std::to_string(step.node.window.kernel[1]) + ", is too large for this input";
         if (measurer) {
             const auto found = known.find(signature(program, step, m));
             if (found != known.end()) {
@@ -360,7 +388,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
                 step.dense_seconds = found->second.dense_seconds;
             } else {
                 // what is left of the time is shared by the steps that are left
-                const double now = thread_seconds(), share = std::max(0.0, begin + seconds - now) / static_cast<double>(left) * 2.0;
+                const double now = thread_seconds(),
+                             share = std::max(0.0, begin + seconds - now) / static_cast<double>(left) * 2.0;
                 measurer->refill();
                 Found best;
                 for (const bool sparse : {true, false}) {
@@ -390,7 +419,8 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds) 
             }
         }
         --left;
-        step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config, layout_for(step, step.config, program.kernels->lanes));
+        step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config,
+                                    layout_for(step, step.config, program.kernels->lanes));
     }
     program.tune_seconds = measurer ? thread_seconds() - begin : 0.0;
     return "";

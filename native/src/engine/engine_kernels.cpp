@@ -28,7 +28,8 @@ using namespace engine;
 
 // out[c * out_stride] = f(plane of channel c), for every channel.
 template <class F>
-inline void over_channels(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const F &f) {
+inline void over_channels(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride,
+                          const F &f) {
     for (int64_t c = 0; c < channels; ++c) store(out + c * out_stride, f(x + c * x_stride));
 }
 
@@ -47,14 +48,17 @@ void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out,
         case PACK_ONE: {
             const __m512i index = _mm512_loadu_si512(tables + op.table);
             const uint32_t load_a = op.load_a;
-            return each([=](const float *p) { return blend(lanes, _mm512_permutexvar_ps(index, load_some(p, load_a)), padding); });
+            return each([=](const float *p) {
+                return blend(lanes, _mm512_permutexvar_ps(index, load_some(p, load_a)), padding);
+            });
         }
         case PACK_TWO: {
             const __m512i index = _mm512_loadu_si512(tables + op.table);
             const int64_t between = op.b - op.a;
             const uint32_t load_a = op.load_a, load_b = op.load_b;
             return each([=](const float *p) {
-                return blend(lanes, _mm512_permutex2var_ps(load_some(p, load_a), index, load_some(p + between, load_b)), padding);
+                return blend(lanes, _mm512_permutex2var_ps(load_some(p, load_a), index, load_some(p + between, load_b)),
+                             padding);
             });
         }
 #endif
@@ -72,15 +76,16 @@ void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out,
     }
 }
 
-void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops, int64_t count,
-          const int32_t *tables, int64_t ahead) {
+void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
+          int64_t count, const int32_t *tables, int64_t ahead) {
     // a few channels at a time: what to do is decided once for all of them, and their pages and lines stay at hand
     constexpr int64_t SOME = 8;
     const V zero = all(0.0f);
     for (int64_t c = 0; c < channels; c += SOME) {
         const int64_t n = channels - c < SOME ? channels - c : SOME;
         for (int64_t i = 0; i < count; ++i)
-            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, ahead, zero);
+            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, ahead,
+                        zero);
     }
 }
 
@@ -108,7 +113,8 @@ __attribute__((noinline)) V expand(V v, const Store &s) {
 #endif
 
 template <int R, int T>
-inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
+inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows,
+                                                 V (&a)[R][T]) {
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
         if (group.flags & GROUP_FIRST) {
             const V bias = all(rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
@@ -122,7 +128,8 @@ inline __attribute__((always_inline)) void begin(const BlockCall &call, const Gr
 
 // The end of one row of a tile that is not plain: residual, clamp, store.
 template <int T, bool PREFIX>
-inline __attribute__((always_inline)) void finish_vectors(const BlockCall &call, float *to, const float *from, const float *sums) {
+inline __attribute__((always_inline)) void finish_vectors(const BlockCall &call, float *to, const float *from,
+                                                          const float *sums) {
     const V low = all(call.low), high = all(call.high);
     const Store *stores = call.stores;
     RAREFY_UNROLL for (int t = 0; t < T; ++t) {
@@ -146,7 +153,8 @@ __attribute__((noinline)) void finish_row(const BlockCall &call, int32_t row, co
 }
 
 template <int R, int T>
-inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
+inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows,
+                                               V (&a)[R][T]) {
     const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
     if (!last || !plain) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {

@@ -1,9 +1,9 @@
 // A program as one block of bytes.
 //
-// A header of 64 bytes, then sections that each begin at a multiple of 64: numbers as this machine has them (little endian),
-// every section with its length before it, in an order that reader and writer share. What follows from the rest, where
-// values lie and how tiles are cut, is not in the file but made again, so that nothing in a file can place a value outside
-// the memory that is planned for it; what the weights say is checked by check_weights.
+// A header of 64 bytes, then sections that each begin at a multiple of 64: numbers as this machine has them (little
+// endian), every section with its length before it, in an order that reader and writer share. What follows from the
+// rest, where values lie and how tiles are cut, is not in the file but made again, so that nothing in a file can place
+// a value outside the memory that is planned for it; what the weights say is checked by check_weights.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -48,7 +48,7 @@ uint64_t checksum(const uint8_t *data, size_t size) {
 }
 
 class Writer {
-   public:
+ public:
     explicit Writer(uint8_t *out) : out_(out) {}
 
     void bytes(const void *data, size_t size) {
@@ -59,9 +59,13 @@ class Writer {
         raw(data, size);
     }
     template <class T>
-    void array(const Array<T> &a) { bytes(a.data(), static_cast<size_t>(a.bytes())); }
+    void array(const Array<T> &a) {
+        bytes(a.data(), static_cast<size_t>(a.bytes()));
+    }
     template <class T>
-    void vector(const std::vector<T> &a) { bytes(a.data(), a.size() * sizeof(T)); }
+    void vector(const std::vector<T> &a) {
+        bytes(a.data(), a.size() * sizeof(T));
+    }
     void align(size_t to) {
         static const uint8_t zeros[64] = {};
         raw(zeros, (to - at_ % to) % to);
@@ -73,13 +77,13 @@ class Writer {
         at_ += size;
     }
 
-   private:
+ private:
     uint8_t *out_;
     size_t at_ = 0;
 };
 
 class Reader {
-   public:
+ public:
     Reader(const uint8_t *data, size_t size) : data_(data), size_(size) {}
 
     // A section of whole T's, in place; none and not good() where it does not fit.
@@ -107,7 +111,7 @@ class Reader {
         return good_ && at_ == size_;
     }
 
-   private:
+ private:
     template <class T>
     Array<T> none() {
         good_ = false;
@@ -138,7 +142,8 @@ void write(const rarefy_program &p, Writer &out) {
         const Step &s = p.steps[i];
         out.bytes(p.graph.names[i].data(), p.graph.names[i].size());
         out.vector(p.graph.operands[i]);
-        const Facts facts = {s.config, s.weights.stored, s.total_weights, s.nonzeros, s.macs, s.dense_macs, s.tuned_seconds, s.dense_seconds};
+        const Facts facts = {s.config, s.weights.stored, s.total_weights, s.nonzeros,
+                             s.macs,   s.dense_macs,     s.tuned_seconds, s.dense_seconds};
         out.bytes(&facts, sizeof facts);
         out.array(s.first);
         out.array(s.other);
@@ -174,11 +179,13 @@ bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
 // Whether a node has the fields of its kind alone: all others are as a builder leaves them.
 bool plain(const Node &n) {
-    const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY, port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT;
+    const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY,
+               port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT;
     Node only = node_of(n.kind, n.x, conv || binary ? n.second : -1);
     only.out = n.out;
     if (n.kind == Kind::CONCAT) only.operands = n.operands;
-    only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h, only.window.out_w = n.window.out_w;
+    only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h,
+    only.window.out_w = n.window.out_w;
     if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;
     if (n.kind == Kind::UPSAMPLE) std::memcpy(only.window.stride, n.window.stride, sizeof only.window.stride);
     if (conv || binary || n.kind == Kind::AFFINE) only.activation = n.activation;
@@ -196,10 +203,12 @@ std::string check_graph(const Graph &given) {
     for (size_t i = 0; i < given.nodes.size(); ++i) {
         const Node &n = given.nodes[i];
         const std::string at = "step " + std::to_string(i) + ": ";
-        if (!in(static_cast<int32_t>(n.kind), 0, static_cast<int32_t>(Kind::KINDS) - 1)) return at + "its kind is unknown";
+        if (!in(static_cast<int32_t>(n.kind), 0, static_cast<int32_t>(Kind::KINDS) - 1))
+            return at + "its kind is unknown";
         if (n.operands != static_cast<int32_t>(given.operands[i].size())) return at + "its operands are wrong";
         const size_t next = graph.values.size();
-        if (n.kind != Kind::OUTPUT && (n.out != static_cast<int32_t>(next) || next >= given.values.size())) return at + "its result is wrong";
+        if (n.kind != Kind::OUTPUT && (n.out != static_cast<int32_t>(next) || next >= given.values.size()))
+            return at + "its result is wrong";
         if (n.kind == Kind::OUTPUT && n.out != -1) return at + "its result is wrong";
         if (n.kind == Kind::INPUT || n.kind == Kind::CONCAT ? n.x != -1 : n.x < 0) return at + "its operands are wrong";
         if (!plain(n)) return at + "it says what a step of its kind does not have";
@@ -215,7 +224,9 @@ std::string check_graph(const Graph &given) {
         graph.values.push_back(shape);
     }
     if (graph.values.size() != given.values.size()) return "values do not fit the steps";
-    const auto has = [&](Kind kind) { return std::any_of(given.nodes.begin(), given.nodes.end(), [=](const Node &n) { return n.kind == kind; }); };
+    const auto has = [&](Kind kind) {
+        return std::any_of(given.nodes.begin(), given.nodes.end(), [=](const Node &n) { return n.kind == kind; });
+    };
     return has(Kind::INPUT) && has(Kind::OUTPUT) ? "" : "there is no input or no output";
 }
 
@@ -225,11 +236,18 @@ std::string check_config(const rarefy_program &p, const Step &step, int32_t lane
     const Shape &x = p.graph.values[step.node.x];
     if (!in(c.kind, 0, WEIGHT_KINDS - 1) || !in(c.vector, 0, 1)) return "its kernel is unknown";
     if (c.bf16() != (step.node.storage == RAREFY_BF16)) return "its kernel does not fit its weights";
-    if (c.vector) return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535 ? "" : "its kernel does not fit it";
+    if (c.vector)
+        return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 &&
+                       x.channels < 65535
+                   ? ""
+                   : "its kernel does not fit it";
     const int32_t planes = static_cast<int32_t>(Form::PLANES);
-    if (c.form == planes) return slides(step, matrix_of(p.graph, step.node)) && !c.sparse() ? "" : "its kernel does not fit it";
+    if (c.form == planes)
+        return slides(step, matrix_of(p.graph, step.node)) && !c.sparse() ? "" : "its kernel does not fit it";
     if (c.direct() && (!c.sparse() || !reads_in_place(p, step))) return "its kernel does not fit it";
-    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !(c.direct() || in(c.form, 0, planes - 1)) || !in(c.block, 1, x.channels)) return "its kernel is unknown";
+    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !(c.direct() || in(c.form, 0, planes - 1)) ||
+        !in(c.block, 1, x.channels))
+        return "its kernel is unknown";
     if (p.kernels->lanes == lanes && !p.kernels->block[c.kind][c.rows][c.vectors]) return "its kernel is unknown";
     return "";
 }
@@ -271,7 +289,8 @@ RAREFY_API void rarefy_program_save(const rarefy_program *program, void *out) {
     std::memcpy(bytes, &header, sizeof header);
 }
 
-RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, const char *isa, char *error, int64_t error_size) {
+RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, const char *isa, char *error,
+                                               int64_t error_size) {
     const auto refuse = [&](const std::string &why) {
         fail(error, error_size, why);
         return nullptr;
@@ -279,15 +298,19 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
     try {
         const uint8_t *bytes = static_cast<const uint8_t *>(data);
         Header header;
-        if (size < static_cast<int64_t>(sizeof header)) return refuse("this is no engine file: it is shorter than a header");
+        if (size < static_cast<int64_t>(sizeof header))
+            return refuse("this is no engine file: it is shorter than a header");
         std::memcpy(&header, bytes, sizeof header);
         if (std::memcmp(header.magic, MAGIC, sizeof MAGIC) != 0) return refuse("this is no engine file");
         if (header.version != VERSION || header.header_bytes != sizeof header)
-            return refuse("the file has format version " + std::to_string(header.version) + ", this library reads version " + std::to_string(VERSION));
+            return refuse("the file has format version " + std::to_string(header.version) +
+                          ", this library reads version " + std::to_string(VERSION));
         if (header.bytes != static_cast<uint64_t>(size))
-            return refuse("the file should have " + std::to_string(header.bytes) + " bytes and has " + std::to_string(size) + ": it was cut");
+            return refuse("the file should have " + std::to_string(header.bytes) + " bytes and has " +
+                          std::to_string(size) + ": it was cut");
         if (reinterpret_cast<uintptr_t>(data) % 64) return refuse("the data must begin at a multiple of 64 bytes");
-        if (block_sum(bytes, static_cast<size_t>(size)) != header.checksum) return refuse("the file was altered: its checksum does not fit");
+        if (block_sum(bytes, static_cast<size_t>(size)) != header.checksum)
+            return refuse("the file was altered: its checksum does not fit");
 
         auto p = std::make_unique<rarefy_program>();
         p->isa = isa ? isa : "";
@@ -295,12 +318,15 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
         if (!p->kernels) return refuse("this CPU or this library has no instruction set " + p->isa + " for the engine");
         p->batch = header.batch;
         p->threads = header.threads;
-        if (p->batch < 1 || !in(p->threads, 1, MOST_THREADS) || (header.lanes != 4 && header.lanes != 8 && header.lanes != 16)) return refuse("the file's header is wrong");
+        if (p->batch < 1 || !in(p->threads, 1, MOST_THREADS) ||
+            (header.lanes != 4 && header.lanes != 8 && header.lanes != 16))
+            return refuse("the file's header is wrong");
         Reader in_(bytes, static_cast<size_t>(size));
         p->graph.values = in_.vector<Shape>();
         p->graph.nodes = in_.vector<Node>();
         const size_t count = p->graph.nodes.size();
-        if (!in_.good() || count != static_cast<size_t>(header.nodes) || p->graph.values.size() != static_cast<size_t>(header.values))
+        if (!in_.good() || count != static_cast<size_t>(header.nodes) ||
+            p->graph.values.size() != static_cast<size_t>(header.values))
             return refuse("the file's steps do not fit its header");
         if (count > static_cast<size_t>(MOST_STEPS)) return refuse("the file has too many steps");
         int64_t operands = 0;
@@ -339,16 +365,19 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
             const std::string at = "step " + std::to_string(i) + ": ";
             const int64_t channels = p->graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
             const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;
-            if (step.first.size() != (conv || affine ? channels : 0) || step.other.size() != (affine ? channels : 0)) return refuse(at + "its bias is wrong");
+            if (step.first.size() != (conv || affine ? channels : 0) || step.other.size() != (affine ? channels : 0))
+                return refuse(at + "its bias is wrong");
             const Facts &known = facts[i];
             if (!conv) {
                 if (step.weights.bytes()) return refuse(at + "it has weights");
                 continue;
             }
             const Matrix m = matrix_of(p->graph, step.node);
-            const int64_t total = int64_t{m.rows} * (m.channels / m.groups) * m.taps, pixels = p->graph.values[step.node.out].pixels();
+            const int64_t total = int64_t{m.rows} * (m.channels / m.groups) * m.taps,
+                          pixels = p->graph.values[step.node.out].pixels();
             const auto time = [](double seconds) { return seconds >= 0.0 && seconds <= 1e30; };
-            if (known.total_weights != total || !in(known.nonzeros, 0, total) || known.macs != known.nonzeros * pixels || known.dense_macs != total * pixels ||
+            if (known.total_weights != total || !in(known.nonzeros, 0, total) ||
+                known.macs != known.nonzeros * pixels || known.dense_macs != total * pixels ||
                 !time(known.tuned_seconds) || !time(known.dense_seconds))
                 return refuse(at + "its facts are wrong");
             step.config = known.config;
@@ -365,9 +394,11 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
             if (!wrong.empty()) return refuse(at + wrong);
         }
         // what is planned may be large where much is there to be computed with
-        if (preparation(*p) > FREE_WORK + WORK_A_BYTE * static_cast<double>(size)) return refuse("the file's planes are too large for its weights");
+        if (preparation(*p) > FREE_WORK + WORK_A_BYTE * static_cast<double>(size))
+            return refuse("the file's planes are too large for its weights");
         finish_program(*p);
-        if (std::max(p->plan.arena_floats, p->banded.arena_floats) + p->scratch_floats() > MOST_SCRATCH_FLOATS) return refuse("the file's program takes more than 4 GiB of memory");
+        if (std::max(p->plan.arena_floats, p->banded.arena_floats) + p->scratch_floats() > MOST_SCRATCH_FLOATS)
+            return refuse("the file's program takes more than 4 GiB of memory");
         return p.release();
     } catch (const std::exception &e) {
         return refuse(std::string("there is not enough memory for this program: ") + e.what());

@@ -13,7 +13,9 @@ namespace {
 const char *kind_name(const rarefy_program &program, const Step &step) {
     switch (step.node.kind) {
         case Kind::INPUT: return "input";
-        case Kind::CONV: return step.node.groups > 1 && step.node.groups == program.graph.values[step.node.x].channels ? "depthwise" : "conv";
+        case Kind::CONV:
+            return step.node.groups > 1 && step.node.groups == program.graph.values[step.node.x].channels ? "depthwise"
+                                                                                                          : "conv";
         case Kind::POOL: return step.node.flag ? "average pool" : "max pool";
         case Kind::GLOBAL_AVERAGE: return "global average";
         case Kind::BINARY: return step.node.flag ? "multiply" : "add";
@@ -31,8 +33,12 @@ void describe_kernel(const Step &step, char *out, size_t size) {
     static const char *const forms[] = {"shifted", "compact", "single"};
     if (c.vector) std::snprintf(out, size, "%s%s vector", c.sparse() ? "sparse" : "dense", type);
     else if (c.planes()) std::snprintf(out, size, "dense%s planes", type);
-    else if (step.node.window.pointwise()) std::snprintf(out, size, "%s%s %dx%d b%d%s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block, c.direct() ? " direct" : "");
-    else std::snprintf(out, size, "%s%s %dx%d b%d %s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block, forms[c.form]);
+    else if (step.node.window.pointwise())
+        std::snprintf(out, size, "%s%s %dx%d b%d%s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block,
+                      c.direct() ? " direct" : "");
+    else
+        std::snprintf(out, size, "%s%s %dx%d b%d %s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block,
+                      forms[c.form]);
 }
 
 }  // namespace
@@ -65,20 +71,25 @@ using namespace rarefy::engine;
 
 extern "C" {
 
-RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, const rarefy_options *options, char *error, int64_t size) {
+RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, const rarefy_options *options,
+                                                 char *error, int64_t size) {
     const Graph &graph = builder->graph;
     const auto refuse = [&](const std::string &why) {
         fail(error, size, why);
         return nullptr;
     };
-    const auto has = [&](Kind kind) { return std::any_of(graph.nodes.begin(), graph.nodes.end(), [=](const Node &n) { return n.kind == kind; }); };
+    const auto has = [&](Kind kind) {
+        return std::any_of(graph.nodes.begin(), graph.nodes.end(), [=](const Node &n) { return n.kind == kind; });
+    };
     if (!has(Kind::INPUT) || !has(Kind::OUTPUT)) return refuse("a program needs at least one input and one output");
-    if (options->batch < 1 || options->threads < 1 || options->threads > MOST_THREADS) return refuse("batch must be at least 1, threads between 1 and 1024");
+    if (options->batch < 1 || options->threads < 1 || options->threads > MOST_THREADS)
+        return refuse("batch must be at least 1, threads between 1 and 1024");
     try {
         auto program = std::make_unique<rarefy_program>();
         program->isa = options->isa ? options->isa : "";
         program->kernels = find_kernels(&program->isa);
-        if (!program->kernels) return refuse("this CPU or this library has no instruction set " + program->isa + " for the engine");
+        if (!program->kernels)
+            return refuse("this CPU or this library has no instruction set " + program->isa + " for the engine");
         program->batch = options->batch;
         program->threads = options->threads;
         program->graph.values = graph.values;
@@ -108,8 +119,10 @@ RAREFY_API void rarefy_program_describe(const rarefy_program *program, rarefy_pr
     info->outputs = static_cast<int32_t>(program->outputs.size());
     info->steps = static_cast<int32_t>(program->steps.size());
     info->group = program->plan.segments.back().group;
-    for (const Step &step : program->steps) info->weight_bytes += step.weights.bytes() + step.first.bytes() + step.other.bytes();
-    info->scratch_bytes = (program->plan_for(program->batch, program->threads).arena_floats + program->scratch_floats()) * 4;
+    for (const Step &step : program->steps)
+        info->weight_bytes += step.weights.bytes() + step.first.bytes() + step.other.bytes();
+    info->scratch_bytes =
+        (program->plan_for(program->batch, program->threads).arena_floats + program->scratch_floats()) * 4;
     info->tune_seconds = program->tune_seconds;
     std::snprintf(info->isa, sizeof info->isa, "%s", program->isa.c_str());
 }
@@ -123,7 +136,10 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
     const auto put = [](const Shape &s, int32_t *out) { out[0] = s.channels, out[1] = s.height, out[2] = s.width; };
     put(program->graph.values[step.node.out >= 0 ? step.node.out : step.node.x], info->shape);
     const std::vector<int32_t> &operands = program->graph.operands[i];
-    put(program->graph.values[step.node.x >= 0 ? step.node.x : operands.empty() ? step.node.out : operands[0]], info->x_shape);
+    put(program->graph.values[step.node.x >= 0   ? step.node.x
+                              : operands.empty() ? step.node.out
+                                                 : operands[0]],
+        info->x_shape);
     info->weight_bytes = step.weights.bytes() + step.first.bytes() + step.other.bytes();
     if (step.node.kind != Kind::CONV) return 0;
     describe_kernel(step, info->kernel, sizeof info->kernel);
@@ -137,7 +153,8 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
     return 0;
 }
 
-RAREFY_API int32_t rarefy_program_port(const rarefy_program *program, int32_t output, int32_t i, int32_t shape[3], int32_t *layout) {
+RAREFY_API int32_t rarefy_program_port(const rarefy_program *program, int32_t output, int32_t i, int32_t shape[3],
+                                       int32_t *layout) {
     const std::vector<int32_t> &ports = output ? program->outputs : program->inputs;
     if (i < 0 || i >= static_cast<int32_t>(ports.size())) return -1;
     const Node &node = program->steps[ports[i]].node;

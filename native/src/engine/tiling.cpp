@@ -35,7 +35,8 @@ struct Grid {
         if (form == Form::COMPACT) stride = w.out_w;
         else if (form == Form::SINGLE) stride = w.out_w + single_gap();
         else if (w.out_w > lanes / 2) stride = (w.out_w + lanes - 1) / lanes * lanes;
-        else for (stride = 1; stride < w.out_w;) stride *= 2;
+        else
+            for (stride = 1; stride < w.out_w;) stride *= 2;
     }
 
     static void extend(int32_t &low, int32_t &high, int32_t k, int32_t d) {
@@ -50,7 +51,8 @@ struct Grid {
     // Columns between the rows of Form::SINGLE; a row's right padding may be the next one's left padding.
     int32_t single_gap() const {
         const bool nothing_beyond = int64_t{w.out_w} * w.stride[1] >= w.in_w;
-        return nothing_beyond ? std::max(dx_high, 0) > std::max(-dx_low, 0) ? dx_high : std::max(-dx_low, 0) : dx_high - dx_low;
+        return nothing_beyond ? std::max(dx_high, 0) > std::max(-dx_low, 0) ? dx_high : std::max(-dx_low, 0)
+                              : dx_high - dx_low;
     }
 
     // The input pixel of position f, moved by dy rows of the phase and by `column` columns; -1 for padding.
@@ -75,7 +77,7 @@ struct Grid {
 };
 
 class Classifier {
-   public:
+ public:
     Classifier(const Kernels &kernels, Tiling &tiling) : kernels_(kernels), tiling_(tiling) {}
 
     Pack pack(const int64_t *index) {
@@ -93,7 +95,8 @@ class Classifier {
         int64_t base = 0, beyond = high;
         for (int32_t i = 0; i < L; ++i) {
             if (index[i] < 0) continue;
-            if (op.lanes >> i == 1 || !(op.lanes & ((1u << i) - 1))) base = op.lanes & ((1u << i) - 1) ? base : index[i] - i;
+            if (op.lanes >> i == 1 || !(op.lanes & ((1u << i) - 1)))
+                base = op.lanes & ((1u << i) - 1) ? base : index[i] - i;
             straight = straight && index[i] - i == base;
             if (index[i] >= low + L) beyond = std::min(beyond, index[i]);
         }
@@ -126,7 +129,7 @@ class Classifier {
         return op;
     }
 
-   private:
+ private:
     const Kernels &kernels_;
     Tiling &tiling_;
     std::map<std::vector<int32_t>, int32_t> tables_;
@@ -221,7 +224,8 @@ Layout layout_of(const Window &original, int32_t lanes, int32_t vectors, Form fo
 double tiling_work(const Window &original, int32_t images, const Layout &layout, Form form) {
     const Window window = flat(original, &images, &form);
     const Grid grid(window, images, layout.lanes, form);
-    return static_cast<double>(grid.positions()) / (layout.vectors * layout.lanes) * static_cast<double>(layout.channel_floats);
+    return static_cast<double>(grid.positions()) / (layout.vectors * layout.lanes) *
+           static_cast<double>(layout.channel_floats);
 }
 
 Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernels, int32_t vectors, Form form) {
