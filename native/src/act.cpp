@@ -11,6 +11,7 @@ namespace rarefy {
 namespace RAREFY_ISA {
 namespace {
 
+// Neither was measured apart.
 constexpr int64_t CHUNK = 1 << 16;   // values a unit of work
 constexpr int64_t SERIAL = 1 << 18;  // below this many values a thread costs more than it saves
 

@@ -99,6 +99,40 @@ float rounded(float v) {
     return v;
 }
 
+struct Sizes {
+    int32_t channels, h, w;
+};
+
+// The results of a convolution, by its definition; an empty residual is none.
+Floats convolution(const rarefy_conv &c, const Sizes &in, const int32_t (&out)[2], const Floats &x,
+                   const Floats &weight, const Floats &bias, const Floats &residual) {
+    const int64_t taps = c.kernel[0] * c.kernel[1], each = in.channels / c.groups;
+    const int64_t batch = static_cast<int64_t>(x.size()) / (int64_t{in.channels} * in.h * in.w);
+    Floats wanted;
+    for (int64_t n = 0; n < batch; ++n)
+        for (int32_t o = 0; o < c.out_channels; ++o)
+            for (int32_t oy = 0; oy < out[0]; ++oy)
+                for (int32_t ox = 0; ox < out[1]; ++ox) {
+                    double sum = bias[o];
+                    for (int64_t i = 0; i < each; ++i)
+                        for (int32_t ky = 0; ky < c.kernel[0]; ++ky)
+                            for (int32_t kx = 0; kx < c.kernel[1]; ++kx) {
+                                const int32_t y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0],
+                                              xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
+                                float v = weight[(o * each + i) * taps + ky * c.kernel[1] + kx];
+                                if (c.storage == RAREFY_BF16) v = rounded(v);
+                                if (v == 0.0f || y < 0 || xx < 0 || y >= in.h || xx >= in.w) continue;
+                                const int64_t channel = o / (c.out_channels / c.groups) * each + i;
+                                sum += static_cast<double>(v) * x[((n * in.channels + channel) * in.h + y) * in.w + xx];
+                            }
+                    if (!residual.empty()) sum += residual[wanted.size()];
+                    if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
+                    if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
+                    wanted.push_back(static_cast<float>(sum));
+                }
+    return wanted;
+}
+
 // One convolution of a random shape.
 void conv_case(const char *isa, int64_t number_of_case) {
     rarefy_conv c = {};
@@ -136,28 +170,7 @@ void conv_case(const char *isa, int64_t number_of_case) {
             x[static_cast<size_t>(below(static_cast<int64_t>(x.size())))] = v;
     const bool add = below(2);
 
-    Floats wanted;
-    for (int64_t n = 0; n < batch; ++n)
-        for (int32_t o = 0; o < c.out_channels; ++o)
-            for (int32_t oy = 0; oy < out_h; ++oy)
-                for (int32_t ox = 0; ox < out_w; ++ox) {
-                    double sum = bias[o];
-                    for (int64_t i = 0; i < each; ++i)
-                        for (int32_t ky = 0; ky < c.kernel[0]; ++ky)
-                            for (int32_t kx = 0; kx < c.kernel[1]; ++kx) {
-                                const int32_t y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0],
-                                              xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
-                                float v = weight[(o * each + i) * taps + ky * c.kernel[1] + kx];
-                                if (c.storage == RAREFY_BF16) v = rounded(v);
-                                if (v == 0.0f || y < 0 || xx < 0 || y >= h || xx >= w) continue;
-                                const int64_t channel = o / (c.out_channels / c.groups) * each + i;
-                                sum += static_cast<double>(v) * x[((n * channels + channel) * h + y) * w + xx];
-                            }
-                    if (add) sum += residual[wanted.size()];
-                    if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
-                    if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
-                    wanted.push_back(static_cast<float>(sum));
-                }
+    const Floats wanted = convolution(c, {channels, h, w}, {out_h, out_w}, x, weight, bias, add ? residual : Floats());
     Builder b;
     c.x = b.input(channels, h, w);
     if (add) c.residual = b.input(c.out_channels, out_h, out_w);

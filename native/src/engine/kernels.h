@@ -1,6 +1,24 @@
 // What the engine's kernels read and write: plain structures, shared between the files that are built for each
 // instruction set and the executor, and the table of functions that every instruction set provides.
 //
+// A convolution is a sparse matrix times the pixels, for every output channel r and its weights k that are not zero
+//
+//     y[r] = act(bias[r] + sum_k w[r,k] x[off[r,k]] + residual[r])
+//
+// where y[r], x[...] and residual[r] are many pixels at once and off[r,k] says where those lie that the weight meets: a
+// channel's plane, moved by the kernel position. An activation that is no clamp follows in a pass of its own. So the
+// literature has it: as SpMM for pointwise convolutions in E. Elsen, M. Dukhan, T. Gale, K. Simonyan, Fast Sparse
+// ConvNets, arXiv:1911.09723 (XNNPACK's f32-spmm), and with offsets for any kernel in J. Park et al., Faster CNNs with
+// Direct Sparse Convolutions and Guided Pruning, arXiv:1608.01409.
+//
+// In the kernels' names and templates
+//
+//     R  output rows (channels) whose sums are kept in registers at a time
+//     T  vectors of output pixels of a tile, so R * T sums
+//     L  float32 lanes of a vector: 16, 8 or 4 by instruction set
+//     V  the type of one such vector (vec-inl.h)
+//     W  the type of a dense kernel's or a vector layer's weights: float, or uint16_t for bfloat16
+//
 // A convolution works on *tiles*: T vectors of L output pixels. First every channel's part of the input that the tile
 // needs is packed into a small buffer, so that each weight's pixels lie in T consecutive aligned vectors at a known
 // offset; then every output row (channel) is a sum of weight * vectors at offset, with the T sums kept in registers for
@@ -65,7 +83,7 @@ struct BlockCall {
     const int32_t *rows;  // R for each group; -1: none
     int64_t count;        // groups
     float *sums;          // T * L for each row, and as much again for a row that is none
-    float *trash;         // T * L floats that nobody reads
+    float *discard;       // T * L floats that nobody reads
     float *y;             // at the tile
     int64_t y_stride;
     const float *residual;  // at the tile, or null

@@ -11,7 +11,8 @@ namespace rarefy::engine {
 
 namespace {
 
-constexpr int64_t SMALL_PLANE = 64;  // pixels: layers up to this size take several images
+// Layers of up to so many pixels take SMALL_GROUP images at once, those of one pixel VECTOR_GROUP. Not measured apart.
+constexpr int64_t SMALL_PLANE = 64;
 constexpr int32_t SMALL_GROUP = 4, VECTOR_GROUP = 64;
 
 int32_t power_below(int32_t n) {
@@ -24,7 +25,7 @@ std::vector<int32_t> reads(const Graph &graph, size_t i) {
     const Node &n = graph.nodes[i];
     std::vector<int32_t> ids = graph.operands[i];
     if (n.x >= 0) ids.push_back(n.x);
-    if (n.second >= 0) ids.push_back(n.second);
+    if (n.other_operand >= 0) ids.push_back(n.other_operand);
     return ids;
 }
 
@@ -211,7 +212,7 @@ class Planner {
     // needed any more.
     int32_t in_place(int32_t i) const {
         const Node &n = graph_.nodes[i];
-        const int32_t id = n.kind == Kind::CONV                               ? n.second
+        const int32_t id = n.kind == Kind::CONV                               ? n.other_operand
                            : n.kind == Kind::BINARY || n.kind == Kind::AFFINE ? n.x
                                                                               : -1;
         if (id < 0 || (n.kind == Kind::CONV && id == n.x) || last_use_[id] != i || !read_before(id, i)) return -1;
@@ -236,9 +237,9 @@ Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<C
     plan.chains = std::move(chains);
     plan.groups = choose_groups(graph, batch >= threads ? batch / threads : 1);
     for (size_t i = 0; i < plan.groups.size(); ++i) {
-        if (plan.segments.empty() || plan.segments.back().group != plan.groups[i])
-            plan.segments.push_back({static_cast<int32_t>(i), static_cast<int32_t>(i), plan.groups[i]});
-        plan.segments.back().last = static_cast<int32_t>(i) + 1;
+        if (plan.stages.empty() || plan.stages.back().group != plan.groups[i])
+            plan.stages.push_back({static_cast<int32_t>(i), static_cast<int32_t>(i), plan.groups[i]});
+        plan.stages.back().last = static_cast<int32_t>(i) + 1;
     }
     Planner(graph, plan, windows).run();
     return plan;

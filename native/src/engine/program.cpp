@@ -3,10 +3,31 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <string_view>
+#include <time.h>
 
 #include "engine/program.h"
+#include "rarefy.h"
 
 namespace rarefy::engine {
+
+double thread_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+const Kernels *find_kernels(std::string *isa) {
+    const rarefy_kernel *table = nullptr;
+    const int64_t count = rarefy_kernels(&table);
+    for (int64_t i = 0; i < count; ++i) {
+        if (std::string_view(table[i].name) != "engine" || !table[i].supported) continue;
+        if (!isa->empty() && *isa != table[i].isa) continue;
+        *isa = table[i].isa;
+        return reinterpret_cast<const Kernels *(*)()>(table[i].entry)();
+    }
+    return nullptr;
+}
 
 namespace {
 
@@ -16,9 +37,9 @@ const char *kind_name(const rarefy_program &program, const Step &step) {
         case Kind::CONV:
             return step.node.groups > 1 && step.node.groups == program.graph.values[step.node.x].channels ? "depthwise"
                                                                                                           : "conv";
-        case Kind::POOL: return step.node.flag ? "average pool" : "max pool";
+        case Kind::POOL: return step.node.average ? "average pool" : "max pool";
         case Kind::GLOBAL_AVERAGE: return "global average";
-        case Kind::BINARY: return step.node.flag ? "multiply" : "add";
+        case Kind::BINARY: return step.node.multiply ? "multiply" : "add";
         case Kind::AFFINE: return "affine";
         case Kind::CONCAT: return "concat";
         case Kind::UPSAMPLE: return "upsample";
@@ -99,8 +120,9 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
         program->plan = make_plan(graph, options->batch, options->threads);
         make_steps(*program);
         for (size_t i = 0; i < program->steps.size(); ++i) {
-            program->steps[i].first = Array<float>(graph.first[i]);
-            program->steps[i].other = Array<float>(graph.other[i]);
+            program->steps[i].bias = Array<float>(graph.bias[i]);
+            program->steps[i].scale = Array<float>(graph.scale[i]);
+            program->steps[i].shift = Array<float>(graph.shift[i]);
         }
         const std::string wrong = choose(*program, graph, options->tune_seconds);
         if (!wrong.empty()) return refuse(wrong);
@@ -118,9 +140,8 @@ RAREFY_API void rarefy_program_describe(const rarefy_program *program, rarefy_pr
     info->inputs = static_cast<int32_t>(program->inputs.size());
     info->outputs = static_cast<int32_t>(program->outputs.size());
     info->steps = static_cast<int32_t>(program->steps.size());
-    info->group = program->plan.segments.back().group;
-    for (const Step &step : program->steps)
-        info->weight_bytes += step.weights.bytes() + step.first.bytes() + step.other.bytes();
+    info->group = program->plan.stages.back().group;
+    for (const Step &step : program->steps) info->weight_bytes += step.weight_bytes();
     info->scratch_bytes =
         (program->plan_for(program->batch, program->threads).arena_floats + program->scratch_floats()) * 4;
     info->tune_seconds = program->tune_seconds;
@@ -140,7 +161,7 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
                               : operands.empty() ? step.node.out
                                                  : operands[0]],
         info->x_shape);
-    info->weight_bytes = step.weights.bytes() + step.first.bytes() + step.other.bytes();
+    info->weight_bytes = step.weight_bytes();
     if (step.node.kind != Kind::CONV) return 0;
     describe_kernel(step, info->kernel, sizeof info->kernel);
     info->weights = step.total_weights;

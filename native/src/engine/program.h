@@ -39,12 +39,14 @@ struct Shape {
 // A step as the builder was told: integers alone, as they stand in a file.
 struct Node {
     Kind kind;
-    int32_t x, second, out;      // values; -1: none. second: residual, or the other operand
-    int32_t activation, layout;  // enums of rarefy_engine.h
-    int32_t flag;                // BINARY: multiply; POOL: average
-    int32_t count_padding;
-    Window window;          // CONV, POOL; UPSAMPLE: stride holds the factors
-    int32_t bottom, right;  // padding
+    int32_t x, other_operand, out;  // values; -1: none. other_operand: CONV: the residual; BINARY: y
+    int32_t activation, layout;     // enums of rarefy_engine.h
+    int32_t out_channels;           // CONV
+    int32_t average;                // POOL: 0 for the maximum
+    int32_t multiply;               // BINARY: 0 for the sum
+    int32_t count_padding;          // POOL: of an average
+    Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
+    int32_t bottom, right;          // padding
     int32_t groups, storage, choice;
     int32_t operands;  // CONCAT: number of them
 };
@@ -55,11 +57,12 @@ struct Graph {
     std::vector<std::string> names;                // of the nodes
     std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT
     std::vector<std::vector<float>> weights;       // of CONV: as given; empty in a program
-    std::vector<std::vector<float>> first, other;  // CONV: bias in first; AFFINE: scale and shift
+    std::vector<std::vector<float>> bias;          // of CONV
+    std::vector<std::vector<float>> scale, shift;  // of AFFINE
 };
 
 // A step of this kind, with nothing said of it yet.
-Node node_of(Kind kind, int32_t x, int32_t second = -1);
+Node node_of(Kind kind, int32_t x, int32_t other_operand = -1);
 
 // The shape that a node makes of its operands, or an error.
 std::string infer(const Graph &graph, const Node &node, const std::vector<int32_t> &operands, Shape *out);
@@ -86,17 +89,19 @@ struct Step {
     int32_t group;  // images at once
     Config config;
     Weights weights;
-    Array<float> first, other;
-    std::shared_ptr<const Tiling> one, many;
-    std::vector<float> scale;  // average pooling: a factor for every column
+    Array<float> bias;          // CONV: one number a row
+    Array<float> scale, shift;  // AFFINE: one number a channel
+    std::shared_ptr<const Tiling> tiling_one, tiling_group;
+    std::vector<float> column_scale;  // average pooling: a factor for every column
     int64_t total_weights = 0, nonzeros = 0, macs = 0, dense_macs = 0;
     double tuned_seconds = 0.0, dense_seconds = 0.0;
 
-    const Tiling &tiling(int64_t images) const { return images == 1 ? *one : *many; }
+    int64_t weight_bytes() const { return weights.bytes() + bias.bytes() + scale.bytes() + shift.bytes(); }
+    const Tiling &tiling(int64_t images) const { return images == 1 ? *tiling_one : *tiling_group; }
 };
 
 // Steps that take the same number of images at once.
-struct Segment {
+struct Stage {
     int32_t first, last, group;
 };
 
@@ -129,7 +134,7 @@ struct Workspace {
 
 struct Plan {
     std::vector<Value> values;
-    std::vector<Segment> segments;
+    std::vector<Stage> stages;
     std::vector<Chain> chains;    // in order
     std::vector<int32_t> groups;  // of the steps
     int64_t arena_floats = 0;
@@ -157,19 +162,19 @@ struct rarefy_program {
     rarefy::engine::Plan plan;    // of whole values; for threads that share an image
     rarefy::engine::Plan banded;  // with chains; for threads that have images of their own
     std::vector<rarefy::engine::Step> steps;
-    std::vector<int32_t> inputs, outputs;                          // steps
-    int64_t packed_floats = 0, sums_floats = 0, trash_floats = 0;  // scratch
+    std::vector<int32_t> inputs, outputs;                            // steps
+    int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
     double tune_seconds = 0.0;
 
     mutable std::mutex mutex;
     mutable std::vector<rarefy::engine::Workspace> idle;
 
-    int64_t scratch_floats() const { return packed_floats + sums_floats + trash_floats; }
+    int64_t scratch_floats() const { return packed_floats + sums_floats + discard_floats; }
 
     // Whether each of so many threads has images of its own; and the plan for that.
-    static bool apart(int64_t images, int32_t running) { return images >= running; }
+    static bool threads_own_images(int64_t images, int32_t running) { return images >= running; }
     const rarefy::engine::Plan &plan_for(int64_t images, int32_t running) const {
-        return apart(images, running) ? banded : plan;
+        return threads_own_images(images, running) ? banded : plan;
     }
 };
 
@@ -180,6 +185,9 @@ const Kernels *find_kernels(std::string *isa);
 
 // The plan with chains in bands, once the steps' tilings are known.
 Plan make_banded_plan(const rarefy_program &program);
+
+// What weights of a config are made for: of one that is not tiled, the lanes alone.
+Layout layout_for(const Step &step, const Config &config, int32_t lanes);
 
 // Fills what follows from graph, plan and the steps' configs and weights: tilings, sizes of scratch, the plan in bands.
 void finish_step(rarefy_program &program, Step &step);

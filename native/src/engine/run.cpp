@@ -12,6 +12,9 @@ namespace rarefy::engine {
 
 namespace {
 
+// So many times a waiting thread looks before it lets others run. Not measured apart.
+constexpr int32_t SPINS = 4000;
+
 // Where threads wait for one another.
 class Barrier {
  public:
@@ -25,7 +28,7 @@ class Barrier {
             return;
         }
         for (int32_t spin = 0; round_.load(std::memory_order_acquire) == round; ++spin)
-            if (spin > 4000) std::this_thread::yield();
+            if (spin > SPINS) std::this_thread::yield();
     }
 
  private:
@@ -46,11 +49,10 @@ struct Runner {
         if (seconds) seconds[step] += thread_seconds() - before;
     }
 
-    void steps(const Segment &segment, int64_t at, int64_t images) {
+    void steps(const Stage &stage, int64_t at, int64_t images) {
         const auto &chains = frame.plan->chains;
-        auto next =
-            std::find_if(chains.begin(), chains.end(), [&](const Chain &c) { return c.first >= segment.first; });
-        for (int32_t i = segment.first; i < segment.last;) {
+        auto next = std::find_if(chains.begin(), chains.end(), [&](const Chain &c) { return c.first >= stage.first; });
+        for (int32_t i = stage.first; i < stage.last;) {
             if (next != chains.end() && next->first == i) {
                 chain(*next, at);
                 i = next++->last;
@@ -81,20 +83,20 @@ struct Runner {
         (*begins)[move.value] = move.low;
     }
 
-    // All steps up to segment k for `images` images.
+    // All steps up to stage k for `images` images.
     void run(int64_t k, int64_t at, int64_t images) {
-        const auto &segments = frame.plan->segments;
+        const auto &stages = frame.plan->stages;
         if (k > 0) {
-            const int64_t group = segments[k - 1].group;
+            const int64_t group = stages[k - 1].group;
             for (int64_t i = 0; i < images; i += group) run(k - 1, at + i, std::min(group, images - i));
         }
-        if (images == segments[k].group) return steps(segments[k], at, images);
-        for (int64_t i = 0; i < images; ++i) steps(segments[k], at + i, 1);
+        if (images == stages[k].group) return steps(stages[k], at, images);
+        for (int64_t i = 0; i < images; ++i) steps(stages[k], at + i, 1);
     }
 
     void run_all(int64_t images) {
-        const auto &segments = frame.plan->segments;
-        const int64_t last = static_cast<int64_t>(segments.size()) - 1, group = segments[last].group;
+        const auto &stages = frame.plan->stages;
+        const int64_t last = static_cast<int64_t>(stages.size()) - 1, group = stages[last].group;
         for (int64_t i = 0; i < images; i += group) run(last, i, std::min(group, images - i));
     }
 };
@@ -185,7 +187,7 @@ rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int
         std::vector<float *> outputs;
         for (int32_t i = 0; i < input_count; ++i) inputs.push_back(read[i].data);
         for (int32_t i = 0; i < output_count; ++i) outputs.push_back(written[i].data);
-        const bool apart = rarefy_program::apart(batch, threads);
+        const bool apart = rarefy_program::threads_own_images(batch, threads);
         const Plan &plan = program->plan_for(batch, threads);
         std::vector<Workspace> spaces;
         for (int32_t i = 0; i < threads; ++i) {

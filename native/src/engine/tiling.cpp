@@ -228,15 +228,83 @@ double tiling_work(const Window &original, int32_t images, const Layout &layout,
            static_cast<double>(layout.channel_floats);
 }
 
+namespace {
+
+// Packs the input of the vectors [from, to) of the grid, every copy of it for `most` vectors; fills in which pixels of
+// the input the tile reads, and where its packs count from.
+std::vector<Pack> packs_of(const Grid &grid, const Copies &copies, int64_t from, int32_t most, Classifier &classifier,
+                           Tile &tile) {
+    const int32_t L = grid.lanes;
+    tile.first = std::numeric_limits<int32_t>::max();
+    std::vector<Pack> packs;
+    for (size_t c = 0; c < copies.all.size(); ++c) {
+        const Copy &copy = copies.all[c];
+        for (int64_t v = 0; v < copies.vectors[c]; ++v) {
+            int64_t index[MAX_LANES];
+            const int64_t f = from * L + copy.low + copy.shift + v * L;
+            const bool wanted = v < copies.vectors[c] - (most - tile.vectors);
+            for (int32_t lane = 0; lane < L; ++lane) {
+                index[lane] = wanted ? grid.source(f + lane, copy.phase_y, copy.column) : -1;
+                if (index[lane] < 0) continue;
+                tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
+                tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
+            }
+            packs.push_back(classifier.pack(index));
+        }
+    }
+    bool some = false;
+    for (const Pack &op : packs) {
+        if (op.kind == PACK_PADDING) continue;
+        tile.source = some ? std::min(tile.source, op.a) : op.a;
+        some = true;
+    }
+    for (Pack &op : packs) {
+        if (op.kind == PACK_PADDING) continue;
+        op.a -= tile.source;
+        op.b = op.kind == PACK_TWO ? op.b - tile.source : 0;
+    }
+    return packs;
+}
+
+// Stores the results of the vectors [from, to) of the grid; fills in where they are, and what the stores have in
+// common.
+std::vector<Store> stores_of(const Grid &grid, int64_t from, int64_t to, Tile &tile) {
+    const int32_t L = grid.lanes;
+    std::vector<Store> stores;
+    for (int64_t v = from; v < to; ++v) {
+        Store store = {};
+        int32_t lanes = 0;
+        for (int32_t lane = 0; lane < L; ++lane) {
+            const int64_t y = grid.result(v * L + lane);
+            if (y < 0) continue;
+            if (!lanes) store.at = static_cast<int32_t>(y);
+            store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
+            ++lanes;
+        }
+        store.dense = static_cast<uint16_t>((1u << lanes) - 1);
+        if (lanes && !tile.pixels) tile.y = store.at;
+        tile.pixels += lanes;
+        stores.push_back(store);
+    }
+    for (Store &store : stores) store.at = store.lanes ? store.at - tile.y : 0;
+    tile.shape = STORE_PLAIN;
+    for (size_t v = 0; v < stores.size(); ++v) {
+        if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
+        const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
+        if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
+    }
+    return stores;
+}
+
+}  // namespace
+
 Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernels, int32_t vectors, Form form) {
     const Window window = flat(original, &images, &form);
     const int32_t L = kernels.lanes;
     const Grid grid(window, images, L, form);
-    const Copies cut(grid, vectors);
-    const std::vector<Copy> &copies = cut.all;
-    const std::vector<int64_t> &copy_vectors = cut.vectors;
+    const Copies copies(grid, vectors);
     Tiling tiling;
-    static_cast<Layout &>(tiling) = cut.layout;
+    static_cast<Layout &>(tiling) = copies.layout;
 
     const int64_t total = (grid.positions() + L - 1) / L, count = (total + vectors - 1) / vectors;
     Classifier classifier(kernels, tiling);
@@ -245,57 +313,8 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
         const int64_t from = total * i / count, to = total * (i + 1) / count;
         Tile tile = {};
         tile.vectors = static_cast<int32_t>(to - from);
-        tile.first = std::numeric_limits<int32_t>::max();
-        std::vector<Pack> packs;
-        for (size_t c = 0; c < copies.size(); ++c) {
-            for (int64_t v = 0; v < copy_vectors[c]; ++v) {
-                int64_t index[MAX_LANES];
-                const int64_t f = from * L + copies[c].low + copies[c].shift + v * L;
-                const bool wanted = v < copy_vectors[c] - (vectors - tile.vectors);
-                for (int32_t lane = 0; lane < L; ++lane) {
-                    index[lane] = wanted ? grid.source(f + lane, copies[c].phase_y, copies[c].column) : -1;
-                    if (index[lane] < 0) continue;
-                    tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
-                    tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
-                }
-                packs.push_back(classifier.pack(index));
-            }
-        }
-        bool some = false;
-        for (const Pack &op : packs)
-            if (op.kind != PACK_PADDING) tile.source = some ? std::min(tile.source, op.a) : op.a, some = true;
-        for (Pack &op : packs) {
-            if (op.kind == PACK_PADDING) continue;
-            op.a -= tile.source;
-            if (op.kind == PACK_TWO) op.b -= tile.source;
-            else op.b = 0;
-        }
-        tile.pack = place(packs, tiling.packs, known_packs);
-
-        std::vector<Store> stores;
-        for (int64_t v = from; v < to; ++v) {
-            Store store = {};
-            int32_t lanes = 0;
-            for (int32_t lane = 0; lane < L; ++lane) {
-                const int64_t y = grid.result(v * L + lane);
-                if (y < 0) continue;
-                if (!lanes) store.at = static_cast<int32_t>(y);
-                store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
-                ++lanes;
-            }
-            store.dense = static_cast<uint16_t>((1u << lanes) - 1);
-            if (lanes && !tile.pixels) tile.y = store.at;
-            tile.pixels += lanes;
-            stores.push_back(store);
-        }
-        for (Store &store : stores) store.at = store.lanes ? store.at - tile.y : 0;
-        tile.shape = STORE_PLAIN;
-        for (size_t v = 0; v < stores.size(); ++v) {
-            if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
-            const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
-            if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
-        }
-        tile.store = place(stores, tiling.stores, known_stores);
+        tile.pack = place(packs_of(grid, copies, from, vectors, classifier, tile), tiling.packs, known_packs);
+        tile.store = place(stores_of(grid, from, to, tile), tiling.stores, known_stores);
         tiling.tiles.push_back(tile);
     }
     return tiling;

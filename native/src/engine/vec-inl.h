@@ -2,6 +2,8 @@
 // namespace.
 #pragma once
 
+// L: float32 lanes of a vector, and V its type. ACCUMULATORS: vectors of sums that a kernel keeps in registers at most,
+// of the 32 of AVX-512 and the 16 of AVX2; the others hold a weight and what it is multiplied with.
 #if defined(__AVX512F__)
 
 constexpr int L = 16, ACCUMULATORS = 28;

@@ -71,7 +71,8 @@ struct Matrix {
     int32_t groups;    // of the convolution
 };
 
-enum { CHUNK_ROWS = 64 };  // rows that are sorted, and given to a thread, together
+// Rows that are sorted, and given to a thread, together. Not measured apart.
+enum { CHUNK_ROWS = 64 };
 
 struct Weights {
     Array<uint8_t> values;    // float, uint16, or uint32 words of bf16 and offset
