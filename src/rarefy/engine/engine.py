@@ -96,7 +96,7 @@ class Engine:
         return self.report.measuring_seconds
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The model's output for these inputs, of any batch size (see ``batch``), without gradient.
+        """Compute the model's output for these inputs, of any batch size (see ``batch``), without gradient.
 
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
@@ -125,7 +125,7 @@ class Engine:
         return tuple(found)
 
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
-        """Time of every step on one thread (see :class:`rarefy.engine.profile.Profile`).
+        """Time every step on one thread (see :class:`rarefy.engine.profile.Profile`).
 
         ``inputs`` are what to run on; without them, random numbers of the example's shapes. Every figure is the median
         of ``rounds`` runs.
@@ -143,7 +143,7 @@ class Engine:
         return steps(self._items, self._names, self._layers, self._reasons)
 
     def example(self) -> tuple[Tensor, ...]:
-        """Random inputs of the shapes that it was compiled for."""
+        """Make random inputs of the shapes that it was compiled for."""
         return tuple(
             torch.randn(port.shape, dtype=port.dtype)
             if port.dtype.is_floating_point

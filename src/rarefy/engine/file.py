@@ -165,7 +165,7 @@ def save(engine: Engine, path: str | Path) -> None:
 
 
 def load(path: str | Path, *, mmap: bool = False) -> Engine:
-    """The engine of a file that :func:`save` wrote.
+    """Load the engine of a file that :func:`save` wrote.
 
     With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not
     change while the engine is used: other weights in it would be computed with, and one that is cut off ends the

@@ -69,7 +69,7 @@ class Profile:
     peak_gflops: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dicts."""
+        """Return everything as numbers, strings, lists and dicts."""
         rows = [{**asdict(row), "gain": row.gain} for row in self.rows]
         return {"batch": self.batch, "seconds": self.seconds, "peak_gflops": self.peak_gflops, "rows": rows}
 
@@ -95,7 +95,7 @@ def profile(
     took: Sequence[tuple[np.ndarray[Any, np.dtype[np.float64]], float]],
     batch: int,
 ) -> Profile:
-    """The profile of items from the seconds of each round and step, and of the whole item (see ``Runner.timed``)."""
+    """Make the profile of items, from the seconds of each round and step and of the whole item (``Runner.timed``)."""
     whole = sum(seconds for _, seconds in took)
     most = peak()
     medians = [[float(each) for each in np.median(times, 0)] for times, _ in took]
@@ -113,7 +113,7 @@ def profile(
 
 
 def row(step: StepInfo, seconds: float, whole: float, batch: int, peak_gflops: float | None) -> Row:
-    """The row of a step that took so many ``seconds`` for the ``batch``, of ``whole`` in all."""
+    """Make the row of a step that took so many ``seconds`` for the ``batch``, of ``whole`` in all."""
     share = seconds / whole if whole > 0 else 0.0
     result = Row(step.name, step.kind, step.kernel, seconds, share, note=step.note)
     facts = step.facts
