@@ -17,10 +17,12 @@ $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -ty
 	$(BIN)/pip install -q --no-deps timm==1.0.31  # see zoo, below
 	touch $@
 
+NATIVE_SOURCES := $(shell find native -name '*.c' -o -name '*.cpp' -o -name '*.h')
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 
 # The simulator and the standard cells of the tests of rarefy.rtl; it needs no root.
 TOOLS  := $(VENV)/.tools

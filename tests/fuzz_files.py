@@ -16,9 +16,9 @@ from torch import nn
 
 from rarefy import models
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
+from rarefy.engine.lowering import NativeSegment
 from rarefy.engine.passes import optimize
-from rarefy.engine.segments import Segment
+from tests.engine.layers import lowered
 from tests.engine.networks import UNet, Vision, thinned
 
 RESULTS = Path("results/fuzz.csv")
@@ -43,9 +43,8 @@ def write_seeds(folder: Path) -> list[Path]:
     for model, shape in networks():
         x = torch.randn(2, *shape)
         for weights in ("float32", "bfloat16"):
-            compiled = build(optimize(capture(model, (x,))), (x,), None, weights, "native", 0.0)
-            for item in compiled._items:
-                if isinstance(item, Segment):
+            for item in lowered(optimize(capture(model, (x,))), x, weights=weights).items:
+                if isinstance(item, NativeSegment):
                     files.append(folder / f"{len(files)}.program")
                     files[-1].write_bytes(item.program.save())
     return files

@@ -42,11 +42,11 @@ void peer_hard32(const void *x, void *y, int64_t n, const void *table, int32_t t
 }
 
 #ifdef PEER_SLEEF
-#define PEER(name, call)                                                                          \
-    void name(const void *x, void *y, int64_t n, const void *table, int32_t threads) {            \
-        (void)table, (void)threads;                                                               \
-        const float *p = x;                                                                       \
-        float *q = y;                                                                             \
+#define PEER(name, call)                                                                                 \
+    void name(const void *x, void *y, int64_t n, const void *table, int32_t threads) {                   \
+        (void)table, (void)threads;                                                                      \
+        const float *p = x;                                                                              \
+        float *q = y;                                                                                    \
         for (int64_t i = 0; i + 16 <= n; i += 16) _mm512_storeu_ps(q + i, call(_mm512_loadu_ps(p + i))); \
     }
 PEER(peer_sleef_u10, Sleef_tanhf16_u10avx512f)

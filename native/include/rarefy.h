@@ -1,7 +1,7 @@
 // The C ABI of librarefy: one table of kernels; and the engine, which has a header of its own (rarefy_engine.h).
 //
-// A kernel is a plain function; its signature is the typedef named beside its name below. Kernels keep no state, allocate
-// nothing that outlives the call, and use at most the number of threads that the caller passes.
+// A kernel is a plain function; its signature is the typedef named beside its name below. Kernels keep no state,
+// allocate nothing that outlives the call, and use at most the number of threads that the caller passes.
 #pragma once
 
 #include <stdint.h>
@@ -11,10 +11,10 @@ extern "C" {
 #endif
 
 typedef struct {
-    const char *name;      // what it computes, for example "thresholds_after_f32"
-    const char *isa;       // "portable", "avx2", "avx512", "avx512_vbmi2" or "neon"
-    int32_t supported;     // 1 when this CPU can run it
-    void *entry;           // the function
+    const char *name;   // what it computes, for example "thresholds_after_f32"
+    const char *isa;    // "portable", "avx2", "avx512", "avx512_vbmi2" or "neon"
+    int32_t supported;  // 1 when this CPU can run it
+    void *entry;        // the function
 } rarefy_kernel;
 
 // The kernels of this library, best instruction set first for every name; returns how many there are.
@@ -23,38 +23,37 @@ int64_t rarefy_kernels(const rarefy_kernel **table);
 // How many values of a row go into one partial sum.
 enum { RAREFY_CHUNK = 1 << 15 };
 
-// One of the layers that a call of the thresholds' kernels goes over: rows * cols values, one threshold a row. first_chunk
-// and first_row are the sums of rows * ceil(cols / RAREFY_CHUNK) and of rows of the layers before it.
+// One of the layers that a call of the thresholds' kernels goes over: rows * cols values, one threshold a row.
+// first_chunk and first_row are the sums of rows * ceil(cols / RAREFY_CHUNK) and of rows of the layers before it.
 typedef struct {
     int64_t first_chunk, first_row, rows, cols;
 } rarefy_layer;
 
-// In these, weights, grads, latents, values and masks are one pointer a layer, thresholds and lower one number a row of all
-// layers, alpha and shrink one a layer; partial is scratch, one value a chunk of all layers. No two arrays overlap.
+// In these, weights, grads, latents, values and masks are one pointer a layer, thresholds and lower one number a row of
+// all layers, alpha and shrink one a layer; partial is scratch, one value a chunk of all layers. No two arrays overlap.
 //
 // "thresholds_before_f32", where W is what the latents hold and the factor 1 where |W| > threshold, alpha where
 // lower <= |W| <= threshold, else 0 (lower may be null: then 0):
 //   grad *= factor,   weight = W,   grad_thresholds = -sum of a row(grad * sign(W)).
-// The sum is taken in a fixed order, in double over blocks of 256: the same bits for every instruction set and number of
-// threads. A null gradient is one of zeros.
-typedef void rarefy_thresholds_before_f32(
-    const rarefy_layer *layers, int64_t count, float *const *weights, float *const *grads, const float *const *latents,
-    const float *thresholds, const float *alpha, const float *lower, float *grad_thresholds, double *partial,
-    int32_t threads);
+// The sum is taken in a fixed order, in double over blocks of 256: the same bits for every instruction set and number
+// of threads. A null gradient is one of zeros.
+typedef void rarefy_thresholds_before_f32(const rarefy_layer *layers, int64_t count, float *const *weights,
+                                          float *const *grads, const float *const *latents, const float *thresholds,
+                                          const float *alpha, const float *lower, float *grad_thresholds,
+                                          double *partial, int32_t threads);
 
 // "thresholds_after_f32": latent = W = weight, weight = |W| <= threshold ? 0 : W - copysign(shrink * threshold, W).
-typedef void rarefy_thresholds_after_f32(
-    const rarefy_layer *layers, int64_t count, float *const *weights, float *const *latents, const float *thresholds,
-    const float *shrink, int32_t threads);
+typedef void rarefy_thresholds_after_f32(const rarefy_layer *layers, int64_t count, float *const *weights,
+                                         float *const *latents, const float *thresholds, const float *shrink,
+                                         int32_t threads);
 
 // "thresholds_count_f32": live[i] = how many |W| > threshold layer i has.
-typedef void rarefy_thresholds_count_f32(
-    const rarefy_layer *layers, int64_t count, const float *const *latents, const float *thresholds, int64_t *live,
-    int64_t *partial, int32_t threads);
+typedef void rarefy_thresholds_count_f32(const rarefy_layer *layers, int64_t count, const float *const *latents,
+                                         const float *thresholds, int64_t *live, int64_t *partial, int32_t threads);
 
 // "mask_f32": values become 0 where the mask's byte is 0, NaN and infinities too; the others keep their bits.
-typedef void rarefy_mask_f32(
-    const rarefy_layer *layers, int64_t count, float *const *values, const uint8_t *const *masks, int32_t threads);
+typedef void rarefy_mask_f32(const rarefy_layer *layers, int64_t count, float *const *values,
+                             const uint8_t *const *masks, int32_t threads);
 
 // Activation functions: y[i] = f(x[i]) for i < n on the bits of numbers, from the table that is passed. x and y are the
 // same array or do not overlap. A NaN comes back unchanged.

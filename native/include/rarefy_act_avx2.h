@@ -1,4 +1,5 @@
-// AVX2. 16-bit functions take 32 lanes in two registers, since the tables are looked up by bytes. Included by rarefy_act.h.
+// AVX2. 16-bit functions take 32 lanes in two registers, since the tables are looked up by bytes. Included by
+// rarefy_act.h.
 #pragma once
 
 #include <immintrin.h>
@@ -76,7 +77,8 @@ struct TanhLinear {
         const __m256i d1 = _mm256_min_epu16(_mm256_subs_epu16(u1, start), length);
         // packing and unpacking permute the lanes the same way
         const ByteIndex<4> t(_mm256_packus_epi16(_mm256_mulhi_epu16(d0, factor), _mm256_mulhi_epu16(d1, factor)));
-        const __m256i s = t.find(slope), low = t.find(base_low), high = t.find(base_high), zero = _mm256_setzero_si256();
+        const __m256i s = t.find(slope), low = t.find(base_low), high = t.find(base_high),
+                      zero = _mm256_setzero_si256();
         return {finish(x.low, u0, d0, _mm256_unpacklo_epi8(s, zero), _mm256_unpacklo_epi8(low, high)),
                 finish(x.high, u1, d1, _mm256_unpackhi_epi8(s, zero), _mm256_unpackhi_epi8(low, high))};
     }
@@ -90,8 +92,8 @@ struct TanhShift {
 
     explicit TanhShift(const rarefy_shift16 &t)
         : mantissa(all16(t.mantissa_mask)), low(all16(t.identity_below)),
-          range(all16(static_cast<uint16_t>(t.saturate_above - t.identity_below))), one(all16(t.one)), last(all16(t.last)),
-          index_shift(_mm_cvtsi32_si128(t.index_shift)) {
+          range(all16(static_cast<uint16_t>(t.saturate_above - t.identity_below))), one(all16(t.one)),
+          last(all16(t.last)), index_shift(_mm_cvtsi32_si128(t.index_shift)) {
         uint16_t factor[32];
         for (int i = 0; i < 32; ++i) factor[i] = static_cast<uint16_t>(1u << (15 - t.shift[i]));
         factor_low.set(factor, 0);

@@ -14,11 +14,11 @@ inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 #define RAREFY_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
 
 // A functor on one vector from its form on N.
-#define RAREFY_ONE                                  \
-    __m512i operator()(__m512i x) const {           \
-        __m512i v[1] = {x};                         \
-        apply(v);                                   \
-        return v[0];                                \
+#define RAREFY_ONE                        \
+    __m512i operator()(__m512i x) const { \
+        __m512i v[1] = {x};               \
+        apply(v);                         \
+        return v[0];                      \
     }
 
 // The bits of a where mask is 1, else those of b.
@@ -68,8 +68,7 @@ struct TanhShift {
     explicit TanhShift(const rarefy_shift16 &t)
         : index_shift(all16(t.index_shift)), mantissa(all16(t.mantissa_mask)), low(all16(t.identity_below)),
           range(all16(static_cast<uint16_t>(t.saturate_above - t.identity_below))), one(all16(t.one)),
-          last(all16(t.last)), shift(load(t.shift)), base(load(t.base)) {
-    }
+          last(all16(t.last)), shift(load(t.shift)), base(load(t.base)) {}
 
     template <int N>
     void apply(__m512i (&x)[N]) const {
@@ -112,16 +111,15 @@ struct TanhShift32 {
     explicit TanhShift32(const rarefy_shift32 &t)
         : index_shift(all32(t.index_shift)), mantissa(all32(t.mantissa_mask)), low(all32(t.identity_below)),
           range(all32(t.saturate_above - t.identity_below)), one(all32(t.one)), last(all32(t.last)),
-          shift0(load(t.shift)), shift1(load(t.shift + 16)), base0(load(t.base)), base1(load(t.base + 16)) {
-    }
+          shift0(load(t.shift)), shift1(load(t.shift + 16)), base0(load(t.base)), base1(load(t.base + 16)) {}
 
     template <int N>
     void apply(__m512i (&x)[N]) const {
         __m512i u[N], t[N], y[N], outside[N];
         RAREFY_EACH u[i] = _mm512_and_si512(x[i], magnitude);
         RAREFY_EACH t[i] = _mm512_srlv_epi32(u[i], index_shift);
-        RAREFY_EACH y[i] = _mm512_srlv_epi32(
-            _mm512_and_si512(u[i], mantissa), _mm512_permutex2var_epi32(shift0, t[i], shift1));
+        RAREFY_EACH y[i] =
+            _mm512_srlv_epi32(_mm512_and_si512(u[i], mantissa), _mm512_permutex2var_epi32(shift0, t[i], shift1));
         RAREFY_EACH outside[i] = _mm512_mask_min_epu32(u[i], _mm512_cmple_epu32_mask(u[i], last), u[i], one);
         RAREFY_EACH {
             const __mmask16 inside = _mm512_cmple_epu32_mask(_mm512_sub_epi32(u[i], low), range);
@@ -138,7 +136,8 @@ struct TanhQuartic32 {
     __m512 one = _mm512_set1_ps(1.0f), limit, begin0, begin1;
     __m512 low[5], high[5];
 
-    explicit TanhQuartic32(const rarefy_quartic32 &t) : limit(_mm512_set1_ps(t.limit)), begin0(_mm512_loadu_ps(t.begin)), begin1(_mm512_loadu_ps(t.begin + 16)) {
+    explicit TanhQuartic32(const rarefy_quartic32 &t)
+        : limit(_mm512_set1_ps(t.limit)), begin0(_mm512_loadu_ps(t.begin)), begin1(_mm512_loadu_ps(t.begin + 16)) {
         for (int i = 0; i < 5; ++i) {
             low[i] = _mm512_loadu_ps(t.coefficient[i]);
             high[i] = _mm512_loadu_ps(t.coefficient[i] + 16);
@@ -154,8 +153,8 @@ struct TanhQuartic32 {
         RAREFY_EACH w[i] = _mm512_srli_epi32(_mm512_castps_si512(_mm512_add_ps(f[i], one)), 20);
         RAREFY_EACH f[i] = _mm512_sub_ps(f[i], _mm512_permutex2var_ps(begin0, w[i], begin1));
         RAREFY_EACH y[i] = _mm512_permutex2var_ps(low[4], w[i], high[4]);
-        _Pragma("GCC unroll 4") for (int k = 3; k >= 0; --k)
-            RAREFY_EACH y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_permutex2var_ps(low[k], w[i], high[k]));
+        _Pragma("GCC unroll 4") for (int k = 3; k >= 0; --k) RAREFY_EACH y[i] =
+            _mm512_fmadd_ps(y[i], f[i], _mm512_permutex2var_ps(low[k], w[i], high[k]));
         RAREFY_EACH x[i] = select(sign, x[i], _mm512_castps_si512(y[i]));
     }
     RAREFY_ONE
@@ -167,12 +166,11 @@ struct Lookup8 {
     __m512i t0, t1, t2, t3;
 
     explicit Lookup8(const uint8_t *table)
-        : t0(load(table)), t1(load(table + 64)), t2(load(table + 128)), t3(load(table + 192)) {
-    }
+        : t0(load(table)), t1(load(table + 64)), t2(load(table + 128)), t3(load(table + 192)) {}
 
     __m512i operator()(__m512i x) const {
-        return _mm512_mask_blend_epi8(
-            _mm512_movepi8_mask(x), _mm512_permutex2var_epi8(t0, x, t1), _mm512_permutex2var_epi8(t2, x, t3));
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), _mm512_permutex2var_epi8(t0, x, t1),
+                                      _mm512_permutex2var_epi8(t2, x, t3));
     }
 };
 #endif

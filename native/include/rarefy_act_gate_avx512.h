@@ -1,8 +1,9 @@
 // sigmoid, SiLU and GELU of bf16 on AVX-512, correctly rounded: x * 1 / (1 + 2^z) in float32, rounded to bf16.
 //
-// No result lies near enough to a tie for the float32 errors to matter, for inputs up to the limit of each function; this
-// was decided by trying all of them. Beyond the limit, and for NaN, the answer is read from the table of all answers:
-// a branch, which random data may take by surprise, so one for all vectors at a time, and limits that are far out.
+// No result lies near enough to a tie for the float32 errors to matter, for inputs up to the limit of each function;
+// this was decided by trying all of them. Beyond the limit, and for NaN, the answer is read from the table of all
+// answers: a branch, which random data may take by surprise, so one for all vectors at a time, and limits that are far
+// out.
 #pragma once
 
 #include "rarefy_act_avx512.h"
@@ -15,11 +16,11 @@ struct ExpTable {
     uint32_t bits[32];
 };
 
-alignas(64) constexpr ExpTable EXP2 = {{
-    0x3F800000, 0x3F7ECD87, 0x3F7DAAC3, 0x3F7C980F, 0x3F7B95C2, 0x3F7AA43A, 0x3F79C3D3, 0x3F78F4F0,
-    0x3F7837F0, 0x3F778D3A, 0x3F76F532, 0x3F767043, 0x3F75FED7, 0x3F75A15B, 0x3F75583F, 0x3F7523F6,
-    0x3F7504F3, 0x3F74FBAF, 0x3F7508A4, 0x3F752C4D, 0x3F75672A, 0x3F75B9BE, 0x3F76248C, 0x3F76A81E,
-    0x3F7744FD, 0x3F77FBB8, 0x3F78CCDF, 0x3F79B907, 0x3F7AC0C7, 0x3F7BE4BA, 0x3F7D257D, 0x3F7E83B3}};
+alignas(64) constexpr ExpTable EXP2 = {
+    {0x3F800000, 0x3F7ECD87, 0x3F7DAAC3, 0x3F7C980F, 0x3F7B95C2, 0x3F7AA43A, 0x3F79C3D3, 0x3F78F4F0,
+     0x3F7837F0, 0x3F778D3A, 0x3F76F532, 0x3F767043, 0x3F75FED7, 0x3F75A15B, 0x3F75583F, 0x3F7523F6,
+     0x3F7504F3, 0x3F74FBAF, 0x3F7508A4, 0x3F752C4D, 0x3F75672A, 0x3F75B9BE, 0x3F76248C, 0x3F76A81E,
+     0x3F7744FD, 0x3F77FBB8, 0x3F78CCDF, 0x3F79B907, 0x3F7AC0C7, 0x3F7BE4BA, 0x3F7D257D, 0x3F7E83B3}};
 
 enum class Gated { sigmoid, silu, gelu, gelu_tanh };
 
@@ -34,9 +35,10 @@ struct Gate {
     __m512i magnitude = all16(0x7FFF), sign = all16(0x8000), limit = all16(limit_of(KIND));
     __m512i high = all32(0xFFFF0000), half = all32(0x8000);
     // the high halves of two vectors of float32, interleaved
-    __m512i pack = _mm512_add_epi16(
-        _mm512_set1_epi32(0x00210001), _mm512_mullo_epi32(_mm512_set1_epi32(0x00020002),
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
+    __m512i pack =
+        _mm512_add_epi16(_mm512_set1_epi32(0x00210001),
+                         _mm512_mullo_epi32(_mm512_set1_epi32(0x00020002),
+                                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
     __m512 exp0 = _mm512_loadu_ps(reinterpret_cast<const float *>(EXP2.bits));
     __m512 exp1 = _mm512_loadu_ps(reinterpret_cast<const float *>(EXP2.bits + 16));
 
@@ -66,7 +68,8 @@ struct Gate {
                 outside[i] = _mm512_cmpgt_epu16_mask(_mm512_and_si512(x[i], magnitude), limit);
             }
             // here the true result is nearer to a tie than float32 can tell
-            if (KIND == Gated::sigmoid || KIND == Gated::silu) outside[i] |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3C00));
+            if (KIND == Gated::sigmoid || KIND == Gated::silu)
+                outside[i] |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3C00));
             if (KIND == Gated::sigmoid) outside[i] |= _mm512_cmpeq_epi16_mask(x[i], all16(0x3E69));
             any |= outside[i];
             result[i] = r;
@@ -105,20 +108,22 @@ struct Gate {
                 RAREFY_EACH y[i] = _mm512_fmadd_ps(y[i], all(-0.102943240f), all(-2.30220819f));
             } else {
                 // z = -log2(Phi(x) / Phi(-x)) = x P(x^2)
-                constexpr float P[] = {-2.3022377490997314f, -0.10475478321313858f, 2.9396600439213216e-05f, 0.00018221413483843207f,
-                                       -1.547751708130818e-05f, 7.711315674896468e-07f, -2.547687572018731e-08f, 5.628076338304311e-10f,
-                                       -7.995158354812126e-12f, 6.603264891260827e-14f, -2.4087822368855307e-16f};
+                constexpr float P[] = {-2.3022377490997314f,    -0.10475478321313858f,   2.9396600439213216e-05f,
+                                       0.00018221413483843207f, -1.547751708130818e-05f, 7.711315674896468e-07f,
+                                       -2.547687572018731e-08f, 5.628076338304311e-10f,  -7.995158354812126e-12f,
+                                       6.603264891260827e-14f,  -2.4087822368855307e-16f};
                 constexpr int DEGREE = sizeof P / sizeof *P - 1;
                 RAREFY_EACH f[i] = all(P[DEGREE]);
-                _Pragma("GCC unroll 16") for (int k = DEGREE - 1; k >= 0; --k)
-                    RAREFY_EACH f[i] = _mm512_fmadd_ps(f[i], y[i], all(P[k]));
+                _Pragma("GCC unroll 16") for (int k = DEGREE - 1; k >= 0; --k) RAREFY_EACH f[i] =
+                    _mm512_fmadd_ps(f[i], y[i], all(P[k]));
                 RAREFY_EACH y[i] = f[i];
             }
             RAREFY_EACH t[i] = _mm512_fmadd_ps(x[i], y[i], magic);
             RAREFY_EACH f[i] = _mm512_fmsub_ps(x[i], y[i], _mm512_sub_ps(t[i], magic));
         }
         // 2^z = 2^n 2^(i/32) (1 + f (c1 + f c2)),  |f| <= 1/64; c1 takes up most of the cubic term
-        RAREFY_EACH y[i] = _mm512_fmadd_ps(_mm512_fmadd_ps(all(0.240226507f), f[i], all(0.693155500f)), f[i], all(1.0f));
+        RAREFY_EACH y[i] =
+            _mm512_fmadd_ps(_mm512_fmadd_ps(all(0.240226507f), f[i], all(0.693155500f)), f[i], all(1.0f));
         RAREFY_EACH {
             const __m512i bits = _mm512_castps_si512(t[i]);
             const __m512i root = _mm512_castps_si512(_mm512_permutex2var_ps(exp0, bits, exp1));

@@ -40,8 +40,7 @@ struct TanhLinear {
     explicit TanhLinear(const rarefy_linear16 &t)
         : start(vdupq_n_u16(t.start)), length(vdupq_n_u16(t.length)), offset(vdupq_n_u16(t.offset)),
           last(vdupq_n_u16(t.last)), factor(vdup_n_u16(t.factor)), slope(table64(t.slope, 0)),
-          base_low(table64(t.base, 0)), base_high(table64(t.base, 1)) {
-    }
+          base_low(table64(t.base, 0)), base_high(table64(t.base, 1)) {}
 
     uint8x8_t row(uint16x8_t d) const {
         const uint16x4_t low = vshrn_n_u32(vmull_u16(vget_low_u16(d), factor), 16);
@@ -75,8 +74,7 @@ struct TanhShift {
         : mantissa(vdupq_n_u16(t.mantissa_mask)), low(vdupq_n_u16(t.identity_below)),
           range(vdupq_n_u16(static_cast<uint16_t>(t.saturate_above - t.identity_below))), one(vdupq_n_u16(t.one)),
           last(vdupq_n_u16(t.last)), index_shift(vdupq_n_s16(static_cast<int16_t>(-t.index_shift))),
-          shift(table32(t.shift, 0)), base_low(table32(t.base, 0)), base_high(table32(t.base, 1)) {
-    }
+          shift(table32(t.shift, 0)), base_low(table32(t.base, 0)), base_high(table32(t.base, 1)) {}
 
     uint8x8_t row(uint16x8_t u) const { return vmovn_u16(vandq_u16(vshlq_u16(u, index_shift), vdupq_n_u16(31))); }
 

@@ -1,18 +1,19 @@
 // The C ABI of the engine: networks with sparse weights on a CPU.
 //
-// A *builder* takes the steps of a network one after the other; rarefy_builder_finish plans memory, chooses a kernel for
-// every step by measuring, and gives a *program*. A program never changes: any number of threads may run it at the same
-// time; the scratch memory of a run comes from a pool that the program keeps. There is no global state.
+// A *builder* takes the steps of a network one after the other; rarefy_builder_finish plans memory, chooses a kernel
+// for every step by measuring, and gives a *program*. A program never changes: any number of threads may run it at the
+// same time; the scratch memory of a run comes from a pool that the program keeps. There is no global state.
 //
-// Values. A value is what a step makes: channels x height x width float32 numbers for every image of a batch, whose size is
-// chosen at each run. One-dimensional signals have height 1; vectors have height and width 1. How a value lies in memory is
-// the program's business: only inputs and outputs have a public layout. The input of a sequence model (batch, tokens,
-// features) is a value with channels = features, height 1, width = tokens, and the layout RAREFY_CHANNELS_LAST.
+// Values. A value is what a step makes: channels x height x width float32 numbers for every image of a batch, whose
+// size is chosen at each run. One-dimensional signals have height 1; vectors have height and width 1. How a value lies
+// in memory is the program's business: only inputs and outputs have a public layout. The input of a sequence model
+// (batch, tokens, features) is a value with channels = features, height 1, width = tokens, and the layout
+// RAREFY_CHANNELS_LAST.
 //
-// Numbers. Everything is computed in float32. Sparse kernels leave out weights that are zero (or minus zero): 0 * NaN and
-// 0 * infinity then count as 0 where PyTorch, and a dense kernel here, give NaN. Otherwise NaN and
-// infinity in activations propagate as in PyTorch: relu(NaN) is NaN, a maximum over NaN is NaN. Sums are taken in another
-// order than PyTorch's.
+// Numbers. Everything is computed in float32. Sparse kernels leave out weights that are zero (or minus zero): 0 * NaN
+// and 0 * infinity then count as 0 where PyTorch, and a dense kernel here, give NaN. Otherwise NaN and infinity in
+// activations propagate as in PyTorch: relu(NaN) is NaN, a maximum over NaN is NaN. Sums are taken in another order
+// than PyTorch's.
 //
 // Errors. Functions that give an id return -1, those that give a pointer NULL, where they fail; the reason, a sentence
 // without a newline, is then written to `error` (at most `size` bytes with the ending zero; may be NULL with size 0).
@@ -62,30 +63,30 @@ enum rarefy_choice {
 // y = activation(conv(x, weight) + bias + residual), as torch.nn.functional.conv2d with zero padding.
 // A linear layer is a convolution with kernel 1 x 1; a depthwise one has groups = channels of x.
 typedef struct {
-    int32_t x;             // value id
-    int32_t residual;      // value id of the shape of y, added before the activation; -1 for none
-    int32_t out_channels;  // divisible by groups, as the channels of x
+    int32_t x;                                  // value id
+    int32_t residual;                           // value id of the shape of y, added before the activation; -1 for none
+    int32_t out_channels;                       // divisible by groups, as the channels of x
     int32_t kernel[2], stride[2], dilation[2];  // height, width; at least 1
-    int32_t padding[4];    // top, bottom, left, right; at least 0
+    int32_t padding[4];                         // top, bottom, left, right; at least 0
     int32_t groups;
-    int32_t activation;    // enum rarefy_activation
-    int32_t storage;       // enum rarefy_storage
-    int32_t choice;        // enum rarefy_choice
-    const float *weight;   // (out_channels, channels of x / groups, kernel[0], kernel[1]); read during the call only
-    int64_t weights;       // how many numbers are there
-    const float *bias;     // (out_channels), or NULL
+    int32_t activation;   // enum rarefy_activation
+    int32_t storage;      // enum rarefy_storage
+    int32_t choice;       // enum rarefy_choice
+    const float *weight;  // (out_channels, channels of x / groups, kernel[0], kernel[1]); read during the call only
+    int64_t weights;      // how many numbers are there
+    const float *bias;    // (out_channels), or NULL
     int64_t biases;
 } rarefy_conv;
 
 // Maximum or average over windows, as max_pool2d and avg_pool2d. Output size per axis:
-// (size + padding before + padding after - dilation * (kernel - 1) - 1) / stride + 1, rounded down; for ceil_mode pass the
-// padding at the end that it amounts to. Every window must hold at least one value of x.
+// (size + padding before + padding after - dilation * (kernel - 1) - 1) / stride + 1, rounded down; for ceil_mode pass
+// the padding at the end that it amounts to. Every window must hold at least one value of x.
 typedef struct {
     int32_t x;
     int32_t average;        // 0: maximum; 1: average
     int32_t count_padding;  // average: 1 divides by kernel[0] * kernel[1], 0 by the number of values of x in the window
     int32_t kernel[2], stride[2], dilation[2];
-    int32_t padding[4];     // top, bottom, left, right
+    int32_t padding[4];  // top, bottom, left, right
 } rarefy_pool;
 
 rarefy_builder *rarefy_builder_new(void);
@@ -94,22 +95,26 @@ void rarefy_builder_free(rarefy_builder *builder);
 // Each of these adds a step and returns the id of the value it makes. `name` is kept for the profile (may be NULL).
 int32_t rarefy_builder_input(rarefy_builder *builder, int32_t channels, int32_t height, int32_t width, int32_t layout,
                              const char *name, char *error, int64_t size);
-int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_conv *conv, const char *name, char *error, int64_t size);
-int32_t rarefy_builder_pool(rarefy_builder *builder, const rarefy_pool *pool, const char *name, char *error, int64_t size);
+int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_conv *conv, const char *name, char *error,
+                            int64_t size);
+int32_t rarefy_builder_pool(rarefy_builder *builder, const rarefy_pool *pool, const char *name, char *error,
+                            int64_t size);
 // The mean over height and width: a vector.
 int32_t rarefy_builder_global_average(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size);
-// activation(x + y) or, with multiply = 1, activation(x * y). y has the shape of x, or is a vector with as many channels.
+// activation(x + y) or, with multiply = 1, activation(x * y). y has the shape of x, or is a vector with as many
+// channels.
 int32_t rarefy_builder_binary(rarefy_builder *builder, int32_t x, int32_t y, int32_t multiply, int32_t activation,
                               const char *name, char *error, int64_t size);
-// activation(scale[c] * x + shift[c]); scale or shift may be NULL, which means 1 and 0. count: how many numbers each has.
+// activation(scale[c] * x + shift[c]); scale or shift may be NULL, which means 1 and 0. count: how many numbers each
+// has.
 int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, const float *scale, const float *shift, int64_t count,
                               int32_t activation, const char *name, char *error, int64_t size);
 // The channels of xs[0], then those of xs[1], ...; all of the same height and width.
 int32_t rarefy_builder_concat(rarefy_builder *builder, const int32_t *xs, int32_t count, const char *name, char *error,
                               int64_t size);
 // Every pixel factor_h x factor_w times (nearest neighbour).
-int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t factor_h, int32_t factor_w, const char *name,
-                                char *error, int64_t size);
+int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t factor_h, int32_t factor_w,
+                                const char *name, char *error, int64_t size);
 // (channels, height, width) as a vector of channels * height * width, in that order.
 int32_t rarefy_builder_flatten(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size);
 // Makes a value a result of the program; returns 0.
@@ -118,10 +123,11 @@ int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout
 int32_t rarefy_builder_shape(const rarefy_builder *builder, int32_t value, int32_t shape[3], char *error, int64_t size);
 
 typedef struct {
-    const char *isa;      // "avx512", "avx2", "portable" or NULL for the best that this CPU runs
-    int32_t batch;        // the batch size to choose for (any other runs, too); at least 1
-    int32_t threads;      // the number of threads to choose for; 1 to 1024
-    double tune_seconds;  // at most about so much time for measuring; 0 chooses by rule, with the same result every time
+    const char *isa;  // "avx512", "avx2", "portable" or NULL for the best that this CPU runs
+    int32_t batch;    // the batch size to choose for (any other runs, too); at least 1
+    int32_t threads;  // the number of threads to choose for; 1 to 1024
+    double
+        tune_seconds;  // at most about so much time for measuring; 0 chooses by rule, with the same result every time
 } rarefy_options;
 
 // Plans and measures. The builder is left as it was and is still to be freed.
@@ -135,52 +141,54 @@ typedef struct {
 } rarefy_buffer;
 
 // Runs the program: inputs in the order of rarefy_builder_input, outputs in that of rarefy_builder_output, each `batch`
-// images in its layout; outputs must not overlap inputs. A rarefy_buffer says how many floats there are: exactly `batch`
-// times the size of an image. Uses at most `threads` threads (the calling one among them; at most 1024).
+// images in its layout; outputs must not overlap inputs. A rarefy_buffer says how many floats there are: exactly
+// `batch` times the size of an image. Uses at most `threads` threads (the calling one among them; at most 1024).
 // seconds: NULL, or as many numbers as steps, to which the CPU time of every step is *added* (then one thread is used).
-// Returns 0; 1 when there is no memory for the scratch; or -1, with the reason in `error`, when an argument does not fit.
+// Returns 0; 1 when there is no memory for the scratch; or -1, with the reason in `error`, when an argument does not
+// fit.
 int32_t rarefy_program_run(const rarefy_program *program, const rarefy_buffer *inputs, int32_t input_count,
-                           const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int32_t threads, double *seconds,
-                           int64_t second_count, char *error, int64_t size);
+                           const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int32_t threads,
+                           double *seconds, int64_t second_count, char *error, int64_t size);
 
 typedef struct {
     int32_t inputs, outputs, steps;
-    int32_t group;           // images that the last steps take at once (the first take fewer, where that is faster)
-    int64_t weight_bytes;    // weights, biases and indices as stored
-    int64_t scratch_bytes;   // memory of one running thread at the batch that was chosen for, less the weights
-    double tune_seconds;     // what measuring took
+    int32_t group;          // images that the last steps take at once (the first take fewer, where that is faster)
+    int64_t weight_bytes;   // weights, biases and indices as stored
+    int64_t scratch_bytes;  // memory of one running thread at the batch that was chosen for, less the weights
+    double tune_seconds;    // what measuring took
     char isa[16];
 } rarefy_program_info;
 
 typedef struct {
-    const char *name;        // as given to the builder
-    const char *kind;        // "conv", "depthwise", "pool", "input", ...
-    char kernel[48];         // what computes it, for example "sparse 4x4 b160"; "dense 6x4 b64"; ...
-    int32_t shape[3];        // channels, height, width of what it makes
-    int32_t x_shape[3];      // of its first operand
-    int64_t weights;         // number of weights, zeros among them
-    int64_t nonzeros;        // weights that are not zero
-    int64_t stored;          // weights as stored, padding among them
-    int64_t macs;            // multiply-adds with nonzero weights for one image
-    int64_t dense_macs;      // those of all weights
+    const char *name;    // as given to the builder
+    const char *kind;    // "conv", "depthwise", "pool", "input", ...
+    char kernel[48];     // what computes it, for example "sparse 4x4 b160"; "dense 6x4 b64"; ...
+    int32_t shape[3];    // channels, height, width of what it makes
+    int32_t x_shape[3];  // of its first operand
+    int64_t weights;     // number of weights, zeros among them
+    int64_t nonzeros;    // weights that are not zero
+    int64_t stored;      // weights as stored, padding among them
+    int64_t macs;        // multiply-adds with nonzero weights for one image
+    int64_t dense_macs;  // those of all weights
     int64_t weight_bytes;
-    double tuned_seconds;    // time of one image when it was measured (0: was not)
-    double dense_seconds;    // the same for the fastest dense kernel (0: was not measured)
+    double tuned_seconds;  // time of one image when it was measured (0: was not)
+    double dense_seconds;  // the same for the fastest dense kernel (0: was not measured)
 } rarefy_step_info;
 
 void rarefy_program_describe(const rarefy_program *program, rarefy_program_info *info);
 // The step's facts; strings live as long as the program. Returns 0, or -1 where there is no such step.
 int32_t rarefy_program_step(const rarefy_program *program, int32_t step, rarefy_step_info *info);
 // Channels, height, width and layout of input (output = 0) or output (output = 1) number i. Returns 0, or -1.
-int32_t rarefy_program_port(const rarefy_program *program, int32_t output, int32_t i, int32_t shape[3], int32_t *layout);
+int32_t rarefy_program_port(const rarefy_program *program, int32_t output, int32_t i, int32_t shape[3],
+                            int32_t *layout);
 
-// A program as one block of bytes that can be written to a file and mapped. It holds what was chosen, so a program that is
-// loaded computes the same bits under the same instruction set.
+// A program as one block of bytes that can be written to a file and mapped. It holds what was chosen, so a program that
+// is loaded computes the same bits under the same instruction set.
 int64_t rarefy_program_size(const rarefy_program *program);
 void rarefy_program_save(const rarefy_program *program, void *out);
-// A program that reads its weights in place: data must be 64-byte aligned and stay until the program is freed. Everything
-// in data is checked first; what was cut or altered is refused. isa as in rarefy_options (a program saved under AVX-512
-// runs under any other: tiles are chosen anew by rule where lane counts differ).
+// A program that reads its weights in place: data must be 64-byte aligned and stay until the program is freed.
+// Everything in data is checked first; what was cut or altered is refused. isa as in rarefy_options (a program saved
+// under AVX-512 runs under any other: tiles are chosen anew by rule where lane counts differ).
 rarefy_program *rarefy_program_load(const void *data, int64_t size, const char *isa, char *error, int64_t error_size);
 
 #ifdef __cplusplus

@@ -18,10 +18,10 @@
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #endif
 
-#define RAREFY_DECLARE(isa, source)                   \
-    namespace rarefy::isa {                           \
-    extern const rarefy_kernel source##_kernels[];    \
-    extern const int64_t source##_kernel_count;       \
+#define RAREFY_DECLARE(isa, source)                \
+    namespace rarefy::isa {                        \
+    extern const rarefy_kernel source##_kernels[]; \
+    extern const int64_t source##_kernel_count;    \
     }
 #define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
 #define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine)
@@ -37,7 +37,8 @@ bool runs(std::string_view isa) {
     if (isa == "avx512" || isa == "avx512_vbmi2") {
         const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-        return base && (isa == "avx512" || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")));
+        return base &&
+               (isa == "avx512" || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")));
     }
 #endif
     return isa == "portable" || isa == "neon";

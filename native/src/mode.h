@@ -19,7 +19,8 @@ class DefaultMode {
     static void set(Register value) { _mm_setcsr(value); }
 #elif defined(__aarch64__)
     typedef uint64_t Register;
-    static constexpr Register OTHER = uint64_t{0x3} << 22 | uint64_t{1} << 24 | uint64_t{1} << 19;  // rounding, FZ, FZ16
+    static constexpr Register OTHER =
+        uint64_t{0x3} << 22 | uint64_t{1} << 24 | uint64_t{1} << 19;  // rounding, FZ, FZ16
     static Register get() {
         Register value;
         __asm__ volatile("mrs %0, fpcr" : "=r"(value));
@@ -41,7 +42,7 @@ class DefaultMode {
         __asm__ volatile("" : : : "memory");
     }
 
-  public:
+ public:
     DefaultMode() {
         if (before & OTHER) change(before & ~OTHER);
     }

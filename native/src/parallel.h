@@ -1,5 +1,5 @@
-// Threads for kernels, compiled once for the baseline CPU: the files built for one instruction set include no C++ library,
-// since the linker may keep their copy of an inline function for every caller.
+// Threads for kernels, compiled once for the baseline CPU: the files built for one instruction set include no C++
+// library, since the linker may keep their copy of an inline function for every caller.
 #pragma once
 
 #include <stdint.h>

@@ -9,7 +9,7 @@ namespace RAREFY_ISA {
 namespace {
 
 constexpr int64_t CHUNK = RAREFY_CHUNK;  // a unit of work: partial sums are per chunk, whatever the threads
-constexpr int64_t SERIAL = 1 << 20;      // below this many values a thread costs more than it saves
+constexpr int64_t SERIAL = 1 << 20;      // below this many values a thread costs more than it saves; not measured apart
 
 // Sums run over a fixed number of lanes, so that every instruction set adds in the same order.
 constexpr int LANES = 16, WIDTH = 8, BLOCK = 256;
@@ -100,10 +100,9 @@ void before_chunk(void *context, int64_t chunk) {
     c.partial[chunk] = sum;
 }
 
-void before(
-    const rarefy_layer *layers, int64_t count, float *const *weights, float *const *grads, const float *const *latents,
-    const float *thresholds, const float *alpha, const float *lower, float *grad_thresholds, double *partial,
-    int32_t threads) {
+void before(const rarefy_layer *layers, int64_t count, float *const *weights, float *const *grads,
+            const float *const *latents, const float *thresholds, const float *alpha, const float *lower,
+            float *grad_thresholds, double *partial, int32_t threads) {
     const DefaultMode mode;
     Before context{layers, count, weights, grads, latents, thresholds, alpha, lower, partial};
     parallel_for(useful(layers, count, threads), chunks_of(layers, count), before_chunk, &context);
@@ -111,7 +110,8 @@ void before(
         const int64_t chunks = chunks_a_row(layers[i]);
         for (int64_t row = 0; row < layers[i].rows; ++row) {
             double sum = 0.0;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[layers[i].first_chunk + row * chunks + chunk];
+            for (int64_t chunk = 0; chunk < chunks; ++chunk)
+                sum += partial[layers[i].first_chunk + row * chunks + chunk];
             grad_thresholds[layers[i].first_row + row] = static_cast<float>(-sum);
         }
     }
@@ -138,9 +138,8 @@ void after_chunk(void *context, int64_t chunk) {
     }
 }
 
-void after(
-    const rarefy_layer *layers, int64_t count, float *const *weights, float *const *latents, const float *thresholds,
-    const float *shrink, int32_t threads) {
+void after(const rarefy_layer *layers, int64_t count, float *const *weights, float *const *latents,
+           const float *thresholds, const float *shrink, int32_t threads) {
     const DefaultMode mode;
     After context{layers, count, weights, latents, thresholds, shrink};
     parallel_for(useful(layers, count, threads), chunks_of(layers, count), after_chunk, &context);
@@ -162,9 +161,8 @@ void count_chunk(void *context, int64_t chunk) {
     c.partial[chunk] = live;
 }
 
-void count(
-    const rarefy_layer *layers, int64_t count, const float *const *latents, const float *thresholds, int64_t *live,
-    int64_t *partial, int32_t threads) {
+void count(const rarefy_layer *layers, int64_t count, const float *const *latents, const float *thresholds,
+           int64_t *live, int64_t *partial, int32_t threads) {
     const DefaultMode mode;
     Count context{layers, count, latents, thresholds, partial};
     parallel_for(useful(layers, count, threads), chunks_of(layers, count), count_chunk, &context);
@@ -190,8 +188,8 @@ void mask_chunk(void *context, int64_t chunk) {
     for (int64_t i = 0; i < s.size; ++i) values[i] = mask[i] ? values[i] : 0.0f;
 }
 
-void mask(
-    const rarefy_layer *layers, int64_t count, float *const *values, const uint8_t *const *masks, int32_t threads) {
+void mask(const rarefy_layer *layers, int64_t count, float *const *values, const uint8_t *const *masks,
+          int32_t threads) {
     Mask context{layers, count, values, masks};
     parallel_for(useful(layers, count, threads), chunks_of(layers, count), mask_chunk, &context);
 }

@@ -1,5 +1,5 @@
-// The engine against sums in double, under every instruction set of this CPU; saved programs, whole, cut and altered; threads.
-// For sanitizers: every input and output ends where its numbers end. Usage: engine [cases]
+// The engine against sums in double, under every instruction set of this CPU; saved programs, whole, cut and altered;
+// threads. For sanitizers: every input and output ends where its numbers end. Usage: engine [cases]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -41,7 +41,9 @@ struct Builder {
     rarefy_builder *b = rarefy_builder_new();
     char error[256] = "";
     ~Builder() { rarefy_builder_free(b); }
-    int32_t input(int32_t c, int32_t h, int32_t w, int32_t layout = 0) { return check(rarefy_builder_input(b, c, h, w, layout, "x", error, 256)); }
+    int32_t input(int32_t c, int32_t h, int32_t w, int32_t layout = 0) {
+        return check(rarefy_builder_input(b, c, h, w, layout, "x", error, 256));
+    }
     int32_t conv(rarefy_conv c, const Floats &weight, const Floats &bias = {}) {
         c.weight = weight.data();
         c.weights = static_cast<int64_t>(weight.size());
@@ -63,7 +65,8 @@ struct Builder {
 };
 
 // The last float of the memory is the last number: what reads on is seen.
-Floats run(const rarefy_program *p, const std::vector<Floats> &inputs, int64_t outputs, int64_t batch, int32_t threads) {
+Floats run(const rarefy_program *p, const std::vector<Floats> &inputs, int64_t outputs, int64_t batch,
+           int32_t threads) {
     std::vector<std::unique_ptr<float[]>> held;
     std::vector<rarefy_buffer> in;
     for (const Floats &x : inputs) {
@@ -74,7 +77,9 @@ Floats run(const rarefy_program *p, const std::vector<Floats> &inputs, int64_t o
     std::unique_ptr<float[]> out(new float[static_cast<size_t>(outputs)]);
     const rarefy_buffer to = {out.get(), outputs};
     char error[256] = "";
-    expect(rarefy_program_run(p, in.data(), static_cast<int32_t>(in.size()), &to, 1, batch, threads, nullptr, 0, error, 256) == 0, error);
+    expect(rarefy_program_run(p, in.data(), static_cast<int32_t>(in.size()), &to, 1, batch, threads, nullptr, 0, error,
+                              256) == 0,
+           error);
     return Floats(out.get(), out.get() + outputs);
 }
 
@@ -82,7 +87,8 @@ bool close(const Floats &a, const Floats &b, double tolerance) {
     if (a.size() != b.size()) return false;
     for (size_t i = 0; i < a.size(); ++i) {
         if (std::isnan(a[i]) && std::isnan(b[i])) continue;
-        if (a[i] != b[i] && !(std::fabs(static_cast<double>(a[i]) - b[i]) <= tolerance * (1.0 + std::fabs(b[i])))) return false;
+        if (a[i] != b[i] && !(std::fabs(static_cast<double>(a[i]) - b[i]) <= tolerance * (1.0 + std::fabs(b[i]))))
+            return false;
     }
     return true;
 }
@@ -91,6 +97,40 @@ float rounded(float v) {
     const uint32_t bits = static_cast<uint32_t>(rarefy::engine::to_bf16(v)) << 16;
     std::memcpy(&v, &bits, sizeof v);
     return v;
+}
+
+struct Sizes {
+    int32_t channels, h, w;
+};
+
+// The results of a convolution, by its definition; an empty residual is none.
+Floats convolution(const rarefy_conv &c, const Sizes &in, const int32_t (&out)[2], const Floats &x,
+                   const Floats &weight, const Floats &bias, const Floats &residual) {
+    const int64_t taps = c.kernel[0] * c.kernel[1], each = in.channels / c.groups;
+    const int64_t batch = static_cast<int64_t>(x.size()) / (int64_t{in.channels} * in.h * in.w);
+    Floats wanted;
+    for (int64_t n = 0; n < batch; ++n)
+        for (int32_t o = 0; o < c.out_channels; ++o)
+            for (int32_t oy = 0; oy < out[0]; ++oy)
+                for (int32_t ox = 0; ox < out[1]; ++ox) {
+                    double sum = bias[o];
+                    for (int64_t i = 0; i < each; ++i)
+                        for (int32_t ky = 0; ky < c.kernel[0]; ++ky)
+                            for (int32_t kx = 0; kx < c.kernel[1]; ++kx) {
+                                const int32_t y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0],
+                                              xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
+                                float v = weight[(o * each + i) * taps + ky * c.kernel[1] + kx];
+                                if (c.storage == RAREFY_BF16) v = rounded(v);
+                                if (v == 0.0f || y < 0 || xx < 0 || y >= in.h || xx >= in.w) continue;
+                                const int64_t channel = o / (c.out_channels / c.groups) * each + i;
+                                sum += static_cast<double>(v) * x[((n * in.channels + channel) * in.h + y) * in.w + xx];
+                            }
+                    if (!residual.empty()) sum += residual[wanted.size()];
+                    if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
+                    if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
+                    wanted.push_back(static_cast<float>(sum));
+                }
+    return wanted;
 }
 
 // One convolution of a random shape.
@@ -112,7 +152,9 @@ void conv_case(const char *isa, int64_t number_of_case) {
     if (point && below(3) == 0) h = w = 1;
     const int32_t out_h = (h + c.padding[0] + c.padding[1] - c.dilation[0] * (c.kernel[0] - 1) - 1) / c.stride[0] + 1;
     const int32_t out_w = (w + c.padding[2] + c.padding[3] - c.dilation[1] * (c.kernel[1] - 1) - 1) / c.stride[1] + 1;
-    if (h + c.padding[0] + c.padding[1] <= c.dilation[0] * (c.kernel[0] - 1) || w + c.padding[2] + c.padding[3] <= c.dilation[1] * (c.kernel[1] - 1)) return;
+    if (h + c.padding[0] + c.padding[1] <= c.dilation[0] * (c.kernel[0] - 1) ||
+        w + c.padding[2] + c.padding[3] <= c.dilation[1] * (c.kernel[1] - 1))
+        return;
     c.activation = one_of({RAREFY_NONE, RAREFY_RELU, RAREFY_RELU6});
     c.storage = one_of({RAREFY_F32, RAREFY_BF16});
     const bool special = below(6) == 0;
@@ -124,30 +166,11 @@ void conv_case(const char *isa, int64_t number_of_case) {
         if (below(100) >= keep) v = 0.0f;
     Floats x = numbers(batch * channels * h * w), residual = numbers(batch * c.out_channels * out_h * out_w);
     if (special)
-        for (const float v : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) x[static_cast<size_t>(below(static_cast<int64_t>(x.size())))] = v;
+        for (const float v : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+            x[static_cast<size_t>(below(static_cast<int64_t>(x.size())))] = v;
     const bool add = below(2);
 
-    Floats wanted;
-    for (int64_t n = 0; n < batch; ++n)
-        for (int32_t o = 0; o < c.out_channels; ++o)
-            for (int32_t oy = 0; oy < out_h; ++oy)
-                for (int32_t ox = 0; ox < out_w; ++ox) {
-                    double sum = bias[o];
-                    for (int64_t i = 0; i < each; ++i)
-                        for (int32_t ky = 0; ky < c.kernel[0]; ++ky)
-                            for (int32_t kx = 0; kx < c.kernel[1]; ++kx) {
-                                const int32_t y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0], xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
-                                float v = weight[(o * each + i) * taps + ky * c.kernel[1] + kx];
-                                if (c.storage == RAREFY_BF16) v = rounded(v);
-                                if (v == 0.0f || y < 0 || xx < 0 || y >= h || xx >= w) continue;
-                                const int64_t channel = o / (c.out_channels / c.groups) * each + i;
-                                sum += static_cast<double>(v) * x[((n * channels + channel) * h + y) * w + xx];
-                            }
-                    if (add) sum += residual[wanted.size()];
-                    if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
-                    if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
-                    wanted.push_back(static_cast<float>(sum));
-                }
+    const Floats wanted = convolution(c, {channels, h, w}, {out_h, out_w}, x, weight, bias, add ? residual : Floats());
     Builder b;
     c.x = b.input(channels, h, w);
     if (add) c.residual = b.input(c.out_channels, out_h, out_w);
@@ -171,7 +194,8 @@ void activations(const char *isa) {
             Floats x = numbers(n), wanted;
             for (float &v : x) {
                 v *= one_of({1, 5, 20});
-                const double a = v, logistic = 1.0 / (1.0 + std::exp(-a)), cubed = 2.0 * std::sqrt(2.0 / pi) * (a + 0.044715 * a * a * a);
+                const double a = v, logistic = 1.0 / (1.0 + std::exp(-a)),
+                             cubed = 2.0 * std::sqrt(2.0 / pi) * (a + 0.044715 * a * a * a);
                 wanted.push_back(static_cast<float>(activation == RAREFY_SILU        ? a * logistic
                                                     : activation == RAREFY_GELU      ? 0.5 * a * std::erfc(-a * root)
                                                     : activation == RAREFY_GELU_TANH ? a / (1.0 + std::exp(-cubed))
@@ -179,17 +203,21 @@ void activations(const char *isa) {
                                                                                      : logistic));
             }
             Builder b;
-            b.output(b.check(rarefy_builder_affine(b.b, b.input(1, 1, n), nullptr, nullptr, 0, activation, "activation", b.error, 256)));
+            b.output(b.check(rarefy_builder_affine(b.b, b.input(1, 1, n), nullptr, nullptr, 0, activation, "activation",
+                                                   b.error, 256)));
             const Program p = b.finish(isa);
-            if (p) expect(close(run(p.get(), {x}, n, 1, 1), wanted, 4e-7), std::string(isa) + " activation " + std::to_string(activation));
+            if (p)
+                expect(close(run(p.get(), {x}, n, 1, 1), wanted, 4e-7),
+                       std::string(isa) + " activation " + std::to_string(activation));
         }
 }
 
-// A network with every kind of step: layers in bands, two branches that meet again, a concatenation in place and one that is
-// copied.
+// A network with every kind of step: layers in bands, two branches that meet again, a concatenation in place and one
+// that is copied.
 Program network(const char *isa, int32_t batch, int32_t threads) {
     Builder b;
-    const Floats wide = numbers(4 * 3 * 9), deep_wise = numbers(4 * 9), w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24), scale = numbers(8), shift = numbers(8), stem = numbers(8 * 4 * 9);
+    const Floats wide = numbers(4 * 3 * 9), deep_wise = numbers(4 * 9), w3 = numbers(8 * 8 * 9), w1 = numbers(8 * 24),
+                 scale = numbers(8), shift = numbers(8), stem = numbers(8 * 4 * 9);
     rarefy_conv c = {};
     c.residual = -1;
     c.out_channels = 4;
@@ -215,7 +243,8 @@ Program network(const char *isa, int32_t batch, int32_t threads) {
     c.residual = mean;
     const int32_t deep = b.conv(c, w3);
     const int32_t up = b.check(rarefy_builder_upsample(b.b, deep, 2, 2, "up", b.error, 256));
-    const int32_t scaled = b.check(rarefy_builder_affine(b.b, x, scale.data(), shift.data(), 8, RAREFY_SILU, "affine", b.error, 256));
+    const int32_t scaled =
+        b.check(rarefy_builder_affine(b.b, x, scale.data(), shift.data(), 8, RAREFY_SILU, "affine", b.error, 256));
     const int32_t parts[] = {up, scaled, x};
     c.x = b.check(rarefy_builder_concat(b.b, parts, 3, "concat", b.error, 256));
     c.residual = -1;
@@ -240,7 +269,8 @@ Program network(const char *isa, int32_t batch, int32_t threads) {
 }
 
 struct Aligned {
-    explicit Aligned(int64_t size) : bytes(static_cast<uint8_t *>(std::aligned_alloc(64, static_cast<size_t>((size + 63) / 64 * 64)))) {}
+    explicit Aligned(int64_t size)
+        : bytes(static_cast<uint8_t *>(std::aligned_alloc(64, static_cast<size_t>((size + 63) / 64 * 64)))) {}
     ~Aligned() { std::free(bytes); }
     uint8_t *bytes;
 };
@@ -260,7 +290,8 @@ void files(const std::vector<std::string> &isas) {
             expect(q != nullptr, error);
             if (!q) continue;
             const Floats got = run(q.get(), {x}, batch * 5, batch, 2);
-            expect(isa == other ? got == wanted : close(got, wanted, 1e-5), "a program of " + isa + " loaded under " + other);
+            expect(isa == other ? got == wanted : close(got, wanted, 1e-5),
+                   "a program of " + isa + " loaded under " + other);
         }
         for (int64_t cut = 0; cut < size; cut += 1 + size / 97) {
             const Aligned part(cut);
@@ -312,7 +343,8 @@ void threads(const std::string &isa) {
                 const int64_t batch = u % 4 < 2 ? 6 : 1;  // apart, and together on one image
                 const Program &p = u % 2 ? one : two;
                 const Floats &wanted = u % 2 ? first : second;
-                const rarefy_buffer read = {const_cast<float *>(x.data()), batch * 3 * 36 * 36}, to = {out.data(), batch * 5};
+                const rarefy_buffer read = {const_cast<float *>(x.data()), batch * 3 * 36 * 36},
+                                    to = {out.data(), batch * 5};
                 good[u] &= rarefy_program_run(p.get(), &read, 1, &to, 1, batch, 3, nullptr, 0, nullptr, 0) == 0;
                 good[u] &= std::memcmp(out.data(), wanted.data(), static_cast<size_t>(batch * 5) * sizeof(float)) == 0;
             }

@@ -1,5 +1,6 @@
-// Runs every activation kernel of librarefy on recorded inputs and compares with the recorded answers: all lengths of tail,
-// odd alignments, in place, one thread and more. For sanitizers and for CPUs without PyTorch. Usage: exhaustive CASES
+// Runs every activation kernel of librarefy on recorded inputs and compares with the recorded answers: all lengths of
+// tail, odd alignments, in place, one thread and more. For sanitizers and for CPUs without PyTorch. Usage: exhaustive
+// CASES
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -49,7 +50,8 @@ std::vector<Case> read(const char *path) {
     return cases;
 }
 
-// The kernel on n values from `begin` on, in memory that ends where the values end, so that a sanitizer sees one step beyond.
+// The kernel on n values from `begin` on, in memory that ends where the values end, so that a sanitizer sees one step
+// beyond.
 bool right(kernel *f, const Case &c, const Bytes &table, int64_t begin, int64_t n, bool in_place, int32_t threads) {
     const size_t size = static_cast<size_t>(n * c.width), from = static_cast<size_t>(begin * c.width);
     std::unique_ptr<uint8_t[]> x(new uint8_t[size]), y(new uint8_t[size]);

@@ -1,5 +1,6 @@
-// Saved programs, changed and with a checksum that fits again: each is refused, or runs inside its buffers. For sanitizers.
-// Usage: fuzz COUNT SEED FILE... (programs as rarefy_program_save writes them); a line of counts is printed.
+// Saved programs, changed and with a checksum that fits again: each is refused, or runs inside its buffers. For
+// sanitizers. Usage: fuzz COUNT SEED FILE... (programs as rarefy_program_save writes them); a line of counts is
+// printed.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -28,7 +29,8 @@ size_t below(size_t n) { return static_cast<size_t>(generator() % n); }
 
 template <class T>
 void change(Bytes &data) {
-    const size_t at = (below(4) ? 64 + below(std::min<size_t>(data.size() - 64, 6000)) : 64 + below(data.size() - 64)) / sizeof(T) * sizeof(T);
+    const size_t at = (below(4) ? 64 + below(std::min<size_t>(data.size() - 64, 6000)) : 64 + below(data.size() - 64)) /
+                      sizeof(T) * sizeof(T);
     if (at + sizeof(T) > data.size()) return;
     T v;
     std::memcpy(&v, data.data() + at, sizeof v);
@@ -95,7 +97,8 @@ bool run(const rarefy_program *program) {
     if (work > int64_t{1} << 26) return false;
     char error[256];
     const int32_t threads = 1 + static_cast<int32_t>(below(2));
-    return rarefy_program_run(program, ports[0].data(), info.inputs, ports[1].data(), info.outputs, batch, threads, nullptr, 0, error, sizeof error) == 0;
+    return rarefy_program_run(program, ports[0].data(), info.inputs, ports[1].data(), info.outputs, batch, threads,
+                              nullptr, 0, error, sizeof error) == 0;
 }
 
 }  // namespace
@@ -120,7 +123,8 @@ int main(int argc, char **argv) {
         mutate(data);
         if (data.size() < 64) continue;
         seal(data);
-        const std::unique_ptr<uint8_t, void (*)(void *)> memory(static_cast<uint8_t *>(std::aligned_alloc(64, (data.size() + 63) / 64 * 64)), std::free);
+        const std::unique_ptr<uint8_t, void (*)(void *)> memory(
+            static_cast<uint8_t *>(std::aligned_alloc(64, (data.size() + 63) / 64 * 64)), std::free);
         std::memcpy(memory.get(), data.data(), data.size());
         if (std::getenv("RAREFY_FUZZ_VERBOSE")) std::fprintf(stderr, "mutant %lld\n", static_cast<long long>(i));
         const auto begin = std::chrono::steady_clock::now();
@@ -128,11 +132,13 @@ int main(int argc, char **argv) {
         char error[256];
         const std::string &isa = isas[below(isas.size())];
         const std::unique_ptr<rarefy_program, void (*)(rarefy_program *)> program(
-            rarefy_program_load(memory.get(), static_cast<int64_t>(data.size()), isa.c_str(), error, sizeof error), rarefy_program_free);
+            rarefy_program_load(memory.get(), static_cast<int64_t>(data.size()), isa.c_str(), error, sizeof error),
+            rarefy_program_free);
         if (program) ++loaded, ran += run(program.get());
         alarm(0);
         longest = std::max(longest, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     }
-    std::printf("%lld,%lld,%lld,%.3f\n", static_cast<long long>(count), static_cast<long long>(loaded), static_cast<long long>(ran), longest);
+    std::printf("%lld,%lld,%lld,%.3f\n", static_cast<long long>(count), static_cast<long long>(loaded),
+                static_cast<long long>(ran), longest);
     return 0;
 }

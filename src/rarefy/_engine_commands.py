@@ -62,7 +62,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
 
     from rarefy import engine
-    from rarefy.engine import peers
+    from rarefy.bench import engine as peers
 
     if arguments.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
-from rarefy.engine import native, reference
+from rarefy.engine import measure, programs, reference
 from rarefy.engine.compiler import build
+from rarefy.engine.lowering import Lowered, Options, lower
 from rarefy.engine.plan import Conv, Linear, Plan, Step, Value
 
 
 def paths():
     """Every way to compute a step here: PyTorch, and the native kernels of each instruction set."""
     isas = {kernel.isa.removesuffix("_vbmi2") for kernel in kernels.table() if kernel.supported}
-    return ["pytorch", *(sorted(isas) if native.available() else [])]
+    return ["pytorch", *(sorted(isas) if programs.available() else [])]
 
 
 def sparse(weight: Tensor, density: float) -> Tensor:
@@ -53,8 +54,14 @@ def run(step: Step, inputs: dict[str, Tensor], isa: str, choose: str = "native",
         engine = build(plan_of(step, inputs), tuple(inputs.values()), 1, weights, choose, 0.0)
         assert engine.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
         if isa != "pytorch":
-            assert not engine._reasons, engine._reasons
+            assert not any(each.note for each in engine.steps()), engine.steps()
         return engine(*inputs.values())
+
+
+def lowered(plan: Plan, *inputs: Tensor, choose: str = "measure", weights: str = "float32") -> Lowered:
+    """The plan as native programs, their kernels chosen by rule, and what is left to PyTorch."""
+    shapes, _ = measure.walk(plan, inputs, timed=False)
+    return lower(plan, Options(choose, weights, 1, 0.0, shapes))
 
 
 def wide(step: Step, inputs: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ REFERENCES = {
     "tanh": torch.tanh,
     "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
 }
-#: The largest error, in units of the last place, from each number on: what native/src/engine/activations.h states.
+#: The largest error, in units of the last place, from each number on: what native/src/engine/activations-inl.h states.
 LIMITS = {
     "sigmoid": {-math.inf: 2.6},
     "tanh": {-math.inf: 2.6},

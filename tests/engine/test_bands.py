@@ -8,7 +8,6 @@ from rarefy import kernels
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.passes import optimize
-from rarefy.engine.segments import Segment
 from tests.engine.layers import paths
 from tests.engine.networks import thinned
 
@@ -70,10 +69,6 @@ def network(request):
         return optimize(capture(model, (x[:1],))), x, model.double()(x.double())
 
 
-def scratch(compiled):
-    return sum(item.program.facts.scratch_bytes for item in compiled._items if isinstance(item, Segment))
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("choose", ["native", "dense"])
 def test_bands_come_to_what_whole_values_do(network, isa, choose):
@@ -81,7 +76,7 @@ def test_bands_come_to_what_whole_values_do(network, isa, choose):
     with kernels.forced(isa):
         # two threads share an image, step by step; one has it to itself, and runs it in bands
         whole, banded = (build(plan, (x[:1],), threads, "float32", choose, 0.0) for threads in (2, 1))
-        assert scratch(banded) < scratch(whole)
+        assert banded.report.scratch_bytes < whole.report.scratch_bytes
         for batch in (1, 3, 1):
             result = banded(x[:batch])
             assert torch.equal(result, torch.cat([whole(one) for one in x[:batch].split(1)]))

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from rarefy import engine
-from rarefy.engine import native
-from rarefy.engine.segments import Segment
+from rarefy.engine import programs
+from rarefy.engine.capture import capture
+from rarefy.engine.lowering import NativeSegment
+from rarefy.engine.passes import optimize
+from tests.engine.layers import lowered
 from tests.engine.networks import UNet, thinned
 
 
@@ -41,11 +44,15 @@ def test_a_copy_outlives_its_engine_and_gives_the_same_bits(compiled, how):
 def test_a_builder_refuses_to_be_copied():
     for how in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="a Builder cannot be copied or pickled"):
-            how(native.Builder())
+            how(programs.Builder())
 
 
-def test_a_program_checks_every_length(compiled):
-    program = next(item.program for item in compiled[0]._items if isinstance(item, Segment))
+@pytest.mark.parametrize("choose", ["measure", "dense"])
+def test_a_program_checks_every_length(choose):
+    x = torch.randn(2, 3, 16, 16)
+    plan = optimize(capture(thinned(UNet()), (x,)))
+    segment = next(item for item in lowered(plan, x, choose=choose).items if isinstance(item, NativeSegment))
+    program = segment.program
     shapes = [[port[0] for port in program.ports(outputs=side)] for side in (False, True)]
     inputs, outputs = ([torch.zeros(2, *shape) for shape in side] for side in shapes)
     program.run(inputs, outputs, 2, 1)
@@ -59,17 +66,17 @@ def test_a_program_checks_every_length(compiled):
         (inputs, outputs, 2, 0),
         (inputs, outputs, 2, 1 << 40),
     ):
-        with pytest.raises(native.NativeError):
+        with pytest.raises(programs.NativeError):
             program.run(*wrong)
 
 
 def test_a_builder_checks_weights_and_biases():
-    builder = native.Builder()
-    x = builder.input((3, 8, 8), native.CHANNELS_FIRST, "x")
+    builder = programs.Builder()
+    x = builder.input((3, 8, 8), programs.CHANNELS_FIRST, "x")
     options = {"storage": "float32", "choice": "dense", "name": "a"}
-    with pytest.raises(native.NativeError, match="there must be 108 weights, got 72"):
+    with pytest.raises(programs.NativeError, match="there must be 108 weights, got 72"):
         builder.conv(x, torch.zeros(4, 2, 3, 3), None, **options)
-    with pytest.raises(native.NativeError, match="there must be 4 biases, got 3"):
+    with pytest.raises(programs.NativeError, match="there must be 4 biases, got 3"):
         builder.conv(x, torch.zeros(4, 3, 3, 3), torch.zeros(3), **options)
-    with pytest.raises(native.NativeError, match="there must be 3 factors and summands, got 2"):
+    with pytest.raises(programs.NativeError, match="there must be 3 factors and summands, got 2"):
         builder.affine(x, torch.zeros(2), None, "none", name="a")

@@ -14,9 +14,9 @@ from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.passes import optimize
-from rarefy.engine.segments import Options, lower
+from rarefy.engine.plan import Layer
 from rarefy.sparse import GMP
-from tests.engine.layers import paths
+from tests.engine.layers import lowered, paths
 from tests.engine.networks import UNet, thinned
 
 IMAGE = torch.randn(2, 3, 16, 16)
@@ -118,7 +118,7 @@ def test_a_forced_instruction_set_is_what_runs():
         with kernels.forced(isa):
             compiled = compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0)
         assert compiled.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
-        assert {item.program.facts.isa for item in compiled._items if hasattr(item, "program")} <= {isa}
+        assert {step.isa for step in compiled.steps()} <= {isa, None}
 
 
 def test_nothing_that_loses_is_chosen(monkeypatch):
@@ -130,23 +130,26 @@ def test_nothing_that_loses_is_chosen(monkeypatch):
             assert set(ways) == set(names)
             return {name: 1.0 if name == fastest else 2.0 for name in ways}
 
-        monkeypatch.setattr(measure, "_race", race)
-        monkeypatch.setattr(measure, "_slower_than_torch", lambda *a: {plan.steps[1].output})
+        monkeypatch.setattr(measure, "race", race)
+        monkeypatch.setattr(measure, "slower_than_torch", lambda *a: {plan.steps[1].output})
         found = compiler.build(plan, (IMAGE,), 1, "float32", "measure", 0.01)
         assert found.report.chosen == fastest
         assert found.report.candidates[fastest] == 1.0
         torch.testing.assert_close(found(IMAGE), compiler.build(plan, (IMAGE,), 1, "float32", "torch", 0.0)(IMAGE))
-    native = [item for item in found._items if hasattr(item, "program")]
-    assert len(native) == 2  # before and after the layer that PyTorch was told to be faster at
-    assert found._reasons == {plan.steps[1].output: "PyTorch is faster"}
+    steps = found.steps()
+    # before and after the layer that PyTorch was told to be faster at
+    assert {step.program for step in steps} == {0, None, 1}
+    assert {step.name: step.note for step in steps if step.note} == {plan.steps[1].name: "PyTorch is faster"}
     rows = [row for row in found.profile(rounds=1).rows if row.density is not None]
-    assert [row.name for row in rows] == [found._names[name] for name in found._layers]  # one each, and no input
+    layers = [step.name for step in plan.steps if isinstance(step, Layer)]
+    assert [row.name for row in rows] == layers  # one each, and no input
+    assert [step.name for step in steps if step.facts is not None] == layers
 
 
 def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster_and_matters(monkeypatch):
     plan = optimize(capture(thinned(UNet()), (IMAGE,)))
-    shapes, layers = measure.walk(plan, (IMAGE,), timed=False)
-    native = lower(plan, Options("measure", "float32", 1, 0.0, shapes))
+    _, layers = measure.walk(plan, (IMAGE,), timed=False)
+    native = lowered(plan, IMAGE)
     # every step takes a second for both samples
     seconds = [(np.ones((2, item.program.facts.steps)), 1.0) for item in native.items]
     monkeypatch.setattr(Runner, "timed", lambda *_: seconds)
@@ -158,7 +161,7 @@ def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster_and_matters(monkey
         ({}, set()),
     ):
         known = {name: replace(facts, torch_seconds=torch_seconds.get(name, 2.0)) for name, facts in layers.items()}
-        assert measure._slower_than_torch(native, plan, (IMAGE,), known) == expected
+        assert measure.slower_than_torch(native, plan, (IMAGE,), known) == expected
 
 
 def test_without_measuring_the_result_is_the_same_every_time():
@@ -174,7 +177,7 @@ def test_facts_of_layers_are_counted():
     conv.weight.data[:4] = 0
     model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear).eval()
     compiled = engine.compile(model, torch.randn(4, 3, 9, 9), choose="torch")
-    first, last = compiled._layers.values()
+    first, last = (step.facts for step in compiled.steps() if step.facts is not None)
     assert (first.weights, first.nonzeros) == (216, 108)
     assert (first.macs, first.dense_macs) == (108 * 16, 216 * 16)  # 4 x 4 places
     assert (last.weights, last.macs) == (40, 40)
@@ -187,8 +190,8 @@ def test_the_profile_adds_up(compiled):
     assert sum(row.share for row in found.rows) == pytest.approx(1)
     rows = {row.name: row for row in found.rows}
     for name in ("stem", "down", "deep.1", "up", "out"):
-        row, layer = rows[name], compiled._layers
-        facts = next(layer[value] for value, known in compiled._names.items() if known == name)
+        row = rows[name]
+        facts = next(step.facts for step in compiled.steps() if step.name == name)
         assert row.density == facts.nonzeros / facts.weights
         assert row.gflops == pytest.approx(2e-9 * facts.macs * 2 / row.seconds)
         assert (row.peak_share is None) == (found.peak_gflops is None)
@@ -202,7 +205,8 @@ def test_the_profile_adds_up(compiled):
 
 def test_the_break_even_of_a_profile():
     facts = LayerFacts(weights=1000, nonzeros=100, macs=10_000, dense_macs=100_000, torch_seconds=4e-3)
-    row = profile._row("a", "conv", "sparse 4x4", 2e-3, 8e-3, 2, facts, 6e-3, 100.0, "")
-    assert (row.share, row.density, row.dense_seconds, row.gain) == (0.25, 0.1, 8e-3, 4.0)  # the faster of both, twice
+    step = engine.StepInfo("a", "conv", "sparse 4x4", facts=facts, dense_seconds=4e-3)
+    row = profile.row(step, 2e-3, 8e-3, 2, 100.0)
+    assert (row.share, row.density, row.dense_seconds, row.gain) == (0.25, 0.1, 8e-3, 4.0)  # of both samples
     assert row.gflops == pytest.approx(2 * 10_000 * 2 / 2e-3 / 1e9)
     assert row.peak_share == pytest.approx(row.gflops / 100)

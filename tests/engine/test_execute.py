@@ -9,8 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy import engine
 from rarefy.engine import measure, reference
+from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner
+from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Operator, Ref
+from tests.engine.layers import lowered
 
 X, Y, Z = torch.rand(2, 3, 4) + 0.5, torch.rand(2, 3, 4) + 0.5, torch.rand(2, 4, 3)
 INDEX, MASK = torch.tensor([[1, 0], [2, 1]]), torch.rand(2, 3, 4) > 0.5
@@ -120,12 +123,11 @@ def test_a_keyword_that_is_no_name_is_refused():
 def test_a_profile_times_items_inside_the_network():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 3)).eval()
-    compiled = engine.compile(model, torch.randn(4, 8), choose="native")
-    order = []
-    for item in compiled._items:
-        order.append(type(item).__name__)
-    assert order == ["Segment", "Operator", "Segment"]
-    took = compiled._runner.timed([torch.randn(4, 8)], 3)
+    x = torch.randn(4, 8)
+    compiled = engine.compile(model, x, choose="native")
+    assert [step.program for step in compiled.steps()] == [0, 0, 0, None, 1, 1, 1]
+    plan = optimize(capture(model, (x,)))
+    took = measure.runner(lowered(plan, x).items, plan).timed([x], 3)
     assert [steps.shape[0] for steps, _ in took] == [3, 3, 3]
     assert all(np.all(steps >= 0) and whole >= 0 for steps, whole in took)
     found = compiled.profile(rounds=3)
@@ -150,14 +152,14 @@ class Written(nn.Module):
 def test_the_model_itself_runs_where_nothing_made_of_it_is_as_fast(monkeypatch, tmp_path):
     torch.manual_seed(0)
     model, x = Written().eval(), torch.randn(2, 5, 4)
-    race = measure._race
+    race = measure.race
     for share, chosen in ((0.9, "eager"), (0.98, "PyTorch")):  # what can be saved is worth a little
 
         def times(ways, *rest, share=share):
             assert {*race(ways, *rest)} == {*ways}
             return {**dict.fromkeys(ways, 2.0), "PyTorch": 1.0, "eager": share}
 
-        monkeypatch.setattr(measure, "_race", times)
+        monkeypatch.setattr(measure, "race", times)
         compiled = engine.compile(model, x)
         assert compiled.report.chosen == chosen
         for batch in (1, 2, 3):
@@ -165,7 +167,7 @@ def test_the_model_itself_runs_where_nothing_made_of_it_is_as_fast(monkeypatch, 
             torch.testing.assert_close(compiled(x), model(x))
         kinds = [row.kind for row in compiled.profile(rounds=1).rows]
         assert (kinds == ["model"]) == (chosen == "eager")
-    monkeypatch.setattr(measure, "_race", lambda ways, *rest: {**dict.fromkeys(ways, 2.0), "eager": 1.0})
+    monkeypatch.setattr(measure, "race", lambda ways, *rest: {**dict.fromkeys(ways, 2.0), "eager": 1.0})
     compiled = engine.compile(model, x)
     before = compiled(x)
     with torch.no_grad():

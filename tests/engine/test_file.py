@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from rarefy import act, engine, kernels
-from rarefy.engine import file, native
+from rarefy.engine import file
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.passes import optimize
+from rarefy.engine.programs import available
 from tests.engine.networks import UNet, Vision, thinned
 
 HEAD = struct.Struct("<8sIIQQ32s")
@@ -93,8 +94,8 @@ def test_what_measuring_chose_comes_back(tmp_path, monkeypatch):
     for way in ("PyTorch, oneDNN", "native and PyTorch"):
         plan_of = optimize(capture(thinned(UNet()), (torch.randn(2, 3, 16, 16),)))
         race = lambda ways, *rest, way=way: {name: float(name != way) for name in ways}  # noqa: E731
-        monkeypatch.setattr("rarefy.engine.measure._race", race)
-        monkeypatch.setattr("rarefy.engine.measure._slower_than_torch", lambda *a, p=plan_of: {p.steps[0].output})
+        monkeypatch.setattr("rarefy.engine.measure.race", race)
+        monkeypatch.setattr("rarefy.engine.measure.slower_than_torch", lambda *a, p=plan_of: {p.steps[0].output})
         x = torch.randn(2, 3, 16, 16)
         compiled = build(plan_of, (x,), 1, "float32", "measure", 0.01)
         engine.save(compiled, tmp_path / "a.engine")
@@ -322,4 +323,4 @@ def test_arguments_of_every_kind_come_back():
 
 
 def test_native_programs_are_there_to_be_tested():
-    assert native.available()
+    assert available()

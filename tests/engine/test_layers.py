@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.engine.onednn import Packed
+from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import (
     ACTIVATIONS,
     Affine,
@@ -277,9 +277,9 @@ def test_onednn_with_packed_weights():
             step = conv(weight, **options, **more)
             if "residual" in more:
                 inputs["r"] = torch.randn(wide(conv(weight, **options), inputs).shape)
-            compare(step, inputs, Packed(step, (1, channels, *size)).run(*inputs.values()))
+            compare(step, inputs, PackedConv(step, (1, channels, *size)).run(*inputs.values()))
     step = Conv(
         **{**vars(conv(torch.randn(4, 3, 3, 2))), "padding": ((2, 0), (0, 1)), "stride": (2, 1), "dilation": (1, 2)}
     )
     inputs = {"x": torch.randn(2, 3, 9, 8)}
-    compare(step, inputs, Packed(step, (2, 3, 9, 8)).run(*inputs.values()))
+    compare(step, inputs, PackedConv(step, (2, 3, 9, 8)).run(*inputs.values()))

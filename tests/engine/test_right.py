@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import engine
-from rarefy.engine import compiler, native, verify
+from rarefy.engine import compiler, programs, verify
+from rarefy.engine.capture import capture
+from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Conv
+from tests.engine.layers import lowered
 from tests.engine.test_capture import f
 
 IMAGE = torch.randn(2, 3, 8, 8)
@@ -105,11 +108,11 @@ def test_linear_layers_on_other_numbers_of_rows(forward):
         agrees(model, compiled, torch.randn(batch, 13, 16))
 
 
-@pytest.mark.skipif(not native.available(), reason="needs native programs")
+@pytest.mark.skipif(not programs.available(), reason="needs native programs")
 def test_a_program_refuses_inputs_of_other_rows():
     model = f(lambda a, b, x, y: (a(x), b(y)), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
-    compiled = engine.compile(model, (torch.zeros(3, 4), torch.zeros(3, 4)), choose="native")
-    (segment,) = compiled._items
+    inputs = (torch.zeros(3, 4), torch.zeros(3, 4))
+    (segment,) = lowered(optimize(capture(model, inputs)), *inputs).items
     with pytest.raises(ValueError, match="must have the same axes before the last 1"):
         segment.run(1, torch.zeros(3, 4), torch.zeros(2, 4))
 

@@ -30,83 +30,118 @@ std::string infer_window(const Node &n, const Shape &x, Shape *out) {
     int32_t size[2] = {x.height, x.width};
     const int32_t before[2] = {w.top, w.left}, after[2] = {n.bottom, n.right};
     for (int axis = 0; axis < 2; ++axis) {
-        if (!between(w.kernel[axis], 1, 1024) || !between(w.stride[axis], 1, 1024) || !between(w.dilation[axis], 1, 1024))
+        if (!between(w.kernel[axis], 1, 1024) || !between(w.stride[axis], 1, 1024) ||
+            !between(w.dilation[axis], 1, 1024))
             return "kernel, stride and dilation must be between 1 and 1024";
         const int64_t reach = int64_t{w.dilation[axis]} * (w.kernel[axis] - 1) + 1;
-        if (!between(before[axis], 0, 1 << 20) || !between(after[axis], 0, 1 << 20)) return "padding must be between 0 and 1048576";
+        if (!between(before[axis], 0, 1 << 20) || !between(after[axis], 0, 1 << 20))
+            return "padding must be between 0 and 1048576";
         const int64_t room = int64_t{size[axis]} + before[axis] + after[axis] - reach;
         if (room < 0) return "the kernel is larger than the padded input, " + text(x);
         size[axis] = static_cast<int32_t>(room / w.stride[axis] + 1);
         const int64_t last = int64_t{size[axis] - 1} * w.stride[axis] - before[axis];
         const int64_t input = axis ? x.width : x.height;
-        if (n.kind == Kind::POOL && (before[axis] >= reach || last >= input)) return "a window must hold at least one value of x, so padding must be smaller than the kernel";
+        if (n.kind == Kind::POOL && (before[axis] >= reach || last >= input))
+            return "a window must hold at least one value of x, so padding must be smaller than the kernel";
     }
     out->height = size[0];
     out->width = size[1];
     return "";
 }
 
+bool known(const Graph &graph, int32_t id) { return id >= 0 && id < static_cast<int32_t>(graph.values.size()); }
+
+std::string no_value(int32_t id) { return "there is no value " + std::to_string(id); }
+
+std::string infer_conv(const Graph &graph, const Node &n, const Shape &x, Shape *out) {
+    if (!between(n.groups, 1, x.channels) || x.channels % n.groups || !between(n.out_channels, 1, LARGEST) ||
+        n.out_channels % n.groups)
+        return "groups must divide the " + std::to_string(x.channels) + " channels of x and out_channels, got groups " +
+               std::to_string(n.groups) + " and out_channels " + std::to_string(n.out_channels);
+    out->channels = n.out_channels;
+    const std::string wrong = infer_window(n, x, out);
+    if (!wrong.empty()) return wrong;
+    if (int64_t{n.out_channels} * (x.channels / n.groups) > MOST_WEIGHTS / n.window.taps())
+        return "a layer has at most 2^31 - 1 weights";
+    if (n.storage != RAREFY_F32 && n.storage != RAREFY_BF16)
+        return "storage " + std::to_string(n.storage) + " is unknown";
+    if (!between(n.choice, RAREFY_MEASURE, RAREFY_DENSE)) return "choice " + std::to_string(n.choice) + " is unknown";
+    if (n.other_operand == -1) return "";
+    if (!known(graph, n.other_operand)) return no_value(n.other_operand);
+    const Shape &residual = graph.values[n.other_operand];
+    if (!(residual == *out))
+        return "the residual must have the shape of the result, " + text(*out) + ", got " + text(residual);
+    return "";
+}
+
+std::string infer_binary(const Graph &graph, const Node &n, const Shape &x) {
+    if (!known(graph, n.other_operand)) return no_value(n.other_operand);
+    const Shape &y = graph.values[n.other_operand];
+    if (!(y == x) && !(y == Shape{x.channels, 1, 1}))
+        return "y must have the shape of x, " + text(x) + ", or be a vector of as many channels, got " + text(y);
+    return "";
+}
+
+std::string infer_concat(const Graph &graph, const std::vector<int32_t> &operands, Shape *out) {
+    if (operands.empty()) return "there is nothing to concatenate";
+    int64_t channels = 0;
+    for (const int32_t id : operands) {
+        if (!known(graph, id)) return no_value(id);
+        const Shape &s = graph.values[id], &f = graph.values[operands[0]];
+        if (s.height != f.height || s.width != f.width)
+            return "all must have the same height and width, got " + text(f) + " and " + text(s);
+        channels += s.channels;
+    }
+    if (channels > LARGEST) return "the result is too large";
+    *out = graph.values[operands[0]];
+    out->channels = static_cast<int32_t>(channels);
+    return "";
+}
+
+std::string infer_upsample(const Node &n, const Shape &x, Shape *out) {
+    const int32_t *factor = n.window.stride;
+    if (!between(factor[0], 1, 1024) || !between(factor[1], 1, 1024)) return "factors must be between 1 and 1024";
+    if (int64_t{x.height} * factor[0] > LARGEST || int64_t{x.width} * factor[1] > LARGEST)
+        return "the result is too large";
+    out->height = x.height * factor[0];
+    out->width = x.width * factor[1];
+    return "";
+}
+
+std::string infer_flatten(const Shape &x, Shape *out) {
+    if (x.size() > LARGEST) return "the result is too large";
+    *out = {static_cast<int32_t>(x.size()), 1, 1};
+    return "";
+}
+
+// The shape that the kind of node makes of x, which is in *out already.
+std::string infer_kind(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
+    const Shape x = *out;
+    switch (n.kind) {
+        case Kind::CONV: return infer_conv(graph, n, x, out);
+        case Kind::POOL: return infer_window(n, x, out);
+        case Kind::GLOBAL_AVERAGE: *out = {x.channels, 1, 1}; return "";
+        case Kind::BINARY: return infer_binary(graph, n, x);
+        case Kind::CONCAT: return infer_concat(graph, operands, out);
+        case Kind::UPSAMPLE: return infer_upsample(n, x, out);
+        case Kind::FLATTEN: return infer_flatten(x, out);
+        default: return "";
+    }
+}
+
 }  // namespace
 
 std::string infer(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
-    const auto known = [&](int32_t id) { return id >= 0 && id < static_cast<int32_t>(graph.values.size()); };
-    if (n.activation < RAREFY_NONE || n.activation > RAREFY_LEAKY_RELU) return "activation " + std::to_string(n.activation) + " is unknown";
-    if (n.layout != RAREFY_CHANNELS_FIRST && n.layout != RAREFY_CHANNELS_LAST) return "layout " + std::to_string(n.layout) + " is unknown";
-    if (n.kind != Kind::INPUT && n.kind != Kind::CONCAT && !known(n.x)) return "there is no value " + std::to_string(n.x);
-    if (n.kind != Kind::INPUT && n.kind != Kind::CONCAT) *out = graph.values[n.x];
-    const Shape x = *out;
-    switch (n.kind) {
-        case Kind::CONV: {
-            if (!between(n.groups, 1, x.channels) || x.channels % n.groups || !between(out->channels = n.flag, 1, LARGEST) || n.flag % n.groups)
-                return "groups must divide the " + std::to_string(x.channels) + " channels of x and out_channels, got groups " +
-                       std::to_string(n.groups) + " and out_channels " + std::to_string(n.flag);
-            const std::string wrong = infer_window(n, x, out);
-            if (!wrong.empty()) return wrong;
-            if (int64_t{n.flag} * (x.channels / n.groups) > MOST_WEIGHTS / n.window.taps()) return "a layer has at most 2^31 - 1 weights";
-            if (n.storage != RAREFY_F32 && n.storage != RAREFY_BF16) return "storage " + std::to_string(n.storage) + " is unknown";
-            if (!between(n.choice, RAREFY_MEASURE, RAREFY_DENSE)) return "choice " + std::to_string(n.choice) + " is unknown";
-            if (n.second != -1 && !known(n.second)) return "there is no value " + std::to_string(n.second);
-            if (n.second != -1 && !(graph.values[n.second] == *out))
-                return "the residual must have the shape of the result, " + text(*out) + ", got " + text(graph.values[n.second]);
-            break;
-        }
-        case Kind::POOL: {
-            const std::string wrong = infer_window(n, x, out);
-            if (!wrong.empty()) return wrong;
-            break;
-        }
-        case Kind::GLOBAL_AVERAGE: *out = {x.channels, 1, 1}; break;
-        case Kind::BINARY:
-            if (!known(n.second)) return "there is no value " + std::to_string(n.second);
-            if (!(graph.values[n.second] == x) && !(graph.values[n.second] == Shape{x.channels, 1, 1}))
-                return "y must have the shape of x, " + text(x) + ", or be a vector of as many channels, got " + text(graph.values[n.second]);
-            break;
-        case Kind::CONCAT: {
-            if (operands.empty()) return "there is nothing to concatenate";
-            int64_t channels = 0;
-            for (const int32_t id : operands) {
-                if (!known(id)) return "there is no value " + std::to_string(id);
-                const Shape &s = graph.values[id], &f = graph.values[operands[0]];
-                if (s.height != f.height || s.width != f.width) return "all must have the same height and width, got " + text(f) + " and " + text(s);
-                channels += s.channels;
-            }
-            if (channels > LARGEST) return "the result is too large";
-            *out = graph.values[operands[0]];
-            out->channels = static_cast<int32_t>(channels);
-            break;
-        }
-        case Kind::UPSAMPLE:
-            if (!between(n.window.stride[0], 1, 1024) || !between(n.window.stride[1], 1, 1024)) return "factors must be between 1 and 1024";
-            if (int64_t{x.height} * n.window.stride[0] > LARGEST || int64_t{x.width} * n.window.stride[1] > LARGEST) return "the result is too large";
-            out->height = x.height * n.window.stride[0];
-            out->width = x.width * n.window.stride[1];
-            break;
-        case Kind::FLATTEN:
-            if (x.size() > LARGEST) return "the result is too large";
-            *out = {static_cast<int32_t>(x.size()), 1, 1};
-            break;
-        default: break;
+    if (n.activation < RAREFY_NONE || n.activation > RAREFY_LEAKY_RELU)
+        return "activation " + std::to_string(n.activation) + " is unknown";
+    if (n.layout != RAREFY_CHANNELS_FIRST && n.layout != RAREFY_CHANNELS_LAST)
+        return "layout " + std::to_string(n.layout) + " is unknown";
+    if (n.kind != Kind::INPUT && n.kind != Kind::CONCAT) {
+        if (!known(graph, n.x)) return no_value(n.x);
+        *out = graph.values[n.x];
     }
+    const std::string wrong = infer_kind(graph, n, operands, out);
+    if (!wrong.empty()) return wrong;
     if (!between(out->channels, 1, LARGEST) || !between(out->height, 1, LARGEST) || !between(out->width, 1, LARGEST) ||
         out->pixels() > LARGEST || out->size() > LARGEST)
         return "every size must be at least 1 and a value at most 2^30 numbers, got " + text(*out);
@@ -117,12 +152,12 @@ Matrix matrix_of(const Graph &graph, const Node &node) {
     return {graph.values[node.out].channels, graph.values[node.x].channels, node.window.taps(), node.groups};
 }
 
-Node node_of(Kind kind, int32_t x, int32_t second) {
+Node node_of(Kind kind, int32_t x, int32_t other_operand) {
     Node n;
     std::memset(&n, 0, sizeof n);
     n.kind = kind;
     n.x = x;
-    n.second = second;
+    n.other_operand = other_operand;
     n.out = -1;
     n.groups = 1;
     return n;
@@ -130,13 +165,14 @@ Node node_of(Kind kind, int32_t x, int32_t second) {
 
 namespace {
 
-int32_t append(rarefy_builder *builder, Node node, const char *name, char *error, int64_t size, std::vector<int32_t> operands = {},
-               Shape shape = {1, 1, 1}) {
+int32_t append(rarefy_builder *builder, Node node, const char *name, char *error, int64_t size,
+               std::vector<int32_t> operands = {}, Shape shape = {1, 1, 1}) {
     Graph &g = builder->graph;
     std::string wrong = infer(g, node, operands, &shape);
     int64_t all = static_cast<int64_t>(operands.size());
     for (const auto &others : g.operands) all += static_cast<int64_t>(others.size());
-    if (g.nodes.size() >= static_cast<size_t>(MOST_STEPS) || all > MOST_OPERANDS) wrong = "a program has at most 8192 steps and concatenates at most 65536 values";
+    if (g.nodes.size() >= static_cast<size_t>(MOST_STEPS) || all > MOST_OPERANDS)
+        wrong = "a program has at most 8192 steps and concatenates at most 65536 values";
     if (!wrong.empty()) return fail(error, size, (name && *name ? std::string(name) + ": " : std::string()) + wrong);
     if (node.kind != Kind::OUTPUT) {
         node.out = static_cast<int32_t>(g.values.size());
@@ -153,12 +189,14 @@ int32_t append(rarefy_builder *builder, Node node, const char *name, char *error
     g.names.push_back(name ? name : "");
     g.operands.push_back(std::move(operands));
     g.weights.emplace_back();
-    g.first.emplace_back();
-    g.other.emplace_back();
+    g.bias.emplace_back();
+    g.scale.emplace_back();
+    g.shift.emplace_back();
     return node.out;
 }
 
-void set_window(Node &n, const int32_t *kernel, const int32_t *stride, const int32_t *dilation, const int32_t *padding) {
+void set_window(Node &n, const int32_t *kernel, const int32_t *stride, const int32_t *dilation,
+                const int32_t *padding) {
     for (int axis = 0; axis < 2; ++axis) {
         n.window.kernel[axis] = kernel[axis];
         n.window.stride[axis] = stride[axis];
@@ -181,16 +219,17 @@ extern "C" {
 RAREFY_API rarefy_builder *rarefy_builder_new(void) { return new (std::nothrow) rarefy_builder; }
 RAREFY_API void rarefy_builder_free(rarefy_builder *builder) { delete builder; }
 
-RAREFY_API int32_t rarefy_builder_input(rarefy_builder *builder, int32_t channels, int32_t height, int32_t width, int32_t layout,
-                                        const char *name, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_input(rarefy_builder *builder, int32_t channels, int32_t height, int32_t width,
+                                        int32_t layout, const char *name, char *error, int64_t size) {
     Node n = node_of(Kind::INPUT, -1);
     n.layout = layout;
     return append(builder, n, name, error, size, {}, {channels, height, width});
 }
 
-RAREFY_API int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_conv *conv, const char *name, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_conv *conv, const char *name, char *error,
+                                       int64_t size) {
     Node n = node_of(Kind::CONV, conv->x, conv->residual);
-    n.flag = conv->out_channels;
+    n.out_channels = conv->out_channels;
     n.activation = conv->activation;
     n.groups = conv->groups;
     n.storage = conv->storage;
@@ -199,76 +238,90 @@ RAREFY_API int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_con
     const Graph &before = builder->graph;
     Shape shape = {1, 1, 1};
     if (infer(before, n, {}, &shape).empty()) {  // otherwise append says why not
-        const int64_t wanted = int64_t{n.flag} * (before.values[n.x].channels / n.groups) * n.window.taps();
-        if (!conv->weight || conv->weights != wanted) return fail(error, size, "there must be " + std::to_string(wanted) + " weights, got " + std::to_string(conv->weight ? conv->weights : 0));
-        if (conv->bias && conv->biases != n.flag) return fail(error, size, "there must be " + std::to_string(n.flag) + " biases, got " + std::to_string(conv->biases));
+        const int64_t wanted = int64_t{n.out_channels} * (before.values[n.x].channels / n.groups) * n.window.taps();
+        if (!conv->weight || conv->weights != wanted)
+            return fail(error, size,
+                        "there must be " + std::to_string(wanted) + " weights, got " +
+                            std::to_string(conv->weight ? conv->weights : 0));
+        if (conv->bias && conv->biases != n.out_channels)
+            return fail(
+                error, size,
+                "there must be " + std::to_string(n.out_channels) + " biases, got " + std::to_string(conv->biases));
     }
     const int32_t out = append(builder, n, name, error, size);
     if (out < 0) return out;
     Graph &g = builder->graph;
     const Matrix m = matrix_of(g, g.nodes.back());
     g.weights.back().assign(conv->weight, conv->weight + conv->weights);
-    g.first.back().assign(m.rows, 0.0f);
-    if (conv->bias) g.first.back().assign(conv->bias, conv->bias + m.rows);
+    g.bias.back().assign(m.rows, 0.0f);
+    if (conv->bias) g.bias.back().assign(conv->bias, conv->bias + m.rows);
     return out;
 }
 
-RAREFY_API int32_t rarefy_builder_pool(rarefy_builder *builder, const rarefy_pool *pool, const char *name, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_pool(rarefy_builder *builder, const rarefy_pool *pool, const char *name, char *error,
+                                       int64_t size) {
     Node n = node_of(Kind::POOL, pool->x);
-    n.flag = pool->average != 0;
+    n.average = pool->average != 0;
     n.count_padding = pool->count_padding != 0;
     set_window(n, pool->kernel, pool->stride, pool->dilation, pool->padding);
     return append(builder, n, name, error, size);
 }
 
-RAREFY_API int32_t rarefy_builder_global_average(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_global_average(rarefy_builder *builder, int32_t x, const char *name, char *error,
+                                                 int64_t size) {
     return append(builder, node_of(Kind::GLOBAL_AVERAGE, x), name, error, size);
 }
 
-RAREFY_API int32_t rarefy_builder_binary(rarefy_builder *builder, int32_t x, int32_t y, int32_t multiply, int32_t activation,
-                                         const char *name, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_binary(rarefy_builder *builder, int32_t x, int32_t y, int32_t multiply,
+                                         int32_t activation, const char *name, char *error, int64_t size) {
     Node n = node_of(Kind::BINARY, x, y);
-    n.flag = multiply != 0;
+    n.multiply = multiply != 0;
     n.activation = activation;
     return append(builder, n, name, error, size);
 }
 
 RAREFY_API int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, const float *scale, const float *shift,
-                                         int64_t count, int32_t activation, const char *name, char *error, int64_t size) {
+                                         int64_t count, int32_t activation, const char *name, char *error,
+                                         int64_t size) {
     Node n = node_of(Kind::AFFINE, x);
     n.activation = activation;
     const std::vector<Shape> &values = builder->graph.values;
     if ((scale || shift) && x >= 0 && x < static_cast<int32_t>(values.size()) && values[x].channels != count)
-        return fail(error, size, "there must be " + std::to_string(values[x].channels) + " factors and summands, got " + std::to_string(count));
+        return fail(error, size,
+                    "there must be " + std::to_string(values[x].channels) + " factors and summands, got " +
+                        std::to_string(count));
     const int32_t out = append(builder, n, name, error, size);
     if (out < 0) return out;
     Graph &g = builder->graph;
     const int32_t channels = g.values[out].channels;
-    g.first.back().assign(channels, 1.0f);
-    g.other.back().assign(channels, -0.0f);  // added, it leaves signed zeros as they are
-    if (scale) g.first.back().assign(scale, scale + channels);
-    if (shift) g.other.back().assign(shift, shift + channels);
+    g.scale.back().assign(channels, 1.0f);
+    g.shift.back().assign(channels, -0.0f);  // added, it leaves signed zeros as they are
+    if (scale) g.scale.back().assign(scale, scale + channels);
+    if (shift) g.shift.back().assign(shift, shift + channels);
     return out;
 }
 
-RAREFY_API int32_t rarefy_builder_concat(rarefy_builder *builder, const int32_t *xs, int32_t count, const char *name, char *error,
-                                         int64_t size) {
-    return append(builder, node_of(Kind::CONCAT, -1), name, error, size, std::vector<int32_t>(xs, xs + (count > 0 ? count : 0)));
+RAREFY_API int32_t rarefy_builder_concat(rarefy_builder *builder, const int32_t *xs, int32_t count, const char *name,
+                                         char *error, int64_t size) {
+    return append(builder, node_of(Kind::CONCAT, -1), name, error, size,
+                  std::vector<int32_t>(xs, xs + (count > 0 ? count : 0)));
 }
 
-RAREFY_API int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t factor_h, int32_t factor_w, const char *name,
-                                           char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t factor_h, int32_t factor_w,
+                                           const char *name, char *error, int64_t size) {
     Node n = node_of(Kind::UPSAMPLE, x);
     n.window.stride[0] = factor_h;
     n.window.stride[1] = factor_w;
     return append(builder, n, name, error, size);
 }
 
-RAREFY_API int32_t rarefy_builder_flatten(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_flatten(rarefy_builder *builder, int32_t x, const char *name, char *error,
+                                          int64_t size) {
     return append(builder, node_of(Kind::FLATTEN, x), name, error, size);
 }
 
-RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error,
+                                         int64_t size) {
     Node n = node_of(Kind::OUTPUT, x);
     n.layout = layout;
     const size_t before = builder->graph.nodes.size();
@@ -276,7 +329,8 @@ RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int
     return builder->graph.nodes.size() > before ? 0 : -1;
 }
 
-RAREFY_API int32_t rarefy_builder_shape(const rarefy_builder *builder, int32_t value, int32_t shape[3], char *error, int64_t size) {
+RAREFY_API int32_t rarefy_builder_shape(const rarefy_builder *builder, int32_t value, int32_t shape[3], char *error,
+                                        int64_t size) {
     if (value < 0 || value >= static_cast<int32_t>(builder->graph.values.size()))
         return fail(error, size, "there is no value " + std::to_string(value));
     const Shape &s = builder->graph.values[value];

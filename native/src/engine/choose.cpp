@@ -3,57 +3,46 @@
 #include <cstring>
 #include <map>
 #include <random>
-#include <string_view>
-#include <time.h>
 
 #include "engine/program.h"
-#include "rarefy.h"
 
 namespace rarefy::engine {
 
-double thread_seconds() {
-    timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-const Kernels *find_kernels(std::string *isa) {
-    const rarefy_kernel *table = nullptr;
-    const int64_t count = rarefy_kernels(&table);
-    for (int64_t i = 0; i < count; ++i) {
-        if (std::string_view(table[i].name) != "engine" || !table[i].supported) continue;
-        if (!isa->empty() && *isa != table[i].isa) continue;
-        *isa = table[i].isa;
-        return reinterpret_cast<const Kernels *(*)()>(table[i].entry)();
-    }
-    return nullptr;
-}
-
-std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images) {
-    return std::make_shared<const Tiling>(
-        make_tiling(step.node.window, images, *program.kernels, config.vectors, static_cast<Form>(config.form)));
-}
-
 namespace {
 
-// For an average: one over the number of values in the window, for each column.
-std::vector<float> scales(const Step &step) {
-    const Window &w = step.node.window;
-    std::vector<float> all(static_cast<size_t>(w.out_w) + MAX_LANES, 1.0f);
-    for (int32_t x = 0; x < w.out_w; ++x) {
-        int32_t inside = 0;
-        for (int32_t k = 0; k < w.kernel[1]; ++k) {
-            const int32_t from = x * w.stride[1] + k * w.dilation[1] - w.left;
-            inside += step.node.count_padding || (from >= 0 && from < w.in_w);
-        }
-        all[x] = 1.0f / static_cast<float>(inside);
-    }
-    return all;
-}
+// What is tried, and what is taken without trying. A density is the share of weights that are not zero. None of these
+// numbers was measured apart, on any machine: each was set with the code that uses it, and only the engine as a whole
+// was measured (docs/engine.md).
+
+// By rule: sparse kernels below this density. Weights of a vector layer below it are not dense when measured, either.
+constexpr double SPARSE_BELOW = 0.45;
+// Measuring: above this density sparse kernels are not tried.
+constexpr double SPARSE_TRIED_TO = 0.7;
+// Measuring: all tiles and blocks are tried for sparse kernels below the first density, and for dense ones above the
+// second or where no sparse ones were; elsewhere the first guess alone, with each form of its copies.
+constexpr double SPARSE_SEARCHED_BELOW = 0.6, DENSE_SEARCHED_ABOVE = 0.2;
+// Measuring: dense weights take more memory, so they must take at most this share of the sparse kernels' time.
+constexpr double DENSE_MUST_TAKE = 0.95;
+// KiB of a block's packed pixels, so that they stay in a near cache: by rule and to begin with, and what else is tried.
+constexpr int32_t KILOBYTES = 40, MORE_KILOBYTES[] = {20, 30, 56, 80, 160};
+// Tiles to try, {R, T}: R * T sums must fit in registers (ACCUMULATORS of vec-inl.h), so those that an instruction set
+// has no kernel for are left out.
+constexpr int32_t SPARSE_TILES[][2] = {{2, 7},  {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14},
+                                       {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3}};
+constexpr int32_t DENSE_TILES[][2] = {{6, 4}, {4, 6}, {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
+constexpr int32_t DEPTHWISE_TILES[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
+// Runs of a candidate: the first is not counted, the least of the others is; MOST_RUNS, or fewer once LEAST_RUNS were
+// made and ENOUGH_SECONDS are spent.
+constexpr int32_t MOST_RUNS = 12, LEAST_RUNS = 4;
+constexpr double ENOUGH_SECONDS = 1e-3;
+// A step may take so many times its even share of the time that is left.
+constexpr double SHARES = 2.0;
+constexpr double NEVER = 1e30;  // seconds of what was not measured
 
 bool is_vector(const rarefy_program &program, const Step &step) {
     const Shape &x = program.graph.values[step.node.x];
-    return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535;
+    return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 &&
+           x.channels < 65535;
 }
 
 bool depthwise(const Step &step, const Matrix &m) { return step.node.groups == m.channels; }
@@ -61,15 +50,8 @@ bool depthwise(const Step &step, const Matrix &m) { return step.node.groups == m
 // Vectors of pixels that a step has.
 int32_t vectors_of(const rarefy_program &program, const Step &step) {
     const int64_t pixels = program.graph.values[step.node.out].pixels() * step.group;
-    return static_cast<int32_t>(std::min<int64_t>(1 << 20, (pixels + program.kernels->lanes - 1) / program.kernels->lanes));
-}
-
-// What weights of a config are made for: of one that is not tiled, the lanes alone.
-Layout layout_for(const Step &step, const Config &config, int32_t lanes) {
-    if (config.tiled()) return layout_of(step.node.window, lanes, config.vectors, static_cast<Form>(config.form));
-    Layout layout;
-    layout.lanes = lanes;
-    return layout;
+    return static_cast<int32_t>(
+        std::min<int64_t>(1 << 20, (pixels + program.kernels->lanes - 1) / program.kernels->lanes));
 }
 
 // Sets the block so that a block's packed pixels take about `bytes`; false where the config cannot be.
@@ -102,7 +84,8 @@ Config planes(const Step &step) {
 
 // The config of tiles, or of vectors; no rows where there is none.
 Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
-    const bool sparse = step.node.choice == RAREFY_SPARSE || (step.node.choice == RAREFY_MEASURE && density < 0.45 && !depthwise(step, m));
+    const bool sparse = step.node.choice == RAREFY_SPARSE ||
+                        (step.node.choice == RAREFY_MEASURE && density < SPARSE_BELOW && !depthwise(step, m));
     Config c = {};
     c.kind = kind_of(sparse, step.node.storage);
     c.vector = is_vector(program, step);
@@ -114,7 +97,7 @@ Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, d
             for (const int32_t rows : {depthwise(step, m) ? 1 : 4, 3, 2, 1}) {
                 c.vectors = std::min(vectors, all);
                 c.rows = rows;
-                if (fit(program, step, m, c, 40 << 10)) return c;
+                if (fit(program, step, m, c, KILOBYTES << 10)) return c;
             }
         }
     }
@@ -126,65 +109,19 @@ Config by_rule(const rarefy_program &program, const Step &step, const Matrix &m,
     return slides(step, m) && step.node.choice != RAREFY_SPARSE ? planes(step) : tiles(program, step, m, density);
 }
 
-}  // namespace
-
-int64_t pool_margin(const Step &step) {
-    const Window &w = step.node.window;
-    // the last vector of results may begin at the last column
-    const int64_t reach = (int64_t{w.out_w} + 2 * MAX_LANES) * w.stride[1] + int64_t{w.kernel[1]} * w.dilation[1] - w.in_w;
-    return (std::max<int64_t>(reach, w.left) + 2 * MAX_LANES + 15) / 16 * 16;
+// The config by rule of a step that must be sparse, or must not.
+Config by_rule_as(const rarefy_program &program, const Step &step, const Matrix &m, bool sparse) {
+    Step like = {};
+    like.node = step.node;
+    like.node.choice = sparse ? RAREFY_SPARSE : RAREFY_DENSE;
+    like.group = step.group;
+    return by_rule(program, like, m, 0.0);
 }
-
-void finish_step(rarefy_program &program, Step &step) {
-    const int32_t lanes = program.kernels->lanes;
-    if (step.node.kind == Kind::CONV && step.config.vector) {
-        program.packed_floats = std::max<int64_t>(program.packed_floats, program.graph.values[step.node.x].channels + 2 * lanes);
-    } else if (step.node.kind == Kind::CONV && step.config.planes()) {
-        program.packed_floats = std::max<int64_t>(program.packed_floats, step.node.window.taps());
-    } else if (step.node.kind == Kind::CONV) {
-        step.one = tiling_of(program, step, step.config, 1);
-        step.many = step.group == 1 ? step.one : tiling_of(program, step, step.config, step.group);
-        const int64_t width = int64_t{step.config.vectors} * lanes;
-        // packed pixels, or addresses of planes; and zeros
-        constexpr int64_t ADDRESS = sizeof(uintptr_t) / sizeof(float);
-        const int64_t held = step.config.direct() ? (step.config.block + 1) * ADDRESS : step.config.block * step.one->channel_floats;
-        program.packed_floats = std::max(program.packed_floats, held + width);
-        // sums are kept between the blocks of a tile
-        const bool blocks = step.config.block < program.graph.values[step.node.x].channels;
-        program.sums_floats = std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
-        program.trash_floats = std::max(program.trash_floats, width);
-    } else if (step.node.kind == Kind::POOL) {
-        // its rows' addresses follow the line
-        const int64_t pointers = step.node.window.kernel[0] * int64_t{2};
-        program.packed_floats = std::max(program.packed_floats, 2 * pool_margin(step) + step.node.window.in_w + pointers + 32);
-        if (step.node.flag) step.scale = scales(step);
-    }
-}
-
-double preparation(const rarefy_program &program) {
-    double work = 0.0;
-    for (const Step &step : program.steps) {
-        const Window &w = step.node.window;
-        if (step.node.kind == Kind::POOL) work += UNIT_WORK * w.out_h + (step.node.flag ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
-        if (step.node.kind != Kind::CONV || step.config.vector) continue;
-        if (step.config.planes()) work += UNIT_WORK * w.out_h;
-        else for (const int32_t images : {1, step.group}) work += tiling_work(w, images, layout_for(step, step.config, program.kernels->lanes), static_cast<Form>(step.config.form));
-    }
-    return work;
-}
-
-void finish_program(rarefy_program &program) {
-    for (Step &step : program.steps) finish_step(program, step);
-    for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.trash_floats}) *floats = (*floats + 31) / 16 * 16;
-    program.banded = make_banded_plan(program);
-}
-
-namespace {
 
 // Runs candidates on buffers of the plan's own layout, filled with noise.
 class Measurer {
-   public:
-    Measurer(rarefy_program &program, const Graph &graph) : program_(program), graph_(graph), begins_(program.plan.values.size(), 0) {
+ public:
+    explicit Measurer(rarefy_program &program) : program_(program), begins_(program.plan.values.size(), 0) {
         int64_t channels = 1;
         for (const Value &v : program.plan.values) {
             channels = std::max<int64_t>(channels, v.shape.channels);
@@ -194,32 +131,42 @@ class Measurer {
             ports[v.port].assign(v.shape.size(), 0.5f);
         }
         program_.packed_floats = 65536 + 1024;
-        program_.trash_floats = MAX_VECTORS * MAX_LANES;
+        program_.discard_floats = MAX_VECTORS * MAX_LANES;
         program_.sums_floats = channels * MAX_VECTORS * MAX_LANES;
         space_ = take(program_, program_.plan);
         if (!space_.memory) throw std::bad_alloc();
         for (const auto &port : inputs_) input_pointers_.push_back(port.data());
         for (auto &port : outputs_) output_pointers_.push_back(port.data());
     }
-    ~Measurer() { program_.packed_floats = program_.trash_floats = program_.sums_floats = 0; }
+    ~Measurer() { program_.packed_floats = program_.discard_floats = program_.sums_floats = 0; }
 
     void refill() {
         std::minstd_rand noise(1);
-        for (int64_t i = 0; i < program_.plan.arena_floats; ++i) space_.arena[i] = static_cast<float>(noise() % 2001) * 1e-3f - 1.0f;
+        for (int64_t i = 0; i < program_.plan.arena_floats; ++i)
+            space_.arena[i] = static_cast<float>(noise() % 2001) * 1e-3f - 1.0f;
     }
 
     // Seconds of one image under this config; weights are left in the step. 0 where the config cannot be.
     double seconds(Step &step, const Matrix &m, const Entries &entries, const Config &config) {
         step.config = config;
-        step.one = step.many = nullptr;
+        step.tiling_one = step.tiling_group = nullptr;
         if (config.tiled()) {
-            step.one = tiling_of(program_, step, config, 1);
-            step.many = step.group == 1 ? step.one : tiling_of(program_, step, config, step.group);
+            step.tiling_one = tiling_of(program_, step, config, 1);
+            step.tiling_group = step.group == 1 ? step.tiling_one : tiling_of(program_, step, config, step.group);
         }
         step.weights = make_weights(m, entries, config, layout_for(step, config, program_.kernels->lanes));
-        const Frame frame{&program_, &program_.plan, begins_.data(), space_.arena, space_.scratch, input_pointers_.data(), output_pointers_.data(), 0, 0, 1};
-        double best = 1e30, all = 0.0;
-        for (int32_t i = 0; i < 12 && (i < 4 || all < 1e-3); ++i) {
+        const Frame frame{&program_,
+                          &program_.plan,
+                          begins_.data(),
+                          space_.arena,
+                          space_.scratch,
+                          input_pointers_.data(),
+                          output_pointers_.data(),
+                          0,
+                          0,
+                          1};
+        double best = NEVER, all = 0.0;
+        for (int32_t i = 0; i < MOST_RUNS && (i < LEAST_RUNS || all < ENOUGH_SECONDS); ++i) {
             const double before = thread_seconds();
             run_step(frame, step, 0, step.group);
             const double took = thread_seconds() - before;
@@ -229,9 +176,8 @@ class Measurer {
         return best / step.group;
     }
 
-   private:
+ private:
     rarefy_program &program_;
-    const Graph &graph_;
     Workspace space_;
     std::vector<std::vector<float>> inputs_, outputs_;
     std::vector<const float *> input_pointers_;
@@ -241,17 +187,18 @@ class Measurer {
 
 struct Found {
     Config config = {};
-    double seconds = 1e30;
+    double seconds = NEVER;
 };
 
 // The fastest config of one kind: first the form, then the tile, then the size of a block.
 class Search {
-   public:
-    Search(Measurer &measurer, const rarefy_program &program, Step &step, const Matrix &m, const Entries &entries, double deadline)
+ public:
+    Search(Measurer &measurer, const rarefy_program &program, Step &step, const Matrix &m, const Entries &entries,
+           double deadline)
         : measurer_(measurer), program_(program), step_(step), m_(m), entries_(entries), deadline_(deadline) {}
 
     Found run(Config start, bool thorough) {
-        consider(start, 40);
+        consider(start, KILOBYTES);
         if (start.vector) return best_;
         const bool dense = !start.sparse();
         const Config tiled = start.planes() ? tiles(program_, step_, m_, 1.0) : start;  // tiles win on small planes
@@ -261,29 +208,28 @@ class Search {
                 if (pointwise && (dense || form != Form::SHIFTED)) continue;  // packed: there is one way
                 Config c = tiled;
                 c.form = static_cast<int32_t>(form);
-                consider(c, 40);
+                consider(c, KILOBYTES);
             }
         }
         if (!thorough || best_.config.planes()) return best_;
-        static const int32_t sparse_tiles[][2] = {{2, 7}, {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14}, {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3}};
-        static const int32_t dense_tiles[][2] = {{6, 4}, {4, 6}, {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
-        static const int32_t depthwise_tiles[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
-        const auto try_tiles = [&](const int32_t(*tiles)[2], size_t count) {
-            for (size_t i = 0; i < count; ++i) {
-                Config c = best_.config;
-                c.rows = tiles[i][0];
-                c.vectors = tiles[i][1];
-                consider(c, kilobytes_);
-            }
-        };
-        if (step_.node.groups == m_.channels) try_tiles(depthwise_tiles, 4);
-        else if (dense) try_tiles(dense_tiles, 7);
-        else try_tiles(sparse_tiles, 11);
-        for (const int32_t kilobytes : {20, 30, 56, 80, 160}) consider(best_.config, kilobytes);
+        if (step_.node.groups == m_.channels) consider_all(DEPTHWISE_TILES);
+        else if (dense) consider_all(DENSE_TILES);
+        else consider_all(SPARSE_TILES);
+        for (const int32_t kilobytes : MORE_KILOBYTES) consider(best_.config, kilobytes);
         return best_;
     }
 
-   private:
+ private:
+    template <size_t N>
+    void consider_all(const int32_t (&tiles)[N][2]) {
+        for (const auto &tile : tiles) {
+            Config c = best_.config;
+            c.rows = tile[0];
+            c.vectors = tile[1];
+            consider(c, kilobytes_);
+        }
+    }
+
     void consider(Config c, int32_t kilobytes) {
         const int32_t all = vectors_of(program_, step_);
         if (c.tiled()) {
@@ -308,7 +254,7 @@ class Search {
     const Entries &entries_;
     const double deadline_;
     Found best_;
-    int32_t kilobytes_ = 40;
+    int32_t kilobytes_ = KILOBYTES;
     std::vector<Config> tried_;
 };
 
@@ -316,83 +262,118 @@ class Search {
 std::string signature(const rarefy_program &program, const Step &step, const Matrix &m) {
     Node n = step.node;
     n.x = program.plan.values[n.x].place == Place::INPUT;
-    n.second = n.second >= 0;
+    n.other_operand = n.other_operand >= 0;
     n.out = 0;
     std::string key(reinterpret_cast<const char *>(&n), sizeof n);
     const int64_t density = step.nonzeros * 40 / std::max<int64_t>(1, step.total_weights);
-    for (const int64_t v : {int64_t{m.rows}, int64_t{m.channels}, density, int64_t{step.group}}) key.append(reinterpret_cast<const char *>(&v), sizeof v);
+    for (const int64_t v : {int64_t{m.rows}, int64_t{m.channels}, density, int64_t{step.group}})
+        key.append(reinterpret_cast<const char *>(&v), sizeof v);
     return key;
 }
 
-}  // namespace
+// Whether kernels of this kind are worth measuring on a step.
+bool worth_trying(const Step &step, const Matrix &m, double density, bool sparse) {
+    if (step.node.choice != RAREFY_MEASURE) return step.node.choice == (sparse ? RAREFY_SPARSE : RAREFY_DENSE);
+    if (sparse) return !depthwise(step, m) && density <= SPARSE_TRIED_TO;
+    // weights that are read once an image come from memory, not from the cache that measuring fills
+    return !step.config.vector || density >= SPARSE_BELOW;
+}
 
-std::string choose(rarefy_program &program, const Graph &graph, double seconds) {
-    const double begin = thread_seconds();
+// Chooses the config of one convolution after the other.
+class Chooser {
+ public:
+    Chooser(rarefy_program &program, const Graph &graph, double seconds)
+        : program_(program), graph_(graph), begin_(thread_seconds()), end_(begin_ + seconds) {
+        for (const Step &step : program.steps) left_ += step.node.kind == Kind::CONV;
+        if (seconds > 0.0) measurer_ = std::make_unique<Measurer>(program);
+    }
+
+    // Chooses the config of a step and makes its weights; an empty string, or what cannot be.
+    std::string choose_one(Step &step, const std::vector<float> &weights) {
+        const Matrix m = matrix_of(graph_, step.node);
+        count(step, weights);
+        const double density = static_cast<double>(step.nonzeros) / static_cast<double>(step.total_weights);
+        step.config = by_rule(program_, step, m, density);
+        if (!step.config.rows)
+            return "the kernel, " + std::to_string(step.node.window.kernel[0]) + " x " +
+                   std::to_string(step.node.window.kernel[1]) + ", is too large for this input";
+        if (measurer_) measure(step, m, weights, density);
+        --left_;
+        step.weights = make_weights(m, entries_of(m, weights.data(), !step.config.sparse()), step.config,
+                                    layout_for(step, step.config, program_.kernels->lanes));
+        return "";
+    }
+
+    // What measuring took so far.
+    double seconds() const { return measurer_ ? thread_seconds() - begin_ : 0.0; }
+
+ private:
     struct Measured {
         Config config;
         double seconds, dense_seconds;
     };
-    std::map<std::string, Measured> known;
-    int64_t left = 0;
-    for (const Step &step : program.steps) left += step.node.kind == Kind::CONV;
-    std::unique_ptr<Measurer> measurer;
-    if (seconds > 0.0) measurer = std::make_unique<Measurer>(program, graph);
-    for (size_t i = 0; i < program.steps.size(); ++i) {
-        Step &step = program.steps[i];
-        if (step.node.kind != Kind::CONV) continue;
-        const Matrix m = matrix_of(graph, step.node);
-        const std::vector<float> &w = graph.weights[i];
-        step.total_weights = static_cast<int64_t>(w.size());
-        step.nonzeros = std::count_if(w.begin(), w.end(), [](float v) { return v != 0.0f; });
-        const int64_t pixels = graph.values[step.node.out].pixels();
+
+    void count(Step &step, const std::vector<float> &weights) const {
+        step.total_weights = static_cast<int64_t>(weights.size());
+        step.nonzeros = std::count_if(weights.begin(), weights.end(), [](float v) { return v != 0.0f; });
+        const int64_t pixels = graph_.values[step.node.out].pixels();
         step.macs = step.nonzeros * pixels;
         step.dense_macs = step.total_weights * pixels;
-        const double density = static_cast<double>(step.nonzeros) / static_cast<double>(w.size());
-        step.config = by_rule(program, step, m, density);
-        if (!step.config.rows)
-            return "the kernel, " + std::to_string(step.node.window.kernel[0]) + " x " + std::to_string(step.node.window.kernel[1]) +
-                   ", is too large for this input";
-        if (measurer) {
-            const auto found = known.find(signature(program, step, m));
-            if (found != known.end()) {
-                step.config = found->second.config;
-                step.tuned_seconds = found->second.seconds;
-                step.dense_seconds = found->second.dense_seconds;
-            } else {
-                // what is left of the time is shared by the steps that are left
-                const double now = thread_seconds(), share = std::max(0.0, begin + seconds - now) / static_cast<double>(left) * 2.0;
-                measurer->refill();
-                Found best;
-                for (const bool sparse : {true, false}) {
-                    if (step.node.choice == (sparse ? RAREFY_DENSE : RAREFY_SPARSE)) continue;
-                    if (step.node.choice == RAREFY_MEASURE && sparse && (depthwise(step, m) || density > 0.7)) continue;
-                    // weights that are read once an image come from memory, not from the cache that measuring fills
-                    if (step.node.choice == RAREFY_MEASURE && !sparse && step.config.vector && density < 0.45) continue;
-                    Config start = step.config;
-                    if (start.sparse() != sparse) {
-                        Step other = {};
-                        other.node = step.node;
-                        other.node.choice = sparse ? RAREFY_SPARSE : RAREFY_DENSE;
-                        other.group = step.group;
-                        start = by_rule(program, other, m, density);
-                        if (!start.rows) continue;
-                    }
-                    const Entries entries = entries_of(m, w.data(), !sparse);
-                    Search search(*measurer, program, step, m, entries, now + share);
-                    const Found one = search.run(start, sparse ? density < 0.6 : density > 0.2 || best.seconds > 1e29);
-                    if (!sparse) step.dense_seconds = one.seconds;
-                    // dense weights take more memory: they must be clearly faster
-                    if (one.seconds < best.seconds * (sparse ? 1.0 : 0.95)) best = one;
-                }
-                step.config = best.config;
-                step.tuned_seconds = best.seconds;
-                known[signature(program, step, m)] = {step.config, step.tuned_seconds, step.dense_seconds};
-            }
-        }
-        --left;
-        step.weights = make_weights(m, entries_of(m, w.data(), !step.config.sparse()), step.config, layout_for(step, step.config, program.kernels->lanes));
     }
-    program.tune_seconds = measurer ? thread_seconds() - begin : 0.0;
+
+    // The fastest config of a step, or that of one like it which was measured before.
+    void measure(Step &step, const Matrix &m, const std::vector<float> &weights, double density) {
+        const std::string key = signature(program_, step, m);
+        auto known = known_.find(key);
+        if (known == known_.end()) {
+            const Found best = search(step, m, weights, density);
+            known = known_.emplace(key, Measured{best.config, best.seconds, step.dense_seconds}).first;
+        }
+        step.config = known->second.config;
+        step.tuned_seconds = known->second.seconds;
+        step.dense_seconds = known->second.dense_seconds;
+    }
+
+    // The fastest of the sparse and dense configs that are worth trying; the step's dense_seconds become the dense
+    // one's.
+    Found search(Step &step, const Matrix &m, const std::vector<float> &weights, double density) {
+        // what is left of the time is shared by the steps that are left
+        const double now = thread_seconds();
+        const double deadline = now + std::max(0.0, end_ - now) / static_cast<double>(left_) * SHARES;
+        measurer_->refill();
+        Found best;
+        for (const bool sparse : {true, false}) {
+            if (!worth_trying(step, m, density, sparse)) continue;
+            const Config start = by_rule_as(program_, step, m, sparse);
+            if (!start.rows) continue;
+            const Entries entries = entries_of(m, weights.data(), !sparse);
+            const bool thorough =
+                sparse ? density < SPARSE_SEARCHED_BELOW : density > DENSE_SEARCHED_ABOVE || best.seconds == NEVER;
+            const Found one = Search(*measurer_, program_, step, m, entries, deadline).run(start, thorough);
+            if (!sparse) step.dense_seconds = one.seconds;
+            if (one.seconds < best.seconds * (sparse ? 1.0 : DENSE_MUST_TAKE)) best = one;
+        }
+        return best;
+    }
+
+    rarefy_program &program_;
+    const Graph &graph_;
+    const double begin_, end_;
+    int64_t left_ = 0;  // convolutions
+    std::unique_ptr<Measurer> measurer_;
+    std::map<std::string, Measured> known_;
+};
+
+}  // namespace
+
+std::string choose(rarefy_program &program, const Graph &graph, double seconds) {
+    Chooser chooser(program, graph, seconds);
+    for (size_t i = 0; i < program.steps.size(); ++i) {
+        if (program.steps[i].node.kind != Kind::CONV) continue;
+        const std::string wrong = chooser.choose_one(program.steps[i], graph.weights[i]);
+        if (!wrong.empty()) return wrong;
+    }
+    program.tune_seconds = chooser.seconds();
     return "";
 }
 
@@ -407,11 +388,7 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes) {
     const Entries entries = entries_of(m, step.weights, c, layout);
     wrong = check_entries(m, entries, c);
     if (!wrong.empty()) return wrong;
-    Step like = {};
-    like.node = step.node;
-    like.node.choice = c.sparse() ? RAREFY_SPARSE : RAREFY_DENSE;
-    like.group = step.group;
-    step.config = by_rule(program, like, m, 0.0);
+    step.config = by_rule_as(program, step, m, c.sparse());
     if (!step.config.rows) return "its kernel is too large for this instruction set";
     step.weights = make_weights(m, entries, step.config, layout_for(step, step.config, program.kernels->lanes));
     return "";

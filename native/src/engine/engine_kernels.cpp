@@ -16,19 +16,20 @@ namespace {
 
 using namespace engine;
 
-#include "vec.h"
+#include "vec-inl.h"
 
-#include "activations.h"
+#include "activations-inl.h"
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 32")
 
-#include "depthwise.h"
+#include "depthwise-inl.h"
 
 // ---- packing
 
 // out[c * out_stride] = f(plane of channel c), for every channel.
 template <class F>
-inline void over_channels(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const F &f) {
+inline void over_channels(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride,
+                          const F &f) {
     for (int64_t c = 0; c < channels; ++c) store(out + c * out_stride, f(x + c * x_stride));
 }
 
@@ -47,14 +48,17 @@ void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out,
         case PACK_ONE: {
             const __m512i index = _mm512_loadu_si512(tables + op.table);
             const uint32_t load_a = op.load_a;
-            return each([=](const float *p) { return blend(lanes, _mm512_permutexvar_ps(index, load_some(p, load_a)), padding); });
+            return each([=](const float *p) {
+                return blend(lanes, _mm512_permutexvar_ps(index, load_some(p, load_a)), padding);
+            });
         }
         case PACK_TWO: {
             const __m512i index = _mm512_loadu_si512(tables + op.table);
             const int64_t between = op.b - op.a;
             const uint32_t load_a = op.load_a, load_b = op.load_b;
             return each([=](const float *p) {
-                return blend(lanes, _mm512_permutex2var_ps(load_some(p, load_a), index, load_some(p + between, load_b)), padding);
+                return blend(lanes, _mm512_permutex2var_ps(load_some(p, load_a), index, load_some(p + between, load_b)),
+                             padding);
             });
         }
 #endif
@@ -72,15 +76,17 @@ void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out,
     }
 }
 
-void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops, int64_t count,
-          const int32_t *tables, int64_t ahead) {
+void pack(const float *x, int64_t x_stride, int64_t channels, float *out, int64_t out_stride, const Pack *ops,
+          int64_t count, const int32_t *tables, int64_t ahead) {
     // a few channels at a time: what to do is decided once for all of them, and their pages and lines stay at hand
+    // (how many was not measured apart)
     constexpr int64_t SOME = 8;
     const V zero = all(0.0f);
     for (int64_t c = 0; c < channels; c += SOME) {
         const int64_t n = channels - c < SOME ? channels - c : SOME;
         for (int64_t i = 0; i < count; ++i)
-            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, ahead, zero);
+            pack_vector(x + c * x_stride, x_stride, n, out + c * out_stride + i * L, out_stride, ops[i], tables, ahead,
+                        zero);
     }
 }
 
@@ -108,13 +114,14 @@ __attribute__((noinline)) V expand(V v, const Store &s) {
 #endif
 
 template <int R, int T>
-inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
+inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows,
+                                                 V (&a)[R][T]) {
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
         if (group.flags & GROUP_FIRST) {
             const V bias = all(rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = bias;
         } else {
-            const float *sums = rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            const float *sums = rows[r] < 0 ? call.discard : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = load(sums + t * L);
         }
     }
@@ -122,7 +129,8 @@ inline __attribute__((always_inline)) void begin(const BlockCall &call, const Gr
 
 // The end of one row of a tile that is not plain: residual, clamp, store.
 template <int T, bool PREFIX>
-inline __attribute__((always_inline)) void finish_vectors(const BlockCall &call, float *to, const float *from, const float *sums) {
+inline __attribute__((always_inline)) void finish_vectors(const BlockCall &call, float *to, const float *from,
+                                                          const float *sums) {
     const V low = all(call.low), high = all(call.high);
     const Store *stores = call.stores;
     RAREFY_UNROLL for (int t = 0; t < T; ++t) {
@@ -146,11 +154,12 @@ __attribute__((noinline)) void finish_row(const BlockCall &call, int32_t row, co
 }
 
 template <int R, int T>
-inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows, V (&a)[R][T]) {
+inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows,
+                                               V (&a)[R][T]) {
     const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
     if (!last || !plain) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-            float *sums = last || rows[r] < 0 ? call.trash : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            float *sums = last || rows[r] < 0 ? call.discard : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
             if (last && rows[r] >= 0) finish_row<T>(call, rows[r], sums);
         }
@@ -176,18 +185,18 @@ inline __attribute__((always_inline)) void end(const BlockCall &call, const Grou
 }
 
 // Where the pixels of a weight are.
-struct Packed {
+struct PackedPixels {
     const float *packed;
-    explicit Packed(const BlockCall &call) : packed(call.packed) {}
+    explicit PackedPixels(const BlockCall &call) : packed(call.packed) {}
     const float *operator[](uint32_t offset) const { return packed + offset; }
 };
-struct Direct {
+struct DirectPixels {
     const float *const *planes;
-    explicit Direct(const BlockCall &call) : planes(call.planes) {}
+    explicit DirectPixels(const BlockCall &call) : planes(call.planes) {}
     const float *operator[](uint32_t plane) const { return planes[plane]; }
 };
 
-// One weight for every row, each with pixels of its own.
+// a[r] += w[r,k] x[off[r,k]]: one weight for every row, each with pixels of its own.
 template <int R, int T, class Pixels>
 void sparse_f32(const BlockCall *call) {
     const Pixels pixels(*call);
@@ -231,7 +240,7 @@ void sparse_bf16(const BlockCall *call) {
 inline V widened(const float *w) { return all(*w); }
 inline V widened(const uint16_t *w) { return all_bits(static_cast<uint32_t>(*w) << 16); }
 
-// The same pixels for all rows.
+// a[r] += w[r,k] x[off[k]]: the same pixels for all rows.
 template <int R, int T, class W>
 void dense(const BlockCall *call) {
     const float *packed = call->packed;
@@ -390,10 +399,10 @@ void activate(int32_t activation, const float *x, float *out, int64_t n) {
 template <int R, int T>
 void fill(Kernels &k) {
     if constexpr (R * T <= ACCUMULATORS) {
-        k.block[SPARSE_F32][R][T] = sparse_f32<R, T, Packed>;
-        k.block[SPARSE_BF16][R][T] = sparse_bf16<R, T, Packed>;
-        k.direct[SPARSE_F32][R][T] = sparse_f32<R, T, Direct>;
-        k.direct[SPARSE_BF16][R][T] = sparse_bf16<R, T, Direct>;
+        k.block[SPARSE_F32][R][T] = sparse_f32<R, T, PackedPixels>;
+        k.block[SPARSE_BF16][R][T] = sparse_bf16<R, T, PackedPixels>;
+        k.direct[SPARSE_F32][R][T] = sparse_f32<R, T, DirectPixels>;
+        k.direct[SPARSE_BF16][R][T] = sparse_bf16<R, T, DirectPixels>;
         if constexpr (T * (R + 1) <= ACCUMULATORS + 2) {
             k.block[DENSE_F32][R][T] = dense<R, T, float>;
             k.block[DENSE_BF16][R][T] = dense<R, T, uint16_t>;

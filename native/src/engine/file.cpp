@@ -1,9 +1,9 @@
 // A program as one block of bytes.
 //
-// A header of 64 bytes, then sections that each begin at a multiple of 64: numbers as this machine has them (little endian),
-// every section with its length before it, in an order that reader and writer share. What follows from the rest, where
-// values lie and how tiles are cut, is not in the file but made again, so that nothing in a file can place a value outside
-// the memory that is planned for it; what the weights say is checked by check_weights.
+// A header of 64 bytes, then sections that each begin at a multiple of 64: numbers as this machine has them (little
+// endian), every section with its length before it, in an order that reader and writer share. What follows from the
+// rest, where values lie and how tiles are cut, is not in the file but made again, so that nothing in a file can place
+// a value outside the memory that is planned for it; what the weights say is checked by check_weights.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -16,7 +16,7 @@ namespace rarefy::engine {
 namespace {
 
 constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 
 struct Header {
     char magic[8];
@@ -48,7 +48,7 @@ uint64_t checksum(const uint8_t *data, size_t size) {
 }
 
 class Writer {
-   public:
+ public:
     explicit Writer(uint8_t *out) : out_(out) {}
 
     void bytes(const void *data, size_t size) {
@@ -59,9 +59,13 @@ class Writer {
         raw(data, size);
     }
     template <class T>
-    void array(const Array<T> &a) { bytes(a.data(), static_cast<size_t>(a.bytes())); }
+    void array(const Array<T> &a) {
+        bytes(a.data(), static_cast<size_t>(a.bytes()));
+    }
     template <class T>
-    void vector(const std::vector<T> &a) { bytes(a.data(), a.size() * sizeof(T)); }
+    void vector(const std::vector<T> &a) {
+        bytes(a.data(), a.size() * sizeof(T));
+    }
     void align(size_t to) {
         static const uint8_t zeros[64] = {};
         raw(zeros, (to - at_ % to) % to);
@@ -73,13 +77,13 @@ class Writer {
         at_ += size;
     }
 
-   private:
+ private:
     uint8_t *out_;
     size_t at_ = 0;
 };
 
 class Reader {
-   public:
+ public:
     Reader(const uint8_t *data, size_t size) : data_(data), size_(size) {}
 
     // A section of whole T's, in place; none and not good() where it does not fit.
@@ -107,7 +111,7 @@ class Reader {
         return good_ && at_ == size_;
     }
 
-   private:
+ private:
     template <class T>
     Array<T> none() {
         good_ = false;
@@ -124,7 +128,7 @@ class Reader {
     bool good_ = true;
 };
 
-// What a file says of a step besides its node.
+// What was counted and measured of a step.
 struct Facts {
     Config config;
     int64_t stored, total_weights, nonzeros, macs, dense_macs;
@@ -138,10 +142,12 @@ void write(const rarefy_program &p, Writer &out) {
         const Step &s = p.steps[i];
         out.bytes(p.graph.names[i].data(), p.graph.names[i].size());
         out.vector(p.graph.operands[i]);
-        const Facts facts = {s.config, s.weights.stored, s.total_weights, s.nonzeros, s.macs, s.dense_macs, s.tuned_seconds, s.dense_seconds};
+        const Facts facts = {s.config, s.weights.stored, s.total_weights, s.nonzeros,
+                             s.macs,   s.dense_macs,     s.tuned_seconds, s.dense_seconds};
         out.bytes(&facts, sizeof facts);
-        out.array(s.first);
-        out.array(s.other);
+        out.array(s.bias);
+        out.array(s.scale);
+        out.array(s.shift);
         out.array(s.weights.values);
         out.array(s.weights.offsets);
         out.array(s.weights.groups);
@@ -174,19 +180,22 @@ bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
 // Whether a node has the fields of its kind alone: all others are as a builder leaves them.
 bool plain(const Node &n) {
-    const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY, port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT;
-    Node only = node_of(n.kind, n.x, conv || binary ? n.second : -1);
+    const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY,
+               port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT;
+    Node only = node_of(n.kind, n.x, conv || binary ? n.other_operand : -1);
     only.out = n.out;
     if (n.kind == Kind::CONCAT) only.operands = n.operands;
-    only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h, only.window.out_w = n.window.out_w;
+    only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h,
+    only.window.out_w = n.window.out_w;
     if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;
     if (n.kind == Kind::UPSAMPLE) std::memcpy(only.window.stride, n.window.stride, sizeof only.window.stride);
     if (conv || binary || n.kind == Kind::AFFINE) only.activation = n.activation;
-    if (conv) only.flag = n.flag, only.groups = n.groups, only.storage = n.storage, only.choice = n.choice;
-    if (pool || binary) only.flag = n.flag != 0;
-    if (pool) only.count_padding = n.count_padding != 0;
+    if (conv)
+        only.out_channels = n.out_channels, only.groups = n.groups, only.storage = n.storage, only.choice = n.choice;
+    if (pool) only.average = n.average != 0, only.count_padding = n.count_padding != 0;
+    if (binary) only.multiply = n.multiply != 0;
     if (port) only.layout = n.layout;
-    static_assert(sizeof(Node) == 26 * sizeof(int32_t), "nodes are integers alone");
+    static_assert(sizeof(Node) == 28 * sizeof(int32_t), "nodes are integers alone");
     return std::memcmp(&only, &n, sizeof n) == 0;
 }
 
@@ -196,10 +205,12 @@ std::string check_graph(const Graph &given) {
     for (size_t i = 0; i < given.nodes.size(); ++i) {
         const Node &n = given.nodes[i];
         const std::string at = "step " + std::to_string(i) + ": ";
-        if (!in(static_cast<int32_t>(n.kind), 0, static_cast<int32_t>(Kind::KINDS) - 1)) return at + "its kind is unknown";
+        if (!in(static_cast<int32_t>(n.kind), 0, static_cast<int32_t>(Kind::KINDS) - 1))
+            return at + "its kind is unknown";
         if (n.operands != static_cast<int32_t>(given.operands[i].size())) return at + "its operands are wrong";
         const size_t next = graph.values.size();
-        if (n.kind != Kind::OUTPUT && (n.out != static_cast<int32_t>(next) || next >= given.values.size())) return at + "its result is wrong";
+        if (n.kind != Kind::OUTPUT && (n.out != static_cast<int32_t>(next) || next >= given.values.size()))
+            return at + "its result is wrong";
         if (n.kind == Kind::OUTPUT && n.out != -1) return at + "its result is wrong";
         if (n.kind == Kind::INPUT || n.kind == Kind::CONCAT ? n.x != -1 : n.x < 0) return at + "its operands are wrong";
         if (!plain(n)) return at + "it says what a step of its kind does not have";
@@ -215,7 +226,9 @@ std::string check_graph(const Graph &given) {
         graph.values.push_back(shape);
     }
     if (graph.values.size() != given.values.size()) return "values do not fit the steps";
-    const auto has = [&](Kind kind) { return std::any_of(given.nodes.begin(), given.nodes.end(), [=](const Node &n) { return n.kind == kind; }); };
+    const auto has = [&](Kind kind) {
+        return std::any_of(given.nodes.begin(), given.nodes.end(), [=](const Node &n) { return n.kind == kind; });
+    };
     return has(Kind::INPUT) && has(Kind::OUTPUT) ? "" : "there is no input or no output";
 }
 
@@ -225,13 +238,112 @@ std::string check_config(const rarefy_program &p, const Step &step, int32_t lane
     const Shape &x = p.graph.values[step.node.x];
     if (!in(c.kind, 0, WEIGHT_KINDS - 1) || !in(c.vector, 0, 1)) return "its kernel is unknown";
     if (c.bf16() != (step.node.storage == RAREFY_BF16)) return "its kernel does not fit its weights";
-    if (c.vector) return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 && x.channels < 65535 ? "" : "its kernel does not fit it";
+    if (c.vector)
+        return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 &&
+                       x.channels < 65535
+                   ? ""
+                   : "its kernel does not fit it";
     const int32_t planes = static_cast<int32_t>(Form::PLANES);
-    if (c.form == planes) return slides(step, matrix_of(p.graph, step.node)) && !c.sparse() ? "" : "its kernel does not fit it";
+    if (c.form == planes)
+        return slides(step, matrix_of(p.graph, step.node)) && !c.sparse() ? "" : "its kernel does not fit it";
     if (c.direct() && (!c.sparse() || !reads_in_place(p, step))) return "its kernel does not fit it";
-    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !(c.direct() || in(c.form, 0, planes - 1)) || !in(c.block, 1, x.channels)) return "its kernel is unknown";
+    if (!in(c.rows, 1, MAX_ROWS) || !in(c.vectors, 1, MAX_VECTORS) || !(c.direct() || in(c.form, 0, planes - 1)) ||
+        !in(c.block, 1, x.channels))
+        return "its kernel is unknown";
     if (p.kernels->lanes == lanes && !p.kernels->block[c.kind][c.rows][c.vectors]) return "its kernel is unknown";
     return "";
+}
+
+// What a file says of a step besides its node: where it lies in the block.
+struct Saved {
+    Facts facts;
+    Array<float> bias, scale, shift;
+    Weights weights;
+};
+
+// Reads the header; an empty string, or why the block is none of ours.
+std::string read_header(const void *data, int64_t size, Header *header) {
+    const uint8_t *bytes = static_cast<const uint8_t *>(data);
+    if (size < static_cast<int64_t>(sizeof *header)) return "this is no engine file: it is shorter than a header";
+    std::memcpy(header, bytes, sizeof *header);
+    if (std::memcmp(header->magic, MAGIC, sizeof MAGIC) != 0) return "this is no engine file";
+    if (header->version != VERSION || header->header_bytes != sizeof *header)
+        return "the file has format version " + std::to_string(header->version) + ", this library reads version " +
+               std::to_string(VERSION);
+    if (header->bytes != static_cast<uint64_t>(size))
+        return "the file should have " + std::to_string(header->bytes) + " bytes and has " + std::to_string(size) +
+               ": it was cut";
+    if (reinterpret_cast<uintptr_t>(data) % 64) return "the data must begin at a multiple of 64 bytes";
+    if (block_sum(bytes, static_cast<size_t>(size)) != header->checksum)
+        return "the file was altered: its checksum does not fit";
+    return "";
+}
+
+// Reads the graph and what is said of its steps; an empty string, or what is wrong with the sections.
+std::string read_graph(Reader &in, const Header &header, Graph &graph, std::vector<Saved> &saved) {
+    graph.values = in.vector<Shape>();
+    graph.nodes = in.vector<Node>();
+    const size_t count = graph.nodes.size();
+    if (!in.good() || count != static_cast<size_t>(header.nodes) ||
+        graph.values.size() != static_cast<size_t>(header.values))
+        return "the file's steps do not fit its header";
+    if (count > static_cast<size_t>(MOST_STEPS)) return "the file has too many steps";
+    int64_t operands = 0;
+    saved.resize(count);
+    for (size_t i = 0; i < count; ++i) {
+        Saved &step = saved[i];
+        const std::vector<char> name = in.vector<char>();
+        graph.names.emplace_back(name.begin(), name.end());
+        graph.operands.push_back(in.vector<int32_t>());
+        operands += static_cast<int64_t>(graph.operands.back().size());
+        const std::vector<Facts> facts = in.vector<Facts>();
+        if (!in.good() || facts.size() != 1) return "step " + std::to_string(i) + " is cut";
+        step.facts = facts[0];
+        step.bias = in.array<float>();
+        step.scale = in.array<float>();
+        step.shift = in.array<float>();
+        step.weights.values = in.array<uint8_t>();
+        step.weights.offsets = in.array<uint16_t>();
+        step.weights.groups = in.array<Group>();
+        step.weights.row_ids = in.array<int32_t>();
+        step.weights.chunks = in.array<int32_t>();
+        step.weights.starts = in.array<int64_t>();
+        if (!in.good()) return "step " + std::to_string(i) + " is cut";
+    }
+    if (!in.ended()) return "there is more in the file than its steps";
+    return operands > MOST_OPERANDS ? "the file concatenates too many values" : check_graph(graph);
+}
+
+// Gives a step what was saved of it; an empty string, or what is wrong with that.
+std::string restore(rarefy_program &program, Step &step, Saved &saved, int32_t lanes) {
+    step.bias = std::move(saved.bias);
+    step.scale = std::move(saved.scale);
+    step.shift = std::move(saved.shift);
+    step.weights = std::move(saved.weights);
+    const int64_t channels = program.graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
+    const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;
+    const int64_t factors = affine ? channels : 0;
+    if (step.bias.size() != (conv ? channels : 0) || step.scale.size() != factors || step.shift.size() != factors)
+        return "its bias is wrong";
+    if (!conv) return step.weights.bytes() ? "it has weights" : "";
+    const Matrix m = matrix_of(program.graph, step.node);
+    const int64_t total = int64_t{m.rows} * (m.channels / m.groups) * m.taps;
+    const int64_t pixels = program.graph.values[step.node.out].pixels();
+    const auto time = [](double seconds) { return seconds >= 0.0 && seconds <= 1e30; };
+    const Facts &facts = saved.facts;
+    if (facts.total_weights != total || !in(facts.nonzeros, 0, total) || facts.macs != facts.nonzeros * pixels ||
+        facts.dense_macs != total * pixels || !time(facts.tuned_seconds) || !time(facts.dense_seconds))
+        return "its facts are wrong";
+    step.config = facts.config;
+    step.weights.stored = facts.stored;
+    step.total_weights = facts.total_weights;
+    step.nonzeros = facts.nonzeros;
+    step.macs = facts.macs;
+    step.dense_macs = facts.dense_macs;
+    step.tuned_seconds = facts.tuned_seconds;
+    step.dense_seconds = facts.dense_seconds;
+    const std::string wrong = check_config(program, step, lanes);
+    return wrong.empty() ? adopt(program, step, lanes) : wrong;
 }
 
 }  // namespace
@@ -271,103 +383,42 @@ RAREFY_API void rarefy_program_save(const rarefy_program *program, void *out) {
     std::memcpy(bytes, &header, sizeof header);
 }
 
-RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, const char *isa, char *error, int64_t error_size) {
+RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, const char *isa, char *error,
+                                               int64_t error_size) {
     const auto refuse = [&](const std::string &why) {
         fail(error, error_size, why);
         return nullptr;
     };
     try {
-        const uint8_t *bytes = static_cast<const uint8_t *>(data);
         Header header;
-        if (size < static_cast<int64_t>(sizeof header)) return refuse("this is no engine file: it is shorter than a header");
-        std::memcpy(&header, bytes, sizeof header);
-        if (std::memcmp(header.magic, MAGIC, sizeof MAGIC) != 0) return refuse("this is no engine file");
-        if (header.version != VERSION || header.header_bytes != sizeof header)
-            return refuse("the file has format version " + std::to_string(header.version) + ", this library reads version " + std::to_string(VERSION));
-        if (header.bytes != static_cast<uint64_t>(size))
-            return refuse("the file should have " + std::to_string(header.bytes) + " bytes and has " + std::to_string(size) + ": it was cut");
-        if (reinterpret_cast<uintptr_t>(data) % 64) return refuse("the data must begin at a multiple of 64 bytes");
-        if (block_sum(bytes, static_cast<size_t>(size)) != header.checksum) return refuse("the file was altered: its checksum does not fit");
-
+        std::string wrong = read_header(data, size, &header);
+        if (!wrong.empty()) return refuse(wrong);
         auto p = std::make_unique<rarefy_program>();
         p->isa = isa ? isa : "";
         p->kernels = find_kernels(&p->isa);
         if (!p->kernels) return refuse("this CPU or this library has no instruction set " + p->isa + " for the engine");
         p->batch = header.batch;
         p->threads = header.threads;
-        if (p->batch < 1 || !in(p->threads, 1, MOST_THREADS) || (header.lanes != 4 && header.lanes != 8 && header.lanes != 16)) return refuse("the file's header is wrong");
-        Reader in_(bytes, static_cast<size_t>(size));
-        p->graph.values = in_.vector<Shape>();
-        p->graph.nodes = in_.vector<Node>();
-        const size_t count = p->graph.nodes.size();
-        if (!in_.good() || count != static_cast<size_t>(header.nodes) || p->graph.values.size() != static_cast<size_t>(header.values))
-            return refuse("the file's steps do not fit its header");
-        if (count > static_cast<size_t>(MOST_STEPS)) return refuse("the file has too many steps");
-        int64_t operands = 0;
-        std::vector<Facts> facts;
-        std::vector<Step> read(count);
-        for (size_t i = 0; i < count; ++i) {
-            const std::vector<char> name = in_.vector<char>();
-            p->graph.names.emplace_back(name.begin(), name.end());
-            p->graph.operands.push_back(in_.vector<int32_t>());
-            operands += static_cast<int64_t>(p->graph.operands.back().size());
-            const std::vector<Facts> one = in_.vector<Facts>();
-            if (!in_.good() || one.size() != 1) return refuse("step " + std::to_string(i) + " is cut");
-            facts.push_back(one[0]);
-            read[i].first = in_.array<float>();
-            read[i].other = in_.array<float>();
-            read[i].weights.values = in_.array<uint8_t>();
-            read[i].weights.offsets = in_.array<uint16_t>();
-            read[i].weights.groups = in_.array<Group>();
-            read[i].weights.row_ids = in_.array<int32_t>();
-            read[i].weights.chunks = in_.array<int32_t>();
-            read[i].weights.starts = in_.array<int64_t>();
-            if (!in_.good()) return refuse("step " + std::to_string(i) + " is cut");
-        }
-        if (!in_.ended()) return refuse("there is more in the file than its steps");
-        if (operands > MOST_OPERANDS) return refuse("the file concatenates too many values");
-        std::string wrong = check_graph(p->graph);
+        if (p->batch < 1 || !in(p->threads, 1, MOST_THREADS) ||
+            (header.lanes != 4 && header.lanes != 8 && header.lanes != 16))
+            return refuse("the file's header is wrong");
+        Reader reader(static_cast<const uint8_t *>(data), static_cast<size_t>(size));
+        std::vector<Saved> saved;
+        wrong = read_graph(reader, header, p->graph, saved);
         if (!wrong.empty()) return refuse(wrong);
 
         p->plan = make_plan(p->graph, p->batch, p->threads);
         make_steps(*p);
-        for (size_t i = 0; i < count; ++i) {
-            Step &step = p->steps[i];
-            step.first = std::move(read[i].first);
-            step.other = std::move(read[i].other);
-            step.weights = std::move(read[i].weights);
-            const std::string at = "step " + std::to_string(i) + ": ";
-            const int64_t channels = p->graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
-            const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;
-            if (step.first.size() != (conv || affine ? channels : 0) || step.other.size() != (affine ? channels : 0)) return refuse(at + "its bias is wrong");
-            const Facts &known = facts[i];
-            if (!conv) {
-                if (step.weights.bytes()) return refuse(at + "it has weights");
-                continue;
-            }
-            const Matrix m = matrix_of(p->graph, step.node);
-            const int64_t total = int64_t{m.rows} * (m.channels / m.groups) * m.taps, pixels = p->graph.values[step.node.out].pixels();
-            const auto time = [](double seconds) { return seconds >= 0.0 && seconds <= 1e30; };
-            if (known.total_weights != total || !in(known.nonzeros, 0, total) || known.macs != known.nonzeros * pixels || known.dense_macs != total * pixels ||
-                !time(known.tuned_seconds) || !time(known.dense_seconds))
-                return refuse(at + "its facts are wrong");
-            step.config = known.config;
-            step.weights.stored = known.stored;
-            step.total_weights = known.total_weights;
-            step.nonzeros = known.nonzeros;
-            step.macs = known.macs;
-            step.dense_macs = known.dense_macs;
-            step.tuned_seconds = known.tuned_seconds;
-            step.dense_seconds = known.dense_seconds;
-            wrong = check_config(*p, step, header.lanes);
-            if (!wrong.empty()) return refuse(at + wrong);
-            wrong = adopt(*p, step, header.lanes);
-            if (!wrong.empty()) return refuse(at + wrong);
+        for (size_t i = 0; i < saved.size(); ++i) {
+            wrong = restore(*p, p->steps[i], saved[i], header.lanes);
+            if (!wrong.empty()) return refuse("step " + std::to_string(i) + ": " + wrong);
         }
         // what is planned may be large where much is there to be computed with
-        if (preparation(*p) > FREE_WORK + WORK_A_BYTE * static_cast<double>(size)) return refuse("the file's planes are too large for its weights");
+        if (preparation(*p) > FREE_WORK + WORK_A_BYTE * static_cast<double>(size))
+            return refuse("the file's planes are too large for its weights");
         finish_program(*p);
-        if (std::max(p->plan.arena_floats, p->banded.arena_floats) + p->scratch_floats() > MOST_SCRATCH_FLOATS) return refuse("the file's program takes more than 4 GiB of memory");
+        if (std::max(p->plan.arena_floats, p->banded.arena_floats) + p->scratch_floats() > MOST_SCRATCH_FLOATS)
+            return refuse("the file's program takes more than 4 GiB of memory");
         return p.release();
     } catch (const std::exception &e) {
         return refuse(std::string("there is not enough memory for this program: ") + e.what());

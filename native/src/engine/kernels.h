@@ -1,10 +1,28 @@
-// What the engine's kernels read and write: plain structures, shared between the files that are built for each instruction
-// set and the executor, and the table of functions that every instruction set provides.
+// What the engine's kernels read and write: plain structures, shared between the files that are built for each
+// instruction set and the executor, and the table of functions that every instruction set provides.
 //
-// A convolution works on *tiles*: T vectors of L output pixels. First every channel's part of the input that the tile needs
-// is packed into a small buffer, so that each weight's pixels lie in T consecutive aligned vectors at a known offset; then
-// every output row (channel) is a sum of weight * vectors at offset, with the T sums kept in registers for R rows at a time.
-// Where a plane's pixels lie as they are wanted, *direct* kernels read them there instead.
+// A convolution is a sparse matrix times the pixels, for every output channel r and its weights k that are not zero
+//
+//     y[r] = act(bias[r] + sum_k w[r,k] x[off[r,k]] + residual[r])
+//
+// where y[r], x[...] and residual[r] are many pixels at once and off[r,k] says where those lie that the weight meets: a
+// channel's plane, moved by the kernel position. An activation that is no clamp follows in a pass of its own. So the
+// literature has it: as SpMM for pointwise convolutions in E. Elsen, M. Dukhan, T. Gale, K. Simonyan, Fast Sparse
+// ConvNets, arXiv:1911.09723 (XNNPACK's f32-spmm), and with offsets for any kernel in J. Park et al., Faster CNNs with
+// Direct Sparse Convolutions and Guided Pruning, arXiv:1608.01409.
+//
+// In the kernels' names and templates
+//
+//     R  output rows (channels) whose sums are kept in registers at a time
+//     T  vectors of output pixels of a tile, so R * T sums
+//     L  float32 lanes of a vector: 16, 8 or 4 by instruction set
+//     V  the type of one such vector (vec-inl.h)
+//     W  the type of a dense kernel's or a vector layer's weights: float, or uint16_t for bfloat16
+//
+// A convolution works on *tiles*: T vectors of L output pixels. First every channel's part of the input that the tile
+// needs is packed into a small buffer, so that each weight's pixels lie in T consecutive aligned vectors at a known
+// offset; then every output row (channel) is a sum of weight * vectors at offset, with the T sums kept in registers for
+// R rows at a time. Where a plane's pixels lie as they are wanted, *direct* kernels read them there instead.
 #pragma once
 
 #include <stdint.h>
@@ -26,9 +44,9 @@ enum PackKind : uint32_t {
 
 struct Pack {
     uint32_t kind;
-    int32_t a, b;      // offsets in the plane, from the tile's source
-    int32_t table;     // first number of the index table
-    uint16_t lanes;    // lanes that are pixels
+    int32_t a, b;    // offsets in the plane, from the tile's source
+    int32_t table;   // first number of the index table
+    uint16_t lanes;  // lanes that are pixels
     uint16_t load_a, load_b;
     uint16_t reserved;
 };
@@ -36,55 +54,55 @@ struct Pack {
 // Where one vector of results goes: its lanes `lanes`, one after the other, to y from `at` on.
 struct Store {
     int32_t at;
-    uint16_t lanes;    // lanes that are pixels
-    uint16_t dense;    // as many low bits as `lanes` has
+    uint16_t lanes;  // lanes that are pixels
+    uint16_t dense;  // as many low bits as `lanes` has
 };
 
 // What is known of all the stores of a tile.
 enum StoreShape : int32_t {
-    STORE_PLAIN,    // T * L pixels, one after the other
-    STORE_PREFIX,   // the pixels of every vector are its first lanes
+    STORE_PLAIN,   // T * L pixels, one after the other
+    STORE_PREFIX,  // the pixels of every vector are its first lanes
     STORE_ANY,
 };
 
 // R rows of one block of channels.
 struct Group {
-    int32_t length;    // weights of each row, padding included
-    int32_t weight;    // first weight (counted in weights)
-    int32_t offset;    // first offset; sparse kernels have one for each weight, dense ones one for R weights
-    int32_t flags;     // GROUP_FIRST: starts from the bias; GROUP_LAST: ends with the activation and the store
+    int32_t length;  // weights of each row, padding included
+    int32_t weight;  // first weight (counted in weights)
+    int32_t offset;  // first offset; sparse kernels have one for each weight, dense ones one for R weights
+    int32_t flags;   // GROUP_FIRST: starts from the bias; GROUP_LAST: ends with the activation and the store
 };
 enum { GROUP_FIRST = 1, GROUP_LAST = 2 };
 
 struct BlockCall {
     const float *packed;
-    const float *const *planes;   // of direct kernels: where each channel's pixels are, and after the last one's zeros
-    const void *weights;       // float, or uint32 words of (bf16, offset) for sparse bf16, or uint16 for dense bf16
-    const uint16_t *offsets;   // in floats of packed, or numbers of planes
+    const float *const *planes;  // of direct kernels: where each channel's pixels are, and after the last one's zeros
+    const void *weights;         // float, or uint32 words of (bf16, offset) for sparse bf16, or uint16 for dense bf16
+    const uint16_t *offsets;     // in floats of packed, or numbers of planes
     const Group *groups;
-    const int32_t *rows;       // R for each group; -1: none
-    int64_t count;             // groups
-    float *sums;               // T * L for each row, and as much again for a row that is none
-    float *trash;              // T * L floats that nobody reads
-    float *y;                  // at the tile
+    const int32_t *rows;  // R for each group; -1: none
+    int64_t count;        // groups
+    float *sums;          // T * L for each row, and as much again for a row that is none
+    float *discard;       // T * L floats that nobody reads
+    float *y;             // at the tile
     int64_t y_stride;
-    const float *residual;     // at the tile, or null
+    const float *residual;  // at the tile, or null
     int64_t residual_stride;
     const float *bias;
-    float low, high;           // the result is clamped to it
+    float low, high;  // the result is clamped to it
     const Store *stores;
-    int32_t shape;             // enum StoreShape of all T stores
+    int32_t shape;  // enum StoreShape of all T stores
 };
 typedef void Block(const BlockCall *);
 
 // Vectors: y = act(W x + bias) for one vector, weights in rows.
 struct VectorCall {
     const void *weights;
-    const uint16_t *index;     // null for a dense matrix
-    const int64_t *starts;     // first weight of every row, rows + 1; multiples of L
+    const uint16_t *index;  // null for a dense matrix
+    const int64_t *starts;  // first weight of every row, rows + 1; multiples of L
     int32_t rows;
-    const float *x;            // followed by a zero
-    float *y;                  // y[r * y_stride]
+    const float *x;  // followed by a zero
+    float *y;        // y[r * y_stride]
     int64_t y_stride;
     const float *residual;
     int64_t residual_stride;
@@ -96,27 +114,27 @@ struct VectorCall {
 struct WindowCall {
     const float *const *rows;  // of the input that the window meets, `width` floats each
     int64_t row_count, width;
-    float *line;               // width floats; what stands beyond, on both sides, is the padding
-    int64_t left;              // columns of padding
+    float *line;   // width floats; what stands beyond, on both sides, is the padding
+    int64_t left;  // columns of padding
     int64_t taps, stride, dilation;
     int64_t out_width;
     int32_t average;
-    float row_scale;           // an average is multiplied by row_scale * scale[x]
-    const float *scale;        // out_width floats, and L more that may be read
+    float row_scale;     // an average is multiplied by row_scale * scale[x]
+    const float *scale;  // out_width floats, and L more that may be read
     float *y;
 };
 
 // Rows of one channel's plane under a kernel of its own.
 struct DepthwiseCall {
-    const float *x;            // the plane
+    const float *x;  // the plane
     float *y;
-    const float *residual;     // null: none
-    const float *weight;       // kernel[0] * kernel[1] of them
+    const float *residual;  // null: none
+    const float *weight;    // kernel[0] * kernel[1] of them
     float bias, low, high;
     int64_t in_h, in_w, out_w;
     int64_t kernel[2], stride[2], dilation[2];  // stride[1] is 1 or 2
-    int64_t top, left;         // padding
-    int64_t first_row, last_row;  // of y
+    int64_t top, left;                          // padding
+    int64_t first_row, last_row;                // of y
 };
 
 enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };

@@ -1,8 +1,8 @@
 // Decides where values lie and how many images a step takes at once.
 //
-// Early layers have large planes and few weights: they take one image at a time, so that activations stay in cache. Late
-// ones have small planes and many weights: they take several, so that a weight that was fetched is used more often. Steps
-// are nested accordingly: before a step that takes 4 images runs, those before it run 4 times.
+// Early layers have large planes and few weights: they take one image at a time, so that activations stay in cache.
+// Late ones have small planes and many weights: they take several, so that a weight that was fetched is used more
+// often. Steps are nested accordingly: before a step that takes 4 images runs, those before it run 4 times.
 #include <algorithm>
 
 #include "engine/program.h"
@@ -11,7 +11,8 @@ namespace rarefy::engine {
 
 namespace {
 
-constexpr int64_t SMALL_PLANE = 64;  // pixels: layers up to this size take several images
+// Layers of up to so many pixels take SMALL_GROUP images at once, those of one pixel VECTOR_GROUP. Not measured apart.
+constexpr int64_t SMALL_PLANE = 64;
 constexpr int32_t SMALL_GROUP = 4, VECTOR_GROUP = 64;
 
 int32_t power_below(int32_t n) {
@@ -24,7 +25,7 @@ std::vector<int32_t> reads(const Graph &graph, size_t i) {
     const Node &n = graph.nodes[i];
     std::vector<int32_t> ids = graph.operands[i];
     if (n.x >= 0) ids.push_back(n.x);
-    if (n.second >= 0) ids.push_back(n.second);
+    if (n.other_operand >= 0) ids.push_back(n.other_operand);
     return ids;
 }
 
@@ -49,10 +50,11 @@ struct Buffer {
 };
 
 class Planner {
-   public:
+ public:
     Planner(const Graph &graph, Plan &plan, const std::vector<int64_t> &windows)
-        : graph_(graph), plan_(plan), windows_(windows), producer_(graph.values.size(), -1), last_(graph.values.size(), -1),
-          parent_(graph.values.size(), -1), begin_(graph.values.size(), 0), is_parent_(graph.values.size(), 0) {}
+        : graph_(graph), plan_(plan), windows_(windows), producer_(graph.values.size(), -1),
+          last_(graph.values.size(), -1), parent_(graph.values.size(), -1), begin_(graph.values.size(), 0),
+          is_parent_(graph.values.size(), 0) {}
 
     void run() {
         const int32_t nodes = static_cast<int32_t>(graph_.nodes.size());
@@ -64,7 +66,8 @@ class Planner {
         last_use_ = last_;
         chain_of_.assign(nodes, -1);
         for (size_t k = 0; k < plan_.chains.size(); ++k)
-            for (int32_t i = plan_.chains[k].first; i < plan_.chains[k].last; ++i) chain_of_[i] = static_cast<int32_t>(k);
+            for (int32_t i = plan_.chains[k].first; i < plan_.chains[k].last; ++i)
+                chain_of_[i] = static_cast<int32_t>(k);
         // what is used in a chain is used all along it
         for (int32_t &last : last_)
             if (last >= 0 && chain_of_[last] >= 0) last = plan_.chains[chain_of_[last]].last - 1;
@@ -79,13 +82,14 @@ class Planner {
         buffers();
     }
 
-   private:
+ private:
     void place_values() {
         for (size_t id = 0; id < graph_.values.size(); ++id)
             plan_.values.push_back({graph_.values[id], 1, Place::ARENA, 0, 0, 0, windows_.empty() ? 0 : windows_[id]});
         for (size_t i = 0; i < graph_.nodes.size(); ++i) {
             const Node &n = graph_.nodes[i];
-            for (const int32_t id : reads(graph_, i)) plan_.values[id].group = std::max(plan_.values[id].group, plan_.groups[i]);
+            for (const int32_t id : reads(graph_, i))
+                plan_.values[id].group = std::max(plan_.values[id].group, plan_.groups[i]);
             if (n.out >= 0) plan_.values[n.out].group = std::max(plan_.values[n.out].group, plan_.groups[i]);
         }
         int32_t inputs = 0, outputs = 0;
@@ -114,7 +118,8 @@ class Planner {
             for (size_t k = 0; k < graph_.operands[i].size(); ++k) {
                 const int32_t id = graph_.operands[i][k];
                 Value &part = plan_.values[id];
-                const bool free = part.place == Place::ARENA && parent_[id] < 0 && !is_parent(id) && whole.place == Place::ARENA && parent_[n.out] < 0;
+                const bool free = part.place == Place::ARENA && parent_[id] < 0 && !is_parent(id) &&
+                                  whole.place == Place::ARENA && parent_[n.out] < 0;
                 if (free) {
                     parent_[id] = n.out;
                     is_parent_[n.out] = 1;
@@ -168,14 +173,16 @@ class Planner {
         // the largest first, each as low as those that live at the same time leave room
         std::vector<int32_t> order(all.size());
         for (size_t k = 0; k < order.size(); ++k) order[k] = static_cast<int32_t>(k);
-        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return all[a].floats > all[b].floats; });
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return all[a].floats > all[b].floats; });
         std::vector<int32_t> placed;
         for (const int32_t k : order) {
             Buffer &b = all[k];
             std::vector<const Buffer *> others;
             for (const int32_t o : placed)
                 if (all[o].first <= b.last && b.first <= all[o].last) others.push_back(&all[o]);
-            std::sort(others.begin(), others.end(), [](const Buffer *p, const Buffer *q) { return p->offset < q->offset; });
+            std::sort(others.begin(), others.end(),
+                      [](const Buffer *p, const Buffer *q) { return p->offset < q->offset; });
             for (const Buffer *o : others) {
                 if (b.offset + b.floats <= o->offset) break;
                 b.offset = std::max(b.offset, o->offset + o->floats);
@@ -187,7 +194,9 @@ class Planner {
         for (size_t id = 0; id < plan_.values.size(); ++id)
             if (buffer_of[id] >= 0) plan_.values[id].offset = all[buffer_of[id]].offset;
         for (size_t id = 0; id < plan_.values.size(); ++id)
-            if (parent_[id] >= 0) plan_.values[id].offset = plan_.values[parent_[id]].offset + begin_[id] * plan_.values[parent_[id]].stride;
+            if (parent_[id] >= 0)
+                plan_.values[id].offset =
+                    plan_.values[parent_[id]].offset + begin_[id] * plan_.values[parent_[id]].stride;
     }
 
     // Whether the other steps of i's chain have read a pixel of this value before step i writes it.
@@ -203,10 +212,13 @@ class Planner {
     // needed any more.
     int32_t in_place(int32_t i) const {
         const Node &n = graph_.nodes[i];
-        const int32_t id = n.kind == Kind::CONV ? n.second : n.kind == Kind::BINARY || n.kind == Kind::AFFINE ? n.x : -1;
+        const int32_t id = n.kind == Kind::CONV                               ? n.other_operand
+                           : n.kind == Kind::BINARY || n.kind == Kind::AFFINE ? n.x
+                                                                              : -1;
         if (id < 0 || (n.kind == Kind::CONV && id == n.x) || last_use_[id] != i || !read_before(id, i)) return -1;
         const Value &from = plan_.values[id], &to = plan_.values[n.out];
-        const bool same = from.place == Place::ARENA && !from.window && !to.window && from.stride == to.stride && from.group == to.group && parent_[id] < 0 && !is_parent(id) && !is_parent(n.out);
+        const bool same = from.place == Place::ARENA && !from.window && !to.window && from.stride == to.stride &&
+                          from.group == to.group && parent_[id] < 0 && !is_parent(id) && !is_parent(n.out);
         return same && from.group == plan_.groups[producer_[id]] && to.group == plan_.groups[i] ? id : -1;
     }
 
@@ -219,14 +231,15 @@ class Planner {
 
 }  // namespace
 
-Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains, const std::vector<int64_t> &windows) {
+Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains,
+               const std::vector<int64_t> &windows) {
     Plan plan;
     plan.chains = std::move(chains);
     plan.groups = choose_groups(graph, batch >= threads ? batch / threads : 1);
     for (size_t i = 0; i < plan.groups.size(); ++i) {
-        if (plan.segments.empty() || plan.segments.back().group != plan.groups[i])
-            plan.segments.push_back({static_cast<int32_t>(i), static_cast<int32_t>(i), plan.groups[i]});
-        plan.segments.back().last = static_cast<int32_t>(i) + 1;
+        if (plan.stages.empty() || plan.stages.back().group != plan.groups[i])
+            plan.stages.push_back({static_cast<int32_t>(i), static_cast<int32_t>(i), plan.groups[i]});
+        plan.stages.back().last = static_cast<int32_t>(i) + 1;
     }
     Planner(graph, plan, windows).run();
     return plan;

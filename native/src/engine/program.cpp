@@ -3,20 +3,43 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <string_view>
+#include <time.h>
 
 #include "engine/program.h"
+#include "rarefy.h"
 
 namespace rarefy::engine {
+
+double thread_seconds() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+const Kernels *find_kernels(std::string *isa) {
+    const rarefy_kernel *table = nullptr;
+    const int64_t count = rarefy_kernels(&table);
+    for (int64_t i = 0; i < count; ++i) {
+        if (std::string_view(table[i].name) != "engine" || !table[i].supported) continue;
+        if (!isa->empty() && *isa != table[i].isa) continue;
+        *isa = table[i].isa;
+        return reinterpret_cast<const Kernels *(*)()>(table[i].entry)();
+    }
+    return nullptr;
+}
 
 namespace {
 
 const char *kind_name(const rarefy_program &program, const Step &step) {
     switch (step.node.kind) {
         case Kind::INPUT: return "input";
-        case Kind::CONV: return step.node.groups > 1 && step.node.groups == program.graph.values[step.node.x].channels ? "depthwise" : "conv";
-        case Kind::POOL: return step.node.flag ? "average pool" : "max pool";
+        case Kind::CONV:
+            return step.node.groups > 1 && step.node.groups == program.graph.values[step.node.x].channels ? "depthwise"
+                                                                                                          : "conv";
+        case Kind::POOL: return step.node.average ? "average pool" : "max pool";
         case Kind::GLOBAL_AVERAGE: return "global average";
-        case Kind::BINARY: return step.node.flag ? "multiply" : "add";
+        case Kind::BINARY: return step.node.multiply ? "multiply" : "add";
         case Kind::AFFINE: return "affine";
         case Kind::CONCAT: return "concat";
         case Kind::UPSAMPLE: return "upsample";
@@ -31,8 +54,12 @@ void describe_kernel(const Step &step, char *out, size_t size) {
     static const char *const forms[] = {"shifted", "compact", "single"};
     if (c.vector) std::snprintf(out, size, "%s%s vector", c.sparse() ? "sparse" : "dense", type);
     else if (c.planes()) std::snprintf(out, size, "dense%s planes", type);
-    else if (step.node.window.pointwise()) std::snprintf(out, size, "%s%s %dx%d b%d%s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block, c.direct() ? " direct" : "");
-    else std::snprintf(out, size, "%s%s %dx%d b%d %s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block, forms[c.form]);
+    else if (step.node.window.pointwise())
+        std::snprintf(out, size, "%s%s %dx%d b%d%s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block,
+                      c.direct() ? " direct" : "");
+    else
+        std::snprintf(out, size, "%s%s %dx%d b%d %s", c.sparse() ? "sparse" : "dense", type, c.rows, c.vectors, c.block,
+                      forms[c.form]);
 }
 
 }  // namespace
@@ -65,20 +92,25 @@ using namespace rarefy::engine;
 
 extern "C" {
 
-RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, const rarefy_options *options, char *error, int64_t size) {
+RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, const rarefy_options *options,
+                                                 char *error, int64_t size) {
     const Graph &graph = builder->graph;
     const auto refuse = [&](const std::string &why) {
         fail(error, size, why);
         return nullptr;
     };
-    const auto has = [&](Kind kind) { return std::any_of(graph.nodes.begin(), graph.nodes.end(), [=](const Node &n) { return n.kind == kind; }); };
+    const auto has = [&](Kind kind) {
+        return std::any_of(graph.nodes.begin(), graph.nodes.end(), [=](const Node &n) { return n.kind == kind; });
+    };
     if (!has(Kind::INPUT) || !has(Kind::OUTPUT)) return refuse("a program needs at least one input and one output");
-    if (options->batch < 1 || options->threads < 1 || options->threads > MOST_THREADS) return refuse("batch must be at least 1, threads between 1 and 1024");
+    if (options->batch < 1 || options->threads < 1 || options->threads > MOST_THREADS)
+        return refuse("batch must be at least 1, threads between 1 and 1024");
     try {
         auto program = std::make_unique<rarefy_program>();
         program->isa = options->isa ? options->isa : "";
         program->kernels = find_kernels(&program->isa);
-        if (!program->kernels) return refuse("this CPU or this library has no instruction set " + program->isa + " for the engine");
+        if (!program->kernels)
+            return refuse("this CPU or this library has no instruction set " + program->isa + " for the engine");
         program->batch = options->batch;
         program->threads = options->threads;
         program->graph.values = graph.values;
@@ -88,8 +120,9 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
         program->plan = make_plan(graph, options->batch, options->threads);
         make_steps(*program);
         for (size_t i = 0; i < program->steps.size(); ++i) {
-            program->steps[i].first = Array<float>(graph.first[i]);
-            program->steps[i].other = Array<float>(graph.other[i]);
+            program->steps[i].bias = Array<float>(graph.bias[i]);
+            program->steps[i].scale = Array<float>(graph.scale[i]);
+            program->steps[i].shift = Array<float>(graph.shift[i]);
         }
         const std::string wrong = choose(*program, graph, options->tune_seconds);
         if (!wrong.empty()) return refuse(wrong);
@@ -107,9 +140,10 @@ RAREFY_API void rarefy_program_describe(const rarefy_program *program, rarefy_pr
     info->inputs = static_cast<int32_t>(program->inputs.size());
     info->outputs = static_cast<int32_t>(program->outputs.size());
     info->steps = static_cast<int32_t>(program->steps.size());
-    info->group = program->plan.segments.back().group;
-    for (const Step &step : program->steps) info->weight_bytes += step.weights.bytes() + step.first.bytes() + step.other.bytes();
-    info->scratch_bytes = (program->plan_for(program->batch, program->threads).arena_floats + program->scratch_floats()) * 4;
+    info->group = program->plan.stages.back().group;
+    for (const Step &step : program->steps) info->weight_bytes += step.weight_bytes();
+    info->scratch_bytes =
+        (program->plan_for(program->batch, program->threads).arena_floats + program->scratch_floats()) * 4;
     info->tune_seconds = program->tune_seconds;
     std::snprintf(info->isa, sizeof info->isa, "%s", program->isa.c_str());
 }
@@ -123,8 +157,11 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
     const auto put = [](const Shape &s, int32_t *out) { out[0] = s.channels, out[1] = s.height, out[2] = s.width; };
     put(program->graph.values[step.node.out >= 0 ? step.node.out : step.node.x], info->shape);
     const std::vector<int32_t> &operands = program->graph.operands[i];
-    put(program->graph.values[step.node.x >= 0 ? step.node.x : operands.empty() ? step.node.out : operands[0]], info->x_shape);
-    info->weight_bytes = step.weights.bytes() + step.first.bytes() + step.other.bytes();
+    put(program->graph.values[step.node.x >= 0   ? step.node.x
+                              : operands.empty() ? step.node.out
+                                                 : operands[0]],
+        info->x_shape);
+    info->weight_bytes = step.weight_bytes();
     if (step.node.kind != Kind::CONV) return 0;
     describe_kernel(step, info->kernel, sizeof info->kernel);
     info->weights = step.total_weights;
@@ -137,7 +174,8 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
     return 0;
 }
 
-RAREFY_API int32_t rarefy_program_port(const rarefy_program *program, int32_t output, int32_t i, int32_t shape[3], int32_t *layout) {
+RAREFY_API int32_t rarefy_program_port(const rarefy_program *program, int32_t output, int32_t i, int32_t shape[3],
+                                       int32_t *layout) {
     const std::vector<int32_t> &ports = output ? program->outputs : program->inputs;
     if (i < 0 || i >= static_cast<int32_t>(ports.size())) return -1;
     const Node &node = program->steps[ports[i]].node;

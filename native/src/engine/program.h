@@ -13,7 +13,19 @@
 
 namespace rarefy::engine {
 
-enum class Kind : int32_t { INPUT, CONV, POOL, GLOBAL_AVERAGE, BINARY, AFFINE, CONCAT, UPSAMPLE, FLATTEN, OUTPUT, KINDS };
+enum class Kind : int32_t {
+    INPUT,
+    CONV,
+    POOL,
+    GLOBAL_AVERAGE,
+    BINARY,
+    AFFINE,
+    CONCAT,
+    UPSAMPLE,
+    FLATTEN,
+    OUTPUT,
+    KINDS
+};
 
 struct Shape {
     int32_t channels, height, width;
@@ -27,27 +39,30 @@ struct Shape {
 // A step as the builder was told: integers alone, as they stand in a file.
 struct Node {
     Kind kind;
-    int32_t x, second, out;       // values; -1: none. second: residual, or the other operand
-    int32_t activation, layout;   // enums of rarefy_engine.h
-    int32_t flag;                 // BINARY: multiply; POOL: average
-    int32_t count_padding;
-    Window window;                // CONV, POOL; UPSAMPLE: stride holds the factors
-    int32_t bottom, right;        // padding
+    int32_t x, other_operand, out;  // values; -1: none. other_operand: CONV: the residual; BINARY: y
+    int32_t activation, layout;     // enums of rarefy_engine.h
+    int32_t out_channels;           // CONV
+    int32_t average;                // POOL: 0 for the maximum
+    int32_t multiply;               // BINARY: 0 for the sum
+    int32_t count_padding;          // POOL: of an average
+    Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
+    int32_t bottom, right;          // padding
     int32_t groups, storage, choice;
-    int32_t operands;             // CONCAT: number of them
+    int32_t operands;  // CONCAT: number of them
 };
 
 struct Graph {
     std::vector<Shape> values;
     std::vector<Node> nodes;
-    std::vector<std::string> names;               // of the nodes
-    std::vector<std::vector<int32_t>> operands;   // of the nodes that are CONCAT
-    std::vector<std::vector<float>> weights;      // of CONV: as given; empty in a program
-    std::vector<std::vector<float>> first, other; // CONV: bias in first; AFFINE: scale and shift
+    std::vector<std::string> names;                // of the nodes
+    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT
+    std::vector<std::vector<float>> weights;       // of CONV: as given; empty in a program
+    std::vector<std::vector<float>> bias;          // of CONV
+    std::vector<std::vector<float>> scale, shift;  // of AFFINE
 };
 
 // A step of this kind, with nothing said of it yet.
-Node node_of(Kind kind, int32_t x, int32_t second = -1);
+Node node_of(Kind kind, int32_t x, int32_t other_operand = -1);
 
 // The shape that a node makes of its operands, or an error.
 std::string infer(const Graph &graph, const Node &node, const std::vector<int32_t> &operands, Shape *out);
@@ -57,9 +72,9 @@ enum class Place : int32_t { ARENA, INPUT, OUTPUT };
 // Where a value lies: channel c of image i is `stride` * c + (i modulo group) * pixels floats from the value's begin.
 struct Value {
     Shape shape;
-    int32_t group;   // images that it holds
+    int32_t group;  // images that it holds
     Place place;
-    int32_t port;    // of an input or output
+    int32_t port;  // of an input or output
     int64_t stride, offset;
     int64_t window;  // pixels of a channel that are there at a time; 0: all
     int64_t held() const { return window ? window : shape.pixels() * group; }
@@ -69,22 +84,24 @@ struct Value {
 struct Step {
     Node node;
     const char *name;
-    std::vector<int32_t> operands;   // CONCAT: those that must be copied, with the channel where they go
+    std::vector<int32_t> operands;  // CONCAT: those that must be copied, with the channel where they go
     std::vector<int32_t> places;
-    int32_t group;                   // images at once
+    int32_t group;  // images at once
     Config config;
     Weights weights;
-    Array<float> first, other;
-    std::shared_ptr<const Tiling> one, many;
-    std::vector<float> scale;        // average pooling: a factor for every column
+    Array<float> bias;          // CONV: one number a row
+    Array<float> scale, shift;  // AFFINE: one number a channel
+    std::shared_ptr<const Tiling> tiling_one, tiling_group;
+    std::vector<float> column_scale;  // average pooling: a factor for every column
     int64_t total_weights = 0, nonzeros = 0, macs = 0, dense_macs = 0;
     double tuned_seconds = 0.0, dense_seconds = 0.0;
 
-    const Tiling &tiling(int64_t images) const { return images == 1 ? *one : *many; }
+    int64_t weight_bytes() const { return weights.bytes() + bias.bytes() + scale.bytes() + shift.bytes(); }
+    const Tiling &tiling(int64_t images) const { return images == 1 ? *tiling_one : *tiling_group; }
 };
 
 // Steps that take the same number of images at once.
-struct Segment {
+struct Stage {
     int32_t first, last, group;
 };
 
@@ -117,16 +134,17 @@ struct Workspace {
 
 struct Plan {
     std::vector<Value> values;
-    std::vector<Segment> segments;
-    std::vector<Chain> chains;        // in order
-    std::vector<int32_t> groups;      // of the steps
+    std::vector<Stage> stages;
+    std::vector<Chain> chains;    // in order
+    std::vector<int32_t> groups;  // of the steps
     int64_t arena_floats = 0;
     std::vector<std::vector<int32_t>> copied;  // of the steps that are CONCAT: operands that do not lie in place
 };
 
 // Decides how many images every step takes, where every value lies, which concatenations need no copy. Of values with a
 // window only so many pixels are there at a time.
-Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains = {}, const std::vector<int64_t> &windows = {});
+Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains = {},
+               const std::vector<int64_t> &windows = {});
 
 Matrix matrix_of(const Graph &graph, const Node &node);
 
@@ -141,21 +159,23 @@ struct rarefy_program {
     const rarefy::engine::Kernels *kernels = nullptr;
     std::string isa;
     int32_t batch = 1, threads = 1;
-    rarefy::engine::Plan plan;     // of whole values; for threads that share an image
-    rarefy::engine::Plan banded;   // with chains; for threads that have images of their own
+    rarefy::engine::Plan plan;    // of whole values; for threads that share an image
+    rarefy::engine::Plan banded;  // with chains; for threads that have images of their own
     std::vector<rarefy::engine::Step> steps;
-    std::vector<int32_t> inputs, outputs;   // steps
-    int64_t packed_floats = 0, sums_floats = 0, trash_floats = 0;  // scratch
+    std::vector<int32_t> inputs, outputs;                            // steps
+    int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
     double tune_seconds = 0.0;
 
     mutable std::mutex mutex;
     mutable std::vector<rarefy::engine::Workspace> idle;
 
-    int64_t scratch_floats() const { return packed_floats + sums_floats + trash_floats; }
+    int64_t scratch_floats() const { return packed_floats + sums_floats + discard_floats; }
 
     // Whether each of so many threads has images of its own; and the plan for that.
-    static bool apart(int64_t images, int32_t running) { return images >= running; }
-    const rarefy::engine::Plan &plan_for(int64_t images, int32_t running) const { return apart(images, running) ? banded : plan; }
+    static bool threads_own_images(int64_t images, int32_t running) { return images >= running; }
+    const rarefy::engine::Plan &plan_for(int64_t images, int32_t running) const {
+        return threads_own_images(images, running) ? banded : plan;
+    }
 };
 
 namespace rarefy::engine {
@@ -166,6 +186,9 @@ const Kernels *find_kernels(std::string *isa);
 // The plan with chains in bands, once the steps' tilings are known.
 Plan make_banded_plan(const rarefy_program &program);
 
+// What weights of a config are made for: of one that is not tiled, the lanes alone.
+Layout layout_for(const Step &step, const Config &config, int32_t lanes);
+
 // Fills what follows from graph, plan and the steps' configs and weights: tilings, sizes of scratch, the plan in bands.
 void finish_step(rarefy_program &program, Step &step);
 void finish_program(rarefy_program &program);
@@ -175,7 +198,12 @@ constexpr double UNIT_WORK = 64.0;
 double preparation(const rarefy_program &program);
 
 // Limits of a program: more than any network has, and few enough that planning takes no time to speak of.
-enum : int64_t { MOST_STEPS = 8192, MOST_OPERANDS = 65536, MOST_WEIGHTS = (int64_t{1} << 31) - 1, MOST_SCRATCH_FLOATS = int64_t{1} << 30 };
+enum : int64_t {
+    MOST_STEPS = 8192,
+    MOST_OPERANDS = 65536,
+    MOST_WEIGHTS = (int64_t{1} << 31) - 1,
+    MOST_SCRATCH_FLOATS = int64_t{1} << 30
+};
 enum : int32_t { MOST_THREADS = 1024 };
 
 // Chooses the config of every convolution and makes its weights; an empty string, or what cannot be.
@@ -184,12 +212,14 @@ std::string choose(rarefy_program &program, const Graph &graph, double seconds);
 // Steps from graph and plan; configs and weights are still missing.
 void make_steps(rarefy_program &program);
 
-// Checks the weights of a step that was read from a file; if that was saved under other lanes than ours they are made anew,
-// under a config chosen by rule. An empty string, or what is wrong.
+// Checks the weights of a step that was read from a file; if that was saved under other lanes than ours they are made
+// anew, under a config chosen by rule. An empty string, or what is wrong.
 std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
 
 // Whether a kernel can slide over the planes of a step: a depthwise one whose columns are at most 2 apart.
-inline bool slides(const Step &step, const Matrix &m) { return step.node.groups == m.channels && step.node.window.stride[1] <= 2; }
+inline bool slides(const Step &step, const Matrix &m) {
+    return step.node.groups == m.channels && step.node.window.stride[1] <= 2;
+}
 
 // Whether the tiles of a pointwise step can be read where they lie: in planes that may be read by whole vectors.
 inline bool reads_in_place(const rarefy_program &program, const Step &step) {
@@ -197,7 +227,8 @@ inline bool reads_in_place(const rarefy_program &program, const Step &step) {
     return step.node.window.pointwise() && x.place == Place::ARENA && x.stride % MAX_LANES == 0;
 }
 
-std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config, int32_t images);
+std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config,
+                                        int32_t images);
 
 Workspace take(const rarefy_program &program, const Plan &plan);
 
@@ -205,12 +236,12 @@ Workspace take(const rarefy_program &program, const Plan &plan);
 struct Frame {
     const rarefy_program *program;
     const Plan *plan;
-    const int64_t *begins;     // of every value: the first pixel that is there
+    const int64_t *begins;  // of every value: the first pixel that is there
     float *arena, *scratch;
     const float *const *inputs;
     float *const *outputs;
-    int64_t first_image;       // of this thread's share
-    int32_t part, parts;       // this thread among those that work on the same images
+    int64_t first_image;  // of this thread's share
+    int32_t part, parts;  // this thread among those that work on the same images
 };
 
 // Floats on each side of a pooling's line that may be read.
@@ -226,8 +257,8 @@ uint64_t block_sum(const uint8_t *data, size_t size);
 // CPU time of this thread.
 double thread_seconds();
 
-// A convolution's tiles or a pooling's rows, in order: which pixels of its input it reads, [first, need), and up to which
-// pixel its result is there afterwards.
+// A convolution's tiles or a pooling's rows, in order: which pixels of its input it reads, [first, need), and up to
+// which pixel its result is there afterwards.
 struct Unit {
     int64_t first, need, done;
 };

@@ -12,10 +12,12 @@ namespace rarefy::engine {
 
 namespace {
 
+// So many times a waiting thread looks before it lets others run. Not measured apart.
+constexpr int32_t SPINS = 4000;
 
 // Where threads wait for one another.
 class Barrier {
-   public:
+ public:
     explicit Barrier(int32_t count) : count_(count) {}
     void wait() {
         if (count_ == 1) return;
@@ -26,10 +28,10 @@ class Barrier {
             return;
         }
         for (int32_t spin = 0; round_.load(std::memory_order_acquire) == round; ++spin)
-            if (spin > 4000) std::this_thread::yield();
+            if (spin > SPINS) std::this_thread::yield();
     }
 
-   private:
+ private:
     const int32_t count_;
     std::atomic<int32_t> waiting_{0}, round_{0};
 };
@@ -47,10 +49,10 @@ struct Runner {
         if (seconds) seconds[step] += thread_seconds() - before;
     }
 
-    void steps(const Segment &segment, int64_t at, int64_t images) {
+    void steps(const Stage &stage, int64_t at, int64_t images) {
         const auto &chains = frame.plan->chains;
-        auto next = std::find_if(chains.begin(), chains.end(), [&](const Chain &c) { return c.first >= segment.first; });
-        for (int32_t i = segment.first; i < segment.last;) {
+        auto next = std::find_if(chains.begin(), chains.end(), [&](const Chain &c) { return c.first >= stage.first; });
+        for (int32_t i = stage.first; i < stage.last;) {
             if (next != chains.end() && next->first == i) {
                 chain(*next, at);
                 i = next++->last;
@@ -76,30 +78,31 @@ struct Runner {
         const Value &v = frame.plan->values[move.value];
         float *window = frame.arena + v.offset;
         for (int64_t c = 0; c < v.shape.channels; ++c, window += v.stride)
-            std::memmove(window, window + (move.low - move.begin), static_cast<size_t>(move.done - move.low) * sizeof(float));
+            std::memmove(window, window + (move.low - move.begin),
+                         static_cast<size_t>(move.done - move.low) * sizeof(float));
         (*begins)[move.value] = move.low;
     }
 
-    // All steps up to segment k for `images` images.
+    // All steps up to stage k for `images` images.
     void run(int64_t k, int64_t at, int64_t images) {
-        const auto &segments = frame.plan->segments;
+        const auto &stages = frame.plan->stages;
         if (k > 0) {
-            const int64_t group = segments[k - 1].group;
+            const int64_t group = stages[k - 1].group;
             for (int64_t i = 0; i < images; i += group) run(k - 1, at + i, std::min(group, images - i));
         }
-        if (images == segments[k].group) return steps(segments[k], at, images);
-        for (int64_t i = 0; i < images; ++i) steps(segments[k], at + i, 1);
+        if (images == stages[k].group) return steps(stages[k], at, images);
+        for (int64_t i = 0; i < images; ++i) steps(stages[k], at + i, 1);
     }
 
     void run_all(int64_t images) {
-        const auto &segments = frame.plan->segments;
-        const int64_t last = static_cast<int64_t>(segments.size()) - 1, group = segments[last].group;
+        const auto &stages = frame.plan->stages;
+        const int64_t last = static_cast<int64_t>(stages.size()) - 1, group = stages[last].group;
         for (int64_t i = 0; i < images; i += group) run(last, i, std::min(group, images - i));
     }
 };
 
-// Calls body(i) for i in [0, count) at the same time, each on a thread of its own; returns how many ran. Threads that the
-// system does not give are left out: body(i, n) learns how many there are.
+// Calls body(i) for i in [0, count) at the same time, each on a thread of its own; returns how many ran. Threads that
+// the system does not give are left out: body(i, n) learns how many there are.
 template <class F>
 void together(int32_t count, const F &body) {
     std::atomic<int32_t> started{0};
@@ -122,14 +125,17 @@ void together(int32_t count, const F &body) {
 }
 
 // An empty string, or which of the caller's buffers does not hold what the program's ports take.
-std::string check_buffers(const rarefy_program &program, const std::vector<int32_t> &ports, const rarefy_buffer *buffers, int32_t count,
-                          int64_t batch, const std::string &what) {
-    if (count != static_cast<int32_t>(ports.size())) return "there must be " + std::to_string(ports.size()) + " " + what + "s, got " + std::to_string(count);
+std::string check_buffers(const rarefy_program &program, const std::vector<int32_t> &ports,
+                          const rarefy_buffer *buffers, int32_t count, int64_t batch, const std::string &what) {
+    if (count != static_cast<int32_t>(ports.size()))
+        return "there must be " + std::to_string(ports.size()) + " " + what + "s, got " + std::to_string(count);
     for (int32_t i = 0; i < count; ++i) {
         const Node &node = program.steps[ports[i]].node;
-        const int64_t each = program.graph.values[node.kind == Kind::INPUT ? node.out : node.x].size(), floats = buffers[i].floats;
+        const int64_t each = program.graph.values[node.kind == Kind::INPUT ? node.out : node.x].size(),
+                      floats = buffers[i].floats;
         if (floats < 0 || floats % each || floats / each != batch || (floats && !buffers[i].data))
-            return what + " " + std::to_string(i) + " must have " + std::to_string(each) + " numbers for each of " + std::to_string(batch) + " images, got " + std::to_string(floats);
+            return what + " " + std::to_string(i) + " must have " + std::to_string(each) + " numbers for each of " +
+                   std::to_string(batch) + " images, got " + std::to_string(floats);
     }
     return "";
 }
@@ -140,7 +146,8 @@ Workspace take(const rarefy_program &program, const Plan &plan) {
     const int64_t floats = (plan.arena_floats + program.scratch_floats() + 1023) / 1024 * 1024;
     {
         const std::lock_guard<std::mutex> lock(program.mutex);
-        const auto found = std::find_if(program.idle.begin(), program.idle.end(), [=](const Workspace &w) { return w.floats >= floats; });
+        const auto found = std::find_if(program.idle.begin(), program.idle.end(),
+                                        [=](const Workspace &w) { return w.floats >= floats; });
         if (found != program.idle.end()) {
             Workspace w = std::move(*found);
             program.idle.erase(found);
@@ -162,13 +169,14 @@ Workspace take(const rarefy_program &program, const Plan &plan) {
 
 using namespace rarefy::engine;
 
-extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read,
-                                                                           int32_t input_count, const rarefy_buffer *written,
-                                                                           int32_t output_count, int64_t batch, int32_t threads,
-                                                                           double *seconds, int64_t second_count, char *error,
-                                                                           int64_t size) {
-    if (batch < 0 || threads < 1 || threads > MOST_THREADS) return fail(error, size, "batch must be at least 0 and threads between 1 and 1024");
-    if (seconds && second_count != static_cast<int64_t>(program->steps.size())) return fail(error, size, "there must be a number of seconds for each step");
+extern "C" __attribute__((visibility("default"))) int32_t
+rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int32_t input_count,
+                   const rarefy_buffer *written, int32_t output_count, int64_t batch, int32_t threads, double *seconds,
+                   int64_t second_count, char *error, int64_t size) {
+    if (batch < 0 || threads < 1 || threads > MOST_THREADS)
+        return fail(error, size, "batch must be at least 0 and threads between 1 and 1024");
+    if (seconds && second_count != static_cast<int64_t>(program->steps.size()))
+        return fail(error, size, "there must be a number of seconds for each step");
     std::string wrong = check_buffers(*program, program->inputs, read, input_count, batch, "input");
     if (wrong.empty()) wrong = check_buffers(*program, program->outputs, written, output_count, batch, "output");
     if (!wrong.empty()) return fail(error, size, wrong);
@@ -179,19 +187,29 @@ extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run(con
         std::vector<float *> outputs;
         for (int32_t i = 0; i < input_count; ++i) inputs.push_back(read[i].data);
         for (int32_t i = 0; i < output_count; ++i) outputs.push_back(written[i].data);
-        const bool apart = rarefy_program::apart(batch, threads);
+        const bool apart = rarefy_program::threads_own_images(batch, threads);
         const Plan &plan = program->plan_for(batch, threads);
         std::vector<Workspace> spaces;
         for (int32_t i = 0; i < threads; ++i) {
             spaces.push_back(take(*program, plan));
             if (!spaces.back().memory) return 1;
         }
-        std::vector<std::vector<int64_t>> begins(static_cast<size_t>(threads), std::vector<int64_t>(plan.values.size(), 0));
+        std::vector<std::vector<int64_t>> begins(static_cast<size_t>(threads),
+                                                 std::vector<int64_t>(plan.values.size(), 0));
         std::atomic<Barrier *> shared{nullptr};
         std::unique_ptr<Barrier> barrier;
         together(threads, [&](int32_t i, int32_t n) {
             Barrier alone(1);
-            Frame frame{program, &plan, begins[i].data(), spaces[apart ? i : 0].arena, spaces[i].scratch, inputs.data(), outputs.data(), 0, 0, 1};
+            Frame frame{program,
+                        &plan,
+                        begins[i].data(),
+                        spaces[apart ? i : 0].arena,
+                        spaces[i].scratch,
+                        inputs.data(),
+                        outputs.data(),
+                        0,
+                        0,
+                        1};
             if (apart) {
                 const int64_t first = batch * i / n, last = batch * (i + 1) / n;
                 frame.first_image = first;

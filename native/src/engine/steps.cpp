@@ -61,12 +61,12 @@ void conv_vector(const Frame &f, const Step &s, int64_t at) {
     call.x = line;
     call.y = y.at + mine.from * y.stride;
     call.y_stride = y.stride;
-    if (s.node.second >= 0) {
-        const View r = view(f, s.node.second, at);
+    if (s.node.other_operand >= 0) {
+        const View r = view(f, s.node.other_operand, at);
         call.residual = r.at + mine.from * r.stride;
         call.residual_stride = r.stride;
     }
-    call.bias = s.first.data() + mine.from;
+    call.bias = s.bias.data() + mine.from;
     call.low = clamp.low;
     call.high = clamp.high;
     f.program->kernels->vector(&call, s.config.bf16());
@@ -82,20 +82,39 @@ void conv_vector(const Frame &f, const Step &s, int64_t at) {
     }
 }
 
+// The call of a convolution's kernels, as far as it is the same for all tiles.
+BlockCall call_of(const Frame &f, const Step &s, const View &y, const View &residual, const Clamp &clamp) {
+    BlockCall call = {};
+    call.packed = f.scratch;
+    call.weights = s.weights.values.data();
+    call.offsets = s.weights.offsets.data();
+    call.sums = f.scratch + f.program->packed_floats;
+    call.discard = call.sums + f.program->sums_floats;
+    call.y_stride = y.stride;
+    call.residual_stride = residual.stride;
+    call.bias = s.bias.data();
+    call.low = clamp.low;
+    call.high = clamp.high;
+    return call;
+}
+
 void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t first_tile, int64_t last_tile) {
     const Kernels &k = *f.program->kernels;
     const Tiling &tiling = s.tiling(images);
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const View residual = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
+    const View residual = s.node.other_operand >= 0 ? view(f, s.node.other_operand, at) : View{nullptr, 0};
     const int32_t channels = f.plan->values[s.node.x].shape.channels, rows = f.plan->values[s.node.out].shape.channels;
     const int32_t blocks = ceil_div(channels, s.config.block), chunks = ceil_div(rows, CHUNK_ROWS);
     const Clamp clamp = clamp_of(s.node.activation);
     const bool direct = s.config.direct();
-    const int64_t zero = direct ? 0 : s.config.block * tiling.channel_floats, width = int64_t{s.config.vectors} * k.lanes;
-    float *packed = f.scratch, *sums = packed + f.program->packed_floats, *trash = sums + f.program->sums_floats;
+    const int64_t zero = direct ? 0 : s.config.block * tiling.channel_floats,
+                  width = int64_t{s.config.vectors} * k.lanes;
+    float *packed = f.scratch;
     std::memset(packed + zero, 0, static_cast<size_t>(width) * sizeof(float));
     const float **planes = reinterpret_cast<const float **>(packed + width);  // of direct kernels, after the zeros
     if (direct) planes[s.config.block] = packed;
+    BlockCall call = call_of(f, s, y, residual, clamp);
+    call.planes = planes;
 
     // threads share tiles, which the next layer's same tiles read, and the rows of a tile where there are few tiles
     const int64_t tiles = last_tile - first_tile;
@@ -104,34 +123,24 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     for (int64_t unit = mine.from, next; unit < mine.to; unit = next) {
         next = std::min(mine.to, (unit / split + 1) * split);
         const Tile &tile = tiling.tiles[first_tile + unit / split];
-        const int64_t first_chunk = chunks * (unit % split) / split, last_chunk = chunks * (next - unit / split * split) / split;
-        BlockCall call = {};
-        call.packed = packed;
-        call.planes = planes;
-        call.weights = s.weights.values.data();
-        call.offsets = s.weights.offsets.data();
-        call.sums = sums;
-        call.trash = trash;
+        const int64_t first_chunk = chunks * (unit % split) / split,
+                      last_chunk = chunks * (next - unit / split * split) / split;
         call.y = y.at + tile.y;
-        call.y_stride = y.stride;
         call.residual = residual.at ? residual.at + tile.y : nullptr;
-        call.residual_stride = residual.stride;
-        call.bias = s.first.data();
-        call.low = clamp.low;
-        call.high = clamp.high;
         call.stores = tiling.stores.data() + tile.store;
         call.shape = tile.shape;
         Block *block_kernel = (direct ? k.direct : k.block)[s.config.kind][s.config.rows][tile.vectors];
         for (int32_t block = 0; block < blocks; ++block) {
-            const int32_t from = s.weights.chunks[block * chunks + first_chunk], to = s.weights.chunks[block * chunks + last_chunk];
+            const int32_t from = s.weights.chunks[block * chunks + first_chunk],
+                          to = s.weights.chunks[block * chunks + last_chunk];
             if (from == to) continue;
             const int32_t c = block * s.config.block, count = std::min(channels - c, s.config.block);
             const float *pixels = x.at + c * x.stride + tile.source;
             if (direct)
                 for (int32_t i = 0; i < count; ++i) planes[i] = pixels + i * x.stride;
             else
-                k.pack(pixels, x.stride, count, packed, tiling.channel_floats, tiling.packs.data() + tile.pack, tiling.pack_count(),
-                       tiling.tables.data(), tile.pixels);
+                k.pack(pixels, x.stride, count, packed, tiling.channel_floats, tiling.packs.data() + tile.pack,
+                       tiling.pack_count(), tiling.tables.data(), tile.pixels);
             call.groups = s.weights.groups.data() + from;
             call.rows = s.weights.row_ids.data() + int64_t{from} * s.config.rows;
             call.count = to - from;
@@ -145,14 +154,17 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     }
 }
 
-enum { PLANE_ROWS = 4 };  // of a depthwise step's unit
+// Rows of results in a unit of a depthwise step: as many as its kernels compute at once for a 3 x 3 kernel (see
+// depthwise-inl.h). Not measured apart.
+enum { PLANE_ROWS = 4 };
 
 void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, int64_t last_unit) {
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const View residual = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
+    const View residual = s.node.other_operand >= 0 ? view(f, s.node.other_operand, at) : View{nullptr, 0};
     const int64_t channels = f.plan->values[s.node.x].shape.channels, rows = f.plan->values[s.node.out].shape.channels;
-    const int64_t in = int64_t{w.in_h} * w.in_w, out = int64_t{w.out_h} * w.out_w, units = (w.out_h + PLANE_ROWS - 1) / PLANE_ROWS;
+    const int64_t in = int64_t{w.in_h} * w.in_w, out = int64_t{w.out_h} * w.out_w,
+                  units = (w.out_h + PLANE_ROWS - 1) / PLANE_ROWS;
     const Clamp clamp = clamp_of(s.node.activation);
     DepthwiseCall call = {};
     call.low = clamp.low;
@@ -174,7 +186,7 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
             for (int32_t k = 0; k < w.taps(); ++k) f.scratch[k] = from_bf16(half[k]);
             call.weight = f.scratch;
         }
-        call.bias = s.first[r];
+        call.bias = s.bias[r];
         for (int64_t unit = first_unit; unit < last_unit;) {  // image by image
             const int64_t image = unit / units, end = std::min(last_unit, (image + 1) * units);
             call.x = x.at + r / (rows / channels) * x.stride + image * in;
@@ -196,7 +208,7 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t 
     const Window &w = s.node.window;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const int64_t channels = f.plan->values[s.node.out].shape.channels;
-    const bool average = s.node.flag;
+    const bool average = s.node.average;
     // a line with its padding on both sides, and the rows of one window
     float *line = f.scratch + pool_margin(s), *end = line + (w.in_w + 15) / 16 * 16 + pool_margin(s);
     std::fill(f.scratch, end, average ? 0.0f : -std::numeric_limits<float>::infinity());
@@ -211,14 +223,15 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t 
     call.dilation = w.dilation[1];
     call.out_width = w.out_w;
     call.average = average;
-    call.scale = s.scale.data();
+    call.scale = s.column_scale.data();
     for (int64_t c = 0; c < channels; ++c) {
         for (int64_t row = first_row; row < last_row; ++row) {
             const int64_t image = row / w.out_h;
             call.row_count = 0;
             for (int64_t k = 0; k < w.kernel[0]; ++k) {
                 const int64_t from = row % w.out_h * w.stride[0] + k * w.dilation[0] - w.top;
-                if (from >= 0 && from < w.in_h) rows[call.row_count++] = x.at + c * x.stride + (image * w.in_h + from) * w.in_w;
+                if (from >= 0 && from < w.in_h)
+                    rows[call.row_count++] = x.at + c * x.stride + (image * w.in_h + from) * w.in_w;
             }
             call.row_scale = 1.0f / static_cast<float>(s.node.count_padding ? w.kernel[0] : call.row_count);
             call.y = y.at + c * y.stride + row * w.out_w;
@@ -234,9 +247,9 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t 
 void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Kernels &k = *f.program->kernels;
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const View second = s.node.second >= 0 ? view(f, s.node.second, at) : View{nullptr, 0};
+    const View other = s.node.other_operand >= 0 ? view(f, s.node.other_operand, at) : View{nullptr, 0};
     const Shape &shape = f.plan->values[s.node.out].shape;
-    const bool broadcast = s.node.second >= 0 && !(f.plan->values[s.node.second].shape == shape);
+    const bool broadcast = s.node.other_operand >= 0 && !(f.plan->values[s.node.other_operand].shape == shape);
     const int64_t n = shape.pixels() * images;
     const Clamp clamp = clamp_of(s.node.activation);
     const Share mine(f, shape.channels);
@@ -244,15 +257,16 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
         const float *from = x.at + c * x.stride;
         float *to = y.at + c * y.stride;
         if (s.node.kind == Kind::AFFINE) {
-            k.affine(from, s.first[c], s.other[c], to, n, clamp.low, clamp.high);
+            k.affine(from, s.scale[c], s.shift[c], to, n, clamp.low, clamp.high);
         } else if (broadcast) {
             for (int64_t i = 0; i < images; ++i) {
-                const float value = second.at[c * second.stride + i];
+                const float value = other.at[c * other.stride + i];
                 const int64_t skip = i * shape.pixels();
-                k.affine(from + skip, s.node.flag ? value : 1.0f, s.node.flag ? -0.0f : value, to + skip, shape.pixels(), clamp.low, clamp.high);
+                k.affine(from + skip, s.node.multiply ? value : 1.0f, s.node.multiply ? -0.0f : value, to + skip,
+                         shape.pixels(), clamp.low, clamp.high);
             }
         } else {
-            (s.node.flag ? k.multiply : k.add)(from, second.at + c * second.stride, to, n, clamp.low, clamp.high);
+            (s.node.multiply ? k.multiply : k.add)(from, other.at + c * other.stride, to, n, clamp.low, clamp.high);
         }
         if (clamp.rest) k.activate(s.node.activation, to, to, n);
     }
@@ -264,7 +278,8 @@ void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c)
         for (int64_t i = 0; i < images; ++i)
-            y.at[c * y.stride + i] = f.program->kernels->sum(x.at + c * x.stride + i * shape.pixels(), shape.pixels()) / static_cast<float>(shape.pixels());
+            y.at[c * y.stride + i] = f.program->kernels->sum(x.at + c * x.stride + i * shape.pixels(), shape.pixels()) /
+                                     static_cast<float>(shape.pixels());
 }
 
 void concat(const Frame &f, const Step &s, int64_t at, int64_t images) {
@@ -274,7 +289,8 @@ void concat(const Frame &f, const Step &s, int64_t at, int64_t images) {
         const Shape &shape = f.plan->values[s.operands[k]].shape;
         const Share mine(f, shape.channels);
         for (int64_t c = mine.from; c < mine.to; ++c)
-            std::memcpy(y.at + (s.places[k] + c) * y.stride, x.at + c * x.stride, static_cast<size_t>(shape.pixels() * images) * sizeof(float));
+            std::memcpy(y.at + (s.places[k] + c) * y.stride, x.at + c * x.stride,
+                        static_cast<size_t>(shape.pixels() * images) * sizeof(float));
     }
 }
 
@@ -289,7 +305,8 @@ void upsample(const Frame &f, const Step &s, int64_t at, int64_t images) {
             const float *from = x.at + c * x.stride + row * in.width;
             float *to = y.at + c * y.stride + row * fh * width;
             for (int64_t i = 0; i < in.width; ++i) std::fill(to + i * fw, to + (i + 1) * fw, from[i]);
-            for (int32_t again = 1; again < fh; ++again) std::memcpy(to + again * width, to, static_cast<size_t>(width) * sizeof(float));
+            for (int32_t again = 1; again < fh; ++again)
+                std::memcpy(to + again * width, to, static_cast<size_t>(width) * sizeof(float));
         }
 }
 
@@ -299,7 +316,8 @@ void flatten(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Share mine(f, in.channels);
     for (int64_t c = mine.from; c < mine.to; ++c)
         for (int64_t i = 0; i < images; ++i)
-            for (int64_t p = 0; p < in.pixels(); ++p) y.at[(c * in.pixels() + p) * y.stride + i] = x.at[c * x.stride + i * in.pixels() + p];
+            for (int64_t p = 0; p < in.pixels(); ++p)
+                y.at[(c * in.pixels() + p) * y.stride + i] = x.at[c * x.stride + i * in.pixels() + p];
 }
 
 // Between the caller's layout and ours.
@@ -352,8 +370,10 @@ Unit unit_of(const Step &s, int64_t images, int64_t i) {
         return {tile.first, tile.need, tile.y + tile.pixels};
     }
     const Window &w = s.node.window;
-    const int64_t each = unit_count(s, 1), image = i / each, row = i % each * unit_rows(s), end = std::min(row + unit_rows(s), int64_t{w.out_h});
-    const int64_t first = row * w.stride[0] - w.top, last = (end - 1) * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
+    const int64_t each = unit_count(s, 1), image = i / each, row = i % each * unit_rows(s),
+                  end = std::min(row + unit_rows(s), int64_t{w.out_h});
+    const int64_t first = row * w.stride[0] - w.top,
+                  last = (end - 1) * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
     const auto pixel = [&](int64_t y) { return (image * w.in_h + std::clamp<int64_t>(y, 0, w.in_h)) * w.in_w; };
     return {pixel(first), pixel(last + 1), (image * w.out_h + end) * w.out_w};
 }

@@ -35,7 +35,8 @@ struct Grid {
         if (form == Form::COMPACT) stride = w.out_w;
         else if (form == Form::SINGLE) stride = w.out_w + single_gap();
         else if (w.out_w > lanes / 2) stride = (w.out_w + lanes - 1) / lanes * lanes;
-        else for (stride = 1; stride < w.out_w;) stride *= 2;
+        else
+            for (stride = 1; stride < w.out_w;) stride *= 2;
     }
 
     static void extend(int32_t &low, int32_t &high, int32_t k, int32_t d) {
@@ -50,7 +51,8 @@ struct Grid {
     // Columns between the rows of Form::SINGLE; a row's right padding may be the next one's left padding.
     int32_t single_gap() const {
         const bool nothing_beyond = int64_t{w.out_w} * w.stride[1] >= w.in_w;
-        return nothing_beyond ? std::max(dx_high, 0) > std::max(-dx_low, 0) ? dx_high : std::max(-dx_low, 0) : dx_high - dx_low;
+        return nothing_beyond ? std::max(dx_high, 0) > std::max(-dx_low, 0) ? dx_high : std::max(-dx_low, 0)
+                              : dx_high - dx_low;
     }
 
     // The input pixel of position f, moved by dy rows of the phase and by `column` columns; -1 for padding.
@@ -75,7 +77,7 @@ struct Grid {
 };
 
 class Classifier {
-   public:
+ public:
     Classifier(const Kernels &kernels, Tiling &tiling) : kernels_(kernels), tiling_(tiling) {}
 
     Pack pack(const int64_t *index) {
@@ -93,7 +95,8 @@ class Classifier {
         int64_t base = 0, beyond = high;
         for (int32_t i = 0; i < L; ++i) {
             if (index[i] < 0) continue;
-            if (op.lanes >> i == 1 || !(op.lanes & ((1u << i) - 1))) base = op.lanes & ((1u << i) - 1) ? base : index[i] - i;
+            if (op.lanes >> i == 1 || !(op.lanes & ((1u << i) - 1)))
+                base = op.lanes & ((1u << i) - 1) ? base : index[i] - i;
             straight = straight && index[i] - i == base;
             if (index[i] >= low + L) beyond = std::min(beyond, index[i]);
         }
@@ -126,7 +129,7 @@ class Classifier {
         return op;
     }
 
-   private:
+ private:
     const Kernels &kernels_;
     Tiling &tiling_;
     std::map<std::vector<int32_t>, int32_t> tables_;
@@ -221,18 +224,87 @@ Layout layout_of(const Window &original, int32_t lanes, int32_t vectors, Form fo
 double tiling_work(const Window &original, int32_t images, const Layout &layout, Form form) {
     const Window window = flat(original, &images, &form);
     const Grid grid(window, images, layout.lanes, form);
-    return static_cast<double>(grid.positions()) / (layout.vectors * layout.lanes) * static_cast<double>(layout.channel_floats);
+    return static_cast<double>(grid.positions()) / (layout.vectors * layout.lanes) *
+           static_cast<double>(layout.channel_floats);
 }
+
+namespace {
+
+// Packs the input of the vectors [from, to) of the grid, every copy of it for `most` vectors; fills in which pixels of
+// the input the tile reads, and where its packs count from.
+std::vector<Pack> packs_of(const Grid &grid, const Copies &copies, int64_t from, int32_t most, Classifier &classifier,
+                           Tile &tile) {
+    const int32_t L = grid.lanes;
+    tile.first = std::numeric_limits<int32_t>::max();
+    std::vector<Pack> packs;
+    for (size_t c = 0; c < copies.all.size(); ++c) {
+        const Copy &copy = copies.all[c];
+        for (int64_t v = 0; v < copies.vectors[c]; ++v) {
+            int64_t index[MAX_LANES];
+            const int64_t f = from * L + copy.low + copy.shift + v * L;
+            const bool wanted = v < copies.vectors[c] - (most - tile.vectors);
+            for (int32_t lane = 0; lane < L; ++lane) {
+                index[lane] = wanted ? grid.source(f + lane, copy.phase_y, copy.column) : -1;
+                if (index[lane] < 0) continue;
+                tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
+                tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
+            }
+            packs.push_back(classifier.pack(index));
+        }
+    }
+    bool some = false;
+    for (const Pack &op : packs) {
+        if (op.kind == PACK_PADDING) continue;
+        tile.source = some ? std::min(tile.source, op.a) : op.a;
+        some = true;
+    }
+    for (Pack &op : packs) {
+        if (op.kind == PACK_PADDING) continue;
+        op.a -= tile.source;
+        op.b = op.kind == PACK_TWO ? op.b - tile.source : 0;
+    }
+    return packs;
+}
+
+// Stores the results of the vectors [from, to) of the grid; fills in where they are, and what the stores have in
+// common.
+std::vector<Store> stores_of(const Grid &grid, int64_t from, int64_t to, Tile &tile) {
+    const int32_t L = grid.lanes;
+    std::vector<Store> stores;
+    for (int64_t v = from; v < to; ++v) {
+        Store store = {};
+        int32_t lanes = 0;
+        for (int32_t lane = 0; lane < L; ++lane) {
+            const int64_t y = grid.result(v * L + lane);
+            if (y < 0) continue;
+            if (!lanes) store.at = static_cast<int32_t>(y);
+            store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
+            ++lanes;
+        }
+        store.dense = static_cast<uint16_t>((1u << lanes) - 1);
+        if (lanes && !tile.pixels) tile.y = store.at;
+        tile.pixels += lanes;
+        stores.push_back(store);
+    }
+    for (Store &store : stores) store.at = store.lanes ? store.at - tile.y : 0;
+    tile.shape = STORE_PLAIN;
+    for (size_t v = 0; v < stores.size(); ++v) {
+        if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
+        const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
+        if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
+    }
+    return stores;
+}
+
+}  // namespace
 
 Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernels, int32_t vectors, Form form) {
     const Window window = flat(original, &images, &form);
     const int32_t L = kernels.lanes;
     const Grid grid(window, images, L, form);
-    const Copies cut(grid, vectors);
-    const std::vector<Copy> &copies = cut.all;
-    const std::vector<int64_t> &copy_vectors = cut.vectors;
+    const Copies copies(grid, vectors);
     Tiling tiling;
-    static_cast<Layout &>(tiling) = cut.layout;
+    static_cast<Layout &>(tiling) = copies.layout;
 
     const int64_t total = (grid.positions() + L - 1) / L, count = (total + vectors - 1) / vectors;
     Classifier classifier(kernels, tiling);
@@ -241,57 +313,8 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
         const int64_t from = total * i / count, to = total * (i + 1) / count;
         Tile tile = {};
         tile.vectors = static_cast<int32_t>(to - from);
-        tile.first = std::numeric_limits<int32_t>::max();
-        std::vector<Pack> packs;
-        for (size_t c = 0; c < copies.size(); ++c) {
-            for (int64_t v = 0; v < copy_vectors[c]; ++v) {
-                int64_t index[MAX_LANES];
-                const int64_t f = from * L + copies[c].low + copies[c].shift + v * L;
-                const bool wanted = v < copy_vectors[c] - (vectors - tile.vectors);
-                for (int32_t lane = 0; lane < L; ++lane) {
-                    index[lane] = wanted ? grid.source(f + lane, copies[c].phase_y, copies[c].column) : -1;
-                    if (index[lane] < 0) continue;
-                    tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
-                    tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
-                }
-                packs.push_back(classifier.pack(index));
-            }
-        }
-        bool some = false;
-        for (const Pack &op : packs)
-            if (op.kind != PACK_PADDING) tile.source = some ? std::min(tile.source, op.a) : op.a, some = true;
-        for (Pack &op : packs) {
-            if (op.kind == PACK_PADDING) continue;
-            op.a -= tile.source;
-            if (op.kind == PACK_TWO) op.b -= tile.source;
-            else op.b = 0;
-        }
-        tile.pack = place(packs, tiling.packs, known_packs);
-
-        std::vector<Store> stores;
-        for (int64_t v = from; v < to; ++v) {
-            Store store = {};
-            int32_t lanes = 0;
-            for (int32_t lane = 0; lane < L; ++lane) {
-                const int64_t y = grid.result(v * L + lane);
-                if (y < 0) continue;
-                if (!lanes) store.at = static_cast<int32_t>(y);
-                store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
-                ++lanes;
-            }
-            store.dense = static_cast<uint16_t>((1u << lanes) - 1);
-            if (lanes && !tile.pixels) tile.y = store.at;
-            tile.pixels += lanes;
-            stores.push_back(store);
-        }
-        for (Store &store : stores) store.at = store.lanes ? store.at - tile.y : 0;
-        tile.shape = STORE_PLAIN;
-        for (size_t v = 0; v < stores.size(); ++v) {
-            if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
-            const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
-            if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
-        }
-        tile.store = place(stores, tiling.stores, known_stores);
+        tile.pack = place(packs_of(grid, copies, from, vectors, classifier, tile), tiling.packs, known_packs);
+        tile.store = place(stores_of(grid, from, to, tile), tiling.stores, known_stores);
         tiling.tiles.push_back(tile);
     }
     return tiling;

@@ -17,12 +17,14 @@ struct Window {
     int32_t taps() const { return kernel[0] * kernel[1]; }
     // Output pixel i is input pixel i.
     bool pointwise() const {
-        return taps() == 1 && stride[0] == 1 && stride[1] == 1 && top == 0 && left == 0 && in_h == out_h && in_w == out_w;
+        return taps() == 1 && stride[0] == 1 && stride[1] == 1 && top == 0 && left == 0 && in_h == out_h &&
+               in_w == out_w;
     }
 };
 
 // Output pixels lie in rows of some stride, some lanes of which are no pixel. A vector of pixels meets the input that a
-// weight wants at the offset of the weight's kernel position in a *copy* of the input, shifted so that the offset is fit.
+// weight wants at the offset of the weight's kernel position in a *copy* of the input, shifted so that the offset is
+// fit.
 enum class Form : int32_t {
     SHIFTED,  // rows end at whole vectors; a copy for every kernel column: all loads are aligned
     COMPACT,  // no gaps between rows; a copy for every kernel position, but for those that differ by whole vectors
@@ -33,20 +35,20 @@ enum class Form : int32_t {
 
 struct Tile {
     int32_t vectors;
-    int32_t pack;    // first Pack
-    int32_t source;  // where the Packs' offsets count from, in the plane
-    int32_t store;   // first Store
-    int32_t y;       // where the Stores' offsets count from, in the plane of results
-    int32_t pixels;  // the results are y .. y + pixels
-    int32_t shape;   // enum StoreShape
+    int32_t pack;         // first Pack
+    int32_t source;       // where the Packs' offsets count from, in the plane
+    int32_t store;        // first Store
+    int32_t y;            // where the Stores' offsets count from, in the plane of results
+    int32_t pixels;       // the results are y .. y + pixels
+    int32_t shape;        // enum StoreShape
     int32_t first, need;  // the input's pixels that it reads lie in [first, need)
 };
 
 // Where a channel's pixels lie in the packed buffer: what weights are made for.
 struct Layout {
-    int32_t lanes = 0, vectors = 0;   // of the largest tile
-    int64_t channel_floats = 0;       // packed floats of one channel; TOO_LARGE where offsets of 16 bits do not reach them
-    std::vector<uint16_t> taps;     // offset of each kernel position in a channel's packed floats
+    int32_t lanes = 0, vectors = 0;  // of the largest tile
+    int64_t channel_floats = 0;  // packed floats of one channel; TOO_LARGE where offsets of 16 bits do not reach them
+    std::vector<uint16_t> taps;  // offset of each kernel position in a channel's packed floats
 };
 enum : int64_t { LARGEST_OFFSET = 65535, TOO_LARGE = int64_t{1} << 40 };
 
@@ -65,7 +67,8 @@ Layout layout_of(const Window &window, int32_t lanes, int32_t vectors, Form form
 // How many pixels making the tiling would look at.
 double tiling_work(const Window &window, int32_t images, const Layout &layout, Form form);
 
-// Tiles of at most `vectors` vectors over `images` images, whose planes follow one another. The layout must not be TOO_LARGE.
+// Tiles of at most `vectors` vectors over `images` images, whose planes follow one another. The layout must not be
+// TOO_LARGE.
 Tiling make_tiling(const Window &window, int32_t images, const Kernels &kernels, int32_t vectors, Form form);
 
 }  // namespace rarefy::engine

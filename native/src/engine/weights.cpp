@@ -84,9 +84,10 @@ struct Part {
 };
 
 class Maker {
-   public:
+ public:
     Maker(const Matrix &matrix, const Entries &entries, const Config &config, const Layout &layout)
-        : matrix_(matrix), entries_(entries), config_(config), layout_(layout), blocks_(ceil_div(matrix.channels, config.block)) {}
+        : matrix_(matrix), entries_(entries), config_(config), layout_(layout),
+          blocks_(ceil_div(matrix.channels, config.block)) {}
 
     Weights make() {
         const int32_t rows_a_group = matrix_.rows / matrix_.groups;
@@ -94,7 +95,8 @@ class Maker {
             for (int32_t first = 0; first < matrix_.rows; first += CHUNK_ROWS) {
                 chunks_.push_back(static_cast<int32_t>(groups_.size()));
                 std::vector<Part> parts;
-                for (int32_t row = first; row < std::min(matrix_.rows, first + CHUNK_ROWS); ++row) add_part(block, row, parts);
+                for (int32_t row = first; row < std::min(matrix_.rows, first + CHUNK_ROWS); ++row)
+                    add_part(block, row, parts);
                 // rows of one group start and end in the same blocks; dense rows also read the same pixels
                 std::stable_sort(parts.begin(), parts.end(), [&](const Part &a, const Part &b) {
                     if (a.flags != b.flags) return a.flags < b.flags;
@@ -103,7 +105,8 @@ class Maker {
                 });
                 for (size_t i = 0; i < parts.size();) {
                     size_t n = 1;
-                    while (n < static_cast<size_t>(config_.rows) && i + n < parts.size() && parts[i + n].flags == parts[i].flags &&
+                    while (n < static_cast<size_t>(config_.rows) && i + n < parts.size() &&
+                           parts[i + n].flags == parts[i].flags &&
                            (config_.sparse() || parts[i + n].row / rows_a_group == parts[i].row / rows_a_group))
                         ++n;
                     add_group(block, parts.data() + i, n);
@@ -122,7 +125,7 @@ class Maker {
         return out;
     }
 
-   private:
+ private:
     void add_part(int32_t block, int32_t row, std::vector<Part> &parts) const {
         const std::vector<Entry> &all = entries_[row];
         const auto before = [](const Entry &e, int64_t channel) { return e.channel < channel; };
@@ -134,7 +137,8 @@ class Maker {
     }
 
     uint32_t offset(int32_t block, const Entry &e) const {
-        return static_cast<uint32_t>((e.channel - block * config_.block) * config_.channel_step(layout_) + layout_.taps[e.tap]);
+        return static_cast<uint32_t>((e.channel - block * config_.block) * config_.channel_step(layout_) +
+                                     layout_.taps[e.tap]);
     }
 
     void add_group(int32_t block, const Part *parts, size_t count) {
@@ -149,12 +153,14 @@ class Maker {
         const uint32_t zero = static_cast<uint32_t>(config_.block * config_.channel_step(layout_));
         if (!config_.sparse()) {
             std::vector<uint16_t> shared;
-            for (int64_t k = 0; k < length; ++k) shared.push_back(static_cast<uint16_t>(offset(block, parts[0].from[k])));
+            for (int64_t k = 0; k < length; ++k)
+                shared.push_back(static_cast<uint16_t>(offset(block, parts[0].from[k])));
             const auto known = known_.emplace(shared, group.offset);
             group.offset = known.first->second;
             if (known.second) offsets_.insert(offsets_.end(), shared.begin(), shared.end());
         }
-        const size_t rows = static_cast<size_t>(config_.rows), begin = values_.size(), width = config_.kind == DENSE_BF16 ? 2 : 4;
+        const size_t rows = static_cast<size_t>(config_.rows), begin = values_.size(),
+                     width = config_.kind == DENSE_BF16 ? 2 : 4;
         values_.resize(begin + static_cast<size_t>(length) * rows * width);
         if (config_.kind == SPARSE_F32) offsets_.resize(offsets_.size() + static_cast<size_t>(length) * rows);
         uint8_t *value = values_.data() + begin;
@@ -167,7 +173,8 @@ class Maker {
                 if (config_.kind == SPARSE_F32) *place++ = static_cast<uint16_t>(at);
             }
         }
-        for (size_t r = 0; r < static_cast<size_t>(config_.rows); ++r) row_ids_.push_back(r < count ? parts[r].row : -1);
+        for (size_t r = 0; r < static_cast<size_t>(config_.rows); ++r)
+            row_ids_.push_back(r < count ? parts[r].row : -1);
         groups_.push_back(group);
     }
 
@@ -246,13 +253,15 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
     if (config.vector) {
         for (int32_t row = 0; row < matrix.rows; ++row)
             for (int64_t i = weights.starts[row]; i < weights.starts[row + 1]; ++i) {
-                const int32_t column = config.sparse() ? weights.offsets[i] : static_cast<int32_t>(i - weights.starts[row]);
+                const int32_t column =
+                    config.sparse() ? weights.offsets[i] : static_cast<int32_t>(i - weights.starts[row]);
                 if (column < matrix.channels) rows[row].push_back({column, 0, value_at(weights, config, i)});
             }
     } else if (config.planes()) {
         for (int32_t row = 0; row < matrix.rows; ++row)
             for (int32_t tap = 0; tap < matrix.taps; ++tap)
-                rows[row].push_back({row / (matrix.rows / matrix.groups), tap, value_at(weights, config, int64_t{row} * matrix.taps + tap)});
+                rows[row].push_back({row / (matrix.rows / matrix.groups), tap,
+                                     value_at(weights, config, int64_t{row} * matrix.taps + tap)});
     } else {
         std::map<uint32_t, int32_t> tap_at;
         for (int32_t k = 0; k < matrix.taps; ++k) tap_at[config.direct() ? 0 : layout.taps[k]] = k;
@@ -266,11 +275,15 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
                         const uint32_t offset = offset_at(weights, config, weights.groups[g], k, r);
                         if (row < 0 || offset == config.block * step) continue;
                         const int32_t channel = block * config.block + static_cast<int32_t>(offset / step);
-                        rows[row].push_back({channel, tap_at.at(offset % step), value_at(weights, config, weights.groups[g].weight + k * config.rows + r)});
+                        rows[row].push_back(
+                            {channel, tap_at.at(offset % step),
+                             value_at(weights, config, weights.groups[g].weight + k * config.rows + r)});
                     }
     }
     for (auto &row : rows)
-        std::sort(row.begin(), row.end(), [](const Entry &a, const Entry &b) { return a.channel != b.channel ? a.channel < b.channel : a.tap < b.tap; });
+        std::sort(row.begin(), row.end(), [](const Entry &a, const Entry &b) {
+            return a.channel != b.channel ? a.channel < b.channel : a.tap < b.tap;
+        });
     return rows;
 }
 
@@ -278,10 +291,12 @@ std::string check_entries(const Matrix &matrix, const Entries &entries, const Co
     const int32_t rows_a_group = matrix.rows / matrix.groups, channels = matrix.channels / matrix.groups;
     for (int32_t row = 0; row < matrix.rows; ++row) {
         const std::vector<Entry> &all = entries[row];
-        if (!config.sparse() && static_cast<int64_t>(all.size()) != int64_t{channels} * matrix.taps) return "a row has too many or too few weights";
+        if (!config.sparse() && static_cast<int64_t>(all.size()) != int64_t{channels} * matrix.taps)
+            return "a row has too many or too few weights";
         for (size_t i = 0; i < all.size(); ++i) {
             if (all[i].channel / channels != row / rows_a_group) return "a weight is of another group of channels";
-            if (i && all[i].channel == all[i - 1].channel && all[i].tap == all[i - 1].tap) return "a weight is there twice";
+            if (i && all[i].channel == all[i - 1].channel && all[i].tap == all[i - 1].tap)
+                return "a weight is there twice";
         }
     }
     return "";
@@ -289,29 +304,37 @@ std::string check_entries(const Matrix &matrix, const Entries &entries, const Co
 
 namespace {
 
-std::string check_vector(const Matrix &matrix, const Weights &weights, const Config &config, int32_t lanes, int64_t stored) {
-    if (weights.groups.size() || weights.row_ids.size() || weights.chunks.size()) return "there is more than its kernel takes";
-    if (weights.starts.size() != int64_t{matrix.rows} + 1 || weights.starts[0] != 0 || weights.starts[matrix.rows] != stored)
+std::string check_vector(const Matrix &matrix, const Weights &weights, const Config &config, int32_t lanes,
+                         int64_t stored) {
+    if (weights.groups.size() || weights.row_ids.size() || weights.chunks.size())
+        return "there is more than its kernel takes";
+    if (weights.starts.size() != int64_t{matrix.rows} + 1 || weights.starts[0] != 0 ||
+        weights.starts[matrix.rows] != stored)
         return "rows do not fit the weights";
     if (weights.offsets.size() != (config.sparse() ? stored : 0)) return "columns do not fit the weights";
     for (int32_t row = 0; row < matrix.rows; ++row) {
         const int64_t from = weights.starts[row], to = weights.starts[row + 1];
         if (to < from || to > stored || (to - from) % lanes) return "a row is out of range";
-        if (!config.sparse() && to - from != (int64_t{matrix.channels} + lanes - 1) / lanes * lanes) return "a row is out of range";
+        if (!config.sparse() && to - from != (int64_t{matrix.channels} + lanes - 1) / lanes * lanes)
+            return "a row is out of range";
     }
     for (int64_t i = 0; i < weights.offsets.size(); ++i)
         if (weights.offsets[i] > matrix.channels) return "a column is out of range";
     return "";
 }
 
-std::string check_tiles(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout, int64_t stored) {
-    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS), step = config.channel_step(layout);
+std::string check_tiles(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout,
+                        int64_t stored) {
+    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS),
+                  step = config.channel_step(layout);
     const int64_t count = weights.groups.size();
     if (weights.starts.size()) return "there is more than its kernel takes";
-    if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 || weights.chunks[blocks * chunks] != count)
+    if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 ||
+        weights.chunks[blocks * chunks] != count)
         return "chunks do not fit the groups";
     if (weights.row_ids.size() != count * config.rows) return "rows do not fit the groups";
-    if (weights.offsets.size() > stored || (config.kind == SPARSE_F32 && weights.offsets.size() != stored) || (config.kind == SPARSE_BF16 && weights.offsets.size()))
+    if (weights.offsets.size() > stored || (config.kind == SPARSE_F32 && weights.offsets.size() != stored) ||
+        (config.kind == SPARSE_BF16 && weights.offsets.size()))
         return "offsets do not fit the weights";
     std::vector<uint8_t> tap(static_cast<size_t>(step), 0);  // offsets in a channel where a kernel position is
     for (const uint16_t at : layout.taps) tap[config.direct() ? 0 : at] = 1;
@@ -322,19 +345,25 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
     std::vector<Row> rows(static_cast<size_t>(matrix.rows));
     int64_t next = 0;  // weights lie in the order of their groups, so that no work is more than what the file holds
     for (int64_t part = 0; part < blocks * chunks; ++part) {
-        if (weights.chunks[part + 1] < weights.chunks[part] || weights.chunks[part + 1] > count) return "chunks are out of order";
-        const int64_t block = part / chunks, channels = std::min<int64_t>(config.block, matrix.channels - block * config.block);
+        if (weights.chunks[part + 1] < weights.chunks[part] || weights.chunks[part + 1] > count)
+            return "chunks are out of order";
+        const int64_t block = part / chunks,
+                      channels = std::min<int64_t>(config.block, matrix.channels - block * config.block);
         for (int64_t g = weights.chunks[part]; g < weights.chunks[part + 1]; ++g) {
             const Group &group = weights.groups[g];
             const int64_t weight_count = int64_t{group.length} * config.rows;
-            if (group.length < 0 || group.offset < 0 || group.flags < 0 || group.flags > (GROUP_FIRST | GROUP_LAST)) return "a group is out of range";
+            if (group.length < 0 || group.offset < 0 || group.flags < 0 || group.flags > (GROUP_FIRST | GROUP_LAST))
+                return "a group is out of range";
             if (group.weight != next || (next += weight_count) > stored) return "a group's weights are out of range";
-            if (config.kind == SPARSE_F32 ? group.offset != group.weight : !config.sparse() && group.offset + int64_t{group.length} > weights.offsets.size())
+            if (config.kind == SPARSE_F32
+                    ? group.offset != group.weight
+                    : !config.sparse() && group.offset + int64_t{group.length} > weights.offsets.size())
                 return "a group's offsets are out of range";
             for (int32_t r = 0; r < config.rows; ++r) {
                 const int32_t id = weights.row_ids[g * config.rows + r];
                 if (id == -1) continue;
-                if (id < part % chunks * CHUNK_ROWS || id >= (part % chunks + 1) * CHUNK_ROWS || id >= matrix.rows) return "a row is out of range";
+                if (id < part % chunks * CHUNK_ROWS || id >= (part % chunks + 1) * CHUNK_ROWS || id >= matrix.rows)
+                    return "a row is out of range";
                 Row &row = rows[static_cast<size_t>(id)];
                 const bool first = group.flags & GROUP_FIRST;
                 if (row.ended || row.begun == first || row.block == block) return "a row begins twice, or not at all";
@@ -344,7 +373,9 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
                 for (int32_t r = 0; r < (config.sparse() ? config.rows : 1); ++r) {
                     const int64_t offset = offset_at(weights, config, group, k, r);
                     // the zeros behind the block, or a kernel position of one of its channels
-                    if (offset != config.block * step && (offset >= channels * step || !tap[static_cast<size_t>(offset % step)])) return "an offset is out of range";
+                    if (offset != config.block * step &&
+                        (offset >= channels * step || !tap[static_cast<size_t>(offset % step)]))
+                        return "an offset is out of range";
                 }
         }
     }
@@ -362,7 +393,8 @@ std::string check_weights(const Matrix &matrix, const Weights &weights, const Co
     if (stored != weights.stored) return "the number of weights is wrong";
     if (config.vector) return check_vector(matrix, weights, config, layout.lanes, stored);
     if (!config.planes()) return check_tiles(matrix, weights, config, layout, stored);
-    const bool more = weights.offsets.size() || weights.groups.size() || weights.row_ids.size() || weights.chunks.size() || weights.starts.size();
+    const bool more = weights.offsets.size() || weights.groups.size() || weights.row_ids.size() ||
+                      weights.chunks.size() || weights.starts.size();
     return stored == int64_t{matrix.rows} * matrix.taps && !more ? "" : "its weights do not fit its kernel";
 }
 

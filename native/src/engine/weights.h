@@ -1,4 +1,5 @@
-// Weights as the kernels read them: cut into blocks of channels whose packed pixels fit in a cache, rows sorted and grouped.
+// Weights as the kernels read them: cut into blocks of channels whose packed pixels fit in a cache, rows sorted and
+// grouped.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +13,10 @@ namespace rarefy::engine {
 // An array that is owned, or that lies in a file that was mapped.
 template <class T>
 class Array {
-   public:
+ public:
     Array() = default;
-    explicit Array(std::vector<T> items) : own_(std::move(items)), data_(own_.data()), size_(static_cast<int64_t>(own_.size())) {}
+    explicit Array(std::vector<T> items)
+        : own_(std::move(items)), data_(own_.data()), size_(static_cast<int64_t>(own_.size())) {}
     Array(const T *data, int64_t size) : data_(data), size_(size) {}
     Array(Array &&other) noexcept { *this = std::move(other); }
     Array &operator=(Array &&other) noexcept {
@@ -29,7 +31,7 @@ class Array {
     int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
     const T &operator[](int64_t i) const { return data_[i]; }
 
-   private:
+ private:
     std::vector<T> own_;
     const T *data_ = nullptr;
     int64_t size_ = 0;
@@ -37,12 +39,12 @@ class Array {
 
 // How a convolution is computed.
 struct Config {
-    int32_t kind;      // enum WeightKind
-    int32_t vector;    // 1: one pixel at a time, by dot products (vectors in, vectors out)
-    int32_t rows;      // R
-    int32_t vectors;   // T
-    int32_t form;      // enum Form
-    int32_t block;     // channels of a block
+    int32_t kind;     // enum WeightKind
+    int32_t vector;   // 1: one pixel at a time, by dot products (vectors in, vectors out)
+    int32_t rows;     // R
+    int32_t vectors;  // T
+    int32_t form;     // enum Form
+    int32_t block;    // channels of a block
     int32_t reserved[2];
 
     bool planes() const { return !vector && form == static_cast<int32_t>(Form::PLANES); }
@@ -69,16 +71,17 @@ struct Matrix {
     int32_t groups;    // of the convolution
 };
 
-enum { CHUNK_ROWS = 64 };  // rows that are sorted, and given to a thread, together
+// Rows that are sorted, and given to a thread, together. Not measured apart.
+enum { CHUNK_ROWS = 64 };
 
 struct Weights {
-    Array<uint8_t> values;     // float, uint16, or uint32 words of bf16 and offset
-    Array<uint16_t> offsets;   // of packed floats; column numbers for Config::vector
+    Array<uint8_t> values;    // float, uint16, or uint32 words of bf16 and offset
+    Array<uint16_t> offsets;  // of packed floats; column numbers for Config::vector
     Array<Group> groups;
-    Array<int32_t> row_ids;    // rows for each group
-    Array<int32_t> chunks;     // first group of each (block, chunk), and the number of groups
-    Array<int64_t> starts;     // Config::vector: first weight of every row, and the number of weights
-    int64_t stored = 0;        // weights, padding included
+    Array<int32_t> row_ids;  // rows for each group
+    Array<int32_t> chunks;   // first group of each (block, chunk), and the number of groups
+    Array<int64_t> starts;   // Config::vector: first weight of every row, and the number of weights
+    int64_t stored = 0;      // weights, padding included
 
     int64_t bytes() const {
         return values.bytes() + offsets.bytes() + groups.bytes() + row_ids.bytes() + chunks.bytes() + starts.bytes();
@@ -99,12 +102,12 @@ Weights make_weights(const Matrix &matrix, const Entries &entries, const Config 
 // The entries that checked weights were made of, sorted, padding left out; for another instruction set.
 Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout);
 
-// An empty string, or why entries are not of this matrix: each weight at most once, in its own group of channels; all of them
-// for a dense config.
+// An empty string, or why entries are not of this matrix: each weight at most once, in its own group of channels; all
+// of them for a dense config.
 std::string check_entries(const Matrix &matrix, const Entries &entries, const Config &config);
 
-// An empty string, or what is wrong with weights that were read from a file: whatever holds here makes every access of the
-// kernels fall inside their buffers.
+// An empty string, or what is wrong with weights that were read from a file: whatever holds here makes every access of
+// the kernels fall inside their buffers.
 std::string check_weights(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout);
 
 uint16_t to_bf16(float value);

@@ -286,7 +286,7 @@ def _doubles(what: str, x: Tensor) -> tuple[Tensor, ...]:
 def _wide(x: Tensor, function: str) -> Tensor:
     """Mode ``exact`` of sigmoid, silu and gelu in float32: computed in float64, rounded once more.
 
-    One rounded operation after another as in ``native/src/act_wide.h``, which says why: so the bits are the same.
+    One rounded operation after another as in ``native/src/act_wide-inl.h``, which says why: so the bits are the same.
     """
     wide = torch.where(x < -1000.0, -1000.0, x).double()
     if function == "gelu":

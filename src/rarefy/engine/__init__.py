@@ -9,7 +9,22 @@ from rarefy.engine.capture import CaptureError
 from rarefy.engine.compiler import compile
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.file import load, save
+from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, Row
+from rarefy.engine.steps import StepInfo
 from rarefy.engine.verify import EngineError
 
-__all__ = ["CaptureError", "Engine", "EngineError", "Port", "Profile", "Report", "Row", "compile", "load", "save"]
+__all__ = [
+    "CaptureError",
+    "Engine",
+    "EngineError",
+    "LayerFacts",
+    "Port",
+    "Profile",
+    "Report",
+    "Row",
+    "StepInfo",
+    "compile",
+    "load",
+    "save",
+]

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import kernels
-from rarefy.engine import measure, native, verify
+from rarefy.engine import measure, programs, verify
 from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.execute import torch_threads
-from rarefy.engine.onednn import Packed
+from rarefy.engine.lowering import Item, NativeSegment, Options, lower
+from rarefy.engine.onednn import PackedConv
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
-from rarefy.engine.segments import Item, Options, Segment, lower
 
 Weights = Literal["float32", "bfloat16"]
 #: Tracing and measuring change state of the process.
@@ -125,8 +125,10 @@ def build(
         found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds, model)
     own = _Copies()
     items = tuple(own.item(item) for item in found.lowered.items)
-    read = {name for item in items if not isinstance(item, (Segment, Eager)) for name in item.inputs} | {*plan.outputs}
-    programs = [item.program.facts for item in items if isinstance(item, Segment)]
+    read = {name for item in items if not isinstance(item, (NativeSegment, Eager)) for name in item.inputs} | {
+        *plan.outputs
+    }
+    native = [item.program.facts for item in items if isinstance(item, NativeSegment)]
     left = [tensor for item in items for tensor in _weights(item)]
     return Engine(
         items=items,
@@ -146,8 +148,8 @@ def build(
             chosen=found.chosen,
             candidates=found.candidates,
             weights=weights,
-            weight_bytes=sum(tensor.nbytes for tensor in left) + sum(facts.weight_bytes for facts in programs),
-            scratch_bytes=max((facts.scratch_bytes for facts in programs), default=0),
+            weight_bytes=sum(tensor.nbytes for tensor in left) + sum(facts.weight_bytes for facts in native),
+            scratch_bytes=max((facts.scratch_bytes for facts in native), default=0),
         ),
     )
 
@@ -155,11 +157,11 @@ def build(
 def _weights(item: Item) -> list[Tensor]:
     """The weights that PyTorch has for an item."""
     match item:
-        case Segment():
+        case NativeSegment():
             return []
         case Eager():
             return [*item.model.state_dict().values()]
-        case Packed():
+        case PackedConv():
             return [*tensors(item.step).values()]
     return [*tensors(item).values()]
 
@@ -181,9 +183,9 @@ class _Copies:
 
     def item(self, item: Item) -> Item:
         """The item with copies in the place of its tensors."""
-        if isinstance(item, (Segment, Eager)):  # which have their own
+        if isinstance(item, (NativeSegment, Eager)):  # which have their own
             return item
-        if isinstance(item, Packed):
+        if isinstance(item, PackedConv):
             return replace(item, step=self.step(item.step))
         return self.step(item)
 
@@ -256,10 +258,10 @@ def _choose(
     threads: int,
     tune_seconds: float,
     model: nn.Module | None,
-) -> tuple[measure.Choice, dict[str, tuple[int, ...]]]:
+) -> tuple[measure.Decision, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
-    usable = native.available()
+    usable = programs.available()
     timed = choose == "measure" and usable
     with torch_threads(1):
         shapes, layers = measure.walk(plan, inputs, timed=timed)
@@ -275,5 +277,5 @@ def _choose(
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"
-        return measure.Choice(measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
-    return measure.Choice(lower(plan, options), {}, "native", layers, 0.0), shapes
+        return measure.Decision(measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
+    return measure.Decision(lower(plan, options), {}, "native", layers, 0.0), shapes

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.eager import Eager
-from rarefy.engine.onednn import Packed
+from rarefy.engine.lowering import Item, NativeSegment, uses
+from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
 from rarefy.engine.reference import resolve, run_step
-from rarefy.engine.segments import Item, Segment, uses
 
 #: Whose operators a file may name.
 NAMESPACES = ("aten", "rarefy", "python")
@@ -68,7 +68,7 @@ def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapp
 
 
 def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(item, Segment):
+    if isinstance(item, NativeSegment):
         xs = [values[port.value] for port in item.inputs]
         batches = {tuple(x.shape[: x.dim() - len(port.shape)]) for x, port in zip(xs, item.inputs, strict=True)}
         fit = all(
@@ -81,7 +81,7 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
         return {port.value: torch.empty((*batch, *port.shape), device="meta") for port in item.outputs}
     if isinstance(item, Eager):
         raise ValueError("a model is no part of a file")
-    step = item.step if isinstance(item, Packed) else item
+    step = item.step if isinstance(item, PackedConv) else item
     if isinstance(step, Conv):
         check_conv(step, tuple(values[step.input].shape))
     if isinstance(step, Operator) and not step.target.startswith("python."):

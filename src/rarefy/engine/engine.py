@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rarefy import kernels
 from rarefy.engine.execute import Runner, torch_threads
+from rarefy.engine.lowering import Item, NativeSegment, samples, uses
 from rarefy.engine.measure import LayerFacts
-from rarefy.engine.onednn import Packed
+from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Linear, Pool
 from rarefy.engine.profile import Profile, profile
-from rarefy.engine.segments import Item, Segment, samples, uses
+from rarefy.engine.steps import StepInfo, steps
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Engine:
         return self.report.measuring_seconds
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The model's output for these inputs, of any batch size (see ``batch``), without gradient.
+        """Compute the model's output for these inputs, of any batch size (see ``batch``), without gradient.
 
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
@@ -124,7 +125,7 @@ class Engine:
         return tuple(found)
 
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
-        """Time of every step on one thread (see :class:`rarefy.engine.profile.Profile`).
+        """Time every step on one thread (see :class:`rarefy.engine.profile.Profile`).
 
         ``inputs`` are what to run on; without them, random numbers of the example's shapes. Every figure is the median
         of ``rounds`` runs.
@@ -135,10 +136,14 @@ class Engine:
         batch = samples(given[0].shape)
         with torch.no_grad(), torch_threads(1):
             took = self._runner.timed(given, rounds)
-        return profile(self._items, took, batch, self._names, self._layers, self._reasons)
+        return profile(self.steps(), self._items, took, batch)
+
+    def steps(self) -> list[StepInfo]:
+        """List what runs, step by step, and by which kernel (see :class:`rarefy.engine.StepInfo`)."""
+        return steps(self._items, self._names, self._layers, self._reasons)
 
     def example(self) -> tuple[Tensor, ...]:
-        """Random inputs of the shapes that it was compiled for."""
+        """Make random inputs of the shapes that it was compiled for."""
         return tuple(
             torch.randn(port.shape, dtype=port.dtype)
             if port.dtype.is_floating_point
@@ -208,7 +213,7 @@ def plain(x: Tensor) -> Tensor:
 
 def _makes_new(item: Item) -> bool:
     """Whether what an item makes always lies in memory of its own."""
-    layers = (Segment, Packed, Conv, Linear, Binary, Pool, GlobalAverage, Concat)
+    layers = (NativeSegment, PackedConv, Conv, Linear, Binary, Pool, GlobalAverage, Concat)
     return isinstance(item, layers) or (isinstance(item, Affine) and item.activation != "none")
 
 

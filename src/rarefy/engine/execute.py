@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.eager import Eager
-from rarefy.engine.onednn import Packed
+from rarefy.engine.lowering import Item, NativeSegment, uses
+from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Ref, last_uses, refs
 from rarefy.engine.reference import bind
-from rarefy.engine.segments import Item, Segment, uses
 
 _NATIVE = "program"
 _Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -73,7 +73,7 @@ class Runner:
         All items run in every round, so that each finds the caches as it does in the network. What reading the clock
         takes is taken off.
         """
-        steps = [np.zeros((rounds, i.program.facts.steps if isinstance(i, Segment) else 1)) for i in self._items]
+        steps = [np.zeros((rounds, i.program.facts.steps if isinstance(i, NativeSegment) else 1)) for i in self._items]
         whole = np.zeros((rounds, len(self._items)))
         self(inputs, 1)
         tick = _tick()
@@ -81,7 +81,7 @@ class Runner:
             self._timed(1, *inputs, took=whole[done], steps=[each[done] for each in steps], clock=time.thread_time)
         whole = (whole - tick).clip(min=0)
         for item, each, seconds in zip(self._items, steps, whole.T, strict=True):
-            if not isinstance(item, Segment):
+            if not isinstance(item, NativeSegment):
                 each[:, 0] = seconds
         return [(each, float(np.median(seconds))) for each, seconds in zip(steps, whole.T, strict=True)]
 
@@ -104,20 +104,22 @@ class _Source:
 
     def add(self, item: Item, freed: Sequence[str], number: int) -> None:
         """Add the line of an item."""
-        function: Callable[..., Any] = item.run if isinstance(item, Segment | Packed | Eager) else bind(item)[0]
-        if isinstance(item, Segment | Eager):
-            threads = ["threads"] if isinstance(item, Segment) else []
+        function: Callable[..., Any] = (
+            item.run if isinstance(item, NativeSegment | PackedConv | Eager) else bind(item)[0]
+        )
+        if isinstance(item, NativeSegment | Eager):
+            threads = ["threads"] if isinstance(item, NativeSegment) else []
             given = ", ".join([*threads, *(self.variables[name] for name in item.reads)])
             made = "".join(f"{self._variable(name)}, " for name in item.makes)
         else:
-            args, kwargs = (map(Ref, item.inputs), {}) if isinstance(item, Packed) else bind(item)[1:]
+            args, kwargs = (map(Ref, item.inputs), {}) if isinstance(item, PackedConv) else bind(item)[1:]
             for name in kwargs:
                 if not name.isidentifier() or keyword.iskeyword(name):
                     raise ValueError(f"{item.output} has an argument of the name {name!r}")
             named = (f"{name}={self._argument(value)}" for name, value in kwargs.items())
             given = ", ".join([*map(self._argument, args), *named])
             made = self._variable(item.output)
-        call = f"{self._name(_NATIVE if isinstance(item, Segment) else 'f', function)}({given}"
+        call = f"{self._name(_NATIVE if isinstance(item, NativeSegment) else 'f', function)}({given}"
         self.lines.append((number, call, made, tuple(self.variables[name] for name in freed)))
 
     def function(self, outputs: Sequence[str], *, timed: bool) -> Callable[..., Any]:

@@ -25,15 +25,14 @@ import torch
 from torch import Tensor
 
 from rarefy._files import write_atomically
-from rarefy.engine import native, plan
+from rarefy.engine import plan, programs
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.lowering import Item, NativeSegment, SegmentPort, uses
 from rarefy.engine.measure import LayerFacts
-from rarefy.engine.onednn import Packed, packed
+from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step
-from rarefy.engine.segments import Item, Segment, uses
-from rarefy.engine.segments import Port as ProgramPort
 
 VERSION = 1
 
@@ -107,7 +106,7 @@ class _Writer:
 
     def item(self, item: Item) -> _Json:
         """An item of an engine as JSON."""
-        if isinstance(item, Segment):
+        if isinstance(item, NativeSegment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
             return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps), "rows": item.rows}
         if isinstance(item, Eager):
@@ -117,7 +116,7 @@ class _Writer:
             )
         if isinstance(item, Operator):
             check_target(item.target)
-        if isinstance(item, Packed):
+        if isinstance(item, PackedConv):
             return {**self.item(item.step), "packed": list(item.shape)}
         about = {each.name: self.value(getattr(item, each.name)) for each in fields(item)}
         return {"step": type(item).__name__, "fields": about}
@@ -166,7 +165,7 @@ def save(engine: Engine, path: str | Path) -> None:
 
 
 def load(path: str | Path, *, mmap: bool = False) -> Engine:
-    """The engine of a file that :func:`save` wrote.
+    """Load the engine of a file that :func:`save` wrote.
 
     With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not
     change while the engine is used: other weights in it would be computed with, and one that is cut off ends the
@@ -191,7 +190,7 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
         raise ValueError(_damaged(path, "its checksum is wrong"))
     try:
         header = json.loads(data[_HEAD.size : _HEAD.size + length].tobytes())
-        if not native.available() and any("program" in item for item in header["items"]):
+        if not programs.available() and any("program" in item for item in header["items"]):
             raise _UnusableError(
                 f"{path} holds native programs, and there is no native engine here (rarefy info says why): "
                 "compile the model again"
@@ -204,7 +203,7 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
 
 
 def _copied(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    memory = native.aligned(size)
+    memory = programs.aligned(size)
     with path.open("rb") as file:
         if file.readinto(memory.data) != size:
             raise ValueError(_damaged(path, "it became shorter while it was read"))
@@ -300,7 +299,7 @@ class _Reader:
         numbers = [report.seconds, report.measuring_seconds, report.weight_bytes, report.scratch_bytes]
         numbers += [
             *dict(report.candidates).values(),
-            *(item.rows for item in engine._items if isinstance(item, Segment)),
+            *(item.rows for item in engine._items if isinstance(item, NativeSegment)),
         ]
         for facts in engine._layers.values():
             numbers += [each for each in asdict(facts).values() if each is not None]
@@ -331,14 +330,14 @@ class _Reader:
 
     def _item(self, about: _Json) -> Item:
         if "program" in about:
-            program = native.load(self._blob(about["program"]))
+            program = programs.load(self._blob(about["program"]))
             ports = []
             for name, given in (("inputs", program.ports(outputs=False)), ("outputs", program.ports(outputs=True))):
-                told = tuple(ProgramPort(_text(port["value"]), _sizes(port["shape"])) for port in about[name])
+                told = tuple(SegmentPort(_text(port["value"]), _sizes(port["shape"])) for port in about[name])
                 if [math.prod(port.shape) for port in told] != [math.prod(shape) for shape, _ in given]:
                     raise ValueError(f"a program has other {name}")
                 ports.append(told)
-            return Segment(program, ports[0], ports[1], tuple(map(_text, about["steps"])), about["rows"])
+            return NativeSegment(program, ports[0], ports[1], tuple(map(_text, about["steps"])), about["rows"])
         kind = _STEPS[about["step"]]
         given_fields = {name: self._value(value) for name, value in about["fields"].items()}
         if kind is Operator:

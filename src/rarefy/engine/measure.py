@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner
-from rarefy.engine.onednn import Packed, packed
+from rarefy.engine.lowering import Item, Lowered, NativeSegment, Options, lower, samples
+from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Layer, Plan, Step
 from rarefy.engine.reference import bind, run_step
-from rarefy.engine.segments import Item, Lowered, Options, Segment, lower, samples
 
 _ROUNDS = 5
 _LEAST_ROUNDS = 2
@@ -54,7 +54,7 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """What was chosen to run a plan.
 
     Attributes:
@@ -108,11 +108,11 @@ def _look(step: Layer, shape: tuple[int, ...]) -> object:
 
 def choose(
     plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts], model: nn.Module | None
-) -> Choice:
+) -> Decision:
     """The fastest way to run the plan on inputs like these; the model that it is of, where given, is one of them."""
     begun = time.perf_counter()
     native = lower(plan, options)
-    slow = _slower_than_torch(native, plan, inputs, layers)
+    slow = slower_than_torch(native, plan, inputs, layers)
     dense = in_torch(plan, "PyTorch is faster")
     ways = {
         "native": native,
@@ -124,14 +124,14 @@ def choose(
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
     if model is not None:
         ways[EAGER] = in_eager(plan, model)
-    times = _race(ways, plan, inputs, options.threads)
+    times = race(ways, plan, inputs, options.threads)
     chosen = min(times, key=lambda name: times[name] / (_WORTH_KEEPING if name == EAGER else 1))
     if chosen == EAGER and model is not None:
         try:
             ways[EAGER] = in_eager(plan, deepcopy(model))
         except Exception:  # whatever its parts raise: then the engine has no copy that nobody changes
             chosen = min({*times} - {EAGER}, key=lambda name: times[name])
-    return Choice(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
+    return Decision(ways[chosen], times, chosen, layers, time.perf_counter() - begun)
 
 
 def runner(items: Sequence[Item], plan: Plan) -> Runner:
@@ -151,20 +151,20 @@ def in_torch(plan: Plan, because: str) -> Lowered:
 
 def _by_onednn(lowered: Lowered, shapes: Mapping[str, tuple[int, ...]]) -> Lowered:
     """The same with packed weights in the convolutions that PyTorch runs."""
-    items = [item if isinstance(item, Segment) else _packed(item, shapes) or item for item in lowered.items]
+    items = [item if isinstance(item, NativeSegment) else _packed(item, shapes) or item for item in lowered.items]
     return replace(lowered, items=tuple(items))
 
 
-def _packed(item: Item, shapes: Mapping[str, tuple[int, ...]]) -> Packed | None:
+def _packed(item: Item, shapes: Mapping[str, tuple[int, ...]]) -> PackedConv | None:
     return packed(item, shapes[item.input]) if isinstance(item, Conv) else None
 
 
-def _time(item: Layer | Packed, values: dict[str, Any]) -> float:
+def _time(item: Layer | PackedConv, values: dict[str, Any]) -> float:
     """Seconds of a step in PyTorch: the median of some runs, its inputs already in the format that it takes."""
     given = [values[name] for name in item.inputs]
-    if isinstance(item, Packed):
+    if isinstance(item, PackedConv):
         given = [x.contiguous(memory_format=torch.channels_last) for x in given]
-    run = item.run if isinstance(item, Packed) else bind(item)[0]
+    run = item.run if isinstance(item, PackedConv) else bind(item)[0]
     run(*given)
     took: list[float] = []
     while sum(took) < _ENOUGH_SECONDS and (len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50)):
@@ -183,14 +183,14 @@ def _facts(step: Step, result: Tensor, samples: int, seconds: float | None) -> L
     return LayerFacts(weights, nonzeros, nonzeros * places, weights * places, each)
 
 
-def _slower_than_torch(
+def slower_than_torch(
     native: Lowered, plan: Plan, inputs: Sequence[Tensor], layers: Mapping[str, LayerFacts]
 ) -> set[str]:
     """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
     times = [took for took, _ in runner(native.items, plan).timed(inputs, _LEAST_ROUNDS)]
     saved: dict[str, float] = {}
     for item, took in zip(native.items, times, strict=True):
-        if isinstance(item, Segment):
+        if isinstance(item, NativeSegment):
             for step, seconds in zip(item.program.steps(), took.min(0), strict=True):
                 known = layers[step.name].torch_seconds if step.kind != "input" and step.name in layers else None
                 if known is not None and known * samples(inputs[0].shape) < _CLEARLY_FASTER * seconds:
@@ -199,7 +199,7 @@ def _slower_than_torch(
     return set(saved) if sum(saved.values()) > _WORTH_TRYING * whole else set()
 
 
-def _race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:
+def race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:
     """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted.
 
     Those that are far behind run no more: twice as far after the round that is not counted as after one that is. Where

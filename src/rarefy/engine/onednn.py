@@ -17,7 +17,7 @@ from rarefy.engine.reference import activate, symmetric_padding
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedConv:
     """A two-dimensional :class:`Conv` with its weights packed for inputs of ``shape``; others work, too."""
 
     step: Conv
@@ -35,7 +35,7 @@ class Packed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy packs its weights again: the packed ones lie in oneDNN's own memory."""
-        return Packed, (self.step, self.shape)
+        return PackedConv, (self.step, self.shape)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class Packed:
         return y if fused else activate(y, step.activation)
 
 
-def packed(step: Conv, shape: tuple[int, ...]) -> Packed | None:
+def packed(step: Conv, shape: tuple[int, ...]) -> PackedConv | None:
     """The step, computed by oneDNN on inputs of this shape; None along one axis, and where PyTorch has no oneDNN."""
     there = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-    return Packed(step, shape) if there and len(step.stride) == 2 else None
+    return PackedConv(step, shape) if there and len(step.stride) == 2 else None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rarefy.engine.eager import Eager
-from rarefy.engine.measure import LayerFacts
-from rarefy.engine.onednn import Packed
+from rarefy.engine.lowering import Item, NativeSegment
 from rarefy.engine.peak import peak
-from rarefy.engine.segments import Item, Segment
+from rarefy.engine.steps import StepInfo
 
-_FASTER = "the model as it is, which is faster than what is made of its graph"
 _COLUMNS = ("layer", "kernel", "ms", "share", "density", "GFLOP/s", "of peak", "dense ms", "gain")
 
 
@@ -72,7 +69,7 @@ class Profile:
     peak_gflops: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dicts."""
+        """Return everything as numbers, strings, lists and dicts."""
         rows = [{**asdict(row), "gain": row.gain} for row in self.rows]
         return {"batch": self.batch, "seconds": self.seconds, "peak_gflops": self.peak_gflops, "rows": rows}
 
@@ -93,70 +90,43 @@ class Profile:
 
 
 def profile(
+    steps: Sequence[StepInfo],
     items: Sequence[Item],
     took: Sequence[tuple[np.ndarray[Any, np.dtype[np.float64]], float]],
     batch: int,
-    names: Mapping[str, str],
-    layers: Mapping[str, LayerFacts],
-    reasons: Mapping[str, str],
 ) -> Profile:
-    """The profile of items from the seconds of each round and step, and of the whole item (see ``Runner.timed``)."""
-    total = sum(whole for _, whole in took)
+    """Make the profile of items, from the seconds of each round and step and of the whole item (``Runner.timed``)."""
+    whole = sum(seconds for _, seconds in took)
     most = peak()
-    rows = []
-    between = 0.0
-    for item, (times, whole) in zip(items, took, strict=True):
-        seconds = [float(each) for each in np.median(times, 0)]
-        if isinstance(item, Segment):
-            between += max(0.0, whole - sum(seconds))
-            for facts, each in zip(item.program.steps(), seconds, strict=True):
-                dense = facts.dense_seconds * item.rows or None
-                port = facts.kind in ("input", "output")  # known by the value, not by the step that made it
-                name = facts.name if port else names.get(facts.name, facts.name)
-                fact = None if port else layers.get(facts.name)
-                rows.append(_row(name, facts.kind, facts.kernel, each, total, batch, fact, dense, most, ""))
-        elif isinstance(item, Eager):
-            rows.append(_row("", "model", "PyTorch", seconds[0], total, batch, None, None, most, _FASTER))
-        else:
-            note = reasons.get(item.output, "")
-            fact = layers.get(item.output)
-            kernel, step = ("oneDNN", item.step) if isinstance(item, Packed) else ("PyTorch", item)
-            rows.append(_row(step.name, step.kind, kernel, seconds[0], total, batch, fact, None, most, note))
+    medians = [[float(each) for each in np.median(times, 0)] for times, _ in took]
+    seconds = [each for median in medians for each in median]
+    rows = [row(step, each, whole, batch, most) for step, each in zip(steps, seconds, strict=True)]
+    between = sum(
+        max(0.0, all_of_it - sum(median))
+        for item, median, (_, all_of_it) in zip(items, medians, took, strict=True)
+        if isinstance(item, NativeSegment)
+    )
     if between:
-        row = _row("", "call", "", between, total, batch, None, None, most, "native programs: into them and out again")
-        rows.append(row)
-    return Profile(tuple(rows), batch, total, most)
+        call = StepInfo("", "call", "", note="native programs: into them and out again")
+        rows.append(row(call, between, whole, batch, most))
+    return Profile(tuple(rows), batch, whole, most)
 
 
-def _row(
-    name: str,
-    kind: str,
-    kernel: str,
-    seconds: float,
-    total: float,
-    batch: int,
-    facts: LayerFacts | None,
-    dense: float | None,
-    most: float | None,
-    note: str,
-) -> Row:
-    share = seconds / total if total > 0 else 0.0
+def row(step: StepInfo, seconds: float, whole: float, batch: int, peak_gflops: float | None) -> Row:
+    """Make the row of a step that took so many ``seconds`` for the ``batch``, of ``whole`` in all."""
+    share = seconds / whole if whole > 0 else 0.0
+    result = Row(step.name, step.kind, step.kernel, seconds, share, note=step.note)
+    facts = step.facts
     if facts is None:
-        return Row(name, kind, kernel, seconds, share, note=note)
-    known = [each for each in (dense, facts.torch_seconds) if each is not None]
+        return result
     # A multiply and an addition for every nonzero weight at every place.
     gflops = 2e-9 * facts.macs * batch / seconds if seconds > 0 else None
-    return Row(
-        name,
-        kind,
-        kernel,
-        seconds,
-        share,
+    return replace(
+        result,
         density=facts.nonzeros / facts.weights if facts.weights else None,
         gflops=gflops,
-        peak_share=None if gflops is None or most is None else gflops / most,
-        dense_seconds=min(known) * batch if known else None,
-        note=note,
+        peak_share=None if gflops is None or peak_gflops is None else gflops / peak_gflops,
+        dense_seconds=None if step.dense_seconds is None else step.dense_seconds * batch,
     )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from rarefy.engine import reference
 from rarefy.engine.engine import Engine
 from rarefy.engine.execute import Runner
+from rarefy.engine.lowering import Item, NativeSegment, uses
 from rarefy.engine.plan import Operator, Plan
-from rarefy.engine.segments import Item, Segment, uses
 
 #: How many times as far from float64 as the model an engine may be.
 _TIMES = 16
@@ -187,7 +187,7 @@ def _first_different(engine: Engine, plan: Plan, tried: Trial) -> str | None:
             made = _made(item, values, engine)
             for name, got in made.items():
                 if isinstance(got, Tensor) and (got.shape != values[name].shape or not _close(got, values[name], plan)):
-                    if isinstance(item, Segment):
+                    if isinstance(item, NativeSegment):
                         inside = ", ".join(dict.fromkeys(engine._names.get(each, each) for each in item.steps))
                         return f"{engine._names.get(name, name)!r} (a native program of {inside})"
                     return f"{engine._names.get(name, name)!r} (run by PyTorch)"

@@ -1,7 +1,7 @@
 // sigmoid, SiLU and GELU of float32, computed in double and rounded once: within 0.51 units of the last place.
 //
-// Plain C that compilers turn into vectors; e^-a is good to 1e-11, which moves the rounding of one result in some millions.
-// Included by act.cpp.
+// Plain C that compilers turn into vectors; e^-a is good to 1e-11, which moves the rounding of one result in some
+// millions. Included by act.cpp.
 #pragma once
 
 enum class Wide { sigmoid, silu, gelu, gelu_tanh };
@@ -38,14 +38,14 @@ inline double exp_minus(double a) {
     return positive_bits(double_bits(p) + static_cast<int64_t>(static_cast<uint64_t>(double_bits(t)) << 52));
 }
 
-// Phi(-a) = erfc(z) / 2 for a >= 0, z = a / sqrt 2:  erfc(z) = t e^(-z^2 + P(t)),  t = 1 / (1 + z / 2); P interpolates at
-// Chebyshev nodes of t in [1/7, 1], to 3e-11. Smaller t, z above 12, underflows whatever P says.
+// Phi(-a) = erfc(z) / 2 for a >= 0, z = a / sqrt 2:  erfc(z) = t e^(-z^2 + P(t)),  t = 1 / (1 + z / 2); P interpolates
+// at Chebyshev nodes of t in [1/7, 1], to 3e-11. Smaller t, z above 12, underflows whatever P says.
 inline double normal_tail(double a) {
-    constexpr double P[] = {-0.57487630161613,       0.58560210505031,        0.019323643488389056,
-                            -0.03190743191119737,    -0.0017648133604631821,  0.004319919601974832,
-                            -0.00020530687348825638, -0.0007047612834722094,  0.0001647629295146515,
-                            0.00010088432153106273,  -5.441423160614242e-05,  -8.69637313950795e-06,
-                            1.178517494810079e-05,   -4.958619524137654e-09,  -1.3699864756678088e-06};
+    constexpr double P[] = {-0.57487630161613,       0.58560210505031,       0.019323643488389056,
+                            -0.03190743191119737,    -0.0017648133604631821, 0.004319919601974832,
+                            -0.00020530687348825638, -0.0007047612834722094, 0.0001647629295146515,
+                            0.00010088432153106273,  -5.441423160614242e-05, -8.69637313950795e-06,
+                            1.178517494810079e-05,   -4.958619524137654e-09, -1.3699864756678088e-06};
     a = a < 40.0 ? a : 40.0;
     const double z = a * 0.70710678118654752440, t = 1.0 / (1.0 + 0.5 * z);
     const double v = (t - 0.5714285714285714) * 2.3333333333333335;

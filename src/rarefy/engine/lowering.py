@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.eager import Eager
-from rarefy.engine.native import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError, Program
-from rarefy.engine.onednn import Packed
+from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import (
     Affine,
     Binary,
@@ -28,10 +27,11 @@ from rarefy.engine.plan import (
     Step,
     Upsample,
 )
+from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError, Program
 
 
 @dataclass(frozen=True)
-class Port:
+class SegmentPort:
     """A value that goes into or comes out of a program: its shape behind the axes that the program counts as batch."""
 
     value: str
@@ -39,7 +39,7 @@ class Port:
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class NativeSegment:
     """A native program in the place of steps that follow each other.
 
     ``rows`` is how many of its samples there are for one of the network's: more than one where it takes each row of a
@@ -47,8 +47,8 @@ class Segment:
     """
 
     program: Program
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[SegmentPort, ...]
+    outputs: tuple[SegmentPort, ...]
     steps: tuple[str, ...]  # the values that they make
     rows: float = 1.0
 
@@ -79,7 +79,7 @@ class Segment:
             self.program.run(inputs, outputs, count, threads, seconds)
         return outputs
 
-    def _input(self, x: Tensor, port: Port) -> Tensor:
+    def _input(self, x: Tensor, port: SegmentPort) -> Tensor:
         if x.dtype is not torch.float32 or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
             raise ValueError(f"{port.value} must end in {port.shape} of float32, got {tuple(x.shape)} of {x.dtype}")
         return x.resolve_neg().contiguous()
@@ -105,12 +105,12 @@ class Options:
 
 
 #: What an engine runs one after the other.
-Item: TypeAlias = Segment | Packed | Eager | Step
+Item: TypeAlias = NativeSegment | PackedConv | Eager | Step
 
 
 def uses(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The values that an item reads, and those that it makes."""
-    return (item.reads, item.makes) if isinstance(item, (Segment, Eager)) else (item.inputs, (item.output,))
+    return (item.reads, item.makes) if isinstance(item, (NativeSegment, Eager)) else (item.inputs, (item.output,))
 
 
 @dataclass(frozen=True)
@@ -129,35 +129,40 @@ def lower(plan: Plan, options: Options, leave: Collection[str] = ()) -> Lowered:
     """Make programs of all that the native engine can run, but of the steps that make the values in ``leave``."""
     items: list[Item] = []
     reasons: dict[str, str] = {}
-    building = _Segment(plan, options)
+    building = _Building(plan, options)
+
+    def flush() -> None:
+        """Finish the program that is being built, where there is one, and begin another."""
+        nonlocal building
+        if building.steps:
+            items.append(building.finish())
+        building = _Building(plan, options)
+
     for step in plan.steps:
         if isinstance(step, Operator) or step.output in leave:
             reason: str | None = "PyTorch alone has it" if isinstance(step, Operator) else "PyTorch is faster"
         else:
             reason = building.add(step)
             if reason is not None and building.steps:
-                items.append(building.finish())
-                building = _Segment(plan, options)
+                flush()
                 reason = building.add(step)
         if reason is not None:
-            if building.steps:
-                items.append(building.finish())
-            building = _Segment(plan, options)
+            flush()
             items.append(step)
             reasons[step.output] = reason
     if building.steps:
-        items.append(building.finish())
+        flush()
     return Lowered(tuple(items), reasons)
 
 
 @dataclass
-class _Segment:
+class _Building:
     """A program that is being built."""
 
     plan: Plan
     options: Options
     builder: Builder = field(default_factory=Builder)
-    inputs: dict[tuple[str, int], Port] = field(default_factory=dict)
+    inputs: dict[tuple[str, int], SegmentPort] = field(default_factory=dict)
     ids: dict[tuple[str, int], int] = field(default_factory=dict)
     layouts: dict[str, int | None] = field(
         default_factory=dict
@@ -186,7 +191,7 @@ class _Segment:
             raise AssertionError(f"{step.name}: the plan says {expected}, the program {(channels, height, width)}")
         return None
 
-    def finish(self) -> Segment:
+    def finish(self) -> NativeSegment:
         """The program of the steps so far."""
         own, users = {step.output for step in self.steps}, self.plan.users()
         outputs = []
@@ -196,7 +201,7 @@ class _Segment:
                 layout = self.layouts[step.output]
                 layout = CHANNELS_FIRST if layout is None else layout
                 self.builder.output(self.ids[step.output, layout], layout)
-                outputs.append(Port(step.output, self.shapes[step.output]))
+                outputs.append(SegmentPort(step.output, self.shapes[step.output]))
         inputs = tuple(self.inputs.values())
         example = self.options.shapes[inputs[0].value]
         layers = [len([s for s in steps if isinstance(s, (Conv, Linear))]) for steps in (self.steps, self.plan.steps)]
@@ -207,7 +212,7 @@ class _Segment:
             tune_seconds=self.options.tune_seconds * layers[0] / max(1, layers[1]),
         )
         rows = batch / samples(self.options.shapes[self.plan.inputs[0]])
-        return Segment(program, inputs, tuple(outputs), tuple(step.output for step in self.steps), rows)
+        return NativeSegment(program, inputs, tuple(outputs), tuple(step.output for step in self.steps), rows)
 
     def _add(self, step: Step) -> tuple[int | None, int]:
         """Layout and number of the value that the step makes."""
@@ -347,7 +352,7 @@ class _Segment:
         key = (name, CHANNELS_FIRST if len(shape) == 1 or self.layouts.get(name, 0) is None else layout)
         if key not in self.ids:
             self.ids[key] = self.builder.input(_geometry(shape, key[1]), key[1], name)
-            self.inputs[key] = Port(name, shape)
+            self.inputs[key] = SegmentPort(name, shape)
         return self.ids[key]
 
 

@@ -6,11 +6,12 @@
 //     silu           3.2 from -88 on; below, its gate is denormal: off by 1.2e-43 at most
 //     gelu           5 (7.2) from -3 on, 5.7 (21) from -8 on, 10 (72) below, where it is less than 5e-15
 //     gelu_tanh      2.8 (3) from -1 on, 11 (16) from -3 on, 18 (36) from -5 on, 64 (122) from -8 on, 153 (210) below
-// NaN stays NaN; x times a gate is NaN at minus infinity, as in PyTorch. Included by engine_kernels.cpp, after vec.h.
+// NaN stays NaN; x times a gate is NaN at minus infinity, as in PyTorch. Included by engine_kernels.cpp, after
+// vec-inl.h.
 #pragma once
 
-// e^x comes multiplied by this: no x of interest underflows, and a quotient of such numbers is rounded once, also where it
-// is denormal.
+// e^x comes multiplied by this: no x of interest underflows, and a quotient of such numbers is rounded once, also where
+// it is denormal.
 constexpr float SCALE = 0x1p64f;
 
 struct Power {
@@ -48,8 +49,8 @@ inline V gelu_tanh(V x) {
     return mul(x, gate(x, scaled(power(a, fma(mul(a, a), all(-0.0713548162726009f), all(-1.5957691216057307f))))));
 }
 
-// x Phi(x),  Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0. P/Q minimax by Remez's exchange on [0, 14.5], in 50 digits: with
-// the coefficients rounded to float32, 0.31 * 2^-24 of itself. Beyond, Phi(-a) is 0 in float32.
+// x Phi(x),  Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0. P/Q minimax by Remez's exchange on [0, 14.5], in 50 digits:
+// with the coefficients rounded to float32, 0.31 * 2^-24 of itself. Beyond, Phi(-a) is 0 in float32.
 inline V gelu(V x) {
     const V a = smaller(all(14.5f), absolute(x));
     V p = fma(all(0.0041165836f), a, all(0.040635083f));

@@ -1,5 +1,5 @@
-// One channel of a depthwise convolution, straight from the input's plane. Included by engine_kernels.cpp only, in an unnamed
-// namespace, after vec.h.
+// One channel of a depthwise convolution, straight from the input's plane. Included by engine_kernels.cpp only, in an
+// unnamed namespace, after vec-inl.h.
 #pragma once
 
 // The lanes of a vector from column `at` on that lie in a row of `width`.
@@ -55,7 +55,8 @@ inline void finish(const DepthwiseCall &c, V v, int64_t row, const Columns &colu
 
 // ROWS rows of results: K x K taps, S apart both ways. A row of the input is loaded once for all of them.
 template <int K, int S, int ROWS>
-inline void square_rows(const DepthwiseCall &c, const V (&weight)[K * K], const Inside<S> (&inside)[K], int64_t row, const Columns &columns) {
+inline void square_rows(const DepthwiseCall &c, const V (&weight)[K * K], const Inside<S> (&inside)[K], int64_t row,
+                        const Columns &columns) {
     V a[ROWS];
     RAREFY_UNROLL for (int o = 0; o < ROWS; ++o) a[o] = all(c.bias);
     const int64_t top = row * S - c.top;
@@ -79,7 +80,7 @@ inline void square_rows(const DepthwiseCall &c, const V (&weight)[K * K], const 
 
 template <int K, int S>
 void square(const DepthwiseCall &c) {
-    constexpr int ROWS = K * S == 3 ? 4 : 2;
+    constexpr int ROWS = K * S == 3 ? 4 : 2;  // at once, their sums in registers; not measured apart
     V weight[K * K];
     RAREFY_UNROLL for (int k = 0; k < K * K; ++k) weight[k] = all(c.weight[k]);
     for (int64_t column = 0; column < c.out_w; column += L) {
@@ -105,7 +106,8 @@ void oblong(const DepthwiseCall &c) {
                 if (y < 0 || y >= c.in_h) continue;
                 for (int64_t kx = 0; kx < c.kernel[1]; ++kx) {
                     const int64_t at = column * S + kx * c.dilation[1] - c.left;
-                    a = fma(all(c.weight[ky * c.kernel[1] + kx]), pixels<S>(c.x + y * c.in_w + at, Inside<S>(at, c.in_w)), a);
+                    a = fma(all(c.weight[ky * c.kernel[1] + kx]),
+                            pixels<S>(c.x + y * c.in_w + at, Inside<S>(at, c.in_w)), a);
                 }
             }
             finish(c, a, row, columns);
@@ -115,7 +117,8 @@ void oblong(const DepthwiseCall &c) {
 
 void depthwise(const DepthwiseCall *call) {
     const DepthwiseCall &c = *call;
-    const bool even = c.kernel[0] == c.kernel[1] && c.stride[0] == c.stride[1] && c.dilation[0] == 1 && c.dilation[1] == 1;
+    const bool even =
+        c.kernel[0] == c.kernel[1] && c.stride[0] == c.stride[1] && c.dilation[0] == 1 && c.dilation[1] == 1;
     const bool one = c.stride[1] == 1;
     if (even && c.kernel[0] == 3) return one ? square<3, 1>(c) : square<3, 2>(c);
     if (even && c.kernel[0] == 5) return one ? square<5, 1>(c) : square<5, 2>(c);

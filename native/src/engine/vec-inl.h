@@ -1,6 +1,9 @@
-// One vector of L float32 lanes, for each instruction set. Included by engine_kernels.cpp only, in an unnamed namespace.
+// One vector of L float32 lanes, for each instruction set. Included by engine_kernels.cpp only, in an unnamed
+// namespace.
 #pragma once
 
+// L: float32 lanes of a vector, and V its type. ACCUMULATORS: vectors of sums that a kernel keeps in registers at most,
+// of the 32 of AVX-512 and the 16 of AVX2; the others hold a weight and what it is multiplied with.
 #if defined(__AVX512F__)
 
 constexpr int L = 16, ACCUMULATORS = 28;
@@ -33,10 +36,13 @@ inline V exponent(V a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cas
 inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
 // The larger one; NaN where one is NaN.
-inline V maximum(V a, V b) { return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
+inline V maximum(V a, V b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
 inline V blend(uint32_t lanes, V a, V b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(lanes), a); }
 inline V high_half(const uint32_t *p) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(static_cast<int>(*p)), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_set1_epi32(static_cast<int>(*p)), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
 inline V gather(const float *p, const uint16_t *index) {
     const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(index)));
@@ -84,7 +90,8 @@ inline V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm
 inline V blend(uint32_t lanes, V a, V b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(mask_of(lanes))); }
 inline V all_bits(uint32_t a) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(a))); }
 inline V high_half(const uint32_t *p) {
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(*p)), _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(*p)), _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
 inline V gather(const float *p, const uint16_t *index) {
     return _mm256_i32gather_ps(p, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(index))), 4);
@@ -132,7 +139,8 @@ inline V mul(V a, V b) { return a * b; }
 inline V div(V a, V b) { return a / b; }
 inline V absolute(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) & 0x7FFFFFFFu); }
 inline V with_sign(V size, V sign) {
-    return reinterpret_cast<V>((reinterpret_cast<Bits>(size) & 0x7FFFFFFFu) | (reinterpret_cast<Bits>(sign) & 0x80000000u));
+    return reinterpret_cast<V>((reinterpret_cast<Bits>(size) & 0x7FFFFFFFu) |
+                               (reinterpret_cast<Bits>(sign) & 0x80000000u));
 }
 inline V where_less(V x, V y, V a, V b) { return x < y ? a : b; }
 inline V exponent(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) << 23); }
