@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy import act, kernels
-from rarefy.act import formats, native, oracle, quartic
+from rarefy.act.kernels import native
+from rarefy.act.spec import formats, oracle, quartic
 
 PIECES = 1024
 CHUNK = 1 << 16  # small enough that everything stays in the cache

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy import act, kernels
-from rarefy.act import formats, native, oracle, quartic
+from rarefy.act.kernels import native
+from rarefy.act.spec import formats, oracle, quartic
 
 Case = tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rarefy import act
-from rarefy.act import error, shipped
+from rarefy.act.fit import shipped
+from rarefy.act.spec import error
 from rarefy.cli import main
 
 

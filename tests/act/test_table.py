@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy import act
-from rarefy.act import error, fit, formats, oracle, quartic, shipped
+from rarefy.act import fit
+from rarefy.act.fit import shipped
+from rarefy.act.spec import error, formats, oracle, quartic
 
 TABLES = act.names()
 BF16 = formats.BF16.all_bits()

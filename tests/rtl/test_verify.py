@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from rarefy import act, rtl
-from rarefy.act import Table, formats
+from rarefy.act import Table
+from rarefy.act.spec import formats
 from rarefy.rtl import tools
 
 PUBLISHED = act.load("tanh_bf16_ktanh")

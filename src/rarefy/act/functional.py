@@ -2,14 +2,14 @@
 
 (Where a compiler for a GPU fuses sums and products, float32 may differ in its last place.)
 
-Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec`. Error of
+Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec.reference`. Error of
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
 last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.
 
 Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
 (but exact float32 on the CPU, whose fused form is slow, is one operator that runs the kernel).
 So they are in ONNX, and in a graph of ``torch.export`` where no gradient is needed, which then needs no rarefy to run:
-in a form of their own, :mod:`rarefy.act.plain`. Otherwise they are one operator in what is exported or traced,
+in a form of their own, :mod:`rarefy.act.kernels.plain`. Otherwise they are one operator in what is exported or traced,
 ``rarefy::activation``.
 """
 
@@ -27,10 +27,12 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rarefy import kernels
-from rarefy.act import aten, gradients, native, plain, spec, subnormals
-from rarefy.act.aten import FORMAT_OF, given_table
-from rarefy.act.quartic import tanh as quartic_tanh
-from rarefy.act.table import Table
+from rarefy.act import gradients
+from rarefy.act.kernels import aten, native, plain
+from rarefy.act.kernels.aten import FORMAT_OF, given_table
+from rarefy.act.spec import reference, subnormals
+from rarefy.act.spec.quartic import tanh as quartic_tanh
+from rarefy.act.spec.table import Table
 from rarefy.kernels._memory import address
 
 _THREADED = 1 << 18  # elements from which a kernel uses more than one thread
@@ -231,7 +233,7 @@ def _check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> No
     if dtype not in FORMAT_OF:
         known = ", ".join(str(each).removeprefix("torch.") for each in FORMAT_OF)
         raise TypeError(f"{function} takes {known}; got {str(dtype).removeprefix('torch.')}: convert it first")
-    spec.check(function, mode, FORMAT_OF[dtype], given_table(table))
+    reference.check(function, mode, FORMAT_OF[dtype], given_table(table))
 
 
 def _transformed() -> bool:
@@ -318,17 +320,17 @@ def program(function: str, mode: str, dtype: torch.dtype, table: str = "") -> na
     key = (function, mode, dtype, table)
     if key not in _programs:
         fmt, given = FORMAT_OF[dtype], given_table(table)
-        direct = spec.table_for(function, mode, fmt, given)
+        direct = reference.table_for(function, mode, fmt, given)
         if (function, mode) == ("tanh", "hard") and fmt.bits == 16:
-            _programs[key] = native.hard(fmt.name, spec.answers(function, mode, fmt))
+            _programs[key] = native.hard(fmt.name, reference.answers(function, mode, fmt))
         elif mode == "exact" and fmt.name == "bf16" and function != "tanh":
-            _programs[key] = native.gate(function, spec.answers(function, mode, fmt))
+            _programs[key] = native.gate(function, reference.answers(function, mode, fmt))
         elif direct is not None:
             _programs[key] = native.program(
-                direct, spec.answers(function, mode, fmt, given) if fmt.bits <= 16 else None
+                direct, reference.answers(function, mode, fmt, given) if fmt.bits <= 16 else None
             )
         elif fmt.bits <= 16:
-            _programs[key] = native.lookup(fmt.name, spec.answers(function, mode, fmt, given))
+            _programs[key] = native.lookup(fmt.name, reference.answers(function, mode, fmt, given))
         elif (function, mode) == ("tanh", "exact"):
             _programs[key] = native.quartic(quartic_tanh())
         elif mode == "exact":

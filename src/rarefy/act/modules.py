@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rarefy.act import functional, gradients, spec
-from rarefy.act.aten import given_table
-from rarefy.act.table import Table
+from rarefy.act import functional, gradients
+from rarefy.act.kernels.aten import given_table
+from rarefy.act.spec import reference
+from rarefy.act.spec.table import Table
 
 
 class Activation(nn.Module):
@@ -25,8 +26,8 @@ class Activation(nn.Module):
     def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
         """Set the three options; raises ValueError for those that no function takes."""
         given = given_table(table) if isinstance(table, str) else table
-        if mode not in spec.MODES:
-            raise ValueError(f"mode must be one of {', '.join(spec.MODES)}, got {mode!r}")
+        if mode not in reference.MODES:
+            raise ValueError(f"mode must be one of {', '.join(reference.MODES)}, got {mode!r}")
         if given is not None and mode != "ktanh":
             raise ValueError(f'a table goes with mode="ktanh", got mode={mode!r}')
         gradients.resolve(self.function, mode, grad)

@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from rarefy.act import functional
-from rarefy.act.aten import given_table
+from rarefy.act.kernels.aten import given_table
 from rarefy.act.modules import GELU, Activation, LSTMCell, Sigmoid, SiLU, Tanh
-from rarefy.act.table import Table
+from rarefy.act.spec.table import Table
 
 _MODULES: dict[type[nn.Module], type[Activation]] = {
     nn.Tanh: Tanh,

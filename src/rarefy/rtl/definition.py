@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rarefy.act import formats
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec import formats
+from rarefy.act.spec.table import BitIndex, Table
 from rarefy.rtl.design import literal
 
 
 def definition(top: str, table: Table, nan: str) -> str:
-    """A combinational module that writes the formulas of :mod:`rarefy.act.table` down, without any of ``emit``'s ways.
+    """A combinational module that writes the formulas of the table down, without any of ``emit``'s ways.
 
     Forms ``shift``, ``carry`` and ``segments``; raises ValueError for ``linear``.
     """

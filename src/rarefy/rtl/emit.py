@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import error, formats, oracle
-from rarefy.act.formats import Format
-from rarefy.act.table import Table
+from rarefy.act.spec import error, formats, oracle
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import Table
 from rarefy.rtl.design import About, Compute, Design, Port, literal
 from rarefy.rtl.flat import flat
 from rarefy.rtl.identifiers import comment, module_name

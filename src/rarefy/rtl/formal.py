@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rarefy.act import formats
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec import formats
+from rarefy.act.spec.table import BitIndex, Table
 from rarefy.rtl import tools
 from rarefy.rtl.definition import definition
 from rarefy.rtl.design import Design, literal

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rarefy.act import formats
-from rarefy.act.formats import Format
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec import formats
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import BitIndex, Table
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, below, choose, nan_result, nan_wire, rom, width_for
 

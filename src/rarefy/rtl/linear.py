@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rarefy.act import formats
-from rarefy.act.table import MultiplyIndex, Table
+from rarefy.act.spec import formats
+from rarefy.act.spec.table import MultiplyIndex, Table
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, below, nan_result, nan_wire, rom, width_for
 

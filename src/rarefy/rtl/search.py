@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rarefy.act import error as errors
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits
-from rarefy.act.oracle import Function
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec import error as errors
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import BitIndex, Table
 from rarefy.rtl import flow, tools
 from rarefy.rtl.covers import Choice, Relation
 from rarefy.rtl.design import Design

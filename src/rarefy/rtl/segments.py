@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rarefy.act import formats
-from rarefy.act.formats import Format
-from rarefy.act.table import Table
+from rarefy.act.spec import formats
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import Table
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, choose, nan_result, nan_wire, width_for
 

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits, Format
-from rarefy.act.oracle import Function
-from rarefy.act.table import CutIndex, MultiplyIndex, Table
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits, Format
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import CutIndex, MultiplyIndex, Table
 
 
 def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | None:

@@ -1,7 +1,7 @@
 """The functions without a view of a float's bits, which ONNX has not: bits are found by arithmetic in float64.
 
-This is the decomposition of the operator ``rarefy::activation``. It has the results of :mod:`rarefy.act.aten`, but that
-a NaN becomes the quiet one, and no gradient.
+This is the decomposition of the operator ``rarefy::activation``. It has the results of
+:mod:`rarefy.act.kernels.aten`, but that a NaN becomes the quiet one, and no gradient.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from rarefy.act import aten, formats
-from rarefy.act.aten import FORMAT_OF
+from rarefy.act.kernels import aten
+from rarefy.act.kernels.aten import FORMAT_OF
+from rarefy.act.spec import formats
 
 
 def activation(x: Tensor, function: str, mode: str, table: str = "") -> Tensor:

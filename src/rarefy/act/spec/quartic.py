@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import oracle, subnormals
-from rarefy.act.formats import FP32
+from rarefy.act.spec import subnormals
+from rarefy.act.spec.formats import FP32
 
 SEGMENTS = 32
 #: |x| is clamped to the largest float32 below 15, so that |x| + 1 stays below 16.
@@ -84,17 +82,17 @@ def begins() -> Floats:
     """Where each segment begins, shape [32], in the order of the rows."""
     values = np.zeros(SEGMENTS)
     for segment in range(SEGMENTS):
-        values[_row(segment)] = _span(segment)[0]
+        values[row_of(segment)] = span(segment)[0]
     return values.astype(np.float32)
 
 
-def _span(segment: int) -> tuple[float, float]:
+def span(segment: int) -> tuple[float, float]:
     """Begin and width of a segment, counted from 0 up."""
     octave, part = divmod(segment, 8)
     return 2.0**octave * (1 + part / 8) - 1.0, 2.0**octave / 8
 
 
-def _row(segment: int) -> int:
+def row_of(segment: int) -> int:
     """The row of a segment: the low two bits of the exponent field 127 + octave of w, then the part."""
     octave, part = divmod(segment, 8)
     return ((127 + octave) & 3) * 8 + part
@@ -109,40 +107,6 @@ def fused(a: Floats, b: Floats, c: Floats) -> Floats:
     bits = s.view(np.int64)  # to odd: then rounding to float32 is the only rounding
     odd = np.where((error != 0) & (bits & 1 == 0), bits + np.where((error > 0) == (s > 0), 1, -1), bits)
     return odd.view(np.float64).astype(np.float32)
-
-
-def _through(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[float]:
-    """The polynomial through the points, lowest power first: in rationals, so that every machine finds the same."""
-    nodes, table = ([Fraction(float(v)) for v in values] for values in (x, y))
-    for order in range(1, len(nodes)):  # divided differences
-        for i in range(len(nodes) - 1, order - 1, -1):
-            table[i] = (table[i] - table[i - 1]) / (nodes[i] - nodes[i - order])
-    powers = [Fraction(0)] * len(nodes)
-    for node, value in zip(reversed(nodes), reversed(table), strict=True):  # powers <- powers * (x - node) + value
-        powers = [value - node * powers[0], *(a - node * b for a, b in pairwise(powers))]
-    return [float(c) for c in powers]
-
-
-def fit() -> Quartic:
-    """The coefficients of tanh: interpolation at Chebyshev nodes, segment by segment."""
-    nodes = np.cos(np.pi * (np.arange(5) + 0.5) / 5)
-    coefficients = np.zeros((5, SEGMENTS))
-    for segment in range(SEGMENTS):
-        begin, width = _span(segment)
-        if segment == 0:
-            # tanh f = f + f^2 (c2 + c3 f + c4 f^2), the bracket interpolated at three nodes. The relative error is then
-            # about f (f - n1) (f - n2) (f - n3), least where these are the zeros of T4 with the first one moved to 0.
-            t4 = -np.cos(np.pi * (np.arange(4) + 0.5) / 4)
-            f = width * (t4[1:] - t4[0]) / (1.0 - t4[0])
-            c = np.array([0.0, 1.0, *_through(f, (np.tanh(f) - f) / f**2)])
-        elif begin >= 9.0:  # tanh rounds to 1
-            c = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
-        else:
-            f = width / 2 * (1 + nodes)
-            c = np.array(_through(f, oracle.tanh(begin + f)))
-        coefficients[:, _row(segment)] = c
-    bits = coefficients.astype(np.float32).view(np.uint32)
-    return Quartic(tuple(tuple(int(v) for v in row) for row in bits))
 
 
 @cache

@@ -3,7 +3,7 @@
 Modes:
 
 ``exact``
-    Correctly rounded for every input of a format of at most 16 bits, by a shipped :class:`~rarefy.act.table.Table`.
+    Correctly rounded for every input of a format of at most 16 bits, by a shipped :class:`~rarefy.act.Table`.
 ``ktanh``
     The paper (arXiv 1909.07729). tanh is the published table, or another; the others derive from it (section 3)::
 
@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import formats, subnormals
-from rarefy.act.formats import Bits, Format
-from rarefy.act.oracle import FUNCTIONS
-from rarefy.act.table import Table, load
+from rarefy.act.spec import formats, subnormals
+from rarefy.act.spec.formats import Bits, Format
+from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.act.spec.table import Table, load
 
 MODES = ("exact", "ktanh", "hard")
 PUBLISHED = "tanh_bf16_ktanh"

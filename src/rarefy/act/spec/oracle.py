@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from rarefy.act import subnormals
-from rarefy.act.formats import Bits, Format, Values
+from rarefy.act.spec import subnormals
+from rarefy.act.spec.formats import Bits, Format, Values
 
 #: Bound of the relative error of the functions below; the tests hold them against 200-bit arithmetic.
 RELATIVE_ERROR = 2.0**-42

@@ -1,9 +1,4 @@
-"""Fit tables: from the true function to the interval of answers allowed for every input, and from there to rows.
-
-Everything here is deterministic and exhaustive over the inputs of the format. ``fit_shift`` searches every (E, r, b)
-of every row, so that its optimum is a proof; ``fit_linear`` and ``fit_segments`` (:mod:`rarefy.act.lines`) decide by
-exact integer arithmetic whether a straight line passes through all intervals of a row.
-"""
+"""Fit ``shift`` and ``carry`` tables by a search over every (E, r, b) of every row, so that the optimum is a proof."""
 
 from __future__ import annotations
 
@@ -13,13 +8,10 @@ from itertools import combinations
 
 import numpy as np
 
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits, Format, Values
-from rarefy.act.lines import fit_linear, fit_segments
-from rarefy.act.oracle import Function
-from rarefy.act.table import BitIndex, Table
-
-__all__ = ["OBJECTIVES", "Certificate", "certify", "fit_linear", "fit_segments", "fit_shift"]
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits, Format, Values
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import BitIndex, Table
 
 OBJECTIVES = ("max_abs", "max_ulp", "rmse")
 _SLACK = 1e-12  # float64 noise when two error bounds are compared

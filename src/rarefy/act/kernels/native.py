@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy import kernels
-from rarefy.act import formats
-from rarefy.act.quartic import LIMIT, Quartic
-from rarefy.act.quartic import begins as quartic_begins
-from rarefy.act.table import BitIndex, MultiplyIndex, Table
+from rarefy.act.spec import formats
+from rarefy.act.spec.quartic import LIMIT, Quartic
+from rarefy.act.spec.quartic import begins as quartic_begins
+from rarefy.act.spec.table import BitIndex, MultiplyIndex, Table
 
 Block = npt.NDArray[np.uint8]
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits, Format, Values
-from rarefy.act.oracle import Function
-from rarefy.act.table import Table
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits, Format, Values
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import Table
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def largest(table: Table, function: str | None = None) -> float:
     Where there are too many inputs to try, by branch and bound: between two inputs of a row neither the result nor the
     function moves farther than its ends and its slope allow, and only where that could exceed the largest error known
     are the inputs between looked at. Raises ValueError for a function that is not one of
-    :data:`~rarefy.act.oracle.FUNCTIONS`.
+    :data:`~rarefy.act.spec.oracle.FUNCTIONS`.
     """
     name = function or table.function
     if name not in oracle.FUNCTIONS:

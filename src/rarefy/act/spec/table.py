@@ -34,8 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy._files import write_atomically
-from rarefy.act import formats
-from rarefy.act.formats import Bits, Format
+from rarefy.act.spec import formats
+from rarefy.act.spec.formats import Bits, Format
 
 FILE_VERSION = 1
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from rarefy._files import write_atomically
-from rarefy.act import error, fit, formats, oracle, quartic
-from rarefy.act.oracle import FUNCTIONS
-from rarefy.act.table import BitIndex, Table, load
+from rarefy.act import fit
+from rarefy.act.fit.quartic import fit_quartic
+from rarefy.act.spec import error, formats, oracle, quartic
+from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.act.spec.table import BitIndex, Table, load
 
 # The 32 rows (E, r, b) of arXiv 1909.07729, in the order of the 5-bit index, with its T1 = 0.25 and T2 = 3.75.
 # fmt: off
@@ -91,7 +93,7 @@ def write(folder: str | Path) -> list[Table]:
     for table in tables:
         table.save(Path(folder) / f"{table.name}.json")
     coefficients = Path(folder) / "quartic" / "tanh_fp32.json"
-    write_atomically(coefficients, lambda beside: beside.write_text(quartic.fit().to_json(), encoding="utf-8"))
+    write_atomically(coefficients, lambda beside: beside.write_text(fit_quartic().to_json(), encoding="utf-8"))
     return tables
 
 
@@ -158,5 +160,5 @@ def prove_quartic() -> Proof:
     y, true = formats.FP32.decode(quartic.tanh().compute(x)), np.tanh(formats.FP32.decode(x))
     last_place = np.exp2(np.floor(np.log2(true)) - 23.0)
     largest, ulp = float(np.abs(y - true).max()), float((np.abs(y - true) / last_place).max())
-    holds = quartic.fit() == quartic.tanh() and largest <= quartic.MAX_ABS and ulp <= quartic.MAX_ULP
+    holds = fit_quartic() == quartic.tanh() and largest <= quartic.MAX_ABS and ulp <= quartic.MAX_ULP
     return Proof("quartic/tanh_fp32", f"within {largest:.2e} and {ulp:.2f} ulp on {x.size} inputs", bool(holds))

@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarefy.act import formats, spec, subnormals
-from rarefy.act.formats import Format
-from rarefy.act.quartic import LIMIT, begins
-from rarefy.act.quartic import tanh as quartic_tanh
-from rarefy.act.table import BitIndex, MultiplyIndex, Table, load
+from rarefy.act.spec import formats, reference, subnormals
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.quartic import LIMIT, begins
+from rarefy.act.spec.quartic import tanh as quartic_tanh
+from rarefy.act.spec.table import BitIndex, MultiplyIndex, Table, load
 
 FORMAT_OF = {
     torch.bfloat16: formats.BF16,
@@ -67,7 +67,7 @@ def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic:
 def plan(function: str, mode: str, fmt: str, table: str) -> str:
     """How the table is computed here: its form where arithmetic is cheap, else "answers"."""
     f = formats.get(fmt)
-    direct = spec.table_for(function, mode, f, given_table(table))
+    direct = reference.table_for(function, mode, f, given_table(table))
     if direct is not None and direct.form == "linear" and direct.symmetry == "odd":
         return "linear"
     if direct is not None and direct.form in ("shift", "carry"):
@@ -115,7 +115,7 @@ def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
 
 
 def _direct(function: str, mode: str, fmt: str, table: str) -> Table:
-    direct = spec.table_for(function, mode, formats.get(fmt), given_table(table))
+    direct = reference.table_for(function, mode, formats.get(fmt), given_table(table))
     assert direct is not None
     return direct
 
@@ -136,7 +136,7 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
     f = formats.get(fmt)
     array: npt.NDArray[Any]
     if what in ("answers", "values"):
-        values = spec.answers(function, mode, f, given_table(table))
+        values = reference.answers(function, mode, f, given_table(table))
         array = values.view(np.int16 if f.bits == 16 else np.uint8).copy()
     elif what == "quartic":  # by rising segment: the rows begin with the last octave's but one
         array = np.roll(np.concatenate([begins()[None], quartic_tanh().values()]), 8, axis=1)
@@ -220,16 +220,16 @@ def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec`."""
+    """Mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec.reference`."""
     h = x * 0.5
     if function == "sigmoid":
         return 0.5 + 0.5 * tanh(h)
-    z = h if function == "silu" else x * (spec.GELU_A + spec.GELU_B * (x * x))
+    z = h if function == "silu" else x * (reference.GELU_A + reference.GELU_B * (x * x))
     return _limit(x, h * (1.0 + tanh(z)))
 
 
 def hard32(x: Tensor, function: str) -> Tensor:
-    """Mode ``hard`` in float32; see :mod:`rarefy.act.spec`."""
+    """Mode ``hard`` in float32; see :mod:`rarefy.act.spec.reference`."""
     if function == "tanh":
         return x.clamp(-1.0, 1.0)
     if function == "sigmoid":
@@ -328,7 +328,9 @@ def _normal_tail(a: Tensor) -> Tensor:
 
 
 def tanh32(x: Tensor) -> Tensor:
-    """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See :mod:`rarefy.act.quartic`."""
+    """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See the
+    reference, :mod:`rarefy.act.spec.quartic`.
+    """
     begins, *coefficients = constant("quartic", "tanh", "exact", "fp32", "", str(x.device)).unbind(0)
     a = torch.where(is_number(x), x.abs(), 0.0).clamp(max=LIMIT)
     # the segment, without the bits of w: eight for each doubling of it
@@ -344,7 +346,7 @@ def tanh32(x: Tensor) -> Tensor:
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The float32 nearest to ``a * b + c``; see :func:`rarefy.act.quartic.fused`."""
+    """The float32 nearest to ``a * b + c``; see :func:`rarefy.act.spec.quartic.fused`."""
     p, d = a.double() * b.double(), c.double()
     s = p + d
     back = s - p

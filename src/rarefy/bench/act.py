@@ -27,8 +27,9 @@ from torch import Tensor
 
 from rarefy import act, kernels
 from rarefy._files import write_atomically
-from rarefy.act import functional, native
-from rarefy.act.oracle import FUNCTIONS
+from rarefy.act import functional
+from rarefy.act.kernels import native
+from rarefy.act.spec.oracle import FUNCTIONS
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
 SIZES = {"L1": 1 << 13, "L2": 1 << 17, "DRAM": 1 << 25}

@@ -16,9 +16,9 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-from rarefy.act import spec
-from rarefy.act.aten import FORMAT_OF, given_table
-from rarefy.act.table import BitIndex, MultiplyIndex
+from rarefy.act.kernels.aten import FORMAT_OF, given_table
+from rarefy.act.spec import reference
+from rarefy.act.spec.table import BitIndex, MultiplyIndex
 
 BLOCK = 1024
 
@@ -95,7 +95,7 @@ def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str)
     key = (function, mode, fmt.name, table, device)
     if key not in _tables:
         given = given_table(table)
-        direct = spec.table_for(function, mode, fmt, given)
+        direct = reference.table_for(function, mode, fmt, given)
         kernel: Any = _lookup_kernel
         constants: tuple[int, ...] = ((1 << fmt.bits) - 1,)
         values: npt.NDArray[Any] | None = None
@@ -110,7 +110,7 @@ def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str)
             constants = (right, direct.index.rows - 1, fmt.mantissa_mask, direct.identity_below)
             constants += (direct.saturate_above, fmt.one, fmt.last)
         if values is None:
-            answers = spec.answers(function, mode, fmt, given)
+            answers = reference.answers(function, mode, fmt, given)
             values = answers.view(np.int16 if fmt.bits == 16 else np.uint8).copy()
         _tables[key] = kernel, constants, torch.from_numpy(values).to(device)
     return _tables[key]
