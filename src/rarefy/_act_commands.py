@@ -118,9 +118,9 @@ def _show(arguments: argparse.Namespace) -> int:
     from rarefy.act.spec import error, formats, oracle
 
     if arguments.table is None:
-        listed = [(name, act.load(name)) for name in act.names()]
+        listed = [(name, act.load(name)) for name in act.list_tables()]
         if arguments.json:
-            print(json.dumps(act.names()))
+            print(json.dumps(act.list_tables()))
         else:
             print(
                 "\n".join(f"{name:22} {t.function} in {t.format}: {len(t.rows)} rows, {t.form}" for name, t in listed)

@@ -4,17 +4,32 @@ from rarefy.act import functional
 from rarefy.act.functional import gelu, sigmoid, silu, tanh
 from rarefy.act.modules import GELU, LSTMCell, Sigmoid, SiLU, Tanh
 from rarefy.act.spec.formats import FORMATS, Format
-from rarefy.act.spec.table import BitIndex, CutIndex, MultiplyIndex, Table, load, names
+from rarefy.act.spec.table import (
+    BitIndex,
+    CarryTable,
+    CutIndex,
+    LinearTable,
+    MultiplyIndex,
+    SegmentsTable,
+    ShiftTable,
+    Table,
+    list_tables,
+    load,
+)
 from rarefy.act.swapping import Swap, swap
 
 __all__ = [
     "FORMATS",
     "GELU",
     "BitIndex",
+    "CarryTable",
     "CutIndex",
     "Format",
     "LSTMCell",
+    "LinearTable",
     "MultiplyIndex",
+    "SegmentsTable",
+    "ShiftTable",
     "SiLU",
     "Sigmoid",
     "Swap",
@@ -22,8 +37,8 @@ __all__ = [
     "Tanh",
     "functional",
     "gelu",
+    "list_tables",
     "load",
-    "names",
     "sigmoid",
     "silu",
     "swap",

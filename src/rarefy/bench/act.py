@@ -27,8 +27,7 @@ from torch import Tensor
 
 from rarefy import act, kernels
 from rarefy._files import write_atomically
-from rarefy.act import functional
-from rarefy.act.kernels import native
+from rarefy.act.kernels import launch, native
 from rarefy.act.spec.oracle import FUNCTIONS
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
@@ -115,26 +114,26 @@ def _python_timer(call: Callable[[], object]) -> Timer:
 def _kernels(peers: Peers, dtype: torch.dtype, x: Tensor, y: Tensor) -> dict[str, Timer]:
     timers: dict[str, Timer] = {}
 
-    def add(entry: str, program: native.Program | None, isa: str | None = None) -> None:
+    def add(entry: str, steps: native.KernelSteps | None, isa: str | None = None) -> None:
         with kernels.forced(isa):
-            kernel = program.kernel() if program is not None else None
+            kernel = steps.kernel() if steps is not None else None
         if kernel is not None:
-            peers.alive.append(program)
+            peers.alive.append(steps)
             timers[entry] = peers.timer(*kernel, x, y)
 
     for function in FUNCTIONS:
         for mode in ("exact", "ktanh", "hard"):
-            add(f"kernel {function} {mode}", functional.program(function, mode, dtype))
+            add(f"kernel {function} {mode}", launch.steps_of(function, mode, dtype))
     if dtype == torch.bfloat16:
-        table = native.program(act.load("tanh_bf16"))
+        table = native.for_table(act.load("tanh_bf16"))
         for isa in ("avx512", "avx2", "portable"):
             add(f"kernel tanh exact {isa}", table, isa)
-            add(f"kernel tanh ktanh {isa}", native.program(act.load("tanh_bf16_ktanh")), isa)
-        answers = native.Program(table.dtype, table.steps[-1:])
+            add(f"kernel tanh ktanh {isa}", native.for_table(act.load("tanh_bf16_ktanh")), isa)
+        answers = native.KernelSteps(table.dtype, table.steps[-1:])
         add("kernel lookup of 65536 answers", answers)
     if dtype == torch.float32:
         for isa in ("avx2", "portable"):
-            add(f"kernel tanh exact {isa}", functional.program("tanh", "exact", dtype), isa)
+            add(f"kernel tanh exact {isa}", launch.steps_of("tanh", "exact", dtype), isa)
     names = {2: ["memcpy16"], 4: ["memcpy32", "hard32", "sleef_u10", "sleef_u35"]}[x.element_size()]
     for name in names:
         peer = peers.find(f"peer_{name}")

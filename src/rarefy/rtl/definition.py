@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rarefy.act.spec import formats
-from rarefy.act.spec.table import BitIndex, Table
+from rarefy.act.spec.table import SegmentsTable, ShiftTable, Table
 from rarefy.rtl.design import literal
 
 
@@ -12,13 +11,13 @@ def definition(top: str, table: Table, nan: str) -> str:
 
     Forms ``shift``, ``carry`` and ``segments``; raises ValueError for ``linear``.
     """
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     n, m = fmt.bits, fmt.mantissa_bits
-    if table.form == "linear":
+    if not isinstance(table, ShiftTable | SegmentsTable):
         raise ValueError(f"{table.name}: form linear has 16 bits, where the truth table is the definition")
     odd = table.symmetry == "odd"
     lines = [f"  wire [{n - 1}:0] u = {f'{{1{chr(39)}b0, x[{n - 2}:0]}}' if odd else 'x'};", f"  logic [{n - 1}:0] v;"]
-    if isinstance(table.index, BitIndex):
+    if isinstance(table, ShiftTable):
         index = table.index
         lines += [
             f"  wire [{m - 1}:0] mantissa = x[{m - 1}:0];",

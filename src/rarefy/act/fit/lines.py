@@ -13,7 +13,7 @@ import numpy as np
 from rarefy.act.spec import formats, oracle
 from rarefy.act.spec.formats import Bits, Format
 from rarefy.act.spec.oracle import Function
-from rarefy.act.spec.table import CutIndex, MultiplyIndex, Table
+from rarefy.act.spec.table import CutIndex, LinearTable, MultiplyIndex, SegmentsTable
 
 
 def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | None:
@@ -71,7 +71,7 @@ def fit_linear(
     max_abs: float | None = None,
     starts: int = 24,
     name: str | None = None,
-) -> Table:
+) -> LinearTable:
     """A ``linear`` table, correctly rounded or within ``max_abs``, of an odd function: x near 0 and constant far out.
 
     Within ``max_abs`` everywhere that rounding alone is not farther off. Searches ``starts`` beginnings below the first
@@ -113,11 +113,10 @@ def fit_linear(
                 low, high, start, np.searchsorted(t, np.arange(t[-1] + 2)) + start, fits, offset, fraction_bits
             )
             if lines is not None:
-                return Table(
+                return LinearTable(
                     name=name or f"{named}_{f.name}_linear{rows}",
                     function=named,
                     format=f.name,
-                    form="linear",
                     index=MultiplyIndex(start, length, factor),
                     rows=tuple(lines),
                     identity_below=start,
@@ -162,7 +161,7 @@ def fit_segments(
     grid: int = 0,
     symmetry: str | None = None,
     name: str | None = None,
-) -> Table:
+) -> SegmentsTable:
     """The ``segments`` table with the fewest rows that is correctly rounded, or within ``max_abs``, on every input.
 
     Each row reaches as far as a line can (which is optimal for cutting a line into intervals). Where rounding alone is
@@ -204,11 +203,10 @@ def fit_segments(
                 )
             rows.append((int(bits[at]), *fit))
             at += reach
-    return Table(
+    return SegmentsTable(
         name=name or f"{oracle.name_of(function)}_{f.name}",
         function=oracle.name_of(function),
         format=f.name,
-        form="segments",
         index=CutIndex(),
         rows=tuple(rows),
         symmetry=symmetry,

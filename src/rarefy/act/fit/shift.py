@@ -11,7 +11,7 @@ import numpy as np
 from rarefy.act.spec import formats, oracle
 from rarefy.act.spec.formats import Bits, Format, Values
 from rarefy.act.spec.oracle import Function
-from rarefy.act.spec.table import BitIndex, Table
+from rarefy.act.spec.table import BitIndex, CarryTable, ShiftTable
 
 OBJECTIVES = ("max_abs", "max_ulp", "rmse")
 _SLACK = 1e-12  # float64 noise when two error bounds are compared
@@ -164,7 +164,7 @@ def fit_shift(
     monotone: bool = False,
     few_shifts: bool = False,
     name: str | None = None,
-) -> Table:
+) -> ShiftTable:
     """The best ``shift`` or ``carry`` table of an odd function that is x near 0 and 1 far out.
 
     Among the tables of least ``objective`` ("max_abs", "max_ulp" or "rmse", between T1 and T2) it takes that of
@@ -198,11 +198,10 @@ def fit_shift(
     for row, (r, base) in zip(rows, path, strict=True):
         e = (base + int(row.mantissa[0] >> r)) >> f.mantissa_bits
         table[row.number] = (e, r, base - (e << f.mantissa_bits))
-    return Table(
+    return (ShiftTable if form == "shift" else CarryTable)(
         name=name or f"{oracle.name_of(function)}_{f.name}_{form}{index.rows}",
         function=oracle.name_of(function),
         format=f.name,
-        form=form,
         index=index,
         rows=tuple(table),
         identity_below=t1,

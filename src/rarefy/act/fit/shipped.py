@@ -13,7 +13,7 @@ from rarefy.act import fit
 from rarefy.act.fit.quartic import fit_quartic
 from rarefy.act.spec import error, formats, oracle, quartic
 from rarefy.act.spec.oracle import FUNCTIONS
-from rarefy.act.spec.table import BitIndex, Table, load
+from rarefy.act.spec.table import BitIndex, SegmentsTable, ShiftTable, Table, load
 
 # The 32 rows (E, r, b) of arXiv 1909.07729, in the order of the 5-bit index, with its T1 = 0.25 and T2 = 3.75.
 # fmt: off
@@ -27,13 +27,12 @@ _PUBLISHED_ROWS = (
 # fmt: on
 
 
-def published() -> Table:
+def published() -> ShiftTable:
     """The table of the paper."""
-    return Table(
+    return ShiftTable(
         name="tanh_bf16_ktanh",
         function="tanh",
         format="bf16",
-        form="shift",
         index=BitIndex(2, 3),
         rows=_PUBLISHED_ROWS,
         identity_below=0x3E80,
@@ -117,26 +116,25 @@ def prove(table: Table) -> Proof:
     """Prove what is claimed of a shipped table: correct rounding, or the least error of its form and no falls."""
     errors = error.of(table)
     same = load(table.name) == table
-    if table.form in ("shift", "carry"):
-        assert isinstance(table.index, BitIndex)
-        f = formats.get(table.format)
+    if isinstance(table, ShiftTable):
+        f = table.fmt
         t1, t2 = (float(f.decode(bits)) for bits in (table.identity_below, table.saturate_above))
         least = fit.certify(table.function, f, table.index, identity_below=t1, saturate_above=t2, form=table.form).least
         claim = f"largest error {errors.max_abs:.6f}, falls {errors.falls} times; no such table is below {least:.6f}"
         # the monotone carry table is not of least error: rows would meet in falls
-        holds = errors.max_abs == least if table.form == "shift" else errors.falls == 0
+        holds = errors.falls == 0 if table.carries else errors.max_abs == least
         holds &= errors.falls == 0 or table.name == "tanh_bf16_ktanh"
         return Proof(table.name, claim, bool(holds and same))
-    if table.name.endswith("_shifts"):
+    if isinstance(table, SegmentsTable) and table.name.endswith("_shifts"):
         return _prove_shifts(table, errors.max_abs, same)
-    _, margin = oracle.rounded(table.function, formats.get(table.format), formats.get(table.format).all_bits())
+    _, margin = oracle.rounded(table.function, table.fmt, table.fmt.all_bits())
     claim = f"correctly rounded on all inputs; none is nearer to a tie than {margin:.1e} ulp"
     return Proof(table.name, claim, errors.misrounded == 0 and same)
 
 
-def _prove_shifts(table: Table, largest: float, same: bool) -> Proof:
+def _prove_shifts(table: SegmentsTable, largest: float, same: bool) -> Proof:
     """Every result within one of the two errors or rounded right, and every slope 0 or a power of two."""
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     max_abs, max_rel, _ = SHIFTS[table.function]
     x = fmt.all_bits()
     x = x[~fmt.is_nan(x)]

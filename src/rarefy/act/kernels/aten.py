@@ -21,7 +21,7 @@ from rarefy.act.spec import formats, reference, subnormals
 from rarefy.act.spec.formats import Format
 from rarefy.act.spec.quartic import LIMIT, begins
 from rarefy.act.spec.quartic import tanh as quartic_tanh
-from rarefy.act.spec.table import BitIndex, MultiplyIndex, Table, load
+from rarefy.act.spec.table import LinearTable, SegmentsTable, ShiftTable, Table, load
 
 FORMAT_OF = {
     torch.bfloat16: formats.BF16,
@@ -68,11 +68,11 @@ def plan(function: str, mode: str, fmt: str, table: str) -> str:
     """How the table is computed here: its form where arithmetic is cheap, else "answers"."""
     f = formats.get(fmt)
     direct = reference.table_for(function, mode, f, given_table(table))
-    if direct is not None and direct.form == "linear" and direct.symmetry == "odd":
+    if isinstance(direct, LinearTable) and direct.symmetry == "odd":
         return "linear"
-    if direct is not None and direct.form in ("shift", "carry"):
+    if isinstance(direct, ShiftTable):
         return "shift"
-    if direct is not None and f.bits == 32:
+    if isinstance(direct, SegmentsTable) and f.bits == 32:
         return "segments"
     return "answers"
 
@@ -103,15 +103,15 @@ def _attribute(*key: str) -> str:
 
 @torch.compiler.assume_constant_result
 def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
-    """The header of a linear or shift table."""
+    """The header of a table, as :func:`_linear16`, :func:`_shift` and :func:`_segments32` read it."""
     direct = _direct(function, mode, fmt, table)
-    i = direct.index
-    if isinstance(i, MultiplyIndex):
+    if isinstance(direct, LinearTable):
+        i = direct.index
         return i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below
-    if not isinstance(i, BitIndex):
-        return direct.fraction_bits, int(direct.symmetry == "odd")
-    f = formats.get(fmt)
-    return f.mantissa_bits - i.mantissa_bits, i.rows - 1, direct.identity_below, direct.saturate_above
+    if isinstance(direct, ShiftTable):
+        right = direct.fmt.mantissa_bits - direct.index.mantissa_bits
+        return right, direct.index.rows - 1, direct.identity_below, direct.saturate_above
+    return direct.fraction_bits, int(direct.symmetry == "odd")
 
 
 def _direct(function: str, mode: str, fmt: str, table: str) -> Table:
@@ -149,10 +149,10 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
     else:
         direct = _direct(function, mode, fmt, table)
         columns = np.array(direct.rows, dtype=np.int64)
-        if direct.form in ("shift", "carry"):  # (r, base)
+        if isinstance(direct, ShiftTable):  # (r, base)
             columns = np.stack([columns[:, 1], (columns[:, 0] << f.mantissa_bits) + columns[:, 2]], axis=1)
         # sums of segments in float32 need more than 32 bits
-        array = columns.T.astype(np.int64 if direct.form == "segments" else np.int32)
+        array = columns.T.astype(np.int64 if isinstance(direct, SegmentsTable) else np.int32)
         if what == "factors":  # (2^-r, base)
             array = np.stack([np.ldexp(1.0, -array[0]), array[1].astype(np.float64)])
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.

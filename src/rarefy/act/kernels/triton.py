@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rarefy.act.kernels.aten import FORMAT_OF, given_table
 from rarefy.act.spec import reference
-from rarefy.act.spec.table import BitIndex, MultiplyIndex
+from rarefy.act.spec.table import LinearTable, ShiftTable
 
 BLOCK = 1024
 
@@ -99,12 +99,12 @@ def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str)
         kernel: Any = _lookup_kernel
         constants: tuple[int, ...] = ((1 << fmt.bits) - 1,)
         values: npt.NDArray[Any] | None = None
-        if direct is not None and isinstance(direct.index, MultiplyIndex) and direct.symmetry == "odd":
+        if isinstance(direct, LinearTable) and direct.symmetry == "odd":
             i = direct.index
             kernel, values = _linear_kernel, np.array(direct.rows, dtype=np.int32)
             constants = (i.start, i.length, i.factor, direct.fraction_bits, direct.offset)
             constants += (direct.identity_below, fmt.last)
-        elif direct is not None and isinstance(direct.index, BitIndex) and fmt.bits == 16:
+        elif isinstance(direct, ShiftTable) and fmt.bits == 16:
             right, m = fmt.mantissa_bits - direct.index.mantissa_bits, fmt.mantissa_bits
             kernel, values = _shift_kernel, np.array([(r, (e << m) + b) for e, r, b in direct.rows], dtype=np.int32)
             constants = (right, direct.index.rows - 1, fmt.mantissa_mask, direct.identity_below)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rarefy.act.spec import formats, oracle
 from rarefy.act.spec.formats import Bits, Format, Values
 from rarefy.act.spec.oracle import Function
-from rarefy.act.spec.table import Table
+from rarefy.act.spec.table import SegmentsTable, Table
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ def measure(function: Function, fmt: str | Format, answers: npt.ArrayLike) -> Er
 
 def of(table: Table, function: Function | None = None) -> Errors:
     """The errors of a table over all inputs of its format, against ``function`` or the known one that it names."""
-    fmt = formats.get(table.format)
-    answers: npt.NDArray[Any] = table.compute(fmt.all_bits())
-    return measure(function or table.function, fmt, answers)
+    answers: npt.NDArray[Any] = table.compute(table.fmt.all_bits())
+    return measure(function or table.function, table.fmt, answers)
 
 
 #: No known function is steeper than this (GELU is the steepest), and beyond 32 each is its limit to 13 digits.
@@ -94,7 +93,7 @@ def largest(table: Table, function: str | None = None) -> float:
     name = function or table.function
     if name not in oracle.FUNCTIONS:
         raise ValueError(f"function must be one of {', '.join(oracle.FUNCTIONS)}, got {name!r}")
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     if fmt.bits <= 16:
         return of(table, name).max_abs
 
@@ -105,7 +104,8 @@ def largest(table: Table, function: str | None = None) -> float:
     found = 0.0
     for sign in (0, fmt.sign):
         cuts = [sign, sign + table.identity_below, sign + table.saturate_above + 1]
-        cuts += [row[0] + (sign if table.symmetry == "odd" else 0) for row in table.rows if table.form == "segments"]
+        if isinstance(table, SegmentsTable):
+            cuts += [first + (sign if table.symmetry == "odd" else 0) for first, _, _ in table.rows]
         step = fmt.bits - 16
         end = sign + fmt.last
         begins = np.unique([*cuts, *np.arange(sign, end, 1 << step)])
