@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from rarefy import act, kernels
 from rarefy._files import write_atomically
 from rarefy.act.kernels import launch, native
 from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.environment import cpu_name, native_isa
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
 SIZES = {"L1": 1 << 13, "L2": 1 << 17, "DRAM": 1 << 25}
@@ -253,18 +254,12 @@ def targets(found: Sequence[Measured]) -> list[Target]:
 
 def environment(command: str) -> dict[str, str]:
     """Machine, versions, date and command, as they go into every row of the results."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    isa = next((kernel.isa for kernel in kernels.table() if kernel.supported), "none")
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
-        "load": load,
-        "isa": isa,
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
+        "isa": native_isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": command,
@@ -273,13 +268,15 @@ def environment(command: str) -> dict[str, str]:
 
 def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> None:
     """One row an entry; the file is written beside and renamed."""
+    _write(path, [{**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about} for m in found])
 
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     def fill(beside: Path) -> None:
         with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *about])
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            for m in found:
-                writer.writerow({**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about})
+            writer.writerows(rows)
 
     write_atomically(path, fill)
 
