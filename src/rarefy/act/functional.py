@@ -55,7 +55,7 @@ def tanh(
     out: Tensor | None = None,
     table: Table | str | None = None,
 ) -> Tensor:
-    """The hyperbolic tangent of every element, in [-1, 1], odd.
+    """Return the hyperbolic tangent of every element, in [-1, 1], odd.
 
     Args:
         x: a floating-point tensor of any shape and layout.
@@ -79,7 +79,7 @@ def sigmoid(
     out: Tensor | None = None,
     table: Table | str | None = None,
 ) -> Tensor:
-    """The logistic function 1 / (1 + e^-x) of every element, in [0, 1]; arguments and errors as :func:`tanh`."""
+    """Return the logistic function 1 / (1 + e^-x) of every element, in [0, 1]; arguments and errors as :func:`tanh`."""
     return _call("sigmoid", x, mode, grad, out, table)
 
 
@@ -91,7 +91,7 @@ def silu(
     out: Tensor | None = None,
     table: Table | str | None = None,
 ) -> Tensor:
-    """SiLU or Swish, x * sigmoid(x); arguments and errors as :func:`tanh`, but ``grad`` is "x" alone."""
+    """Return SiLU or Swish, x * sigmoid(x); arguments and errors as :func:`tanh`, but ``grad`` is "x" alone."""
     return _call("silu", x, mode, grad, out, table)
 
 
@@ -104,7 +104,7 @@ def gelu(
     out: Tensor | None = None,
     table: Table | str | None = None,
 ) -> Tensor:
-    """GELU: x Phi(x) for ``approximate="none"``, the form by tanh for "tanh" (mode "ktanh" always has that form).
+    """Return GELU: x Phi(x) for ``approximate="none"``, by tanh for "tanh" (mode "ktanh" always has that form).
 
     Other arguments and errors as :func:`tanh`, but ``grad`` is "x" alone.
     """
@@ -116,7 +116,7 @@ def gelu(
 def _call(
     function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
 ) -> Tensor:
-    """One call by the first road that it can take; see the table at the top."""
+    """Make one call by the first road that it can take; see the table at the top."""
     if torch.compiler.is_compiling():
         return _traced(function, x, mode, grad, out, table)
     if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
@@ -141,7 +141,7 @@ def _call(
 
 
 def _result(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
-    """The result with its gradient, in the form that those who watch operators can take."""
+    """Return the result with its gradient, in the form that those who watch operators can take."""
     if torch._C._functorch.peek_interpreter_stack() is not None or launch.dual():
         return operator.apply(x, function, mode, grad, table)
     if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
@@ -155,7 +155,7 @@ def _result(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tenso
 
 
 def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: str) -> Tensor:
-    """Through ``__torch_function__`` of the arguments, as a function of PyTorch; a table goes as text."""
+    """Go through ``__torch_function__`` of the arguments, as a function of PyTorch; a table goes as text."""
     given: dict[str, Any] = {"grad": grad, "out": out, "table": table or None}
     given = {key: value for key, value in given.items() if value is not None}
     if function == "gelu_tanh":
@@ -191,7 +191,7 @@ def _check_out(x: Tensor, out: Tensor) -> None:
 
 
 def _into(x: Tensor, function: str, mode: str, grad: str, table: str, out: Tensor) -> Tensor:
-    """The result in ``out``: by the kernel itself where layouts allow, else copied."""
+    """Return the result in ``out``: by the kernel itself where layouts allow, else copied."""
     _check_out(x, out)
     _check_memory(out)
     tangents = launch.dual() and any(
@@ -209,7 +209,7 @@ def _into(x: Tensor, function: str, mode: str, grad: str, table: str, out: Tenso
 
 
 def in_place(call: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
-    """``call``, one of the functions, written over ``x``: with a gradient, as PyTorch's functions of ``inplace=True``.
+    """Write ``call``, one of the functions, over ``x``: with a gradient, as PyTorch's functions of ``inplace=True``.
 
     Raises RuntimeError, PyTorch's own, for a leaf that needs a gradient.
     """
@@ -223,7 +223,7 @@ _kept: ContextVar[bool] = ContextVar("kept", default=False)
 
 @contextlib.contextmanager
 def kept_operators() -> Iterator[None]:
-    """Within the block ``torch.export`` records our operator and not plain ones: whoever runs the program has it."""
+    """Let ``torch.export`` record our operator and not plain ones in the block: whoever runs the program has it."""
     token = _kept.set(True)
     try:
         yield

@@ -41,7 +41,7 @@ class Activation(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options that are not the default."""
+        """Return the options that are not the default."""
         parts = [f"mode={self.mode!r}"]
         parts += [f"grad={self.grad!r}"] if self.grad is not None else []
         parts += [f"table={self.table.name!r}"] if self.table is not None else []
@@ -54,7 +54,7 @@ class Tanh(Activation):
     function = "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         return functional.tanh(x, self.mode, grad=self.grad, table=self.table)
 
 
@@ -64,7 +64,7 @@ class Sigmoid(Activation):
     function = "sigmoid"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         return functional.sigmoid(x, self.mode, grad=self.grad, table=self.table)
 
 
@@ -85,13 +85,13 @@ class SiLU(Activation):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         if self.inplace:
             return functional.in_place(functional.silu, x, mode=self.mode, grad=self.grad, table=self.table)
         return functional.silu(x, self.mode, grad=self.grad, table=self.table)
 
     def extra_repr(self) -> str:
-        """The options that are not the default."""
+        """Return the options that are not the default."""
         return super().extra_repr() + (", inplace=True" if self.inplace else "")
 
 
@@ -114,7 +114,7 @@ class GELU(Activation):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         return functional.gelu(x, self.mode, approximate=self.approximate, grad=self.grad, table=self.table)
 
 
@@ -128,7 +128,7 @@ class LSTMCell(nn.LSTMCell):
     table: Table | None = None
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step: input [batch, input_size] and (h, c), each [batch, hidden_size]; returns the new (h, c)."""
+        """Take one step: input [batch, input_size] and (h, c), each [batch, hidden_size]; return the new (h, c)."""
         h, c = hx if hx is not None else (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
         gates = nn.functional.linear(input, self.weight_ih, self.bias_ih)
         gates = gates + nn.functional.linear(h, self.weight_hh, self.bias_hh)

@@ -27,15 +27,15 @@ def check(function: str, x: Tensor, mode: str, table: str) -> None:
 
 
 def check_dtype(function: str, dtype: torch.dtype, mode: str, table: str) -> None:
-    """The part of :func:`check` that needs no tensor."""
+    """Do the part of :func:`check` that needs no tensor."""
     if dtype not in FORMAT_OF:
-        known = ", ".join(str(each).removeprefix("torch.") for each in FORMAT_OF)
-        raise TypeError(f"{function} takes {known}; got {str(dtype).removeprefix('torch.')}: convert it first")
+        valid = ", ".join(str(each).removeprefix("torch.") for each in FORMAT_OF)
+        raise TypeError(f"{function} takes {valid}; got {str(dtype).removeprefix('torch.')}: convert it first")
     reference.check(function, mode, FORMAT_OF[dtype], given_table(table))
 
 
 def forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
-    """The result of real data, without a gradient."""
+    """Return the result of real data, without a gradient."""
     x = x.detach()
     kernel = launch.kernel_of(x, function, mode, table)
     if kernel is not None:
@@ -55,7 +55,7 @@ def forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 @torch.library.custom_op("rarefy::activation", mutates_args=())
 def activation(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
-    """The operator behind the functions; ``table`` is "", the name of a shipped table, or a table's JSON."""
+    """Compute all functions, as one operator; ``table`` is "", the name of a shipped table, or a table's JSON."""
     check(function, x, mode, table)
     result = forward(x, function, mode, table)
     return result.clone() if result is x else result
@@ -68,7 +68,7 @@ def _fake(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
 
 @torch._decomp.register_decomposition([torch.ops.rarefy.activation.default])
 def _decomposed(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
-    """What a tracer that is given PyTorch's table of decompositions makes of the operator."""
+    """Return what a tracer that is given PyTorch's table of decompositions makes of the operator."""
     if torch.onnx.is_in_onnx_export():  # a program's decomposition cannot add constants
         raise RuntimeError(
             "this exported program was made with gradients and holds the operator rarefy::activation, which ONNX has"
@@ -135,7 +135,7 @@ class _ForwardMode(_Activation):
 
 
 def apply(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
-    """The function as one of autograd's, for torch.compile and for the transforms of torch.func."""
+    """Compute the function as one of autograd's, for torch.compile and for the transforms of torch.func."""
     kind = _Activation if torch.compiler.is_compiling() else _ForwardMode
     result: Tensor = kind.apply(x, function, mode, grad, table)  # type: ignore[no-untyped-call]
     return result

@@ -98,7 +98,7 @@ class Peers:
         return lambda n: float(clock(address, x.data_ptr(), y.data_ptr(), x.numel(), table, n))
 
     def find(self, name: str) -> Any:
-        """A peer by name, or None."""
+        """Return a peer by name, or None."""
         return getattr(self.library, name, None) if self.library is not None else None
 
 
@@ -220,7 +220,7 @@ def _pin() -> set[int]:
 
 
 def targets(found: Sequence[Measured]) -> list[Target]:
-    """The claims that the measured entries allow to judge."""
+    """Judge the claims, those that the measured entries allow to."""
     ns = {(m.size, m.dtype, m.entry): m.ns for m in found}
     b, f = "bfloat16", "float32"
     wanted: list[tuple[str, tuple[str, str, str], tuple[str, str, str], float, bool]] = [
@@ -253,7 +253,7 @@ def targets(found: Sequence[Measured]) -> list[Target]:
 
 
 def environment(command: str) -> dict[str, str]:
-    """Machine, versions, date and command, as they go into every row of the results."""
+    """Return machine, versions, date and command, as they go into every row of the results."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
@@ -267,7 +267,7 @@ def environment(command: str) -> dict[str, str]:
 
 
 def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> None:
-    """One row an entry; the file is written beside and renamed."""
+    """Write one row an entry; the file is written beside and renamed."""
     _write(path, [{**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about} for m in found])
 
 
@@ -282,7 +282,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def text(found: Sequence[Measured], judged: Sequence[Target]) -> str:
-    """The entries by size and format, fastest first, and the targets, for people."""
+    """Format the entries by size and format, fastest first, and the targets, for people."""
     lines = []
     for size in dict.fromkeys(m.size for m in found):
         for dtype in dict.fromkeys(m.dtype for m in found if m.size == size):

@@ -18,7 +18,7 @@ from rarefy.act.spec.table import CutIndex, LinearTable, MultiplyIndex, Segments
 
 
 def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | None:
-    """Integers (S, B) with ``low[d] <= (B + S * d) >> f <= high[d]`` for every d, and the room left over; None if none.
+    """Find integers (S, B) with ``low[d] <= (B + S * d) >> f <= high[d]`` for every d, and the room left; None if none.
 
     The room ``max(L - S d) - min(H - S d)`` is convex in S, so bisection over the integers finds its least value.
     """
@@ -47,7 +47,7 @@ def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | No
 def _allowed(
     function: Function, fmt: Format, bits: Bits, max_abs: float | None, max_rel: float = 0.0
 ) -> tuple[Bits, Bits]:
-    """The least and largest magnitude allowed for each input: the rounded one, and all within one of the errors."""
+    """Find the least and largest magnitude allowed for each input: the rounded one, all within one of the errors."""
     rounded = oracle.rounded(function, fmt, bits)[0] & (fmt.sign - 1)
     if max_abs is None:
         return rounded, rounded
@@ -73,7 +73,7 @@ def fit_linear(
     starts: int = 24,
     name: str | None = None,
 ) -> LinearTable:
-    """A ``linear`` table, correctly rounded or within ``max_abs``, of an odd function: x near 0 and constant far out.
+    """Fit a ``linear`` table, correctly rounded or within ``max_abs``, of an odd function: x near 0, constant far out.
 
     Within ``max_abs`` everywhere that rounding alone is not farther off. Searches ``starts`` beginnings below the first
     input that is not its own value, and factors that fill the rows. Raises ValueError for a function that is not so,
@@ -154,8 +154,8 @@ def _rows(
     for a, b in pairwise(cuts):
         key = (int(a), int(b))
         if key not in fits:
-            found = line(band.low[a:b] - band.offset, band.high[a:b] - band.offset, fraction_bits)
-            fits[key] = found and found[:2]
+            best = line(band.low[a:b] - band.offset, band.high[a:b] - band.offset, fraction_bits)
+            fits[key] = best and best[:2]
         fitted = fits[key]
         if fitted is None:
             return None
@@ -176,7 +176,7 @@ def fit_segments(
     symmetry: str | None = None,
     name: str | None = None,
 ) -> SegmentsTable:
-    """The ``segments`` table with the fewest rows that is correctly rounded, or within ``max_abs``, on every input.
+    """Fit the ``segments`` table with the fewest rows that is correctly rounded, or within ``max_abs``, on every input.
 
     Each row reaches as far as a line can (which is optimal for cutting a line into intervals). Where rounding alone is
     farther off than ``max_abs``, it is correctly rounded. Symmetry is "odd" for odd functions and "none" for others
@@ -238,7 +238,7 @@ def _cut(
 
 
 def _furthest(low: Bits, high: Bits, fraction_bits: int, guess: int) -> tuple[int, tuple[int, int]]:
-    """The longest prefix that one line fits, and the line: gallop from the guess, then bisect."""
+    """Find the longest prefix that one line fits, and the line: gallop from the guess, then bisect."""
 
     def attempt(n: int) -> tuple[int, int, int] | None:
         return line(low[:n], high[:n], fraction_bits)
@@ -257,9 +257,9 @@ def _furthest(low: Bits, high: Bits, fraction_bits: int, guess: int) -> tuple[in
             good = middle
         else:
             bad = middle
-    found = attempt(good)
-    assert found is not None
-    return good, found[:2]
+    best = attempt(good)
+    assert best is not None
+    return good, best[:2]
 
 
 def _furthest_shift(low: Bits, high: Bits, fraction_bits: int, grid: int) -> tuple[int, tuple[int, int]]:
@@ -280,7 +280,7 @@ def _furthest_shift(low: Bits, high: Bits, fraction_bits: int, grid: int) -> tup
 
 
 def _roundest(low: int, high: int) -> int:
-    """The number between two with the most zeros at its low end."""
+    """Find the number between two with the most zeros at its low end."""
     zeros = 0
     while -(-low >> (zeros + 1)) << (zeros + 1) <= high and zeros < 40:
         zeros += 1

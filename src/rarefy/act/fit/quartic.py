@@ -13,7 +13,7 @@ from rarefy.act.spec.quartic import SEGMENTS, Quartic, row_of, span
 
 
 def _through(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[float]:
-    """The polynomial through the points, lowest power first: in rationals, so that every machine finds the same."""
+    """Find the polynomial through points, lowest power first: in rationals, so that every machine finds the same."""
     nodes, table = ([Fraction(float(v)) for v in values] for values in (x, y))
     for order in range(1, len(nodes)):  # divided differences
         for i in range(len(nodes) - 1, order - 1, -1):
@@ -25,7 +25,7 @@ def _through(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[flo
 
 
 def fit_quartic() -> Quartic:
-    """The coefficients of tanh: interpolation at Chebyshev nodes, segment by segment."""
+    """Fit the coefficients of tanh: interpolation at Chebyshev nodes, segment by segment."""
     nodes = np.cos(np.pi * (np.arange(5) + 0.5) / 5)
     coefficients = np.zeros((5, SEGMENTS))
     for segment in range(SEGMENTS):

@@ -85,8 +85,8 @@ def _rows(
 def _candidates(
     row: _Row, fmt: Format, values: Values, form: str, shifts: Sequence[int], objective: str, bound: float
 ) -> _Candidates:
-    """Every (r, base) of a row whose error is within the bound; over all bases, none left out."""
-    found = []
+    """Find every (r, base) of a row whose error is within the bound; over all bases, none left out."""
+    parts = []
     top = fmt.one if row.value.max() <= 1.0 else fmt.last - 1
     for r in shifts:
         k = row.mantissa >> r
@@ -104,13 +104,13 @@ def _candidates(
             good = {"max_abs": max_abs, "max_ulp": max_ulp, "rmse": square}[objective] <= bound + _SLACK
             base, max_abs, max_ulp, square = base[good], max_abs[good], max_ulp[good], square[good]
         shift = np.full(base.size, r, dtype=np.int64)
-        found.append(_Candidates(shift, base, base + k[0], base + k[-1], max_abs, max_ulp, square))
+        parts.append(_Candidates(shift, base, base + k[0], base + k[-1], max_abs, max_ulp, square))
     names = _Candidates.__dataclass_fields__
-    return _Candidates(*(np.concatenate([getattr(c, name) for c in found]) for name in names))
+    return _Candidates(*(np.concatenate([getattr(c, name) for c in parts]) for name in names))
 
 
 def _least(row: _Row, fmt: Format, values: Values, form: str, shifts: Sequence[int], objective: str) -> float:
-    """The least error that any (E, r, b) reaches on a row."""
+    """Find the least error that any (E, r, b) reaches on a row."""
     best = np.inf
     for r in shifts:
         error = _candidates(row, fmt, values, form, [r], objective, best).error(objective)
@@ -165,7 +165,7 @@ def fit_shift(
     few_shifts: bool = False,
     name: str | None = None,
 ) -> ShiftTable:
-    """The best ``shift`` or ``carry`` table of an odd function that is x near 0 and 1 far out.
+    """Fit the best ``shift`` or ``carry`` table of an odd function that is x near 0 and 1 far out.
 
     Among the tables of least ``objective`` ("max_abs", "max_ulp" or "rmse", between T1 and T2) it takes that of
     least mean square error; with ``few_shifts`` first the fewest distinct r (a smaller multiplexer in hardware).

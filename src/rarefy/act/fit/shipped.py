@@ -28,7 +28,7 @@ _PUBLISHED_ROWS = (
 
 
 def published() -> ShiftTable:
-    """The table of the paper."""
+    """Return the table of the paper."""
     return ShiftTable(
         name="tanh_bf16_ktanh",
         function="tanh",
@@ -133,7 +133,7 @@ def prove(table: Table) -> Proof:
 
 
 def _prove_shifts(table: SegmentsTable, largest: float, same: bool) -> Proof:
-    """Every result within one of the two errors or rounded right, and every slope 0 or a power of two."""
+    """Prove every result within one of the two errors or rounded right, and every slope 0 or a power of two."""
     fmt = table.fmt
     max_abs, max_rel, _ = SHIFTS[table.function]
     x = fmt.all_bits()
@@ -150,7 +150,7 @@ def _prove_shifts(table: SegmentsTable, largest: float, same: bool) -> Proof:
 
 
 def prove_quartic() -> Proof:
-    """The coefficients of float32 tanh: made again, and their bounds on 830,000 inputs where tanh is neither x nor 1.
+    """Prove the float32 coefficients of tanh: made again, and their bounds on 830,000 inputs of neither x nor 1.
 
     Every input of float32 is a matter of minutes, not of this: ``make test-float32``.
     """

@@ -36,14 +36,14 @@ _INTEGER = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 @lru_cache(maxsize=64)
 def given_table(text: str) -> Table | None:
-    """The table of an operator's ``table`` argument: "" for the default, a shipped table's name, or JSON."""
+    """Return the table of an operator's ``table`` argument: "" for the default, a shipped table's name, or JSON."""
     if not text:
         return None
     return Table.from_json(text) if text.startswith("{") else load(text)
 
 
 def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic: bool | None = None) -> Tensor:
-    """``function`` of every element in plain PyTorch operators, without a gradient.
+    """Compute ``function`` of every element in plain PyTorch operators, without a gradient.
 
     ``arithmetic`` computes 16-bit ``linear`` and ``shift`` tables instead of looking all answers up; the default does
     so except on the CPU, where Inductor makes the faster code of the gather.
@@ -65,7 +65,7 @@ def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic:
 
 @torch.compiler.assume_constant_result
 def plan(function: str, mode: str, fmt: str, table: str) -> str:
-    """How the table is computed here: its form where arithmetic is cheap, else "answers"."""
+    """Return how the table is computed here: its form where arithmetic is cheap, else "answers"."""
     f = formats.get(fmt)
     direct = reference.table_for(function, mode, f, given_table(table))
     if isinstance(direct, LinearTable) and direct.symmetry == "odd":
@@ -85,7 +85,7 @@ _TENSORS = _Tensors()
 
 
 def constant(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
-    """A tensor of the tables, made once for each device."""
+    """Return a tensor of the tables, made once for each device."""
     tensor: Tensor = getattr(_TENSORS, _attribute(what, function, mode, fmt, table, device))
     return tensor
 
@@ -103,7 +103,7 @@ def _attribute(*key: str) -> str:
 
 @torch.compiler.assume_constant_result
 def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
-    """The header of a table, as :func:`_linear16`, :func:`_shift` and :func:`_segments32` read it."""
+    """Return the header of a table, as :func:`_linear16`, :func:`_shift` and :func:`_segments32` read it."""
     direct = _direct(function, mode, fmt, table)
     if isinstance(direct, LinearTable):
         i = direct.index
@@ -206,7 +206,7 @@ def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
-    """The float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
+    """Return the float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
     if mode == "exact":
         return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
     if mode == "hard":
@@ -220,7 +220,7 @@ def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec.reference`."""
+    """Compute mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec.reference`."""
     h = x * 0.5
     if function == "sigmoid":
         return 0.5 + 0.5 * tanh(h)
@@ -229,7 +229,7 @@ def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Ten
 
 
 def hard32(x: Tensor, function: str) -> Tensor:
-    """Mode ``hard`` in float32; see :mod:`rarefy.act.spec.reference`."""
+    """Compute mode ``hard`` in float32; see :mod:`rarefy.act.spec.reference`."""
     if function == "tanh":
         return x.clamp(-1.0, 1.0)
     if function == "sigmoid":
@@ -244,12 +244,12 @@ def _limit(x: Tensor, y: Tensor) -> Tensor:
 
 
 def is_number(x: Tensor) -> Tensor:
-    """Which elements are not NaN; not by isnan, whose negation makes onnxruntime exchange the two of a choice."""
+    """Tell which elements are not NaN; not by isnan, whose negation makes onnxruntime exchange the two of a choice."""
     return x == x  # noqa: PLR0124
 
 
 def keep_nan(x: Tensor, y: Tensor) -> Tensor:
-    """``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
+    """Return ``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
     return y * torch.where(is_number(x), 1.0, x)
 
 
@@ -328,8 +328,9 @@ def _normal_tail(a: Tensor) -> Tensor:
 
 
 def tanh32(x: Tensor) -> Tensor:
-    """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See the
-    reference, :mod:`rarefy.act.spec.quartic`.
+    """Compute mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back.
+
+    See :mod:`rarefy.act.spec.quartic`.
     """
     begins, *coefficients = constant("quartic", "tanh", "exact", "fp32", "", str(x.device)).unbind(0)
     a = torch.where(is_number(x), x.abs(), 0.0).clamp(max=LIMIT)
@@ -346,7 +347,7 @@ def tanh32(x: Tensor) -> Tensor:
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The float32 nearest to ``a * b + c``; see :func:`rarefy.act.spec.quartic.fused`."""
+    """Return the float32 nearest to ``a * b + c``; see :func:`rarefy.act.spec.quartic.fused`."""
     p, d = a.double() * b.double(), c.double()
     s = p + d
     back = s - p

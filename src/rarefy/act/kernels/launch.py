@@ -26,7 +26,7 @@ ready: dict[tuple[str, str, torch.dtype, str, str | None], Kernel] = {}
 
 
 def steps_of(function: str, mode: str, dtype: torch.dtype, table: str = "") -> native.KernelSteps | None:
-    """The kernels of a function, made ready when they are first needed; None for what has no kernel of its own."""
+    """Return the kernels of a function, made when they are first needed; None for what has no kernel of its own."""
     key = (function, mode, dtype, table)
     if key not in _steps:
         _steps[key] = _made(function, mode, dtype, table)
@@ -51,7 +51,7 @@ def _made(function: str, mode: str, dtype: torch.dtype, table: str) -> native.Ke
 
 
 def kernel_of(x: Tensor, function: str, mode: str, table: str) -> Kernel | None:
-    """The kernel that may run here and read ``x``, laid out as it is or not; None where there is none."""
+    """Return the kernel that may run here and read ``x``, laid out as it is or not; None where there is none."""
     if not direct(x) or transformed():
         return None
     steps = steps_of(function, mode, x.dtype, table)
@@ -68,14 +68,14 @@ def launch(kernel: Kernel, x: Tensor, y: Tensor) -> None:
 
 
 def launch_into(kernel: Kernel, x: Tensor, out: Tensor) -> None:
-    """As :func:`launch`, into a tensor of the user's: autograd is told that it was written to."""
+    """Run a kernel into a tensor of the user's: autograd is told that it was written to."""
     launch(kernel, x, out)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 
 def plain(x: Tensor) -> bool:
-    """Whether the numbers lie in memory by strides, as tensors mostly do."""
+    """Tell whether the numbers lie in memory by strides, as tensors mostly do."""
     return (
         x.layout is torch.strided
         and not x.is_nested
@@ -86,12 +86,12 @@ def plain(x: Tensor) -> bool:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether a kernel may read ``x``: a plain tensor or a parameter."""
+    """Tell whether a kernel may read ``x``: a plain tensor or a parameter."""
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and plain(x)
 
 
 def fits(x: Tensor, out: Tensor) -> bool:
-    """Whether a kernel may write the result of contiguous ``x`` to ``out`` as it lies, which may be ``x`` itself."""
+    """Tell whether a kernel may write the result of contiguous ``x`` to ``out`` as it lies, which may be ``x``."""
     if not (
         type(out) is Tensor
         and plain(out)
@@ -109,7 +109,7 @@ def fits(x: Tensor, out: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
+    """Tell whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -119,5 +119,5 @@ def transformed() -> bool:
 
 
 def dual() -> bool:
-    """Whether tensors may carry tangents of forward-mode differentiation."""
+    """Tell whether tensors may carry tangents of forward-mode differentiation."""
     return forward_ad._current_level >= 0

@@ -21,7 +21,7 @@ _SIGNATURE = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
 
 
 def find(name: str) -> Any:
-    """The best kernel ``name(x, y, n, table, threads)`` that may run here, or None."""
+    """Return the best kernel ``name(x, y, n, table, threads)`` that may run here, or None."""
     return kernels.find(name, None, *_SIGNATURE)
 
 
@@ -36,7 +36,7 @@ class KernelSteps:
     steps: tuple[tuple[str, Block], ...]
 
     def kernel(self) -> tuple[Any, int] | None:
-        """The first kernel that may run here as (ctypes function, address of its table), or None."""
+        """Return the first kernel that may run here as (ctypes function, address of its table), or None."""
         for name, block in self.steps:
             function = find(name)
             if function is not None:
@@ -52,7 +52,7 @@ class KernelSteps:
 
 
 def _block(*parts: npt.NDArray[Any]) -> Block:
-    """The parts one after another in 64-byte aligned memory."""
+    """Return the parts one after another in 64-byte aligned memory."""
     data = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
     room = np.zeros(data.size + 64, dtype=np.uint8)
     begin = -room.ctypes.data % 64
@@ -68,7 +68,7 @@ def _padded(values: list[int], size: int, dtype: type[np.unsignedinteger[Any]]) 
 
 
 def linear16(table: Table) -> Block | None:
-    """A ``rarefy_linear16``, or None when the kernel cannot run the table."""
+    """Return a ``rarefy_linear16``, or None when the kernel cannot run the table."""
     if not isinstance(table, LinearTable) or table.symmetry != "odd":
         return None
     if table.fraction_bits != 6 or len(table.rows) > 64:
@@ -84,7 +84,7 @@ def linear16(table: Table) -> Block | None:
 
 
 def shift(table: Table) -> Block | None:
-    """A ``rarefy_shift16`` or ``rarefy_shift32``, or None when the kernel cannot run the table."""
+    """Return a ``rarefy_shift16`` or ``rarefy_shift32``, or None when the kernel cannot run the table."""
     fmt = table.fmt
     if (
         not isinstance(table, ShiftTable)
@@ -101,7 +101,7 @@ def shift(table: Table) -> Block | None:
 
 
 def for_table(table: Table, answers: npt.NDArray[Any] | None = None) -> KernelSteps:
-    """The kernels for a table of integers; none for a table in float32 that is not of the paper's size.
+    """Return the kernels for a table of integers; none for a table in float32 that is not of the paper's size.
 
     ``answers`` are its results for all inputs, where they are known already.
     """
@@ -118,7 +118,7 @@ def for_table(table: Table, answers: npt.NDArray[Any] | None = None) -> KernelSt
 
 
 def lookup(fmt: str, answers: npt.NDArray[Any], first: str | None = None) -> KernelSteps:
-    """Steps that look answers up by the bits of the input; ``first`` names a kernel to try before, on them too."""
+    """Look answers up by the bits of the input; ``first`` names a kernel to try before, on them too."""
     f = formats.get(fmt)
     block = _block(answers.astype(f.dtype))
     names = [first] if first is not None else []
@@ -126,28 +126,28 @@ def lookup(fmt: str, answers: npt.NDArray[Any], first: str | None = None) -> Ker
 
 
 def gate(function: str, answers: npt.NDArray[Any]) -> KernelSteps:
-    """Exact sigmoid, silu, gelu or gelu_tanh in bf16: by float32 arithmetic where a kernel does it, else looked up."""
+    """Compute exact sigmoid, silu, gelu and gelu_tanh in bf16, by float32 where a kernel can, else looked up."""
     return lookup("bf16", answers, f"act_{function}_bf16")
 
 
 def wide(function: str) -> KernelSteps:
-    """Exact sigmoid, silu, gelu or gelu_tanh in float32, computed in float64; the kernels read no table."""
+    """Compute exact sigmoid, silu, gelu or gelu_tanh in float32, by float64; the kernels read no table."""
     return KernelSteps(np.uint32, ((f"act_{function}32", _block(np.zeros(16, dtype=np.uint32))),))
 
 
 def hard16(fmt: str) -> Block:
-    """The table of ``act_hard16``."""
+    """Return the table of ``act_hard16``."""
     f = formats.get(fmt)
     return _block(np.array([f.one, f.last], dtype=np.uint16))
 
 
 def hard(fmt: str, answers: npt.NDArray[Any]) -> KernelSteps:
-    """HardTanh of a 16-bit format."""
+    """Compute HardTanh of a 16-bit format."""
     return KernelSteps(np.uint16, (("act_hard16", hard16(fmt)), *lookup(fmt, answers).steps))
 
 
 def quartic(table: Quartic) -> KernelSteps:
-    """The kernel of a float32 quartic."""
+    """Return the kernel of a float32 quartic."""
     header = np.zeros(16, dtype=np.float32)
     header[0] = LIMIT
     return KernelSteps(np.uint32, (("act_tanh32", _block(header, quartic_begins(), table.values())),))

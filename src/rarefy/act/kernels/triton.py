@@ -88,7 +88,7 @@ _tables: dict[tuple[str, str, str, str, str], tuple[Any, tuple[int, ...], Tensor
 
 
 def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str) -> tuple[Any, tuple[int, ...], Tensor]:
-    """The kernel, its constants and its table on the device."""
+    """Return the kernel, its constants and its table on the device."""
     fmt = FORMAT_OF[dtype]
     if fmt.bits > 16:
         raise TypeError(f"the Triton kernels take formats of at most 16 bits, got {fmt.name}")
@@ -117,7 +117,7 @@ def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str)
 
 
 def activation(x: Tensor, function: str, mode: str = "exact", table: str = "") -> Tensor:
-    """``function`` ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh") of every element of a bf16, fp16 or fp8 tensor.
+    """Compute ``function`` ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh") of every element, in bf16, fp16 or fp8.
 
     Same arguments and same bits as the operator ``rarefy::activation``; no gradient. Raises TypeError for float32.
     """

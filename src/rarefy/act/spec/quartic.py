@@ -47,12 +47,12 @@ class Quartic:
             raise ValueError(f"a quartic table holds 5 rows of {SEGMENTS} coefficients")
 
     def values(self) -> Floats:
-        """The coefficients as float32, shape [5, 32]."""
+        """Return the coefficients as float32, shape [5, 32]."""
         return np.array(self.coefficients, dtype=np.uint32).view(np.float32)
 
     @subnormals.kept()
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
-        """The function of float32 bit patterns, any shape: the reference of the kernels. A NaN stays a NaN."""
+        """Compute the function of float32 bit patterns, any shape: the reference of the kernels. A NaN stays a NaN."""
         given = np.asarray(bits, dtype=np.uint32)
         sign = given & np.uint32(FP32.sign)
         a = (given & np.uint32(FP32.sign - 1)).view(np.float32)
@@ -68,18 +68,18 @@ class Quartic:
         return np.where(np.isnan(a), given, result)
 
     def to_json(self) -> str:
-        """One line of hexadecimal coefficients a power."""
+        """Write one line of hexadecimal coefficients a power."""
         rows = ",\n ".join(json.dumps([f"{c:08x}" for c in row]) for row in self.coefficients)
         return f'{{"rarefy_quartic": 1, "coefficients": [\n {rows}\n]}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> Quartic:
-        """What :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote."""
         return cls(tuple(tuple(int(c, 16) for c in row) for row in json.loads(text)["coefficients"]))
 
 
 def begins() -> Floats:
-    """Where each segment begins, shape [32], in the order of the rows."""
+    """Return where each segment begins, shape [32], in the order of the rows."""
     values = np.zeros(SEGMENTS)
     for segment in range(SEGMENTS):
         values[row_of(segment)] = span(segment)[0]
@@ -87,19 +87,19 @@ def begins() -> Floats:
 
 
 def span(segment: int) -> tuple[float, float]:
-    """Begin and width of a segment, counted from 0 up."""
+    """Return begin and width of a segment, counted from 0 up."""
     octave, part = divmod(segment, 8)
     return 2.0**octave * (1 + part / 8) - 1.0, 2.0**octave / 8
 
 
 def row_of(segment: int) -> int:
-    """The row of a segment: the low two bits of the exponent field 127 + octave of w, then the part."""
+    """Return the row of a segment: the low two bits of the exponent field 127 + octave of w, then the part."""
     octave, part = divmod(segment, 8)
     return ((127 + octave) & 3) * 8 + part
 
 
 def fused(a: Floats, b: Floats, c: Floats) -> Floats:
-    """The float32 nearest to ``a * b + c``, for finite numbers."""
+    """Return the float32 nearest to ``a * b + c``, for finite numbers."""
     p, d = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     s = p + d
     back = s - p
@@ -111,5 +111,5 @@ def fused(a: Floats, b: Floats, c: Floats) -> Floats:
 
 @cache
 def tanh() -> Quartic:
-    """The shipped coefficients of tanh."""
+    """Return the shipped coefficients of tanh."""
     return Quartic.from_json((resources.files("rarefy.act") / "tables" / "quartic" / "tanh_fp32.json").read_text())

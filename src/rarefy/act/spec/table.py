@@ -174,14 +174,14 @@ class Table(ABC):
 
     @abstractmethod
     def _results(self, x: Bits) -> Bits:
-        """The results of patterns, before the sign that odd symmetry gives them."""
+        """Return the results of patterns, before the sign that odd symmetry gives them."""
 
     def _changes(self, new: Format, extra: int) -> dict[str, Any] | None:
-        """What differs in a format with ``extra`` more bits of mantissa; None for a form that does not move."""
+        """Return what differs in a format with ``extra`` more bits of mantissa; None for a form that does not move."""
         return None
 
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
-        """The function of an array of bit patterns, any shape, as unsigned integers of the format's width.
+        """Compute the function of an array of bit patterns, any shape, as unsigned integers of the format's width.
 
         This is the reference: every kernel, the PyTorch fallback and the hardware equal it bit for bit.
         Raises TypeError for an array that does not hold integers, ValueError for patterns wider than the format.
@@ -191,9 +191,9 @@ class Table(ABC):
         return result
 
     def arithmetic(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
-        """As :meth:`compute`, but a NaN passes through the arithmetic like any other pattern, modulo the format's bits.
+        """Compute as :meth:`compute`, but let a NaN pass through the arithmetic like any other pattern.
 
-        This is what hardware without logic for NaN gives.
+        Results are modulo the format's bits. This is what hardware without logic for NaN gives.
         """
         x, fmt = self._patterns(bits), self.fmt
         y = self._results(x)
@@ -215,7 +215,7 @@ class Table(ABC):
         return tuple(np.array(column, dtype=np.int64) for column in zip(*self.rows, strict=True))
 
     def to_format(self, fmt: str | Format, name: str | None = None) -> Table:
-        """The same table in a format with at least as many mantissa bits (bf16 to fp16 or fp32).
+        """Return the same table in a format with at least as many mantissa bits (bf16 to fp16 or fp32).
 
         ``shift`` and ``carry``: E moves by the difference of the biases; b, T1 and T2 gain zeros at their low end. T2
         keeps its value. ``segments``: only between formats of as many exponent bits (bf16 to fp32). Patterns and B gain
@@ -230,7 +230,7 @@ class Table(ABC):
         return replace(self, name=name or f"{self.name}_{new.name}", format=new.name, **changes)
 
     def to_json(self) -> str:
-        """The table as JSON, one line a row, rows last; :meth:`from_json` gives an equal table back."""
+        """Return the table as JSON, one line a row, rows last; :meth:`from_json` gives an equal table back."""
         return self.text
 
     def _json(self) -> str:
@@ -243,7 +243,7 @@ class Table(ABC):
 
     @staticmethod
     def from_json(text: str) -> Table:
-        """The table of a JSON text; raises ValueError when the text is none or the table is not valid."""
+        """Read the table of a JSON text; raises ValueError when the text is none or the table is not valid."""
         try:
             data = json.loads(text)
         except RecursionError:
@@ -464,7 +464,7 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
 
 
 def _short(value: object) -> str:
-    """A value in a message: one line of a length to read."""
+    """Show a value in a message: one line of a length to read."""
     if isinstance(value, int) and abs(value) >= 1 << 128:
         return f"an integer of {value.bit_length()} bits"
     text = ascii(value) if not isinstance(value, (tuple, list, dict)) else ascii(str(value)[:200])[1:-1]
@@ -472,13 +472,13 @@ def _short(value: object) -> str:
 
 
 def list_tables() -> list[str]:
-    """The names of the shipped tables."""
+    """List the names of the shipped tables."""
     folder = resources.files("rarefy.act") / "tables"
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
 def load(name: str | Path) -> Table:
-    """A shipped table by its name, or a table from a ``.json`` file; raises ValueError when there is none."""
+    """Load a shipped table by its name, or a table from a ``.json`` file; raises ValueError when there is none."""
     if str(name).endswith(".json"):
         try:
             return Table.from_json(Path(name).read_text(encoding="utf-8"))
