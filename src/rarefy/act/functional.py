@@ -121,7 +121,7 @@ def _call(
         return _traced(function, x, mode, grad, out, table)
     if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
         kernel = launch.ready.get((function, mode, x.dtype, x.device.type, kernels.isa()))
-        if kernel is not None and launch.plain(x) and x.is_contiguous() and not x.is_neg() and not launch.transformed():
+        if kernel is not None and launch.is_plain(x) and x.is_contiguous() and not x.is_neg() and not launch.watched():
             if out is None:
                 y = torch.empty_like(x)
                 launch.launch(kernel, x, y)
@@ -142,11 +142,11 @@ def _call(
 
 def _result(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
     """Return the result with its gradient, in the form that those who watch operators can take."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or launch.dual():
+    if torch._C._functorch.peek_interpreter_stack() is not None or launch.in_forward_mode():
         return operator.apply(x, function, mode, grad, table)
     if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
         return plain.activation(x, function, mode, table)
-    if type(x) is Tensor and not x.requires_grad and not launch.transformed():
+    if type(x) is Tensor and not x.requires_grad and not launch.watched():
         return operator.forward(x, function, mode, table)
     if type(x).__name__ == "DTensor":
         operator.register_sharding()
@@ -173,7 +173,7 @@ def _text(table: Table | str | None) -> str:
 
 def _check_memory(x: Tensor) -> None:
     """Raise ValueError for a tensor whose memory was freed: PyTorch's own operators would read it."""
-    if launch.direct(x) and not x.is_neg():
+    if launch.is_readable(x) and not x.is_neg():
         address(x)
 
 
@@ -194,13 +194,13 @@ def _into(x: Tensor, function: str, mode: str, grad: str, table: str, out: Tenso
     """Return the result in ``out``: by the kernel itself where layouts allow, else copied."""
     _check_out(x, out)
     _check_memory(out)
-    tangents = launch.dual() and any(
+    tangents = launch.in_forward_mode() and any(
         forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in (x, out)
     )
     if tangents or (torch.is_grad_enabled() and (x.requires_grad or out.requires_grad)):
         raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
-    if not launch.transformed() and launch.direct(x) and x.is_contiguous() and not x.is_neg() and launch.fits(x, out):
+    if not launch.watched() and launch.is_readable(x) and x.is_contiguous() and not x.is_neg() and launch.fits(x, out):
         kernel = launch.kernel_of(x, function, mode, table)
         if kernel is not None:
             launch.launch_into(kernel, x, out)

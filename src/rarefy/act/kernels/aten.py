@@ -97,14 +97,14 @@ _names: dict[tuple[str, ...], str] = {}
 def _attribute(*key: str) -> str:
     if key not in _names:
         _names[key] = f"tensor{len(_names)}"
-        setattr(_TENSORS, _names[key], _made(*key))
+        setattr(_TENSORS, _names[key], _make_tensor(*key))
     return _names[key]
 
 
 @torch.compiler.assume_constant_result
 def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
     """Return the header of a table, as :func:`_linear16`, :func:`_shift` and :func:`_segments32` read it."""
-    direct = _direct(function, mode, fmt, table)
+    direct = _table_of(function, mode, fmt, table)
     if isinstance(direct, LinearTable):
         i = direct.index
         return i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below
@@ -114,7 +114,7 @@ def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
     return direct.fraction_bits, int(direct.symmetry == "odd")
 
 
-def _direct(function: str, mode: str, fmt: str, table: str) -> Table:
+def _table_of(function: str, mode: str, fmt: str, table: str) -> Table:
     direct = reference.table_for(function, mode, formats.get(fmt), given_table(table))
     assert direct is not None
     return direct
@@ -132,7 +132,7 @@ def _untraced() -> Iterator[None]:
 
 
 @subnormals.kept()
-def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
+def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
     f = formats.get(fmt)
     array: npt.NDArray[Any]
     if what in ("answers", "values"):
@@ -147,7 +147,7 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
     elif what == "scales":  # 2^(m - e), from the smallest exponent up
         array = np.ldexp(1.0, f.mantissa_bits + f.bias - np.arange(1, (f.last >> f.mantissa_bits) + 1))
     else:
-        direct = _direct(function, mode, fmt, table)
+        direct = _table_of(function, mode, fmt, table)
         columns = np.array(direct.rows, dtype=np.int64)
         if isinstance(direct, ShiftTable):  # (r, base)
             columns = np.stack([columns[:, 1], (columns[:, 0] << f.mantissa_bits) + columns[:, 2]], axis=1)

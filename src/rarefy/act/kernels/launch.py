@@ -29,11 +29,11 @@ def steps_of(function: str, mode: str, dtype: torch.dtype, table: str = "") -> n
     """Return the kernels of a function, made when they are first needed; None for what has no kernel of its own."""
     key = (function, mode, dtype, table)
     if key not in _steps:
-        _steps[key] = _made(function, mode, dtype, table)
+        _steps[key] = _choose(function, mode, dtype, table)
     return _steps[key]
 
 
-def _made(function: str, mode: str, dtype: torch.dtype, table: str) -> native.KernelSteps | None:
+def _choose(function: str, mode: str, dtype: torch.dtype, table: str) -> native.KernelSteps | None:
     fmt, given = FORMAT_OF[dtype], given_table(table)
     direct = reference.table_for(function, mode, fmt, given)
     if fmt.bits > 16:
@@ -52,7 +52,7 @@ def _made(function: str, mode: str, dtype: torch.dtype, table: str) -> native.Ke
 
 def kernel_of(x: Tensor, function: str, mode: str, table: str) -> Kernel | None:
     """Return the kernel that may run here and read ``x``, laid out as it is or not; None where there is none."""
-    if not direct(x) or transformed():
+    if not is_readable(x) or watched():
         return None
     steps = steps_of(function, mode, x.dtype, table)
     kernel = None if steps is None else steps.kernel()
@@ -74,7 +74,7 @@ def launch_into(kernel: Kernel, x: Tensor, out: Tensor) -> None:
         torch.autograd.graph.increment_version(out)
 
 
-def plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Tell whether the numbers lie in memory by strides, as tensors mostly do."""
     return (
         x.layout is torch.strided
@@ -85,16 +85,16 @@ def plain(x: Tensor) -> bool:
     )
 
 
-def direct(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Tell whether a kernel may read ``x``: a plain tensor or a parameter."""
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and plain(x)
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and is_plain(x)
 
 
 def fits(x: Tensor, out: Tensor) -> bool:
     """Tell whether a kernel may write the result of contiguous ``x`` to ``out`` as it lies, which may be ``x``."""
     if not (
         type(out) is Tensor
-        and plain(out)
+        and is_plain(out)
         and out.dtype is x.dtype
         and out.shape == x.shape
         and out.device == x.device
@@ -108,7 +108,7 @@ def fits(x: Tensor, out: Tensor) -> bool:
     return a == b or a >= b + size or b >= a + size
 
 
-def transformed() -> bool:
+def watched() -> bool:
     """Tell whether a transform of PyTorch (vmap, functional gradients, fake or tracing modes) watches operators."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -118,6 +118,6 @@ def transformed() -> bool:
     )
 
 
-def dual() -> bool:
+def in_forward_mode() -> bool:
     """Tell whether tensors may carry tangents of forward-mode differentiation."""
     return forward_ad._current_level >= 0
