@@ -96,7 +96,7 @@ NATIVE_CMAKE := -DCMAKE_BUILD_TYPE=Release -DRAREFY_NATIVE_TESTS=ON -DRAREFY_WER
 
 test-native: test-sanitize test-neon
 
-$(NATIVE)/cases.bin: $(STAMP) tests/act/native_cases.py $(wildcard src/rarefy/act/*.py src/rarefy/act/tables/*.json)
+$(NATIVE)/cases.bin: $(STAMP) tests/act/native_cases.py $(wildcard src/rarefy/act/*/*.py src/rarefy/act/tables/*.json)
 	mkdir -p $(NATIVE)
 	$(BIN)/python -m tests.act.native_cases $@
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rarefy.act import formats, oracle, spec
+from rarefy.act.spec import formats, oracle, reference
 from rarefy.cli import main
 
 RESULTS = Path(__file__).parents[1] / "results" / "act.csv"
@@ -38,7 +38,7 @@ def largest_error(function: str, mode: str) -> float:
     """Over all bfloat16 inputs with |x| <= 16."""
     bits = formats.BF16.all_bits()
     bits = bits[np.abs(formats.BF16.decode(bits)) <= 16]
-    y = formats.BF16.decode(spec.answers(function, mode, formats.BF16)[bits])
+    y = formats.BF16.decode(reference.answers(function, mode, formats.BF16)[bits])
     return float(np.abs(y - oracle.evaluate(function, formats.BF16.decode(bits))).max())
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from rarefy import act
-from rarefy.act import error, formats, oracle, spec
+from rarefy.act.spec import error, formats, oracle, reference
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "rarefy"  # the same file each time
@@ -27,10 +27,10 @@ def errors(path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True)
     for axis, function in zip(axes.flat, FUNCTIONS, strict=True):
         true = oracle.evaluate(function, x)
-        curves = {mode: spec.answers(function, mode, formats.BF16) for mode in ("hard", "ktanh")}
+        curves = {mode: reference.answers(function, mode, formats.BF16) for mode in ("hard", "ktanh")}
         if function == "tanh":
             curves["monotone"] = act.load("tanh_bf16_monotone").compute(np.arange(65536))
-        curves["exact"] = spec.answers(function, "exact", formats.BF16)
+        curves["exact"] = reference.answers(function, "exact", formats.BF16)
         for mode, answers in curves.items():
             y = np.abs(formats.BF16.decode(answers[bits].astype(np.int64)) - true)
             axis.semilogy(x, np.maximum(y, 1e-6), lw=0.7, color=COLOURS[mode], label=mode, rasterized=True)
@@ -50,11 +50,11 @@ def _max_error32(mode: str) -> float:
     if mode == "hard":
         return 1 - math.tanh(1)
     if mode == "exact":
-        from rarefy.act import quartic
+        from rarefy.act.spec import quartic
 
         y = quartic.tanh().compute(x.view(np.uint32))
     else:
-        y = spec.compute("tanh", mode, formats.FP32, x.view(np.uint32))
+        y = reference.compute("tanh", mode, formats.FP32, x.view(np.uint32))
     return float(np.abs(formats.FP32.decode(y) - np.tanh(x.astype(np.float64))).max())
 
 
@@ -63,10 +63,11 @@ def pareto(results: Path, path: Path) -> None:
     with results.open(encoding="utf-8") as file:
         ns = {(r["dtype"], r["entry"]): float(r["ns"]) for r in csv.DictReader(file) if r["size"] == "L2"}
     small = {
-        mode: error.measure("tanh", "bf16", spec.answers("tanh", mode, formats.BF16)).max_abs for mode in spec.MODES
+        mode: error.measure("tanh", "bf16", reference.answers("tanh", mode, formats.BF16)).max_abs
+        for mode in reference.MODES
     }
     points = {
-        "bfloat16": {f"kernel tanh {mode}": small[mode] for mode in spec.MODES}
+        "bfloat16": {f"kernel tanh {mode}": small[mode] for mode in reference.MODES}
         | {"kernel tanh exact avx2": small["exact"], "kernel tanh exact portable": small["exact"]}
         | {"torch.tanh": small["exact"], "torch.hardtanh": small["hard"]},
         # errors in units of the last place as published for SLEEF and MKL, as absolute errors below 1

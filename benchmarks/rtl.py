@@ -18,7 +18,8 @@ import numpy as np
 
 import results
 from rarefy import act, rtl
-from rarefy.act import BitIndex, error, fit, formats
+from rarefy.act import BitIndex, fit
+from rarefy.act.spec import error, formats
 from rarefy.rtl import flow, fpga, logic, peers, search, tools
 from rarefy.rtl.design import Design
 

@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from rarefy import act, cost, kernels
-from rarefy.act import aten, spec
+from rarefy.act.kernels import aten
+from rarefy.act.spec import reference
 from rarefy.data import fashion_mnist
 from rarefy.kernels import _thresholds_pytorch, thresholds
 from rarefy.sparse import create, masks
@@ -336,7 +337,7 @@ def test_a_recipe_trains_resumes_and_finishes(tmp_path, monkeypatch, precision):
 
 
 @pytest.mark.parametrize("dtype", SMALL, ids=str)
-@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("function", ACTIVATIONS)
 def test_activations_have_the_bits_of_the_cpu(function, mode, dtype):
     fmt = aten.FORMAT_OF[dtype]
@@ -344,9 +345,9 @@ def test_activations_have_the_bits_of_the_cpu(function, mode, dtype):
     integer = torch.int16 if fmt.bits == 16 else torch.uint8
     expected = ACTIVATIONS[function](x, mode=mode).view(integer)
     assert torch.equal(ACTIVATIONS[function](x.cuda(), mode=mode).cpu().view(integer), expected)
-    from rarefy.act import triton_kernels
+    from rarefy.act.kernels import triton
 
-    assert torch.equal(triton_kernels.activation(x.cuda(), function, mode).cpu().view(integer), expected)
+    assert torch.equal(triton.activation(x.cuda(), function, mode).cpu().view(integer), expected)
 
 
 @pytest.mark.parametrize("function", ACTIVATIONS)

@@ -29,7 +29,7 @@ from torch import nn
 
 import rarefy
 from rarefy import act, engine
-from rarefy.act.table import Table
+from rarefy.act.spec.table import Table
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import Choose, build
 from rarefy.engine.passes import optimize
@@ -225,7 +225,7 @@ def tables(_: Path) -> Mutant:
         def use() -> None:
             table = Table.from_json(text)
             assert Table.from_json(table.to_json()) == table
-            fmt = act.formats.get(table.format)
+            fmt = table.fmt
             table.compute(fmt.encode(x.double().numpy()))
             if fmt.name in ("bf16", "fp16") and table.function in ("tanh", "sigmoid"):
                 given = x.to(torch.bfloat16 if fmt.name == "bf16" else torch.float16)

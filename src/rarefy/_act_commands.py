@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from rarefy._outputs import check_file, check_folder
 
 if TYPE_CHECKING:
-    from rarefy.act.error import Errors
-    from rarefy.act.oracle import Function
-    from rarefy.act.table import Table
+    from rarefy.act.spec.error import Errors
+    from rarefy.act.spec.oracle import Function
+    from rarefy.act.spec.table import Table
 
 _SHIFTS = ("shift", "carry")
 
@@ -93,7 +93,7 @@ def add(
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from rarefy.act import bench
+    from rarefy.bench import act as bench
 
     if arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
@@ -115,12 +115,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from rarefy import act
-    from rarefy.act import error, formats, oracle
+    from rarefy.act.spec import error, formats, oracle
 
     if arguments.table is None:
-        listed = [(name, act.load(name)) for name in act.names()]
+        listed = [(name, act.load(name)) for name in act.list_tables()]
         if arguments.json:
-            print(json.dumps(act.names()))
+            print(json.dumps(act.list_tables()))
         else:
             print(
                 "\n".join(f"{name:22} {t.function} in {t.format}: {len(t.rows)} rows, {t.form}" for name, t in listed)
@@ -135,7 +135,7 @@ def _show(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     if arguments.shipped is not None:
         return _fit_shipped(arguments)
-    from rarefy.act import error, oracle
+    from rarefy.act.spec import error, oracle
 
     function = _function("tanh" if arguments.function is None else arguments.function)
     form = arguments.form or ("shift" if oracle.is_odd(function) else "segments")
@@ -215,7 +215,7 @@ def _index(rows: int, t1: float, t2: float | None) -> Any:
 
 def _function(name: str) -> Function:
     """A known function, or the one that MODULE:NAME or FILE.py:NAME means."""
-    from rarefy.act import oracle
+    from rarefy.act.spec import oracle
 
     if name in oracle.FUNCTIONS:
         return name
@@ -249,7 +249,8 @@ def _load(place: str, load: Callable[[], Any]) -> Any:
 
 def _proven(arguments: argparse.Namespace, table: Table, function: Function, errors: Errors) -> dict[str, Any] | None:
     """What the search proves of a fitted table, as a figure and in words."""
-    from rarefy.act import BitIndex, fit, formats
+    from rarefy.act import BitIndex, fit
+    from rarefy.act.spec import formats
 
     if not isinstance(table.index, BitIndex):
         if arguments.within is not None or errors.misrounded:
@@ -274,8 +275,8 @@ def _proven(arguments: argparse.Namespace, table: Table, function: Function, err
 def _print(
     arguments: argparse.Namespace, table: Table, errors: Errors | None, proven: dict[str, Any] | None = None
 ) -> None:
-    from rarefy.act import formats
-    from rarefy.act.table import COLUMNS
+    from rarefy.act.spec import formats
+    from rarefy.act.spec.table import COLUMNS
 
     if arguments.json:
         result = {"table": json.loads(table.to_json()), "errors": None if errors is None else asdict(errors)}
@@ -313,7 +314,7 @@ def _print(
 
 
 def _fit_shipped(arguments: argparse.Namespace) -> int:
-    from rarefy.act import shipped
+    from rarefy.act.fit import shipped
 
     others = ("function", "format", "form", "rows", "t1", "t2", "objective", "within", "fraction_bits", "output")
     for option in (*others, "monotone", "few_shifts", "shifts", "grid", "relative"):

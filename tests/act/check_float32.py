@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy import act, kernels
-from rarefy.act import formats, native, oracle, quartic
+from rarefy.act.kernels import native
+from rarefy.act.spec import formats, oracle, quartic
 
 PIECES = 1024
 CHUNK = 1 << 16  # small enough that everything stays in the cache
@@ -71,7 +72,7 @@ def check(function: str, x: Words, worst: Worst) -> None:
     if function == "ktanh":
         table = act.load("tanh_bf16_ktanh").to_format("fp32")
         want = table.compute(x)
-        for isa, y in ran(native.program(table), x):
+        for isa, y in ran(native.for_table(table), x):
             assert np.array_equal(y, want), isa
         return
     nan = formats.FP32.is_nan(x)
@@ -99,7 +100,7 @@ def check(function: str, x: Words, worst: Worst) -> None:
     assert function != "tanh" or worst.absolute <= quartic.MAX_ABS
 
 
-def ran(program: native.Program, x: Words) -> Iterator[tuple[str, Words]]:
+def ran(program: native.KernelSteps, x: Words) -> Iterator[tuple[str, Words]]:
     for isa in ISAS:
         with kernels.forced(isa):
             y = np.empty_like(x)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy import act, kernels
-from rarefy.act import formats, native, oracle, quartic
+from rarefy.act.kernels import native
+from rarefy.act.spec import formats, oracle, quartic
 
 Case = tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -17,10 +18,10 @@ def cases() -> list[Case]:
     """(kernel, input, answer, table): every kernel, all inputs, repeated where threads need more of them."""
     found: list[Case] = []
     published = act.load("tanh_bf16_ktanh")
-    for table in [*(act.load(name) for name in act.names()), published.to_format("fp16")]:
-        fmt = formats.get(table.format)
+    for table in [*(act.load(name) for name in act.list_tables()), published.to_format("fp16")]:
+        fmt = table.fmt
         bits = np.tile(fmt.all_bits(), 5 if table.name == "tanh_bf16" else 1).astype(fmt.dtype)
-        found += [(name, bits, table.compute(bits), block) for name, block in native.program(table).steps]
+        found += [(name, bits, table.compute(bits), block) for name, block in native.for_table(table).steps]
     bits = np.arange(65536, dtype=np.uint16)
     for function in oracle.FUNCTIONS[1:]:
         answers = act.load(f"{function}_bf16").compute(bits)
@@ -32,7 +33,7 @@ def cases() -> list[Case]:
     u = np.concatenate([rng.integers(0, 1 << 32, 300_000, dtype=np.uint32), np.arange(0x3D000000, 0x41200000, 997)])
     u = u[~formats.FP32.is_nan(u)].astype(np.uint32)
     wide = published.to_format("fp32")
-    found += [(name, u, wide.compute(u), block) for name, block in native.program(wide).steps]
+    found += [(name, u, wide.compute(u), block) for name, block in native.for_table(wide).steps]
     tanh = quartic.tanh()
     found += [(name, u, tanh.compute(u), block) for name, block in native.quartic(tanh).steps]
     # These compute in double and have no table: every instruction set gives what plain C does.

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from rarefy.act import bench
+from rarefy.bench import act as bench
 from rarefy.cli import main
 
 

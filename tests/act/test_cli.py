@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rarefy import act
-from rarefy.act import error, shipped
+from rarefy.act.fit import shipped
+from rarefy.act.spec import error
 from rarefy.cli import main
 
 
@@ -33,7 +34,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("name", act.names())
+@pytest.mark.parametrize("name", act.list_tables())
 def test_show_every_shipped_table(name, capsys):
     result = printed(capsys, "table", "show", name)
     assert act.Table.from_json(json.dumps(result["table"])) == act.load(name)
@@ -48,7 +49,7 @@ def test_show_for_people(capsys):
     assert lines[-1].split() == ["31", "126", "4", "110"]
     assert main(["table", "show"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "tanh_fp16_shifts       tanh in fp16: 11 rows, segments"
-    assert printed(capsys, "table", "show") == act.names()
+    assert printed(capsys, "table", "show") == act.list_tables()
 
 
 def test_show_a_file_and_a_function_of_ones_own(capsys):
@@ -112,7 +113,7 @@ def test_fit_for_people(capsys):
 def test_shipped_tables_are_made_again_and_proven(capsys, monkeypatch):
     assert main(["table", "fit", "--shipped", "tables"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{len(act.names()) + 1} tables in tables"
+    assert lines[-1] == f"{len(act.list_tables()) + 1} tables in tables"
     assert all(line.startswith("proven ") for line in lines[:-1])
     assert "largest error 0.008920" in lines[0]
     assert act.load("tables/gelu_fp16.json") == act.load("gelu_fp16")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rarefy import act
-from rarefy.act import oracle, spec
+from rarefy.act.spec import oracle, reference
 from tests.act.test_functional import call, everything, floats, same, theirs
 
 # PyTorch's own: importing Inductor, and tracing an autograd.Function.
@@ -25,7 +25,7 @@ def fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("mode", reference.MODES)
 def test_inductor_gives_the_same_bits_in_one_graph(mode):
     def every(x: Tensor) -> list[Tensor]:
         return [call(function, x, mode) for function in oracle.FUNCTIONS]

@@ -8,7 +8,7 @@ import torch
 from benchmarks import act as figures
 
 from rarefy import act
-from rarefy.act import bench
+from rarefy.bench import act as bench
 from rarefy.cli import main
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from rarefy.act import formats, oracle
+from rarefy.act.spec import formats, oracle
 
 SMALL = [formats.BF16, formats.FP16, formats.E4M3, formats.E5M2]
 TORCH = {

@@ -6,7 +6,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rarefy import act, kernels
-from rarefy.act import aten, formats, functional, oracle, spec
+from rarefy.act.kernels import aten, launch
+from rarefy.act.spec import formats, oracle, reference
 
 SMALL = {dtype: fmt for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16}
 DTYPES = list(aten.FORMAT_OF)
@@ -51,12 +52,14 @@ def floats() -> Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_every_input_on_every_path(function, mode, path):
     for dtype, fmt in SMALL.items():
         x = everything(dtype)
-        want = torch.from_numpy(spec.answers(function, mode, fmt).view(np.int16 if fmt.bits == 16 else np.uint8).copy())
+        want = torch.from_numpy(
+            reference.answers(function, mode, fmt).view(np.int16 if fmt.bits == 16 else np.uint8).copy()
+        )
         with kernels.forced(path):
             assert torch.equal(bits_of(call(function, x, mode)), want)
             for arithmetic in (False, True):
@@ -77,7 +80,7 @@ def test_float32_ktanh_and_hard_are_their_definition(function, path):
     x = floats()
     bits = x.view(torch.int32).numpy().view(np.uint32)
     for mode in ("ktanh", "hard"):
-        want = torch.from_numpy(spec.compute(function, mode, formats.FP32, bits)).view(torch.float32)
+        want = torch.from_numpy(reference.compute(function, mode, formats.FP32, bits)).view(torch.float32)
         with kernels.forced(path):
             assert same(call(function, x, mode), want)
 
@@ -110,7 +113,7 @@ def test_ktanh_table_argument():
     wide = act.tanh(floats(), "ktanh", table=table.to_format("fp32"))
     with kernels.forced("pytorch"):
         assert same(wide, act.tanh(floats(), "ktanh", table=table.to_format("fp32")))
-    derived = spec.answers("sigmoid", "ktanh", formats.BF16, table)
+    derived = reference.answers("sigmoid", "ktanh", formats.BF16, table)
     assert torch.equal(bits_of(act.sigmoid(x, "ktanh", table=table)), torch.from_numpy(derived.view(np.int16).copy()))
     direct = act.load("sigmoid_bf16")
     assert same(act.sigmoid(x, "ktanh", table=direct), act.sigmoid(x))
@@ -129,7 +132,7 @@ def test_derived_functions_are_near():
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_shapes_and_layouts(function, dtype):
     base = (torch.randn(6, 10, 8, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
-    for mode in spec.MODES:
+    for mode in reference.MODES:
         whole = call(function, base, mode)
         assert same(call(function, base.transpose(0, 2), mode), whole.transpose(0, 2))
         assert call(function, base.transpose(0, 2), mode).stride() == base.transpose(0, 2).stride()
@@ -145,7 +148,7 @@ def test_shapes_and_layouts(function, dtype):
 def test_out_and_in_place(dtype):
     x = (torch.randn(7, 9) * 3).to(dtype)
     for function in oracle.FUNCTIONS:
-        for mode in spec.MODES:
+        for mode in reference.MODES:
             want = call(function, x, mode)
             out = torch.empty_like(x)
             assert call(function, x, mode, out=out) is out
@@ -268,7 +271,7 @@ scripted = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:D
 
 
 @scripted
-@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_forward_mode_equals_reverse_mode(function, mode):
     x = torch.linspace(-4.03, 4.01, 101)
@@ -339,12 +342,12 @@ def flushing():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", spec.MODES)
+@pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_flushing_subnormals_changes_no_bit(function, mode, path, flushing):
-    functional._programs.clear()
-    functional._known.clear()
-    for cache in (spec.answers, spec.table_for):
+    launch._steps.clear()
+    launch.ready.clear()
+    for cache in (reference.answers, reference.table_for):
         cache.cache_clear()
     aten._names.clear()
     x = torch.cat([floats()[:2000], torch.tensor([1e-40, -1e-40, 1.2e-38, -2.3e-38])])

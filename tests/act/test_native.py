@@ -9,21 +9,23 @@ import numpy.typing as npt
 import pytest
 
 from rarefy import act, kernels
-from rarefy.act import formats, native, oracle, quartic
+from rarefy.act.fit.quartic import fit_quartic
+from rarefy.act.kernels import native
+from rarefy.act.spec import formats, oracle, quartic
 
 ISAS = sorted({kernel.isa for kernel in kernels.table() if kernel.supported})
 KTANH = {f: act.load("tanh_bf16_ktanh").to_format(f) for f in ("bf16", "fp16", "fp32")}
-TABLES = [act.load(name) for name in act.names()] + [KTANH["fp16"]]
+TABLES = [act.load(name) for name in act.list_tables()] + [KTANH["fp16"]]
 
 
-def steps(program: native.Program) -> Iterator[tuple[str, native.Program]]:
+def steps(program: native.KernelSteps) -> Iterator[tuple[str, native.KernelSteps]]:
     """One program for each kernel that runs the table under the present instruction set."""
     for step in program.steps:
         if native.find(step[0]) is not None:
-            yield step[0], native.Program(program.dtype, (step,))
+            yield step[0], native.KernelSteps(program.dtype, (step,))
 
 
-def run(program: native.Program, x: npt.NDArray[Any], threads: int = 1) -> npt.NDArray[Any]:
+def run(program: native.KernelSteps, x: npt.NDArray[Any], threads: int = 1) -> npt.NDArray[Any]:
     y = np.empty_like(x)
     program.run(x, y, threads)
     return y
@@ -39,9 +41,9 @@ def test_the_library_is_built_and_has_a_vector_kernel_for_this_cpu():
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("table", TABLES, ids=lambda t: t.name)
 def test_every_input(table, isa):
-    bits = formats.get(table.format).all_bits()
+    bits = table.fmt.all_bits()
     want = table.compute(bits)
-    program = native.program(table)
+    program = native.for_table(table)
     with kernels.forced(isa):
         ran = {name: run(each, bits.astype(want.dtype)) for name, each in steps(program)}
     assert ran
@@ -65,11 +67,11 @@ def test_gates_on_every_input(function, isa):
 
 
 def test_vector_kernels_run_the_tables_they_are_for():
-    first = {t.name: native.program(t).steps[0][0] for t in TABLES}
+    first = {t.name: native.for_table(t).steps[0][0] for t in TABLES}
     assert first["tanh_bf16"] == "act_linear16"
     assert first["tanh_bf16_ktanh"] == first["tanh_bf16_monotone"] == first["tanh_bf16_ktanh_fp16"] == "act_shift16"
     assert first["tanh_bf16_carry64"] == "act_lut16"
-    assert native.program(KTANH["fp32"]).steps[0][0] == "act_shift32"
+    assert native.for_table(KTANH["fp32"]).steps[0][0] == "act_shift32"
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -79,7 +81,7 @@ def test_hard_on_every_input(fmt, isa):
     bits = f.all_bits()
     u = bits & 0x7FFF
     want = np.where(f.is_nan(bits), bits, np.minimum(u, f.one) | (bits & 0x8000))
-    program = native.Program(np.uint16, (("act_hard16", native.hard16(fmt)),))
+    program = native.KernelSteps(np.uint16, (("act_hard16", native.hard16(fmt)),))
     with kernels.forced(isa):
         if native.find("act_hard16") is not None:
             assert np.array_equal(run(program, bits.astype(np.uint16)), want)
@@ -105,7 +107,7 @@ def test_float32(isa):
     x = float_inputs()
     nan = formats.FP32.is_nan(x)
     with kernels.forced(isa):
-        assert np.array_equal(run(native.program(KTANH["fp32"]), x), KTANH["fp32"].compute(x))
+        assert np.array_equal(run(native.for_table(KTANH["fp32"]), x), KTANH["fp32"].compute(x))
         exact = quartic.tanh()
         got, want = run(native.quartic(exact), x), exact.compute(x)
     assert np.array_equal(got[~nan], want[~nan])
@@ -142,7 +144,7 @@ def test_float32_tanh_keeps_its_bounds():
 
 
 def test_float32_coefficients_are_what_the_fit_makes():
-    made, shipped = quartic.fit(), quartic.tanh()
+    made, shipped = fit_quartic(), quartic.tanh()
     assert made == shipped
     assert quartic.Quartic.from_json(shipped.to_json()) == shipped
     with pytest.raises(ValueError, match="5 rows of 32"):
@@ -164,12 +166,12 @@ def test_fused_multiply_add_is_rounded_once():
 def test_tails_alignments_and_in_place(isa):
     rng = np.random.default_rng(1)
     programs = [
-        native.program(act.load("tanh_bf16")),
-        native.program(KTANH["bf16"]),
-        native.program(act.load("silu_fp16")),
+        native.for_table(act.load("tanh_bf16")),
+        native.for_table(KTANH["bf16"]),
+        native.for_table(act.load("silu_fp16")),
         native.gate("gelu", act.load("gelu_bf16").compute(np.arange(65536))),
-        native.program(act.load("silu_e4m3fn")),
-        native.program(KTANH["fp32"]),
+        native.for_table(act.load("silu_e4m3fn")),
+        native.for_table(KTANH["fp32"]),
         native.quartic(quartic.tanh()),
     ]
     with kernels.forced(isa):
@@ -196,7 +198,7 @@ def test_tails_alignments_and_in_place(isa):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_give_the_same(isa, threads):
     bits = np.random.default_rng(2).integers(0, 1 << 16, (1 << 19) + 4321, dtype=np.uint16)
-    program = native.program(act.load("tanh_bf16"))
+    program = native.for_table(act.load("tanh_bf16"))
     with kernels.forced(isa):
         assert np.array_equal(run(program, bits, threads), act.load("tanh_bf16").compute(bits))
 
@@ -207,11 +209,11 @@ def test_tables_that_a_kernel_cannot_run_are_left_to_lookups():
     assert native.linear16(act.load("tanh_bf16_ktanh")) is None
     assert native.shift(table) is None
     assert native.shift(act.load("tanh_bf16_carry64")) is None
-    assert native.program(act.load("tanh_bf16_carry64").to_format("fp32")).steps == ()
+    assert native.for_table(act.load("tanh_bf16_carry64").to_format("fp32")).steps == ()
 
 
 def test_no_kernel_is_an_error():
-    program = native.program(act.load("tanh_bf16"))
+    program = native.for_table(act.load("tanh_bf16"))
     with kernels.forced("pytorch"), pytest.raises(RuntimeError, match="act_linear16, act_lut16"):
         run(program, np.zeros(3, np.uint16))
 

@@ -1,3 +1,6 @@
+import copy
+import json
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -7,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy import act
-from rarefy.act import error, fit, formats, oracle, quartic, shipped
+from rarefy.act import fit
+from rarefy.act.fit import shipped
+from rarefy.act.spec import error, formats, oracle, quartic
 
-TABLES = act.names()
+TABLES = act.list_tables()
 BF16 = formats.BF16.all_bits()
 
 
@@ -85,7 +90,7 @@ def test_shipped_files_are_what_the_fit_makes(tmp_path):
 @pytest.mark.parametrize("name", TABLES)
 def test_symmetry_nan_and_shape(name):
     table = act.load(name)
-    f = formats.get(table.format)
+    f = table.fmt
     bits = f.all_bits()
     y = table.compute(bits.reshape(2, -1)).reshape(-1)
     assert y.dtype == f.dtype
@@ -100,7 +105,7 @@ def test_symmetry_nan_and_shape(name):
 def test_a_changed_row_is_caught(name):
     """Every parameter of a table matters: one step off in a row that inputs reach changes some output."""
     table = act.load(name)
-    bits = formats.get(table.format).all_bits()
+    bits = table.fmt.all_bits()
     right = table.compute(bits)
     rng = np.random.default_rng(0)
     caught = 0
@@ -272,16 +277,12 @@ def test_compute_refuses_floats_and_wide_patterns():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"form": "cubic"}, "form must be one of"),
-        ({"symmetry": "even"}, "symmetry must be"),
-        ({"symmetry": "none"}, 'has symmetry "odd"'),
         ({"index": act.CutIndex()}, "needs a BitIndex"),
         ({"index": act.BitIndex(2, 9)}, "does not fit bf16"),
         ({"index": act.BitIndex(2, 2)}, "addresses 16 rows"),
         ({"rows": ()}, "needs rows"),
         ({"format": "bf17"}, "format must be one of"),
         ({"identity_below": 0x4080}, "T1 <= T2"),
-        ({"fraction_bits": 3}, "no fraction bits"),
     ],
 )
 def test_an_invalid_shift_table_is_refused(change, message):
@@ -315,8 +316,8 @@ def test_invalid_rows_are_named():
             replace(linear, **change)
     segments = act.load("gelu_bf16")
     changes = [
+        ({"symmetry": "even"}, "symmetry must be"),
         ({"rows": segments.rows[1:]}, "begin at 0"),
-        ({"offset": 1}, "no thresholds"),
         ({"fraction_bits": 40}, "0 to 31"),
         ({"rows": (*segments.rows[:-1], (segments.rows[-1][0], -(1 << 20), 0))}, "leaves the range"),
     ]
@@ -325,6 +326,47 @@ def test_invalid_rows_are_named():
             replace(segments, **change)
     with pytest.raises(ValueError, match="only shift, carry and segments tables"):
         linear.to_format("fp16")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tanh_bf16_ktanh", act.ShiftTable),
+        ("tanh_bf16_carry64", act.CarryTable),
+        ("tanh_bf16", act.LinearTable),
+        ("gelu_bf16", act.SegmentsTable),
+    ],
+)
+def test_a_file_becomes_a_table_of_its_form(name, kind):
+    table = act.load(name)
+    assert type(table) is kind
+    assert type(kind.from_json(table.to_json())) is kind
+    assert table.fmt is formats.BF16
+    assert pickle.loads(pickle.dumps(table)) == copy.deepcopy(table) == table
+    assert len({table, act.load(name), replace(table, name="other")}) == 2
+
+
+def test_a_table_without_a_form_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract class Table"):
+        act.Table("none", "tanh", "bf16", act.CutIndex(), ((0, 0, 0),))  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("tanh_bf16_ktanh", "form", "cubic", "form must be one of shift, carry, linear, segments, got 'cubic'"),
+        ("tanh_bf16_ktanh", "symmetry", "none", "form shift needs symmetry 'odd', got 'none'"),
+        ("tanh_bf16_carry64", "fraction_bits", 3, "form carry needs fraction_bits 0, got 3"),
+        ("tanh_bf16_ktanh", "offset", 1, "tanh_bf16_ktanh: form shift needs offset 0, got 1"),
+        ("tanh_bf16", "saturate_above", 1, "form linear needs saturate_above 0, got 1"),
+        ("gelu_bf16", "identity_below", 1, "form segments needs identity_below 0, got 1"),
+    ],
+)
+def test_a_file_with_what_its_form_has_not_is_refused(name, key, value, message):
+    data = json.loads(act.load(name).to_json())
+    assert key in data
+    with pytest.raises(ValueError, match=message):
+        act.Table.from_json(json.dumps({**data, key: value}))
 
 
 def test_files_that_are_no_tables(tmp_path):

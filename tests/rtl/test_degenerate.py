@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rarefy import act, rtl
-from rarefy.act import MultiplyIndex, Table, fit
+from rarefy.act import LinearTable, MultiplyIndex, fit
 from rarefy.rtl import logic
 from rarefy.rtl.identifiers import RESERVED
 
@@ -39,7 +39,7 @@ def test_linear_tables_of_one_row():
     index = MultiplyIndex(0x3D00, 100, 100)
     for symmetry, rows in (("odd", ((64, 0),)), ("none", ((64, 0), (3, 7)))):
         rest = {"identity_below": 0x3D00, "fraction_bits": 6, "offset": 0x3D00}
-        table = Table("one", "mine", "bf16", "linear", index, rows, symmetry, **rest)
+        table = LinearTable("one", "mine", "bf16", index, rows, symmetry, **rest)
         assert rtl.verify(rtl.emit(table, lanes=8)).passed
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rarefy import act, rtl
-from rarefy.act import error, formats, oracle
+from rarefy.act.spec import error, formats, oracle
 
 PUBLISHED = act.load("tanh_bf16_ktanh")
 

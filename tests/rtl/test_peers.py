@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rarefy.act import oracle
-from rarefy.act.formats import BF16
+from rarefy.act.spec import oracle
+from rarefy.act.spec.formats import BF16
 from rarefy.rtl import peers
 
 # Largest errors as they were first measured with another generator.

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rarefy import rtl
-from rarefy.act import error, formats
-from rarefy.act.formats import BF16
+from rarefy.act.spec import error, formats
+from rarefy.act.spec.formats import BF16
 from rarefy.rtl import logic, peers, search
 from rarefy.rtl.logic import Frame
 

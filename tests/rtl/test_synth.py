@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rarefy import act, rtl
-from rarefy.act.formats import E4M3
+from rarefy.act.spec.formats import E4M3
 from rarefy.rtl import flow, fpga, peers, tools
 from rarefy.rtl.design import About, Design, Port
 

@@ -1,20 +1,35 @@
 """Cheap activation functions: K-TanH from one integer table, and correctly rounded ones at its speed."""
 
 from rarefy.act import functional
-from rarefy.act.formats import FORMATS, Format
 from rarefy.act.functional import gelu, sigmoid, silu, tanh
 from rarefy.act.modules import GELU, LSTMCell, Sigmoid, SiLU, Tanh
+from rarefy.act.spec.formats import FORMATS, Format
+from rarefy.act.spec.table import (
+    BitIndex,
+    CarryTable,
+    CutIndex,
+    LinearTable,
+    MultiplyIndex,
+    SegmentsTable,
+    ShiftTable,
+    Table,
+    list_tables,
+    load,
+)
 from rarefy.act.swapping import Swap, swap
-from rarefy.act.table import BitIndex, CutIndex, MultiplyIndex, Table, load, names
 
 __all__ = [
     "FORMATS",
     "GELU",
     "BitIndex",
+    "CarryTable",
     "CutIndex",
     "Format",
     "LSTMCell",
+    "LinearTable",
     "MultiplyIndex",
+    "SegmentsTable",
+    "ShiftTable",
     "SiLU",
     "Sigmoid",
     "Swap",
@@ -22,8 +37,8 @@ __all__ = [
     "Tanh",
     "functional",
     "gelu",
+    "list_tables",
     "load",
-    "names",
     "sigmoid",
     "silu",
     "swap",

@@ -30,18 +30,18 @@ _PYTORCH: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def resolve(function: str, mode: str, grad: str | None) -> str:
-    """Which form of gradient ("y" or "x") is meant; None is "y" where there is one. Raises ValueError otherwise."""
+    """Tell which form of gradient ("y" or "x") is meant; None is "y" where there is one. Raises ValueError."""
     possible = ("y", "x") if function in ("tanh", "sigmoid") and mode != "hard" else ("x",)
     if grad is None:
         return possible[0]
     if grad not in possible:
-        known = " or ".join(f'"{g}"' for g in possible)
-        raise ValueError(f'grad must be {known} for {function} in mode "{mode}", got {grad!r}')
+        valid = " or ".join(f'"{g}"' for g in possible)
+        raise ValueError(f'grad must be {valid} for {function} in mode "{mode}", got {grad!r}')
     return grad
 
 
 def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: str) -> Tensor:
-    """The gradient of the input from that of the result; ``saved`` is the result for "y", the input for "x"."""
+    """Return the gradient of the input from that of the result; ``saved`` is the result for "y", the input for "x"."""
     if saved.dtype not in _WIDE:  # 8-bit formats have no arithmetic
         return backward(upstream.float(), saved.float(), function, mode, grad).to(saved.dtype)
     if mode == "hard":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rarefy.act import functional, gradients, spec
-from rarefy.act.aten import given_table
-from rarefy.act.table import Table
+from rarefy.act import functional, gradients
+from rarefy.act.kernels.aten import given_table
+from rarefy.act.spec import reference
+from rarefy.act.spec.table import Table
 
 
 class Activation(nn.Module):
@@ -25,8 +26,8 @@ class Activation(nn.Module):
     def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
         """Set the three options; raises ValueError for those that no function takes."""
         given = given_table(table) if isinstance(table, str) else table
-        if mode not in spec.MODES:
-            raise ValueError(f"mode must be one of {', '.join(spec.MODES)}, got {mode!r}")
+        if mode not in reference.MODES:
+            raise ValueError(f"mode must be one of {', '.join(reference.MODES)}, got {mode!r}")
         if given is not None and mode != "ktanh":
             raise ValueError(f'a table goes with mode="ktanh", got mode={mode!r}')
         gradients.resolve(self.function, mode, grad)
@@ -40,7 +41,7 @@ class Activation(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options that are not the default."""
+        """Return the options that are not the default."""
         parts = [f"mode={self.mode!r}"]
         parts += [f"grad={self.grad!r}"] if self.grad is not None else []
         parts += [f"table={self.table.name!r}"] if self.table is not None else []
@@ -53,7 +54,7 @@ class Tanh(Activation):
     function = "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         return functional.tanh(x, self.mode, grad=self.grad, table=self.table)
 
 
@@ -63,7 +64,7 @@ class Sigmoid(Activation):
     function = "sigmoid"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         return functional.sigmoid(x, self.mode, grad=self.grad, table=self.table)
 
 
@@ -84,13 +85,13 @@ class SiLU(Activation):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         if self.inplace:
             return functional.in_place(functional.silu, x, mode=self.mode, grad=self.grad, table=self.table)
         return functional.silu(x, self.mode, grad=self.grad, table=self.table)
 
     def extra_repr(self) -> str:
-        """The options that are not the default."""
+        """Return the options that are not the default."""
         return super().extra_repr() + (", inplace=True" if self.inplace else "")
 
 
@@ -113,7 +114,7 @@ class GELU(Activation):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same out."""
+        """Take any shape and return the same."""
         return functional.gelu(x, self.mode, approximate=self.approximate, grad=self.grad, table=self.table)
 
 
@@ -127,7 +128,7 @@ class LSTMCell(nn.LSTMCell):
     table: Table | None = None
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step: input [batch, input_size] and (h, c), each [batch, hidden_size]; returns the new (h, c)."""
+        """Take one step: input [batch, input_size] and (h, c), each [batch, hidden_size]; return the new (h, c)."""
         h, c = hx if hx is not None else (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
         gates = nn.functional.linear(input, self.weight_ih, self.bias_ih)
         gates = gates + nn.functional.linear(h, self.weight_hh, self.bias_hh)

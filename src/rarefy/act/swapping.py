@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from rarefy.act import functional
-from rarefy.act.aten import given_table
+from rarefy.act.kernels.aten import given_table
 from rarefy.act.modules import GELU, Activation, LSTMCell, Sigmoid, SiLU, Tanh
-from rarefy.act.table import Table
+from rarefy.act.spec.table import Table
 
 _MODULES: dict[type[nn.Module], type[Activation]] = {
     nn.Tanh: Tanh,
@@ -110,7 +110,7 @@ def _assign(result: Swap, module: nn.Module, values: dict[str, Any]) -> None:
 
 
 def _gradient(function: str, mode: str, grad: str | None) -> str | None:
-    """The gradient asked for where the function has it, else its default."""
+    """Return the gradient asked for where the function has it, else its default."""
     return grad if function in ("tanh", "sigmoid") and mode != "hard" else None
 
 
@@ -183,26 +183,26 @@ def _swap_calls(result: Swap, name: str, module: nn.Module, options: dict[str, A
     except Exception as error:  # whatever a stranger's forward does to a proxy
         result.kept.append((name, f"{', '.join(sorted(named))} in a forward that fx cannot trace: {error}"))
         return
-    found = []
+    functions = []
     for node in graph.nodes:
         function = _METHODS.get(node.target) if node.op == "call_method" else None
         if node.op == "call_function" and _hashable(node.target):
             function = _FUNCTIONS.get(node.target)
         if function is not None:
             node.op, node.target = "call_function", _bound(function, options, grad)
-            found.append(function)
-    if not found:
+            functions.append(function)
+    if not functions:
         result.kept.append((name, f"{', '.join(sorted(named))} in forward, but no call that can be replaced"))
         return
     source = graph.python_code("self")
     scope = dict(source.globals)
     exec(source.src, scope)
     _assign(result, module, {"forward": types.MethodType(scope["forward"], module)})
-    result.replaced.extend((name, f"{function} in forward") for function in found)
+    result.replaced.extend((name, f"{function} in forward") for function in functions)
 
 
 def _traced(module: nn.Module) -> fx.Graph:
-    """The graph of a forward that does not depend on the training flag; raises ValueError for one that does."""
+    """Return the graph of a forward that does not depend on the training flag; raises ValueError for one that does."""
     training = module.training
     try:
         graphs = []

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act.formats import Bits
+from rarefy.act.spec.formats import Bits
 
 Booleans = npt.NDArray[np.bool_]
 #: A product: (variable, 1 for itself and 0 for its complement) each.

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from rarefy.act import formats
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec.table import SegmentsTable, ShiftTable, Table
 from rarefy.rtl.design import literal
 
 
 def definition(top: str, table: Table, nan: str) -> str:
-    """A combinational module that writes the formulas of :mod:`rarefy.act.table` down, without any of ``emit``'s ways.
+    """A combinational module that writes the formulas of the table down, without any of ``emit``'s ways.
 
     Forms ``shift``, ``carry`` and ``segments``; raises ValueError for ``linear``.
     """
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     n, m = fmt.bits, fmt.mantissa_bits
-    if table.form == "linear":
+    if not isinstance(table, ShiftTable | SegmentsTable):
         raise ValueError(f"{table.name}: form linear has 16 bits, where the truth table is the definition")
     odd = table.symmetry == "odd"
     lines = [f"  wire [{n - 1}:0] u = {f'{{1{chr(39)}b0, x[{n - 2}:0]}}' if odd else 'x'};", f"  logic [{n - 1}:0] v;"]
-    if isinstance(table.index, BitIndex):
+    if isinstance(table, ShiftTable):
         index = table.index
         lines += [
             f"  wire [{m - 1}:0] mantissa = x[{m - 1}:0];",

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy._files import write_atomically
-from rarefy.act.formats import Format
-from rarefy.act.table import Table
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import Table
 from rarefy.rtl.identifiers import module_name
 
 Compute: TypeAlias = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]

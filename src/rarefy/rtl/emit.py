@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import error, formats, oracle
-from rarefy.act.formats import Format
-from rarefy.act.table import Table
+from rarefy.act.spec import error, oracle
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import LinearTable, SegmentsTable, ShiftTable, Table
 from rarefy.rtl.design import About, Compute, Design, Port, literal
 from rarefy.rtl.flat import flat
 from rarefy.rtl.identifiers import comment, module_name
@@ -21,8 +21,6 @@ from rarefy.rtl.linear import linear
 from rarefy.rtl.segments import segments
 from rarefy.rtl.units import NAN, Unit, Wire
 
-#: The datapath of each form of table.
-_DATAPATHS = {"shift": shift_add, "carry": shift_add, "linear": linear, "segments": segments}
 _LINE = 100
 _DEFAULTS = {"style": "shift_add", "stages": 0, "handshake": False, "lanes": 1, "nan": "keep", "top": None}
 STYLES = ("shift_add", "flat", "programmable")
@@ -58,7 +56,7 @@ def emit(
     Raises ValueError for arguments that do not go together, before anything is made.
 
     """
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
     if stages not in (0, 1, 2):
@@ -75,15 +73,15 @@ def emit(
     module_name(name, "top" if top else "top, by default the table's name,")
     if style == "flat" and fmt.bits > 16:
         raise ValueError(f"style flat lists every input, and {fmt.name} has 2^{fmt.bits}: use shift_add")
-    if style == "programmable" and table.form not in ("shift", "carry"):
+    if style == "programmable" and not isinstance(table, ShiftTable):
         raise ValueError(f"style programmable is for tables of the form shift or carry, {table.name} is {table.form}")
     compute = _model(table, nan)
     if style == "flat":
         unit = flat(fmt, compute(fmt.all_bits()))
-    elif style == "programmable":
+    elif style == "programmable" and isinstance(table, ShiftTable):
         unit = programmable(table, nan)
     else:
-        unit = _DATAPATHS[table.form](table, nan)
+        unit = _datapath(table, nan)
     ports = _ports(fmt, unit, stages, handshake, lanes)
     largest = error.largest(table) if table.function in oracle.FUNCTIONS else None
     given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
@@ -98,8 +96,19 @@ def emit(
     return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, unit.setup)
 
 
+def _datapath(table: Table, nan: str) -> Unit:
+    """The arithmetic of the form of a table."""
+    if isinstance(table, ShiftTable):
+        return shift_add(table, nan)
+    if isinstance(table, LinearTable):
+        return linear(table, nan)
+    if isinstance(table, SegmentsTable):
+        return segments(table, nan)
+    raise TypeError(f"there is no datapath for a {type(table).__name__}")
+
+
 def _model(table: Table, nan: str) -> Compute:
-    fmt = formats.get(table.format)
+    fmt = table.fmt
 
     def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
         x = np.asarray(bits, dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act.formats import Format
+from rarefy.act.spec.formats import Format
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire
 

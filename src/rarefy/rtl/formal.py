@@ -7,8 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rarefy.act import formats
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec.table import LinearTable, ShiftTable, Table
 from rarefy.rtl import tools
 from rarefy.rtl.definition import definition
 from rarefy.rtl.design import Design, literal
@@ -91,7 +90,7 @@ def _reference(design: Design) -> tuple[Design, str]:
         if unit.functions.count("\n") <= _CASES:
             text = module(top, unit, fmt)
             return Design(top, text, fmt, 0, (), design.compute, design.about), "equal to the truth table of its model"
-    if design.table is None or design.table.form == "linear":
+    if design.table is None or isinstance(design.table, LinearTable):
         raise ValueError(f"{design.top} is too irregular to prove against its truth table: simulate it")
     text = definition(top, design.table, design.nan)
     return Design(top, text, fmt, 0, (), design.compute, design.about), "equal to its table's definition"
@@ -144,9 +143,9 @@ def _narrowing(design: Design, against: Design) -> tuple[str, tuple[str, ...]]:
 
 def _differing(wide: Table, narrow: Table) -> list[tuple[int, int, str]]:
     """Ranges of patterns in which a table and its wide form truly differ, and why."""
-    f = formats.get(wide.format)
-    if isinstance(wide.index, BitIndex):
-        extra = f.mantissa_bits - formats.get(narrow.format).mantissa_bits
+    f = wide.fmt
+    if isinstance(wide, ShiftTable):
+        extra = f.mantissa_bits - narrow.fmt.mantissa_bits
         first, last = wide.saturate_above + 1, ((narrow.saturate_above + 1) << extra) - 1
         between = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
         return [(first, last, f"{between}: above T2, which the narrow format cannot tell from T2")]

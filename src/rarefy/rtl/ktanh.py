@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rarefy.act import formats
-from rarefy.act.formats import Format
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import ShiftTable
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, below, choose, nan_result, nan_wire, rom, width_for
 
 
-def reachable(table: Table) -> dict[int, tuple[int, int]]:
+def reachable(table: ShiftTable) -> dict[int, tuple[int, int]]:
     """For every row of a ``shift`` or ``carry`` table that inputs from T1 to T2 reach: its least and largest result."""
-    assert isinstance(table.index, BitIndex)
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     low = fmt.mantissa_bits - table.index.mantissa_bits
     found: dict[int, tuple[int, int]] = {}
     for chunk in range(table.identity_below >> low, (table.saturate_above >> low) + 1):
@@ -30,21 +28,20 @@ def reachable(table: Table) -> dict[int, tuple[int, int]]:
     return found
 
 
-def shift_add(table: Table, nan: str) -> Unit:
+def shift_add(table: ShiftTable, nan: str) -> Unit:
     """K-TanH of arXiv 1909.07729: T1 and T2, and between them a row (E, r, b) that shifts and adds.
 
     A row is a word of three fields: the index of its E among the distinct ones, the index of its r, and b. Of a
     ``carry`` table E and b are one number, of which the word holds the bits that differ between the results.
     """
-    fmt, index = formats.get(table.format), table.index
-    assert isinstance(index, BitIndex)
+    fmt, index = table.fmt, table.index
     m, n = fmt.mantissa_bits, fmt.bits
     spans = reachable(table)
     rows = {t: table.rows[t] for t in spans}
     shifts = sorted({r for _, r, _ in rows.values()})
     exponents = sorted({e for e, _, _ in rows.values()})
     rw = width_for(len(shifts))
-    carry = table.form == "carry"
+    carry = table.carries
     if carry:
         least, most = min(a for a, _ in spans.values()), max(b for _, b in spans.values())
         bw = max(1, (least ^ most).bit_length())  # the bits above are the same in every result
@@ -94,15 +91,14 @@ def shift_add(table: Table, nan: str) -> Unit:
     return Unit(rom("rows", width, aw, words), lookup, carried, finish)
 
 
-def programmable(table: Table, nan: str) -> Unit:
+def programmable(table: ShiftTable, nan: str) -> Unit:
     """The same with rows, T1 and T2 in registers: any table of the same form, index and format can be written.
 
     Words 0 up are the rows, {r, E, b} (``shift``) or {r, E << m + b} (``carry``); then follow T1 and T2.
     """
-    fmt, index = formats.get(table.format), table.index
-    assert isinstance(index, BitIndex)
+    fmt, index = table.fmt, table.index
     m, n = fmt.mantissa_bits, fmt.bits
-    carry = table.form == "carry"
+    carry = table.carries
     rw = width_for(m + 1)
     width = rw + n - 1
     aw = width_for(index.rows + 2)

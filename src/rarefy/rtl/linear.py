@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rarefy.act import formats
-from rarefy.act.table import MultiplyIndex, Table
+from rarefy.act.spec.table import LinearTable
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, below, nan_result, nan_wire, rom, width_for
 
 
-def linear(table: Table, nan: str) -> Unit:
+def linear(table: LinearTable, nan: str) -> Unit:
     """``d = clamp(u - start, 0, length)``, row ``d * factor >> 16``, ``y = offset + ((B + S * d mod 2^16) >> f)``."""
-    fmt, index = formats.get(table.format), table.index
-    assert isinstance(index, MultiplyIndex)
+    fmt, index = table.fmt, table.index
     n, f = fmt.bits, table.fraction_bits
     odd = table.symmetry == "odd"
     dw = index.length.bit_length()

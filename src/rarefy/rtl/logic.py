@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy._files import write_atomically
-from rarefy.act import error, formats, oracle
-from rarefy.act.formats import Bits, Format
-from rarefy.act.oracle import Function
+from rarefy.act.spec import error, formats, oracle
+from rarefy.act.spec.formats import Bits, Format
+from rarefy.act.spec.oracle import Function
 from rarefy.rtl.covers import Cover, Cube, Relation, between
 from rarefy.rtl.design import About, Design, Port
 from rarefy.rtl.identifiers import comment, module_name

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import oracle
-from rarefy.act.formats import BF16, Bits, Format, Values
+from rarefy.act.spec import oracle
+from rarefy.act.spec.formats import BF16, Bits, Format, Values
 from rarefy.rtl.design import About, Compute, Design, Port
 
 _ONE, _QUARTER, _HALF, _FOUR, _SATURATED = 0x3F80, 0x3E80, 0x3F00, 0x4080, 0x4071

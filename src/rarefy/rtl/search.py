@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rarefy.act import error as errors
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits
-from rarefy.act.oracle import Function
-from rarefy.act.table import BitIndex, Table
+from rarefy.act.spec import error as errors
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import BitIndex, CarryTable, Table
 from rarefy.rtl import flow, tools
 from rarefy.rtl.covers import Choice, Relation
 from rarefy.rtl.design import Design
@@ -262,7 +262,7 @@ def _carry(
     fit = [s for size in range(1, m + 2) for s in combinations(every, size) if _spanned(possible, s)]
     fewest = len(fit[0])
     bits = index.exponent_bits + index.mantissa_bits
-    found = []
+    found: list[tuple[float, Table]] = []
     for shifts in (s for s in fit if len(s) <= fewest + 1 and len(s) <= 4):
         for _ in range(2):
             taste = [rng.random() for _ in shifts]
@@ -296,11 +296,10 @@ def _carry(
             found.append(
                 (
                     cost,
-                    Table(
+                    CarryTable(
                         name=name,
                         function=oracle.name_of(function),
                         format=fmt,
-                        form="carry",
                         index=index,
                         rows=table,
                         identity_below=t1,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rarefy.act import formats
-from rarefy.act.formats import Format
-from rarefy.act.table import Table
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.table import SegmentsTable
 from rarefy.rtl.design import literal
 from rarefy.rtl.units import Unit, Wire, choose, nan_result, nan_wire, width_for
 
@@ -34,7 +33,7 @@ class _Row:
         return self.results == (self.first, self.last) and self.slope == 1 << fraction_bits
 
 
-def segments(table: Table, nan: str) -> Unit:
+def segments(table: SegmentsTable, nan: str) -> Unit:
     """``y = (B + S * (u - first)) >> f`` by rows; ``S * u`` is a shift where every slope is a power of two.
 
     Rows that give the input itself, or zero, are a choice at the end. The others have the same high bits in all their
@@ -42,7 +41,7 @@ def segments(table: Table, nan: str) -> Unit:
     is as wide as the result. With powers of two ``B - S * first`` is one
     constant of the row; a negative slope adds the complement of the input.
     """
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     n, f = fmt.bits, table.fraction_bits
     odd = table.symmetry == "odd"
     w = n - 1 if odd else n
@@ -115,9 +114,9 @@ def segments(table: Table, nan: str) -> Unit:
     return Unit(functions, lookup, carried, finish)
 
 
-def _rows(table: Table, width: int, nan: str) -> list[_Row]:
+def _rows(table: SegmentsTable, width: int, nan: str) -> list[_Row]:
     """The rows, cut at the sign bit, with the first and the last result of each; NaN counts where it passes through."""
-    fmt, f = formats.get(table.format), table.fraction_bits
+    fmt, f = table.fmt, table.fraction_bits
     firsts = [row[0] for row in table.rows]
     highest = fmt.sign - 1 if nan == "none" else fmt.last
     found = []

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rarefy.act.formats import Bits
+from rarefy.act.spec.formats import Bits
 from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
 from rarefy.rtl.flow import Library

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rarefy.act.formats import Format
+from rarefy.act.spec.formats import Format
 from rarefy.rtl.design import literal
 
 NAN = ("keep", "quiet", "none")

@@ -1,9 +1,4 @@
-"""Fit tables: from the true function to the interval of answers allowed for every input, and from there to rows.
-
-Everything here is deterministic and exhaustive over the inputs of the format. ``fit_shift`` searches every (E, r, b)
-of every row, so that its optimum is a proof; ``fit_linear`` and ``fit_segments`` (:mod:`rarefy.act.lines`) decide by
-exact integer arithmetic whether a straight line passes through all intervals of a row.
-"""
+"""Fit ``shift`` and ``carry`` tables by a search over every (E, r, b) of every row, so that the optimum is a proof."""
 
 from __future__ import annotations
 
@@ -13,13 +8,10 @@ from itertools import combinations
 
 import numpy as np
 
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits, Format, Values
-from rarefy.act.lines import fit_linear, fit_segments
-from rarefy.act.oracle import Function
-from rarefy.act.table import BitIndex, Table
-
-__all__ = ["OBJECTIVES", "Certificate", "certify", "fit_linear", "fit_segments", "fit_shift"]
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits, Format, Values
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import BitIndex, CarryTable, ShiftTable
 
 OBJECTIVES = ("max_abs", "max_ulp", "rmse")
 _SLACK = 1e-12  # float64 noise when two error bounds are compared
@@ -93,8 +85,8 @@ def _rows(
 def _candidates(
     row: _Row, fmt: Format, values: Values, form: str, shifts: Sequence[int], objective: str, bound: float
 ) -> _Candidates:
-    """Every (r, base) of a row whose error is within the bound; over all bases, none left out."""
-    found = []
+    """Find every (r, base) of a row whose error is within the bound; over all bases, none left out."""
+    parts = []
     top = fmt.one if row.value.max() <= 1.0 else fmt.last - 1
     for r in shifts:
         k = row.mantissa >> r
@@ -112,13 +104,13 @@ def _candidates(
             good = {"max_abs": max_abs, "max_ulp": max_ulp, "rmse": square}[objective] <= bound + _SLACK
             base, max_abs, max_ulp, square = base[good], max_abs[good], max_ulp[good], square[good]
         shift = np.full(base.size, r, dtype=np.int64)
-        found.append(_Candidates(shift, base, base + k[0], base + k[-1], max_abs, max_ulp, square))
+        parts.append(_Candidates(shift, base, base + k[0], base + k[-1], max_abs, max_ulp, square))
     names = _Candidates.__dataclass_fields__
-    return _Candidates(*(np.concatenate([getattr(c, name) for c in found]) for name in names))
+    return _Candidates(*(np.concatenate([getattr(c, name) for c in parts]) for name in names))
 
 
 def _least(row: _Row, fmt: Format, values: Values, form: str, shifts: Sequence[int], objective: str) -> float:
-    """The least error that any (E, r, b) reaches on a row."""
+    """Find the least error that any (E, r, b) reaches on a row."""
     best = np.inf
     for r in shifts:
         error = _candidates(row, fmt, values, form, [r], objective, best).error(objective)
@@ -172,8 +164,8 @@ def fit_shift(
     monotone: bool = False,
     few_shifts: bool = False,
     name: str | None = None,
-) -> Table:
-    """The best ``shift`` or ``carry`` table of an odd function that is x near 0 and 1 far out.
+) -> ShiftTable:
+    """Fit the best ``shift`` or ``carry`` table of an odd function that is x near 0 and 1 far out.
 
     Among the tables of least ``objective`` ("max_abs", "max_ulp" or "rmse", between T1 and T2) it takes that of
     least mean square error; with ``few_shifts`` first the fewest distinct r (a smaller multiplexer in hardware).
@@ -206,11 +198,10 @@ def fit_shift(
     for row, (r, base) in zip(rows, path, strict=True):
         e = (base + int(row.mantissa[0] >> r)) >> f.mantissa_bits
         table[row.number] = (e, r, base - (e << f.mantissa_bits))
-    return Table(
+    return (ShiftTable if form == "shift" else CarryTable)(
         name=name or f"{oracle.name_of(function)}_{f.name}_{form}{index.rows}",
         function=oracle.name_of(function),
         format=f.name,
-        form=form,
         index=index,
         rows=tuple(table),
         identity_below=t1,

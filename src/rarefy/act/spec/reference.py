@@ -3,7 +3,7 @@
 Modes:
 
 ``exact``
-    Correctly rounded for every input of a format of at most 16 bits, by a shipped :class:`~rarefy.act.table.Table`.
+    Correctly rounded for every input of a format of at most 16 bits, by a shipped :class:`~rarefy.act.Table`.
 ``ktanh``
     The paper (arXiv 1909.07729). tanh is the published table, or another; the others derive from it (section 3)::
 
@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import formats, subnormals
-from rarefy.act.formats import Bits, Format
-from rarefy.act.oracle import FUNCTIONS
-from rarefy.act.table import Table, load
+from rarefy.act.spec import formats, subnormals
+from rarefy.act.spec.formats import Bits, Format
+from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.act.spec.table import Table, load
 
 MODES = ("exact", "ktanh", "hard")
 PUBLISHED = "tanh_bf16_ktanh"
@@ -64,7 +64,7 @@ def check(function: str, mode: str, fmt: Format, table: Table | None) -> None:
 
 @lru_cache(maxsize=64)
 def table_for(function: str, mode: str, fmt: Format, given: Table | None) -> Table | None:
-    """The one table that gives the answers directly, or None when they are derived or arithmetic."""
+    """Return the one table that gives the answers directly, or None when they are derived or arithmetic."""
     check(function, mode, fmt, given)
     if mode == "exact" and fmt.bits <= 16:
         return load(f"{function}_{fmt.name}")
@@ -76,7 +76,7 @@ def table_for(function: str, mode: str, fmt: Format, given: Table | None) -> Tab
 
 
 def core(fmt: Format, given: Table | None) -> Table:
-    """The tanh table that mode ``ktanh`` derives the other functions from."""
+    """Return the tanh table that mode ``ktanh`` derives the other functions from."""
     if given is not None:
         return given
     published = load(PUBLISHED)
@@ -86,7 +86,7 @@ def core(fmt: Format, given: Table | None) -> Table:
 @lru_cache(maxsize=64)
 @subnormals.kept()
 def answers(function: str, mode: str, fmt: Format, given: Table | None = None) -> npt.NDArray[Any]:
-    """The results for all inputs of a format of at most 16 bits, indexed by bits; read-only."""
+    """Return the results for all inputs of a format of at most 16 bits, indexed by bits; read-only."""
     table = table_for(function, mode, fmt, given)
     bits = fmt.all_bits()
     result: npt.NDArray[Any]
@@ -103,7 +103,7 @@ def answers(function: str, mode: str, fmt: Format, given: Table | None = None) -
 
 @subnormals.kept()
 def compute(function: str, mode: str, fmt: Format, bits: npt.ArrayLike, given: Table | None = None) -> npt.NDArray[Any]:
-    """Modes ``ktanh`` and ``hard`` of any array of bf16, fp16 or fp32 bits, from their definition."""
+    """Compute modes ``ktanh`` and ``hard`` of any array of bf16, fp16 or fp32 bits, from their definition."""
     b = np.asarray(bits, dtype=np.int64)
     table = table_for(function, mode, fmt, given)
     if table is not None:

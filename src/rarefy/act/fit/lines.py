@@ -6,18 +6,19 @@ decides whether one line of integers passes through all intervals of a row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits, Format
-from rarefy.act.oracle import Function
-from rarefy.act.table import CutIndex, MultiplyIndex, Table
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits, Format
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import CutIndex, LinearTable, MultiplyIndex, SegmentsTable
 
 
 def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | None:
-    """Integers (S, B) with ``low[d] <= (B + S * d) >> f <= high[d]`` for every d, and the room left over; None if none.
+    """Find integers (S, B) with ``low[d] <= (B + S * d) >> f <= high[d]`` for every d, and the room left; None if none.
 
     The room ``max(L - S d) - min(H - S d)`` is convex in S, so bisection over the integers finds its least value.
     """
@@ -46,7 +47,7 @@ def line(low: Bits, high: Bits, fraction_bits: int) -> tuple[int, int, int] | No
 def _allowed(
     function: Function, fmt: Format, bits: Bits, max_abs: float | None, max_rel: float = 0.0
 ) -> tuple[Bits, Bits]:
-    """The least and largest magnitude allowed for each input: the rounded one, and all within one of the errors."""
+    """Find the least and largest magnitude allowed for each input: the rounded one, all within one of the errors."""
     rounded = oracle.rounded(function, fmt, bits)[0] & (fmt.sign - 1)
     if max_abs is None:
         return rounded, rounded
@@ -71,8 +72,8 @@ def fit_linear(
     max_abs: float | None = None,
     starts: int = 24,
     name: str | None = None,
-) -> Table:
-    """A ``linear`` table, correctly rounded or within ``max_abs``, of an odd function: x near 0 and constant far out.
+) -> LinearTable:
+    """Fit a ``linear`` table, correctly rounded or within ``max_abs``, of an odd function: x near 0, constant far out.
 
     Within ``max_abs`` everywhere that rounding alone is not farther off. Searches ``starts`` beginnings below the first
     input that is not its own value, and factors that fill the rows. Raises ValueError for a function that is not so,
@@ -82,9 +83,51 @@ def fit_linear(
     named = oracle.name_of(function)
     if f.bits != 16 or not oracle.is_odd(function):
         raise ValueError(f"linear tables are for odd functions and formats of 16 bits, not {named} in {f.name}")
+    band = _band(function, f, fraction_bits, max_abs, starts)
+    fits: dict[tuple[int, int], tuple[int, int] | None] = {}
+    for start in range(band.first - 1, band.first - 1 - starts, -1):
+        length = band.end - start
+        fullest = (rows << 16) // length + 1
+        d = np.arange(length + 1, dtype=np.int64)
+        for factor in range(min(fullest, 0xFFFF), fullest - fullest // 5, -1):
+            t = d * factor >> 16
+            if t[-1] >= rows:
+                continue
+            lines = _rows(band, start, np.searchsorted(t, np.arange(t[-1] + 2)) + start, fits, fraction_bits)
+            if lines is not None:
+                return LinearTable(
+                    name=name or f"{named}_{f.name}_linear{rows}",
+                    function=named,
+                    format=f.name,
+                    index=MultiplyIndex(start, length, factor),
+                    rows=tuple(lines),
+                    identity_below=start,
+                    fraction_bits=fraction_bits,
+                    offset=band.offset,
+                )
+    raise ValueError(f"no linear table of {rows} rows does it; ask for more rows or a larger max_abs")
+
+
+@dataclass(frozen=True)
+class _Band:
+    """What the lines of a ``linear`` table must keep to: from ``low`` to ``high`` for every input.
+
+    ``first`` is the first input that must not stay as it is; from ``end`` on one result does for all; a sum of 16 bits
+    holds all results above ``offset``.
+    """
+
+    low: Bits
+    high: Bits
+    first: int
+    end: int
+    offset: int
+
+
+def _band(function: Function, f: Format, fraction_bits: int, max_abs: float | None, starts: int) -> _Band:
+    named = oracle.name_of(function)
     u = np.arange(f.last + 1, dtype=np.int64)
     low, high = _allowed(function, f, u, max_abs)
-    first = int(np.argmin((low <= u) & (u <= high)))  # the first input that must not stay as it is
+    first = int(np.argmin((low <= u) & (u <= high)))
     # From `end` on one result does for all inputs, infinity included: the row that ends there holds it.
     least, most = np.maximum.accumulate(low[::-1])[::-1], np.minimum.accumulate(high[::-1])[::-1]
     end = int(np.argmax(least <= most))
@@ -100,49 +143,19 @@ def fit_linear(
             f"the results of {named} in {f.name} span more than {room} numbers: take fewer than {fraction_bits}"
             " fraction bits"
         )
-    fits: dict[tuple[int, int], tuple[int, int] | None] = {}
-    for start in range(first - 1, first - 1 - starts, -1):
-        length = end - start
-        fullest = (rows << 16) // length + 1
-        d = np.arange(length + 1, dtype=np.int64)
-        for factor in range(min(fullest, 0xFFFF), fullest - fullest // 5, -1):
-            t = d * factor >> 16
-            if t[-1] >= rows:
-                continue
-            lines = _rows(
-                low, high, start, np.searchsorted(t, np.arange(t[-1] + 2)) + start, fits, offset, fraction_bits
-            )
-            if lines is not None:
-                return Table(
-                    name=name or f"{named}_{f.name}_linear{rows}",
-                    function=named,
-                    format=f.name,
-                    form="linear",
-                    index=MultiplyIndex(start, length, factor),
-                    rows=tuple(lines),
-                    identity_below=start,
-                    fraction_bits=fraction_bits,
-                    offset=offset,
-                )
-    raise ValueError(f"no linear table of {rows} rows does it; ask for more rows or a larger max_abs")
+    return _Band(low, high, first, end, offset)
 
 
 def _rows(
-    low: Bits,
-    high: Bits,
-    start: int,
-    cuts: Bits,
-    fits: dict[tuple[int, int], tuple[int, int] | None],
-    offset: int,
-    fraction_bits: int,
+    band: _Band, start: int, cuts: Bits, fits: dict[tuple[int, int], tuple[int, int] | None], fraction_bits: int
 ) -> list[tuple[int, int]] | None:
     """(S, B) of every row between the cuts, or None when one has no line; ``fits`` remembers lines by their row."""
     lines = []
     for a, b in pairwise(cuts):
         key = (int(a), int(b))
         if key not in fits:
-            found = line(low[a:b] - offset, high[a:b] - offset, fraction_bits)
-            fits[key] = found and found[:2]
+            best = line(band.low[a:b] - band.offset, band.high[a:b] - band.offset, fraction_bits)
+            fits[key] = best and best[:2]
         fitted = fits[key]
         if fitted is None:
             return None
@@ -162,8 +175,8 @@ def fit_segments(
     grid: int = 0,
     symmetry: str | None = None,
     name: str | None = None,
-) -> Table:
-    """The ``segments`` table with the fewest rows that is correctly rounded, or within ``max_abs``, on every input.
+) -> SegmentsTable:
+    """Fit the ``segments`` table with the fewest rows that is correctly rounded, or within ``max_abs``, on every input.
 
     Each row reaches as far as a line can (which is optimal for cutting a line into intervals). Where rounding alone is
     farther off than ``max_abs``, it is correctly rounded. Symmetry is "odd" for odd functions and "none" for others
@@ -190,25 +203,11 @@ def fit_segments(
         low, high = _allowed(function, f, bits, max_abs, max_rel)
         negative = oracle.rounded(function, f, bits)[0] & f.sign
         low, high = low + negative, high + negative
-        at, reach = 0, 64
-        while at < len(bits):
-            if shifts:
-                reach, fit = _furthest_shift(low[at:], high[at:], fraction_bits, grid)
-            else:
-                reach, fit = _furthest(low[at:], high[at:], fraction_bits, reach)
-                reach = reach if at + reach == len(bits) else (at + reach >> grid << grid) - at
-            if reach <= 0:
-                raise ValueError(
-                    f"no line holds for the {1 << grid} inputs from {f.decode(bits[at]):g}: take a smaller grid, more"
-                    " fraction bits or a larger max_abs"
-                )
-            rows.append((int(bits[at]), *fit))
-            at += reach
-    return Table(
+        rows += _cut(f, bits, low, high, fraction_bits, grid, shifts)
+    return SegmentsTable(
         name=name or f"{oracle.name_of(function)}_{f.name}",
         function=oracle.name_of(function),
         format=f.name,
-        form="segments",
         index=CutIndex(),
         rows=tuple(rows),
         symmetry=symmetry,
@@ -216,8 +215,30 @@ def fit_segments(
     )
 
 
+def _cut(
+    f: Format, bits: Bits, low: Bits, high: Bits, fraction_bits: int, grid: int, shifts: bool
+) -> list[tuple[int, int, int]]:
+    """Rows (first, S, B) that follow each other through the patterns, each as long as one line allows."""
+    rows: list[tuple[int, int, int]] = []
+    at, reach = 0, 64
+    while at < len(bits):
+        if shifts:
+            reach, fit = _furthest_shift(low[at:], high[at:], fraction_bits, grid)
+        else:
+            reach, fit = _furthest(low[at:], high[at:], fraction_bits, reach)
+            reach = reach if at + reach == len(bits) else (at + reach >> grid << grid) - at
+        if reach <= 0:
+            raise ValueError(
+                f"no line holds for the {1 << grid} inputs from {f.decode(bits[at]):g}: take a smaller grid, more"
+                " fraction bits or a larger max_abs"
+            )
+        rows.append((int(bits[at]), *fit))
+        at += reach
+    return rows
+
+
 def _furthest(low: Bits, high: Bits, fraction_bits: int, guess: int) -> tuple[int, tuple[int, int]]:
-    """The longest prefix that one line fits, and the line: gallop from the guess, then bisect."""
+    """Find the longest prefix that one line fits, and the line: gallop from the guess, then bisect."""
 
     def attempt(n: int) -> tuple[int, int, int] | None:
         return line(low[:n], high[:n], fraction_bits)
@@ -236,9 +257,9 @@ def _furthest(low: Bits, high: Bits, fraction_bits: int, guess: int) -> tuple[in
             good = middle
         else:
             bad = middle
-    found = attempt(good)
-    assert found is not None
-    return good, found[:2]
+    best = attempt(good)
+    assert best is not None
+    return good, best[:2]
 
 
 def _furthest_shift(low: Bits, high: Bits, fraction_bits: int, grid: int) -> tuple[int, tuple[int, int]]:
@@ -259,7 +280,7 @@ def _furthest_shift(low: Bits, high: Bits, fraction_bits: int, grid: int) -> tup
 
 
 def _roundest(low: int, high: int) -> int:
-    """The number between two with the most zeros at its low end."""
+    """Find the number between two with the most zeros at its low end."""
     zeros = 0
     while -(-low >> (zeros + 1)) << (zeros + 1) <= high and zeros < 40:
         zeros += 1

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Within the block this thread computes with subnormal numbers, and after it as before; a decorator too.
+    """Let this thread compute with subnormal numbers in the block, and as before after it; a decorator too.
 
     The native kernels do the same for themselves.
     """

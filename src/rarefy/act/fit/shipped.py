@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from rarefy._files import write_atomically
-from rarefy.act import error, fit, formats, oracle, quartic
-from rarefy.act.oracle import FUNCTIONS
-from rarefy.act.table import BitIndex, Table, load
+from rarefy.act import fit
+from rarefy.act.fit.quartic import fit_quartic
+from rarefy.act.spec import error, formats, oracle, quartic
+from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.act.spec.table import BitIndex, SegmentsTable, ShiftTable, Table, load
 
 # The 32 rows (E, r, b) of arXiv 1909.07729, in the order of the 5-bit index, with its T1 = 0.25 and T2 = 3.75.
 # fmt: off
@@ -25,13 +27,12 @@ _PUBLISHED_ROWS = (
 # fmt: on
 
 
-def published() -> Table:
-    """The table of the paper."""
-    return Table(
+def published() -> ShiftTable:
+    """Return the table of the paper."""
+    return ShiftTable(
         name="tanh_bf16_ktanh",
         function="tanh",
         format="bf16",
-        form="shift",
         index=BitIndex(2, 3),
         rows=_PUBLISHED_ROWS,
         identity_below=0x3E80,
@@ -91,7 +92,7 @@ def write(folder: str | Path) -> list[Table]:
     for table in tables:
         table.save(Path(folder) / f"{table.name}.json")
     coefficients = Path(folder) / "quartic" / "tanh_fp32.json"
-    write_atomically(coefficients, lambda beside: beside.write_text(quartic.fit().to_json(), encoding="utf-8"))
+    write_atomically(coefficients, lambda beside: beside.write_text(fit_quartic().to_json(), encoding="utf-8"))
     return tables
 
 
@@ -115,26 +116,25 @@ def prove(table: Table) -> Proof:
     """Prove what is claimed of a shipped table: correct rounding, or the least error of its form and no falls."""
     errors = error.of(table)
     same = load(table.name) == table
-    if table.form in ("shift", "carry"):
-        assert isinstance(table.index, BitIndex)
-        f = formats.get(table.format)
+    if isinstance(table, ShiftTable):
+        f = table.fmt
         t1, t2 = (float(f.decode(bits)) for bits in (table.identity_below, table.saturate_above))
         least = fit.certify(table.function, f, table.index, identity_below=t1, saturate_above=t2, form=table.form).least
         claim = f"largest error {errors.max_abs:.6f}, falls {errors.falls} times; no such table is below {least:.6f}"
         # the monotone carry table is not of least error: rows would meet in falls
-        holds = errors.max_abs == least if table.form == "shift" else errors.falls == 0
+        holds = errors.falls == 0 if table.carries else errors.max_abs == least
         holds &= errors.falls == 0 or table.name == "tanh_bf16_ktanh"
         return Proof(table.name, claim, bool(holds and same))
-    if table.name.endswith("_shifts"):
+    if isinstance(table, SegmentsTable) and table.name.endswith("_shifts"):
         return _prove_shifts(table, errors.max_abs, same)
-    _, margin = oracle.rounded(table.function, formats.get(table.format), formats.get(table.format).all_bits())
+    _, margin = oracle.rounded(table.function, table.fmt, table.fmt.all_bits())
     claim = f"correctly rounded on all inputs; none is nearer to a tie than {margin:.1e} ulp"
     return Proof(table.name, claim, errors.misrounded == 0 and same)
 
 
-def _prove_shifts(table: Table, largest: float, same: bool) -> Proof:
-    """Every result within one of the two errors or rounded right, and every slope 0 or a power of two."""
-    fmt = formats.get(table.format)
+def _prove_shifts(table: SegmentsTable, largest: float, same: bool) -> Proof:
+    """Prove every result within one of the two errors or rounded right, and every slope 0 or a power of two."""
+    fmt = table.fmt
     max_abs, max_rel, _ = SHIFTS[table.function]
     x = fmt.all_bits()
     x = x[~fmt.is_nan(x)]
@@ -150,7 +150,7 @@ def _prove_shifts(table: Table, largest: float, same: bool) -> Proof:
 
 
 def prove_quartic() -> Proof:
-    """The coefficients of float32 tanh: made again, and their bounds on 830,000 inputs where tanh is neither x nor 1.
+    """Prove the float32 coefficients of tanh: made again, and their bounds on 830,000 inputs of neither x nor 1.
 
     Every input of float32 is a matter of minutes, not of this: ``make test-float32``.
     """
@@ -158,5 +158,5 @@ def prove_quartic() -> Proof:
     y, true = formats.FP32.decode(quartic.tanh().compute(x)), np.tanh(formats.FP32.decode(x))
     last_place = np.exp2(np.floor(np.log2(true)) - 23.0)
     largest, ulp = float(np.abs(y - true).max()), float((np.abs(y - true) / last_place).max())
-    holds = quartic.fit() == quartic.tanh() and largest <= quartic.MAX_ABS and ulp <= quartic.MAX_ULP
+    holds = fit_quartic() == quartic.tanh() and largest <= quartic.MAX_ABS and ulp <= quartic.MAX_ULP
     return Proof("quartic/tanh_fp32", f"within {largest:.2e} and {ulp:.2f} ulp on {x.size} inputs", bool(holds))

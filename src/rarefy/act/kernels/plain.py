@@ -1,7 +1,7 @@
 """The functions without a view of a float's bits, which ONNX has not: bits are found by arithmetic in float64.
 
-This is the decomposition of the operator ``rarefy::activation``. It has the results of :mod:`rarefy.act.aten`, but that
-a NaN becomes the quiet one, and no gradient.
+This is the decomposition of the operator ``rarefy::activation``. It has the results of
+:mod:`rarefy.act.kernels.aten`, but that a NaN becomes the quiet one, and no gradient.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from rarefy.act import aten, formats
-from rarefy.act.aten import FORMAT_OF
+from rarefy.act.kernels import aten
+from rarefy.act.kernels.aten import FORMAT_OF
+from rarefy.act.spec import formats
 
 
 def activation(x: Tensor, function: str, mode: str, table: str = "") -> Tensor:
-    """``function`` of every element: a gather from the answers of a short format, arithmetic in float32."""
+    """Compute ``function`` of every element: a gather from the answers of a short format, arithmetic in float32."""
     fmt = FORMAT_OF[x.dtype]
     if fmt.bits > 16:
         return aten.keep_nan(x, _float32(x, function, mode, table))
@@ -42,12 +43,12 @@ def _float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def _negative(x: Tensor) -> Tensor:
-    """Whether the sign bit is set, that of zero too; of NaN it is no matter."""
+    """Tell whether the sign bit is set, that of zero too; of NaN it is no matter."""
     return (x < 0) | (1.0 / x < 0)
 
 
 def _magnitude(wide: Tensor, fmt: str) -> Tensor:
-    """The bits without the sign of numbers in float64, as whole numbers in float64; those of NaN are any."""
+    """Return the bits without the sign of numbers in float64, as whole numbers in float64; those of NaN are any."""
     f = formats.get(fmt)
     scales: Tensor = aten.constant("scales", "", "", fmt, "", str(wide.device))  # 2^(m - e), from the smallest e up
     least, most = 1 - f.bias, (f.last >> f.mantissa_bits) - f.bias
@@ -67,7 +68,7 @@ def _magnitude(wide: Tensor, fmt: str) -> Tensor:
 
 
 def _value32(magnitude: Tensor, negative: Tensor) -> Tensor:
-    """The float32 numbers of magnitude bits, whole numbers in float64."""
+    """Return the float32 numbers of magnitude bits, whole numbers in float64."""
     f = formats.FP32
     scales: Tensor = aten.constant("scales", "", "", f.name, "", str(magnitude.device))
     field = torch.floor(magnitude * 2.0**-f.mantissa_bits)

@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarefy.act import formats, spec, subnormals
-from rarefy.act.formats import Format
-from rarefy.act.quartic import LIMIT, begins
-from rarefy.act.quartic import tanh as quartic_tanh
-from rarefy.act.table import BitIndex, MultiplyIndex, Table, load
+from rarefy.act.spec import formats, reference, subnormals
+from rarefy.act.spec.formats import Format
+from rarefy.act.spec.quartic import LIMIT, begins
+from rarefy.act.spec.quartic import tanh as quartic_tanh
+from rarefy.act.spec.table import LinearTable, SegmentsTable, ShiftTable, Table, load
 
 FORMAT_OF = {
     torch.bfloat16: formats.BF16,
@@ -36,14 +36,14 @@ _INTEGER = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 @lru_cache(maxsize=64)
 def given_table(text: str) -> Table | None:
-    """The table of an operator's ``table`` argument: "" for the default, a shipped table's name, or JSON."""
+    """Return the table of an operator's ``table`` argument: "" for the default, a shipped table's name, or JSON."""
     if not text:
         return None
     return Table.from_json(text) if text.startswith("{") else load(text)
 
 
 def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic: bool | None = None) -> Tensor:
-    """``function`` of every element in plain PyTorch operators, without a gradient.
+    """Compute ``function`` of every element in plain PyTorch operators, without a gradient.
 
     ``arithmetic`` computes 16-bit ``linear`` and ``shift`` tables instead of looking all answers up; the default does
     so except on the CPU, where Inductor makes the faster code of the gather.
@@ -65,14 +65,14 @@ def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic:
 
 @torch.compiler.assume_constant_result
 def plan(function: str, mode: str, fmt: str, table: str) -> str:
-    """How the table is computed here: its form where arithmetic is cheap, else "answers"."""
+    """Return how the table is computed here: its form where arithmetic is cheap, else "answers"."""
     f = formats.get(fmt)
-    direct = spec.table_for(function, mode, f, given_table(table))
-    if direct is not None and direct.form == "linear" and direct.symmetry == "odd":
+    direct = reference.table_for(function, mode, f, given_table(table))
+    if isinstance(direct, LinearTable) and direct.symmetry == "odd":
         return "linear"
-    if direct is not None and direct.form in ("shift", "carry"):
+    if isinstance(direct, ShiftTable):
         return "shift"
-    if direct is not None and f.bits == 32:
+    if isinstance(direct, SegmentsTable) and f.bits == 32:
         return "segments"
     return "answers"
 
@@ -85,7 +85,7 @@ _TENSORS = _Tensors()
 
 
 def constant(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
-    """A tensor of the tables, made once for each device."""
+    """Return a tensor of the tables, made once for each device."""
     tensor: Tensor = getattr(_TENSORS, _attribute(what, function, mode, fmt, table, device))
     return tensor
 
@@ -97,25 +97,25 @@ _names: dict[tuple[str, ...], str] = {}
 def _attribute(*key: str) -> str:
     if key not in _names:
         _names[key] = f"tensor{len(_names)}"
-        setattr(_TENSORS, _names[key], _made(*key))
+        setattr(_TENSORS, _names[key], _make_tensor(*key))
     return _names[key]
 
 
 @torch.compiler.assume_constant_result
 def numbers(function: str, mode: str, fmt: str, table: str) -> tuple[int, ...]:
-    """The header of a linear or shift table."""
-    direct = _direct(function, mode, fmt, table)
-    i = direct.index
-    if isinstance(i, MultiplyIndex):
+    """Return the header of a table, as :func:`_linear16`, :func:`_shift` and :func:`_segments32` read it."""
+    direct = _table_of(function, mode, fmt, table)
+    if isinstance(direct, LinearTable):
+        i = direct.index
         return i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below
-    if not isinstance(i, BitIndex):
-        return direct.fraction_bits, int(direct.symmetry == "odd")
-    f = formats.get(fmt)
-    return f.mantissa_bits - i.mantissa_bits, i.rows - 1, direct.identity_below, direct.saturate_above
+    if isinstance(direct, ShiftTable):
+        right = direct.fmt.mantissa_bits - direct.index.mantissa_bits
+        return right, direct.index.rows - 1, direct.identity_below, direct.saturate_above
+    return direct.fraction_bits, int(direct.symmetry == "odd")
 
 
-def _direct(function: str, mode: str, fmt: str, table: str) -> Table:
-    direct = spec.table_for(function, mode, formats.get(fmt), given_table(table))
+def _table_of(function: str, mode: str, fmt: str, table: str) -> Table:
+    direct = reference.table_for(function, mode, formats.get(fmt), given_table(table))
     assert direct is not None
     return direct
 
@@ -132,11 +132,11 @@ def _untraced() -> Iterator[None]:
 
 
 @subnormals.kept()
-def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
+def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
     f = formats.get(fmt)
     array: npt.NDArray[Any]
     if what in ("answers", "values"):
-        values = spec.answers(function, mode, f, given_table(table))
+        values = reference.answers(function, mode, f, given_table(table))
         array = values.view(np.int16 if f.bits == 16 else np.uint8).copy()
     elif what == "quartic":  # by rising segment: the rows begin with the last octave's but one
         array = np.roll(np.concatenate([begins()[None], quartic_tanh().values()]), 8, axis=1)
@@ -147,12 +147,12 @@ def _made(what: str, function: str, mode: str, fmt: str, table: str, device: str
     elif what == "scales":  # 2^(m - e), from the smallest exponent up
         array = np.ldexp(1.0, f.mantissa_bits + f.bias - np.arange(1, (f.last >> f.mantissa_bits) + 1))
     else:
-        direct = _direct(function, mode, fmt, table)
+        direct = _table_of(function, mode, fmt, table)
         columns = np.array(direct.rows, dtype=np.int64)
-        if direct.form in ("shift", "carry"):  # (r, base)
+        if isinstance(direct, ShiftTable):  # (r, base)
             columns = np.stack([columns[:, 1], (columns[:, 0] << f.mantissa_bits) + columns[:, 2]], axis=1)
         # sums of segments in float32 need more than 32 bits
-        array = columns.T.astype(np.int64 if direct.form == "segments" else np.int32)
+        array = columns.T.astype(np.int64 if isinstance(direct, SegmentsTable) else np.int32)
         if what == "factors":  # (2^-r, base)
             array = np.stack([np.ldexp(1.0, -array[0]), array[1].astype(np.float64)])
     # A mode of PyTorch that is active while a graph is traced must not see this: the result outlives the trace.
@@ -206,7 +206,7 @@ def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
-    """The float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
+    """Return the float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
     if mode == "exact":
         return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
     if mode == "hard":
@@ -220,16 +220,16 @@ def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec`."""
+    """Compute mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec.reference`."""
     h = x * 0.5
     if function == "sigmoid":
         return 0.5 + 0.5 * tanh(h)
-    z = h if function == "silu" else x * (spec.GELU_A + spec.GELU_B * (x * x))
+    z = h if function == "silu" else x * (reference.GELU_A + reference.GELU_B * (x * x))
     return _limit(x, h * (1.0 + tanh(z)))
 
 
 def hard32(x: Tensor, function: str) -> Tensor:
-    """Mode ``hard`` in float32; see :mod:`rarefy.act.spec`."""
+    """Compute mode ``hard`` in float32; see :mod:`rarefy.act.spec.reference`."""
     if function == "tanh":
         return x.clamp(-1.0, 1.0)
     if function == "sigmoid":
@@ -244,12 +244,12 @@ def _limit(x: Tensor, y: Tensor) -> Tensor:
 
 
 def is_number(x: Tensor) -> Tensor:
-    """Which elements are not NaN; not by isnan, whose negation makes onnxruntime exchange the two of a choice."""
+    """Tell which elements are not NaN; not by isnan, whose negation makes onnxruntime exchange the two of a choice."""
     return x == x  # noqa: PLR0124
 
 
 def keep_nan(x: Tensor, y: Tensor) -> Tensor:
-    """``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
+    """Return ``y``, and NaN where ``x`` is; by a product, since a choice in onnxruntime may lose the sign of 0."""
     return y * torch.where(is_number(x), 1.0, x)
 
 
@@ -328,7 +328,10 @@ def _normal_tail(a: Tensor) -> Tensor:
 
 
 def tanh32(x: Tensor) -> Tensor:
-    """Mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back. See :mod:`rarefy.act.quartic`."""
+    """Compute mode ``exact`` of tanh in float32, of the magnitude of ``x``; a NaN comes back.
+
+    See :mod:`rarefy.act.spec.quartic`.
+    """
     begins, *coefficients = constant("quartic", "tanh", "exact", "fp32", "", str(x.device)).unbind(0)
     a = torch.where(is_number(x), x.abs(), 0.0).clamp(max=LIMIT)
     # the segment, without the bits of w: eight for each doubling of it
@@ -344,7 +347,7 @@ def tanh32(x: Tensor) -> Tensor:
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The float32 nearest to ``a * b + c``; see :func:`rarefy.act.quartic.fused`."""
+    """Return the float32 nearest to ``a * b + c``; see :func:`rarefy.act.spec.quartic.fused`."""
     p, d = a.double() * b.double(), c.double()
     s = p + d
     back = s - p

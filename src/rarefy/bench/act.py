@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from rarefy import act, kernels
 from rarefy._files import write_atomically
-from rarefy.act import functional, native
-from rarefy.act.oracle import FUNCTIONS
+from rarefy.act.kernels import launch, native
+from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.environment import cpu_name, native_isa
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
 SIZES = {"L1": 1 << 13, "L2": 1 << 17, "DRAM": 1 << 25}
@@ -97,7 +98,7 @@ class Peers:
         return lambda n: float(clock(address, x.data_ptr(), y.data_ptr(), x.numel(), table, n))
 
     def find(self, name: str) -> Any:
-        """A peer by name, or None."""
+        """Return a peer by name, or None."""
         return getattr(self.library, name, None) if self.library is not None else None
 
 
@@ -114,26 +115,26 @@ def _python_timer(call: Callable[[], object]) -> Timer:
 def _kernels(peers: Peers, dtype: torch.dtype, x: Tensor, y: Tensor) -> dict[str, Timer]:
     timers: dict[str, Timer] = {}
 
-    def add(entry: str, program: native.Program | None, isa: str | None = None) -> None:
+    def add(entry: str, steps: native.KernelSteps | None, isa: str | None = None) -> None:
         with kernels.forced(isa):
-            kernel = program.kernel() if program is not None else None
+            kernel = steps.kernel() if steps is not None else None
         if kernel is not None:
-            peers.alive.append(program)
+            peers.alive.append(steps)
             timers[entry] = peers.timer(*kernel, x, y)
 
     for function in FUNCTIONS:
         for mode in ("exact", "ktanh", "hard"):
-            add(f"kernel {function} {mode}", functional.program(function, mode, dtype))
+            add(f"kernel {function} {mode}", launch.steps_of(function, mode, dtype))
     if dtype == torch.bfloat16:
-        table = native.program(act.load("tanh_bf16"))
+        table = native.for_table(act.load("tanh_bf16"))
         for isa in ("avx512", "avx2", "portable"):
             add(f"kernel tanh exact {isa}", table, isa)
-            add(f"kernel tanh ktanh {isa}", native.program(act.load("tanh_bf16_ktanh")), isa)
-        answers = native.Program(table.dtype, table.steps[-1:])
+            add(f"kernel tanh ktanh {isa}", native.for_table(act.load("tanh_bf16_ktanh")), isa)
+        answers = native.KernelSteps(table.dtype, table.steps[-1:])
         add("kernel lookup of 65536 answers", answers)
     if dtype == torch.float32:
         for isa in ("avx2", "portable"):
-            add(f"kernel tanh exact {isa}", functional.program("tanh", "exact", dtype), isa)
+            add(f"kernel tanh exact {isa}", launch.steps_of("tanh", "exact", dtype), isa)
     names = {2: ["memcpy16"], 4: ["memcpy32", "hard32", "sleef_u10", "sleef_u35"]}[x.element_size()]
     for name in names:
         peer = peers.find(f"peer_{name}")
@@ -219,7 +220,7 @@ def _pin() -> set[int]:
 
 
 def targets(found: Sequence[Measured]) -> list[Target]:
-    """The claims that the measured entries allow to judge."""
+    """Judge the claims, those that the measured entries allow to."""
     ns = {(m.size, m.dtype, m.entry): m.ns for m in found}
     b, f = "bfloat16", "float32"
     wanted: list[tuple[str, tuple[str, str, str], tuple[str, str, str], float, bool]] = [
@@ -252,19 +253,13 @@ def targets(found: Sequence[Measured]) -> list[Target]:
 
 
 def environment(command: str) -> dict[str, str]:
-    """Machine, versions, date and command, as they go into every row of the results."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    isa = next((kernel.isa for kernel in kernels.table() if kernel.supported), "none")
+    """Return machine, versions, date and command, as they go into every row of the results."""
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
-        "load": load,
-        "isa": isa,
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
+        "isa": native_isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": command,
@@ -272,20 +267,22 @@ def environment(command: str) -> dict[str, str]:
 
 
 def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> None:
-    """One row an entry; the file is written beside and renamed."""
+    """Write one row an entry; the file is written beside and renamed."""
+    _write(path, [{**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about} for m in found])
 
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     def fill(beside: Path) -> None:
         with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *about])
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            for m in found:
-                writer.writerow({**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about})
+            writer.writerows(rows)
 
     write_atomically(path, fill)
 
 
 def text(found: Sequence[Measured], judged: Sequence[Target]) -> str:
-    """The entries by size and format, fastest first, and the targets, for people."""
+    """Format the entries by size and format, fastest first, and the targets, for people."""
     lines = []
     for size in dict.fromkeys(m.size for m in found):
         for dtype in dict.fromkeys(m.dtype for m in found if m.size == size):

@@ -60,17 +60,17 @@ class Format:
         return types[self.bits]
 
     def all_bits(self) -> Bits:
-        """Every bit pattern of a format of at most 16 bits, 0 up."""
+        """List every bit pattern of a format of at most 16 bits, 0 up."""
         if self.bits > 16:
             raise ValueError(f"{self.name} has 2^{self.bits} bit patterns; only formats of 16 bits or less are listed")
         return np.arange(1 << self.bits, dtype=np.int64)
 
     def is_nan(self, bits: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Which bit patterns are NaN."""
+        """Tell which bit patterns are NaN."""
         return (np.asarray(bits, dtype=np.int64) & (self.sign - 1)) > self.last
 
     def decode(self, bits: npt.ArrayLike) -> Values:
-        """The values of bit patterns in float64, exactly (NaN patterns give NaN)."""
+        """Return the values of bit patterns in float64, exactly (NaN patterns give NaN)."""
         b = np.asarray(bits, dtype=np.int64)
         exponent = (b & (self.sign - 1)) >> self.mantissa_bits
         mantissa = (b & self.mantissa_mask).astype(np.float64)
@@ -83,7 +83,7 @@ class Format:
         return np.where(b & self.sign, -value, value)
 
     def encode(self, values: npt.ArrayLike, residual: npt.ArrayLike = 0.0) -> Bits:
-        """The bits of the nearest number to ``values + residual``, ties to even: one rounding, subnormals included.
+        """Return the bits of the number nearest to ``values + residual``, ties to even: one rounding, subnormals too.
 
         ``residual`` is too small to change a float64 value; its sign alone decides where ``values`` is a tie. What is
         too large becomes infinity, or NaN in a format without one. NaN becomes the quiet NaN of positive sign.
@@ -104,7 +104,7 @@ class Format:
         return np.where(np.isnan(v), quiet, np.where(np.signbit(v), b | self.sign, b))
 
     def tie_distance(self, values: npt.ArrayLike) -> Values:
-        """How far each value is from the nearest tie between two neighbours, in units of the last place (0 to 0.5)."""
+        """Return how far each value is from the nearest tie of two neighbours, in units of the last place, 0 to 0.5."""
         _, fraction, _ = self._units(np.abs(np.asarray(values, dtype=np.float64)))
         return np.abs(fraction - 0.5)
 
@@ -128,7 +128,7 @@ FORMATS = {f.name: f for f in (BF16, FP16, FP32, E4M3, E5M2)}
 
 
 def get(name: str | Format) -> Format:
-    """The format of this name; raises ValueError for a name that is none."""
+    """Return the format of this name; raises ValueError for a name that is none."""
     if isinstance(name, Format):
         return name
     try:

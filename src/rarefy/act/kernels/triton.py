@@ -16,9 +16,9 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-from rarefy.act import spec
-from rarefy.act.aten import FORMAT_OF, given_table
-from rarefy.act.table import BitIndex, MultiplyIndex
+from rarefy.act.kernels.aten import FORMAT_OF, given_table
+from rarefy.act.spec import reference
+from rarefy.act.spec.table import LinearTable, ShiftTable
 
 BLOCK = 1024
 
@@ -88,36 +88,36 @@ _tables: dict[tuple[str, str, str, str, str], tuple[Any, tuple[int, ...], Tensor
 
 
 def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str) -> tuple[Any, tuple[int, ...], Tensor]:
-    """The kernel, its constants and its table on the device."""
+    """Return the kernel, its constants and its table on the device."""
     fmt = FORMAT_OF[dtype]
     if fmt.bits > 16:
         raise TypeError(f"the Triton kernels take formats of at most 16 bits, got {fmt.name}")
     key = (function, mode, fmt.name, table, device)
     if key not in _tables:
         given = given_table(table)
-        direct = spec.table_for(function, mode, fmt, given)
+        direct = reference.table_for(function, mode, fmt, given)
         kernel: Any = _lookup_kernel
         constants: tuple[int, ...] = ((1 << fmt.bits) - 1,)
         values: npt.NDArray[Any] | None = None
-        if direct is not None and isinstance(direct.index, MultiplyIndex) and direct.symmetry == "odd":
+        if isinstance(direct, LinearTable) and direct.symmetry == "odd":
             i = direct.index
             kernel, values = _linear_kernel, np.array(direct.rows, dtype=np.int32)
             constants = (i.start, i.length, i.factor, direct.fraction_bits, direct.offset)
             constants += (direct.identity_below, fmt.last)
-        elif direct is not None and isinstance(direct.index, BitIndex) and fmt.bits == 16:
+        elif isinstance(direct, ShiftTable) and fmt.bits == 16:
             right, m = fmt.mantissa_bits - direct.index.mantissa_bits, fmt.mantissa_bits
             kernel, values = _shift_kernel, np.array([(r, (e << m) + b) for e, r, b in direct.rows], dtype=np.int32)
             constants = (right, direct.index.rows - 1, fmt.mantissa_mask, direct.identity_below)
             constants += (direct.saturate_above, fmt.one, fmt.last)
         if values is None:
-            answers = spec.answers(function, mode, fmt, given)
+            answers = reference.answers(function, mode, fmt, given)
             values = answers.view(np.int16 if fmt.bits == 16 else np.uint8).copy()
         _tables[key] = kernel, constants, torch.from_numpy(values).to(device)
     return _tables[key]
 
 
 def activation(x: Tensor, function: str, mode: str = "exact", table: str = "") -> Tensor:
-    """``function`` ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh") of every element of a bf16, fp16 or fp8 tensor.
+    """Compute ``function`` ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh") of every element, in bf16, fp16 or fp8.
 
     Same arguments and same bits as the operator ``rarefy::activation``; no gradient. Raises TypeError for float32.
     """

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from rarefy.act import subnormals
-from rarefy.act.formats import Bits, Format, Values
+from rarefy.act.spec import subnormals
+from rarefy.act.spec.formats import Bits, Format, Values
 
 #: Bound of the relative error of the functions below; the tests hold them against 200-bit arithmetic.
 RELATIVE_ERROR = 2.0**-42
@@ -28,28 +28,28 @@ _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
 def tanh(x: Values) -> Values:
-    """The hyperbolic tangent."""
+    """Return the hyperbolic tangent."""
     return np.tanh(x)
 
 
 def sigmoid(x: Values) -> Values:
-    """1 / (1 + e^-x), without loss in the negative tail."""
+    """Return 1 / (1 + e^-x), without loss in the negative tail."""
     e = np.exp(-np.abs(x))
     return np.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 def silu(x: Values) -> Values:
-    """Swish, x * sigmoid(x); its limit at minus infinity is -0."""
+    """Return Swish, x * sigmoid(x); its limit at minus infinity is -0."""
     return _times(x, sigmoid(x))
 
 
 def gelu(x: Values) -> Values:
-    """GELU, x * Phi(x) = x/2 * erfc(-x / sqrt 2)."""
+    """Return GELU, x * Phi(x) = x/2 * erfc(-x / sqrt 2)."""
     return _times(x, 0.5 * _erfc(-x * math.sqrt(0.5)))
 
 
 def gelu_tanh(x: Values) -> Values:
-    """GELU by tanh, x/2 * (1 + tanh(z)) = x * sigmoid(2z),  z = sqrt(2/pi) * (x + 0.044715 x^3)."""
+    """Return GELU by tanh, x/2 * (1 + tanh(z)) = x * sigmoid(2z),  z = sqrt(2/pi) * (x + 0.044715 x^3)."""
     with np.errstate(over="ignore"):
         return _times(x, sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -73,7 +73,7 @@ _TINY = 2.0**-60
 
 
 def evaluate(function: Function, x: Values) -> Values:
-    """The true value at float64 ``x`` of "tanh", "sigmoid", "silu", "gelu", "gelu_tanh" or a callable."""
+    """Return the true value at float64 ``x`` of "tanh", "sigmoid", "silu", "gelu", "gelu_tanh" or a callable."""
     wide = np.asarray(x, dtype=np.float64)
     if isinstance(function, str):
         if function not in _ORACLES:
@@ -87,12 +87,12 @@ def evaluate(function: Function, x: Values) -> Values:
 
 
 def name_of(function: Function) -> str:
-    """What a table calls the function."""
+    """Return what a table calls the function."""
     return function if isinstance(function, str) else getattr(function, "__name__", "function")
 
 
 def is_odd(function: Function) -> bool:
-    """Whether f(-x) = -f(x), tried at 1000 points up to 16."""
+    """Tell whether f(-x) = -f(x), tried at 1000 points up to 16."""
     if isinstance(function, str):
         return function == "tanh"
     x = np.linspace(0.0, 16.0, 1000)
@@ -101,10 +101,11 @@ def is_odd(function: Function) -> bool:
 
 @subnormals.kept()
 def rounded(function: Function, fmt: Format, bits: Bits) -> tuple[Bits, float]:
-    """Correctly rounded ``function`` of every bit pattern, and the least distance to a tie, in units of the last place.
+    """Round ``function`` of every bit pattern correctly; also return the least distance to a tie.
 
-    NaN patterns come back unchanged. Raises ArithmeticError when a value lies so near a tie that float64 cannot decide.
-    A callable is taken at its word: what is rounded are its float64 values, and nothing is proven about them.
+    The distance is in units of the last place. NaN patterns come back unchanged. Raises ArithmeticError when a value
+    lies so near a tie that float64 cannot decide. A callable is taken at its word: what is rounded are its float64
+    values, and nothing is proven about them.
     """
     x = fmt.decode(bits)
     value = evaluate(function, x)

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import oracle, subnormals
-from rarefy.act.formats import FP32
+from rarefy.act.spec import subnormals
+from rarefy.act.spec.formats import FP32
 
 SEGMENTS = 32
 #: |x| is clamped to the largest float32 below 15, so that |x| + 1 stays below 16.
@@ -49,12 +47,12 @@ class Quartic:
             raise ValueError(f"a quartic table holds 5 rows of {SEGMENTS} coefficients")
 
     def values(self) -> Floats:
-        """The coefficients as float32, shape [5, 32]."""
+        """Return the coefficients as float32, shape [5, 32]."""
         return np.array(self.coefficients, dtype=np.uint32).view(np.float32)
 
     @subnormals.kept()
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
-        """The function of float32 bit patterns, any shape: the reference of the kernels. A NaN stays a NaN."""
+        """Compute the function of float32 bit patterns, any shape: the reference of the kernels. A NaN stays a NaN."""
         given = np.asarray(bits, dtype=np.uint32)
         sign = given & np.uint32(FP32.sign)
         a = (given & np.uint32(FP32.sign - 1)).view(np.float32)
@@ -70,38 +68,38 @@ class Quartic:
         return np.where(np.isnan(a), given, result)
 
     def to_json(self) -> str:
-        """One line of hexadecimal coefficients a power."""
+        """Write one line of hexadecimal coefficients a power."""
         rows = ",\n ".join(json.dumps([f"{c:08x}" for c in row]) for row in self.coefficients)
         return f'{{"rarefy_quartic": 1, "coefficients": [\n {rows}\n]}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> Quartic:
-        """What :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote."""
         return cls(tuple(tuple(int(c, 16) for c in row) for row in json.loads(text)["coefficients"]))
 
 
 def begins() -> Floats:
-    """Where each segment begins, shape [32], in the order of the rows."""
+    """Return where each segment begins, shape [32], in the order of the rows."""
     values = np.zeros(SEGMENTS)
     for segment in range(SEGMENTS):
-        values[_row(segment)] = _span(segment)[0]
+        values[row_of(segment)] = span(segment)[0]
     return values.astype(np.float32)
 
 
-def _span(segment: int) -> tuple[float, float]:
-    """Begin and width of a segment, counted from 0 up."""
+def span(segment: int) -> tuple[float, float]:
+    """Return begin and width of a segment, counted from 0 up."""
     octave, part = divmod(segment, 8)
     return 2.0**octave * (1 + part / 8) - 1.0, 2.0**octave / 8
 
 
-def _row(segment: int) -> int:
-    """The row of a segment: the low two bits of the exponent field 127 + octave of w, then the part."""
+def row_of(segment: int) -> int:
+    """Return the row of a segment: the low two bits of the exponent field 127 + octave of w, then the part."""
     octave, part = divmod(segment, 8)
     return ((127 + octave) & 3) * 8 + part
 
 
 def fused(a: Floats, b: Floats, c: Floats) -> Floats:
-    """The float32 nearest to ``a * b + c``, for finite numbers."""
+    """Return the float32 nearest to ``a * b + c``, for finite numbers."""
     p, d = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     s = p + d
     back = s - p
@@ -111,41 +109,7 @@ def fused(a: Floats, b: Floats, c: Floats) -> Floats:
     return odd.view(np.float64).astype(np.float32)
 
 
-def _through(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[float]:
-    """The polynomial through the points, lowest power first: in rationals, so that every machine finds the same."""
-    nodes, table = ([Fraction(float(v)) for v in values] for values in (x, y))
-    for order in range(1, len(nodes)):  # divided differences
-        for i in range(len(nodes) - 1, order - 1, -1):
-            table[i] = (table[i] - table[i - 1]) / (nodes[i] - nodes[i - order])
-    powers = [Fraction(0)] * len(nodes)
-    for node, value in zip(reversed(nodes), reversed(table), strict=True):  # powers <- powers * (x - node) + value
-        powers = [value - node * powers[0], *(a - node * b for a, b in pairwise(powers))]
-    return [float(c) for c in powers]
-
-
-def fit() -> Quartic:
-    """The coefficients of tanh: interpolation at Chebyshev nodes, segment by segment."""
-    nodes = np.cos(np.pi * (np.arange(5) + 0.5) / 5)
-    coefficients = np.zeros((5, SEGMENTS))
-    for segment in range(SEGMENTS):
-        begin, width = _span(segment)
-        if segment == 0:
-            # tanh f = f + f^2 (c2 + c3 f + c4 f^2), the bracket interpolated at three nodes. The relative error is then
-            # about f (f - n1) (f - n2) (f - n3), least where these are the zeros of T4 with the first one moved to 0.
-            t4 = -np.cos(np.pi * (np.arange(4) + 0.5) / 4)
-            f = width * (t4[1:] - t4[0]) / (1.0 - t4[0])
-            c = np.array([0.0, 1.0, *_through(f, (np.tanh(f) - f) / f**2)])
-        elif begin >= 9.0:  # tanh rounds to 1
-            c = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
-        else:
-            f = width / 2 * (1 + nodes)
-            c = np.array(_through(f, oracle.tanh(begin + f)))
-        coefficients[:, _row(segment)] = c
-    bits = coefficients.astype(np.float32).view(np.uint32)
-    return Quartic(tuple(tuple(int(v) for v in row) for row in bits))
-
-
 @cache
 def tanh() -> Quartic:
-    """The shipped coefficients of tanh."""
+    """Return the shipped coefficients of tanh."""
     return Quartic.from_json((resources.files("rarefy.act") / "tables" / "quartic" / "tanh_fp32.json").read_text())

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act import formats, oracle
-from rarefy.act.formats import Bits, Format, Values
-from rarefy.act.oracle import Function
-from rarefy.act.table import Table
+from rarefy.act.spec import formats, oracle
+from rarefy.act.spec.formats import Bits, Format, Values
+from rarefy.act.spec.oracle import Function
+from rarefy.act.spec.table import SegmentsTable, Table
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Errors:
 
 
 def measure(function: Function, fmt: str | Format, answers: npt.ArrayLike) -> Errors:
-    """The errors of ``answers[bits]``, the results for all bit patterns of a format of at most 16 bits.
+    """Measure the errors of ``answers[bits]``, the results for all bit patterns of a format of at most 16 bits.
 
     Inputs where the function has no value (a callable may give NaN at infinity) do not count.
     """
@@ -72,10 +72,9 @@ def measure(function: Function, fmt: str | Format, answers: npt.ArrayLike) -> Er
 
 
 def of(table: Table, function: Function | None = None) -> Errors:
-    """The errors of a table over all inputs of its format, against ``function`` or the known one that it names."""
-    fmt = formats.get(table.format)
-    answers: npt.NDArray[Any] = table.compute(fmt.all_bits())
-    return measure(function or table.function, fmt, answers)
+    """Measure the errors of a table over all inputs of its format, against ``function`` or the one that it names."""
+    answers: npt.NDArray[Any] = table.compute(table.fmt.all_bits())
+    return measure(function or table.function, table.fmt, answers)
 
 
 #: No known function is steeper than this (GELU is the steepest), and beyond 32 each is its limit to 13 digits.
@@ -84,17 +83,17 @@ _LIMIT = 32.0
 
 
 def largest(table: Table, function: str | None = None) -> float:
-    """The largest absolute error of a table over all inputs of its format, float32 included; of a known function.
+    """Find the largest absolute error of a table over all inputs of its format, float32 too; of a known function.
 
     Where there are too many inputs to try, by branch and bound: between two inputs of a row neither the result nor the
     function moves farther than its ends and its slope allow, and only where that could exceed the largest error known
     are the inputs between looked at. Raises ValueError for a function that is not one of
-    :data:`~rarefy.act.oracle.FUNCTIONS`.
+    :data:`~rarefy.act.spec.oracle.FUNCTIONS`.
     """
     name = function or table.function
     if name not in oracle.FUNCTIONS:
         raise ValueError(f"function must be one of {', '.join(oracle.FUNCTIONS)}, got {name!r}")
-    fmt = formats.get(table.format)
+    fmt = table.fmt
     if fmt.bits <= 16:
         return of(table, name).max_abs
 
@@ -102,10 +101,11 @@ def largest(table: Table, function: str | None = None) -> float:
         x, y = fmt.decode(bits), fmt.decode(table.compute(bits))
         return x, y, np.abs(y - oracle.evaluate(name, x))
 
-    found = 0.0
+    worst = 0.0
     for sign in (0, fmt.sign):
         cuts = [sign, sign + table.identity_below, sign + table.saturate_above + 1]
-        cuts += [row[0] + (sign if table.symmetry == "odd" else 0) for row in table.rows if table.form == "segments"]
+        if isinstance(table, SegmentsTable):
+            cuts += [first + (sign if table.symmetry == "odd" else 0) for first, _, _ in table.rows]
         step = fmt.bits - 16
         end = sign + fmt.last
         begins = np.unique([*cuts, *np.arange(sign, end, 1 << step)])
@@ -113,9 +113,9 @@ def largest(table: Table, function: str | None = None) -> float:
         lasts = np.append(begins[1:], end) - 1
         while begins.size:
             (x0, y0, e0), (x1, y1, e1) = error(begins), error(lasts)
-            found = max(found, float(e0.max()), float(e1.max()))
+            worst = max(worst, float(e0.max()), float(e1.max()))
             moved = np.where(np.abs(x0) < _LIMIT, np.abs(y1 - y0) + _STEEPEST * np.abs(x1 - x0), 0.0)
-            open_ = (np.maximum(e0, e1) + moved > found) & (lasts - begins > 1)
+            open_ = (np.maximum(e0, e1) + moved > worst) & (lasts - begins > 1)
             begins, lasts = begins[open_], lasts[open_]
             # sixteen parts of each
             width = -(-(lasts - begins + 1) // 16)
@@ -123,4 +123,4 @@ def largest(table: Table, function: str | None = None) -> float:
             ends = np.minimum(parts + width[:, None] - 1, lasts[:, None])
             inside = parts <= lasts[:, None]
             begins, lasts = parts[inside], ends[inside]
-    return found
+    return worst
