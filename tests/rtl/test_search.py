@@ -9,8 +9,9 @@ import pytest
 from rarefy import rtl
 from rarefy.act import error, formats
 from rarefy.act.formats import BF16
-from rarefy.rtl import logic, peers, search
-from rarefy.rtl.logic import Frame
+from rarefy.bench import rtl as peers
+from rarefy.rtl import logic, search
+from rarefy.rtl.logic.unit import Frame
 
 
 def largest(design, fmt=BF16):

@@ -6,7 +6,7 @@ import pytest
 
 from rarefy import act, rtl
 from rarefy.act import Table, formats
-from rarefy.rtl import tools
+from rarefy.rtl.eda import tools
 
 PUBLISHED = act.load("tanh_bf16_ktanh")
 CARRY = act.load("tanh_bf16_carry64")

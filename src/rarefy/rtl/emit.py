@@ -13,13 +13,13 @@ import numpy.typing as npt
 from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
+from rarefy.rtl.datapaths.flat import flat
+from rarefy.rtl.datapaths.ktanh import programmable, shift_add
+from rarefy.rtl.datapaths.lane import NAN, Unit, Wire
+from rarefy.rtl.datapaths.linear import linear
+from rarefy.rtl.datapaths.segments import segments
 from rarefy.rtl.design import About, Compute, Design, Port, literal
-from rarefy.rtl.flat import flat
 from rarefy.rtl.identifiers import comment, module_name
-from rarefy.rtl.ktanh import programmable, shift_add
-from rarefy.rtl.linear import linear
-from rarefy.rtl.segments import segments
-from rarefy.rtl.units import NAN, Unit, Wire
 
 #: The datapath of each form of table.
 _DATAPATHS = {"shift": shift_add, "carry": shift_add, "linear": linear, "segments": segments}

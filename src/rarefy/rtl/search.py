@@ -24,12 +24,12 @@ from rarefy.act import formats, oracle
 from rarefy.act.formats import Bits
 from rarefy.act.oracle import Function
 from rarefy.act.table import BitIndex, Table
-from rarefy.rtl import flow, tools
-from rarefy.rtl.covers import Choice, Relation
 from rarefy.rtl.design import Design
+from rarefy.rtl.eda import flow, tools
+from rarefy.rtl.eda.synth import SCRIPTS, Synthesis, synth
 from rarefy.rtl.emit import emit
-from rarefy.rtl.logic import SLACK, Frame, Unit
-from rarefy.rtl.synth import SCRIPTS, Synthesis, synth
+from rarefy.rtl.logic.covers import Choice, Relation
+from rarefy.rtl.logic.unit import SLACK, Frame, Unit
 
 KINDS = ("logic", "table")
 GOALS = {"area": "area", "delay": "speed"}

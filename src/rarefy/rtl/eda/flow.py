@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from rarefy.rtl import tools
-from rarefy.rtl.tools import MissingToolError
+from rarefy.rtl.eda import tools
+from rarefy.rtl.eda.tools import MissingToolError
 
 LOAD_FF = 10.0  # at every output
 _OSU018 = "usr/share/qflow/tech/osu018/osu018_stdcells.lib"

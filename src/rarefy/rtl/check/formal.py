@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rarefy.act import formats
 from rarefy.act.table import BitIndex, Table
-from rarefy.rtl import tools
-from rarefy.rtl.definition import definition
+from rarefy.rtl.check.definition import definition
+from rarefy.rtl.datapaths.flat import flat
 from rarefy.rtl.design import Design, literal
+from rarefy.rtl.eda import tools
 from rarefy.rtl.emit import module
-from rarefy.rtl.flat import flat
 
 _SCRIPT = """read_verilog -sv harness.sv
 hierarchy -top {top}_harness

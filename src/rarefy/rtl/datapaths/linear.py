@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from rarefy.act import formats
 from rarefy.act.table import MultiplyIndex, Table
+from rarefy.rtl.datapaths.lane import Unit, Wire, below, nan_result, nan_wire, rom, width_for
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire, below, nan_result, nan_wire, rom, width_for
 
 
 def linear(table: Table, nan: str) -> Unit:

@@ -2,8 +2,8 @@
 
 Below ``2^identity`` the output is the input, from ``2^limit`` on it is within the error of the function's limit, and
 between them the low exponent bits and the mantissa of the output are sums of products of the input's bits, with every
-freedom that the error bound leaves (:mod:`rarefy.rtl.covers`). The sign is the input's and a NaN gives a NaN, whose
-payload is not kept.
+freedom that the error bound leaves (:mod:`rarefy.rtl.logic.covers`). The sign is the input's and a NaN gives a NaN,
+whose payload is not kept.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rarefy._files import write_atomically
 from rarefy.act import error, formats, oracle
 from rarefy.act.formats import Bits, Format
 from rarefy.act.oracle import Function
-from rarefy.rtl.covers import Cover, Cube, Relation, between
 from rarefy.rtl.design import About, Design, Port
 from rarefy.rtl.identifiers import comment, module_name
+from rarefy.rtl.logic.covers import Cover, Cube, Relation, between
 
 FILE_VERSION = 1
 SLACK = 1e-12  # float64 noise when two error bounds are compared
@@ -345,7 +345,7 @@ class Unit:
 
 def names() -> list[str]:
     """The names of the shipped units."""
-    folder = resources.files("rarefy.rtl") / "logic_units"
+    folder = resources.files("rarefy.rtl.logic") / "units"
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
@@ -356,7 +356,7 @@ def load(name: str | Path) -> Unit:
             return Unit.from_json(Path(name).read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise ValueError(f"{str(name)!r} is not a unit of logic: it is not UTF-8 text") from None
-    entry = resources.files("rarefy.rtl") / "logic_units" / f"{name}.json"
+    entry = resources.files("rarefy.rtl.logic") / "units" / f"{name}.json"
     if name not in names():
         raise ValueError(f"unit must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
     return Unit.from_json(entry.read_text(encoding="utf-8"))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from rarefy.act import formats
 from rarefy.act.formats import Format
 from rarefy.act.table import BitIndex, Table
+from rarefy.rtl.datapaths.lane import Unit, Wire, below, choose, nan_result, nan_wire, rom, width_for
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire, below, choose, nan_result, nan_wire, rom, width_for
 
 
 def reachable(table: Table) -> dict[int, tuple[int, int]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from rarefy.act import formats
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
+from rarefy.rtl.datapaths.lane import Unit, Wire, choose, nan_result, nan_wire, width_for
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire, choose, nan_result, nan_wire, width_for
 
 #: Rows up to which they are found by a ladder of comparisons.
 _LADDER = 64

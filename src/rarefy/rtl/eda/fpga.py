@@ -14,8 +14,8 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
+from rarefy.rtl.eda import flow, tools
 
 SEEDS = (1, 2, 3, 4, 5)
 _TARGET = ("--hx8k", "--package", "ct256", "--freq", "400", "--pcf-allow-unconstrained", "--timing-allow-fail")

@@ -1,4 +1,4 @@
-"""The testbench of :mod:`rarefy.rtl.simulate`: cocotb runs it inside the simulator, which it builds and starts.
+"""The testbench of :mod:`rarefy.rtl.check.simulate`: cocotb runs it in the simulator that it builds and starts.
 
 It reads a plan (JSON), drives every word of it into the design and writes down what came out; what should have come
 out is judged elsewhere. It imports nothing of rarefy, so that a simulator starts in a moment.

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rarefy.act.formats import Bits
-from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
-from rarefy.rtl.flow import Library
+from rarefy.rtl.eda import flow, tools
+from rarefy.rtl.eda.flow import Library
 
 _AREA = "strash;&get,-n;&fraig,-x;&put;scorr;dc2;dc2;dch,-f;amap,-m;buffer,-c;upsize,-D,99999;dnsize,-D,99999;stime,-p"
 _SPEED = (

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy.act.formats import Format
+from rarefy.rtl.datapaths.lane import Unit, Wire
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire
 
 
 @dataclass(frozen=True)
