@@ -87,9 +87,9 @@ def _reference(design: Design) -> tuple[Design, str]:
     fmt = design.format
     top = f"{design.top}_definition"
     if fmt.bits <= 16:
-        unit = flat(fmt, design.compute(fmt.all_bits()))
-        if unit.functions.count("\n") <= _CASES:
-            text = module(top, unit, fmt)
+        lane = flat(fmt, design.compute(fmt.all_bits()))
+        if lane.functions.count("\n") <= _CASES:
+            text = module(top, lane, fmt)
             return Design(top, text, fmt, 0, (), design.compute, design.about), "equal to the truth table of its model"
     if design.table is None or design.table.form == "linear":
         raise ValueError(f"{design.top} is too irregular to prove against its truth table: simulate it")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rarefy.act import formats
 from rarefy.act.formats import Format
 from rarefy.act.table import Table
-from rarefy.rtl.datapaths.lane import Unit, Wire, choose, nan_result, nan_wire, width_for
+from rarefy.rtl.datapaths.lane import Lane, Wire, Word, choose, nan_result, nan_wire, width_for
 from rarefy.rtl.design import literal
 
 #: Rows up to which they are found by a ladder of comparisons.
@@ -17,7 +18,7 @@ _LADDER = 64
 
 @dataclass(frozen=True)
 class _Row:
-    """A row: inputs ``first`` to ``last``, slope S, sum B at ``first``, and what becomes of it."""
+    """A row: inputs ``first`` to ``last``, slope S, sum B at ``first``, and the results of the two ends."""
 
     first: int
     last: int
@@ -26,7 +27,7 @@ class _Row:
     results: tuple[int, int]
 
     def describe(self, fmt: Format) -> str:
-        """The row as a comment."""
+        """Write the row as a comment."""
         return f"from x = {fmt.decode(self.first):g}: S={self.slope} B={self.base}"
 
     def passes(self, fraction_bits: int) -> bool:
@@ -34,8 +35,36 @@ class _Row:
         return self.results == (self.first, self.last) and self.slope == 1 << fraction_bits
 
 
-def segments(table: Table, nan: str) -> Unit:
-    """``y = (B + S * (u - first)) >> f`` by rows; ``S * u`` is a shift where every slope is a power of two.
+@dataclass(frozen=True)
+class _Line:
+    """How ``B + S * (u - first)`` is computed.
+
+    Attributes:
+        fields: what a row's word holds for it, in words.
+        width: how many bits that is.
+        fraction: low bits of the sum, below those of the result.
+        words: those bits of each row.
+        wires: the wires up to ``sum``.
+
+    """
+
+    fields: str
+    width: int
+    fraction: int
+    words: Mapping[_Row, int]
+    wires: Sequence[Wire]
+
+
+class _Place(NamedTuple):
+    """Where a row's word holds what is chosen at the end; without ``sign`` the result has that of the input."""
+
+    sign: int | None
+    zero: int
+    passing: int
+
+
+def segments(table: Table, nan: str) -> Lane:
+    """Make the lane of ``y = (B + S * (u - first)) >> f`` by rows; ``S * u`` is a shift where all S are powers of two.
 
     Rows that give the input itself, or zero, are a choice at the end. The others have the same high bits in all their
     results, so that the sum is only as wide as the bits that differ; where a row changes the sign of its result the sum
@@ -50,73 +79,62 @@ def segments(table: Table, nan: str) -> Unit:
     crossing = any((r.results[0] ^ r.results[1]) >> (n - 1) for r in rows)
     k = n if crossing and not odd else n - 1  # bits that are chosen; a sign besides, if it is not among them
     chosen = (1 << k) - 1
-    zero = [not any(y & chosen for y in r.results) and r.slope == 0 for r in rows]
-    passing = [r.passes(f) and not z for r, z in zip(rows, zero, strict=True)]
-    summed = [r for r, z, p in zip(rows, zero, passing, strict=True) if not z and not p]
+    zero = {r for r in rows if not any(y & chosen for y in r.results) and r.slope == 0}
+    passing = {r for r in rows if r.passes(f)} - zero
+    summed = [r for r in rows if r not in zero and r not in passing]
     ends = [y & chosen for r in summed for y in r.results]
     # all bits above the lowest `bw` are the same in every sum
     bw = k if crossing else max(1, max((a ^ ends[0] for a in ends), default=0).bit_length())
-    prefix = ends[0] >> bw if ends else 0
-    slopes = sorted({r.slope for r in summed}, key=lambda s: (abs(s), s))
-    if not summed:
-        line = _Line("none", 0, 0, lambda row: 0, lambda x, row: [])
-    elif all(s == 0 or abs(s) & (abs(s) - 1) == 0 for s in slopes):
-        line = _shifted(slopes, f, bw, w)
-    else:
-        line = _product(summed, slopes, f, bw)
-    follows = (
-        odd
-        or crossing
-        or all(
-            (y & fmt.sign) == (u & fmt.sign) for r in rows for y, u in zip(r.results, (r.first, r.last), strict=True)
-        )
-    )
+    line = _line(summed, f, bw, w)
+    follows = odd or crossing or all(_keeps_sign(r, fmt) for r in rows)
+    at = line.width
+    place = _Place(None, at, at + 1) if follows else _Place(at, at + 1, at + 2)
     words = []
-    for r, z, p in zip(rows, zero, passing, strict=True):
-        word = line.word(r) if not z and not p else 0
-        at = line.width
-        if not follows:
-            word, at = word | (r.results[0] & fmt.sign != 0) << at, at + 1
-        words.append(word | z << at | p << at + 1)
-    sign_bit, zero_bit = line.width, line.width + (0 if follows else 1)
-    width = zero_bit + 2
+    for r in rows:
+        word = line.words.get(r, 0) | (r in zero) << place.zero | (r in passing) << place.passing
+        words.append(word if place.sign is None else word | (r.results[0] & fmt.sign != 0) << place.sign)
+    width = place.passing + 1
     grid = min(((r.first & -r.first).bit_length() - 1 for r in rows if r.first), default=0)
-    functions, found = "", literal(width, words[0])
     if len(rows) > 1:
-        functions = _ladder(
-            width, w - grid, [(r.first >> grid, word, r.describe(fmt)) for r, word in zip(rows, words, strict=True)]
-        )
+        steps = [_Step(r.first >> grid, Word(word, r.describe(fmt))) for r, word in zip(rows, words, strict=True)]
+        functions, row = _ladder(width, w - grid, steps), f"rows(x[{w - 1}:{grid}])"
+    else:
+        functions, row = "", literal(width, words[0])
+    fields = f"pass, zero, {'' if follows else 'sign, '}{line.fields}"
+    lookup = [Wire("row", width, row, fields), *nan_wire(fmt, nan)]
+    inside = literal(k, 0)
+    if summed:
+        fixed = [literal(k - bw, ends[0] >> bw)] * (bw < k)
+        total = ", ".join([*fixed, f"sum[{bw + line.fraction - 1}:{line.fraction}]"])
+        inside = f"row[{place.zero}] ? {literal(k, 0)} : {{{total}}}"
+    finish = [*line.wires, *_chosen(fmt, nan, k, place, inside)]
+    return Lane(functions, lookup, finish, ("x", "row", "nan"))
 
-    def lookup(x: str) -> list[Wire]:
-        row = f"rows({x}[{w - 1}:{grid}])" if functions else found
-        wires = [Wire("row", width, row, f"pass, zero, {'' if follows else 'sign, '}{line.fields}")]
-        return [*wires, *nan_wire(fmt, nan, x)]
 
-    def finish(q: Callable[[str], str]) -> list[Wire]:
-        x, row = q("x"), q("row")
-        wires = line.wires(x, row)
-        fixed = [literal(k - bw, prefix)] * (bw < k)
-        inside = "{" + ", ".join([*fixed, f"sum[{bw + line.fraction - 1}:{line.fraction}]"]) + "}"
-        inside = f"{row}[{zero_bit}] ? {literal(k, 0)} : {inside}" if summed else literal(k, 0)
-        choice = f"{row}[{zero_bit + 1}] ? {x}[{k - 1}:0] : {inside}"
-        if k == n:  # the sign is one of the bits
-            if nan != "none":
-                choice = f"{q('nan')} ? {{{x}[{n - 1}], {nan_result(fmt, nan, x)}}} : {choice}"
-            return [*wires, Wire("result", n, choice)]
-        sign = f"{x}[{n - 1}]" if follows else f"{row}[{zero_bit + 1}] ? {x}[{n - 1}] : {row}[{sign_bit}]"
+def _keeps_sign(row: _Row, fmt: Format) -> bool:
+    """Whether the results of a row have the sign of their inputs."""
+    return all((y & fmt.sign) == (u & fmt.sign) for y, u in zip(row.results, (row.first, row.last), strict=True))
+
+
+def _chosen(fmt: Format, nan: str, k: int, place: _Place, inside: str) -> list[Wire]:
+    """Choose the input where the row passes it, else ``inside``, of ``k`` bits; and a sign where it is not in them."""
+    n = fmt.bits
+    choice = f"row[{place.passing}] ? x[{k - 1}:0] : {inside}"
+    if k == n:  # the sign is one of the bits
         if nan != "none":
-            choice = f"{q('nan')} ? {nan_result(fmt, nan, x)} : {choice}"
-            sign = sign if follows else f"{q('nan')} ? {x}[{n - 1}] : {sign}"
-        wires.append(Wire("magnitude", n - 1, choice))
-        wires.append(Wire("sign", 1, sign))
-        return [*wires, Wire("result", n, "{sign, magnitude}")]
-
-    carried = {"x": n, "row": width} | ({} if nan == "none" else {"nan": 1})
-    return Unit(functions, lookup, carried, finish)
+            choice = f"nan ? {{x[{n - 1}], {nan_result(fmt, nan)}}} : {choice}"
+        return [Wire("result", n, choice)]
+    sign = f"x[{n - 1}]"
+    if place.sign is not None:
+        sign = f"row[{place.passing}] ? {sign} : row[{place.sign}]"
+    if nan != "none":
+        choice = f"nan ? {nan_result(fmt, nan)} : {choice}"
+        sign = sign if place.sign is None else f"nan ? x[{n - 1}] : {sign}"
+    return [Wire("magnitude", n - 1, choice), Wire("sign", 1, sign), Wire("result", n, "{sign, magnitude}")]
 
 
 def _rows(table: Table, width: int, nan: str) -> list[_Row]:
-    """The rows, cut at the sign bit, with the first and the last result of each; NaN counts where it passes through."""
+    """Cut the rows at the sign bit, with the first and the last result of each; NaN counts where it passes through."""
     fmt, f = formats.get(table.format), table.fraction_bits
     firsts = [row[0] for row in table.rows]
     highest = fmt.sign - 1 if nan == "none" else fmt.last
@@ -130,102 +148,108 @@ def _rows(table: Table, width: int, nan: str) -> list[_Row]:
     return found
 
 
-@dataclass(frozen=True)
-class _Line:
-    """How ``B + S * (u - first)`` is computed: the fields of a row's word, and the wires up to ``sum``."""
+def _line(rows: Sequence[_Row], fraction_bits: int, result_bits: int, input_bits: int) -> _Line:
+    """Choose how the lines of the rows are computed."""
+    slopes = sorted({r.slope for r in rows}, key=lambda s: (abs(s), s))
+    if not rows:
+        return _Line("none", 0, 0, {}, ())
+    if all(s == 0 or abs(s) & (abs(s) - 1) == 0 for s in slopes):
+        return _shifted(rows, slopes, fraction_bits, result_bits, input_bits)
+    return _product(rows, slopes, fraction_bits, result_bits)
 
-    fields: str
-    width: int
-    fraction: int
-    word: Callable[[_Row], int]
-    wires: Callable[[str, str], list[Wire]]
 
-
-def _shifted(slopes: list[int], fraction_bits: int, result_bits: int, input_bits: int) -> _Line:
+def _shifted(rows: Sequence[_Row], slopes: list[int], fraction_bits: int, result_bits: int, input_bits: int) -> _Line:
+    """Compute the lines by a shift: a row's word is the index of S and the constant ``B - S * first``."""
     powers = [abs(s).bit_length() - 1 for s in slopes if s]
     spare = min([*powers, fraction_bits])  # low bits that no slope reaches
     fraction = fraction_bits - spare
     width = result_bits + fraction
     sw = width_for(len(slopes)) if len(slopes) > 1 else 0
-
-    def word(row: _Row) -> int:
+    words = {}
+    for row in rows:
         constant = (row.base - row.slope * row.first >> spare) + (row.slope < 0)
-        return slopes.index(row.slope) << width | constant & ((1 << width) - 1)
-
-    def term(slope: int, x: str) -> str:
-        zeros = abs(slope).bit_length() - 1 - spare
-        if slope == 0 or zeros >= width:
-            return literal(width, 0 if slope >= 0 else -1)
-        used = min(input_bits, width - zeros)
-        parts = [literal(width - zeros - used, 0)] * (width > zeros + used)
-        parts += [f"{x}[{used - 1}:0]"] + [literal(zeros, 0)] * (zeros > 0)
-        text = parts[0] if len(parts) == 1 else f"{{{', '.join(parts)}}}"
-        return f"~{text}" if slope < 0 else text
-
-    def wires(x: str, row: str) -> list[Wire]:
-        options = [term(s, x) for s in slopes]
-        selector = f"{row}[{width + sw - 1}:{width}]"
-        shifted = choose(selector, sw, options)
-        return [
-            Wire("shifted", width, shifted, "S * u; ~ for the negative"),
-            Wire("sum", width, f"{row}[{width - 1}:0] + shifted"),
-        ]
-
-    return _Line("index of S, B - S * first", width + sw, fraction, word, wires)
+        words[row] = slopes.index(row.slope) << width | constant & ((1 << width) - 1)
+    options = [_term(slope, abs(slope).bit_length() - 1 - spare, width, input_bits) for slope in slopes]
+    shifted = choose(f"row[{width + sw - 1}:{width}]", sw, options)
+    wires = (
+        Wire("shifted", width, shifted, "S * u; ~ for the negative"),
+        Wire("sum", width, f"row[{width - 1}:0] + shifted"),
+    )
+    return _Line("index of S, B - S * first", width + sw, fraction, words, wires)
 
 
-def _product(rows: list[_Row], slopes: list[int], fraction_bits: int, result_bits: int) -> _Line:
+def _term(slope: int, zeros: int, width: int, input_bits: int) -> str:
+    """Write the input, shifted up by ``zeros``, in ``width`` bits; of a negative slope its complement."""
+    if slope == 0 or zeros >= width:
+        return literal(width, 0 if slope >= 0 else -1)
+    used = min(input_bits, width - zeros)
+    parts = [literal(width - zeros - used, 0)] * (width > zeros + used)
+    parts += [f"x[{used - 1}:0]"] + [literal(zeros, 0)] * (zeros > 0)
+    text = parts[0] if len(parts) == 1 else f"{{{', '.join(parts)}}}"
+    return f"~{text}" if slope < 0 else text
+
+
+def _product(rows: Sequence[_Row], slopes: list[int], fraction_bits: int, result_bits: int) -> _Line:
+    """Compute the lines by a product: a row's word is S, the low bits of ``first``, and B."""
     width = result_bits + fraction_bits
     dw = max(1, *((r.last - r.first).bit_length() for r in rows))
     signed = min(slopes) < 0
     sw = max(s.bit_length() for s in slopes) + signed
-
-    def word(row: _Row) -> int:
+    words = {}
+    for row in rows:
         base, first = row.base & ((1 << width) - 1), row.first & ((1 << dw) - 1)
-        return ((row.slope & ((1 << sw) - 1)) << dw | first) << width | base
-
-    def wires(x: str, row: str) -> list[Wire]:
-        slope = f"{row}[{width + dw + sw - 1}:{width + dw}]"
-        product = f"$signed({slope}) * $signed({{1'b0, d}})" if signed else f"{slope} * d"
-        return [
-            Wire("d", dw, f"{x}[{dw - 1}:0] - {row}[{width + dw - 1}:{width}]", "u - first"),
-            Wire("product", sw + dw + signed, product, "S * d", signed),
-            Wire("sum", width, f"{row}[{width - 1}:0] + {_fitted('product', sw + dw + signed, width, signed)}"),
-        ]
-
-    return _Line("S, first, B", width + dw + sw, fraction_bits, word, wires)
+        words[row] = ((row.slope & ((1 << sw) - 1)) << dw | first) << width | base
+    slope = f"row[{width + dw + sw - 1}:{width + dw}]"
+    product = f"$signed({slope}) * $signed({{1'b0, d}})" if signed else f"{slope} * d"
+    wires = (
+        Wire("d", dw, f"x[{dw - 1}:0] - row[{width + dw - 1}:{width}]", "u - first"),
+        Wire("product", sw + dw + signed, product, "S * d", signed),
+        Wire("sum", width, f"row[{width - 1}:0] + {_fitted('product', sw + dw + signed, width, signed)}"),
+    )
+    return _Line("S, first, B", width + dw + sw, fraction_bits, words, wires)
 
 
 def _fitted(name: str, width: int, wanted: int, signed: bool) -> str:
-    """A value of ``width`` bits as one of ``wanted`` bits."""
+    """Write a value of ``width`` bits as one of ``wanted`` bits."""
     if width >= wanted:
         return f"{name}[{wanted - 1}:0]"
     fill = f"{{{wanted - width}{{{name}[{width - 1}]}}}}" if signed else literal(wanted - width, 0)
     return f"{{{fill}, {name}}}"
 
 
-def _ladder(width: int, address_width: int, rows: list[tuple[int, int, str]]) -> str:
-    """A function from the high bits of an input to the word of the last row that does not begin above them.
+class _Step(NamedTuple):
+    """The least input, by its high bits, that a word is for."""
 
-    Comparisons from the last row down, which read well; of many rows a tree, which tools read fast.
+    first: int
+    word: Word
+
+
+def _ladder(width: int, address_width: int, steps: list[_Step]) -> str:
+    """Write a function from the high bits of an input to the word of the last step that does not begin above them.
+
+    Comparisons from the last step down, which read well; of many a tree, which tools read fast.
     """
     lines = [f"  function automatic logic [{width - 1}:0] rows(input logic [{address_width - 1}:0] t);"]
-
-    def place(some: list[tuple[int, int, str]], indent: str) -> None:
-        if len(some) == 1:
-            lines.append(f"{indent}rows = {literal(width, some[0][1])};  // {some[0][2]}")
-            return
-        middle = len(some) // 2
-        lines.append(f"{indent}if (t >= {literal(address_width, some[middle][0])}) begin")
-        place(some[middle:], indent + "  ")
-        lines.append(f"{indent}end else begin")
-        place(some[:middle], indent + "  ")
-        lines.append(f"{indent}end")
-
-    if len(rows) > _LADDER:
-        place(rows, "    ")
+    if len(steps) > _LADDER:
+        lines += _tree(width, address_width, steps, "    ")
     else:
-        for number, (first, word, comment) in enumerate(reversed(rows)):
-            test = f"if (t >= {literal(address_width, first)}) " if number < len(rows) - 1 else ""
-            lines.append(f"    {'else ' if number else ''}{test}rows = {literal(width, word)};  // {comment}")
+        for number, (first, word) in enumerate(reversed(steps)):
+            test = f"if (t >= {literal(address_width, first)}) " if number < len(steps) - 1 else ""
+            row = f"rows = {literal(width, word.value)};  // {word.comment}"
+            lines.append(f"    {'else ' if number else ''}{test}{row}")
     return "\n".join([*lines, "  endfunction"]) + "\n"
+
+
+def _tree(width: int, address_width: int, steps: list[_Step], indent: str) -> list[str]:
+    """Halve the steps by a comparison, and each half again."""
+    if len(steps) == 1:
+        word = steps[0].word
+        return [f"{indent}rows = {literal(width, word.value)};  // {word.comment}"]
+    middle = len(steps) // 2
+    return [
+        f"{indent}if (t >= {literal(address_width, steps[middle].first)}) begin",
+        *_tree(width, address_width, steps[middle:], indent + "  "),
+        f"{indent}end else begin",
+        *_tree(width, address_width, steps[:middle], indent + "  "),
+        f"{indent}end",
+    ]
