@@ -60,7 +60,7 @@ class Verification:
         return not self.mismatches and not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Give everything as plain values, for JSON."""
         return {**asdict(self), "passed": self.passed}
 
 
