@@ -20,8 +20,10 @@ import results
 from rarefy import act, rtl
 from rarefy.act import BitIndex, fit
 from rarefy.act.spec import error, formats
-from rarefy.rtl import flow, fpga, logic, peers, search, tools
+from rarefy.bench import rtl as peers
+from rarefy.rtl import logic, search
 from rarefy.rtl.design import Design
+from rarefy.rtl.eda import flow, fpga, tools
 
 PARTS = ("peers", "published", "carry", "logic", "functions")
 #: The parts that are placed on the FPGA too.

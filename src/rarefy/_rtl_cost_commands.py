@@ -12,7 +12,7 @@ from rarefy._outputs import check_file
 
 if TYPE_CHECKING:
     from rarefy.rtl.design import Design
-    from rarefy.rtl.synth import Synthesis
+    from rarefy.rtl.eda.synth import Synthesis
 
 
 def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,7 +62,8 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _design(arguments: argparse.Namespace) -> Design:
     """The design that UNIT and the options mean; raises ValueError when there is none, or options it cannot have."""
     from rarefy import act, rtl
-    from rarefy.rtl import logic, peers
+    from rarefy.bench import rtl as peers
+    from rarefy.rtl import logic
 
     name = arguments.unit
     plain = (arguments.style, arguments.stages, arguments.lanes) == ("shift_add", 0, 1)
@@ -83,8 +84,8 @@ def _is_unit(name: str) -> bool:
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from rarefy.rtl import flow, fpga
-    from rarefy.rtl.synth import SCRIPTS, synth
+    from rarefy.rtl.eda import flow, fpga
+    from rarefy.rtl.eda.synth import SCRIPTS, synth
 
     design = _design(arguments)
     if arguments.fpga:

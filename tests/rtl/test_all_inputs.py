@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from rarefy import rtl
-from rarefy.rtl import logic, peers, search, tools
+from rarefy.bench import rtl as peers
+from rarefy.rtl import logic, search
+from rarefy.rtl.eda import tools
 
 BITS = np.arange(1 << 16)
 

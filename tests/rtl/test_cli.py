@@ -8,7 +8,7 @@ import pytest
 
 from rarefy import act, rtl
 from rarefy.cli import main
-from rarefy.rtl import tools
+from rarefy.rtl.eda import tools
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rarefy import rtl
 from rarefy.cli import main
-from rarefy.rtl import flow, logic
+from rarefy.rtl import logic
+from rarefy.rtl.eda import flow, tools
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_mistakes_are_told_in_words(capsys, arguments, message):
 
 
 def test_a_missing_program_is_named_with_its_package(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(rtl.tools, "search_path", lambda: str(tmp_path))
+    monkeypatch.setattr(tools, "search_path", lambda: str(tmp_path))
     assert main(["rtl", "synth", "peer:HardTanh", "--script", "area", "--fpga"]) == 1
     message = capsys.readouterr().err
     assert "apt-get install nextpnr-ice40" in message

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from rarefy.rtl.covers import Cover, Relation, between, isop, pack, unpack
+from rarefy.rtl.logic.covers import Cover, Relation, between, isop, pack, unpack
 
 
 def value(cubes, variables):

@@ -5,7 +5,7 @@ import pytest
 
 from rarefy.act.spec import oracle
 from rarefy.act.spec.formats import BF16
-from rarefy.rtl import peers
+from rarefy.bench import rtl as peers
 
 # Largest errors as they were first measured with another generator.
 ERRORS = {

@@ -9,8 +9,9 @@ import pytest
 from rarefy import rtl
 from rarefy.act.spec import error, formats
 from rarefy.act.spec.formats import BF16
-from rarefy.rtl import logic, peers, search
-from rarefy.rtl.logic import Frame
+from rarefy.bench import rtl as peers
+from rarefy.rtl import logic, search
+from rarefy.rtl.logic import LogicSpec
 
 
 def largest(design, fmt=BF16):
@@ -108,11 +109,11 @@ def test_units_are_kept_in_files(found, tmp_path):
     data = json.loads(path.read_text())
     data["covers"][8]["cubes"] = data["covers"][8]["cubes"][1:]
     with pytest.raises(ValueError, match="assignments leave the error bound 0.00892"):
-        logic.Unit.from_json(json.dumps(data))
+        logic.LogicUnit.from_json(json.dumps(data))
     with pytest.raises(ValueError, match="the frame decides 9 bits, got 8 covers"):
-        logic.Unit.from_json(json.dumps({**data, "covers": data["covers"][:8]}))
+        logic.LogicUnit.from_json(json.dumps({**data, "covers": data["covers"][:8]}))
     with pytest.raises(ValueError, match="not a unit of logic"):
-        logic.Unit.from_json("[]")
+        logic.LogicUnit.from_json("[]")
     with pytest.raises(ValueError, match="unit must be a .json file or one of"):
         logic.load("nothing")
 
@@ -121,7 +122,7 @@ def test_units_are_kept_in_files(found, tmp_path):
 def test_shipped_units_keep_their_error(name):
     unit = logic.load(name)
     assert unit.name == name
-    assert largest(unit.design()) <= unit.frame.error + 1e-9
+    assert largest(unit.design()) <= unit.spec.error + 1e-9
     assert unit.command.startswith("rarefy rtl search tanh")
 
 
@@ -144,6 +145,6 @@ def test_what_cannot_be_is_refused_in_words():
     ):
         search.smallest(error=0.001)
     with pytest.raises(ValueError, match=r"is the identity below 2\^1"):
-        Frame("tanh", "bf16", 0.01, 1, 2)
+        LogicSpec("tanh", "bf16", 0.01, 1, 2)
     with pytest.raises(ValueError, match=r"at its limit from 2\^1 on"):
-        Frame("tanh", "bf16", 0.01, -2, 1)
+        LogicSpec("tanh", "bf16", 0.01, -2, 1)

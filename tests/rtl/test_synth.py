@@ -8,8 +8,9 @@ import pytest
 
 from rarefy import act, rtl
 from rarefy.act.spec.formats import E4M3
-from rarefy.rtl import flow, fpga, peers, tools
+from rarefy.bench import rtl as peers
 from rarefy.rtl.design import About, Design, Port
+from rarefy.rtl.eda import flow, fpga, tools
 
 
 def gates(body, clock=None):

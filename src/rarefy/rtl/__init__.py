@@ -1,12 +1,12 @@
 """Hardware from tables: SystemVerilog, verified on all inputs, and what it costs in open tools."""
 
+from rarefy.rtl.check.verify import TOOLS, Mismatch, Verification, verify
 from rarefy.rtl.design import About, Design, Port
+from rarefy.rtl.eda.fpga import Placement, place
+from rarefy.rtl.eda.synth import SCRIPTS, Synthesis, synth
+from rarefy.rtl.eda.tools import MissingToolError
 from rarefy.rtl.emit import STYLES, emit
-from rarefy.rtl.fpga import Placement, place
 from rarefy.rtl.search import Found, smallest
-from rarefy.rtl.synth import SCRIPTS, Synthesis, synth
-from rarefy.rtl.tools import MissingToolError
-from rarefy.rtl.verify import TOOLS, Mismatch, Verification, verify
 
 __all__ = [
     "SCRIPTS",

@@ -106,7 +106,7 @@ class Design:
             raise ValueError(f"top must not be the name of a port, got {self.top!r}: give another name as top")
 
     def port(self, name: str) -> Port | None:
-        """The port of this name, or None."""
+        """Find the port of this name, or None."""
         return next((p for p in self.ports if p.name == name), None)
 
     def save(self, path: str | Path) -> None:
@@ -115,6 +115,6 @@ class Design:
 
 
 def literal(width: int, value: int | np.integer[Any]) -> str:
-    """A literal of a width: ``literal(15, 0x3e80)`` is ``15'h3e80``; values of one bit are ``1'b0`` and ``1'b1``."""
+    """Write a literal of a width: ``literal(15, 0x3e80)`` is ``15'h3e80``; one bit is ``1'b0`` or ``1'b1``."""
     v = int(value) & ((1 << width) - 1)
     return f"1'b{v}" if width == 1 else f"{width}'h{v:0{(width + 3) // 4}x}"

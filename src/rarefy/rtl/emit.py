@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from rarefy.act.spec import error, oracle
 from rarefy.act.spec.formats import Format
 from rarefy.act.spec.table import LinearTable, SegmentsTable, ShiftTable, Table
+from rarefy.rtl.datapaths.flat import flat
+from rarefy.rtl.datapaths.ktanh import programmable, shift_add
+from rarefy.rtl.datapaths.lane import NAN, Lane, Wire
+from rarefy.rtl.datapaths.linear import linear
+from rarefy.rtl.datapaths.segments import segments
 from rarefy.rtl.design import About, Compute, Design, Port, literal
-from rarefy.rtl.flat import flat
 from rarefy.rtl.identifiers import comment, module_name
-from rarefy.rtl.ktanh import programmable, shift_add
-from rarefy.rtl.linear import linear
-from rarefy.rtl.segments import segments
-from rarefy.rtl.units import NAN, Unit, Wire
 
 _LINE = 100
 _DEFAULTS = {"style": "shift_add", "stages": 0, "handshake": False, "lanes": 1, "nan": "keep", "top": None}
@@ -37,7 +37,7 @@ def emit(
     top: str | None = None,
     command: str = "",
 ) -> Design:
-    """SystemVerilog of a table, and the software model that it equals on every input.
+    """Write the SystemVerilog of a table, with the software model that it equals on every input.
 
     Args:
         table: any table; its format is that of ``x`` and ``y``.
@@ -56,6 +56,31 @@ def emit(
     Raises ValueError for arguments that do not go together, before anything is made.
 
     """
+    name = _check(table, style, stages, handshake, lanes, nan, top)
+    fmt = table.fmt
+    compute = _model(table, nan)
+    if style == "flat":
+        lane = flat(fmt, compute(fmt.all_bits()))
+    elif style == "programmable" and isinstance(table, ShiftTable):
+        lane = programmable(table, nan)
+    else:
+        lane = _datapath(table, nan)
+    ports = _ports(fmt, lane, stages, handshake, lanes)
+    largest = error.largest(table) if table.function in oracle.FUNCTIONS else None
+    given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
+    options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
+    command = command or f"rarefy.rtl.emit(table{options})"
+    about = About(table.name, table.function, largest, command, {"style": style})
+    body = _module(name, lane, fmt, ports, stages, handshake, lanes)
+    if name in re.findall(r"[A-Za-z_]\w*", re.sub("//.*", "", body.partition("(")[2])):
+        raise ValueError(f"top must not be the name of a port or signal of the module, got {name!r}: choose another")
+    text = _header(table, about, fmt, stages) + body
+    clock = "clk" if stages or lane.write else None
+    return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, lane.setup)
+
+
+def _check(table: Table, style: str, stages: int, handshake: bool, lanes: int, nan: str, top: str | None) -> str:
+    """Raise ValueError where the arguments of :func:`emit` do not go together; give the module's name."""
     fmt = table.fmt
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
@@ -75,29 +100,11 @@ def emit(
         raise ValueError(f"style flat lists every input, and {fmt.name} has 2^{fmt.bits}: use shift_add")
     if style == "programmable" and not isinstance(table, ShiftTable):
         raise ValueError(f"style programmable is for tables of the form shift or carry, {table.name} is {table.form}")
-    compute = _model(table, nan)
-    if style == "flat":
-        unit = flat(fmt, compute(fmt.all_bits()))
-    elif style == "programmable" and isinstance(table, ShiftTable):
-        unit = programmable(table, nan)
-    else:
-        unit = _datapath(table, nan)
-    ports = _ports(fmt, unit, stages, handshake, lanes)
-    largest = error.largest(table) if table.function in oracle.FUNCTIONS else None
-    given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
-    options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
-    command = command or f"rarefy.rtl.emit(table{options})"
-    about = About(table.name, table.function, largest, command, {"style": style})
-    body = _module(name, unit, fmt, ports, stages, handshake, lanes)
-    if name in re.findall(r"[A-Za-z_]\w*", re.sub("//.*", "", body.partition("(")[2])):
-        raise ValueError(f"top must not be the name of a port or signal of the module, got {name!r}: choose another")
-    text = _header(table, about, fmt, stages) + body
-    clock = "clk" if stages or unit.write else None
-    return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, unit.setup)
+    return name
 
 
-def _datapath(table: Table, nan: str) -> Unit:
-    """The arithmetic of the form of a table."""
+def _datapath(table: Table, nan: str) -> Lane:
+    """Make the arithmetic of the form of a table."""
     if isinstance(table, ShiftTable):
         return shift_add(table, nan)
     if isinstance(table, LinearTable):
@@ -108,6 +115,7 @@ def _datapath(table: Table, nan: str) -> Unit:
 
 
 def _model(table: Table, nan: str) -> Compute:
+    """Make the function of bit patterns that the hardware equals."""
     fmt = table.fmt
 
     def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -122,12 +130,13 @@ def _model(table: Table, nan: str) -> Compute:
     return compute
 
 
-def _ports(fmt: Format, unit: Unit, stages: int, handshake: bool, lanes: int) -> tuple[Port, ...]:
-    ports = [Port("clk", "input", 1)] if stages or unit.write else []
+def _ports(fmt: Format, lane: Lane, stages: int, handshake: bool, lanes: int) -> tuple[Port, ...]:
+    """List the ports in the order of :class:`Design`."""
+    ports = [Port("clk", "input", 1)] if stages or lane.write else []
     if handshake:
         ports.append(Port("rst_n", "input", 1))
-    if unit.write:
-        ports += [Port("we", "input", 1), Port("wa", "input", unit.write[0]), Port("wd", "input", unit.write[1])]
+    if lane.write:
+        ports += [Port("we", "input", 1), Port("wa", "input", lane.write[0]), Port("wd", "input", lane.write[1])]
     if handshake:
         ports += [Port("in_valid", "input", 1), Port("in_ready", "output", 1)]
     ports.append(Port("x", "input", fmt.bits * lanes))
@@ -137,6 +146,7 @@ def _ports(fmt: Format, unit: Unit, stages: int, handshake: bool, lanes: int) ->
 
 
 def _header(table: Table, about: About, fmt: Format, stages: int) -> str:
+    """Say in comments what the module is and what made it."""
     known = "not known" if about.max_abs is None else f"{about.max_abs:.6g} over all inputs"
     lines = [
         f"table {table.name}: {table.function} in {fmt.name}, {len(table.rows)} rows of the form {table.form}",
@@ -148,27 +158,29 @@ def _header(table: Table, about: About, fmt: Format, stages: int) -> str:
 
 
 def _module(
-    top: str, unit: Unit, fmt: Format, ports: tuple[Port, ...], stages: int, handshake: bool, lanes: int
+    top: str, lane: Lane, fmt: Format, ports: tuple[Port, ...], stages: int, handshake: bool, lanes: int
 ) -> str:
+    """Write the module: ports, functions, handshake, and the lanes, each on its numbers of ``x`` and ``y``."""
     listed = ",\n".join(f"  {p.direction:6} logic {_range(p.width)}{p.name}" for p in ports)
-    body = f"module {top} (\n{listed}\n);\n{unit.functions}\n"
+    body = f"module {top} (\n{listed}\n);\n{lane.functions}\n"
     if handshake:
         body += _handshake(stages)
     n = fmt.bits
+    output = "y_q" if stages else "result"
     if lanes == 1:
-        lane = [*_lane(unit, fmt, stages, handshake, "x"), "assign y = " + ("y_q;" if stages else "result;")]
-        body += "".join(f"  {line}\n" for line in lane)
+        lines = [*_lane(lane, fmt, stages, handshake, "x"), f"assign y = {output};"]
+        body += "".join(f"  {line}\n" for line in lines)
     else:
-        lane = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];", *_lane(unit, fmt, stages, handshake, "a")]
-        lane.append(f"assign y[{n}*i +: {n}] = " + ("y_q;" if stages else "result;"))
-        inside = "".join(f"    {line}\n" for line in lane)
+        lines = [f"wire [{n - 1}:0] a = x[{n}*i +: {n}];", *_lane(lane, fmt, stages, handshake, "a")]
+        lines.append(f"assign y[{n}*i +: {n}] = {output};")
+        inside = "".join(f"    {line}\n" for line in lines)
         body += f"  for (genvar i = 0; i < {lanes}; i++) begin : lane\n{inside}  end\n"
     return body + "endmodule\n"
 
 
-def module(top: str, unit: Unit, fmt: Format) -> str:
-    """The text of a combinational module of one lane."""
-    return _module(top, unit, fmt, _ports(fmt, unit, 0, False, 1), 0, False, 1)
+def module(top: str, lane: Lane, fmt: Format) -> str:
+    """Write a combinational module of one lane."""
+    return _module(top, lane, fmt, _ports(fmt, lane, 0, False, 1), 0, False, 1)
 
 
 def _range(width: int) -> str:
@@ -176,47 +188,48 @@ def _range(width: int) -> str:
 
 
 def _handshake(stages: int) -> str:
-    """Every stage holds its number until the next one takes it; a full pipeline moves on in one clock."""
-    text = ""
-    for stage in range(1, stages + 1):
+    """Write the pipeline: a stage holds its number until the next one takes it; a full one moves on in one clock."""
+    declared = [f"logic valid_{stage};" for stage in range(1, stages + 1)]
+    logic = []
+    for stage in range(stages, 0, -1):  # the last first: a wire must be declared before it is read
         following = "out_ready" if stage == stages else f"go_{stage + 1}"
         before = "in_valid" if stage == 1 else f"valid_{stage - 1}"
-        text += f"""  logic valid_{stage};
-  wire go_{stage} = !valid_{stage} || {following};
-  always_ff @(posedge clk)
-    if (!rst_n) valid_{stage} <= 1'b0;
-    else if (go_{stage}) valid_{stage} <= {before};
-"""
-    # a wire must be declared before it is read
-    blocks = text.split("  logic valid_")[1:]
-    declared = "".join(f"  logic valid_{stage};\n" for stage in range(1, stages + 1))
-    ordered = "".join(block.partition(";\n")[2] for block in reversed(blocks))
-    return f"{declared}{ordered}  assign in_ready = rst_n && go_1;\n  assign out_valid = valid_{stages};\n\n"
+        logic += [
+            f"wire go_{stage} = !valid_{stage} || {following};",
+            "always_ff @(posedge clk)",
+            f"  if (!rst_n) valid_{stage} <= 1'b0;",
+            f"  else if (go_{stage}) valid_{stage} <= {before};",
+        ]
+    outputs = ["assign in_ready = rst_n && go_1;", f"assign out_valid = valid_{stages};"]
+    return "".join(f"  {line}\n" for line in [*declared, *logic, *outputs]) + "\n"
 
 
-def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list[str]:
-    looked_up = _without_bits_of_scalars(unit.lookup(x), ())
-    call: Callable[[str], str] = lambda name: x if name == "x" else name  # noqa: E731
-    widths = {x: fmt.bits} | {w.name: w.width for w in looked_up}
-    read = [w.expression for w in looked_up]
-    lines = [_wire(w) for w in looked_up]
+def _lane(lane: Lane, fmt: Format, stages: int, handshake: bool, x: str) -> list[str]:
+    """Write what stands in one lane, whose input is called ``x``, up to ``result``, or its register ``y_q``."""
+    scalars = [w.name for w in (*lane.lookup, *lane.finish) if w.width == 1]
+    lookup = _renamed(_without_bits_of_scalars(lane.lookup, scalars), {"x": x})
+    finish = _without_bits_of_scalars(lane.finish, scalars)
+    widths = {"x": fmt.bits} | {w.name: w.width for w in lookup}
+    signals = {x: fmt.bits} | {w.name: w.width for w in lookup}
+    read = [w.expression for w in lookup]
+    called = {"x": x}  # what the second step reads under another name
+    lines = [_wire(w) for w in lookup]
     if stages == 2:
-        scalars = [f"{name}_1" for name, width in unit.carried.items() if width == 1]
-        finished = _without_bits_of_scalars(unit.finish(lambda name: f"{name}_1"), scalars)
-        wanted = [w.expression for w in finished]
-        carried = {name: width for name, width in unit.carried.items() if _read(f"{name}_1", width, wanted)}
-        lines += [f"logic {_range(width)}{name}_1;" for name, width in carried.items()]
-        moves = " ".join(f"{name}_1 <= {call(name)};" for name in carried)
+        wanted = [w.expression for w in finish]
+        carried = [name for name in lane.carried if name in widths and _read(name, widths[name], wanted)]
+        sources = [called.get(name, name) for name in carried]
+        called = {name: f"{name}_1" for name in carried}
+        signals |= {called[name]: widths[name] for name in carried}
+        read += sources
+        lines += [f"logic {_range(widths[name])}{called[name]};" for name in carried]
+        moves = " ".join(f"{called[name]} <= {source};" for name, source in zip(carried, sources, strict=True))
         if moves:
-            lines += [f"always_ff @(posedge clk) {'if (go_1) ' if handshake else ''}begin {moves} end"]
-        widths |= {f"{name}_1": width for name, width in carried.items()}
-        read += [call(name) for name in carried]
-    else:
-        finished = _without_bits_of_scalars(unit.finish(call), [w.name for w in looked_up if w.width == 1])
-    read += [w.expression for w in finished] + ["result"]
-    lines += [_wire(w) for w in finished]
-    widths |= {w.name: w.width for w in finished}
-    unused = [part for name, width in widths.items() for part in _unread(name, width, read)]
+            lines.append(f"always_ff @(posedge clk) {'if (go_1) ' if handshake else ''}begin {moves} end")
+    finish = _renamed(finish, called)
+    signals |= {w.name: w.width for w in finish}
+    read += [w.expression for w in finish] + ["result"]
+    lines += [_wire(w) for w in finish]
+    unused = [part for name, width in signals.items() for part in _unread(name, width, read)]
     if unused:  # which linters know by its name
         lines.append(f"wire unused = &{{{', '.join([*unused, literal(1, 0)])}}};")
     if stages:
@@ -225,14 +238,25 @@ def _lane(unit: Unit, fmt: Format, stages: int, handshake: bool, x: str) -> list
     return lines
 
 
+def _renamed(wires: Sequence[Wire], names: Mapping[str, str]) -> list[Wire]:
+    """Give the wires with what they read under other names."""
+    renamed = []
+    for wire in wires:
+        expression = wire.expression
+        for name, other in names.items():
+            expression = re.sub(rf"\b{name}\b", other, expression)
+        renamed.append(replace(wire, expression=expression))
+    return renamed
+
+
 def _without_bits_of_scalars(wires: Sequence[Wire], scalars: Sequence[str]) -> list[Wire]:
-    """The wires with ``name`` for ``name[0:0]`` where that is one bit: SystemVerilog has no part of a scalar."""
+    """Write ``name`` for ``name[0:0]`` in the wires where that is one bit: SystemVerilog has no part of a scalar."""
     names = "|".join([*scalars, *(w.name for w in wires if w.width == 1)]) or "-"
     return [replace(w, expression=re.sub(rf"\b({names})\[0(?::0)?\]", r"\1", w.expression)) for w in wires]
 
 
 def _read(name: str, width: int, expressions: Sequence[str]) -> int:
-    """A mask of the bits of a signal that expressions read."""
+    """Give a mask of the bits of a signal that expressions read."""
     bits = 0
     for high, low in re.findall(rf"\b{name}\b(?:\[(\d+)(?::(\d+))?\])?", "\n".join(expressions)):
         first, last = (int(low or high), int(high)) if high else (0, width - 1)
@@ -241,7 +265,7 @@ def _read(name: str, width: int, expressions: Sequence[str]) -> int:
 
 
 def _unread(name: str, width: int, expressions: Sequence[str]) -> list[str]:
-    """The parts of a signal that no expression reads, highest first."""
+    """List the parts of a signal that no expression reads, highest first."""
     read, parts, last = _read(name, width, expressions), [], width - 1
     if not read:
         return [name]
@@ -256,6 +280,7 @@ def _unread(name: str, width: int, expressions: Sequence[str]) -> list[str]:
 
 
 def _wire(w: Wire) -> str:
+    """Declare a wire."""
     text = f"wire {'signed ' if w.signed else ''}{_range(w.width)}{w.name} = {w.expression};"
     if len(text) > _LINE:  # one option of a choice a line
         text = text.replace(" : ", "\n        : ")

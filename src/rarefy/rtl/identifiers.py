@@ -36,7 +36,7 @@ RESERVED = frozenset(f"{_STANDARD} {_TOOLS}".split())
 
 
 def module_name(name: object, what: str) -> str:
-    """``name``, if a module can be called that; raises ValueError, calling it ``what``, if not."""
+    """Give ``name``, if a module can be called that; raises ValueError, calling it ``what``, if not."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"{what} must be a name of letters, digits and underscores, got {name!r}")
     if len(name) > _LONGEST:
@@ -47,5 +47,5 @@ def module_name(name: object, what: str) -> str:
 
 
 def comment(text: str) -> str:
-    """``text`` as part of a comment of one line: ``?`` for what is not printable ASCII, for backslash and backtick."""
+    """Make ``text`` part of a comment of one line: ``?`` for what is not printable ASCII, backslash and backtick."""
     return re.sub(r"[^ -~]|[\\`]", "?", text)

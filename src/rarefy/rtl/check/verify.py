@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarefy.rtl.check.formal import prove
+from rarefy.rtl.check.simulate import simulate
 from rarefy.rtl.design import Design
-from rarefy.rtl.formal import prove
-from rarefy.rtl.simulate import simulate
 
 TOOLS = ("icarus", "verilator", "formal")
 
@@ -60,7 +60,7 @@ class Verification:
         return not self.mismatches and not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Give everything as plain values, for JSON."""
         return {**asdict(self), "passed": self.passed}
 
 

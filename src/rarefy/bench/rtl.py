@@ -42,7 +42,7 @@ def _nearest(values: npt.ArrayLike) -> list[int]:
 
 
 def _rom(name: str, width: int, index: int, rows: Sequence[int]) -> str:
-    """A constant table as a function of ``index`` bits."""
+    """Write a constant table as a function of ``index`` bits."""
     cases = "".join(f"      {index}'d{i}: {name} = {width}'d{row};\n" for i, row in enumerate(rows))
     return (
         f"  function automatic [{width - 1}:0] {name}(input [{index - 1}:0] t);\n    case (t)\n{cases}"
@@ -53,7 +53,7 @@ def _rom(name: str, width: int, index: int, rows: Sequence[int]) -> str:
 def _framed(
     top: str, about: str, body: str, middle: str, first: int, end: int, model: Callable[[Bits], Bits]
 ) -> Design:
-    """``model`` and ``body`` with the expression ``middle``, from ``first`` up to ``end`` in the frame of the peers."""
+    """Put ``model``, and ``body`` with the expression ``middle``, from ``first`` up to ``end`` into the frame."""
     text = (
         f"// {about}\nmodule {top} (\n    input  wire [15:0] x,\n    output wire [15:0] y\n);\n"
         f"  wire [14:0] mag = x[14:0];\n{body}"
@@ -81,12 +81,12 @@ def _design(top: str, text: str, fmt: Format, compute: Compute, about: str) -> D
 
 
 def hard_tanh() -> Design:
-    """min(max(x, -1), 1)."""
+    """Make HardTanh: min(max(x, -1), 1)."""
     return _framed("hardtanh", "HardTanh: min(max(x, -1), 1)", "", "mag", _ONE, _ONE, lambda u: u)
 
 
 def plan() -> Design:
-    """PLAN, the piecewise linear approximation of the sigmoid, as tanh(x) = 2 sigmoid(2x) - 1 folded into bfloat16.
+    """Make PLAN, the piecewise linear sigmoid, as tanh(x) = 2 sigmoid(2x) - 1 folded into bfloat16.
 
     Its segments x, 1/2 + x/4 ..., are four rows of K-TanH's form at exponent 126.
     """
@@ -105,7 +105,7 @@ def plan() -> Design:
 
 
 def constants(rows: int) -> Design:
-    """``rows`` constants (8 to 512, a power of two) from 1/4 to 3.75, by two exponent and top mantissa bits."""
+    """Make ``rows`` constants (8 to 512, a power of two) from 1/4 to 3.75, by two exponent and top mantissa bits."""
     k = _mantissa_bits(rows)
     table = [(_TANH[u[0]] + _TANH[u[-1]]) / 2 for u in _bins(k)]
     about = f"{rows} constants by the bits of the number"
@@ -128,12 +128,12 @@ def _mantissa_bits(rows: int) -> int:
 
 
 def _bins(k: int) -> list[Bits]:
-    """The magnitudes of each row of an index of two exponent and k mantissa bits, by row."""
+    """List the magnitudes of each row of an index of two exponent and k mantissa bits, by row."""
     return [(e << 7) + (i << (7 - k)) + np.arange(1 << (7 - k)) for e in _BINADES for i in range(1 << k)]
 
 
 def exact() -> Design:
-    """The correctly rounded tanh as one table, between where it is the identity and where it is 1."""
+    """Make the correctly rounded tanh as one table, between where it is the identity and where it is 1."""
     right, _ = oracle.rounded("tanh", BF16, _MAGNITUDES)
     first, end = int(np.argmax(right != _MAGNITUDES)), int(np.argmax(right == _ONE))
     cases = "".join(f"    15'd{u}: r = 15'd{right[u]};\n" for u in range(first, end))
@@ -142,7 +142,7 @@ def exact() -> Design:
 
 
 def ralut(error: float = 0.00892) -> Design:
-    """A range-addressable table: the longest ranges, one after another, whose best constant is within ``error``."""
+    """Make a range-addressable table: the longest ranges, one by one, whose best constant is within ``error``."""
     if not 0.002 <= error <= 0.25:
         raise ValueError(f"error must be from 0.002 to 0.25 (a half unit of bfloat16 is 0.00195), got {error}")
     starts, values, u = [], [], _QUARTER
@@ -169,7 +169,7 @@ def ralut(error: float = 0.00892) -> Design:
 
 
 def uniform(rows: int) -> Design:
-    """``rows`` (16 to 512, a power of two) equal steps of |x| < 4: to fixed point by a shifter, then a table."""
+    """Make ``rows`` (16 to 512, a power of two) equal steps of |x| < 4: to fixed point by a shifter, then a table."""
     b = _mantissa_bits(rows) + 2
     values: Bits = np.array([0, *_nearest(np.tanh((np.arange(1, rows) + 0.5) * 4 / rows))])  # no input reads row 0
     body = _rom("rom", 15, b, values.tolist()) + (
@@ -189,7 +189,7 @@ def uniform(rows: int) -> Design:
 
 
 def lines(segments: int, slope_bits: int = 6) -> Design:
-    """``segments`` (16 or 32 ...) straight lines with a multiplier, by two exponent bits and the rest mantissa bits.
+    """Make ``segments`` (16, 32 ...) straight lines with a multiplier, by two exponent bits and the rest mantissa bits.
 
     The best slope of ``slope_bits`` bits and base of each segment, over all slopes; ten fraction bits, then normalised.
     """
@@ -218,7 +218,7 @@ def lines(segments: int, slope_bits: int = 6) -> Design:
 
 
 def _line(u: Bits, steps: Bits, slope_bits: int) -> tuple[int, int]:
-    """The (slope, base) of least maximum error over the magnitudes u, the first of equals."""
+    """Find the (slope, base) of least maximum error over the magnitudes u, the first of equals."""
     wanted: Values = _TANH[u] * 1024
     best = (math.inf, 0, 0)
     for slope in range(1 << slope_bits):
@@ -249,7 +249,7 @@ FIXED = _Fixed("fixed16_6", 5, 10, 0)
 
 
 def fixed_point(rows: int = 1024) -> Design:
-    """hls4ml's default scheme: ``rows`` numbers of 16 bits over [-4, 4), input and output in fixed point.
+    """Make hls4ml's default scheme: ``rows`` numbers of 16 bits over [-4, 4), input and output in fixed point.
 
     This is RTL of that scheme, not the output of its high-level synthesis, and there is no conversion from bfloat16.
     """

@@ -6,13 +6,14 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rarefy.act.spec.table import LinearTable, ShiftTable, Table
-from rarefy.rtl import tools
-from rarefy.rtl.definition import definition
+from rarefy.rtl.check.definition import definition
+from rarefy.rtl.datapaths.flat import flat
 from rarefy.rtl.design import Design, literal
+from rarefy.rtl.eda import tools
 from rarefy.rtl.emit import module
-from rarefy.rtl.flat import flat
 
 _SCRIPT = """read_verilog -sv harness.sv
 hierarchy -top {top}_harness
@@ -28,12 +29,20 @@ _CASES = 4096
 _SECONDS = 300
 
 
+class Counterexample(NamedTuple):
+    """An input, what the design gives, and what was expected, as patterns."""
+
+    x: int
+    y: int
+    expected: int
+
+
 @dataclass(frozen=True)
 class Proof:
-    """What was proven, or the counterexample (x, y, expected); and what the statement leaves out."""
+    """What was proven, or the counterexample; and what the statement leaves out."""
 
     statement: str
-    counterexample: tuple[int, int, int] | None
+    counterexample: Counterexample | None
     exceptions: tuple[str, ...]
     versions: dict[str, str]
 
@@ -75,20 +84,20 @@ def prove(design: Design, against: Design | None = None) -> Proof:
     if design.handshake:
         proven += ", with nothing waiting"
     if found is not None and design.lanes > 1:
-        found = _lane(design, *found)
+        found = _lane(design, found)
     if found is not None and low:
-        found = found[0], found[1] >> low, found[2]
+        found = found._replace(y=found.y >> low)
     return Proof(proven, found, exceptions, {"yosys": tools.yosys_version()})
 
 
 def _reference(design: Design) -> tuple[Design, str]:
-    """Hardware that says what the design should be, made in another way."""
+    """Make hardware that says what the design should be in another way; and say what equality with it states."""
     fmt = design.format
     top = f"{design.top}_definition"
     if fmt.bits <= 16:
-        unit = flat(fmt, design.compute(fmt.all_bits()))
-        if unit.functions.count("\n") <= _CASES:
-            text = module(top, unit, fmt)
+        lane = flat(fmt, design.compute(fmt.all_bits()))
+        if lane.functions.count("\n") <= _CASES:
+            text = module(top, lane, fmt)
             return Design(top, text, fmt, 0, (), design.compute, design.about), "equal to the truth table of its model"
     if design.table is None or isinstance(design.table, LinearTable):
         raise ValueError(f"{design.top} is too irregular to prove against its truth table: simulate it")
@@ -97,7 +106,7 @@ def _reference(design: Design) -> tuple[Design, str]:
 
 
 def _harness(design: Design, reference: Design, low: int, exempt: str) -> str:
-    """The two side by side; ``given`` is the input that ``y`` belongs to."""
+    """Put the two side by side; ``given`` is the input that ``y`` belongs to."""
     n, lanes, depth = design.format.bits, design.lanes, design.latency
     width = n * lanes
     narrow = reference.format.bits
@@ -125,7 +134,7 @@ endmodule
 
 
 def _narrowing(design: Design, against: Design) -> tuple[str, tuple[str, ...]]:
-    """Where the high bits may differ: an expression of ``given``, and the same in words."""
+    """Say where the high bits may differ: an expression of ``given``, and the same in words."""
     wide, narrow = design.table, against.table
     if wide is None or narrow is None or narrow.to_format(wide.format, wide.name) != wide:
         raise ValueError(f"{design.top} is not the table of {against.top} in {design.format.name} (Table.to_format)")
@@ -141,39 +150,47 @@ def _narrowing(design: Design, against: Design) -> tuple[str, tuple[str, ...]]:
     return " || ".join(parts), tuple(words)
 
 
-def _differing(wide: Table, narrow: Table) -> list[tuple[int, int, str]]:
-    """Ranges of patterns in which a table and its wide form truly differ, and why."""
+class _Range(NamedTuple):
+    """Patterns, and why they differ."""
+
+    first: int
+    last: int
+    why: str
+
+
+def _differing(wide: Table, narrow: Table) -> list[_Range]:
+    """Find the patterns in which a table and its wide form truly differ."""
     f = wide.fmt
     if isinstance(wide, ShiftTable):
         extra = f.mantissa_bits - narrow.fmt.mantissa_bits
         first, last = wide.saturate_above + 1, ((narrow.saturate_above + 1) << extra) - 1
         between = f"{float(f.decode(first)):.9g} <= |x| < {float(f.decode(last + 1)):.9g}"
-        return [(first, last, f"{between}: above T2, which the narrow format cannot tell from T2")]
+        return [_Range(first, last, f"{between}: above T2, which the narrow format cannot tell from T2")]
     ends = [row[0] for row in wide.rows[1:]] + [1 << f.bits if wide.symmetry == "none" else f.sign]
     steep = [
         (row[0], end - 1)
         for row, end in zip(wide.rows, ends, strict=True)
         if abs(row[1]) > 1 << wide.fraction_bits or abs(row[1]) & (abs(row[1]) - 1)
     ]
-    return [(a, b, f"x from {float(f.decode(a)):.9g} to {float(f.decode(b)):.9g}: a steep row") for a, b in steep]
+    return [_Range(a, b, f"x from {float(f.decode(a)):.9g} to {float(f.decode(b)):.9g}: a steep row") for a, b in steep]
 
 
-def _counterexample(log: str) -> tuple[int, int, int] | None:
-    """(given, y, want) of the last time step that Yosys shows, None when it shows none."""
+def _counterexample(log: str) -> Counterexample | None:
+    """Read the last time step that Yosys shows, None when it shows none."""
     if "FAIL!" not in log and "model found" not in log.replace("no model found", ""):
         return None
     shown = [re.findall(rf"\\{name}\s+(\d+)\s", log) for name in ("given", "y", "want")]
     if not all(shown):
         return None
-    return int(shown[0][-1]), int(shown[1][-1]), int(shown[2][-1])
+    return Counterexample(*(int(values[-1]) for values in shown))
 
 
-def _lane(design: Design, given: int, y: int, want: int) -> tuple[int, int, int]:
-    """The first lane that differs."""
+def _lane(design: Design, found: Counterexample) -> Counterexample:
+    """Cut the first lane that differs out of a counterexample."""
     n = design.format.bits
     mask = (1 << n) - 1
     for lane in range(design.lanes):
-        found = tuple(value >> (n * lane) & mask for value in (given, y, want))
-        if found[1] != found[2]:
-            return found[0], found[1], found[2]
-    return given, y, want
+        one = Counterexample(*(value >> (n * lane) & mask for value in found))
+        if one.y != one.expected:
+            return one
+    return found

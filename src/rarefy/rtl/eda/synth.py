@@ -14,14 +14,14 @@ import re
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rarefy.act.spec.formats import Bits
-from rarefy.rtl import flow, tools
 from rarefy.rtl.design import Design
-from rarefy.rtl.flow import Library
+from rarefy.rtl.eda import flow, tools
+from rarefy.rtl.eda.flow import Library
 
 _AREA = "strash;&get,-n;&fraig,-x;&put;scorr;dc2;dc2;dch,-f;amap,-m;buffer,-c;upsize,-D,99999;dnsize,-D,99999;stime,-p"
 _SPEED = (
@@ -69,7 +69,7 @@ class Synthesis:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Every attribute as JSON."""
+        """Write every attribute as JSON."""
         return json.dumps(asdict(self))
 
 
@@ -100,7 +100,7 @@ def synth(
         log = _map(design, cells, script, folder)
         statistics = json.loads((folder / "stat.json").read_text())["design"]
         netlist = json.loads((folder / "netlist.json").read_text())["modules"][design.top]
-        delay, energy = _time(design, cells, folder) if timing else (None, None)
+        time = _time(design, cells, folder) if timing else _Timing(None, None)
     delays = [float(ps) for ps in re.findall(r"Delay\s*=\s*([\d.]+)\s*ps", log)]
     area = float(statistics.get("area", 0.0))  # wires alone have none
     kinds = [cell["type"] for cell in netlist["cells"].values()]
@@ -114,14 +114,14 @@ def synth(
         flip_flops=sum(kind in cells.flip_flops for kind in kinds),
         depth=_depth(netlist, cells.flip_flops),
         abc_delay_ns=delays[-1] / 1000.0 if delays else 0.0,
-        delay_ns=delay,
-        energy_pj=energy,
+        delay_ns=time.delay_ns,
+        energy_pj=time.energy_pj,
         versions=versions,
     )
 
 
 def _map(design: Design, cells: Library, script: str, folder: Path) -> str:
-    """Yosys and ABC: leaves netlist.v, netlist.json and stat.json in the folder; gives the log."""
+    """Run Yosys and ABC, which leave netlist.v, netlist.json and stat.json in the folder; give the log."""
     (folder / "design.sv").write_text(design.text, encoding="utf-8")
     (folder / "constraints").write_text(cells.constraints(), encoding="utf-8")
     (folder / "cells.lib").symlink_to(cells.path)
@@ -137,7 +137,7 @@ def _map(design: Design, cells: Library, script: str, folder: Path) -> str:
 
 
 def _depth(netlist: dict[str, Any], flip_flops: frozenset[str]) -> int:
-    """The most cells on any path that no flip-flop cuts."""
+    """Count the most cells on any path that no flip-flop cuts."""
     drivers: dict[int | str, list[int | str]] = {}
     for cell in netlist["cells"].values():
         if cell["type"] in flip_flops:
@@ -166,13 +166,20 @@ def _depth(netlist: dict[str, Any], flip_flops: frozenset[str]) -> int:
 
 
 def stimulus(design: Design) -> Bits:
-    """The bit patterns that the energy is counted with: the same standard normal numbers for every design."""
+    """Give the bit patterns that the energy is counted with: the same standard normal numbers for every design."""
     numbers = np.random.default_rng(0).standard_normal(_STIMULUS)
     return design.format.encode(numbers)
 
 
-def _time(design: Design, cells: Library, folder: Path) -> tuple[float, float]:
-    """OpenSTA: the delay in ns, and the dynamic energy of an operation in pJ."""
+class _Timing(NamedTuple):
+    """The delay in ns, and the dynamic energy of an operation in pJ."""
+
+    delay_ns: float | None
+    energy_pj: float | None
+
+
+def _time(design: Design, cells: Library, folder: Path) -> _Timing:
+    """Run OpenSTA on netlist.v."""
     bits = stimulus(design)
     activity = []
     data = [port for port in design.ports if port.direction == "input" and port.width % design.format.bits == 0]
@@ -209,4 +216,4 @@ def _time(design: Design, cells: Library, folder: Path) -> tuple[float, float]:
         raise RuntimeError(f"OpenSTA reported no timing of {design.top}: {printed.strip()[-1500:]}")
     # internal and switching power are printed in W, and 1 W * 1 ns = 1000 pJ
     watts = float(total.group(1)) + float(total.group(2))
-    return _PERIOD_NS - float(slack.group(1)), watts * _PERIOD_NS * 1000.0
+    return _Timing(_PERIOD_NS - float(slack.group(1)), watts * _PERIOD_NS * 1000.0)

@@ -37,7 +37,7 @@ class Cover:
         return len(self.cubes) + sum(map(len, self.cubes))
 
     def evaluate(self, variables: int) -> Booleans:
-        """Its value for every assignment, the first variable in the lowest bit."""
+        """Compute its value for every assignment, the first variable in the lowest bit."""
         assignment = np.arange(1 << variables)
         value = np.zeros(assignment.size, dtype=bool)
         for cube in self.cubes:
@@ -49,7 +49,7 @@ class Cover:
 
 
 def isop(least: int, most: int, variables: int) -> tuple[tuple[Cube, ...], int]:
-    """An irredundant sum of products between two truth tables, and its own truth table.
+    """Find an irredundant sum of products between two truth tables, and its own truth table.
 
     ``least`` must imply ``most``. The variables are split from the last one down.
     """
@@ -77,18 +77,18 @@ def isop(least: int, most: int, variables: int) -> tuple[tuple[Cube, ...], int]:
 
 
 def pack(values: Booleans) -> int:
-    """The truth table of an array of booleans."""
+    """Make an array of booleans a truth table."""
     return int.from_bytes(np.packbits(values, bitorder="little").tobytes(), "little")
 
 
 def unpack(table: int, size: int) -> Booleans:
-    """The array of ``size`` booleans of a truth table."""
+    """Make a truth table an array of ``size`` booleans."""
     stored = np.frombuffer(table.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
     return np.unpackbits(stored, bitorder="little")[:size].astype(bool)
 
 
 def between(least: Booleans, most: Booleans, order: Sequence[int], inverted: bool) -> tuple[Cover, Booleans]:
-    """A cover between two functions, split by ``order`` from its last variable down, and its value."""
+    """Find a cover between two functions, split by ``order`` from its last variable down, and its value."""
     n, size = len(order), least.size
     assignment, permuted = np.arange(size), np.zeros(size, dtype=np.int64)
     for position, variable in enumerate(order):
@@ -138,7 +138,7 @@ class Relation:
     def _cover(
         self, must: Booleans, may: Booleans, rng: random.Random, tries: int, noise: float
     ) -> tuple[Cover, Booleans]:
-        """The cheapest of several covers, with costs disturbed by ``noise`` (relative)."""
+        """Find the cheapest of several covers, with costs disturbed by ``noise`` (relative)."""
         found: list[tuple[float, int, Cover, Booleans]] = []
         for _ in range(tries):
             keys = [rank + rng.gauss(0.0, 2.0) for rank in self.ranks]

@@ -2,8 +2,8 @@
 
 Below ``2^identity`` the output is the input, from ``2^limit`` on it is within the error of the function's limit, and
 between them the low exponent bits and the mantissa of the output are sums of products of the input's bits, with every
-freedom that the error bound leaves (:mod:`rarefy.rtl.covers`). The sign is the input's and a NaN gives a NaN, whose
-payload is not kept.
+freedom that the error bound leaves (:mod:`rarefy.rtl.logic.covers`). The sign is the input's and a NaN gives a NaN,
+whose payload is not kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,9 @@ from rarefy._files import write_atomically
 from rarefy.act.spec import error, formats, oracle
 from rarefy.act.spec.formats import Bits, Format
 from rarefy.act.spec.oracle import Function
-from rarefy.rtl.covers import Cover, Cube, Relation, between
 from rarefy.rtl.design import About, Design, Port
 from rarefy.rtl.identifiers import comment, module_name
+from rarefy.rtl.logic.covers import Cover, Cube, Relation, between
 
 FILE_VERSION = 1
 SLACK = 1e-12  # float64 noise when two error bounds are compared
@@ -42,7 +42,7 @@ class Node:
     cover: Cover
 
     def blif(self) -> str:
-        """As a table of the Berkeley logic interchange format."""
+        """Write it as a table of the Berkeley logic interchange format."""
         rows = ["".join(str(dict(cube).get(i, "-")) for i in range(len(self.inputs))) for cube in self.cover.cubes]
         if not all(self.cover.cubes):  # a product of nothing is 1, whatever else the sum holds
             return f".names {self.name}\n" + ("" if self.cover.inverted else "1\n")
@@ -52,19 +52,19 @@ class Node:
         return f".names {' '.join(self.inputs)} {self.name}\n" + "".join(f"{row} {value}\n" for row in rows)
 
     def statement(self) -> str:
-        """As a statement of SystemVerilog in lines of about 100 characters: outputs are assigned, others declared."""
+        """Write it as SystemVerilog in lines of about 100 characters: outputs are assigned, others declared."""
         kind = "assign" if self.name.startswith("y") else "wire"
         text = textwrap.fill(f"{kind} {self.name} = {self.expression()};", 100, break_long_words=False)
         return textwrap.indent(text.replace("\n", "\n    "), "  ") + "\n"
 
     def expression(self) -> str:
-        """As a factored expression of SystemVerilog."""
+        """Write it as a factored expression of SystemVerilog."""
         text = _factored(self.cover.cubes, self.inputs)
         return f"~({text})" if self.cover.inverted else text
 
 
 def _factored(cubes: Sequence[Cube], names: Sequence[str]) -> str:
-    """A sum of products with what most products share taken out, and again inside: x & (a | b) | c."""
+    """Write a sum of products with what most products share taken out, and again inside: x & (a | b) | c."""
     if not cubes:
         return "1'b0"
     if not all(cubes):  # a product of nothing is 1, whatever else the sum holds
@@ -84,8 +84,24 @@ def _factored(cubes: Sequence[Cube], names: Sequence[str]) -> str:
     return f"({first}) | {_factored(rest, names)}" if rest else first
 
 
+class Allowed(NamedTuple):
+    """The least and the largest right bits of every magnitude, up to the largest that is not NaN."""
+
+    least: Bits
+    most: Bits
+
+
+def allowed(function: Function, fmt: Format, error: float) -> Allowed:
+    """Find, for every magnitude up to the largest that is not NaN, the bits up to 1 that are within the error."""
+    numbers = fmt.decode(np.arange(fmt.one + 1, dtype=np.int64))
+    true = oracle.evaluate(function, fmt.decode(np.arange(fmt.last + 1, dtype=np.int64)))
+    least = np.searchsorted(numbers, true - error - SLACK, side="left")
+    most = np.searchsorted(numbers, true + error + SLACK, side="right") - 1
+    return Allowed(least.astype(np.int64), most.astype(np.int64))
+
+
 @dataclass(frozen=True)
-class Frame:
+class LogicSpec:
     """A function, a format, an error bound, and where the middle of the function begins and ends.
 
     Args:
@@ -97,7 +113,7 @@ class Frame:
         exact_limit: it is the limit itself; otherwise it and all of the middle stay below the limit, so that fewer
             bits change.
 
-    Raises ValueError when no unit of this frame keeps the error.
+    Raises ValueError when no such unit keeps the error.
 
     """
 
@@ -139,20 +155,11 @@ class Frame:
         high = (f"x[{self.fmt.bits - 2}]",) if self.limit > 1 else ()
         return (*(f"x[{i}]" for i in range(self.width)), *high, "lin", "far")
 
-    def allowed(self) -> tuple[Bits, Bits]:
-        """The least and the largest bits within the error, of every magnitude up to the largest that is not NaN."""
-        fmt = self.fmt
-        numbers = fmt.decode(np.arange(fmt.one + 1, dtype=np.int64))
-        true = oracle.evaluate(self.function, fmt.decode(np.arange(fmt.last + 1, dtype=np.int64)))
-        least = np.searchsorted(numbers, true - self.error - SLACK, side="left")
-        most = np.searchsorted(numbers, true + self.error + SLACK, side="right") - 1
-        return least.astype(np.int64), most.astype(np.int64)
-
     @cached_property
     def relation(self) -> Relation:
         """The relation between the variables and the bits decided."""
         fmt, names = self.fmt, self.variables
-        least, most = self.allowed()
+        least, most = allowed(self.function, fmt, self.error)
         u = np.arange(fmt.last + 1, dtype=np.int64)
         lin, far = self.regions(u)
         refused = f"no unit of {oracle.name_of(self.function)} in {self.format} has an error within {self.error:g}"
@@ -182,12 +189,12 @@ class Frame:
         return Relation(lows, highs, self.width, ranks)
 
     def regions(self, u: Bits) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which magnitudes are below ``2^identity``, and which are at or above ``2^limit``."""
+        """Tell which magnitudes are below ``2^identity``, and which are at or above ``2^limit``."""
         m, bias = self.fmt.mantissa_bits, self.fmt.bias
         return u < (bias + self.identity) << m, u >= (bias + self.limit) << m
 
     def assignment(self, u: Bits) -> Bits:
-        """The variables' assignment that a magnitude is."""
+        """Give the variables' assignment that a magnitude is."""
         lin, far = self.regions(u)
         at = u & ((1 << self.width) - 1)
         place = self.width
@@ -198,7 +205,7 @@ class Frame:
         return result
 
     def nodes(self, covers: Sequence[Cover]) -> list[Node]:
-        """The unit as signals: ``lin``, ``far``, ``nan``, the sums ``f[i]`` and the outputs ``y[i]``."""
+        """Write the unit as signals: ``lin``, ``far``, ``nan``, the sums ``f[i]`` and the outputs ``y[i]``."""
         fmt, n, m = self.fmt, self.fmt.bits, self.fmt.mantissa_bits
         exponent = tuple(f"x[{i}]" for i in range(m, n - 1))
         field_ = np.arange(1 << fmt.exponent_bits)
@@ -228,7 +235,7 @@ class Frame:
         return found
 
     def blif(self, covers: Sequence[Cover]) -> str:
-        """The unit without its sign, for ABC."""
+        """Write the unit without its sign, for ABC."""
         n = self.fmt.bits
         inputs, outputs = (" ".join(f"{name}[{i}]" for i in range(n - 1)) for name in "xy")
         body = "".join(node.blif() for node in self.nodes(covers))
@@ -236,71 +243,71 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A unit of pure logic: a frame, and a cover for each bit that the frame decides, the lowest first.
+class LogicUnit:
+    """A unit of pure logic: what it is to be, and a cover for each bit that its sums decide, the lowest first.
 
-    ``command`` is what made it. Raises ValueError when the covers are not the frame's or break its error bound.
+    ``command`` is what made it. Raises ValueError when the covers are not the spec's or break its error bound.
     """
 
     name: str
-    frame: Frame
+    spec: LogicSpec
     covers: tuple[Cover, ...]
     command: str = ""
 
     def __post_init__(self) -> None:
-        frame = self.frame
+        spec = self.spec
         module_name(self.name, "a unit's name")
         if not isinstance(self.command, str):
             raise ValueError(f"{self.name}: command must be a string, got {self.command!r}")
-        if len(self.covers) != frame.width:
-            raise ValueError(f"{self.name}: the frame decides {frame.width} bits, got {len(self.covers)} covers")
-        variables = len(frame.variables)
+        if len(self.covers) != spec.width:
+            raise ValueError(f"{self.name}: the frame decides {spec.width} bits, got {len(self.covers)} covers")
+        variables = len(spec.variables)
         if any(v >= variables for cover in self.covers for cube in cover.cubes for v, _ in cube):
             raise ValueError(f"{self.name}: the frame has {variables} variables, a cover names others")
-        outside = (self.numbers < frame.relation.least) | (self.numbers > frame.relation.most)
+        outside = (self.numbers < spec.relation.least) | (self.numbers > spec.relation.most)
         if outside.any():
-            raise ValueError(f"{self.name}: {int(outside.sum())} assignments leave the error bound {frame.error:g}")
+            raise ValueError(f"{self.name}: {int(outside.sum())} assignments leave the error bound {spec.error:g}")
 
     @cached_property
     def numbers(self) -> Bits:
-        """What the covers give for every assignment of the frame's variables."""
-        count = len(self.frame.variables)
+        """What the covers give for every assignment of the spec's variables."""
+        count = len(self.spec.variables)
         result = np.zeros(1 << count, dtype=np.int64)
         for i, cover in enumerate(self.covers):
             result |= cover.evaluate(count).astype(np.int64) << i
         return result
 
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
-        """The results of an array of bit patterns, as unsigned integers of the format's width."""
-        frame, fmt = self.frame, self.frame.fmt
+        """Compute the results of an array of bit patterns, as unsigned integers of the format's width."""
+        spec, fmt = self.spec, self.spec.fmt
         x = np.asarray(bits, dtype=np.int64)
         u = x & (fmt.sign - 1)
-        lin, _ = frame.regions(u)
-        base = (fmt.bias + 1 - (1 << frame.low)) << fmt.mantissa_bits
-        high = (fmt.sign - 1) & ~((1 << frame.width) - 1)
-        y = self.numbers[frame.assignment(u)] | np.where(lin, u & high, base)
+        lin, _ = spec.regions(u)
+        base = (fmt.bias + 1 - (1 << spec.low)) << fmt.mantissa_bits
+        high = (fmt.sign - 1) & ~((1 << spec.width) - 1)
+        y = self.numbers[spec.assignment(u)] | np.where(lin, u & high, base)
         nan = fmt.last if fmt.infinities else fmt.sign - 1
-        if frame.exact_limit:  # whose mantissa is 0, which would be infinity
+        if spec.exact_limit:  # whose mantissa is 0, which would be infinity
             nan |= 1 << (fmt.mantissa_bits - 1)
         y = np.where(fmt.is_nan(x), y | nan, y)
         result: npt.NDArray[Any] = (y | (x & fmt.sign)).astype(fmt.dtype)
         return result
 
     def design(self) -> Design:
-        """The unit as a combinational design."""
-        frame, fmt, n = self.frame, self.frame.fmt, self.frame.fmt.bits
+        """Make the unit a combinational design."""
+        spec, fmt, n = self.spec, self.spec.fmt, self.spec.fmt.bits
         bits = fmt.all_bits()
-        largest = error.measure(frame.function, fmt, self.compute(bits)).max_abs
-        details = {"identity": frame.identity, "limit": frame.limit, "exact_limit": frame.exact_limit}
-        about = About(self.name, oracle.name_of(frame.function), largest, self.command, details)
-        far = "the limit" if frame.exact_limit else "just below the limit"
+        largest = error.measure(spec.function, fmt, self.compute(bits)).max_abs
+        details = {"identity": spec.identity, "limit": spec.limit, "exact_limit": spec.exact_limit}
+        about = About(self.name, oracle.name_of(spec.function), largest, self.command, details)
+        far = "the limit" if spec.exact_limit else "just below the limit"
         text = (
             f"// {comment(about.function)} in {fmt.name} as sums of products,"
             f" largest error {largest:.6f} over all inputs\n"
-            f"// |x| < 2^{frame.identity}: x; |x| >= 2^{frame.limit}: {far}; NaN gives a NaN\n"
+            f"// |x| < 2^{spec.identity}: x; |x| >= 2^{spec.limit}: {far}; NaN gives a NaN\n"
             + (f"// made by: {comment(self.command)}\n" if self.command else "")
             + f"module {self.name} (\n    input  wire [{n - 1}:0] x,\n    output wire [{n - 1}:0] y\n);\n"
-            + "".join(node.statement() for node in frame.nodes(self.covers))
+            + "".join(node.statement() for node in spec.nodes(self.covers))
             + f"  assign y[{n - 1}] = x[{n - 1}];\nendmodule\n"
         )
         ports = (Port("x", "input", n), Port("y", "output", n))
@@ -308,9 +315,9 @@ class Unit:
 
     def save(self, path: str | Path) -> None:
         """Write the unit as JSON: beside the file first, then renamed. Raises ValueError for a function of your own."""
-        if not isinstance(self.frame.function, str):
+        if not isinstance(self.spec.function, str):
             raise ValueError(f"{self.name}: only units of {', '.join(oracle.FUNCTIONS)} are kept in files")
-        variables = range(len(self.frame.variables))
+        variables = range(len(self.spec.variables))
         covers = [
             {
                 "inverted": cover.inverted,
@@ -318,13 +325,13 @@ class Unit:
             }
             for cover in self.covers
         ]
-        data = {"rarefy_logic": FILE_VERSION, "name": self.name, "command": self.command, **asdict(self.frame)}
+        data = {"rarefy_logic": FILE_VERSION, "name": self.name, "command": self.command, **asdict(self.spec)}
         text = json.dumps({**data, "covers": covers}, indent=1) + "\n"
         write_atomically(Path(path), lambda beside: beside.write_text(text, encoding="utf-8"))
 
     @classmethod
-    def from_json(cls, text: str) -> Unit:
-        """The unit of a JSON text; raises ValueError when it is none."""
+    def from_json(cls, text: str) -> LogicUnit:
+        """Read the unit of a JSON text; raises ValueError when it is none."""
         try:
             data = json.loads(text)
             if data.pop("rarefy_logic") != FILE_VERSION:
@@ -337,26 +344,26 @@ class Unit:
                 )
                 for cover in data.pop("covers")
             )
-            return cls(name, Frame(**data), covers, command)
+            return cls(name, LogicSpec(**data), covers, command)
         except (AttributeError, LookupError, TypeError, RecursionError, OverflowError, ValueError) as problem:
             what = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)[:300]
             raise ValueError(f"not a unit of logic: {type(problem).__name__}: {what}") from None
 
 
 def names() -> list[str]:
-    """The names of the shipped units."""
-    folder = resources.files("rarefy.rtl") / "logic_units"
+    """List the names of the shipped units."""
+    folder = resources.files("rarefy.rtl.logic") / "units"
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
-def load(name: str | Path) -> Unit:
-    """A shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
+def load(name: str | Path) -> LogicUnit:
+    """Load a shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
     if str(name).endswith(".json"):
         try:
-            return Unit.from_json(Path(name).read_text(encoding="utf-8"))
+            return LogicUnit.from_json(Path(name).read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise ValueError(f"{str(name)!r} is not a unit of logic: it is not UTF-8 text") from None
-    entry = resources.files("rarefy.rtl") / "logic_units" / f"{name}.json"
+    entry = resources.files("rarefy.rtl.logic") / "units" / f"{name}.json"
     if name not in names():
         raise ValueError(f"unit must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
-    return Unit.from_json(entry.read_text(encoding="utf-8"))
+    return LogicUnit.from_json(entry.read_text(encoding="utf-8"))

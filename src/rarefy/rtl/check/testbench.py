@@ -1,4 +1,4 @@
-"""The testbench of :mod:`rarefy.rtl.simulate`: cocotb runs it inside the simulator, which it builds and starts.
+"""The testbench of :mod:`rarefy.rtl.check.simulate`: cocotb runs it in the simulator that it builds and starts.
 
 It reads a plan (JSON), drives every word of it into the design and writes down what came out; what should have come
 out is judged elsewhere. It imports nothing of rarefy, so that a simulator starts in a moment.
@@ -44,7 +44,7 @@ def start(path: Path) -> None:
 
 
 def number(value: Any) -> int | str:
-    """A port as a number, or, where a bit of it is unknown, its bits as text."""
+    """Read a port as a number, or, where a bit of it is unknown, its bits as text."""
     text = str(value)
     return int(text, 2) if set(text) <= {"0", "1"} else text
 
@@ -75,7 +75,7 @@ async def bench(dut: Any) -> None:
 
 
 async def clock(dut: Any, tick: Timer, times: int = 1) -> None:
-    """Rising edges, with the inputs as they stand."""
+    """Give rising edges, with the inputs as they stand."""
     for _ in range(times):
         await tick
         dut.clk.value = 1
@@ -84,7 +84,7 @@ async def clock(dut: Any, tick: Timer, times: int = 1) -> None:
 
 
 async def steady(dut: Any, tick: Timer, words: list[int], latency: int) -> list[int | str]:
-    """A word every clock, or, where there is no register between, every tick."""
+    """Drive a word every clock, or, where there is no register between, every tick."""
     outputs: list[int | str] = []
     x, y = dut.x, dut.y
     for cycle in range(len(words) + latency):
@@ -102,7 +102,7 @@ async def steady(dut: Any, tick: Timer, words: list[int], latency: int) -> list[
 async def stalled(
     dut: Any, tick: Timer, words: list[int], chance: random.Random
 ) -> tuple[list[int | str | None], list[str]]:
-    """Both sides wait at random; what waits at the output must stay, and nothing may be lost, added or stuck.
+    """Let both sides wait at random; what waits at the output must stay, and nothing may be lost, added or stuck.
 
     The rates change every 64 clocks, so that full, empty and bursty pipelines occur. Again and again a reset comes
     while numbers are in flight: during it nothing may be taken, nor given from its first edge on, and what was in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy.act.spec.formats import Format
+from rarefy.rtl.datapaths.lane import Lane, Wire
 from rarefy.rtl.design import literal
-from rarefy.rtl.units import Unit, Wire
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class _Run:
     plus: int
 
 
-def flat(fmt: Format, results: npt.NDArray[Any]) -> Unit:
-    """The unit of ``results``, one for every bit pattern of the format.
+def flat(fmt: Format, results: npt.NDArray[Any]) -> Lane:
+    """Make the lane of ``results``, one for every bit pattern of the format.
 
     Long runs of inputs that give one result, or themselves plus a constant, are comparisons; the rest is a case. An odd
     function is tabulated by magnitude.
@@ -50,30 +49,24 @@ def flat(fmt: Format, results: npt.NDArray[Any]) -> Unit:
         "    endcase",
         "  endfunction\n",
     ]
-
-    def lookup(x: str) -> list[Wire]:
-        u = f"{x}[{w - 1}:0]"
-        wires = [Wire("listed", w, f"value({u})")]
-        for number, run in enumerate(runs):
-            ends = [f"{u} >= {literal(w, run.first)}"] * (run.first > 0)
-            ends += [f"{u} <= {literal(w, run.last)}"] * (run.last < len(y) - 1)
-            wires.append(Wire(f"run{number}", 1, " && ".join(ends) or literal(1, 1)))
-        return wires
-
-    def finish(q: Callable[[str], str]) -> list[Wire]:
-        u = f"{q('x')}[{w - 1}:0]"
-        text = ""
-        for number, run in enumerate(runs):
-            moved = f"{u} + {literal(w, run.plus)}" if run.plus else u
-            text += f"{q(f'run{number}')} ? {moved if run.value is None else literal(w, run.value)} : "
-        wires = [Wire("looked_up", w, text + q("listed"))]
-        return [*wires, Wire("result", n, f"{{{q('x')}[{n - 1}], looked_up}}" if odd else "looked_up")]
-
-    return Unit("\n".join(lines), lookup, {"x": n, "listed": w} | {f"run{i}": 1 for i in range(len(runs))}, finish)
+    u = f"x[{w - 1}:0]"
+    lookup = [Wire("listed", w, f"value({u})")]
+    chosen = ""
+    for number, run in enumerate(runs):
+        ends = [f"{u} >= {literal(w, run.first)}"] * (run.first > 0)
+        ends += [f"{u} <= {literal(w, run.last)}"] * (run.last < len(y) - 1)
+        lookup.append(Wire(f"run{number}", 1, " && ".join(ends) or literal(1, 1)))
+        moved = f"{u} + {literal(w, run.plus)}" if run.plus else u
+        chosen += f"run{number} ? {moved if run.value is None else literal(w, run.value)} : "
+    finish = [
+        Wire("looked_up", w, chosen + "listed"),
+        Wire("result", n, f"{{x[{n - 1}], looked_up}}" if odd else "looked_up"),
+    ]
+    return Lane("\n".join(lines), lookup, finish, ("x", *(wire.name for wire in lookup)))
 
 
 def _runs(y: npt.NDArray[np.int64], shortest: int) -> list[_Run]:
-    """Maximal runs of a constant or of the input plus a constant, from the first input on; the longer kind first."""
+    """Find the maximal runs of a constant, or of the input plus a constant; of both kinds the longer."""
     u = np.arange(len(y))
     reaches = []
     for values in (y, y - u):

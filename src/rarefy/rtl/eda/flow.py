@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from rarefy.rtl import tools
-from rarefy.rtl.tools import MissingToolError
+from rarefy.rtl.eda import tools
+from rarefy.rtl.eda.tools import MissingToolError
 
 LOAD_FF = 10.0  # at every output
 _OSU018 = "usr/share/qflow/tech/osu018/osu018_stdcells.lib"
@@ -35,12 +36,12 @@ class Library:
         return self.path.stem
 
     def constraints(self) -> str:
-        """What drives the inputs and what loads the outputs, as ABC reads it."""
+        """Write what drives the inputs and what loads the outputs, as ABC reads it."""
         return f"set_driving_cell {self.driver}\nset_load {LOAD_FF} [all_outputs]\n"
 
 
 def osu018() -> Path:
-    """The liberty file of OSU 0.18 um, of Debian's package qflow-tech-osu018.
+    """Find the liberty file of OSU 0.18 um, of Debian's package qflow-tech-osu018.
 
     It is looked for below the folder ``osu018`` of a virtual environment, into which the package may be unpacked
     without its many dependencies, and below ``/``. Raises MissingToolError when it is in neither.
@@ -53,7 +54,7 @@ def osu018() -> Path:
 
 @lru_cache(maxsize=16)
 def library(path: Path | None = None) -> Library:
-    """The cells of a liberty file (default: OSU 0.18 um).
+    """Read the cells of a liberty file (default: OSU 0.18 um).
 
     The two-input NAND of least area is the unit of area; the second smallest inverter (of drive strength 2 in every
     library of ours) is what drives the inputs. Raises MissingToolError or FileNotFoundError when there is no file,
@@ -86,7 +87,7 @@ def has(name: str) -> bool:
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    """What a command prints, run in ``folder``; raises RuntimeError with the end of its output when it fails."""
+    """Run a command in ``folder``; give what it prints, or raise RuntimeError with the end of that when it fails."""
     done = tools.run(command, folder, _TIMEOUT)
     printed = done.stdout + done.stderr
     if done.returncode:
@@ -95,7 +96,7 @@ def run(command: Sequence[str], folder: Path) -> str:
 
 
 def version(name: str) -> str:
-    """The version that OpenSTA ("sta") or nextpnr ("nextpnr-ice40") prints; raises MissingToolError without it."""
+    """Ask OpenSTA ("sta") or nextpnr ("nextpnr-ice40") for its version; raises MissingToolError without it."""
     option, pattern = ("-version", r"(\d\S*)") if name == "sta" else ("--version", r"Version ([^)\s]+)")
     return _version(tools.program(name, "timing" if name == "sta" else "placement"), option, pattern)
 
@@ -107,8 +108,15 @@ def _version(path: str, option: str, pattern: str) -> str:
     return match[1] if match else "unknown"
 
 
-def abc(blif: str, cells: Library, script: str, folder: Path) -> tuple[float, float]:
-    """Area in um2 and delay in ns of logic in BLIF, by ABC alone and a script as Yosys takes it: a fast estimate."""
+class Estimate(NamedTuple):
+    """Area in um2 and delay in ns."""
+
+    area: float
+    delay_ns: float
+
+
+def abc(blif: str, cells: Library, script: str, folder: Path) -> Estimate:
+    """Estimate logic in BLIF fast, by ABC alone and a script as Yosys takes it."""
     (folder / "unit.blif").write_text(blif, encoding="utf-8")
     (folder / "constraints").write_text(cells.constraints(), encoding="utf-8")
     commands = f"read_lib -w {cells.path}; read_constr constraints; read_blif unit.blif; {script.replace(',', ' ')}"
@@ -116,11 +124,11 @@ def abc(blif: str, cells: Library, script: str, folder: Path) -> tuple[float, fl
     found = re.findall(r"Area\s*=\s*([\d.]+).*?Delay\s*=\s*([\d.]+)\s*ps", printed)
     if not found:
         raise RuntimeError(f"ABC printed no area and delay: {printed.strip()[-1500:]}")
-    return float(found[-1][0]), float(found[-1][1]) / 1000.0
+    return Estimate(float(found[-1][0]), float(found[-1][1]) / 1000.0)
 
 
 def _abc_program() -> str:
-    """ABC of pyosys, else that of an installed Yosys."""
+    """Find ABC of pyosys, else that of an installed Yosys."""
     spec = importlib.util.find_spec("pyosys")
     if spec is not None and spec.origin is not None:
         return str(Path(spec.origin).parent / "yosys-abc")
