@@ -4,33 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rarefy import act
 from rarefy.act import error, shipped
 from rarefy.cli import main
+from tests.cli import printed, refused
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    assert main([*words, "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return json.loads(out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(words) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("rarefy: ")
-    return err
 
 
 @pytest.mark.parametrize("name", act.names())
