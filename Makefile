@@ -31,6 +31,11 @@ $(TOOLS): tests/rtl_tools.sh $(STAMP)
 test: lint $(TOOLS)
 	$(BIN)/pytest -n auto
 
+# All but the tests marked slow: several processes at once, every input of a format, long trainings, built packages.
+.PHONY: test-fast
+test-fast: $(TOOLS)
+	$(BIN)/pytest -n auto -m "not slow"
+
 # The source distribution and a wheel in dist/. The wheel holds the native library for every instruction set, and
 # auditwheel gives it the tag of the oldest Linux that has all the library asks for.
 .PHONY: wheel

@@ -160,6 +160,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_process_told_to_end(twice: bool, here: Path) -> None:
     write_recipe(**AUTOSPARSE, schedule={"epochs": 100_000})

@@ -94,6 +94,7 @@ def test_fit_for_people(capsys):
     assert "written to  c.json" in out
 
 
+@pytest.mark.slow
 def test_shipped_tables_are_made_again_and_proven(capsys, monkeypatch):
     assert main(["table", "fit", "--shipped", "tables"]) == 0
     lines = capsys.readouterr().out.splitlines()

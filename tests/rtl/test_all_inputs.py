@@ -9,6 +9,8 @@ import pytest
 from rarefy import rtl
 from rarefy.rtl import logic, peers, search, tools
 
+pytestmark = pytest.mark.slow
+
 BITS = np.arange(1 << 16)
 
 

@@ -12,6 +12,8 @@ from rarefy.act.formats import BF16
 from rarefy.rtl import logic, peers, search
 from rarefy.rtl.logic import Frame
 
+pytestmark = pytest.mark.slow
+
 
 def largest(design, fmt=BF16):
     bits = fmt.all_bits()

@@ -8,6 +8,8 @@ from rarefy import act, rtl
 from rarefy.act import Table, formats
 from rarefy.rtl import tools
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = act.load("tanh_bf16_ktanh")
 CARRY = act.load("tanh_bf16_carry64")
 

@@ -17,6 +17,8 @@ from rarefy.sparse import masks
 from rarefy.sparse.shards import shard_of
 from tests.sparse.methods import CASES, batch, create, network
 
+pytestmark = pytest.mark.slow
+
 STEPS = 30
 
 
