@@ -33,6 +33,21 @@ $(TOOLS): tests/rtl_tools.sh $(STAMP)
 test: lint $(TOOLS)
 	$(BIN)/pytest -n auto
 
+# All but the tests marked slow: several processes at once, every input of a format, long trainings, built packages.
+.PHONY: test-fast
+test-fast: $(TOOLS)
+	$(BIN)/pytest -n auto -m "not slow"
+
+# The source distribution and a wheel in dist/. The wheel holds the native library for every instruction set, and
+# auditwheel gives it the tag of the oldest Linux that has all the library asks for.
+.PHONY: wheel
+wheel: $(STAMP)
+	rm -rf dist build/plain
+	$(BIN)/python -m build --no-isolation --skip-dependency-check --outdir build/plain --sdist
+	$(BIN)/python -m build --no-isolation --skip-dependency-check --outdir build/plain --wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/plain/*.whl
+	mv build/plain/*.tar.gz dist
+
 # Two runs on one thread each: a sparse one that is watched, and beside it, the first time, the dense one to compare with.
 DEMO := $(BIN)/rarefy train recipes/demo.yaml --set threads=1
 demo: $(STAMP)

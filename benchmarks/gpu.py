@@ -11,7 +11,6 @@ changes the masks takes more.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import warnings
 from collections import OrderedDict
@@ -27,6 +26,7 @@ from torch import nn
 
 import results
 from rarefy import environment, models, sparse
+from rarefy._files import write_csv
 
 #: Options that a method needs; a target of 90 % otherwise.
 OPTIONS: dict[str, dict[str, Any]] = {"nm": {"n": 2, "m": 4, "exclude": ["conv1"]}}
@@ -166,10 +166,7 @@ def main() -> None:
             row = {"network": name, "compiled": compiled, "method": method, **found}
             print(*(f"{key}={value}" for key, value in row.items()), flush=True)
             rows.append({**row, "gpu": torch.cuda.get_device_name(), **results.provenance(about)})
-            with arguments.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(arguments.csv, rows)
         del case
 
 

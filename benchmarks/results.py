@@ -7,16 +7,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from rarefy import environment
-from rarefy._files import write_atomically
+from rarefy._files import write_csv
 
 FOLDER = Path(__file__).parent.parent / "results"
-
-_ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python", "threads", "date")
 
 
 def commit() -> str:
@@ -32,13 +29,9 @@ def commit() -> str:
 
 def provenance(about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The columns that every row ends with: of a run by its environment and commit, otherwise of this process."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    known: Mapping[str, Any] = {**environment.describe(), "date": now, "commit": commit()} if about is None else about
-    command = shlex.join(["python", str(Path(sys.argv[0])), *sys.argv[1:]])
-    return {
-        **{key: str(known[key])[:10] if key == "date" else known[key] for key in (*_ABOUT, "commit")},
-        "command": command,
-    }
+    columns = environment.provenance(shlex.join(["python", str(Path(sys.argv[0])), *sys.argv[1:]]), about)
+    command = columns.pop("command")
+    return {**columns, "commit": commit() if about is None else about["commit"], "command": command}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -52,13 +45,4 @@ def read(name: str) -> list[dict[str, str]]:
 
 def write(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Replace results/NAME.csv."""
-    path = FOLDER / f"{name}.csv"
-
-    def fill(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, fill)
-    return path
+    return write_csv(FOLDER / f"{name}.csv", rows)

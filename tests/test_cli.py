@@ -17,6 +17,7 @@ import yaml
 from rarefy import environment, kernels
 from rarefy.cli import main
 from rarefy.train.batches import Batches
+from tests.cli import printed, refused
 from tests.train.runs import AUTOSPARSE, outcome, plain, prepare
 
 
@@ -31,16 +32,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_recipe(**changes: Any) -> None:
     Path("small.yaml").write_text(yaml.safe_dump(plain(**changes)))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 1) -> str:
-    """What the command says when it fails: one message, and nothing on standard output."""
-    assert main(arguments) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.startswith("rarefy: ")
-    return err
 
 
 def test_train_prints_a_summary_and_the_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +160,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_process_told_to_end(twice: bool, here: Path) -> None:
     write_recipe(**AUTOSPARSE, schedule={"epochs": 100_000})
@@ -266,8 +258,7 @@ def test_the_report_of_a_run_and_of_a_stopped_one(
     capsys.readouterr()
     assert main(["report", "runs/test"]) == 0
     assert capsys.readouterr().out.split() == ["report", "runs/test/report.html"]
-    assert main(["report", "runs/test", "--output", "page.html", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"report": "page.html"}
+    assert printed(capsys, "report", "runs/test", "--output", "page.html") == {"report": "page.html"}
     assert "<html" in Path("page.html").read_text()
     assert "nowhere is not a folder" in refused(capsys, "report", "runs/test", "--baseline", "nowhere")
     assert "small.yaml" in refused(capsys, "report", "runs/test", "--output", "small.yaml/page.html")
@@ -321,10 +312,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert f"torch  {torch.__version__}" in text
     assert "threads  1\n" in text
-    assert main(["info", "--json"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    about = json.loads(out)
+    about = printed(capsys, "info")
     assert about["threads"] == 1
     assert about["native_isa"] == environment.native_isa()
     assert {kernel["name"] for kernel in about["kernels"]} == {kernel.name for kernel in kernels.table()}
@@ -336,8 +324,7 @@ def test_info_without_native_kernels(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(kernels, "table", tuple)
     assert main(["info"]) == 0
     assert "none: built without a C++ compiler, everything runs in PyTorch" in capsys.readouterr().out
-    assert main(["info", "--json"]) == 0
-    about = json.loads(capsys.readouterr().out)
+    about = printed(capsys, "info")
     assert (about["native_library"], about["kernels"], about["native_isa"]) == (None, [], "pytorch")
 
 

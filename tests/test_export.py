@@ -19,6 +19,7 @@ import rarefy
 from rarefy import engine, models, onnx_files
 from rarefy.cli import main
 from rarefy.onnx_files import save_onnx
+from tests.cli import printed, refused
 
 SHAPE = (1, 28, 28)
 
@@ -245,13 +246,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_files, "save_onnx", write)
 
 
-def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["export", *arguments, "--json"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    return dict(json.loads(out))
-
-
 def test_a_run_to_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "run", "--to", "onnx"]) == 0
     lines = {line[:8].strip(): line[10:] for line in capsys.readouterr().out.splitlines()}
@@ -267,7 +261,7 @@ def test_a_run_to_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.CaptureFixture[str], no_work: None) -> None:
-    found = result(capsys, "run", "--to", "safetensors")
+    found = printed(capsys, "export", "run", "--to", "safetensors")
     assert found["file"] == "run/model.sparse.safetensors"
     assert found["bytes"] == Path(found["file"]).stat().st_size < 0.5 * found["dense_bytes"]
     state, original = rarefy.load_sparse(found["file"]), load_file(run / "model.safetensors")
@@ -275,7 +269,7 @@ def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.Captur
     assert all(torch.equal(state[key], original[key]) for key in state)
     options = ["--set", "width=4", "--set", "in_channels=1", "--input", "1,32,32", "--output", "out/a.onnx"]
     Path("out").mkdir()
-    found = result(capsys, found["file"], "--to", "onnx", "--model", "resnet20", *options)
+    found = printed(capsys, "export", found["file"], "--to", "onnx", "--model", "resnet20", *options)
     assert found["difference"] == 1e-7
     count = sum(p.numel() for p in models.resnet20(width=4, in_channels=1).parameters())
     assert Path("out/a.onnx").read_text() == f"{count} (1, 1, 32, 32) False"
@@ -283,7 +277,7 @@ def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_a_run_to_an_engine(weights: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = result(capsys, "run", "--to", "engine", "--weights", weights, "--output", "a.engine")
+    found = printed(capsys, "export", "run", "--to", "engine", "--weights", weights, "--output", "a.engine")
     assert found["chosen"]
     loaded = engine.load("a.engine")
     assert loaded.report.weights == weights
@@ -313,8 +307,8 @@ def test_without_the_exporter(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    assert main(["export", "run", "--to", "onnx"]) == 1
-    assert f"export to ONNX needs {missing}: pip install 'rarefy[export]'" in capsys.readouterr().err
+    message = refused(capsys, "export", "run", "--to", "onnx")
+    assert f"export to ONNX needs {missing}: pip install 'rarefy[export]'" in message
 
 
 RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
@@ -350,10 +344,5 @@ def test_what_cannot_be_exported(
     Path("unfinished").mkdir()
     Path("unfinished/recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
     before = sorted(Path().rglob("*"))
-    assert main(["export", *arguments]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("rarefy: ")
-    assert "Traceback" not in err
-    assert message in err
+    assert message in refused(capsys, "export", *arguments)
     assert sorted(Path().rglob("*")) == before

@@ -8,7 +8,7 @@ from typing import IO
 
 import pytest
 
-from rarefy._files import _through, write_atomically
+from rarefy._files import _through, write_atomically, write_csv
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -88,3 +88,10 @@ def test_a_writer_with_errors_of_its_own_for_a_full_disk() -> None:
 class _Full(io.BytesIO):
     def write(self, data: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_table_is_written_as_it_is_read(tmp_path: Path) -> None:
+    rows = [{"name": "ä, b", "ns": 0.1, "none": None}, {"name": 'c"d', "ns": 2, "none": ""}]
+    assert write_csv(tmp_path / "new" / "a.csv", rows) == tmp_path / "new" / "a.csv"
+    text = (tmp_path / "new" / "a.csv").read_bytes()
+    assert text == 'name,ns,none\n"ä, b",0.1,\n"c""d",2,\n'.encode()

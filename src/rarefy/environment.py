@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,9 @@ _FEATURES = (
     *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_bf16", "amx_int8", "asimd", "asimdhp", "sve", "sve2", "bf16"),
 )
+
+#: What a row of a table of measurements says of where they were made.
+_COLUMNS = ("cpu", "native_isa", "torch", "rarefy", "python", "threads", "date")
 
 
 def _cpu_information() -> dict[str, str]:
@@ -69,6 +73,16 @@ def describe() -> dict[str, Any]:
         "native_isa": native_isa(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def provenance(command: str, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Give the columns that every row of a table of measurements ends with: machine, versions, date, command.
+
+    They are of a run by what it wrote about itself (:func:`environment`), otherwise of this process, today.
+    """
+    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    known = {**describe(), "date": today} if about is None else {**about, "date": str(about["date"])[:10]}
+    return {**{key: known[key] for key in _COLUMNS}, "command": command}
 
 
 def environment(processes: int, device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 
 from rarefy.bench import act as bench
 from rarefy.cli import main
+from tests.cli import refused
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +48,10 @@ def test_targets_judge_both_ways():
 
 
 def test_bad_options(capsys):
-    assert main(["bench", "act", "--sizes", "L3"]) == 1
-    assert capsys.readouterr().err == "rarefy: sizes must be among L1, L2, DRAM and rounds at least 1, got ['L3']\n"
+    assert (
+        refused(capsys, "bench", "act", "--sizes", "L3")
+        == "rarefy: sizes must be among L1, L2, DRAM and rounds at least 1, got ['L3']\n"
+    )
     with pytest.raises(ValueError, match="sizes must be among"):
         bench.run(["L3"])
     with pytest.raises(ValueError, match="rounds at least 1"):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,26 +11,12 @@ from rarefy import act
 from rarefy.act.fit import shipped
 from rarefy.act.spec import error
 from rarefy.cli import main
+from tests.cli import printed, refused
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    assert main([*words, "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return json.loads(out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(words) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("rarefy: ")
-    return err
 
 
 @pytest.mark.parametrize("name", act.list_tables())
@@ -110,6 +95,7 @@ def test_fit_for_people(capsys):
     assert "written to  c.json" in out
 
 
+@pytest.mark.slow
 def test_shipped_tables_are_made_again_and_proven(capsys, monkeypatch):
     assert main(["table", "fit", "--shipped", "tables"]) == 0
     lines = capsys.readouterr().out.splitlines()

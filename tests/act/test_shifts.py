@@ -1,6 +1,5 @@
 """Segments whose slopes are powers of two: their fit, their move to float32, and float32 segments in PyTorch."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from rarefy import act
 from rarefy.act import fit
 from rarefy.act.fit.shipped import SHIFTS
 from rarefy.act.spec import error, formats, oracle, reference
-from rarefy.cli import main
+from tests.cli import printed, refused
 
 RANDOM = np.random.default_rng(5).integers(0, 1 << 32, 100_000, dtype=np.uint32)
 
@@ -125,9 +124,7 @@ def test_rows_of_float32_are_checked_at_their_ends():
 
 
 def test_table_fit_on_the_command_line(capsys):
-    arguments = ["--within", "0.0089", "--shifts", "--grid", "4", "--fraction-bits", "2", "--json"]
-    assert main(["table", "fit", "--form", "segments", *arguments]) == 0
-    result = json.loads(capsys.readouterr().out)
+    arguments = ["--within", "0.0089", "--shifts", "--grid", "4", "--fraction-bits", "2"]
+    result = printed(capsys, "table", "fit", "--form", "segments", *arguments)
     assert result["table"]["rows"] == [list(row) for row in act.load("tanh_bf16_shifts").rows]
-    assert main(["table", "fit", "--shifts"]) == 1
-    assert "--shifts is not for tables of the form shift" in capsys.readouterr().err
+    assert "--shifts is not for tables of the form shift" in refused(capsys, "table", "fit", "--shifts")

@@ -17,6 +17,7 @@ from rarefy import sparse
 from rarefy.cli import main
 from rarefy.compare import load, rows, run, runner, write
 from rarefy.compare.table import means
+from tests.cli import refused
 from tests.train.runs import plain
 
 ROOT = Path(__file__).parents[2]
@@ -164,8 +165,8 @@ def test_the_command(tmp_path, capsys):
     assert "1/1  dense_seed0  done" in printed.err
     assert main(["compare", str(path), "--run", str(tmp_path / "runs"), "--write-only"]) == 0
     assert "dense" in capsys.readouterr().out
-    assert main(["compare", str(path), "--run", str(tmp_path / "none"), "--write-only"]) == 1
-    assert "no run of the comparison is finished yet" in capsys.readouterr().err
+    message = refused(capsys, "compare", str(path), "--run", str(tmp_path / "none"), "--write-only")
+    assert "no run of the comparison is finished yet" in message
 
 
 def test_means_and_intervals():

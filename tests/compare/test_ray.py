@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.compare.test_compare import ROOT, comparison
+
+pytestmark = pytest.mark.slow
 
 CODE = """
 import sys

@@ -43,6 +43,7 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", NATIVE)
 @pytest.mark.parametrize("name", REFERENCES)
 def test_errors_over_all_of_float32(isa, name):

@@ -1,6 +1,5 @@
 """``rarefy bench engine``, and the documentation."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 
 from rarefy import engine, models
 from rarefy.cli import main
+from tests.cli import printed, refused
 
 DOCS = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
 
@@ -30,8 +30,7 @@ def test_a_network_by_name(capsys, tmp_path):
     assert "batch of 1, one thread" in out
     assert "runs by: native" in out
     assert f"written to {path}" in out
-    assert main(["bench", "engine", str(path), "--batch", "3", "--rounds", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = printed(capsys, "bench", "engine", str(path), "--batch", "3", "--rounds", "1")
     assert found["profile"]["batch"] == 3
     rows = {row["name"]: row for row in found["profile"]["rows"]}
     assert rows["layer3.2.conv2"]["density"] == pytest.approx(0.2, abs=1e-3)
@@ -48,17 +47,15 @@ def test_beside_other_runtimes(capsys):
 
 def test_without_other_runtimes_that_is_told_first(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["bench", "engine", "fashion_cnn", "--peers"]) == 1
-    assert "--peers needs another runtime" in capsys.readouterr().err
+    assert "--peers needs another runtime" in refused(capsys, "bench", "engine", "fashion_cnn", "--peers")
 
 
 def test_a_file_of_weights(capsys, tmp_path):
     save_file(models.resnet20(width=8).state_dict(), tmp_path / "w.safetensors")
     given = ["bench", "engine", str(tmp_path / "w.safetensors"), "--rounds", "1", "--weights", "bfloat16"]
-    assert main([*given, "--model", "resnet20", "--set", "width=8", "--input", "3,16,16", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["report"]["weights"] == "bfloat16"
-    assert main(given) == 1
-    assert "does not say what network it is of: add --model NAME" in capsys.readouterr().err
+    result = printed(capsys, *given, "--model", "resnet20", "--set", "width=8", "--input", "3,16,16")
+    assert result["report"]["weights"] == "bfloat16"
+    assert "does not say what network it is of: add --model NAME" in refused(capsys, *given)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +71,7 @@ def test_a_file_of_weights(capsys, tmp_path):
     ],
 )
 def test_what_does_not_fit(capsys, arguments, message):
-    assert main(["bench", "engine", *arguments]) == 1
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, "bench", "engine", *arguments)
 
 
 def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,8 @@ from rarefy.engine.passes import optimize
 from tests.engine.layers import paths
 from tests.engine.networks import NETWORKS, thinned
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request):

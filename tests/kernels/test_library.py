@@ -1,14 +1,17 @@
 """The native table, its loader and the way round it."""
 
+import _ctypes
+import hashlib
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from rarefy import kernels
-from rarefy.kernels import _thresholds_native
+from rarefy.kernels import _library, _thresholds_native
 
 
 def test_the_best_instruction_set_comes_first_and_training_has_a_portable_one():
@@ -37,15 +40,91 @@ def test_unknown_kernel_is_none():
     assert kernels.find("no_such_kernel", None) is None
 
 
-def test_a_library_that_does_not_load_is_as_none():
-    program = (
-        "import pathlib, tempfile, warnings, rarefy.kernels as k; folder = tempfile.mkdtemp();"
-        "pathlib.Path(folder, 'librarefy.so').write_bytes(b'not a library'); k.__path__ = [folder]\n"
-        "with warnings.catch_warnings(record=True) as told:\n"
-        "    warnings.simplefilter('always'); assert k.table() == ()\n"
-        "assert 'does not load, so everything runs in PyTorch' in str(told[0].message)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+LIBRARY = kernels.library_path()
+WHOLE = b"" if LIBRARY is None else LIBRARY.read_bytes()
+ALTERED = "it is not what librarefy.so.sha256 says; install rarefy again"
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Install these bytes as the library, with the checksum of the right one; None: install nothing."""
+    caches = (_library._library, _library.table, _library._function)
+
+    def install(content):
+        if content is not None:
+            (tmp_path / "librarefy.so").write_bytes(content)
+            (tmp_path / "librarefy.so.sha256").write_text(hashlib.sha256(WHOLE).hexdigest() + "\n")
+        monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
+        for cached in caches:
+            cached.cache_clear()
+        return tmp_path
+
+    yield install
+    monkeypatch.undo()
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "rarefy has no native library here (it was built without a C++ compiler)"),
+        (b"", ALTERED),
+        (b"not a library", ALTERED),
+        (WHOLE[: len(WHOLE) // 2], ALTERED),
+        (WHOLE[:-1] + b"?", ALTERED),
+    ],
+    ids=["missing", "empty", "text", "half", "one-byte"],
+)
+def test_a_library_that_is_not_whole_is_as_none_and_one_warning_says_why(content, why, installed):
+    installed(content)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert kernels.table() == ()
+        assert kernels.find("mask_f32", None) is None
+    (message,) = [str(each.message) for each in told]
+    assert why in message
+    assert "so everything runs in PyTorch" in message
+
+
+def test_a_library_of_something_else_is_as_none(installed):
+    folder = installed(None)
+    (folder / "librarefy.so").symlink_to(_ctypes.__file__)
+    with pytest.warns(UserWarning, match="does not load, so everything runs in PyTorch: .*rarefy_kernels"):
+        assert kernels.table() == ()
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="no native library was built")
+def test_a_whole_library_loads_without_a_word(installed):
+    installed(WHOLE)
+    assert len(kernels.table()) > 3
+
+
+def test_with_half_a_library_training_and_the_engine_are_ordinary(installed):
+    folder = installed(WHOLE[: len(WHOLE) // 2])
+    program = f"""
+import warnings, torch, rarefy
+from rarefy import act, engine, kernels
+kernels.__path__ = [{str(folder)!r}]
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()), torch.randn(4, 8)
+    sparsifier = rarefy.AutoSparse(model, total_steps=2, target=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    sparsifier.finalize()
+    assert int((model[0].weight == 0).sum()) == 32
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(engine.compile(model, x)(x), model(x))
+    assert torch.allclose(act.tanh(x), x.tanh())
+print(sum("so everything runs in PyTorch" in str(each.message) for each in told))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_a_chunk_is_the_same_on_both_sides():

@@ -11,6 +11,8 @@ from rarefy.bench import rtl as peers
 from rarefy.rtl import logic, search
 from rarefy.rtl.eda import tools
 
+pytestmark = pytest.mark.slow
+
 BITS = np.arange(1 << 16)
 
 

@@ -1,14 +1,13 @@
 """``rarefy rtl``: one result on standard output, and an error in words."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rarefy import act, rtl
 from rarefy.cli import main
 from rarefy.rtl.eda import tools
+from tests.cli import printed, refused
 
 
 @pytest.fixture(autouse=True)
@@ -16,25 +15,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> Any:
-    assert main(["rtl", *words, "--json"]) == status
-    out, err = capsys.readouterr()
-    assert err == ""
-    return json.loads(out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(["rtl", *words]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("rarefy: ")
-    assert "Traceback" not in err
-    return err
-
-
 def test_emit_writes_what_its_header_says(capsys):
     words = ("emit", "tanh_bf16_ktanh", "--format", "fp32", "--stages", "2", "--nan", "quiet", "--top", "unit")
-    result = printed(capsys, *words, "--output", "unit.sv")
+    result = printed(capsys, "rtl", *words, "--output", "unit.sv")
     text = Path("unit.sv").read_text()
     command = "rarefy rtl emit tanh_bf16_ktanh --format fp32 --stages 2 --nan quiet --top unit"
     assert f"// made by: {command}\n" in text
@@ -50,7 +33,9 @@ def test_emit_writes_what_its_header_says(capsys):
 
 def test_emit_takes_a_table_from_a_file(capsys):
     act.load("silu_e5m2").save("mine.json")
-    result = printed(capsys, "emit", "mine.json", "--style", "flat", "--stages", "1", "--handshake", "--lanes", "2")
+    result = printed(
+        capsys, "rtl", "emit", "mine.json", "--style", "flat", "--stages", "1", "--handshake", "--lanes", "2"
+    )
     assert (
         result["text"]
         == rtl.emit(
@@ -66,11 +51,13 @@ def test_emit_takes_a_table_from_a_file(capsys):
 
 
 def test_verify_says_what_was_compared(capsys):
-    result = printed(capsys, "verify", "tanh_e5m2", "--stages", "1", "--handshake", "--seed", "7")
+    result = printed(capsys, "rtl", "verify", "tanh_e5m2", "--stages", "1", "--handshake", "--seed", "7")
     assert (result["passed"], result["inputs"], result["mismatches"], result["first"]) == (True, 256, 0, None)
     stalled = "all inputs of e5m2, with random stalls on both sides and resets in between (seed 7)"
     assert result["statement"].endswith(stalled)
-    high = printed(capsys, "verify", "tanh_bf16_shifts", "--format", "fp32", "--tool", "formal", "--against-narrow")
+    high = printed(
+        capsys, "rtl", "verify", "tanh_bf16_shifts", "--format", "fp32", "--tool", "formal", "--against-narrow"
+    )
     assert (high["passed"], high["inputs"], high["exceptions"]) == (True, 1 << 32, ["NaN"])
     assert main(["rtl", "verify", "tanh_e5m2", "--tool", "formal"]) == 0
     assert "tanh_e5m2: equal to the truth table of its model for all 2^8 inputs" in capsys.readouterr().out
@@ -79,7 +66,7 @@ def test_verify_says_what_was_compared(capsys):
 def test_verify_exits_with_one_where_something_differs(capsys, monkeypatch):
     right = rtl.emit
     monkeypatch.setattr(rtl, "emit", lambda *a, **k: _changed(right(*a, **k)))
-    result = printed(capsys, "verify", "tanh_e5m2", "--tool", "formal", status=1)
+    result = printed(capsys, "rtl", "verify", "tanh_e5m2", "--tool", "formal", status=1)
     assert not result["passed"]
     assert main(["rtl", "verify", "tanh_e5m2", "--tool", "formal"]) == 1
     out = capsys.readouterr().out
@@ -94,9 +81,9 @@ def _changed(design: rtl.Design) -> rtl.Design:
 
 
 def test_errors_are_words(capsys, monkeypatch, tmp_path):
-    assert "table must be a .json file or one of" in refused(capsys, "emit", "nothing")
-    assert "--output must be a .sv file" in refused(capsys, "emit", "tanh_e5m2", "--output", "unit.v")
-    assert "style must be one of" in refused(capsys, "emit", "tanh_e5m2", "--style", "small")
-    assert "needs --format" in refused(capsys, "verify", "tanh_bf16", "--tool", "formal", "--against-narrow")
+    assert "table must be a .json file or one of" in refused(capsys, "rtl", "emit", "nothing")
+    assert "--output must be a .sv file" in refused(capsys, "rtl", "emit", "tanh_e5m2", "--output", "unit.v")
+    assert "style must be one of" in refused(capsys, "rtl", "emit", "tanh_e5m2", "--style", "small")
+    assert "needs --format" in refused(capsys, "rtl", "verify", "tanh_bf16", "--tool", "formal", "--against-narrow")
     monkeypatch.setattr(tools, "search_path", lambda: str(tmp_path))
-    assert "apt-get install iverilog" in refused(capsys, "verify", "tanh_e5m2")
+    assert "apt-get install iverilog" in refused(capsys, "rtl", "verify", "tanh_e5m2")

@@ -13,6 +13,8 @@ from rarefy.bench import rtl as peers
 from rarefy.rtl import logic, search
 from rarefy.rtl.logic import LogicSpec
 
+pytestmark = pytest.mark.slow
+
 
 def largest(design, fmt=BF16):
     bits = fmt.all_bits()

@@ -9,6 +9,8 @@ from rarefy.act import Table
 from rarefy.act.spec import formats
 from rarefy.rtl.eda import tools
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = act.load("tanh_bf16_ktanh")
 CARRY = act.load("tanh_bf16_carry64")
 

@@ -19,6 +19,8 @@ from rarefy.sparse import masks
 from rarefy.sparse.shards import shard_of
 from tests.sparse.methods import CASES, assert_equal, batch, create, network
 
+pytestmark = pytest.mark.slow
+
 STEPS = 30
 
 # What torch.distributed.checkpoint says of one process.

@@ -10,6 +10,8 @@ from torch import nn
 from rarefy import sparse
 from tests.sparse.methods import CASES
 
+pytestmark = pytest.mark.slow
+
 #: What a quick run of every method needs: N:M and powers have tests of their own below.
 QUICK = {name: case for name, case in CASES.items() if name not in {"powerprop", "topkast-power"}}
 

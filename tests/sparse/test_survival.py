@@ -378,6 +378,7 @@ def _rank(rank, folder):
     os._exit(0)  # the end of the interpreter may abort (pytorch/pytorch#190489)
 
 
+@pytest.mark.slow
 def test_two_processes_keep_identical_masks(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))

@@ -16,6 +16,8 @@ from rarefy import models
 from rarefy.train.batches import normalise
 from tests.train.runs import AUTOSPARSE, outcome, recipe, run, synthetic, use_model, without_norm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,11 +8,8 @@ so that turns of other programs on the core do not count. ``kernel`` entries are
 
 from __future__ import annotations
 
-import csv
 import ctypes
-import datetime
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -26,10 +23,9 @@ import torch
 from torch import Tensor
 
 from rarefy import act, kernels
-from rarefy._files import write_atomically
 from rarefy.act.kernels import launch, native
 from rarefy.act.spec.oracle import FUNCTIONS
-from rarefy.environment import cpu_name, native_isa
+from rarefy.environment import provenance
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
 SIZES = {"L1": 1 << 13, "L2": 1 << 17, "DRAM": 1 << 25}
@@ -252,33 +248,15 @@ def targets(found: Sequence[Measured]) -> list[Target]:
     ]
 
 
-def environment(command: str) -> dict[str, str]:
-    """Return machine, versions, date and command, as they go into every row of the results."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": str(os.cpu_count()),
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
-        "isa": native_isa(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": command,
-    }
+def environment(command: str) -> dict[str, Any]:
+    """Return what goes into every row of the results: machine, its load, versions, date and command."""
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return {"cores": os.cpu_count(), "load": load, **provenance(command)}
 
 
-def write_csv(path: Path, found: Sequence[Measured], about: dict[str, str]) -> None:
-    """Write one row an entry; the file is written beside and renamed."""
-    _write(path, [{**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about} for m in found])
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    def fill(beside: Path) -> None:
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, fill)
+def rows(found: Sequence[Measured], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give one row an entry, for :func:`rarefy._files.write_csv`."""
+    return [{**asdict(m), "ns": f"{m.ns:.5g}", "least_ns": f"{m.least_ns:.5g}", **about} for m in found]
 
 
 def text(found: Sequence[Measured], judged: Sequence[Target]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rarefy import sparse
-from rarefy._files import write_atomically
+from rarefy import _files, sparse
 from rarefy.compare.plan import BUDGETS, Comparison, Job
 
 #: Two-sided 95 % quantiles of Student's t distribution by degrees of freedom.
@@ -70,15 +68,7 @@ def write_csv(path: Path, content: Sequence[dict[str, Any]]) -> Path:
     """Replace the file by these rows. Raises ValueError without any."""
     if not content:
         raise ValueError("no run of the comparison is finished yet")
-
-    def fill(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(content[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(content)
-
-    write_atomically(path, fill)
-    return path
+    return _files.write_csv(path, content)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -49,12 +50,30 @@ def library_path() -> Path | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
+    """The native library; without one, or with one that is not whole, None and one warning that says why."""
     path = library_path()
+    if path is None:
+        why = "rarefy has no native library here (it was built without a C++ compiler)"
+        warnings.warn(f"{why}, so everything runs in PyTorch", stacklevel=2)
+        return None
     try:
-        return None if path is None else ctypes.CDLL(str(path))
-    except OSError as error:
+        _check_whole(path)
+        library = ctypes.CDLL(str(path))
+        library.rarefy_kernels.restype = ctypes.c_int64
+        return library
+    except (OSError, AttributeError) as error:
         warnings.warn(f"{path} does not load, so everything runs in PyTorch: {error}", stacklevel=2)
         return None
+
+
+def _check_whole(path: Path) -> None:
+    """Raise OSError unless the file is the one that was installed: a part of a library may load, and end the process.
+
+    Its SHA-256 was written beside it; a library that somebody put there alone is taken as it is.
+    """
+    beside = path.with_name(f"{path.name}.sha256")
+    if beside.is_file() and beside.read_text(errors="replace").strip() != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise OSError(f"it is not what {beside.name} says; install rarefy again")
 
 
 @functools.cache
@@ -64,7 +83,6 @@ def table() -> tuple[Kernel, ...]:
     if library is None:
         return ()
     entries = ctypes.POINTER(_Entry)()
-    library.rarefy_kernels.restype = ctypes.c_int64
     count = library.rarefy_kernels(ctypes.byref(entries))
     return tuple(
         Kernel(entries[i].name.decode(), entries[i].isa.decode(), bool(entries[i].supported), entries[i].entry)
@@ -74,6 +92,8 @@ def table() -> tuple[Kernel, ...]:
 
 @functools.cache
 def _function(name: str, isa: str | None, restype: Any, argtypes: tuple[Any, ...]) -> Any:
+    if isa == "pytorch":
+        return None
     known = {kernel.isa for kernel in table()} | {"pytorch"}
     if isa is not None and table() and isa not in known:
         raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(sorted(known))}, got {isa!r}")

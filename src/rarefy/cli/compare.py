@@ -1,4 +1,4 @@
-"""``rarefy compare FILE``: what it does and prints; its arguments are in :mod:`rarefy.cli`."""
+"""``rarefy compare``; light to import, the work is in rarefy.compare."""
 
 from __future__ import annotations
 
@@ -8,21 +8,43 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rarefy._outputs import check_file, check_folder
-from rarefy.compare.page import write
-from rarefy.compare.plan import Job, load
-from rarefy.compare.runner import run
-from rarefy.compare.table import means, rows
+from rarefy.cli import options
+from rarefy.cli.outputs import check_file, check_folder
+
+if TYPE_CHECKING:
+    from rarefy.compare.plan import Job
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser of ``rarefy``."""
+    compare = commands.add_parser("compare", help="methods x targets x seeds: a table and a page")
+    compare.add_argument(
+        "comparison", metavar="FILE", type=Path, help="a comparison (recipes/compare-fashion-mnist.yaml), or a recipe"
+    )
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe: schedule.epochs=2"
+    )
+    compare.add_argument("--data", metavar="FOLDER", help="where the data set's files lie (data.folder)")
+    compare.add_argument("--run", type=Path, metavar="FOLDER", help="where the runs go; default runs/compare-NAME")
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, a core each; default all cores")
+    compare.add_argument("--ray", metavar="ADDRESS", help='run through Ray: "auto", "local" or a cluster\'s address')
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="the table; default compare.csv in the runs' folder")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="the page; default compare.html in the runs' folder")
+    compare.add_argument("--write-only", action="store_true", help="run nothing: table and page of what is finished")
+    options.add_json(compare)
+    compare.set_defaults(command=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
     """Run what is missing, then write table and page; gives the exit status, 1 if a run failed."""
-    changes = list(arguments.set)
-    if arguments.data is not None:
-        changes.append(f"data.folder={json.dumps(arguments.data, ensure_ascii=False)}")
-    comparison = load(arguments.comparison, changes)
+    from rarefy.compare.page import write
+    from rarefy.compare.plan import load
+    from rarefy.compare.runner import run
+    from rarefy.compare.table import means, rows
+
+    comparison = load(arguments.comparison, options.recipe_changes(arguments))
     folder = arguments.run or Path("runs") / f"compare-{comparison.name}"
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarefy._outputs import check_file
+from rarefy.cli import options
+from rarefy.cli.outputs import check_file
 
 if TYPE_CHECKING:
     from rarefy.rtl.design import Design
@@ -56,7 +57,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     find.add_argument("--unit", type=Path, metavar="FILE.json", help="write the unit of logic there")
     find.set_defaults(command=_search, measures=True)
     for command in (cost, find):
-        command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        options.add_json(command)
 
 
 def _design(arguments: argparse.Namespace) -> Design:

@@ -1,4 +1,4 @@
-"""``rarefy bench act``, ``rarefy table show``, ``rarefy table fit``; light to import, the work is in rarefy.act."""
+"""``rarefy table show`` and ``rarefy table fit``; light to import, the work is in rarefy.act."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarefy._outputs import check_file, check_folder
+from rarefy.cli import options
+from rarefy.cli.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     from rarefy.act.spec.error import Errors
@@ -23,23 +24,8 @@ if TYPE_CHECKING:
 _SHIFTS = ("shift", "carry")
 
 
-def add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    rooms: argparse._SubParsersAction[argparse.ArgumentParser],
-) -> None:
-    """Add the commands to the parser of ``rarefy``, and to ``rooms``, those of ``rarefy bench``."""
-    bench = rooms.add_parser(
-        "act",
-        help="activation functions against PyTorch, SLEEF, HardTanh and memcpy",
-        description="Every activation function in turn with PyTorch's, SLEEF's, HardTanh and memcpy, on one pinned"
-        " thread; medians over the rounds, and which targets they meet.",
-    )
-    bench.add_argument("--sizes", default="L1,L2,DRAM", help="comma-separated: L1, L2, DRAM (default: all)")
-    bench.add_argument("--rounds", type=int, default=21, metavar="N", help="how often each is measured (default: 21)")
-    bench.add_argument("--no-inductor", action="store_true", help="leave out oneDNN and compiled code")
-    bench.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows to this file")
-    bench.set_defaults(command=_bench, measures=True)
-
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands to the parser of ``rarefy``."""
     kinds = commands.add_parser("table", help="show or fit the tables of activation functions").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -88,29 +74,8 @@ def add(
     fit.add_argument("--output", type=Path, metavar="FILE.json", help="write the table there; its name is the file's")
     fit.set_defaults(command=_fit)
 
-    for command in (bench, show, fit):
-        command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from rarefy.bench import act as bench
-
-    if arguments.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
-    check_file(arguments.csv, "--csv")
-    # No folders of a machine in what is stored.
-    given = f"--sizes {arguments.sizes} --rounds {arguments.rounds}" + " --no-inductor" * arguments.no_inductor
-    about = bench.environment(f"rarefy bench act {given}")
-    found = bench.run(arguments.sizes.split(","), arguments.rounds, compiled=not arguments.no_inductor)
-    if arguments.csv is not None:
-        bench.write_csv(arguments.csv, found, about)
-    judged = bench.targets(found)
-    if arguments.json:
-        targets = [{**asdict(target), "met": target.met} for target in judged]
-        print(json.dumps({"environment": about, "measured": [asdict(m) for m in found], "targets": targets}))
-    else:
-        print(bench.text(found, judged))
-    return 0
+    for command in (show, fit):
+        options.add_json(command)
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarefy import _rtl_cost_commands
-from rarefy._outputs import check_file
+from rarefy.cli import options, rtl_cost
+from rarefy.cli.outputs import check_file
 
 if TYPE_CHECKING:
     from rarefy.rtl.design import Design
@@ -47,8 +47,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verify.set_defaults(command=_verify)
     for command in (emit, verify):
         _add_design(command)
-        command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-    _rtl_cost_commands.add(actions)
+        options.add_json(command)
+    rtl_cost.add(actions)
 
 
 def _add_design(command: argparse.ArgumentParser) -> None:

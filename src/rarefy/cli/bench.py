@@ -1,4 +1,4 @@
-"""``rarefy bench engine``; light to import, the work is in rarefy.engine."""
+"""``rarefy bench act`` and ``rarefy bench engine``; light to import, the work is in rarefy.act and rarefy.engine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarefy import _export_commands
-from rarefy._outputs import check_file
+from rarefy._files import write_csv
+from rarefy.cli import models, options
+from rarefy.cli.outputs import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,8 +21,31 @@ if TYPE_CHECKING:
 _INPUTS = {"fashion_cnn": "1,28,28", "mobilenet_v1": "3,224,224", "resnet20": "3,32,32", "resnet50": "3,224,224"}
 
 
-def add(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``rarefy bench``."""
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands to the parser of ``rarefy``."""
+    rooms = commands.add_parser("bench", help="measure time on this machine").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    _add_act(rooms)
+    _add_engine(rooms)
+
+
+def _add_act(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = rooms.add_parser(
+        "act",
+        help="activation functions against PyTorch, SLEEF, HardTanh and memcpy",
+        description="Every activation function in turn with PyTorch's, SLEEF's, HardTanh and memcpy, on one pinned"
+        " thread; medians over the rounds, and which targets they meet.",
+    )
+    bench.add_argument("--sizes", default="L1,L2,DRAM", help="comma-separated: L1, L2, DRAM (default: all)")
+    bench.add_argument("--rounds", type=int, default=21, metavar="N", help="how often each is measured (default: 21)")
+    bench.add_argument("--no-inductor", action="store_true", help="leave out oneDNN and compiled code")
+    bench.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows to this file")
+    options.add_json(bench)
+    bench.set_defaults(command=_act, measures=True)
+
+
+def _add_engine(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = rooms.add_parser(
         "engine",
         help="a network in the engine: time, kernel and gain of every layer",
@@ -36,10 +60,7 @@ def add(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="MODEL",
         help="a network's name (resnet50, ...), a run's folder, a safetensors file of weights, or an engine's file",
     )
-    bench.add_argument("--model", metavar="NAME", help="of a file of weights, its network: resnet50, ...")
-    bench.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of that network: num_classes=10"
-    )
+    options.add_model(bench)
     bench.add_argument("--input", metavar="SHAPE", help="of one input, without the batch: 3,224,224")
     bench.add_argument(
         "--density",
@@ -54,11 +75,32 @@ def add(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench.add_argument(
         "--peers", action="store_true", help="beside onnxruntime and OpenVINO, those that are installed (needs onnx)"
     )
-    bench.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-    bench.set_defaults(command=_bench, measures=True)
+    options.add_json(bench)
+    bench.set_defaults(command=_engine, measures=True)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _act(arguments: argparse.Namespace) -> int:
+    from rarefy.bench import act as bench
+
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
+    check_file(arguments.csv, "--csv")
+    # No folders of a machine in what is stored.
+    given = f"--sizes {arguments.sizes} --rounds {arguments.rounds}" + " --no-inductor" * arguments.no_inductor
+    about = bench.environment(f"rarefy bench act {given}")
+    found = bench.run(arguments.sizes.split(","), arguments.rounds, compiled=not arguments.no_inductor)
+    if arguments.csv is not None:
+        write_csv(arguments.csv, bench.rows(found, about))
+    judged = bench.targets(found)
+    if arguments.json:
+        targets = [{**asdict(target), "met": target.met} for target in judged]
+        print(json.dumps({"environment": about, "measured": [asdict(m) for m in found], "targets": targets}))
+    else:
+        print(bench.text(found, judged))
+    return 0
+
+
+def _engine(arguments: argparse.Namespace) -> int:
     import torch
 
     from rarefy import engine
@@ -99,15 +141,15 @@ def _network(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     """The model in evaluation mode, and one sample."""
     import torch
 
-    from rarefy import models
+    from rarefy.models import create
 
     path = Path(arguments.source)
     if path.exists():
-        return _export_commands._network(arguments, _export_commands._find(path))
+        return models.network(arguments, models.find(path))
     if arguments.model is not None:
         raise ValueError(f"there is no {path}; --model goes with a file of weights")
-    model = models.create(arguments.source, **_export_commands._options(arguments.set))
-    shape = _export_commands._shape(arguments.input or _INPUTS[arguments.source])
+    model = create(arguments.source, **models.model_options(arguments.set))
+    shape = models.input_shape(arguments.input or _INPUTS[arguments.source])
     return model.eval(), torch.zeros(1, *shape)
 
 

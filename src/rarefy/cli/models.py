@@ -1,0 +1,119 @@
+"""What a command's MODEL means: a run's folder or a file of weights, as a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights, and what is known about their network; ``run`` is the folder they are of."""
+
+    weights: Path
+    run: Path | None
+
+
+def find(path: Path) -> Source:
+    """Find the weights in a run's folder, or take the file itself; raises where there are none."""
+    if path.is_dir():
+        weights = path / "model.safetensors"
+        if not (path / "recipe.yaml").is_file():
+            raise ValueError(f"{path} is not a run's folder: it has no recipe.yaml")
+        if not weights.is_file():
+            raise FileNotFoundError(f"{path} has no model.safetensors: the run has not finished; --resume it")
+        return Source(weights, path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give a run's folder or a safetensors file of weights")
+    return Source(path, None)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a safetensors file, sparse or not."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from rarefy.sparse_files import is_sparse_file, load_sparse
+
+    try:
+        return load_sparse(path) if is_sparse_file(path) else load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file of weights: {error}") from error
+
+
+def network(arguments: argparse.Namespace, source: Source) -> tuple[nn.Module, Tensor]:
+    """Load the model with its weights, in evaluation mode, and an example input."""
+    import torch
+
+    shape = None if arguments.input is None else input_shape(arguments.input)
+    if source.run is not None:
+        if arguments.model is not None or arguments.set:
+            raise ValueError(f"{source.run} says what its model is: leave --model and --set out")
+        model, data_shape = _of_run(source.run)
+        shape = shape or data_shape
+    elif arguments.model is None or shape is None:
+        raise ValueError(
+            f"{source.weights} does not say what network it is of: add --model NAME and --input SHAPE, for example"
+            " --model resnet50 --input 3,224,224"
+        )
+    else:
+        from rarefy import models
+
+        model = models.create(arguments.model, **model_options(arguments.set))
+    state = read(source.weights)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{source.weights} does not fit the network: {_short(str(error))}") from error
+    model, example = model.float().eval(), torch.zeros(1, *shape)
+    try:
+        with torch.no_grad():
+            model(example)
+    except RuntimeError as error:
+        raise ValueError(f"the network does not take inputs of shape {shape}: {_short(str(error))}") from error
+    return model, example
+
+
+def _of_run(run: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """A run's model, freshly initialised, and the shape of its inputs."""
+    from rarefy import train
+    from rarefy.data import fashion_mnist
+    from rarefy.train.recipe import build
+
+    recipe = train.load(run / "recipe.yaml")
+    shape = fashion_mnist.SHAPE
+    return build(recipe.model, in_channels=shape[0], num_classes=len(fashion_mnist.CLASSES)), shape
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """Read ``--input``: the sizes of one input; raises ValueError where it is none."""
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--input must be sizes with commas between them, for example 3,224,224, got {text!r}")
+    return tuple(map(int, sizes))
+
+
+def model_options(changes: list[str]) -> dict[str, Any]:
+    """Read ``--set`` of a network: the options by name; raises ValueError where a value is no JSON."""
+    options = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        try:
+            options[key] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--set takes KEY=VALUE with a number, such as num_classes=10, got {change!r}") from error
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, such as num_classes=10, got {change!r}")
+    return options
+
+
+def _short(message: str) -> str:
+    """In one line of a length to read."""
+    line = " ".join(message.split())
+    return line if len(line) <= 400 else f"{line[:400]} ..."
