@@ -31,7 +31,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     with torch.no_grad():
         for weight in (model[0].weight, model[2].weight):
-            weight *= weight > 0  # sparse already, for the page on that
+            weight[weight < 0] = 0.0  # sparse already, for the page on that
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     yours = {"model": model, "optimizer": optimizer, "loader": [0] * 5, "batches": [], "epochs": 2, "steps": 10}
     exec(compile("\n".join(blocks(page, "python")), page, "exec"), {"__name__": "page", **yours})
