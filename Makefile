@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -type f) $(shell find src -type d -not -name __pycache__)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q -e '.[train,export,rtl,integrations,dev]'
+	$(BIN)/pip install -q -e '.[train,export,rtl,integrations,docs,dev]'
 	$(BIN)/pip install -q --no-deps timm==1.0.31  # see zoo, below
 	touch $@
 
@@ -30,7 +30,12 @@ $(TOOLS): tests/rtl_tools.sh $(STAMP)
 	tests/rtl_tools.sh $(CURDIR)/$(VENV)
 	touch $@
 
-test: lint $(TOOLS)
+# The documentation, in site/; every warning is an error.
+.PHONY: docs
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+test: lint docs $(TOOLS)
 	$(BIN)/pytest -n auto
 
 # All but the tests marked slow: several processes at once, every input of a format, long trainings, built packages.
@@ -154,12 +159,12 @@ test-verilator: $(STAMP)
 test-float32: $(STAMP)
 	$(BIN)/python -m tests.act.check_float32
 
-# The benchmark of the activations and the figures of docs/activations.md.
+# The benchmark of the activations and the figures of docs/results/activations.md.
 act-figures: $(STAMP)
 	$(BIN)/python benchmarks/act.py
 	$(BIN)/python benchmarks/act_figures.py
 
-# The benchmark of the hardware and the figure of docs/rtl.md: needs Debian's opensta and nextpnr-ice40, and half an hour.
+# The benchmark of the hardware and the figure of docs/results/hardware.md: needs Debian's opensta and nextpnr-ice40, and half an hour.
 .PHONY: rtl-figures
 rtl-figures: $(STAMP) $(TOOLS)
 	$(BIN)/python benchmarks/rtl.py

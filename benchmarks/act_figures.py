@@ -1,4 +1,4 @@
-"""The figures of docs/activations.md, from results/act.csv: ``python benchmarks/act_figures.py``."""
+"""The figures of docs/results/activations.md, from results/act.csv: ``python benchmarks/act_figures.py``."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""The tables of docs/comparison.md and of docs/autosparse.md's ablation, from results/compare-*.csv.
+"""The tables of docs/results/methods.md and of the ablation in docs/results/autosparse.md, from results/compare-*.csv.
 
     python benchmarks/comparison.py
 

@@ -3,7 +3,7 @@
     make peers                                  # .venv-peers: onnxruntime, OpenVINO and deepsparse
     python benchmarks/engine_masks.py           # once, a quarter of an hour: the trained masks
     python benchmarks/engine.py [--only "resnet50-90 b1"] [--rounds 11]
-    python benchmarks/engine.py --print         # the tables of docs/engine.md from the file
+    python benchmarks/engine.py --print         # the tables of docs/results/engine.md from the file
 
 Every runtime is a process of its own on the same core; a round asks each in turn for some runs. ``ms`` is the median of
 the CPU time of a run, which a busy machine disturbs less than the clock (``wall_ms``); with more than one thread it is

@@ -2,7 +2,7 @@
 
 Every design is mapped by the same two scripts (area; speed, with timing and energy), placed on an iCE40 HX8K and
 verified on all inputs. ``--part NAME`` renews the rows of some parts only; ``--search FOLDER`` makes the shipped units
-of logic again, which takes a minute or more each; ``--print`` prints the tables of docs/rtl.md from the file.
+of logic again, which takes a minute or more each; ``--print`` prints docs/results/hardware.md's tables from the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture of docs/rtl.md: ``python benchmarks/rtl_figures.py`` draws docs/figures/rtl_pareto.svg.
+"""The picture of docs/results/hardware.md: ``python benchmarks/rtl_figures.py`` draws docs/figures/rtl_pareto.svg.
 
 From results/rtl.csv: largest error against area and against delay, of peers, K-TanH, tables with carry, and logic.
 """

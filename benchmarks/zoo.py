@@ -4,7 +4,7 @@
     .venv-zoo/bin/python benchmarks/zoo.py                # half an hour on a quiet machine; goes on where it stopped
     .venv-zoo/bin/python benchmarks/zoo.py --quick        # differences alone, kernels by rule
     .venv-zoo/bin/python benchmarks/zoo.py --only resnet18 gpt2 --again
-    .venv-zoo/bin/python benchmarks/zoo.py --print        # the stored results; --fill writes them into docs/zoo.md
+    .venv-zoo/bin/python benchmarks/zoo.py --print        # stored results; --fill puts them into docs/results/zoo.md
 
 A network is a process of its own on one pinned thread; one that crashes or hangs gets a row that says so. Random
 weights, of each convolution and linear layer but the first the largest tenth (benchmarks/zoo_networks.py). ``error`` is
@@ -33,8 +33,8 @@ from rarefy import environment
 from zoo_networks import NETWORKS, Network
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "zoo.md"
-#: Between this line and the end docs/zoo.md is written by --fill.
+PAGE = HERE.parent / "docs" / "results" / "zoo.md"
+#: Between this line and the end docs/results/zoo.md is written by --fill.
 MARK = "<!-- benchmarks/zoo.py --fill -->\n"
 
 ROUNDS = 9
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="those, too, that were measured at this commit already")
     parser.add_argument("--print", action="store_true", help="print the stored results, measure nothing")
     parser.add_argument(
-        "--fill", action="store_true", help="write the stored results into docs/zoo.md, measure nothing"
+        "--fill", action="store_true", help="write the stored results into docs/results/zoo.md, measure nothing"
     )
     arguments = parser.parse_args()
     if arguments.print or arguments.fill:

@@ -133,3 +133,13 @@ def test_importing_rarefy_imports_none_of_the_extras():
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert not {"accelerate", "matplotlib", "jinja2", "rich", "yaml", "tensorboard", "safetensors"} & set(eval(out))
+
+
+def test_importing_rarefy_is_quick_and_offers_the_rooms():
+    """Neither the compiler of PyTorch nor a room that is not used is imported, and all are there by their names."""
+    program = (
+        "import sys, rarefy; slow = {'torch._dynamo', 'sympy', 'rarefy.act', 'rarefy.engine', 'rarefy.rtl'}; "
+        "assert not slow & set(sys.modules), slow & set(sys.modules); "
+        "print(rarefy.act.tanh, rarefy.engine.compile, rarefy.rtl.emit, rarefy.sparse.create)"
+    )
+    subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What docs/zoo.md says was measured is in results/zoo.csv, and no answer in it is wrong."""
+"""What docs/results/zoo.md says was measured is in results/zoo.csv, and no answer in it is wrong."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_the_table_has_a_line_for_each_network() -> None:
 
 def test_the_page_is_that_of_the_results() -> None:
     assert ROWS
-    assert (ROOT / "docs" / "zoo.md").read_text().endswith(zoo_tables.page(ROWS) + "\n")
+    assert (ROOT / "docs" / "results" / "zoo.md").read_text().endswith(zoo_tables.page(ROWS) + "\n")
 
 
 def test_no_answer_was_wrong() -> None:

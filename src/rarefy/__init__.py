@@ -1,8 +1,12 @@
-"""rarefy makes neural networks cheap and proves it: sparse training to a budget, its cost counted honestly.
+"""Make neural networks cheap to run, and prove it: four rooms, each of use alone.
 
-:class:`AutoSparse` and its siblings in :mod:`rarefy.sparse` sparsify a model while it trains; :mod:`rarefy.cost` counts
-what is left and :func:`save_sparse` stores it small; :mod:`rarefy.train` and :mod:`rarefy.report` (extra ``train``) run
-recipes and write reports.
+- :mod:`rarefy.sparse`: train a network sparse, to the sparsity or the share of the FLOPs that you name;
+- :mod:`rarefy.act`: compute tanh, sigmoid, SiLU and GELU cheaply and exactly;
+- :mod:`rarefy.engine`: run a sparse network on the CPU in less time;
+- :mod:`rarefy.rtl`: make hardware of the activation functions, verified on all inputs.
+
+:mod:`rarefy.cost` counts what a network costs, :func:`save_sparse` stores it small, and :mod:`rarefy.train` and
+:mod:`rarefy.report` (extra ``train``) run recipes and write reports.
 """
 
 from importlib import import_module
@@ -13,9 +17,11 @@ from rarefy import cost, kernels, models, sparse
 from rarefy.sparse import STR, AutoSparse, LayerState, Sparsifier
 
 if TYPE_CHECKING:
+    from rarefy import act, engine, rtl
     from rarefy.sparse_files import load_sparse, save_sparse
 
-#: What is imported with its first use, and where it is.
+#: What is imported with its first use, so that ``import rarefy`` stays quick: rooms, and functions by their module.
+_ROOMS = ("act", "engine", "rtl")
 _LATER = {"load_sparse": "rarefy.sparse_files", "save_sparse": "rarefy.sparse_files"}
 
 __version__ = version("rarefy")
@@ -26,16 +32,21 @@ __all__ = [
     "LayerState",
     "Sparsifier",
     "__version__",
+    "act",
     "cost",
+    "engine",
     "kernels",
     "load_sparse",
     "models",
+    "rtl",
     "save_sparse",
     "sparse",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"rarefy.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)

@@ -1,14 +1,14 @@
-"""What docs/comparison.md and docs/autosparse.md say is in results/compare-*.csv and autosparse-variants.csv."""
+"""What docs/results/methods.md and autosparse.md say is in results/compare-*.csv and autosparse-variants.csv."""
 
 import csv
 from pathlib import Path
 
 import pytest
-from benchmarks import comparison
+from benchmarks import comparison, results
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs" / "comparison.md").read_text()
-AUTOSPARSE = (ROOT / "docs" / "autosparse.md").read_text()
+DOCS = (ROOT / "docs" / "results" / "methods.md").read_text()
+AUTOSPARSE = (ROOT / "docs" / "results" / "autosparse.md").read_text()
 ROWS = comparison.read("fashion-mnist")
 
 
@@ -36,6 +36,16 @@ def test_the_ablation_is_that_of_the_results():
         for row in csv.DictReader(file):
             accuracies = [f"{float(row[key]):.2f}" for key in ("test_accuracy", "test_accuracy_new_norms")]
             assert f"| {row['variant']} | {' | '.join(accuracies)} |" in AUTOSPARSE
+
+
+def test_the_small_cnn_is_that_of_the_results():
+    rows = results.read("fashion-mnist")
+    assert {"dense", "AutoSparse, accuracy", "AutoSparse, cost", "STR"} <= {row["method"] for row in rows}
+    for method, target in {(row["method"], row["target"]) for row in rows}:
+        accuracies = [float(r["test_accuracy"]) for r in rows if (r["method"], r["target"]) == (method, target)]
+        assert len(accuracies) >= 3
+        start = f"| {method} | {target} | {sum(accuracies) / len(accuracies):.2f} "
+        assert start in AUTOSPARSE, start
 
 
 def test_only_runs_of_one_seed_and_device_are_paired():

@@ -11,7 +11,7 @@ from rarefy import engine, models
 from rarefy.cli import main
 from tests.cli import printed, refused
 
-DOCS = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "guides" / "engine.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_what_does_not_fit(capsys, arguments, message):
 
 def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```py\n(.*?)```", DOCS, re.S)
+    (example,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
     names = {}
     exec(compile(example, "engine.md", "exec"), names)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What docs/rtl.md says is in results/rtl.csv, and its example runs."""
+"""What docs/results/hardware.md says is in results/rtl.csv, and the example of docs/guides/hardware.md runs."""
 
 import csv
 import subprocess
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "rtl.md").read_text()
+PAGE = (ROOT / "docs" / "results" / "hardware.md").read_text()
+GUIDE = (ROOT / "docs" / "guides" / "hardware.md").read_text()
 with (ROOT / "results" / "rtl.csv").open(newline="") as _file:
     ROWS = list(csv.DictReader(_file))
 
@@ -47,9 +48,9 @@ def test_what_was_to_be_shown():
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
-    code = PAGE.split("```python\n")[1].split("```")[0]
+    code = GUIDE.split("```python\n")[1].split("```")[0]
     lines = [line for line in code.splitlines() if "place" not in line and "delay_ns" not in line]
     text = "\n".join(lines).replace("error=0.009)", 'error=0.2385, kinds=("logic",), steps=0)')
     monkeypatch.chdir(tmp_path)
-    exec(compile(text, "docs/rtl.md", "exec"), {})
+    exec(compile(text, "docs/guides/hardware.md", "exec"), {})
     assert (tmp_path / "tanh.sv").read_text().startswith("// tanh in bf16")

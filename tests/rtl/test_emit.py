@@ -113,7 +113,7 @@ def test_largest_error_of_float32_is_found_without_trying_every_input(function):
 
 
 def test_the_documented_errors_are_the_emitted_ones():
-    lines = (Path(__file__).parents[2] / "docs" / "rtl-units.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "guides" / "hardware.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     formats_named = next(line[1:] for line in cells if line[0] == "function")
     found = {line[0]: line[1:] for line in cells if line[0] in oracle.FUNCTIONS}

@@ -11,7 +11,7 @@ from torch import nn
 from rarefy import sparse
 from rarefy.sparse import registry
 
-PAGE = Path(__file__).parents[2] / "docs" / "your-own-method.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "your-own-method.md"
 
 
 @pytest.fixture

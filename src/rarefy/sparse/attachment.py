@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch._dynamo.disable imports the compiler, for seconds
 from torch.optim import Optimizer
 
 from rarefy.sparse.layers import local
@@ -140,7 +141,7 @@ class Attachment:
             with torch.no_grad():
                 self.listener.look()
 
-    @torch._dynamo.disable
+    @_disable_dynamo
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if any(optimizer is running for running in self._running) and not _stepping_twice(optimizer):
             self._running.clear()  # the step before ended in an error
@@ -180,7 +181,7 @@ class Attachment:
             return args, {**kwargs, "closure": evaluate}
         return (args[0], evaluate, *args[2:]), kwargs
 
-    @torch._dynamo.disable
+    @_disable_dynamo
     def _after(self, optimizer: Optimizer) -> None:
         places = [place for place, running in enumerate(self._running) if running is optimizer]
         if not places:

@@ -1,0 +1,71 @@
+"""The pages of docs/: their code runs, what they name is there, and the reference has every public name."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy import engine
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+#: Pages whose code other tests run: rooms that know what to look at.
+ELSEWHERE = {"guides/your-own-method.md", "guides/hardware.md"}
+ROOMS = ("sparse", "act", "engine", "rtl", "cost", "train", "report", "compare", "models", "data", "kernels")
+
+
+def blocks(page: str, fence: str) -> list[str]:
+    return re.findall(rf"^```{fence}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compile_ = engine.compile
+    monkeypatch.setattr(engine, "compile", lambda *given: compile_(*given, choose="native"))
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for weight in (model[0].weight, model[2].weight):
+            weight[weight < 0] = 0.0  # sparse already, for the page on that
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    yours = {"model": model, "optimizer": optimizer, "loader": [0] * 5, "batches": [], "epochs": 2, "steps": 10}
+    exec(compile("\n".join(blocks(page, "python")), page, "exec"), {"__name__": "page", **yours})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_needs_what_is_not_here_is_python(page):
+    for block in blocks(page, "py"):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    text = (DOCS / page).read_text()
+    for path in re.findall(r"`((?:src|native|results|benchmarks|recipes|examples|tests|docs)/[\w./*-]+)`", text):
+        assert list(ROOT.glob(path)), path
+    for script in re.findall(r"python (benchmarks/\w+\.py)", text):
+        assert (ROOT / script).exists(), script
+    for path in re.findall(r"\]\(([^)#:]+)", text):
+        assert ((DOCS / page).parent / path).exists(), path
+    targets = re.findall(r"^([a-z0-9-]+):|^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)
+    known = {name for one, more in targets for name in (one, *more.split())}
+    assert set(re.findall(r"`make ([a-z0-9-]+)`", text)) <= known
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    assert sorted(re.findall(r"[\w/-]+\.md", nav)) == PAGES
+
+
+def test_the_reference_has_every_room():
+    text = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    named = re.findall(r"^::: (rarefy\S*)$", text, re.M)
+    assert {f"rarefy.{room}" for room in ROOMS} <= set(named)
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name), name
