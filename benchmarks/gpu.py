@@ -132,7 +132,7 @@ def resnet20() -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=sparse.names(), help="methods")
+    parser.add_argument("--only", nargs="*", default=sparse.list_methods(), help="methods")
     parser.add_argument("--seconds", type=float, default=1.2, help="how long to measure each method in each case")
     parser.add_argument("--csv", type=Path, default=results.FOLDER / "gpu.csv")
     parser.add_argument("--commit", help="of the code, where there is no git")

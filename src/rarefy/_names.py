@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
-def unknown(what: str, given: str, known: Iterable[str]) -> str:
+def unknown(what: str, given: object, known: Iterable[str]) -> str:
     """The message for a name that does not exist: ``unknown WHAT 'GIVEN'; did you mean 'NEAREST'? (there is ...)``."""
     names = [str(name) for name in known]
-    nearest = difflib.get_close_matches(given, names, n=1)
+    tried = (difflib.get_close_matches(text, names, n=1) for text in (str(given), str(given).lower()))
+    nearest = next(filter(None, tried), [])
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"unknown {what} {given!r}{hint} (there is {listed or 'none'})"

@@ -66,7 +66,7 @@ def test_what_a_file_says(tmp_path):
 def test_a_recipe_alone_compares_every_method_that_can(tmp_path):
     comparison(tmp_path)
     found = load(tmp_path / "recipe.yaml")
-    assert set(found.labels()) == {"dense", *sparse.names()}
+    assert set(found.labels()) == {"dense", *sparse.list_methods()}
     assert {job.target for job in found.jobs} == {None, 0.9}
 
 
@@ -75,7 +75,7 @@ def test_the_shipped_comparison_names_every_method():
         found = load(path)
         assert found.jobs, path
     found = load(ROOT / "recipes" / "compare-fashion-mnist.yaml")
-    assert {job.recipe.method.name for job in found.jobs} >= set(sparse.names())
+    assert {job.recipe.method.name for job in found.jobs} >= set(sparse.list_methods())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
     content = rows(made, folder)
     assert [row["label"] for row in content] == ["dense", "RigL"]
     assert content[1]["sparsity"] == pytest.approx(0.8, abs=1e-4)
-    assert content[1]["training_flops_convention"] == sparse.list("rigl", details=True)["rigl"].training_flops
+    assert content[1]["training_flops_convention"] == sparse.list_methods("rigl", details=True)["rigl"].training_flops
     assert set(json.loads(content[1]["layer_densities"])) == {"conv1", "conv2", "conv3", "conv4", "conv5", "fc"}
     page = write(made, folder)
     text = page.read_text()

@@ -1,5 +1,6 @@
 """What optimizers, wrappers and trainers do around a step, and what a sparsifier makes of it."""
 
+import contextlib
 import copy
 import math
 import warnings
@@ -704,7 +705,7 @@ def test_a_layer_is_sparsified_by_one_sparsifier_at_a_time():
     second = RigL(model, target=0.5, total_steps=100)
     with pytest.raises(ValueError, match=r"layer '0' is being sparsified already, by GMP: finalize\(\) that one"):
         second.attach(optimizer)
-    with pytest.warns(UserWarning, match="cuts from a density"):
+    with pytest.warns(UserWarning, match="goes from a density"):
         first.finalize()
     second.attach(optimizer)
     del second
@@ -901,10 +902,35 @@ def test_what_is_learned_beside_the_weights_is_stepped_as_they_are(kind):
         generator = torch.Generator().manual_seed(step)
         dense = bucket.kept["latent"].clone()
         model[0].weight.grad = torch.randn(4, 6, generator=generator)
-        twin.grad = model[0].weight.grad.flatten() * dense
+        twin.grad = model[0].weight.grad.flatten() * dense * (-1 if bucket.maximized else 1)
         optimizer.step()
         alone.step()
         torch.testing.assert_close(bucket.own["score"], twin, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_maximizing_is_minimizing_the_negative(case):
+    def turned(model, optimizer, step):
+        optimizer.zero_grad()
+        backward(model, step)
+        for p in model.parameters():
+            p.grad.neg_()
+        optimizer.step()
+
+    def up(parameters):
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, maximize=True)
+
+    def down(parameters):
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+    ends = []
+    for kind, one in ((up, turned), (down, plain_step)):
+        model, optimizer, sparsifier = start(case, kind)
+        for step in range(STEPS):
+            one(model, optimizer, step)
+        ends.append((model.state_dict(), sparsifier.sparsity()))
+    assert_equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -1062,10 +1088,17 @@ def test_weights_written_by_somebody_else_are_gone_on_from(case, through):
         with pytest.warns(UserWarning, match="weights were changed outside the optimizer's step"):
             state = sparsifier.state_dict()
     assert state["steps"] == 4
-    dense = sparsifier.dense_weights()["3"]
+    # What is used is what was written; a little less where half the weight makes a soft mask softer.
+    place = [layer.name for layer in sparsifier.layers()].index("3")
     live = sparsifier.live_masks()["3"] & (wanted != 0)
-    # What is used is what was written, and the dense weight is no smaller.
-    assert (dense[live].abs() >= wanted[live].abs() * 0.999).all()
+    with torch.no_grad():
+        used = (
+            sparsifier._by_layer(sparsifier._values)[place]
+            if state["layers"]["3"].get("latent") is not None
+            else wanted
+        )
+    close = 0.3 if case in ("ltp", "autosparse-block") else 1e-3
+    assert (used - wanted)[live].norm() <= close * wanted[live].norm()
     plain_step(model, optimizer, 5)
     assert sparsifier.steps == 5
 
@@ -1142,7 +1175,9 @@ def test_learned_masks_of_an_optimizer_that_was_made_first():
 def test_steps_beyond_the_last_keep_the_masks(case):
     trained = Run(case, total_steps=STEPS).train(STEPS)
     masks = {name: mask.clone() for name, mask in trained.sparsifier.live_masks().items()}
-    trained.train(3)
+    drifts = trained.sparsifier.drifts
+    with pytest.warns(UserWarning, match="goes on after total_steps") if drifts else contextlib.nullcontext():
+        trained.train(3)
     kept = trained.sparsifier._buckets[0].kept
     if case != "nm" and "mask" in kept and "threshold" not in kept:
         assert_equal(trained.sparsifier.live_masks(), masks)  # others' follow from the weights

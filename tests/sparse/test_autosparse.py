@@ -202,7 +202,7 @@ def test_without_a_target_finalize_keeps_what_training_left():
 
 def test_finalize_before_the_end_warns_and_is_exact():
     run = Run("autosparse-accuracy").train(10)
-    with pytest.warns(UserWarning, match=r"finalize\(\) after 10 of 200 steps cuts from a density of .* to 0.1000"):
+    with pytest.warns(UserWarning, match=r"finalize\(\) after 10 of 200 steps goes from a density of .* to 0.1000"):
         model = run.sparsifier.finalize()
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
     total = sum(w.numel() for w in weights)
@@ -261,13 +261,14 @@ def test_checkpoints_of_another_run_are_refused():
         Run("autosparse-accuracy", total_steps=60).sparsifier.load_state_dict(state)
     with pytest.raises(ValueError, match="method='AutoSparse', this one 'STR'"):
         Run("str", total_steps=50).sparsifier.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"target=\['sparsity', 0.09.*this one \['sparsity', 0.5\]"):
+    with pytest.raises(ValueError, match="has target=0.9, this one 0.5"):
         Run("autosparse-accuracy", total_steps=50, target=0.5).sparsifier.load_state_dict(state)
     state = Run("autosparse-accuracy", total_steps=50, pressure=9.0).sparsifier.state_dict()
     with pytest.raises(ValueError, match="policy='accuracy', this one 'cost'"):
         Run("autosparse-accuracy", total_steps=50, policy="cost", pressure=9.0).sparsifier.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:training goes on after total_steps")
 def test_steps_beyond_the_end_move_no_threshold():
     run = Run("autosparse-accuracy", total_steps=20).train(20)
     thresholds = [layer.threshold for layer in run.sparsifier.layers()]

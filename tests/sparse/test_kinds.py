@@ -258,7 +258,9 @@ def test_channels_last_and_contiguous_models_have_the_same_masks(method):
 
 
 @pytest.mark.parametrize("width", [4096, 8192])
-@pytest.mark.parametrize("name", [n for n in sparse.list() if sparse.list(n, details=True)[n].start == "dense"])
+@pytest.mark.parametrize(
+    "name", [n for n, about in sparse.list_methods(details=True).items() if about.start == "dense"]
+)
 def test_wide_layers_start_dense(name, width):
     model = nn.Sequential(nn.Linear(width, 32))
     sparsifier = sparse.create(name, model, target=0.9, total_steps=100)
@@ -267,7 +269,7 @@ def test_wide_layers_start_dense(name, width):
     assert sparsifier.sparsity() < 0.1
 
 
-@pytest.mark.parametrize("name", sparse.list())
+@pytest.mark.parametrize("name", sparse.list_methods())
 def test_bfloat16_models_train_and_land(name):
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16)).bfloat16()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

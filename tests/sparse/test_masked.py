@@ -305,7 +305,11 @@ def test_blocks_of_four_live_and_die_together():
     ("method", "options", "message"),
     [
         ("gmp", {"start": 0.5, "end": 0.5}, "0 <= start < end <= 1, got 0.5 and 0.5"),
-        ("gmp", {"update_every": 0}, "update_every must be between 1 and total_steps=100, got 0"),
+        (
+            "gmp",
+            {"update_every": 0},
+            "update_every must be a whole number of steps between 1 and total_steps=100, got 0",
+        ),
         ("set", {"drop_fraction": 0.0}, r"drop_fraction must be in \(0, 1\), got 0"),
         ("set", {"update_every": 80}, "update_every=80 leaves no update within 75% of total_steps=100"),
         ("rigl", {"stop": 2.0}, r"stop must be in \(0, 1\], got 2"),

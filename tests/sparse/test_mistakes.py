@@ -111,7 +111,7 @@ def test_wrappers_of_the_model_itself_are_looked_through():
         model = mlp()
         sparsifier = attached(wrap(model))
         assert sparsifier.model is model
-        with pytest.warns(UserWarning, match="cuts from a density of 1.0000 to 0.5000"):
+        with pytest.warns(UserWarning, match="goes from a density of 1.0000 to 0.5000"):
             sparsifier.finalize(wrap(model))
         assert sparsifier.finalized
 
@@ -132,7 +132,7 @@ def test_what_load_state_dict_is_given(state):
         "of another method": (create("rigl", network(), 20).state_dict(), "has method='RigL', this one 'GMP'"),
         "of other options": (
             GMP(mlp(), target=0.6, total_steps=20).state_dict(),
-            r"has target=\['sparsity', 0.4\], this",
+            r"has target=0.6, this one 0.5",
         ),
     }[state]
     before = sparsifier.state_dict()
@@ -207,7 +207,7 @@ def test_however_a_weight_is_read_it_is_the_sparse_one(make, method):
     assert accuracy(model) == before
 
 
-@pytest.mark.parametrize("method", [*sparse.names()])
+@pytest.mark.parametrize("method", [*sparse.list_methods()])
 def test_layers_that_start_at_zero_learn_or_are_told_of(method):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 8))

@@ -124,9 +124,9 @@ def test_blocks_that_do_not_divide_are_told_by_name():
 
 
 def test_the_list_tells_about_every_method():
-    details = sparse.list(details=True)
-    assert list(details) == sparse.list() == sparse.names()
-    assert sparse.list("s*") == ["set", "snfs", "st3", "static", "str"]
+    details = sparse.list_methods(details=True)
+    assert list(details) == sparse.list_methods()
+    assert sparse.list_methods("s*") == ["set", "snfs", "st3", "static", "str"]
     for name, info in details.items():
         assert info.start in ("dense", "sparse"), name
         assert info.targeted in ("always", "optional", "never"), name
@@ -136,9 +136,9 @@ def test_the_list_tells_about_every_method():
     assert {name for name, _ in CASES.values()} == set(details), "every method is in the survival matrix"
 
 
-@pytest.mark.parametrize("name", sparse.names())
+@pytest.mark.parametrize("name", sparse.list_methods())
 def test_what_the_list_says_of_the_target_is_so(name):
-    targeted = sparse.list(name, details=True)[name].targeted
+    targeted = sparse.list_methods(name, details=True)[name].targeted
     model = nn.Sequential(nn.Linear(16, 16))
     if targeted == "always":
         with pytest.raises(ValueError, match="needs a target"):
@@ -148,16 +148,16 @@ def test_what_the_list_says_of_the_target_is_so(name):
     assert ("target" in sparse.options(name)) == (targeted != "never")
 
 
-@pytest.mark.parametrize("name", sparse.names())
+@pytest.mark.parametrize("name", sparse.list_methods())
 def test_start_is_what_the_list_says(name):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     target = {"target": 0.9} if "target" in sparse.options(name) else {}
     sparsifier = sparse.create(name, model, total_steps=100, **target)
     sparse_at_once = sparsifier.sparsity() > 0.3
-    assert sparse_at_once == (sparse.list(name, details=True)[name].start == "sparse")
+    assert sparse_at_once == (sparse.list_methods(name, details=True)[name].start == "sparse")
 
 
-@pytest.mark.parametrize("name", sparse.names())
+@pytest.mark.parametrize("name", sparse.list_methods())
 def test_help_tells_every_option_and_its_default(name):
     method = METHODS[name]
     told = re.search(r"\n\nArgs:\n((?:    .*\n?)+)", method.__doc__)[1]

@@ -63,7 +63,7 @@ def test_movers(page):
 def test_even_rows_evens_out_its_rows(page):
     spread = [s.live_masks()["0"].sum(1).float().std() for s in trained("even-rows", drop_fraction=0.5)]
     assert spread[-1] < spread[0]
-    assert "even-rows" in sparse.list("even*")
+    assert "even-rows" in sparse.list_methods("even*")
     assert "drop_fraction: p, the share" in page["EvenRows"].__doc__
 
 
@@ -100,7 +100,7 @@ def test_names_are_taken_once_and_only_methods_are():
 
 def test_the_table_of_methods_in_the_documentation_is_that_of_the_registry():
     text = (PAGE.parent / "methods.md").read_text()
-    for name, info in sparse.list(details=True).items():
+    for name, info in sparse.list_methods(details=True).items():
         assert (
             f"| `{name}` | {info.title} ({info.paper}) | {info.start} | {info.targeted} | {info.training_flops} |"
             in text

@@ -88,7 +88,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
     if "recipe" not in plain:
         recipe = load_recipe(path, changes)
         target = recipe.method.options.get("target", 0.9)
-        every: dict[str, Any] = {"dense": {"name": "dense"}, **{name: {"name": name} for name in sparse.names()}}
+        every: dict[str, Any] = {"dense": {"name": "dense"}, **{name: {"name": name} for name in sparse.list_methods()}}
         return _comparison(recipe.name, path, recipe, every, [target], 1)
     for key in plain:
         if key not in _KEYS:
@@ -150,9 +150,9 @@ def _targeted(options: Mapping[str, Any]) -> bool:
     name = options["name"]
     if name == "dense" or not options.keys().isdisjoint(BUDGETS.values()):
         return False
-    if name not in sparse.names():
-        raise ValueError(unknown("method", str(name), ["dense", *sparse.names()]))
-    return sparse.list(name, details=True)[name].targeted != "never"
+    if name not in sparse.list_methods():
+        raise ValueError(unknown("method", str(name), ["dense", *sparse.list_methods()]))
+    return sparse.list_methods(name, details=True)[name].targeted != "never"
 
 
 def _count(seeds: object, label: str) -> int:

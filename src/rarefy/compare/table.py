@@ -40,7 +40,7 @@ def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
         for key, value in job.recipe.method.options.items()
         if key not in BUDGETS.values() or job.target is None
     }
-    convention = "dense" if name == "dense" else sparse.list(name, details=True)[name].training_flops
+    convention = "dense" if name == "dense" else sparse.list_methods(name, details=True)[name].training_flops
     return {
         "label": job.label,
         "method": name,

@@ -25,8 +25,8 @@ def number(name: str, value: Any, *, least: float = 0.0, above: bool = False) ->
     """Raise ValueError unless the value is a finite number of at least ``least``, or above it."""
     given = not isinstance(value, (bool, str)) and hasattr(value, "__float__")
     if not given or not math.isfinite(value) or value < least or (above and value == least):
-        bound = f"above {least:g}" if above else "that is not negative" if least == 0.0 else f"of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number {bound}, got {_shown(value)}")
+        bound = f" above {least:g}" if above else " that is not negative" if least == 0.0 else f" of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{'' if least == -math.inf else bound}, got {_shown(value)}")
 
 
 def whole(name: str, value: Any, *, least: int = 1, what: str = "number") -> int:
@@ -38,6 +38,22 @@ def whole(name: str, value: Any, *, least: int = 1, what: str = "number") -> int
     return operator.index(value)
 
 
+def flag(name: str, value: Any) -> None:
+    """Raise ValueError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {_shown(value)}")
+
+
+def patterns(name: str, value: Any) -> list[str] | None:
+    """The names or shell patterns as a list; None stays. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a list of patterns, got the string {value!r}; write [{value!r}]")
+    listed = value if value is None or not isinstance(value, Iterable) else list(value)
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
+        raise ValueError(f"{name} must be a list of names or shell patterns of layers, got {value!r:.80}")
+    return listed
+
+
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """Raise ValueError unless the value is one of the known ones."""
     names = list(known)
@@ -47,14 +63,19 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> None:
 
 def ramp(start: float, end: float) -> None:
     """Raise ValueError unless the sparsity rises between two shares of the run, in this order."""
-    if not 0.0 <= start < end <= 1.0:
-        raise ValueError(f"start and end must be shares of the run with 0 <= start < end <= 1, got {start} and {end}")
+    given = all(not isinstance(x, (bool, str)) and hasattr(x, "__float__") for x in (start, end))
+    if not given or not 0.0 <= start < end <= 1.0:
+        raise ValueError(
+            f"start and end must be shares of the run with 0 <= start < end <= 1, got {start!r} and {end!r}"
+        )
 
 
 def update_every(value: int | None, total_steps: int) -> None:
     """Raise ValueError unless it is None or fits into the run."""
-    if value is not None and (isinstance(value, bool) or not 1 <= value <= total_steps):
-        raise ValueError(f"update_every must be between 1 and total_steps={total_steps}, got {value}")
+    if value is not None and (isinstance(value, bool) or value not in range(1, total_steps + 1)):
+        raise ValueError(
+            f"update_every must be a whole number of steps between 1 and total_steps={total_steps}, got {value!r}"
+        )
 
 
 def _shown(value: Any) -> str:

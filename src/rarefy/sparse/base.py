@@ -144,6 +144,9 @@ class Sparsifier(ABC):
     #: Whether the method looks at neighbouring inputs of an output, which are laid next to one another then.
     inputs_last: ClassVar[bool] = False
 
+    #: Whether weights go on crossing thresholds in steps after the last, which only finalize() sets right.
+    drifts: ClassVar[bool] = False
+
     #: None in a run without a target.
     budget: Budget | None = field(init=False, default=None)
 
@@ -161,6 +164,10 @@ class Sparsifier(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value: Any = getattr(self, option.name, None)
+            if getattr(value, "ndim", None) == 0:  # a number of NumPy's or a tensor's, which no checkpoint should hold
+                setattr(self, option.name, value.item())
         self.total_steps = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")
         if self.total_steps < self.least_steps:
             raise ValueError(
@@ -170,6 +177,8 @@ class Sparsifier(ABC):
         self.model = unwrapped(self.model)
         self.steps = 0
         self.interval = max(1, self.total_steps // ACTIONS)
+        self.include = _checks.patterns("include", self.include)
+        self.exclude = _checks.patterns("exclude", self.exclude)
         self._chosen = select_layers(self.model, self.include, self.exclude, self._floors())
         self._layers = list(self._chosen)
         self.budget = self._whole_budget = self._make_budget()
@@ -365,12 +374,13 @@ class Sparsifier(ABC):
         reshard(self.model if model is None else model)
         if own and self._finalized:
             raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
-        targets = [layer.parameter for layer in self._layers] if own else self._copies(model)
+        copies = [] if own else self._copies(model)
         if self._finalized:
-            for layer, parameter in zip(self._layers, targets, strict=True):
+            for layer, parameter in zip(self._layers, copies, strict=True):
                 write_sparse(local(parameter.detach()), local(parameter.detach()), layer.local != 0)
             return self.model if model is None else model
         self._ready(by_value=True)
+        targets = [layer.parameter for layer in self._layers] if own else copies
         if own:
             self._check_finite(finalizing=True)
             self._warn_of_cut()
@@ -412,17 +422,7 @@ class Sparsifier(ABC):
         Raises:
             ValueError: it is no sparsifier's state, or of one with other options.
         """
-        if not isinstance(state_dict, Mapping) or not {"config", "steps", "layers"} <= set(state_dict):
-            raise ValueError(
-                "load_state_dict() takes what a sparsifier's state_dict() gave, with its config, steps and layers; got "
-                f"{list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__}"
-            )
-        for key, mine in self._config().items():
-            if state_dict["config"].get(key) != mine:
-                raise ValueError(
-                    f"the checkpoint's sparsifier has {key}={state_dict['config'].get(key)!r}, this one {mine!r}; "
-                    "make it with the options of the run that is resumed"
-                )
+        self._check_state(state_dict)
         if not self._buckets:
             self._ready()
         # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
@@ -434,13 +434,57 @@ class Sparsifier(ABC):
         self._show_all()
 
     def _config(self) -> dict[str, Any]:
-        """What a checkpoint's sparsifier must have in common with the one that goes on."""
+        """What a checkpoint's sparsifier must have in common with the one that goes on: all options, and the layers."""
+        elsewhere = {"model", "include", "exclude", "example_input"}
+        options = {
+            option.name: dict(value) if isinstance(value, Mapping) else value
+            for option in fields(self)
+            if option.init and option.name not in elsewhere
+            for value in [getattr(self, option.name)]
+            if value is None or isinstance(value, (bool, int, float, str, Mapping))
+        }
         return {
             "method": type(self).__name__,
-            "total_steps": self.total_steps,
-            "target": None if self._whole_budget is None else [self._whole_budget.kind, self._whole_budget.goal],
+            **options,
             "layers": {layer.name: list(layer.shape) for layer in self._chosen},
         }
+
+    def _check_state(self, saved: Any) -> None:
+        """Raise ValueError for what is no state of a sparsifier with these options and layers."""
+        parts: dict[str, Any] = {
+            "config": Mapping,
+            "steps": int,
+            "aside": (list, tuple),
+            "method": Mapping,
+            "layers": Mapping,
+        }
+        given: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+        if not all(isinstance(given.get(key), kind) for key, kind in parts.items()):
+            raise ValueError(
+                f"load_state_dict() takes what a sparsifier's state_dict() gave, with its {', '.join(parts)}; got "
+                f"{list(saved)[:5] if isinstance(saved, Mapping) else type(saved).__name__}"
+            )
+        theirs, ours = saved["config"], self._config()
+        for key, mine in ours.items():
+            if key != "layers" and theirs.get(key) != mine:
+                raise ValueError(
+                    f"the checkpoint's sparsifier has {key}={theirs.get(key)!r}, this one {mine!r}; make it with the "
+                    "options of the run that is resumed"
+                )
+        there, here = theirs.get("layers"), ours["layers"]
+        if there != here:
+            known = there if isinstance(there, Mapping) else {}
+            odd = [name for name in {**known, **here} if known.get(name) != here.get(name)]
+            raise ValueError(
+                f"the checkpoint's sparsifier has other layers: {odd[0]!r} is {known.get(odd[0], 'not there')} there, "
+                f"{here.get(odd[0], 'not there')} here ({len(odd)} differ); make it with the model, include and "
+                "exclude of the run that is resumed (layers frozen since are left out unless include names them)"
+            )
+        if saved["steps"] < 0 or not set(saved["aside"]) < set(here):
+            raise ValueError(
+                f"the checkpoint is broken: it says {saved['steps']} steps, and that of {len(here)} layers "
+                f"{list(saved['aside'])[:3]} take no part"
+            )
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         aside = set(saved["aside"])
@@ -452,7 +496,10 @@ class Sparsifier(ABC):
         for part in self._parts:
             part.judged = part.judged or self.steps > 0
         state.restore(self._buckets, saved["layers"])
-        self._load_state(saved["method"])
+        try:
+            self._load_state(saved["method"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint's state of {type(self).__name__} is not whole: {error!r}") from None
         if not self._parts:  # what the learning of thresholds remembers waits for an optimizer to learn by
             self._waiting = _steps_of(saved["layers"])
         for bucket in self._buckets:
@@ -521,6 +568,8 @@ class Sparsifier(ABC):
                 copied, self._copied = self._copied, None
                 self._restore(copied)
         elif self._shown:
+            if by_value and resolve(self.model, self._layers):
+                moved = self._buckets
             for bucket in self._buckets if by_value else moved:
                 if not bucket.dense:
                     self._notice(bucket)
@@ -574,7 +623,13 @@ class Sparsifier(ABC):
         for bucket in part.buckets:
             for parameter in bucket.own.values():
                 parameter.grad = None
+            # A method adds slopes of penalties and descends: what is maximized is turned round for it.
+            turned = [grad for grad in bucket.grads() if grad is not None] if bucket.maximized else []
+            if turned:
+                torch._foreach_neg_(turned)
             self._before(bucket)
+            if turned:
+                torch._foreach_neg_(turned)
             bucket.dense = True
 
     def _look(self, part: _Part) -> None:
@@ -599,6 +654,13 @@ class Sparsifier(ABC):
         changed = [bucket for bucket in self._buckets if bucket.dense]
         if over:
             self.steps += 1
+            if self.drifts and self.steps == self.total_steps + 1:
+                self._tell(
+                    "over",
+                    f"training goes on after total_steps={self.total_steps}: from here on weights cross thresholds "
+                    "that nothing moves, and only finalize() lands on the target again; finalize() first, or give "
+                    "the steps of the whole run",
+                )
             if self.steps <= self.total_steps and self._healthy():
                 self._update()
                 changed = self._buckets
@@ -721,11 +783,13 @@ class Sparsifier(ABC):
         if self.budget is None:
             return
         density = self.budget.density(count_all(list(self.live_masks().values()), self._shards()))
-        if abs(density / self.budget.goal - 1.0) > CUT:
+        off = abs(density - self.budget.goal)
+        if off > CUT * self.budget.goal and off * self.budget.total > max(self.budget.costs):
+            advice = "train to the last step" if self.steps < self.total_steps else "train no further than that"
             warnings.warn(
-                f"finalize() after {self.steps} of {self.total_steps} steps cuts from a density of {density:.4f} "
-                f"to {self.budget.goal:.4f} at once, which costs accuracy; train to the last step first (an "
-                "optimizer step after finalize() fills zeros again)",
+                f"finalize() after {self.steps} of {self.total_steps} steps goes from a density of {density:.4f} "
+                f"to {self.budget.goal:.4f} at once, which costs accuracy; {advice} (an optimizer step after "
+                "finalize() fills zeros again)",
                 stacklevel=4,
             )
 

@@ -81,6 +81,21 @@ class Bucket:
         ]
 
     @property
+    def maximized(self) -> bool:
+        """Whether the optimizer goes up the gradients."""
+        return (
+            self.optimizer is not None
+            and self.group is not None
+            and bool(self.optimizer.param_groups[self.group].get("maximize", False))
+        )
+
+    @property
+    def as_laid_out(self) -> bool:
+        """Whether every layer's part of a flat tensor has the strides of its weight."""
+        rows = zip(self._made_for, self._strides, strict=True)
+        return all(size == 0 or about[3] == strides for size, (about, strides) in zip(self.sizes, rows, strict=True))
+
+    @property
     def size(self) -> int:
         """N."""
         return self.offsets[-1]
@@ -233,10 +248,7 @@ def _told(about: tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]) 
 def _strides(weight: Tensor, inputs_last: bool) -> tuple[int, ...]:
     """The strides of a layer's part of a flat tensor: the weight's own, or with the inputs next to one another."""
     if inputs_last and weight.dim() > 2:
-        kind = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[weight.dim()]
-        if kind is None:
-            return (weight.shape[1] * weight.shape[2], 1, weight.shape[1])
-        return torch.empty(weight.shape, device="meta").to(memory_format=kind).stride()
+        return torch.empty(weight.movedim(1, -1).shape, device="meta").movedim(-1, 1).stride()
     if dense_in_memory(weight):
         return weight.stride()
     return torch.empty(weight.shape, device="meta").stride()

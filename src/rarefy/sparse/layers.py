@@ -36,6 +36,8 @@ class Layer:
         parameter: as it is now; a sharded one is a DTensor.
         shape: of the whole parameter, on all processes together.
         least: how many weights live at least.
+        inputs_first: whether the weight's first dimension is the inputs, as of transposed convolutions; else they are
+            the second.
         shard: which part of it this process holds, where it is sharded.
     """
 
@@ -43,6 +45,7 @@ class Layer:
     key: str
     parameter: nn.Parameter
     least: int = 1
+    inputs_first: bool = False
     shape: tuple[int, ...] = field(init=False)
     shard: Shard | None = field(init=False)
 
@@ -118,13 +121,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def product_weights(module: nn.Module) -> list[str]:
     """The names of a module's own parameters that are sparsified unless asked otherwise."""
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D":
-        return ["weight"]  # Conv1D: the linear layer of GPT-2 in transformers
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or _is_conv1d(module):
+        return ["weight"]
     if isinstance(module, nn.MultiheadAttention):
         return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    if isinstance(module, (nn.RNNBase, nn.modules.rnn.RNNCellBase)):
-        return [name for name in module._parameters if name.startswith("weight_")]
+    if isinstance(module, nn.RNNBase):
+        return [name for names in module._all_weights for name in names if name.startswith("weight_")]
+    if isinstance(module, nn.modules.rnn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
     return []
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2 in transformers."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _computed(module: nn.Module, name: str) -> bool:
+    """Whether a weight is made of other parameters, by a parametrization or by what torch.nn.utils once had for it."""
+    parametrized = name in getattr(module, "parametrizations", {})
+    return parametrized or any(f"{name}_{end}" in module._parameters for end in ("orig", "g", "v"))
 
 
 @dataclass(eq=False)
@@ -135,17 +151,24 @@ class _Candidate:
     keys: list[str] = field(default_factory=list)
     usual: bool = False  # takes part in products, as far as its module tells
     embedding: bool = False
+    inputs_first: bool = False
 
     def matches(self, patterns: Iterable[str]) -> bool:
-        names = {name for key in self.keys for name in (key, layer_name(key), key.rpartition(".")[0])}
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+        return any(_names(key, pattern) for pattern in patterns for key in self.keys)
 
     @property
     def lazy(self) -> bool:
         return isinstance(self.parameter, nn.parameter.UninitializedParameter)
 
 
-def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
+def _names(key: str, pattern: str) -> bool:
+    """Whether a shell pattern is the name of a parameter, of its layer, or of the module that has it."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (key, layer_name(key), key.rpartition(".")[0]))
+
+
+def _candidates(model: nn.Module, exclude: Sequence[str]) -> tuple[list[_Candidate], list[str]]:
+    """What could be a layer, and the names of weights that are computed from others and are excluded."""
+    computed = []
     found: dict[int, _Candidate] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         usual = product_weights(module)
@@ -156,19 +179,19 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[_Candidate]:
             candidate.keys.append(f"{prefix}.{name}" if prefix else name)
             candidate.usual |= name in usual
             candidate.embedding |= isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        computed = usual == ["weight"] and module._parameters.get("weight") is None
-        named = (prefix, f"{prefix}.weight")
-        out = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude for name in named)
-        if computed and getattr(module, "weight", None) is not None and not out:
-            raise ValueError(
-                f"the weight of layer {prefix!r} is not a parameter (a parametrization or torch.nn.utils.prune is "
-                f"on it); remove that first, or pass exclude=[{prefix!r}]"
-            )
-    return [
-        candidate
-        for candidate in found.values()
-        if candidate.lazy or (candidate.parameter.dim() >= 2 and candidate.parameter.numel() > 0)
-    ]
+            candidate.inputs_first |= isinstance(module, nn.modules.conv._ConvTransposeNd) or _is_conv1d(module)
+        for name in usual:
+            key = f"{prefix}.{name}" if prefix else name
+            if not _computed(module, name):
+                continue
+            if not any(_names(key, pattern) for pattern in exclude):
+                raise ValueError(
+                    f"the weight of layer {layer_name(key)!r} is not a parameter (a parametrization or "
+                    f"torch.nn.utils.prune is on it); remove that first, or pass exclude=[{layer_name(key)!r}]"
+                )
+            computed.append(key)
+    able = [c for c in found.values() if c.lazy or (c.parameter.dim() >= 2 and c.parameter.numel() > 0)]
+    return able, computed
 
 
 def select_layers(
@@ -178,13 +201,8 @@ def select_layers(
     floor: float | Mapping[str, float],
 ) -> list[Layer]:
     """The layers to sparsify, in the model's order. Raises ValueError as :class:`rarefy.sparse.Sparsifier` says."""
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{option} must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-        if patterns is not None and not all(isinstance(pattern, str) for pattern in patterns):
-            raise ValueError(f"{option} must be a list of names or shell patterns of layers, got {patterns!r:.80}")
     reshard(model)
-    candidates = _candidates(model, exclude or ())
+    candidates, computed = _candidates(model, exclude or ())
     usual = [c for c in candidates if c.usual and not c.embedding and (c.parameter.requires_grad or c.lazy)]
     names = [layer_name(c.keys[0]) for c in candidates]
     if include is None:
@@ -199,7 +217,7 @@ def select_layers(
                 raise ValueError(unknown("layer in include:", pattern, names))
         chosen = [c for c in candidates if any(c is other for other in picked)]
     for pattern in exclude or ():
-        if not any(c.matches([pattern]) for c in candidates):
+        if not any(c.matches([pattern]) for c in candidates) and not any(_names(key, pattern) for key in computed):
             raise ValueError(unknown("layer in exclude:", pattern, names))
     chosen = [c for c in chosen if not c.matches(exclude or ())]
     if not chosen:
@@ -218,7 +236,7 @@ def select_layers(
             raise ValueError(f"layer {name!r} is lazy and has no weight yet; call the model once on an example first")
         if not candidate.parameter.is_floating_point():
             raise ValueError(f"layer {name!r} is of {candidate.parameter.dtype}, which is not real; exclude it")
-        layers.append(Layer(name, key, candidate.parameter))
+        layers.append(Layer(name, key, candidate.parameter, inputs_first=candidate.inputs_first))
     shared_group([layer.shard for layer in layers])
     for layer in layers:
         layer.least = max(1, math.ceil(_floor_of(layer.name, floor) * layer.size))

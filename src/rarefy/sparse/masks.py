@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rarefy.sparse.layers import Layer
 from rarefy.sparse.shards import Shard, shared_group, total
 
 
@@ -196,9 +197,17 @@ def block_expand(blocks: Tensor, block: int) -> Tensor:
     return blocks if block == 1 else blocks.repeat_interleave(block, dim=1)
 
 
-def check_divisible(shapes: Mapping[str, Sequence[int]], width: int, what: str) -> None:
-    """Raise ValueError for a layer whose inputs ``width`` does not divide; ``what`` names what is laid over them."""
-    odd = {name: shape[1] for name, shape in shapes.items() if shape[1] % width}
+def check_divisible(layers: Sequence[Layer], width: int, what: str) -> None:
+    """Raise ValueError for layers whose inputs to an output ``what``, of this width, cannot be laid over."""
+    if width == 1:
+        return
+    turned = [layer.name for layer in layers if layer.inputs_first]
+    if turned:
+        raise ValueError(
+            f"{what} are of consecutive inputs, and in layer {turned[0]!r} (a transposed convolution, or the Conv1D of "
+            f"transformers) the weight has its inputs first and outputs second; pass exclude={turned}"
+        )
+    odd = {layer.name: layer.shape[1] for layer in layers if layer.shape[1] % width}
     if odd:
         name, inputs = next(iter(odd.items()))
         raise ValueError(

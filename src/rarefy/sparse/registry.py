@@ -88,11 +88,6 @@ for _method in METHODS.values():
     _document(_method)
 
 
-def names() -> list[str]:
-    """The names that :func:`create` knows."""
-    return sorted(METHODS)
-
-
 @overload
 def list_methods(pattern: str = "*", details: Literal[False] = False) -> list[str]: ...
 
@@ -106,7 +101,7 @@ def list_methods(pattern: str = "*", details: bool = False) -> list[str] | dict[
 
     ``list_methods("s*")`` gives ``["set", "snfs", ...]``.
     """
-    found = fnmatch.filter(names(), pattern)
+    found = fnmatch.filter(sorted(METHODS), pattern)
     return {name: METHODS[name].info for name in found} if details else found
 
 
@@ -115,6 +110,8 @@ def register(name: str, method: type[Sparsifier]) -> None:
 
     Raises ValueError for a name that is taken, and for what is no subclass of :class:`Sparsifier`.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"the name of a method is a text, got {name!r}")
     if name in METHODS:
         raise ValueError(f"there is a method {name!r} already")
     if not (isinstance(method, type) and issubclass(method, Sparsifier)):
@@ -129,7 +126,7 @@ def options(name: str) -> dict[str, Any]:
     Raises ValueError for a name that is not there.
     """
     if name not in METHODS:
-        raise ValueError(unknown("method", name, names()))
+        raise ValueError(unknown("method", name, sorted(METHODS)))
     fields = dataclasses.fields(METHODS[name])
     return {field.name: field.default for field in fields if field.init and field.kw_only}
 
@@ -140,5 +137,5 @@ def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:
     Raises ValueError for a name or an option that is not there, naming the nearest one that is.
     """
     if name not in METHODS:
-        raise ValueError(unknown("method", name, names()))
+        raise ValueError(unknown("method", name, sorted(METHODS)))
     return METHODS[name](model, **arguments)

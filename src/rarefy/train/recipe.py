@@ -182,7 +182,7 @@ def _named(plain: Any, where: str) -> Named:
         kinds = typing.get_type_hints(getattr(models, name))
         known = set(models.options(name))
     else:
-        _one_of("method.name", name, ["dense", *sparse.names()])
+        _one_of("method.name", name, ["dense", *sparse.list_methods()])
         kinds, known = {}, set()
         if name != "dense":
             kinds = typing.get_type_hints(METHODS[name])

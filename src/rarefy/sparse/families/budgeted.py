@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Budgeted(Targeted):
         self.block = _checks.whole("block", self.block, what="number of weights")
         super().__post_init__()
         self.distribution = self._checked(self.default_distribution if self.distribution is None else self.distribution)
-        check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
+        check_divisible(self._layers, self.block, f"blocks of {self.block}")
         self._relayer()
         self.live_counts(self.budget.goal)
 
@@ -79,8 +79,7 @@ class Budgeted(Targeted):
             for pattern, sparsity in distribution.items():
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     raise ValueError(unknown("layer in distribution:", pattern, names))
-                if not 0.0 <= sparsity < 1.0:
-                    raise ValueError(f"distribution: the sparsity of {pattern!r} must be in [0, 1), got {sparsity}")
+                _checks.fraction(f"distribution: the sparsity of {pattern!r}", sparsity, one=False)
             return dict(distribution)
         known = (*spread.NAMES, *(("global",) if self.takes_global else ()))
         if distribution not in known:
@@ -95,9 +94,12 @@ class Budgeted(Targeted):
         if density >= 1.0:
             return list(self._sizes)
         available = self.budget.available_at(density)
+        # While the network is denser than its target, so are the layers whose sparsities are named.
+        share = min(1.0, (1.0 - density) / (1.0 - self.budget.goal))
+        fixed = [None if least is None else 1.0 - share * (1.0 - least) for least in self._fixed]
         whole = [cost * size for cost, size in zip(self._costs, self._sizes, strict=True)]
         lows = [low / size for low, size in zip(self._least, self._sizes, strict=True)]
-        found = spread.densities(self._relative, self._fixed, whole, lows, available)
+        found = spread.densities(self._relative, fixed, whole, lows, available)
         return spread.counts(found, self._sizes, self._costs, self._least, available)
 
     def choose(self, scores: Sequence[Tensor], density: float) -> list[Tensor]:
@@ -111,6 +113,3 @@ class Budgeted(Targeted):
         else:
             masks = top_k_each(sums, self.live_counts(density), shards)
         return [block_expand(mask, self.block) for mask in masks]
-
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "distribution": self.distribution, "block": self.block}

@@ -56,6 +56,15 @@ class Latent(Sparsifier):
         """What W is worth without a mask: the inverse of :meth:`latent`."""
         return weight
 
+    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
+        """The dense weights, as :meth:`dense` gives them, whose value is this where it is not 0, (N,) to (N,).
+
+        By default for methods that take something from the weights that live, as soft thresholds do.
+        """
+        latent = bucket.kept["latent"]
+        taken = (self.dense(latent) - self.value(latent, bucket)).abs()
+        return used + taken.copysign(used)
+
     def live(self, bucket: Bucket) -> Tensor:
         """Which weights are used, (N,), boolean."""
         return self.value(bucket.kept["latent"], bucket) != 0
@@ -106,17 +115,19 @@ class Latent(Sparsifier):
         bucket.scatter(self.value(bucket.kept["latent"], bucket), bucket.weights())
 
     def _changed(self, bucket: Bucket) -> bool:
-        # Where the parameters are not what was put there, they are the dense weights from here on. What a method takes
-        # from a live weight, as a soft threshold does, is given back, so that it is taken once.
+        # Where the parameters are not what was put there, they are the dense weights from here on; those that live stay
+        # what they are in use, whatever the method makes of the others.
         latent = bucket.kept["latent"]
         ours, theirs = self.value(latent, bucket).to(bucket.dtype), bucket.gather(bucket.weights())
         other = (theirs != ours) & ~(theirs.isnan() & ours.isnan())
-        if not bool(other.any()):
-            return False
-        taken = torch.where((ours != 0.0) & (theirs != 0.0), (self.dense(latent) - ours).abs(), 0.0)
-        latent.copy_(torch.where(other, self.latent(theirs + taken.copysign(theirs)), latent))
         # Rounding, as of a step aside and back (SAM), is no change.
-        return bool((theirs - ours).abs().amax() > 1e-5 * ours.abs().amax()) or bool(theirs.isnan().any())
+        close = max(1e-5, 2.0 * torch.finfo(bucket.dtype).eps)
+        if not bool(other.any()) or bool((theirs - ours).abs().amax() <= close * ours.abs().amax()):
+            return False
+        stays = (ours != 0.0) & (theirs != 0.0)
+        found = torch.where(stays, self.unmasked(theirs, bucket), theirs)
+        latent.copy_(torch.where(other, self.latent(found), latent))
+        return True
 
     def _values(self, bucket: Bucket) -> list[Tensor]:
         return bucket.views(self.value(bucket.kept["latent"], bucket).to(bucket.dtype))
@@ -212,6 +223,8 @@ class Projected(Budgeted, Latent):
 @dataclass(eq=False, repr=False)
 class Thresholding(Projected):
     """Projected masks held by a threshold a layer, ``bucket.kept["threshold"]``, (L,): live is what lies above it."""
+
+    drifts = True
 
     def __post_init__(self) -> None:
         if self.block != 1:

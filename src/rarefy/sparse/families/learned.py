@@ -52,6 +52,8 @@ class Learned(Targeted, Latent):
     penalty: float | None = None
     mask_lr: float | None = None
 
+    drifts = True
+
     #: The coefficient if nothing is asked for.
     default_penalty: ClassVar[float]
 

@@ -79,15 +79,20 @@ class Masked(Budgeted):
     def zeros_of_the_model(self) -> list[Tensor] | None:
         """Masks of the weights that are not 0, where the model is sparse already; None where it is dense.
 
-        It is sparse if at least a tenth of all weights are 0, and some in at least half of the layers. A layer of zeros
-        alone is one that starts so, and all of it lives.
+        It is sparse if at least a tenth of all weights are 0, and some in at least half of the layers.
         """
-        nonzero = [weight != 0 for weight in self.weights()]
-        live, sizes = count_all(nonzero, self._shards()), [layer.size for layer in self._layers]
+        live = count_all([weight != 0 for weight in self.weights()], self._shards())
+        sizes = [layer.size for layer in self._layers]
         zeros = [size - n if n else 0 for n, size in zip(live, sizes, strict=True)]
         if sum(zeros) < 0.1 * sum(sizes) or sum(n > 0 for n in zeros) < 0.5 * len(zeros):
             return None
-        return [mask if n else torch.ones_like(mask) for mask, n in zip(nonzero, live, strict=True)]
+        return self.nonzero()
+
+    def nonzero(self) -> list[Tensor]:
+        """Masks of the weights that are not 0; of a layer that is all 0, which starts so, all."""
+        masks = [weight != 0 for weight in self.weights()]
+        live = count_all(masks, self._shards())
+        return [mask if n else torch.ones_like(mask) for mask, n in zip(masks, live, strict=True)]
 
     def due(self, every: int, until: float = 1.0) -> bool:
         """Whether masks that change every so often change after this step, last at ``until`` or just after."""

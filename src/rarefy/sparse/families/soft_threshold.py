@@ -119,7 +119,8 @@ class SoftThreshold(Targeted, Latent):
     Args:
         pressure: total decay of s over the run (see the module); None takes the method's own for the target, or without
             one as much of it as the optimizer can move the weights.
-        granularity: one threshold a "layer" or an output "channel".
+        granularity: one threshold a "layer" or an output "channel", the weight's first dimension (which of transposed
+            convolutions is the inputs).
         threshold_function: g: "sigmoid", "exp" or "softplus".
         threshold_init: the first s, where the layer's weights are large enough; -5 gives thresholds of 0.0067. A layer
             starts at no more than 0.12 times the root mean square of its weights, and one whose weights are all 0
@@ -133,6 +134,8 @@ class SoftThreshold(Targeted, Latent):
         ValueError: as :class:`Targeted`; an option out of its range; weights so large that sigmoid thresholds, which
             end at 1, cannot reach the target; a layer whose inputs blocks do not divide.
     """
+
+    drifts = True
 
     _: KW_ONLY
     pressure: float | None = None
@@ -148,11 +151,10 @@ class SoftThreshold(Targeted, Latent):
         if self.pressure is not None:
             _checks.number("pressure", self.pressure)
         _checks.number("threshold_lr", self.threshold_lr)
-        if not math.isfinite(self.threshold_init):
-            raise ValueError(f"threshold_init must be a finite number, got {self.threshold_init}")
+        _checks.number("threshold_init", self.threshold_init, least=-math.inf)
         self.block = _checks.whole("block", self.block, what="number of weights")
         super().__post_init__()
-        check_divisible({layer.name: layer.shape for layer in self._layers}, self.block, f"blocks of {self.block}")
+        check_divisible(self._layers, self.block, f"blocks of {self.block}")
         self.own_rate = self.threshold_lr
         self._pressure_yields = self.pressure is None and self.budget is None
         if self.pressure is None:
@@ -276,15 +278,19 @@ class SoftThreshold(Targeted, Latent):
             cached = bucket.passes = (pointers, layers)
         return cached[1]
 
+    def _by_kernel(self, bucket: Bucket) -> bool:
+        """Whether the passes of the kernels fit: single weights, laid out in memory as flat tensors are."""
+        return self.block == 1 and bucket.as_laid_out
+
     def _before(self, bucket: Bucket) -> None:
         grads = bucket.grads()
         threshold, s = self.threshold(bucket), bucket.own["s"]
         # A layer whose weights are all 0 gets its whole gradient.
         alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
-        if self.block == 1:
+        if self._by_kernel(bucket):
             slope = self._kernel(bucket).before(grads, threshold, alpha, self._lower(bucket))
         else:
-            slope = self._before_blocks(bucket, grads, alpha)
+            slope = self._before_by_formula(bucket, grads, alpha)
         if self.granularity == "layer":
             slope = total(slope, [layer.shard for layer in bucket.layers])
         # dL/ds = dL/dT g'(s)
@@ -295,7 +301,7 @@ class SoftThreshold(Targeted, Latent):
         """The bound of the sparse backward, one a row; None where it reaches all weights."""
         return None
 
-    def _before_blocks(self, bucket: Bucket, grads: Sequence[Tensor | None], alpha: Tensor) -> Tensor:
+    def _before_by_formula(self, bucket: Bucket, grads: Sequence[Tensor | None], alpha: Tensor) -> Tensor:
         slopes = []
         latents = bucket.views(bucket.kept["latent"])
         for weight, w, grad, t, a in zip(bucket.weights(), latents, grads, self._shaped(bucket), alpha, strict=True):
@@ -310,7 +316,7 @@ class SoftThreshold(Targeted, Latent):
         return torch.cat(slopes)
 
     def _show(self, bucket: Bucket) -> None:
-        if self.block != 1:
+        if not self._by_kernel(bucket):
             super()._show(bucket)
             return
         if not bucket.dense:
@@ -381,7 +387,7 @@ class SoftThreshold(Targeted, Latent):
 
     def _count(self) -> list[int]:
         self._take_all()
-        if self.block == 1:
+        if all(self._by_kernel(bucket) for bucket in self._buckets):
             counts = self._by_layer(lambda bucket: self._kernel(bucket).count(self.threshold(bucket)).unbind())
         else:
             counts = [mask.sum() for mask in self._by_layer(lambda bucket: bucket.views(self.live(bucket)))]
@@ -465,15 +471,6 @@ class SoftThreshold(Targeted, Latent):
 
     def _thresholds(self) -> list[float]:
         return means(self._by_layer(self._shaped), self._shards() if self.granularity == "channel" else None)
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            **super()._config(),
-            "pressure": self.pressure,
-            "threshold_function": self.threshold_function,
-            "granularity": self.granularity,
-            "block": self.block,
-        }
 
     def _state(self) -> dict[str, Any]:
         return {"density": self._density, "freedom": self._freedom}

@@ -55,7 +55,8 @@ class ACDC(Masked):
             raise ValueError(
                 f"0 <= warmup < final < 1 must hold, as shares of the run; got {self.warmup} and {self.final}"
             )
-        if not 0.0 < self.phase < 1.0 or self.phase * total < 1.0:
+        _checks.fraction("phase", self.phase, zero=False, one=False)
+        if self.phase * total < 1.0:
             raise ValueError(
                 f"phase must be a share of the run and last a step at least, got {self.phase} of {total} steps"
             )

@@ -135,6 +135,12 @@ class AutoSparse(SoftThreshold):
 
     def _begin(self) -> None:
         super()._begin()
+        odd = [layer.name for bucket in self._buckets if not bucket.as_laid_out for layer in bucket.layers]
+        if odd and self.backward_density is not None:
+            raise ValueError(
+                f"backward_density takes weights whose elements lie row after row in memory, and that of {odd[0]!r} or "
+                "one beside it does not (a transpose, a slice): make the parameters of .contiguous() tensors"
+            )
         self._bound_backward()
 
     def _lower(self, bucket: Bucket) -> Tensor | None:
@@ -160,10 +166,6 @@ class AutoSparse(SoftThreshold):
         if self._alpha_now == 0.0:
             return density
         return 1.0 if self.backward_density is None else max(density, self.backward_density)
-
-    def _config(self) -> dict[str, Any]:
-        own = {"policy": self.policy, "alpha": self.alpha, "cutoff": self.cutoff}
-        return {**super()._config(), **own, "backward_density": self.backward_density}
 
     def aim(self) -> float | None:
         """See :meth:`Sparsifier.aim`."""

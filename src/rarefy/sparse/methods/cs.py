@@ -76,6 +76,11 @@ class ContinuousSparsification(Learned):
         bucket.own["s"].grad = (1.0 - soft).mul_(soft).mul_(pull)
         return grad.mul_(soft).mul_(scale)
 
+    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`: W^ sigmoid(s_0) / sigmoid(beta s), but for weights that are all but masked."""
+        factor = torch.sigmoid(self.beta * bucket.own["s"].detach()) * (1.0 + math.exp(-self.initial))
+        return torch.where(factor > 0.1, used / factor, bucket.kept["latent"])
+
     def margin(self, bucket: Bucket) -> Tensor:
         """See :class:`Learned`: s."""
         return bucket.own["s"].detach().double()

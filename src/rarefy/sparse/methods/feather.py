@@ -60,6 +60,12 @@ class Feather(Thresholding):
         shrunk = (size**p - threshold**p).clamp(min=0.0) ** (1.0 / p)
         return shrunk.copysign(weight) * (size > threshold)
 
+    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`: sign(W^) (|W^|^p + T^p)^(1/p)."""
+        p = self.power
+        size = (used.float().abs() ** p + self.threshold(bucket) ** p) ** (1.0 / p)
+        return size.to(used.dtype).copysign(used)
+
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where |W| > T, else theta dL/dW^."""
         return grad if self._theta == 1.0 else torch.where(self.live(bucket), grad, self._theta * grad)

@@ -81,9 +81,6 @@ class GMP(Masked):
             return None
         return self.choose(self.magnitudes(), self.aim())
 
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "update_every": self._every}
-
     def _state(self) -> dict[str, Any]:
         return {"initial_density": self._initial_density}
 

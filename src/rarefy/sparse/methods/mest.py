@@ -14,7 +14,6 @@ target: for a target of 90 % the code takes 2, 1 and 0 % of all weights for EM, 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +63,7 @@ class MEST(Masked):
     def __post_init__(self) -> None:
         if self.moved is not None:
             _checks.fraction("moved", self.moved, zero=False, one=False)
+        _checks.flag("soft", self.soft)
         _checks.number("gradient_weight", self.gradient_weight)
         _checks.whole("seed", self.seed, least=0)
         _checks.update_every(self.update_every, self.total_steps)
@@ -115,6 +115,3 @@ class MEST(Masked):
             growth = block_sum(draw, self.block).masked_fill(kept, -torch.inf)
             masks.append(block_expand(kept | top_k(growth, upper - lower, shard), self.block))
         return masks
-
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "update_every": self._every, "seed": self.seed}

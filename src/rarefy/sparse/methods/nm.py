@@ -11,7 +11,6 @@ current weights in every step.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class NM(Latent):
             )
         _checks.number("refinement", self.refinement)
         super().__post_init__()
-        check_divisible({layer.name: layer.shape for layer in self._layers}, self.m, f"groups of {self.m}")
+        check_divisible(self._layers, self.m, f"groups of {self.m}")
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W M."""
@@ -100,6 +99,3 @@ class NM(Latent):
 
     def _alpha(self) -> float | None:
         return 1.0
-
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "n": self.n, "m": self.m}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -89,6 +88,3 @@ class SET(Masked):
         fraction = cosine_decay(self.drop_fraction, self.progress, self.stop)
         rows = zip(magnitudes, masks, growth, self._shards(), strict=True)
         return [drop_and_grow(size, mask, grow, fraction, self.block, shard) for size, mask, grow, shard in rows]
-
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "update_every": self._every, "seed": self.seed}

@@ -66,9 +66,9 @@ class Static(Masked):
         """See :class:`Masked`."""
         if self.masks == "magnitude":
             return self.choose([weight.abs() for weight in self.weights()], self.budget.goal)
-        found = None if self.masks == "random" else self.zeros_of_the_model()
         if self.masks == "nonzero":
-            return found or [weight != 0 for weight in self.weights()]
+            return self.nonzero()
+        found = None if self.masks == "random" else self.zeros_of_the_model()
         return self.random_masks(self.budget.goal, self.seed) if found is None else found
 
     def _check_target(self) -> None:
@@ -79,7 +79,8 @@ class Static(Masked):
         if self.masks != "nonzero":
             return super()._make_budget()
         sizes = [layer.size for layer in self._chosen]
-        live = sum(count_all([layer.local != 0 for layer in self._chosen], self._shards()))
+        counts = count_all([layer.local != 0 for layer in self._chosen], self._shards())
+        live = sum(n or size for n, size in zip(counts, sizes, strict=True))  # as in Masked.nonzero
         if not 0 < live < sum(sizes):
             raise ValueError(
                 f"masks='nonzero' holds the zeros that the model has, and of its {sum(sizes)} weights "

@@ -22,6 +22,26 @@ from rarefy.sparse.families.latent import Exploring
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.methods.powerprop import check_power, from_phi, to_phi
 
+#: Optimizers that add lambda W to the gradient, unless their decay is decoupled.
+_COUPLED = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+)
+
+
+def _adds_decay(bucket: Bucket) -> bool:
+    assert bucket.optimizer is not None
+    assert bucket.group is not None
+    decoupled = bucket.optimizer.param_groups[bucket.group].get("decoupled_weight_decay", False)
+    return not decoupled and any(isinstance(each, _COUPLED) for each in bucket.trainers)
+
 
 @dataclass(eq=False, repr=False)
 class TopKAST(Exploring):
@@ -30,7 +50,8 @@ class TopKAST(Exploring):
     Args:
         superset: how many times as many weights B has as A, at least 1.
         exploration: whether the decay is that of the paper, with the optimizer's weight decay as lambda (True); else
-            the optimizer's own. With a decoupled decay (AdamW) the weights outside B keep the optimizer's.
+            the optimizer's own. Where the decay is decoupled (AdamW, Muon), or nothing is known of the optimizer's,
+            the weights outside B keep it.
         power: Powerpropagation's a, at least 1, which is none.
 
     Raises:
@@ -52,6 +73,7 @@ class TopKAST(Exploring):
     default_distribution = "erk"
 
     def __post_init__(self) -> None:
+        _checks.flag("exploration", self.exploration)
         _checks.number("superset", self.superset, least=1.0)
         check_power(self.power)
         super().__post_init__()
@@ -76,7 +98,7 @@ class TopKAST(Exploring):
             if decay:
                 # The optimizer adds lambda W everywhere: here 1/D - 1 of it more where it explores, and none outside B.
                 factor = explore * (1.0 / bucket.spread(bucket.kept["density"]) - 1.0)
-                if not any(isinstance(each, torch.optim.AdamW) for each in bucket.trainers):
+                if _adds_decay(bucket):
                     factor = factor - (~(mask | explore)).to(factor.dtype)
                 found = found.add(weight * factor, alpha=decay)
         return found
