@@ -175,7 +175,7 @@ def _threads(rows: Sequence[Row]) -> list[Target]:
 def judged(rows: Sequence[Row]) -> str:
     """:func:`targets` as a table."""
     lines = [[t.what, t.asked, t.measured, "met" if t.met else "missed"] for t in targets(rows)]
-    return table(["ResNet-50 v1.5 and MobileNetV1, 224x224", "asked", "measured", ""], lines)
+    return table(["ResNet-50 v1.5 and MobileNetV1, 224x224", "goal", "measured", ""], lines)
 
 
 def machines(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -175,10 +177,11 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
     where there is no native library; OSError for one that cannot be read.
     """
     path = Path(path)
-    size = path.stat().st_size
-    if size < _HEAD.size:
-        raise ValueError(_damaged(path, "it is too short"))
-    data = np.memmap(path, np.uint8, "c") if mmap else _copied(path, size)
+    with path.open("rb") as file:  # once: another file may be put in its place at any time
+        size = os.fstat(file.fileno()).st_size
+        if size < _HEAD.size:
+            raise ValueError(_damaged(path, "it is too short"))
+        data = np.memmap(file, np.uint8, "c") if mmap else _copied(path, file, size)
     magic, version, _, whole, length, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
     if magic != _MAGIC:
         raise ValueError(f"{path} is not an engine: engine.save(engine, path) writes one")
@@ -202,11 +205,10 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
         raise ValueError(_damaged(path, f"{type(error).__name__}: {error}")) from error
 
 
-def _copied(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _copied(path: Path, file: BufferedReader, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     memory = programs.aligned(size)
-    with path.open("rb") as file:
-        if file.readinto(memory.data) != size:
-            raise ValueError(_damaged(path, "it became shorter while it was read"))
+    if file.readinto(memory.data) != size:
+        raise ValueError(_damaged(path, "it became shorter while it was read"))
     return memory
 
 

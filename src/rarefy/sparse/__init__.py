@@ -25,7 +25,7 @@ from rarefy.sparse.methods.static import Static
 from rarefy.sparse.methods.str import STR
 from rarefy.sparse.methods.topk import TopK
 from rarefy.sparse.methods.topkast import TopKAST
-from rarefy.sparse.registry import create, list_methods, options, register
+from rarefy.sparse.registry import create, list_methods, names, options, register
 
 __all__ = [
     "ACDC",
@@ -58,6 +58,7 @@ __all__ = [
     "TopKAST",
     "create",
     "list_methods",
+    "names",
     "options",
     "register",
 ]

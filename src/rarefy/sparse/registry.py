@@ -88,6 +88,11 @@ for _method in METHODS.values():
     _document(_method)
 
 
+def names() -> list[str]:
+    """The names that :func:`create` knows: ``list_methods()``."""
+    return sorted(METHODS)
+
+
 @overload
 def list_methods(pattern: str = "*", details: Literal[False] = False) -> list[str]: ...
 

@@ -23,7 +23,7 @@ In every form a NaN passes unchanged, and under odd symmetry y takes the sign of
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -80,12 +80,25 @@ class CutIndex:
 Index: TypeAlias = BitIndex | MultiplyIndex | CutIndex
 
 
+class _ByForm(ABCMeta):
+    """Lets ``Table(name, function, format, form, index, rows, ...)`` make the table of that form."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if cls is not Table:
+            return super().__call__(*args, **options)
+        form = options.pop("form", args[3] if len(args) > 3 else None)
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        return FORMS[form](*args[:3], *args[4:], **options)
+
+
 @dataclass(frozen=True)
-class Table(ABC):
+class Table(metaclass=_ByForm):
     """A function in a format as rows of integers: what the forms share; see the module for what they compute.
 
-    Make one by :class:`ShiftTable`, :class:`CarryTable`, :class:`LinearTable` or :class:`SegmentsTable`, by a fit
-    (:mod:`rarefy.act.fit`), or from a file (:func:`load`).
+    Make one by its form, ``Table(name, function, format, form, index, rows, ...)`` or :class:`ShiftTable`,
+    :class:`CarryTable`, :class:`LinearTable` and :class:`SegmentsTable`, by a fit (:mod:`rarefy.act.fit`), or from a
+    file (:func:`load`).
 
     Args:
         name: what files and messages call it.
