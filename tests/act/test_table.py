@@ -346,9 +346,13 @@ def test_a_file_becomes_a_table_of_its_form(name, kind):
     assert len({table, act.load(name), replace(table, name="other")}) == 2
 
 
-def test_a_table_without_a_form_cannot_be_made():
-    with pytest.raises(TypeError, match="abstract class Table"):
-        act.Table("none", "tanh", "bf16", act.CutIndex(), ((0, 0, 0),))  # type: ignore[abstract]
+def test_a_table_is_made_by_the_name_of_its_form():
+    index, rows = act.CutIndex(), ((0, 0, 0),)
+    table = act.Table("zero", "mine", "bf16", "segments", index, rows)
+    assert table == act.SegmentsTable("zero", "mine", "bf16", index, rows)
+    assert act.Table(name="zero", function="mine", format="bf16", form="segments", index=index, rows=rows) == table
+    with pytest.raises(ValueError, match="form must be one of shift, carry, linear, segments, got 'other'"):
+        act.Table("zero", "mine", "bf16", "other", index, rows)
 
 
 @pytest.mark.parametrize(
