@@ -7,7 +7,10 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -21,6 +24,24 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
     write_atomically(path, fill)
     return path
+
+
+def shipped_names(folder: Traversable) -> list[str]:
+    """The names of a package's ``.json`` files, in order."""
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def read_shipped(name: str | Path, folder: Traversable, kind: str, about: str) -> str:
+    """The text of a shipped file by its name, or of a ``.json`` file. Raises ValueError, as a ``kind``, for others."""
+    if str(name).endswith(".json"):
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{str(name)!r} is not {about}: it is not UTF-8 text") from None
+    known = shipped_names(folder)
+    if name not in known:
+        raise ValueError(f"{kind} must be a .json file or one of {', '.join(known)}; got {str(name)!r}")
+    return (folder / f"{name}.json").read_text(encoding="utf-8")
 
 
 class _Remembering:

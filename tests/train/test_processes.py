@@ -1,10 +1,6 @@
 """Two processes train one model: the same on both, written by one, resumable."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from safetensors.torch import load_file
 
 from rarefy import models
 from rarefy.train.batches import normalise
+from tests.processes import run_two
 from tests.train.runs import AUTOSPARSE, outcome, recipe, run, synthetic, use_model, without_norm
 
 pytestmark = pytest.mark.slow
@@ -23,31 +20,9 @@ pytestmark = pytest.mark.slow
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have worked."""
     folder = tmp_path_factory.mktemp("both")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd()}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.two_processes", str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for rank, process in enumerate(started):
-            out, err = process.communicate(timeout=120)
-            (folder / f"out{rank}").write_text(out)
-            (folder / f"err{rank}").write_text(err)
-            assert process.returncode == 0, err
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    for rank, (out, err) in enumerate(run_two("tests.train.two_processes", folder)):
+        (folder / f"out{rank}").write_text(out)
+        (folder / f"err{rank}").write_text(err)
     return folder
 
 

@@ -32,9 +32,9 @@ from rarefy._names import unknown
 from rarefy.sparse import _checks, attachment, state
 from rarefy.sparse.attachment import Attachment
 from rarefy.sparse.buckets import Bucket, make_buckets
-from rarefy.sparse.budget import ACTIONS, Budget, check_feasible, make_budget
+from rarefy.sparse.budget import ACTIONS, Budget, check_feasible
 from rarefy.sparse.companion import Companion
-from rarefy.sparse.layers import DEFAULT_FLOOR, Layer, local, resolve, select_layers, unwrapped
+from rarefy.sparse.layers import Layer, local, resolve, select_layers, unwrapped
 from rarefy.sparse.masks import count_all, write_sparse
 from rarefy.sparse.shards import Shard, reshard, total
 
@@ -422,7 +422,7 @@ class Sparsifier(ABC):
         Raises:
             ValueError: it is no sparsifier's state, or of one with other options.
         """
-        self._check_state(state_dict)
+        state.check(state_dict, self._config())
         if not self._buckets:
             self._ready()
         # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
@@ -448,43 +448,6 @@ class Sparsifier(ABC):
             **options,
             "layers": {layer.name: list(layer.shape) for layer in self._chosen},
         }
-
-    def _check_state(self, saved: Any) -> None:
-        """Raise ValueError for what is no state of a sparsifier with these options and layers."""
-        parts: dict[str, Any] = {
-            "config": Mapping,
-            "steps": int,
-            "aside": (list, tuple),
-            "method": Mapping,
-            "layers": Mapping,
-        }
-        given: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
-        if not all(isinstance(given.get(key), kind) for key, kind in parts.items()):
-            raise ValueError(
-                f"load_state_dict() takes what a sparsifier's state_dict() gave, with its {', '.join(parts)}; got "
-                f"{list(saved)[:5] if isinstance(saved, Mapping) else type(saved).__name__}"
-            )
-        theirs, ours = saved["config"], self._config()
-        for key, mine in ours.items():
-            if key != "layers" and theirs.get(key) != mine:
-                raise ValueError(
-                    f"the checkpoint's sparsifier has {key}={theirs.get(key)!r}, this one {mine!r}; make it with the "
-                    "options of the run that is resumed"
-                )
-        there, here = theirs.get("layers"), ours["layers"]
-        if there != here:
-            known = there if isinstance(there, Mapping) else {}
-            odd = [name for name in {**known, **here} if known.get(name) != here.get(name)]
-            raise ValueError(
-                f"the checkpoint's sparsifier has other layers: {odd[0]!r} is {known.get(odd[0], 'not there')} there, "
-                f"{here.get(odd[0], 'not there')} here ({len(odd)} differ); make it with the model, include and "
-                "exclude of the run that is resumed (layers frozen since are left out unless include names them)"
-            )
-        if saved["steps"] < 0 or not set(saved["aside"]) < set(here):
-            raise ValueError(
-                f"the checkpoint is broken: it says {saved['steps']} steps, and that of {len(here)} layers "
-                f"{list(saved['aside'])[:3]} take no part"
-            )
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         aside = set(saved["aside"])
@@ -880,36 +843,3 @@ def _watch_all_optimizers() -> None:
             sparsifier._unattached(optimizer)
 
     register_optimizer_step_post_hook(seen)
-
-
-@dataclass(eq=False, repr=False)
-class Targeted(Sparsifier):
-    """A sparsifier that can land on a budget.
-
-    Args:
-        target: sparsity to land on, in (0, 1): the share of zeros among the weights of the sparsified layers.
-        target_flops: instead of it, the inference FLOPs to land on as a share of the whole dense network's, in (0, 1).
-        example_input: what ``model`` is called with, to count FLOPs; goes with ``target_flops``.
-        floor: the least density of a layer, in [0, 1], or a mapping of shell patterns to floors (others: the default).
-            No layer ends below it, nor below one weight; while training this is seen to 125 times in the run.
-
-    Raises:
-        ValueError: as :class:`Sparsifier`; a target that the floors or the dense layers make impossible.
-    """
-
-    _: KW_ONLY
-    target: float | None = None
-    target_flops: float | None = None
-    example_input: Any = None
-    floor: float | Mapping[str, float] = DEFAULT_FLOOR
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget is not None:
-            check_feasible(self.budget, [layer.least for layer in self._layers])
-
-    def _floors(self) -> float | Mapping[str, float]:
-        return self.floor
-
-    def _make_budget(self) -> Budget | None:
-        return make_budget(self.model, self._chosen, self.target, self.target_flops, self.example_input)

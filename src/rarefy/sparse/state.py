@@ -36,6 +36,39 @@ def _by_layer(bucket: Bucket, name: str, value: Tensor) -> tuple[bool, Sequence[
     return True, bucket.views(value) if per is None else value.split_with_sizes([shape[0] for shape in bucket.shapes])
 
 
+def check(saved: Any, ours: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no state of a sparsifier with these options and layers."""
+    mapping: Any = Mapping
+    parts = {"config": mapping, "steps": int, "aside": (list, tuple), "method": mapping, "layers": mapping}
+    given: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+    if not all(isinstance(given.get(key), kind) for key, kind in parts.items()):
+        raise ValueError(
+            f"load_state_dict() takes what a sparsifier's state_dict() gave, with its {', '.join(parts)}; got "
+            f"{list(saved)[:5] if isinstance(saved, Mapping) else type(saved).__name__}"
+        )
+    theirs = saved["config"]
+    for key, mine in ours.items():
+        if key != "layers" and theirs.get(key) != mine:
+            raise ValueError(
+                f"the checkpoint's sparsifier has {key}={theirs.get(key)!r}, this one {mine!r}; make it with the "
+                "options of the run that is resumed"
+            )
+    there, here = theirs.get("layers"), ours["layers"]
+    if there != here:
+        known = there if isinstance(there, Mapping) else {}
+        odd = [name for name in {**known, **here} if known.get(name) != here.get(name)]
+        raise ValueError(
+            f"the checkpoint's sparsifier has other layers: {odd[0]!r} is {known.get(odd[0], 'not there')} there, "
+            f"{here.get(odd[0], 'not there')} here ({len(odd)} differ); make it with the model, include and exclude of "
+            "the run that is resumed (layers frozen since are left out unless include names them)"
+        )
+    if saved["steps"] < 0 or not set(saved["aside"]) < set(here):
+        raise ValueError(
+            f"the checkpoint is broken: it says {saved['steps']} steps, and that of {len(here)} layers "
+            f"{list(saved['aside'])[:3]} take no part"
+        )
+
+
 def export(buckets: Sequence[Bucket]) -> dict[str, dict[str, Tensor]]:
     """Copies of what the buckets keep: ``{layer: {name: tensor}}``; a part of a layer comes as a DTensor."""
     saved: dict[str, dict[str, Tensor]] = {}

@@ -35,7 +35,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from rarefy._files import write_atomically
+from rarefy._files import read_shipped, shipped_names, write_atomically
 from rarefy.act.spec import formats
 from rarefy.act.spec.formats import Bits, Format
 
@@ -484,20 +484,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
+_SHIPPED = resources.files("rarefy.act") / "tables"
+
+
 def list_tables() -> list[str]:
     """List the names of the shipped tables."""
-    folder = resources.files("rarefy.act") / "tables"
-    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return shipped_names(_SHIPPED)
 
 
 def load(name: str | Path) -> Table:
     """Load a shipped table by its name, or a table from a ``.json`` file; raises ValueError when there is none."""
-    if str(name).endswith(".json"):
-        try:
-            return Table.from_json(Path(name).read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{str(name)!r} is not a table: it is not UTF-8 text") from None
-    entry = resources.files("rarefy.act") / "tables" / f"{name}.json"
-    if name not in list_tables():
-        raise ValueError(f"table must be a .json file or one of {', '.join(list_tables())}; got {str(name)!r}")
-    return Table.from_json(entry.read_text(encoding="utf-8"))
+    return Table.from_json(read_shipped(name, _SHIPPED, "table", "a table"))

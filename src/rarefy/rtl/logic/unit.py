@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rarefy._files import write_atomically
+from rarefy._files import read_shipped, shipped_names, write_atomically
 from rarefy.act.spec import error, formats, oracle
 from rarefy.act.spec.formats import Bits, Format
 from rarefy.act.spec.oracle import Function
@@ -350,20 +350,14 @@ class LogicUnit:
             raise ValueError(f"not a unit of logic: {type(problem).__name__}: {what}") from None
 
 
+_SHIPPED = resources.files("rarefy.rtl.logic") / "units"
+
+
 def names() -> list[str]:
     """List the names of the shipped units."""
-    folder = resources.files("rarefy.rtl.logic") / "units"
-    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return shipped_names(_SHIPPED)
 
 
 def load(name: str | Path) -> LogicUnit:
     """Load a shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
-    if str(name).endswith(".json"):
-        try:
-            return LogicUnit.from_json(Path(name).read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{str(name)!r} is not a unit of logic: it is not UTF-8 text") from None
-    entry = resources.files("rarefy.rtl.logic") / "units" / f"{name}.json"
-    if name not in names():
-        raise ValueError(f"unit must be a .json file or one of {', '.join(names())}; got {str(name)!r}")
-    return LogicUnit.from_json(entry.read_text(encoding="utf-8"))
+    return LogicUnit.from_json(read_shipped(name, _SHIPPED, "unit", "a unit of logic"))

@@ -14,9 +14,10 @@ from torch import Tensor
 from rarefy._names import unknown
 from rarefy.sparse import _checks
 from rarefy.sparse import distribution as spread
-from rarefy.sparse.base import Targeted
 from rarefy.sparse.budget import Budget
+from rarefy.sparse.families.targeted import Targeted
 from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k_each, within_budget
+from rarefy.sparse.schedules import cubic_ramp
 
 
 @dataclass(eq=False, repr=False)
@@ -88,6 +89,10 @@ class Budgeted(Targeted):
                 f"got {distribution!r}"
             )
         return distribution
+
+    def ramped(self, first: float, start: float, end: float) -> float:
+        """The density now on the cubic curve that leaves ``first`` at ``start`` and is the target's from ``end`` on."""
+        return first - (first - self.budget.goal) * cubic_ramp(self.progress, start, end)
 
     def live_counts(self, density: float) -> list[int]:
         """How many blocks of every layer live when the whole network has this density."""

@@ -21,7 +21,6 @@ from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.masks import count_all, separate, top_k_each
-from rarefy.sparse.schedules import cubic_ramp
 
 
 @dataclass(eq=False, repr=False)
@@ -184,11 +183,9 @@ class Projected(Budgeted, Latent):
             mine.copy_(new)
 
     def aim(self) -> float:
-        """The density that the schedule asks for now, in (0, 1]."""
+        """See :meth:`Sparsifier.aim`: d = 1 - (1 - d_T) ramp."""
         assert self.start is not None
-        if not self.end:
-            return self.budget.goal
-        return 1.0 - (1.0 - self.budget.goal) * cubic_ramp(self.progress, self.start, self.end)
+        return self.ramped(1.0, self.start, self.end) if self.end else self.budget.goal
 
     def _begin(self) -> None:
         for bucket in self._buckets:

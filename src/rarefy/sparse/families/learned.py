@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Targeted
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import PIController, log_error
 from rarefy.sparse.families.latent import Latent
+from rarefy.sparse.families.targeted import Targeted
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.masks import count_all, means, separate, top_k, within_budget
 

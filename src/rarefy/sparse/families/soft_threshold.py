@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from rarefy.kernels.thresholds import ThresholdedLayers
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Targeted
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import log_error
 from rarefy.sparse.families.latent import Latent
+from rarefy.sparse.families.targeted import Targeted
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.masks import (
     block_expand,

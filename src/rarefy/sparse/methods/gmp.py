@@ -20,7 +20,6 @@ from rarefy.sparse.base import Info
 from rarefy.sparse.budget import RAMP
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import count_all
-from rarefy.sparse.schedules import cubic_ramp
 
 
 @dataclass(eq=False, repr=False)
@@ -61,10 +60,8 @@ class GMP(Masked):
         self._initial_density = 1.0
 
     def aim(self) -> float:
-        """The density that the schedule asks for now, in (0, 1]."""
-        return self._initial_density - (self._initial_density - self.budget.goal) * cubic_ramp(
-            self.progress, self.start, self.end
-        )
+        """See :meth:`Sparsifier.aim`: d = d_0 - (d_0 - d_T) ramp."""
+        return self.ramped(self._initial_density, self.start, self.end)
 
     def initial_masks(self) -> list[Tensor]:
         """See :class:`Masked`: what the model has."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from rarefy.sparse import _checks
 from rarefy.sparse.base import Info
 from rarefy.sparse.methods.rigl import RigL
-from rarefy.sparse.schedules import cosine_decay, cubic_ramp
+from rarefy.sparse.schedules import cosine_decay
 
 
 @dataclass(eq=False, repr=False)
@@ -61,9 +61,8 @@ class GraNet(RigL):
         return self.random_masks(self.initial_density, self.seed)
 
     def aim(self) -> float:
-        """The density that the schedule asks for now, in (0, 1]."""
-        fall = self.initial_density - self.budget.goal
-        return self.initial_density - fall * cubic_ramp(self.progress, 0.0, self.end)
+        """See :meth:`Sparsifier.aim`: d = d_0 - (d_0 - d_T) ramp."""
+        return self.ramped(self.initial_density, 0.0, self.end)
 
     def update_masks(self) -> list[Tensor] | None:
         """See :class:`Masked`: prune as GMP, drop and grow as RigL."""
