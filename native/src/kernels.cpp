@@ -6,7 +6,7 @@
 #include "rarefy.h"
 
 // Every source that holds kernels, and every instruction set they are built for, best first.
-#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak)
+#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak) X(isa, int8)
 #if defined(RAREFY_X86)
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
@@ -38,7 +38,8 @@ bool runs(std::string_view isa) {
         const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         return base &&
-               (isa == "avx512" || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")));
+               (isa == "avx512" || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                                    __builtin_cpu_supports("avx512vnni")));
     }
 #endif
     return isa == "portable" || isa == "neon";

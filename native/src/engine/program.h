@@ -125,11 +125,23 @@ struct Chain {
     std::vector<Run> runs;
 };
 
-// Memory of one running thread.
+// Memory of one running thread: scratch, and behind it the arena.
 struct Workspace {
     std::unique_ptr<float, void (*)(void *)> memory{nullptr, nullptr};
     int64_t floats = 0;
     float *arena = nullptr, *scratch = nullptr;
+};
+
+// Workspaces that no run uses at the moment.
+class Pool {
+ public:
+    // One of so many floats, all zero when it is new; without memory where there is none.
+    Workspace take(int64_t scratch_floats, int64_t arena_floats);
+    void give(std::vector<Workspace> &&spaces);
+
+ private:
+    std::mutex mutex_;
+    std::vector<Workspace> idle_;
 };
 
 struct Plan {
@@ -166,8 +178,7 @@ struct rarefy_program {
     int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
     double tune_seconds = 0.0;
 
-    mutable std::mutex mutex;
-    mutable std::vector<rarefy::engine::Workspace> idle;
+    mutable rarefy::engine::Pool pool;
 
     int64_t scratch_floats() const { return packed_floats + sums_floats + discard_floats; }
 

@@ -1,40 +1,14 @@
 // Runs a program: hands out images, or the parts of one image's steps, to threads.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <system_error>
-#include <thread>
 
 #include "engine/program.h"
+#include "engine/threads.h"
 
 namespace rarefy::engine {
 
 namespace {
-
-// So many times a waiting thread looks before it lets others run. Not measured apart.
-constexpr int32_t SPINS = 4000;
-
-// Where threads wait for one another.
-class Barrier {
- public:
-    explicit Barrier(int32_t count) : count_(count) {}
-    void wait() {
-        if (count_ == 1) return;
-        const int32_t round = round_.load(std::memory_order_relaxed);
-        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-            waiting_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
-            return;
-        }
-        for (int32_t spin = 0; round_.load(std::memory_order_acquire) == round; ++spin)
-            if (spin > SPINS) std::this_thread::yield();
-    }
-
- private:
-    const int32_t count_;
-    std::atomic<int32_t> waiting_{0}, round_{0};
-};
 
 struct Runner {
     Frame frame;
@@ -83,74 +57,23 @@ struct Runner {
         (*begins)[move.value] = move.low;
     }
 
-    // All steps up to stage k for `images` images.
-    void run(int64_t k, int64_t at, int64_t images) {
-        const auto &stages = frame.plan->stages;
-        if (k > 0) {
-            const int64_t group = stages[k - 1].group;
-            for (int64_t i = 0; i < images; i += group) run(k - 1, at + i, std::min(group, images - i));
-        }
-        if (images == stages[k].group) return steps(stages[k], at, images);
-        for (int64_t i = 0; i < images; ++i) steps(stages[k], at + i, 1);
-    }
-
     void run_all(int64_t images) {
-        const auto &stages = frame.plan->stages;
-        const int64_t last = static_cast<int64_t>(stages.size()) - 1, group = stages[last].group;
-        for (int64_t i = 0; i < images; i += group) run(last, i, std::min(group, images - i));
+        over_stages(frame.plan->stages, images,
+                    [this](const Stage &stage, int64_t at, int64_t some) { steps(stage, at, some); });
     }
 };
 
-// Calls body(i) for i in [0, count) at the same time, each on a thread of its own; returns how many ran. Threads that
-// the system does not give are left out: body(i, n) learns how many there are.
-template <class F>
-void together(int32_t count, const F &body) {
-    std::atomic<int32_t> started{0};
-    std::vector<std::thread> helpers;
-    try {
-        for (int32_t i = 1; i < count; ++i) {
-            helpers.emplace_back([&, i] {
-                int32_t n;
-                while ((n = started.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
-                body(i, n);
-            });
-        }
-    } catch (const std::system_error &) {
-        // fewer do the work
-    }
-    const int32_t n = static_cast<int32_t>(helpers.size()) + 1;
-    started.store(n, std::memory_order_release);
-    body(0, n);
-    for (std::thread &helper : helpers) helper.join();
-}
-
-// An empty string, or which of the caller's buffers does not hold what the program's ports take.
-std::string check_buffers(const rarefy_program &program, const std::vector<int32_t> &ports,
-                          const rarefy_buffer *buffers, int32_t count, int64_t batch, const std::string &what) {
-    if (count != static_cast<int32_t>(ports.size()))
-        return "there must be " + std::to_string(ports.size()) + " " + what + "s, got " + std::to_string(count);
-    for (int32_t i = 0; i < count; ++i) {
-        const Node &node = program.steps[ports[i]].node;
-        const int64_t each = program.graph.values[node.kind == Kind::INPUT ? node.out : node.x].size(),
-                      floats = buffers[i].floats;
-        if (floats < 0 || floats % each || floats / each != batch || (floats && !buffers[i].data))
-            return what + " " + std::to_string(i) + " must have " + std::to_string(each) + " numbers for each of " +
-                   std::to_string(batch) + " images, got " + std::to_string(floats);
-    }
-    return "";
-}
-
 }  // namespace
 
-Workspace take(const rarefy_program &program, const Plan &plan) {
-    const int64_t floats = (plan.arena_floats + program.scratch_floats() + 1023) / 1024 * 1024;
+Workspace Pool::take(int64_t scratch_floats, int64_t arena_floats) {
+    const int64_t floats = (arena_floats + scratch_floats + 1023) / 1024 * 1024;
     {
-        const std::lock_guard<std::mutex> lock(program.mutex);
-        const auto found = std::find_if(program.idle.begin(), program.idle.end(),
-                                        [=](const Workspace &w) { return w.floats >= floats; });
-        if (found != program.idle.end()) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found =
+            std::find_if(idle_.begin(), idle_.end(), [=](const Workspace &w) { return w.floats >= floats; });
+        if (found != idle_.end()) {
             Workspace w = std::move(*found);
-            program.idle.erase(found);
+            idle_.erase(found);
             return w;
         }
     }
@@ -161,8 +84,17 @@ Workspace take(const rarefy_program &program, const Plan &plan) {
     w.memory = {memory, std::free};
     w.floats = floats;
     w.scratch = memory;
-    w.arena = memory + program.scratch_floats();
+    w.arena = memory + scratch_floats;
     return w;
+}
+
+void Pool::give(std::vector<Workspace> &&spaces) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (Workspace &w : spaces) idle_.push_back(std::move(w));
+}
+
+Workspace take(const rarefy_program &program, const Plan &plan) {
+    return program.pool.take(program.scratch_floats(), plan.arena_floats);
 }
 
 }  // namespace rarefy::engine
@@ -177,8 +109,16 @@ rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int
         return fail(error, size, "batch must be at least 0 and threads between 1 and 1024");
     if (seconds && second_count != static_cast<int64_t>(program->steps.size()))
         return fail(error, size, "there must be a number of seconds for each step");
-    std::string wrong = check_buffers(*program, program->inputs, read, input_count, batch, "input");
-    if (wrong.empty()) wrong = check_buffers(*program, program->outputs, written, output_count, batch, "output");
+    const auto sizes = [&](const std::vector<int32_t> &ports) {
+        std::vector<int64_t> all;
+        for (const int32_t port : ports) {
+            const Node &node = program->steps[port].node;
+            all.push_back(program->graph.values[node.kind == Kind::INPUT ? node.out : node.x].size());
+        }
+        return all;
+    };
+    std::string wrong = check_buffers(sizes(program->inputs), read, input_count, batch, "input");
+    if (wrong.empty()) wrong = check_buffers(sizes(program->outputs), written, output_count, batch, "output");
     if (!wrong.empty()) return fail(error, size, wrong);
     if (batch == 0) return 0;
     if (seconds) threads = 1;
@@ -196,38 +136,14 @@ rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int
         }
         std::vector<std::vector<int64_t>> begins(static_cast<size_t>(threads),
                                                  std::vector<int64_t>(plan.values.size(), 0));
-        std::atomic<Barrier *> shared{nullptr};
-        std::unique_ptr<Barrier> barrier;
-        together(threads, [&](int32_t i, int32_t n) {
-            Barrier alone(1);
-            Frame frame{program,
-                        &plan,
-                        begins[i].data(),
-                        spaces[apart ? i : 0].arena,
-                        spaces[i].scratch,
-                        inputs.data(),
-                        outputs.data(),
-                        0,
-                        0,
-                        1};
-            if (apart) {
-                const int64_t first = batch * i / n, last = batch * (i + 1) / n;
-                frame.first_image = first;
-                Runner{frame, &begins[i], &alone, seconds}.run_all(last - first);
-                return;
-            }
-            if (i == 0) {
-                barrier = std::make_unique<Barrier>(n);
-                shared.store(barrier.get(), std::memory_order_release);
-            }
-            Barrier *all;
-            while (!(all = shared.load(std::memory_order_acquire))) std::this_thread::yield();
-            frame.part = i;
-            frame.parts = n;
-            Runner{frame, &begins[i], all, seconds}.run_all(batch);
+        share_out(batch, threads, apart, [&](const Part &part, Barrier &barrier) {
+            const int32_t i = part.thread;
+            const Frame frame{program,           &plan,         begins[i].data(), spaces[apart ? i : 0].arena,
+                              spaces[i].scratch, inputs.data(), outputs.data(),   part.first_image,
+                              part.part,         part.parts};
+            Runner{frame, &begins[i], &barrier, seconds}.run_all(part.images);
         });
-        const std::lock_guard<std::mutex> lock(program->mutex);
-        for (Workspace &w : spaces) program->idle.push_back(std::move(w));
+        program->pool.give(std::move(spaces));
     } catch (const std::bad_alloc &) {
         return 1;
     }

@@ -1,0 +1,202 @@
+// One vector of B bytes for each instruction set, and the sums of its pixels. Included by int8_kernels.cpp only, in an
+// unnamed namespace.
+//
+// Unpacking interleaves within 128 bits, so the four vectors of int32 sums of B pixels hold, of every 16 pixels in
+// turn, pixels 0 to 3, 4 to 7, 8 to 11 and 12 to 15; packing them in the end brings the pixels back in order.
+#pragma once
+
+#if defined(__AVX512BW__) || defined(__AVX2__)
+
+#if defined(__AVX512BW__)
+typedef __m512i I;
+typedef __m512 F;
+#define RAREFY_V(op) _mm512_##op
+#define RAREFY_W(op) _mm512_##op##_si512
+#else
+typedef __m256i I;
+typedef __m256 F;
+#define RAREFY_V(op) _mm256_##op
+#define RAREFY_W(op) _mm256_##op##_si256
+#endif
+constexpr int B = sizeof(I);
+inline I bytes(const void *p) { return RAREFY_W(loadu)(reinterpret_cast<const I *>(p)); }
+inline void put(void *p, I v) { RAREFY_W(storeu)(reinterpret_cast<I *>(p), v); }
+inline I word(int32_t a) { return RAREFY_V(set1_epi32)(a); }
+inline I byte(uint8_t a) { return RAREFY_V(set1_epi8)(static_cast<char>(a)); }
+inline I select(I mask, I a, I b) { return RAREFY_W(or)(RAREFY_W (and)(mask, a), RAREFY_W(andnot)(mask, b)); }
+
+// Sums of B pixels of one row.
+struct Sums {
+    I a[4];
+};
+inline Sums sums_of(int32_t first) {
+    const I v = word(first);
+    return {{v, v, v, v}};
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int PAIRS = 0, STEP = 1;  // quads that are taken at a time
+#if defined(__AVX512VNNI__)
+inline I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
+#else
+inline I dot(I sum, I x, I w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
+#endif
+struct Weights {
+    I quad;
+    explicit Weights(const int8_t *w) {
+        int32_t four;
+        __builtin_memcpy(&four, w, 4);
+        quad = word(four);
+    }
+};
+inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
+    const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
+    const I l01 = RAREFY_V(unpacklo_epi8)(x0, x1), h01 = RAREFY_V(unpackhi_epi8)(x0, x1);
+    const I l23 = RAREFY_V(unpacklo_epi8)(x2, x3), h23 = RAREFY_V(unpackhi_epi8)(x2, x3);
+    s.a[0] = dot(s.a[0], RAREFY_V(unpacklo_epi16)(l01, l23), w.quad);
+    s.a[1] = dot(s.a[1], RAREFY_V(unpackhi_epi16)(l01, l23), w.quad);
+    s.a[2] = dot(s.a[2], RAREFY_V(unpacklo_epi16)(h01, h23), w.quad);
+    s.a[3] = dot(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23), w.quad);
+}
+#else
+constexpr int PAIRS = 1, STEP = 2;
+struct Weights {
+    I pair[4];
+    explicit Weights(const int8_t *w) {
+        for (int i = 0; i < 4; ++i) {
+            int32_t two;
+            __builtin_memcpy(&two, w + 4 * i, 4);
+            pair[i] = word(two);
+        }
+    }
+};
+// w0 x0 + w1 x1 + w2 x2 + w3 x3 in 16 bits: pixels 0 to 7 of every 16, and 8 to 15.
+inline __attribute__((always_inline)) void quad(const uint8_t *x, const int32_t *o, I w01, I w23, I &low, I &high) {
+    const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
+    low = RAREFY_V(add_epi16)(RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x0, x1), w01),
+                              RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x2, x3), w23));
+    high = RAREFY_V(add_epi16)(RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x0, x1), w01),
+                               RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x2, x3), w23));
+}
+// Two quads, whose 16-bit sums are widened together.
+inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
+    const I one = RAREFY_V(set1_epi16)(1);
+    I l0, h0, l1, h1;
+    quad(x, o, w.pair[0], w.pair[1], l0, h0);
+    quad(x, o + 4, w.pair[2], w.pair[3], l1, h1);
+    const auto widened = [&](I sum, I both) { return RAREFY_V(add_epi32)(sum, RAREFY_V(madd_epi16)(both, one)); };
+    s.a[0] = widened(s.a[0], RAREFY_V(unpacklo_epi16)(l0, l1));
+    s.a[1] = widened(s.a[1], RAREFY_V(unpackhi_epi16)(l0, l1));
+    s.a[2] = widened(s.a[2], RAREFY_V(unpacklo_epi16)(h0, h1));
+    s.a[3] = widened(s.a[3], RAREFY_V(unpackhi_epi16)(h0, h1));
+}
+#endif
+
+// The results of B pixels before they are rounded, in the order of the sums.
+struct Results {
+    F t[4];
+};
+inline F all(float a) { return RAREFY_V(set1_ps)(a); }
+inline F number(I v) { return RAREFY_V(cvtepi32_ps)(v); }
+inline __attribute__((always_inline)) Results results(const Sums &s, float multiplier, float bias) {
+    Results r;
+    for (int i = 0; i < 4; ++i) r.t[i] = RAREFY_V(add_ps)(RAREFY_V(mul_ps)(number(s.a[i]), all(multiplier)), all(bias));
+    return r;
+}
+inline __attribute__((always_inline)) void add_bytes(Results &r, const uint8_t *from, float factor) {
+    const I zero = RAREFY_W(setzero)(), v = bytes(from);
+    const I low = RAREFY_V(unpacklo_epi8)(v, zero), high = RAREFY_V(unpackhi_epi8)(v, zero);
+    const I x[4] = {RAREFY_V(unpacklo_epi16)(low, zero), RAREFY_V(unpackhi_epi16)(low, zero),
+                    RAREFY_V(unpacklo_epi16)(high, zero), RAREFY_V(unpackhi_epi16)(high, zero)};
+    for (int i = 0; i < 4; ++i) r.t[i] = RAREFY_V(add_ps)(r.t[i], RAREFY_V(mul_ps)(number(x[i]), all(factor)));
+}
+inline F clamped(F t, float low, float high) { return RAREFY_V(min_ps)(RAREFY_V(max_ps)(t, all(low)), all(high)); }
+inline __attribute__((always_inline)) I rounded(const Results &r, float low, float high) {
+    I i[4];
+    for (int k = 0; k < 4; ++k) i[k] = RAREFY_V(cvtps_epi32)(clamped(r.t[k], low, high));
+    return RAREFY_V(packus_epi16)(RAREFY_V(packs_epi32)(i[0], i[1]), RAREFY_V(packs_epi32)(i[2], i[3]));
+}
+inline void put_floats(const Results &r, float low, float high, float *out) {
+    alignas(64) float lanes[4][B / 4];
+    for (int k = 0; k < 4; ++k) RAREFY_V(store_ps)(lanes[k], clamped(r.t[k], low, high));
+    for (int i = 0; i < B; ++i) out[i] = lanes[i / 4 % 4][i / 16 * 4 + i % 4];
+}
+
+#undef RAREFY_V
+#undef RAREFY_W
+
+#else
+
+// Plain loops: the compiler makes of them what the machine has.
+constexpr int B = 32, PAIRS = 0, STEP = 1;
+struct I {
+    uint8_t x[B];
+};
+inline I bytes(const void *p) {
+    I v;
+    __builtin_memcpy(v.x, p, B);
+    return v;
+}
+inline void put(void *p, const I &v) { __builtin_memcpy(p, v.x, B); }
+inline I byte(uint8_t a) {
+    I v;
+    __builtin_memset(v.x, a, B);
+    return v;
+}
+inline I select(const I &mask, const I &a, const I &b) {
+    I v;
+    for (int i = 0; i < B; ++i) v.x[i] = static_cast<uint8_t>((mask.x[i] & a.x[i]) | (~mask.x[i] & b.x[i]));
+    return v;
+}
+struct Sums {
+    int32_t a[B];
+};
+inline Sums sums_of(int32_t first) {
+    Sums s;
+    for (int i = 0; i < B; ++i) s.a[i] = first;
+    return s;
+}
+struct Weights {
+    int16_t w[QUAD];
+    explicit Weights(const int8_t *from) {
+        for (int k = 0; k < QUAD; ++k) w[k] = from[k];
+    }
+};
+inline void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
+    // 127 * 255 < 2^15
+    for (int k = 0; k < QUAD; ++k) {
+        const uint8_t *p = x + o[k];
+        for (int i = 0; i < B; ++i) s.a[i] += static_cast<int16_t>(w.w[k] * static_cast<int16_t>(p[i]));
+    }
+}
+struct Results {
+    float t[B];
+};
+inline Results results(const Sums &s, float multiplier, float bias) {
+    Results r;
+    for (int i = 0; i < B; ++i) r.t[i] = static_cast<float>(s.a[i]) * multiplier + bias;
+    return r;
+}
+inline void add_bytes(Results &r, const uint8_t *from, float factor) {
+    for (int i = 0; i < B; ++i) r.t[i] = r.t[i] + static_cast<float>(from[i]) * factor;
+}
+inline float clamped(float t, float low, float high) {
+    const float above = t > low ? t : low;
+    return above < high ? above : high;
+}
+inline I rounded(const Results &r, float low, float high) {
+    I v;
+    for (int i = 0; i < B; ++i) {
+        // the last bits of 1.5 * 2^23 + t are the whole number nearest to t
+        const float t = clamped(r.t[i], low, high) + 12582912.0f;
+        uint32_t bits;
+        __builtin_memcpy(&bits, &t, 4);
+        v.x[i] = static_cast<uint8_t>(bits);
+    }
+    return v;
+}
+inline void put_floats(const Results &r, float low, float high, float *out) {
+    for (int i = 0; i < B; ++i) out[i] = clamped(r.t[i], low, high);
+}
+
+#endif

@@ -1,0 +1,59 @@
+// What the int8 kernels read and write; rarefy_int8.h says what they compute.
+//
+// A value lies in planes of bytes, one a channel. A plane's rows follow one another with a gap of zero points between
+// them, as wide as what reads the plane reaches beyond its edges, so a weight at any kernel position meets the pixels
+// of a whole tile at one offset, and neither tiles nor borders are copied: position p of a result is the sum over k of
+// w[k] * x[p + offset[k]]. What stands in a result's gaps is written by a mask. (A stride is a copy beforehand, into a
+// plane for every phase of it.)
+//
+// The weights of a row that are not zero are taken four at a time, any four: a *quad*, with an offset for each. Their
+// pixels are interleaved in registers,
+//
+//     sums[p] += w0 x0[p] + w1 x1[p] + w2 x2[p] + w3 x3[p]
+//
+// which is one instruction where the processor has VNNI. Elsewhere (`pairs`) vpmaddubsw adds w0 x0 + w1 x1 in 16 bits,
+// saturating; so the four of a quad are chosen such that what is positive among them adds up to at most 128, and what
+// is negative, too: 255 * 128 < 2^15, and nothing ever saturates.
+#pragma once
+
+#include <stdint.h>
+
+namespace rarefy {
+namespace int8 {
+
+enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, PAIR_LIMIT = 128 };
+
+// Rows of results for one tile of pixels.
+struct RowsCall {
+    const uint8_t *x;        // the tile's pixels in the first plane
+    const int8_t *weights;   // of each quad: w0 w1 w2 w3, or with pairs: w0 w1 w0 w1 w2 w3 w2 w3
+    const int32_t *offsets;  // four of each quad
+    const int64_t *starts;   // first quad of every row, and the number of quads; even with pairs
+    const int32_t *first;    // what each row's sums begin from
+    int64_t rows;
+    const float *multipliers, *biases;
+    float low, high;
+    uint8_t *y;  // at the tile; null for floats
+    int64_t y_stride;
+    float *floats;
+    int64_t floats_stride;
+    const uint8_t *residual;  // null: none
+    int64_t residual_stride;
+    float other;
+    const uint8_t *mask;  // null, or 255 for each position of the tile that is a pixel
+    uint8_t zero_point;   // of the others
+};
+typedef void Rows(const RowsCall *);
+
+struct Kernels {
+    int32_t pixels;             // of a vector
+    int32_t pairs;              // 1: quads must not saturate, and have eight bytes
+    Rows *rows[MOST_TILE + 1];  // for tiles of 1 .. MOST_TILE vectors; null where there is none
+    // sum_k w[k] x[k], for `count` weights, a multiple of 32
+    int32_t (*dot)(const uint8_t *x, const int8_t *w, int64_t count);
+    // the same with x[index[k]]
+    int32_t (*dot_sparse)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
+};
+
+}  // namespace int8
+}  // namespace rarefy

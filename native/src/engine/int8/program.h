@@ -1,0 +1,123 @@
+// What an int8 program is made of.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "engine/int8/kernels.h"
+#include "engine/program.h"
+#include "rarefy_int8.h"
+
+namespace rarefy::int8 {
+
+using engine::Graph;
+using engine::Kind;
+using engine::Node;
+using engine::Shape;
+using engine::Window;
+
+// How far apart the rows and the images of planes of one size are.
+struct Gaps {
+    int32_t columns = 0, rows = 0;
+};
+
+// Where a value lies: pixel (y, x) of channel c in image i is the byte
+//     offset + c * stride + ((i modulo group) * (height + gaps.rows) + y) * row() + x
+// A value of floats has four bytes for each of these.
+struct Value {
+    Shape shape;
+    int32_t group = 1;  // images that it holds
+    Gaps gaps;
+    bool around = false;  // what reads it looks beyond the edges: the gaps hold the zero point
+    bool floats = false;
+    uint8_t zero_point = 0;
+    int64_t stride = 0, offset = 0;
+
+    int64_t row() const { return int64_t{shape.width} + gaps.columns; }
+    int64_t image() const { return (int64_t{shape.height} + gaps.rows) * row(); }
+    // From the first pixel of `images` images to behind the last one's row.
+    int64_t positions(int64_t images) const { return images * image() - gaps.rows * row(); }
+    // What may be read on both sides of a plane's positions.
+    int64_t margin() const { return gaps.rows * row() + gaps.columns; }
+};
+
+// The weights of a convolution that are not zero: as quads of every row, or of vectors as numbers for dot products.
+struct Weights {
+    std::vector<int8_t> values;
+    std::vector<int32_t> offsets;  // of quads
+    std::vector<uint16_t> index;   // of sparse vectors
+    std::vector<int64_t> starts;   // of rows
+    int64_t bytes() const {
+        return static_cast<int64_t>(values.size() + 4 * offsets.size() + 2 * index.size() + 8 * starts.size());
+    }
+};
+
+// How far a kernel reaches beyond the pixel that it is for, along an axis.
+struct Reach {
+    int32_t low = 0, high = 0;
+};
+
+struct Step {
+    Node node;                   // with the values of the program, not of the builder
+    int32_t source;              // the builder's step
+    int32_t group;               // images at once
+    bool phases = false;         // a copy of x for a convolution that is strided or changes the planes' size
+    std::vector<int32_t> which;  // phases: those that are there, stride[1] * row + column
+    Reach reach[2];              // phases: of the kernel
+    std::vector<int32_t> operands;
+    rarefy_int8_step result;             // its pointers are not used
+    bool vector = false, dense = false;  // conv: by dot products, with all weights
+    Weights weights;
+    std::vector<int32_t> first;  // conv: -zero_x * the sum of a row's weights
+    std::vector<float> multipliers, biases;
+    std::vector<uint8_t> table;
+    std::vector<uint8_t> mask_one, mask_group;  // conv: pixels among the positions of one image and of a group's, where
+                                                // the gaps between them are read
+    int64_t total_weights = 0, nonzeros = 0;
+};
+
+}  // namespace rarefy::int8
+
+struct rarefy_int8_program {
+    rarefy::engine::Graph graph;  // the builder's, without weights
+    const rarefy::int8::Kernels *kernels = nullptr;
+    std::string isa;
+    std::vector<rarefy::int8::Value> values;
+    std::vector<rarefy::int8::Step> steps;
+    std::vector<rarefy::engine::Stage> stages;  // of these steps
+    std::vector<int32_t> inputs, outputs;       // steps
+    int64_t arena_bytes = 0, scratch_bytes = 0;
+
+    mutable rarefy::engine::Pool pool;
+};
+
+namespace rarefy::int8 {
+
+// Makes the values and the steps of a graph, and says where values lie; an empty string, or what cannot be.
+std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_step *steps);
+
+// Makes the weights of a convolution whose steps are planned.
+void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);
+
+// How the kernel position k of an axis meets the input: output pixel i reads pixel i + shift of the given phase.
+struct Tap {
+    int32_t phase, shift;
+};
+Tap tap_of(const Window &window, int axis, int32_t k);
+
+// Whether a convolution reads the planes of x as they lie, without a copy.
+bool in_place(const Window &window);
+
+// One thread's view of a run.
+struct Frame {
+    const rarefy_int8_program *program;
+    uint8_t *arena, *scratch;
+    const float *const *inputs;
+    float *const *outputs;
+    int64_t first_image;  // of this thread's share
+    int32_t part, parts;  // this thread among those that work on the same images
+};
+void run_step(const Frame &frame, const Step &step, int64_t at, int64_t images);
+
+}  // namespace rarefy::int8

@@ -1,0 +1,482 @@
+// What each step of an int8 program does with the values of a run.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine/int8/program.h"
+
+namespace rarefy::int8 {
+
+namespace {
+
+// Where a value's pixels of the images from `image` on are.
+struct View {
+    const Value *value;
+    uint8_t *at;
+    uint8_t *plane(int64_t c) const { return at + c * value->stride; }
+    uint8_t *line(int64_t c, int64_t image, int64_t y) const {
+        return plane(c) + image * value->image() + y * value->row();
+    }
+};
+
+View view(const Frame &f, int32_t id, int64_t image) {
+    const Value &v = f.program->values[id];
+    return {&v, f.arena + v.offset + image % v.group * v.image()};
+}
+
+// The same of a value of floats, which has a float for each byte of another.
+float *floats(const Frame &f, const View &v) {
+    uint8_t *begin = f.arena + v.value->offset;
+    return reinterpret_cast<float *>(begin) + (v.at - begin);
+}
+
+// This thread's share of count things.
+struct Share {
+    int64_t from, to;
+    Share(const Frame &f, int64_t count) : from(count * f.part / f.parts), to(count * (f.part + 1) / f.parts) {}
+};
+
+float clamped(float t, float low, float high) {
+    const float above = t > low ? t : low;
+    return above < high ? above : high;
+}
+
+// The whole number nearest to t, ties to even: the last bits of 1.5 * 2^23 + t. Low and high are from 0 to 255.
+uint8_t rounded(float t, float low, float high) {
+    const float sum = clamped(t, low, high) + 12582912.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &sum, sizeof bits);
+    return static_cast<uint8_t>(bits);
+}
+
+// Zero points around the images of a plane, where they are read: before the first image of a group, and behind each.
+// What follows a plane's last image is what stands before the next plane.
+void surround(const View &y, int64_t c, int64_t at, int64_t images) {
+    const Value &v = *y.value;
+    if (!v.around) return;
+    const size_t margin = static_cast<size_t>(v.margin());
+    uint8_t *plane = y.plane(c);
+    if (at % v.group == 0) std::memset(plane - margin, v.zero_point, margin);
+    const bool last = at % v.group + images == v.group;
+    if (!last || c == v.shape.channels - 1) std::memset(plane + v.positions(images), v.zero_point, margin);
+}
+
+// The same, and between the rows and the images of a plane.
+void fill_gaps(const View &y, int64_t c, int64_t at, int64_t images) {
+    const Value &v = *y.value;
+    if (!v.around) return;
+    surround(y, c, at, images);
+    for (int64_t i = 0; i < images; ++i) {
+        for (int64_t row = 0; row + 1 < v.shape.height; ++row)
+            std::memset(y.line(c, i, row) + v.shape.width, v.zero_point, static_cast<size_t>(v.gaps.columns));
+        if (i + 1 < images)
+            std::memset(y.line(c, i, v.shape.height - 1) + v.shape.width, v.zero_point,
+                        static_cast<size_t>(v.margin()));
+    }
+}
+
+void vector(const Frame &f, const Step &s, int64_t at) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const int64_t channels = x.value->shape.channels;
+    const uint8_t *line = x.at;
+    if (x.value->stride != 1) {
+        for (int64_t c = 0; c < channels; ++c) f.scratch[c] = *x.plane(c);
+        line = f.scratch;
+    }
+    const Share mine(f, y.value->shape.channels);
+    for (int64_t r = mine.from; r < mine.to; ++r) {
+        const int64_t from = s.weights.starts[r], count = s.weights.starts[r + 1] - from;
+        const int8_t *w = s.weights.values.data() + from;
+        const int32_t sum =
+            s.first[r] + (s.dense ? f.program->kernels->dot(line, w, count)
+                                  : f.program->kernels->dot_sparse(line, w, s.weights.index.data() + from, count));
+        float t = static_cast<float>(sum) * s.multipliers[r];
+        t = t + s.biases[r];
+        if (s.node.other_operand >= 0) {
+            const float residual = static_cast<float>(*view(f, s.node.other_operand, at).plane(r)) * s.result.other;
+            t = t + residual;
+        }
+        if (y.value->floats) floats(f, y)[r * y.value->stride] = clamped(t, s.result.low, s.result.high);
+        else *y.plane(r) = rounded(t, s.result.low, s.result.high);
+    }
+}
+
+// Rows of results that are first written elsewhere, since their planes are shorter than vectors are.
+enum { SOME_ROWS = 16 };
+
+class Conv {
+ public:
+    Conv(const Frame &f, const Step &s, int64_t at, int64_t images)
+        : f_(f), s_(s), kernels_(*f.program->kernels), x_(view(f, s.node.x, at)), y_(view(f, s.node.out, at)),
+          positions_(y_.value->positions(images)) {
+        const std::vector<uint8_t> &mask = images == 1 ? s.mask_one : s.mask_group;
+        mask_ = mask.empty() ? nullptr : mask.data();
+        if (s.node.other_operand >= 0) residual_ = view(f, s.node.other_operand, at);
+        if (y_.value->floats) floats_ = floats(f, y_);
+        call_.weights = s.weights.values.data();
+        call_.offsets = s.weights.offsets.data();
+        call_.low = s.result.low;
+        call_.high = s.result.high;
+        call_.other = s.result.other;
+        call_.zero_point = y_.value->zero_point;
+        call_.y_stride = call_.floats_stride = y_.value->stride;
+    }
+
+    void rows(int64_t from, int64_t to) {
+        if (from >= to) return;
+        if (y_.value->stride < MOST_PIXELS) return apart(from, to);
+        // the last vectors of a plane reach into the next one, which may be another thread's
+        const int64_t whole = f_.parts > 1 ? to - 1 : to;
+        tiles([&](int64_t position, Rows *kernel, int64_t) {
+            put_results(position, from);
+            call(kernel, position, from, whole);
+        });
+        apart(whole, to);
+    }
+
+ private:
+    template <class F>
+    void tiles(const F &body) const {
+        const int64_t pixels = kernels_.pixels, vectors = (positions_ + pixels - 1) / pixels;
+        for (int64_t v = 0, count; v < vectors; v += count) {
+            count = MOST_TILE;
+            while (count > vectors - v || !kernels_.rows[count]) --count;
+            body(v * pixels, kernels_.rows[count], std::min(count * pixels, positions_ - v * pixels));
+        }
+    }
+
+    void put_results(int64_t position, int64_t row) {
+        call_.y = floats_ ? nullptr : y_.plane(row) + position;
+        call_.floats = floats_ ? floats_ + row * y_.value->stride + position : nullptr;
+    }
+
+    void call(Rows *kernel, int64_t position, int64_t from, int64_t to) {
+        if (from >= to) return;
+        call_.x = x_.at + position;
+        call_.starts = s_.weights.starts.data() + from;
+        call_.first = s_.first.data() + from;
+        call_.rows = to - from;
+        call_.multipliers = s_.multipliers.data() + from;
+        call_.biases = s_.biases.data() + from;
+        call_.mask = mask_ ? mask_ + position : nullptr;
+        if (residual_.value) {
+            call_.residual = residual_.plane(from) + position;
+            call_.residual_stride = residual_.value->stride;
+        }
+        kernel(&call_);
+    }
+
+    // Rows whose vectors are written elsewhere first.
+    void apart(int64_t from, int64_t to) {
+        constexpr int64_t WIDTH = MOST_TILE * MOST_PIXELS;
+        float *some = reinterpret_cast<float *>(f_.scratch);
+        for (; from < to; from += SOME_ROWS) {
+            const int64_t end = std::min<int64_t>(to, from + SOME_ROWS);
+            const size_t size = floats_ ? sizeof(float) : 1;
+            tiles([&](int64_t position, Rows *kernel, int64_t count) {
+                call_.y = floats_ ? nullptr : f_.scratch;
+                call_.floats = floats_ ? some : nullptr;
+                call_.y_stride = call_.floats_stride = WIDTH;
+                call(kernel, position, from, end);
+                for (int64_t r = from; r < end; ++r) {
+                    put_results(position, r);
+                    std::memcpy(floats_ ? static_cast<void *>(call_.floats) : call_.y,
+                                f_.scratch + static_cast<size_t>((r - from) * WIDTH) * size,
+                                static_cast<size_t>(count) * size);
+                }
+            });
+        }
+        call_.y_stride = call_.floats_stride = y_.value->stride;
+    }
+
+    const Frame &f_;
+    const Step &s_;
+    const Kernels &kernels_;
+    const View x_, y_;
+    const int64_t positions_;
+    View residual_ = {nullptr, nullptr};
+    const uint8_t *mask_;
+    float *floats_ = nullptr;
+    RowsCall call_ = {};
+};
+
+void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    if (s.vector) {
+        for (int64_t i = 0; i < images; ++i) vector(f, s, at + i);
+        return;
+    }
+    const View y = view(f, s.node.out, at);
+    const Share mine(f, y.value->shape.channels);
+    Conv(f, s, at, images).rows(mine.from, mine.to);
+    if (!y.value->floats)
+        for (int64_t r = mine.from; r < mine.to; ++r) surround(y, r, at, images);
+}
+
+// out[i] = x[i * step], for n of them.
+void every(const uint8_t *x, int64_t step, uint8_t *out, int64_t n) {
+    if (step == 1) std::memcpy(out, x, static_cast<size_t>(n));
+    else if (step == 2)
+        for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
+    else
+        for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
+}
+
+// Plane by plane what each phase of a stride sees of it.
+void phases(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const Window &w = s.node.window;
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const int64_t count = static_cast<int64_t>(s.which.size());
+    const Value &to = *y.value;
+    const Share mine(f, x.value->shape.channels);
+    for (int64_t c = mine.from * count; c < mine.to * count; ++c) {
+        const int32_t phase = s.which[c % count], first_y = phase / w.stride[1], first_x = phase % w.stride[1];
+        const int64_t columns = first_x < w.in_w ? (w.in_w - first_x - 1) / w.stride[1] + 1 : 0;
+        const int64_t lines = first_y < w.in_h ? (w.in_h - first_y - 1) / w.stride[0] + 1 : 0;
+        // what a kernel meets beyond the last pixel of the result may be pixels, too
+        const int64_t n = std::min<int64_t>(columns, w.out_w + s.reach[1].high);
+        const int64_t rows = std::min<int64_t>(lines, w.out_h + s.reach[0].high);
+        const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
+                      after = s.reach[0].high * to.row() + s.reach[1].high;
+        for (int64_t i = 0; i < images; ++i) {
+            uint8_t *first = y.line(c, i, 0);
+            std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
+            for (int64_t row = 0; row < rows; ++row)
+                every(x.line(c / count, i, row * w.stride[0] + first_y) + first_x, w.stride[1], first + row * to.row(),
+                      n);
+        }
+    }
+}
+
+void input(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View y = view(f, s.node.out, at);
+    const Shape &shape = y.value->shape;
+    int32_t number = 0;
+    while (&f.program->steps[f.program->inputs[number]] != &s) ++number;
+    const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
+    const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
+    const float zero = static_cast<float>(s.result.zero_point);
+    const Share mine(f, shape.channels);
+    for (int64_t c = mine.from; c < mine.to; ++c) {
+        for (int64_t i = 0; i < images; ++i) {
+            const float *in = f.inputs[number] + (f.first_image + at + i) * shape.size() + c * c_step;
+            for (int64_t row = 0; row < shape.height; ++row) {
+                uint8_t *line = y.line(c, i, row);
+                const float *from = in + row * shape.width * p_step;
+                for (int64_t p = 0; p < shape.width; ++p) {
+                    float t = from[p * p_step] * s.result.multiplier;
+                    t = t + s.result.bias;
+                    line[p] = rounded(t == t ? t : zero, s.result.low, s.result.high);
+                }
+            }
+        }
+        fill_gaps(y, c, at, images);
+    }
+}
+
+void output(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at);
+    const Value &v = *x.value;
+    int32_t number = 0;
+    while (&f.program->steps[f.program->outputs[number]] != &s) ++number;
+    const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
+    const int64_t c_step = last ? 1 : v.shape.pixels(), p_step = last ? v.shape.channels : 1;
+    const int32_t zero = v.zero_point;
+    const Share mine(f, v.shape.channels);
+    for (int64_t c = mine.from; c < mine.to; ++c)
+        for (int64_t i = 0; i < images; ++i) {
+            float *out = f.outputs[number] + (f.first_image + at + i) * v.shape.size() + c * c_step;
+            for (int64_t row = 0; row < v.shape.height; ++row) {
+                const uint8_t *line = x.line(c, i, row);
+                float *to = out + row * v.shape.width * p_step;
+                if (v.floats) {
+                    const float *from = floats(f, x) + (line - x.at);
+                    for (int64_t p = 0; p < v.shape.width; ++p) to[p * p_step] = from[p];
+                } else {
+                    for (int64_t p = 0; p < v.shape.width; ++p)
+                        to[p * p_step] = static_cast<float>(line[p] - zero) * s.result.multiplier;
+                }
+            }
+        }
+}
+
+// The rows of x that a window meets, and how far along a row its columns are inside.
+void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const Window &w = s.node.window;
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const int32_t zero = x.value->zero_point;
+    // the sums or maxima down the columns
+    int32_t *down = reinterpret_cast<int32_t *>(f.scratch);
+    const Share mine(f, y.value->shape.channels);
+    for (int64_t c = mine.from; c < mine.to; ++c) {
+        for (int64_t i = 0; i < images; ++i) {
+            for (int64_t row = 0; row < w.out_h; ++row) {
+                int32_t inside_rows = 0;
+                std::fill(down, down + w.in_w, 0);
+                for (int32_t k = 0; k < w.kernel[0]; ++k) {
+                    const int64_t from = row * w.stride[0] + int64_t{k} * w.dilation[0] - w.top;
+                    if (from < 0 || from >= w.in_h) continue;
+                    ++inside_rows;
+                    const uint8_t *line = x.line(c, i, from);
+                    if (s.node.average)
+                        for (int32_t p = 0; p < w.in_w; ++p) down[p] += line[p];
+                    else
+                        for (int32_t p = 0; p < w.in_w; ++p) down[p] = std::max<int32_t>(down[p], line[p]);
+                }
+                uint8_t *out = y.line(c, i, row);
+                for (int32_t p = 0; p < w.out_w; ++p) {
+                    int32_t result = 0, inside = 0;
+                    for (int32_t k = 0; k < w.kernel[1]; ++k) {
+                        const int32_t from = p * w.stride[1] + k * w.dilation[1] - w.left;
+                        if (from < 0 || from >= w.in_w) continue;
+                        ++inside;
+                        result = s.node.average ? result + down[from] : std::max(result, down[from]);
+                    }
+                    if (!s.node.average) {
+                        out[p] = static_cast<uint8_t>(result);
+                        continue;
+                    }
+                    inside *= inside_rows;
+                    const double counted = s.node.count_padding ? w.taps() : inside;
+                    const float factor = static_cast<float>(s.result.ratio / counted);
+                    const float bias =
+                        static_cast<float>(s.result.zero_point - zero * s.result.ratio * inside / counted);
+                    float t = static_cast<float>(result) * factor;
+                    t = t + bias;
+                    out[p] = rounded(t, s.result.low, s.result.high);
+                }
+            }
+        }
+        fill_gaps(y, c, at, images);
+    }
+}
+
+void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const Shape &shape = x.value->shape;
+    const float factor = static_cast<float>(s.result.ratio / static_cast<double>(shape.pixels()));
+    const float bias = static_cast<float>(s.result.zero_point - x.value->zero_point * s.result.ratio);
+    const Share mine(f, shape.channels);
+    for (int64_t c = mine.from; c < mine.to; ++c) {
+        for (int64_t i = 0; i < images; ++i) {
+            int64_t sum = 0;
+            for (int64_t row = 0; row < shape.height; ++row) {
+                const uint8_t *line = x.line(c, i, row);
+                for (int64_t p = 0; p < shape.width; ++p) sum += line[p];
+            }
+            float t = static_cast<float>(sum) * factor;
+            t = t + bias;
+            *y.line(c, i, 0) = rounded(t, s.result.low, s.result.high);
+        }
+        fill_gaps(y, c, at, images);
+    }
+}
+
+void binary(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), other = view(f, s.node.other_operand, at), y = view(f, s.node.out, at);
+    const Shape &shape = y.value->shape;
+    const bool broadcast = !(other.value->shape == shape);
+    const int32_t zero_x = x.value->zero_point, zero_y = other.value->zero_point;
+    const rarefy_int8_step r = s.result;
+    const Share mine(f, shape.channels);
+    const auto result = [&](int32_t a, int32_t b) {
+        float t;
+        if (s.node.multiply) {
+            t = static_cast<float>((a - zero_x) * (b - zero_y)) * r.multiplier;
+            t = t + r.bias;
+        } else {
+            t = static_cast<float>(a) * r.multiplier;
+            t = t + r.bias;
+            const float second = static_cast<float>(b) * r.other;
+            t = t + second;
+        }
+        return rounded(t, r.low, r.high);
+    };
+    for (int64_t c = mine.from; c < mine.to; ++c) {
+        for (int64_t i = 0; i < images; ++i)
+            for (int64_t row = 0; row < shape.height; ++row) {
+                const uint8_t *a = x.line(c, i, row), *b = other.line(c, i, broadcast ? 0 : row);
+                uint8_t *out = y.line(c, i, row);
+                if (broadcast)
+                    for (int64_t p = 0; p < shape.width; ++p) out[p] = result(a[p], *b);
+                else
+                    for (int64_t p = 0; p < shape.width; ++p) out[p] = result(a[p], b[p]);
+            }
+        fill_gaps(y, c, at, images);
+    }
+}
+
+// Calls body(line of x, line of y) for every row of the channels [from, to), y's being `first` further.
+template <class F>
+void over_lines(const Frame &f, const View &x, const View &y, int64_t first, int64_t at, int64_t images,
+                const F &body) {
+    const Share mine(f, x.value->shape.channels);
+    for (int64_t c = mine.from; c < mine.to; ++c) {
+        for (int64_t i = 0; i < images; ++i)
+            for (int64_t row = 0; row < x.value->shape.height; ++row) body(x.line(c, i, row), c, i, row);
+        fill_gaps(y, first + c, at, images);
+    }
+}
+
+void table(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    over_lines(f, x, y, 0, at, images, [&](const uint8_t *line, int64_t c, int64_t i, int64_t row) {
+        uint8_t *out = y.line(c, i, row);
+        for (int64_t p = 0; p < x.value->shape.width; ++p) out[p] = s.table[line[p]];
+    });
+}
+
+void concat(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View y = view(f, s.node.out, at);
+    int64_t first = 0;
+    for (const int32_t id : s.operands) {
+        const View x = view(f, id, at);
+        const size_t width = static_cast<size_t>(x.value->shape.width);
+        over_lines(f, x, y, first, at, images, [&](const uint8_t *line, int64_t c, int64_t i, int64_t row) {
+            std::memcpy(y.line(first + c, i, row), line, width);
+        });
+        first += x.value->shape.channels;
+    }
+}
+
+void upsample(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const int64_t fh = s.node.window.stride[0], fw = s.node.window.stride[1];
+    over_lines(f, x, y, 0, at, images, [&](const uint8_t *line, int64_t c, int64_t i, int64_t row) {
+        for (int64_t again = 0; again < fh; ++again) {
+            uint8_t *out = y.line(c, i, row * fh + again);
+            for (int64_t p = 0; p < x.value->shape.width; ++p) std::fill_n(out + p * fw, fw, line[p]);
+        }
+    });
+}
+
+void flatten(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
+    const Shape &in = x.value->shape;
+    const Share mine(f, in.channels);
+    for (int64_t c = mine.from; c < mine.to; ++c)
+        for (int64_t p = 0; p < in.pixels(); ++p) {
+            for (int64_t i = 0; i < images; ++i)
+                *y.line(c * in.pixels() + p, i, 0) = x.line(c, i, p / in.width)[p % in.width];
+            fill_gaps(y, c * in.pixels() + p, at, images);
+        }
+}
+
+}  // namespace
+
+void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    if (s.phases) return phases(f, s, at, images);
+    switch (s.node.kind) {
+        case Kind::INPUT: return input(f, s, at, images);
+        case Kind::CONV: return conv(f, s, at, images);
+        case Kind::POOL: return pool(f, s, at, images);
+        case Kind::GLOBAL_AVERAGE: return global_average(f, s, at, images);
+        case Kind::BINARY: return binary(f, s, at, images);
+        case Kind::AFFINE: return table(f, s, at, images);
+        case Kind::CONCAT: return concat(f, s, at, images);
+        case Kind::UPSAMPLE: return upsample(f, s, at, images);
+        case Kind::FLATTEN: return flatten(f, s, at, images);
+        default: return output(f, s, at, images);
+    }
+}
+
+}  // namespace rarefy::int8
