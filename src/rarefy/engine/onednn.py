@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.engine.functions import activate, symmetric_padding
 from rarefy.engine.plan import Conv
-from rarefy.engine.reference import activate, symmetric_padding
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,13 @@ channels, as in PyTorch. Weights are part of the step that uses them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +41,23 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """What the bytes q of a quantised value mean: ``scale * (q - zero_point)``.
+
+    ``scale`` is a float32 number above 0, ``zero_point`` in 0..255; :mod:`rarefy.engine.int8` has the arithmetic.
+    """
+
+    scale: float
+    zero_point: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.scale < math.inf and self.scale == float(np.float32(self.scale))):
+            raise ValueError(f"the scale of a quantised value must be a float32 number above 0, got {self.scale!r}")
+        if type(self.zero_point) is not int or not 0 <= self.zero_point <= 255:
+            raise ValueError(f"the zero point of a quantised value must be in 0..255, got {self.zero_point!r}")
+
+
+@dataclass(frozen=True)
 class Value:
     """What is known of a value before it is there.
 
@@ -48,11 +67,13 @@ class Value:
         dtype: of its elements.
         rows: its axes but the last, as the graph writes their sizes for any batch: values where they are the same have
             as many rows.
+        quantized: what its bytes mean; None where it is not quantised.
     """
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype
     rows: str = ""
+    quantized: Quantized | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,7 +99,7 @@ class Conv(Step):
     """``activation(conv(input, weight) + bias + residual)``: (B, in, [[D,] H,] W) -> (B, out, [[D',] H',] W').
 
     ``weight`` is (out, in / groups, *kernel) float32; stride, dilation and padding have one entry an axis, a padding is
-    (before, after), of zeros.
+    (before, after), of zeros. In int8 ``weight_scale`` is (out,), and every weight a whole number times its channel's.
     """
 
     input: str
@@ -90,6 +111,7 @@ class Conv(Step):
     groups: int = 1
     residual: str | None = None
     activation: Activation = "none"
+    weight_scale: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102
@@ -102,13 +124,17 @@ class Conv(Step):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Linear(Step):
-    """``activation(input @ weight^T + bias + residual)``: (..., in) -> (..., out); ``weight`` is (out, in) float32."""
+    """``activation(input @ weight^T + bias + residual)``: (..., in) -> (..., out).
+
+    ``weight`` is (out, in) float32; ``weight_scale`` as that of :class:`Conv`.
+    """
 
     input: str
     weight: Tensor
     bias: Tensor | None = None
     residual: str | None = None
     activation: Activation = "none"
+    weight_scale: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102
@@ -220,6 +246,40 @@ class Flatten(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Quantize(Step):
+    """The bytes nearest to float32 numbers, by the quantisation of the value that it makes."""
+
+    input: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dequantize(Step):
+    """The float32 numbers that bytes stand for, by the quantisation of the value that it reads."""
+
+    input: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Table(Step):
+    """A byte for every byte: any function of quantised values, also to another quantisation; (256,) uint8."""
+
+    input: str
+    table: Tensor
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Operator(Step):
     """An operator that PyTorch runs, as ``torch.ops`` names it: ``aten.softmax.int``.
 
@@ -241,6 +301,8 @@ class Operator(Step):
 
 #: The steps that a native kernel may compute.
 NATIVE = (Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten)
+#: The steps on quantised values alone, and those into and out of them.
+INT8 = (Quantize, Dequantize, Table)
 #: The steps with weights.
 Layer: TypeAlias = Conv | Linear
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, activate, symmetric_padding
+from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
     Activation,
     Affine,
@@ -45,26 +47,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "python.sym_int": torch.sym_int,
 }
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "leaky_relu": F.leaky_relu,
-}
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d}
-
-
-def activate(x: Tensor, function: Activation) -> Tensor:
-    """The activation function of every element."""
-    return _ACTIVATIONS[function](x)
 
 
 @functools.cache
@@ -118,15 +101,17 @@ def binding(target: str) -> Callable[..., Any]:
     return _BINDINGS.get(target) or resolve(target)
 
 
-def bind(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
+def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
     """What computes a step, and the arguments to call it with: plain ones, and a :class:`Ref` for each value."""
     match step:
+        case Int8():
+            compute: Callable[..., Any] = step.run
         case Conv():
-            compute: Callable[..., Any] = functools.partial(_conv, step)
+            compute = functools.partial(_conv, step)
         case Linear():
             compute = functools.partial(_linear, step)
         case Affine():
-            compute = _ACTIVATIONS[step.activation] if step.kind == "activation" else functools.partial(_affine, step)
+            compute = ACTIVATIONS[step.activation] if step.kind == "activation" else functools.partial(_affine, step)
         case Binary():
             both = torch.add if step.op == "add" else torch.mul
             compute = both if step.activation == "none" else functools.partial(_binary, both, step.activation)
@@ -154,33 +139,31 @@ def _are_plain(axis: int, bounds: Sequence[Any]) -> bool:
     return axis >= 0 and len(bounds) in (2, 3) and all(each is None or isinstance(each, int) for each in bounds)
 
 
-def run_step(step: Step, values: Mapping[str, Any]) -> Any:
+def run_step(step: Step | Int8, values: Mapping[str, Any]) -> Any:
     """What a step makes of the values that it reads (and the constants, for an :class:`Operator`)."""
     compute, args, kwargs = bind(step)
     return compute(*_given(args, values), **{name: _given(value, values) for name, value in kwargs.items()})
 
 
+def items(plan: Plan) -> tuple[Step | Int8, ...]:
+    """The steps of a plan as they are run: those on quantised values with the quantisation of these."""
+    return tuple(item(plan, step) for step in plan.steps)
+
+
 def run(plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a plan. Values are freed as soon as no step needs them any more."""
     values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, inputs, strict=True))}
-    for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
+    for step, freed in zip(items(plan), plan.last_uses(), strict=True):
         values[step.output] = run_step(step, values)
         for name in freed:
             del values[name]
     return [values[name] for name in plan.outputs]
 
 
-def symmetric_padding(step: Conv) -> tuple[list[int], tuple[int, ...]]:
-    """What to pad the input with before the convolution, as ``F.pad`` takes it, and then the convolution's padding."""
-    if any(before != after for before, after in step.padding):
-        return [size for pair in reversed(step.padding) for size in pair], (0,) * len(step.padding)
-    return [], tuple(before for before, _ in step.padding)
-
-
 def _conv(step: Conv, x: Tensor, residual: Tensor | None = None) -> Tensor:
     added, padding = symmetric_padding(step)
     x = F.pad(x, added) if added else x
-    convolution = _CONVOLUTIONS[len(step.stride)]
+    convolution = CONVOLUTIONS[len(step.stride)]
     y = convolution(x, step.weight, step.bias, step.stride, padding, step.dilation, step.groups)
     return activate(y if residual is None else y + residual, step.activation)
 
