@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from rarefy import models
+from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
-from rarefy.engine.lowering import NativeSegment
 from rarefy.engine.passes import optimize
 from tests.engine.layers import lowered
 from tests.engine.networks import UNet, Vision, thinned

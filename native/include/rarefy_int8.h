@@ -40,11 +40,11 @@ typedef struct {
     const float *multipliers, *biases;  // conv: one a row
     int64_t rows;                       // how many of each
     const uint8_t *table;               // affine: 256
-} rarefy_int8_step;
+} rarefy_int8_result;
 
-// A program of the builder's steps; `steps` says of each of its `count` steps, in order (inputs and outputs among
+// A program of the builder's steps; `results` says of each of its `count` steps, in order (inputs and outputs among
 // them), how its results become bytes. isa as in rarefy_options. The builder is left as it was.
-rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder, const rarefy_int8_step *steps, int64_t count,
+rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder, const rarefy_int8_result *results, int64_t count,
                                         const rarefy_options *options, char *error, int64_t size);
 void rarefy_int8_free(rarefy_int8_program *program);
 
@@ -55,7 +55,7 @@ int32_t rarefy_int8_run(const rarefy_int8_program *program, const rarefy_buffer 
 
 void rarefy_int8_describe(const rarefy_int8_program *program, rarefy_program_info *info);
 // Of the builder's step number i.
-int32_t rarefy_int8_step_info(const rarefy_int8_program *program, int32_t step, rarefy_step_info *info);
+int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t step, rarefy_step_info *info);
 
 #ifdef __cplusplus
 }

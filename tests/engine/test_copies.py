@@ -10,8 +10,8 @@ import torch
 
 from rarefy import engine
 from rarefy.engine import programs
+from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
-from rarefy.engine.lowering import NativeSegment
 from rarefy.engine.passes import optimize
 from tests.engine.layers import lowered
 from tests.engine.networks import UNet, thinned

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from rarefy import kernels
 from rarefy.engine import measure, programs, verify
+from rarefy.engine.building import NativeSegment, Options
 from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.execute import torch_threads
-from rarefy.engine.lowering import Item, NativeSegment, Options, lower
+from rarefy.engine.lowering import Item, lower
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors

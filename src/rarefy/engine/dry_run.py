@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.engine.building import NativeSegment
 from rarefy.engine.eager import Eager
-from rarefy.engine.lowering import Item, NativeSegment, uses
+from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
 from rarefy.engine.reference import resolve, run_step

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
+from rarefy.engine.building import NativeSegment, samples
 from rarefy.engine.execute import Runner, torch_threads
-from rarefy.engine.lowering import Item, NativeSegment, samples, uses
+from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Linear, Pool

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.building import NativeSegment
 from rarefy.engine.eager import Eager
-from rarefy.engine.lowering import Item, NativeSegment, uses
+from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Ref, last_uses, refs
 from rarefy.engine.reference import bind

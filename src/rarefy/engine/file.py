@@ -28,10 +28,11 @@ from torch import Tensor
 
 from rarefy._files import write_atomically
 from rarefy.engine import plan, programs
+from rarefy.engine.building import NativeSegment, SegmentPort
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
-from rarefy.engine.lowering import Item, NativeSegment, SegmentPort, uses
+from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Operator, Ref, Step

@@ -170,6 +170,12 @@ class Int8:
         low, high = bounds(step.activation, y)
         return Factors((x.scale * scale / y.scale).float(), b.float(), float(np.float32(m_residual)), low, high)
 
+    @cached_property
+    def float_factors(self) -> tuple[Tensor, Tensor]:
+        """What the sums of a layer whose result is float32 are multiplied with, and what is added: (out,) each."""
+        step, x = self._as_layer, _known(self.operands[0])
+        return (x.scale * _double(step.weight_scale, step)).float(), _double(step.bias, step).float()
+
     @property
     def _as_layer(self) -> Layer:
         if not isinstance(self.step, Layer):
@@ -201,8 +207,8 @@ class Int8:
             ending = (-1, *(1,) * len(step.stride))  # type: ignore[assignment]
         sums = sums.float()
         if self.result is None:
-            scale, bias = of.scale * _double(step.weight_scale, step), _double(step.bias, step)
-            return activate(sums * scale.float().reshape(ending) + bias.float().reshape(ending), step.activation)
+            scale, bias = self.float_factors
+            return activate(sums * scale.reshape(ending) + bias.reshape(ending), step.activation)
         finish = self.factors
         t = sums * finish.m.reshape(ending) + finish.b.reshape(ending)
         if residual is not None:

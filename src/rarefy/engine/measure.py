@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.engine.building import NativeSegment, Options, samples
 from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner
-from rarefy.engine.lowering import Item, Lowered, NativeSegment, Options, lower, samples
+from rarefy.engine.lowering import Item, Lowered, lower
 from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Layer, Plan, Step
 from rarefy.engine.reference import bind, run_step

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rarefy.engine.lowering import Item, NativeSegment
+from rarefy.engine.building import NativeSegment
+from rarefy.engine.lowering import Item
 from rarefy.engine.peak import peak
 from rarefy.engine.steps import StepInfo
 

@@ -103,6 +103,23 @@ class _StepInfo(ctypes.Structure):
     )
 
 
+class _Result(ctypes.Structure):
+    _fields_ = (
+        ("zero_point", _INT32),
+        ("floats", _INT32),
+        ("multiplier", ctypes.c_float),
+        ("other", ctypes.c_float),
+        ("bias", ctypes.c_float),
+        ("ratio", ctypes.c_double),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("multipliers", _POINTER),
+        ("biases", _POINTER),
+        ("rows", _INT64),
+        ("table", _POINTER),
+    )
+
+
 _BUFFERS = ctypes.POINTER(_Buffer)
 
 #: The functions of the header: what they give back and take, without the error's two arguments where they have them.
@@ -133,6 +150,15 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "program_size": (_INT64, (_POINTER,), False),
     "program_save": (None, (_POINTER, _POINTER), False),
     "program_load": (_POINTER, (_POINTER, _INT64, _TEXT), True),
+    "int8_finish": (_POINTER, (_POINTER, ctypes.POINTER(_Result), _INT64, ctypes.POINTER(_Options)), True),
+    "int8_free": (None, (_POINTER,), False),
+    "int8_run": (
+        _INT32,
+        (_POINTER, _BUFFERS, _INT32, _BUFFERS, _INT32, _INT64, _INT32, _POINTER, _INT64),
+        True,
+    ),
+    "int8_describe": (None, (_POINTER, ctypes.POINTER(_ProgramInfo)), False),
+    "int8_step": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_StepInfo)), False),
 }
 
 
@@ -174,10 +200,10 @@ def available() -> bool:
     return _functions() is not None and kernels.isa() != "pytorch"
 
 
-def isa() -> bytes | None:
-    """The instruction set to use, as the header takes it."""
+def isa(*, whole: bool = False) -> bytes | None:
+    """The instruction set to use, as the header takes it: for float32 there is none with VBMI2, ``whole`` has it."""
     asked = kernels.isa()
-    return None if asked is None else asked.removesuffix("_vbmi2").encode()
+    return None if asked is None else (asked if whole else asked.removesuffix("_vbmi2")).encode()
 
 
 @dataclass(frozen=True)
@@ -217,12 +243,14 @@ class Program:
     made of the bytes of this one, which computes the same bits under the same instruction set.
     """
 
+    _kind = "program"  # as its functions are called
+
     def __init__(self, address: int, keep: object = None) -> None:
         self._address = address
         self._keep = keep
-        self._finalizer = weakref.finalize(self, _call, "program_free", address)
+        self._finalizer = weakref.finalize(self, _call, f"{self._kind}_free", address)
         about = _ProgramInfo()
-        _call("program_describe", address, ctypes.byref(about))
+        _call(f"{self._kind}_describe", address, ctypes.byref(about))
         self.facts = ProgramFacts(
             about.steps, about.group, about.weight_bytes, about.scratch_bytes, about.tune_seconds, about.isa.decode()
         )
@@ -235,7 +263,7 @@ class Program:
         """What is known of its steps."""
         found, info = [], _StepInfo()
         for index in range(self.facts.steps):
-            _call("program_step", self._address, index, ctypes.byref(info))
+            _call(f"{self._kind}_step", self._address, index, ctypes.byref(info))
             found.append(
                 StepFacts(
                     *(
@@ -271,7 +299,7 @@ class Program:
         read, written = _buffers(inputs), _buffers(outputs)
         clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
         ports = (read, len(inputs), written, len(outputs))
-        if _call("program_run", self._address, *ports, batch, threads, *clock):
+        if _call(f"{self._kind}_run", self._address, *ports, batch, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
     def ports(self, *, outputs: bool) -> list[tuple[tuple[int, int, int], int]]:
@@ -289,6 +317,33 @@ class Program:
         data = bytearray(_call("program_size", self._address))
         _call("program_save", self._address, (ctypes.c_char * len(data)).from_buffer(data))
         return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How the results of a step of an int8 program become bytes; see ``rarefy_int8_result``."""
+
+    zero_point: int = 0
+    floats: bool = False
+    multiplier: float = 0.0
+    other: float = 0.0
+    bias: float = 0.0
+    ratio: float = 0.0
+    low: float = 0.0
+    high: float = 255.0
+    multipliers: Tensor | None = None
+    biases: Tensor | None = None
+    table: Tensor | None = None
+
+
+class Int8Program(Program):
+    """A program on bytes, whose inputs and outputs are float32. It is not saved: it is made of its steps again."""
+
+    _kind = "int8"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Raise TypeError: a copy would hold the same address."""
+        raise TypeError("an int8 program cannot be copied or pickled: copy the segment, which makes it again")
 
 
 def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
@@ -456,6 +511,22 @@ class Builder:
         """The program, its kernels chosen for this batch size and number of threads."""
         options = _Options(isa(), batch, threads, tune_seconds)
         return Program(_call("builder_finish", self._address, ctypes.byref(options)))
+
+    def finish_int8(self, results: Sequence[Result], *, batch: int, threads: int) -> Int8Program:
+        """The program on bytes of these steps, whose weights are whole numbers; a result for every step, in order."""
+        own = [[_float32(each) for each in (r.multipliers, r.biases)] for r in results]
+        given = (_Result * len(results))(
+            *(
+                _Result(
+                    *(r.zero_point, r.floats, r.multiplier, r.other, r.bias, r.ratio, r.low, r.high),
+                    *(_address(multipliers), _address(biases), 0 if multipliers is None else multipliers.numel()),
+                    _address(r.table),
+                )
+                for r, (multipliers, biases) in zip(results, own, strict=True)
+            )
+        )
+        options = _Options(isa(whole=True), batch, threads, 0.0)
+        return Int8Program(_call("int8_finish", self._address, given, len(results), ctypes.byref(options)))
 
     def _add(self, function: str, *arguments: Any, name: str) -> int:
         result: int = _call(f"builder_{function}", self._address, *arguments, _label(name))

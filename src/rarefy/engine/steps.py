@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rarefy.engine.building import NativeSegment
 from rarefy.engine.eager import Eager
-from rarefy.engine.lowering import Item, NativeSegment
+from rarefy.engine.lowering import Item
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.engine import reference
+from rarefy.engine.building import NativeSegment
 from rarefy.engine.engine import Engine
 from rarefy.engine.execute import Runner
-from rarefy.engine.lowering import Item, NativeSegment, uses
+from rarefy.engine.lowering import Item, uses
 from rarefy.engine.plan import Operator, Plan
 
 #: How many times as far from float64 as the model an engine may be.

@@ -85,7 +85,7 @@ int64_t bytes_of(const Value &v) {
 
 class Planner {
  public:
-    Planner(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_step *results)
+    Planner(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *results)
         : program_(program), plan_(plan), results_(results), sizes_(sizes_of(program.graph)) {}
 
     std::string run() {
@@ -207,7 +207,7 @@ class Planner {
 
     rarefy_int8_program &program_;
     const engine::Plan &plan_;
-    const rarefy_int8_step *results_;
+    const rarefy_int8_result *results_;
     const Sizes sizes_;
     bool too_large_ = false;
 };
@@ -223,7 +223,7 @@ bool in_place(const Window &w) {
     return w.stride[0] == 1 && w.stride[1] == 1 && w.in_h == w.out_h && w.in_w == w.out_w;
 }
 
-std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_step *steps) {
+std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps) {
     return Planner(program, plan, steps).run();
 }
 

@@ -32,7 +32,7 @@ bool whole(float v, float low, float high) { return v >= low && v <= high && v =
 constexpr int64_t MOST_SUMMANDS = (int64_t{1} << 30) / (127 * 255) - 1;
 
 // An empty string, or what is wrong with what was said of a step.
-std::string check_conv(const Graph &graph, size_t i, const rarefy_int8_step &s) {
+std::string check_conv(const Graph &graph, size_t i, const rarefy_int8_result &s) {
     const engine::Matrix m = engine::matrix_of(graph, graph.nodes[i]);
     if (s.rows != m.rows || !s.multipliers || !s.biases)
         return "there must be " + std::to_string(m.rows) + " multipliers and biases, got " + std::to_string(s.rows);
@@ -46,11 +46,11 @@ std::string check_conv(const Graph &graph, size_t i, const rarefy_int8_step &s) 
     return "";
 }
 
-std::string check(const Graph &graph, const rarefy_int8_step *steps) {
+std::string check(const Graph &graph, const rarefy_int8_result *steps) {
     std::vector<uint8_t> floats(graph.values.size(), 0);
     for (size_t i = 0; i < graph.nodes.size(); ++i) {
         const Node &n = graph.nodes[i];
-        const rarefy_int8_step &s = steps[i];
+        const rarefy_int8_result &s = steps[i];
         const auto refuse = [&](const std::string &why) {
             return (graph.names[i].empty() ? std::string() : graph.names[i] + ": ") + why;
         };
@@ -115,7 +115,7 @@ using rarefy::engine::fail;
 
 extern "C" {
 
-RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder, const rarefy_int8_step *steps,
+RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder, const rarefy_int8_result *steps,
                                                    int64_t count, const rarefy_options *options, char *error,
                                                    int64_t size) {
     const Graph &graph = builder->graph;
@@ -146,7 +146,7 @@ RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder
         wrong = make_plan(*program, rarefy::engine::make_plan(graph, options->batch, options->threads), steps);
         if (!wrong.empty()) return refuse(wrong);
         for (Step &step : program->steps) {
-            const rarefy_int8_step &given = steps[step.source];
+            const rarefy_int8_result &given = steps[step.source];
             if (step.node.kind == Kind::AFFINE) step.table.assign(given.table, given.table + 256);
             if (step.node.kind != Kind::CONV || step.phases) continue;
             step.multipliers.assign(given.multipliers, given.multipliers + given.rows);
@@ -232,7 +232,7 @@ RAREFY_API void rarefy_int8_describe(const rarefy_int8_program *program, rarefy_
     std::snprintf(info->isa, sizeof info->isa, "%s", program->isa.c_str());
 }
 
-RAREFY_API int32_t rarefy_int8_step_info(const rarefy_int8_program *program, int32_t i, rarefy_step_info *info) {
+RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t i, rarefy_step_info *info) {
     const auto found = std::find_if(program->steps.begin(), program->steps.end(),
                                     [=](const Step &s) { return s.source == i && !s.phases; });
     if (found == program->steps.end()) return -1;

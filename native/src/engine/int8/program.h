@@ -66,7 +66,7 @@ struct Step {
     std::vector<int32_t> which;  // phases: those that are there, stride[1] * row + column
     Reach reach[2];              // phases: of the kernel
     std::vector<int32_t> operands;
-    rarefy_int8_step result;             // its pointers are not used
+    rarefy_int8_result result;           // its pointers are not used
     bool vector = false, dense = false;  // conv: by dot products, with all weights
     Weights weights;
     std::vector<int32_t> first;  // conv: -zero_x * the sum of a row's weights
@@ -95,7 +95,7 @@ struct rarefy_int8_program {
 namespace rarefy::int8 {
 
 // Makes the values and the steps of a graph, and says where values lie; an empty string, or what cannot be.
-std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_step *steps);
+std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps);
 
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);

@@ -49,16 +49,16 @@ uint8_t rounded(float t, float low, float high) {
     return static_cast<uint8_t>(bits);
 }
 
-// Zero points around the images of a plane, where they are read: before the first image of a group, and behind each.
-// What follows a plane's last image is what stands before the next plane.
+// Zero points around images of a plane, where they are read: before the first one, and behind the last. What follows a
+// plane may also be what stands before the next one, which writes it then.
 void surround(const View &y, int64_t c, int64_t at, int64_t images) {
     const Value &v = *y.value;
     if (!v.around) return;
-    const size_t margin = static_cast<size_t>(v.margin());
-    uint8_t *plane = y.plane(c);
-    if (at % v.group == 0) std::memset(plane - margin, v.zero_point, margin);
-    const bool last = at % v.group + images == v.group;
-    if (!last || c == v.shape.channels - 1) std::memset(plane + v.positions(images), v.zero_point, margin);
+    const int64_t margin = v.margin(), end = at % v.group * v.image() + v.positions(images);
+    uint8_t *first = y.plane(c) - at % v.group * v.image();
+    std::memset(y.plane(c) - margin, v.zero_point, static_cast<size_t>(margin));
+    const int64_t stop = c + 1 == v.shape.channels ? end + margin : std::min(end + margin, v.stride - margin);
+    if (stop > end) std::memset(first + end, v.zero_point, static_cast<size_t>(stop - end));
 }
 
 // The same, and between the rows and the images of a plane.
@@ -67,11 +67,10 @@ void fill_gaps(const View &y, int64_t c, int64_t at, int64_t images) {
     if (!v.around) return;
     surround(y, c, at, images);
     for (int64_t i = 0; i < images; ++i) {
-        for (int64_t row = 0; row + 1 < v.shape.height; ++row)
+        for (int64_t row = 0; row < v.shape.height; ++row)
             std::memset(y.line(c, i, row) + v.shape.width, v.zero_point, static_cast<size_t>(v.gaps.columns));
         if (i + 1 < images)
-            std::memset(y.line(c, i, v.shape.height - 1) + v.shape.width, v.zero_point,
-                        static_cast<size_t>(v.margin()));
+            std::memset(y.line(c, i, v.shape.height), v.zero_point, static_cast<size_t>(v.gaps.rows * v.row()));
     }
 }
 
@@ -376,7 +375,7 @@ void binary(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Shape &shape = y.value->shape;
     const bool broadcast = !(other.value->shape == shape);
     const int32_t zero_x = x.value->zero_point, zero_y = other.value->zero_point;
-    const rarefy_int8_step r = s.result;
+    const rarefy_int8_result r = s.result;
     const Share mine(f, shape.channels);
     const auto result = [&](int32_t a, int32_t b) {
         float t;

@@ -1,0 +1,153 @@
+"""Steps on quantised values as one native int8 program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rarefy.engine.building import Building, CannotError, SegmentPort, geometry
+from rarefy.engine.int8 import Int8, bounds, levels
+from rarefy.engine.plan import (
+    Binary,
+    Conv,
+    Dequantize,
+    GlobalAverage,
+    Linear,
+    Pool,
+    Quantize,
+    Quantized,
+    Step,
+    Table,
+)
+from rarefy.engine.programs import Int8Program, Result
+
+#: What a layer may end with where it gives float32.
+_FLOAT_BOUNDS = {"none": (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+
+
+@dataclass
+class Int8Building(Building):
+    """An int8 program that is being built; ``quantizers`` are steps that nobody has run yet, by what they make."""
+
+    quantizers: Mapping[str, Quantize] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)  # of the builder's steps
+
+    def _add(self, step: Step) -> tuple[int | None, int]:
+        values = self.plan.values
+        operands = tuple(values[name].quantized for name in step.inputs)
+        item = Int8(step, operands, values[step.output].quantized)
+        if isinstance(step, Dequantize):
+            if step.input not in self.layouts:
+                raise CannotError("what it reads is made elsewhere")
+            layout = self.layouts[step.input]
+            return layout, self.ids[step.input, layout or 0]
+        result = _result(item)
+        made = self._table(step) if isinstance(step, Table) else super()._add(_bare(step))
+        self.results.append(result)
+        return made
+
+    def _table(self, step: Table) -> tuple[int | None, int]:
+        layout = self._elementwise_layout(step)
+        (x,) = self._values(step.inputs, layout)
+        return self._layout_of(step.input, layout), self.builder.affine(x, None, None, "none", name=step.output)
+
+    def _value(self, name: str, layout: int) -> int:
+        shape = self._shape(name)
+        key = self._key(name, layout)
+        if key not in self.ids:
+            of = self.plan.values[name].quantized
+            assert of is not None  # all that a step on bytes reads
+            self.ids[key] = self.builder.input(geometry(shape, key[1]), key[1], name)
+            quantizer = self.quantizers.get(name)
+            if quantizer is None:
+                self.results.append(Result(zero_point=of.zero_point, multiplier=1.0))
+                self.inputs[key] = SegmentPort(name, shape, of)
+            else:
+                self.results.append(
+                    Result(zero_point=of.zero_point, multiplier=_float32(1 / of.scale), bias=of.zero_point)
+                )
+                self.inputs[key] = SegmentPort(quantizer.input, shape)
+        return self.ids[key]
+
+    def _output(self, value: str, layout: int) -> SegmentPort:
+        """Make a value of the program an output of it."""
+        port = super()._output(value, layout)
+        of = self.plan.values[value].quantized
+        made = next(step for step in self.steps if step.output == value)
+        scale = 1.0
+        if isinstance(made, Dequantize):
+            from_ = self.plan.values[made.input].quantized
+            assert from_ is not None
+            scale = from_.scale
+        self.results.append(Result(multiplier=scale))
+        return replace(port, quantized=of)
+
+    def _program(self, batch: int) -> Int8Program:
+        return self.builder.finish_int8(self.results, batch=batch, threads=self.options.threads)
+
+
+def _bare(step: Step) -> Step:
+    """The step without what its result says: its weights are whole numbers."""
+    match step:
+        case Conv() | Linear():
+            return replace(step, weight=levels(step), bias=None, activation="none")
+        case Binary():
+            return replace(step, activation="none")
+    return step
+
+
+def _float32(number: float) -> float:
+    return float(np.float32(number))
+
+
+def _result(item: Int8) -> Result:
+    """What the native program is told of a step; :mod:`rarefy.engine.int8` has the formulas."""
+    step, to = item.step, item.result
+    of = item.operands[0]
+    assert of is not None
+    match step:
+        case Conv() | Linear():
+            return _layer(item, step, of)
+        case Binary():
+            return _binary(step, of, item.operands[-1], to)
+        case GlobalAverage() | Pool(op="average"):
+            assert to is not None
+            return Result(zero_point=to.zero_point, ratio=of.scale / to.scale)
+        case Table():
+            assert to is not None
+            return Result(zero_point=to.zero_point, table=step.table.contiguous())
+    return Result(zero_point=of.zero_point)
+
+
+def _layer(item: Int8, step: Conv | Linear, of: Quantized) -> Result:
+    if item.result is not None:
+        f = item.factors
+        return Result(
+            zero_point=item.result.zero_point,
+            other=f.residual,
+            low=f.low,
+            high=f.high,
+            multipliers=f.m,
+            biases=f.b,
+        )
+    if step.activation not in _FLOAT_BOUNDS:
+        raise CannotError(f"there is no native {step.activation} behind sums of bytes")
+    scale, bias = item.float_factors
+    low, high = _FLOAT_BOUNDS[step.activation]
+    return Result(floats=True, low=low, high=high, multipliers=scale, biases=bias)
+
+
+def _binary(step: Binary, x: Quantized, y: Quantized | None, to: Quantized | None) -> Result:
+    assert y is not None
+    assert to is not None
+    low, high = bounds(step.activation, to)
+    if step.op == "mul":
+        both: dict[str, Any] = {"multiplier": _float32(x.scale * y.scale / to.scale), "bias": to.zero_point}
+    else:
+        m_x, m_y = x.scale / to.scale, y.scale / to.scale
+        b = to.zero_point - x.zero_point * m_x - y.zero_point * m_y
+        both = {"multiplier": _float32(m_x), "other": _float32(m_y), "bias": _float32(b)}
+    return Result(zero_point=to.zero_point, low=low, high=high, **both)
