@@ -21,6 +21,11 @@ def optimize(plan: Plan) -> Plan:
     return _without_unused(plan)
 
 
+def fuse_activations(plan: Plan) -> Plan:
+    """Move activation functions into the steps before them alone."""
+    return _rewritten(plan, _fuse_activation)
+
+
 def _without_unused(plan: Plan) -> Plan:
     """The plan without steps whose value nobody reads; those that check something stay."""
     needed, kept = set(plan.outputs), list[Step]()

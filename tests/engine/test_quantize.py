@@ -1,0 +1,315 @@
+"""Post-training quantisation: ranges, what runs in int8, what it costs, and what goes back to float32."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rarefy import models
+from rarefy.engine import int8, reference
+from rarefy.engine.calibrate import METHODS, Histogram, weight_scales
+from rarefy.engine.capture import capture
+from rarefy.engine.passes import optimize
+from rarefy.engine.plan import INT8, Conv, Layer, Operator, Quantize, Quantized
+from rarefy.engine.quantization import Quantization
+from rarefy.engine.quantize import quantize
+from tests.engine.networks import Signal, UNet, Vision, thinned
+from tests.engine.test_capture import f
+
+NETWORKS = {
+    "resnet20": (lambda: models.resnet20(width=8, in_channels=3), (3, 16, 16)),
+    "mobilenet": (lambda: models.mobilenet_v1(10, width=0.25), (3, 32, 32)),
+    "unet": (UNet, (3, 16, 16)),
+    "vision": (Vision, (3, 16, 16)),
+    "signal": (Signal, (3, 20)),
+}
+
+
+def plan_of(model, *shape):
+    return optimize(capture(model.eval(), (torch.randn(2, *shape),)))
+
+
+def batches_of(*shape, count=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, *shape, generator=generator) for _ in range(count)]
+
+
+def kinds(plan):
+    return [type(step).__name__ for step in plan.steps]
+
+
+def error_of(plan, exact, batches):
+    pairs = [
+        (a, b) for x in batches for a, b in zip(reference.run(plan, (x,)), reference.run(exact, (x,)), strict=True)
+    ]
+    noise, signal = sum((a - b).double().square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)
+    return float((noise / signal).sqrt())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name, method):
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    plan, batches = plan_of(thinned(build(), 0.5), *shape), batches_of(*shape)
+    made, report = quantize(plan, batches, method=method)
+    assert (made.inputs, made.outputs, made.batch) == (plan.inputs, plan.outputs, None)
+    assert all(made.values[name].dtype is torch.float32 for name in (*made.inputs, *made.outputs))
+    assert report.error == pytest.approx(error_of(made, plan, batches), rel=1e-6)
+    assert report.error < 0.1
+    layers = [step for step in made.steps if isinstance(step, Layer)]
+    assert [layer.name for layer in report.layers] == [s.name for s in plan.steps if isinstance(s, Layer)]
+    assert all(layer.kept is None and layer.sqnr_db > 25 for layer in report.layers)
+    assert all(made.values[step.input].quantized for step in layers)
+    assert report.samples == 24
+    for step, before in zip(layers, (s for s in plan.steps if isinstance(s, Layer)), strict=True):
+        whole = int8.levels(step)
+        assert torch.equal(int8.weights(whole, step.weight_scale), step.weight)
+        assert whole.abs().max() <= 127
+        assert not whole[before.weight == 0].any()
+    # What PyTorch's operators compute is float32, and nothing else in a network of convolutions is.
+    if name != "vision":
+        known = [s for s in made.steps if not isinstance(s, (Operator, *INT8))]
+        assert all(made.values[name].quantized for s in known for name in s.inputs)
+    assert kinds(made).count("Quantize") == (5 if name == "vision" else 1)
+
+
+def test_what_is_beside_operators_is_float32():
+    made, _ = quantize(plan_of(thinned(Vision()), 3, 16, 16), batches_of(3, 16, 16))
+    for step in made.steps:
+        if isinstance(step, Layer):
+            assert step.residual is None  # the sums of a transformer stay float32
+        if type(step).__name__ == "Binary":
+            assert not any(made.values[name].quantized for name in (*step.inputs, step.output))
+
+
+def test_the_bytes_of_copies_mean_the_same():
+    made, _ = quantize(plan_of(thinned(UNet()), 3, 16, 16), batches_of(3, 16, 16))
+    copied = [step for step in made.steps if int8.copies(step)]
+    assert {type(step).__name__ for step in copied} == {"Pool", "Upsample", "Concat"}
+    for step in copied:
+        assert len({made.values[name].quantized for name in (*step.inputs, step.output)}) == 1
+    # relu6's result is read by a pool and a concatenation: each has the range that its own numbers need
+    tables = [step for step in made.steps if type(step).__name__ == "Table" and "relu" in step.input]
+    assert len(tables) == 2
+
+
+def test_factors_for_channels_are_depthwise_convolutions():
+    norm = nn.BatchNorm2d(6).eval()
+    nn.init.uniform_(norm.weight, -1, 1)
+    model = f(lambda c, n, d, x: d(F.relu(n(F.relu(c(x))))), nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 2, 1))
+    plan, batches = plan_of(model, 3, 8, 8), batches_of(3, 8, 8)
+    made, report = quantize(plan, batches)
+    assert kinds(made) == ["Quantize", "Conv", "Conv", "Conv"]
+    depthwise = made.steps[2]
+    assert (depthwise.groups, depthwise.kind, depthwise.activation) == (6, "depthwise", "relu")
+    assert set(int8.levels(depthwise).abs().flatten().tolist()) == {127.0}
+    assert len(report.layers) == 2
+    assert report.error < 0.03
+
+
+def test_the_ends_of_a_network_are_float32():
+    model = f(lambda a, b, x: (torch.sigmoid(a(x)), a(x) + b(x)), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
+    made, _ = quantize(plan_of(model, 3, 8, 8), batches_of(3, 8, 8))
+    assert sorted(kinds(made)) == ["Binary", "Conv", "Conv", "Conv", "Quantize"]
+    assert [made.values[step.output].quantized is None for step in made.steps] == [False, *[True] * 4]
+
+
+def test_a_value_that_is_read_as_both():
+    def forward(a, b, x):
+        y = F.relu(a(x))
+        return b(y), y, y.argmax(1)
+
+    model = f(forward, nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    made, report = quantize(plan_of(model, 3, 8, 8), batches_of(3, 8, 8))
+    assert sorted(kinds(made)) == ["Conv", "Conv", "Dequantize", "Operator", "Quantize"]
+    assert report.error < 0.2
+
+
+def test_the_mean_error_of_a_channel_is_taken_from_its_bias():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 6, 3)
+    plan, batches = plan_of(nn.Sequential(layer), 8, 8, 8), [x.abs() + 1 for x in batches_of(8, 8, 8, count=8)]
+    made, _ = quantize(plan, batches)
+    conv = made.steps[1]
+    with torch.no_grad():
+        shifts = []
+        for each in (made, replace(made, steps=(made.steps[0], replace(conv, bias=layer.bias)))):
+            errors = torch.cat([reference.run(each, (x,))[0] - layer(x) for x in batches])
+            shifts.append(errors.mean((0, 2, 3)).abs().max())
+    assert shifts[0] < 1e-5
+    assert shifts[1] > 1e-3
+
+
+def test_a_budget_of_nothing_is_the_network_itself():
+    plan, batches = plan_of(thinned(UNet()), 3, 16, 16), batches_of(3, 16, 16)
+    made, report = quantize(plan, batches, budget=0.0)
+    assert report.error == 0.0
+    assert report.sqnr_db is None
+    assert kinds(made) == kinds(plan)
+    assert all("falls from" in layer.kept for layer in report.layers)
+    assert torch.equal(*(reference.run(each, (batches[0],))[0] for each in (made, plan)))
+
+
+def test_the_layer_that_costs_most_goes_back_first():
+    """One channel of the second layer is so large that the others of its result have no bytes left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        model[2].weight[0] *= 3e3
+        model[3].weight[:, 0] = 0
+    plan, batches = plan_of(model, 3, 8, 8), batches_of(3, 8, 8)
+    _, all_of_it = quantize(plan, batches, budget=1e9)
+    assert all(layer.kept is None for layer in all_of_it.layers)
+    assert all_of_it.error > 0.1
+    made, report = quantize(plan, batches, budget=0.05)
+    assert report.error == pytest.approx(error_of(made, plan, batches), rel=1e-6)
+    assert report.error <= 0.05
+    kept = [layer.name for layer in report.layers if layer.kept]
+    assert "3" in kept
+    assert len(kept) < 4
+    floats = [s.name for s in made.steps if isinstance(s, Conv) and s.weight_scale is None]
+    assert floats == kept
+
+
+def test_a_layer_that_cannot_be_quantised_stays():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[1].bias[0] = float("inf")
+    plan = plan_of(f(lambda m, x: m(x).clamp(max=3.0), model), 3, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"of what 'm0\.1'|of what .*1' makes of the calibration batches a number is NaN"
+    ):
+        quantize(plan, batches_of(3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (torch.zeros(8, 3, 4, 4), TypeError, r"got Tensor: \[x\] is one batch"),
+        (3, TypeError, "calibration must be an iterable of batches, got int"),
+        ([], ValueError, "calibration has no batches"),
+        ([1], TypeError, "calibration batch 0 must be a tensor or a tuple of tensors, got int"),
+        ([(torch.zeros(1, 3, 4, 4), torch.zeros(1))], ValueError, "has 2 tensors, .* takes 1 inputs: leave labels"),
+        ([torch.zeros(1, 3, 4, 5)], ValueError, r"must have the shape \(batch, 3, 4, 4\), got \(1, 3, 4, 5\)"),
+        ([torch.zeros(3, 4, 4)], ValueError, r"must have the shape \(batch, 3, 4, 4\), got \(3, 4, 4\)"),
+        ([torch.zeros(0, 3, 4, 4)], ValueError, "must not be empty"),
+        ([torch.zeros(1, 3, 4, 4).double()], ValueError, "must be torch.float32, got torch.float64"),
+        ([torch.zeros(1, 3, 4, 4)] * 2 + [torch.full((1, 3, 4, 4), torch.nan)], ValueError, "batch 2, .* is NaN"),
+        ([torch.zeros(1, 3, 4, 4, device="meta")], ValueError, "must be on the CPU, got meta"),
+    ],
+)
+def test_batches_that_are_none(batches, error, message):
+    with pytest.raises(error, match=message):
+        quantize(plan_of(nn.Conv2d(3, 2, 1), 3, 4, 4), batches)
+
+
+def test_options_out_of_their_range():
+    plan = plan_of(nn.Conv2d(3, 2, 1), 3, 4, 4)
+    with pytest.raises(ValueError, match="method must be one of mse, percentile, minmax, got 'max'"):
+        quantize(plan, batches_of(3, 4, 4), method="max")
+    for budget in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="budget must be at least 0"):
+            quantize(plan, batches_of(3, 4, 4), budget=budget)
+
+
+def test_a_generator_of_batches_is_read_once():
+    plan = plan_of(nn.Conv2d(3, 2, 1), 3, 4, 4)
+    _, report = quantize(plan, (x for x in batches_of(3, 4, 4)))
+    assert report.samples == 24
+
+
+def filled(*parts):
+    found = Histogram()
+    for part in parts:
+        found.add(part)
+    return found
+
+
+def test_histograms_do_not_depend_on_the_order():
+    parts = [torch.zeros(5), torch.randn(100) * 1e-3, torch.randn(50).abs() * 30, torch.tensor([-7.0]), torch.zeros(3)]
+    one, other = filled(*parts), filled(*reversed(parts))
+    merged = filled(*parts[:2])
+    merged.merge(filled(*parts[2:]))
+    merged.merge(filled(torch.zeros(0)))
+    for each in (other, merged, filled(torch.cat(parts))):
+        assert torch.equal(one.counts, each.counts)
+        assert (one.exponent, one.least, one.largest) == (each.exponent, each.least, each.largest)
+    assert int(one.counts.sum()) == 159
+    largest = torch.cat(parts).abs().max()
+    assert 2048 * 2.0**one.exponent > largest >= 1024 * 2.0**one.exponent
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-6, 1.0, 1e30])
+def test_histograms_of_any_size(scale):
+    x = torch.randn(1000) * scale
+    found = filled(x)
+    middles, counts = found._middles()
+    assert counts.sum() == 1000
+    assert abs(float((middles * counts).sum() - x.double().sum())) <= 1000 * 2.0**found.exponent
+    for method in METHODS:
+        assert found.quantized(method).scale > 0
+
+
+def test_ranges():
+    x = torch.cat([torch.rand(2_000_000) * 6, torch.tensor([60.0])])
+    assert filled(x).quantized("minmax") == Quantized(float(torch.tensor(60 / 255)), 0)
+    for method in ("percentile", "mse"):
+        chosen = filled(x).quantized(method)
+        assert chosen.zero_point == 0
+        assert chosen.scale < 60 / 255 * 0.5
+    both = filled(torch.tensor([-1.0, 3.0])).quantized("minmax")
+    assert both == Quantized(float(torch.tensor(4 / 255)), 64)
+    assert filled(torch.tensor([-2.0, -1.0])).quantized("minmax").zero_point == 255
+    assert filled(torch.zeros(4)).quantized("mse") == Quantized(1.0, 0)
+
+
+@pytest.mark.parametrize("draw", [torch.randn, lambda n: torch.randn(n).exp(), lambda n: torch.randn(n).pow(3)])
+def test_mse_loses_least(draw):
+    x = draw(20_000)
+    losses = {}
+    for method in METHODS:
+        to = filled(x).quantized(method)
+        losses[method] = float((int8.dequantize(int8.quantize(x, to), to) - x).square().mean())
+    assert losses["mse"] <= 1.01 * min(losses.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_not_counted(bad):
+    with pytest.raises(ValueError, match="a number is NaN or infinite"):
+        filled(torch.tensor([1.0, bad]))
+
+
+def test_scales_of_weights():
+    weight = torch.randn(4, 4, 3, 3)
+    weight[1], weight[2] = 0.0, weight[2] * 1e-43
+    scale = weight_scales(weight)
+    torch.testing.assert_close(scale[[0, 3]] * 127, weight[[0, 3]].abs().amax((1, 2, 3)))
+    assert scale[1] == 1
+    assert scale[2] == torch.finfo(torch.float32).tiny
+
+
+def test_reports_are_tables_and_json():
+    plan = plan_of(thinned(UNet()), 3, 16, 16)
+    _, report = quantize(plan, batches_of(3, 16, 16), budget=1e-4)
+    text = str(report)
+    assert text.splitlines()[0].split() == ["layer", "kind", "SQNR", "dB", "saturated", "weights", "in"]
+    assert "mse of 24 examples" in text
+    assert "at most 0.0001 asked for" in text
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["layers"][0]["name"] == "stem"
+    assert Quantization.from_dict(told) == report
+    for change in ({"error": "x"}, {"samples": float("inf")}, {"method": 3}, {"layers": [{}]}):
+        with pytest.raises((TypeError, ValueError, KeyError)):
+            Quantization.from_dict({**told, **change})
+
+
+def test_no_layer_nothing_to_do():
+    plan = plan_of(f(lambda x: F.relu(x) * 2), 3, 4, 4)
+    made, report = quantize(plan, batches_of(3, 4, 4))
+    assert made.steps == plan.steps
+    assert not any(isinstance(step, Quantize) for step in made.steps)
+    assert (report.layers, report.error) == ((), 0.0)
