@@ -35,7 +35,7 @@ inline Sums sums_of(int32_t first) {
 }
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int PAIRS = 0, STEP = 1;  // quads that are taken at a time
+constexpr int PAIRS = 0;
 #if defined(__AVX512VNNI__)
 inline I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
 #else
@@ -59,36 +59,30 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
     s.a[3] = dot(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23), w.quad);
 }
 #else
-constexpr int PAIRS = 1, STEP = 2;
+constexpr int PAIRS = 1;
 struct Weights {
-    I pair[4];
+    I pair[2];
     explicit Weights(const int8_t *w) {
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 2; ++i) {
             int32_t two;
             __builtin_memcpy(&two, w + 4 * i, 4);
             pair[i] = word(two);
         }
     }
 };
-// w0 x0 + w1 x1 + w2 x2 + w3 x3 in 16 bits: pixels 0 to 7 of every 16, and 8 to 15.
-inline __attribute__((always_inline)) void quad(const uint8_t *x, const int32_t *o, I w01, I w23, I &low, I &high) {
-    const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
-    low = RAREFY_V(add_epi16)(RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x0, x1), w01),
-                              RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x2, x3), w23));
-    high = RAREFY_V(add_epi16)(RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x0, x1), w01),
-                               RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x2, x3), w23));
-}
-// Two quads, whose 16-bit sums are widened together.
 inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
     const I one = RAREFY_V(set1_epi16)(1);
-    I l0, h0, l1, h1;
-    quad(x, o, w.pair[0], w.pair[1], l0, h0);
-    quad(x, o + 4, w.pair[2], w.pair[3], l1, h1);
+    const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
+    // w0 x0 + w1 x1 and w2 x2 + w3 x3 in 16 bits, of pixels 0 to 7 of every 16 and of 8 to 15
+    const I l01 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x0, x1), w.pair[0]);
+    const I h01 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x0, x1), w.pair[0]);
+    const I l23 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x2, x3), w.pair[1]);
+    const I h23 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x2, x3), w.pair[1]);
     const auto widened = [&](I sum, I both) { return RAREFY_V(add_epi32)(sum, RAREFY_V(madd_epi16)(both, one)); };
-    s.a[0] = widened(s.a[0], RAREFY_V(unpacklo_epi16)(l0, l1));
-    s.a[1] = widened(s.a[1], RAREFY_V(unpackhi_epi16)(l0, l1));
-    s.a[2] = widened(s.a[2], RAREFY_V(unpacklo_epi16)(h0, h1));
-    s.a[3] = widened(s.a[3], RAREFY_V(unpackhi_epi16)(h0, h1));
+    s.a[0] = widened(s.a[0], RAREFY_V(unpacklo_epi16)(l01, l23));
+    s.a[1] = widened(s.a[1], RAREFY_V(unpackhi_epi16)(l01, l23));
+    s.a[2] = widened(s.a[2], RAREFY_V(unpacklo_epi16)(h01, h23));
+    s.a[3] = widened(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23));
 }
 #endif
 
@@ -128,7 +122,7 @@ inline void put_floats(const Results &r, float low, float high, float *out) {
 #else
 
 // Plain loops: the compiler makes of them what the machine has.
-constexpr int B = 32, PAIRS = 0, STEP = 1;
+constexpr int B = 32, PAIRS = 0;
 struct I {
     uint8_t x[B];
 };

@@ -27,7 +27,7 @@ void rows(const RowsCall *call) {
         RAREFY_UNROLL for (int t = 0; t < T; ++t) s[t] = sums_of(c.first[r]);
         const int32_t *o = c.offsets + c.starts[r] * QUAD, *end = c.offsets + c.starts[r + 1] * QUAD;
         const int8_t *w = c.weights + c.starts[r] * WIDTH;
-        for (; o != end; o += QUAD * STEP, w += WIDTH * STEP) {
+        for (; o != end; o += QUAD, w += WIDTH) {
             const Weights weights(w);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) add(s[t], c.x + t * B, o, weights);
         }

@@ -12,8 +12,8 @@
 //     sums[p] += w0 x0[p] + w1 x1[p] + w2 x2[p] + w3 x3[p]
 //
 // which is one instruction where the processor has VNNI. Elsewhere (`pairs`) vpmaddubsw adds w0 x0 + w1 x1 in 16 bits,
-// saturating; so the four of a quad are chosen such that what is positive among them adds up to at most 128, and what
-// is negative, too: 255 * 128 < 2^15, and nothing ever saturates.
+// saturating; so a quad is two pairs, each such that what is positive of it adds up to at most 128, and what is
+// negative, too: 255 * 128 < 2^15, and nothing ever saturates. A positive and a negative weight always are such a pair.
 #pragma once
 
 #include <stdint.h>
@@ -28,7 +28,7 @@ struct RowsCall {
     const uint8_t *x;        // the tile's pixels in the first plane
     const int8_t *weights;   // of each quad: w0 w1 w2 w3, or with pairs: w0 w1 w0 w1 w2 w3 w2 w3
     const int32_t *offsets;  // four of each quad
-    const int64_t *starts;   // first quad of every row, and the number of quads; even with pairs
+    const int64_t *starts;   // first quad of every row, and the number of quads
     const int32_t *first;    // what each row's sums begin from
     int64_t rows;
     const float *multipliers, *biases;

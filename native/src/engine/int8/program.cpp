@@ -84,7 +84,7 @@ std::string check(const Graph &graph, const rarefy_int8_result *steps) {
 int64_t scratch_of(const rarefy_int8_program &program) {
     int64_t bytes = 16 * int64_t{MOST_TILE} * MOST_PIXELS * static_cast<int64_t>(sizeof(float));
     for (const Step &step : program.steps) {
-        if (step.node.kind == Kind::POOL) bytes = std::max<int64_t>(bytes, 4 * int64_t{step.node.window.in_w});
+        if (step.node.kind == Kind::POOL) bytes = std::max(bytes, 4 * pool_line(step.node.window));
         if (step.vector) bytes = std::max<int64_t>(bytes, program.values[step.node.x].shape.channels + 64);
     }
     return (bytes + 63) / 64 * 64;

@@ -109,6 +109,12 @@ Tap tap_of(const Window &window, int axis, int32_t k);
 // Whether a convolution reads the planes of x as they lie, without a copy.
 bool in_place(const Window &window);
 
+// Columns of a pooling's line with its padding on both sides, as far as windows reach.
+inline int64_t pool_line(const Window &w) {
+    const int64_t reach = int64_t{w.out_w - 1} * w.stride[1] + int64_t{w.kernel[1] - 1} * w.dilation[1] + 1;
+    return reach > int64_t{w.left} + w.in_w ? reach : int64_t{w.left} + w.in_w;
+}
+
 // One thread's view of a run.
 struct Frame {
     const rarefy_int8_program *program;

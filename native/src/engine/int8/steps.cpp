@@ -298,53 +298,67 @@ void output(const Frame &f, const Step &s, int64_t at, int64_t images) {
         }
 }
 
-// The rows of x that a window meets, and how far along a row its columns are inside.
-void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
+// Calls body(line of x) for the rows of an image that a window meets; gives their number.
+template <class F>
+int32_t over_window(const Window &w, const View &x, int64_t c, int64_t image, int64_t row, const F &body) {
+    int32_t inside = 0;
+    for (int32_t k = 0; k < w.kernel[0]; ++k) {
+        const int64_t from = row * w.stride[0] + int64_t{k} * w.dilation[0] - w.top;
+        if (from < 0 || from >= w.in_h) continue;
+        body(x.line(c, image, from));
+        ++inside;
+    }
+    return inside;
+}
+
+// A row of maxima: down the columns into a line with zeros on both sides, then along it, then every so many of them.
+void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
     const Window &w = s.node.window;
-    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const int32_t zero = x.value->zero_point;
-    // the sums or maxima down the columns
+    const int64_t length = pool_line(w);
+    uint8_t *line = f.scratch, *down = line + w.left, *most = line + length;
+    std::memset(line, 0, static_cast<size_t>(length));
+    over_window(w, x, c, image, row, [&](const uint8_t *from) {
+        for (int64_t p = 0; p < w.in_w; ++p) down[p] = std::max(down[p], from[p]);
+    });
+    const int64_t n = int64_t{w.out_w - 1} * w.stride[1] + 1;
+    std::memcpy(most, line, static_cast<size_t>(n));
+    for (int64_t k = 1; k < w.kernel[1]; ++k) {
+        const uint8_t *next = line + k * w.dilation[1];
+        for (int64_t p = 0; p < n; ++p) most[p] = std::max(most[p], next[p]);
+    }
+    every(most, w.stride[1], out, w.out_w);
+}
+
+void average(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
+    const Window &w = s.node.window;
+    const rarefy_int8_result &r = s.result;
     int32_t *down = reinterpret_cast<int32_t *>(f.scratch);
+    std::fill(down, down + w.in_w, 0);
+    const int32_t rows = over_window(w, x, c, image, row, [&](const uint8_t *from) {
+        for (int64_t p = 0; p < w.in_w; ++p) down[p] += from[p];
+    });
+    for (int32_t p = 0; p < w.out_w; ++p) {
+        int32_t sum = 0, columns = 0;
+        for (int32_t k = 0; k < w.kernel[1]; ++k) {
+            const int32_t from = p * w.stride[1] + k * w.dilation[1] - w.left;
+            if (from < 0 || from >= w.in_w) continue;
+            sum += down[from];
+            ++columns;
+        }
+        const double inside = rows * columns, counted = s.node.count_padding ? w.taps() : inside;
+        float t = static_cast<float>(sum) * static_cast<float>(r.ratio / counted);
+        t = t + static_cast<float>(r.zero_point - x.value->zero_point * r.ratio * inside / counted);
+        out[p] = rounded(t, r.low, r.high);
+    }
+}
+
+void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const Share mine(f, y.value->shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (int64_t i = 0; i < images; ++i) {
-            for (int64_t row = 0; row < w.out_h; ++row) {
-                int32_t inside_rows = 0;
-                std::fill(down, down + w.in_w, 0);
-                for (int32_t k = 0; k < w.kernel[0]; ++k) {
-                    const int64_t from = row * w.stride[0] + int64_t{k} * w.dilation[0] - w.top;
-                    if (from < 0 || from >= w.in_h) continue;
-                    ++inside_rows;
-                    const uint8_t *line = x.line(c, i, from);
-                    if (s.node.average)
-                        for (int32_t p = 0; p < w.in_w; ++p) down[p] += line[p];
-                    else
-                        for (int32_t p = 0; p < w.in_w; ++p) down[p] = std::max<int32_t>(down[p], line[p]);
-                }
-                uint8_t *out = y.line(c, i, row);
-                for (int32_t p = 0; p < w.out_w; ++p) {
-                    int32_t result = 0, inside = 0;
-                    for (int32_t k = 0; k < w.kernel[1]; ++k) {
-                        const int32_t from = p * w.stride[1] + k * w.dilation[1] - w.left;
-                        if (from < 0 || from >= w.in_w) continue;
-                        ++inside;
-                        result = s.node.average ? result + down[from] : std::max(result, down[from]);
-                    }
-                    if (!s.node.average) {
-                        out[p] = static_cast<uint8_t>(result);
-                        continue;
-                    }
-                    inside *= inside_rows;
-                    const double counted = s.node.count_padding ? w.taps() : inside;
-                    const float factor = static_cast<float>(s.result.ratio / counted);
-                    const float bias =
-                        static_cast<float>(s.result.zero_point - zero * s.result.ratio * inside / counted);
-                    float t = static_cast<float>(result) * factor;
-                    t = t + bias;
-                    out[p] = rounded(t, s.result.low, s.result.high);
-                }
-            }
-        }
+        for (int64_t i = 0; i < images; ++i)
+            for (int64_t row = 0; row < s.node.window.out_h; ++row)
+                (s.node.average ? average : maximum)(f, s, x, c, i, row, y.line(c, i, row));
         fill_gaps(y, c, at, images);
     }
 }

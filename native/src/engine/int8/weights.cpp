@@ -13,48 +13,40 @@ struct Entry {
     int32_t offset, value;
 };
 
-// Takes the weights of a row four at a time, the largest first, such that the positive ones of each four add up to at
-// most PAIR_LIMIT, and the negative ones, too. Which four they are is free, so almost all quads are full.
-class Packer {
+// Takes the weights of a row two at a time, such that the positive ones of each two add up to at most PAIR_LIMIT, and
+// the negative ones, too: the largest with the largest one of the other sign, those that are left of one sign with the
+// largest that there is room for.
+class Pairer {
  public:
-    explicit Packer(const std::vector<Entry> &row) {
-        for (const Entry &e : row) {
-            std::vector<int32_t> &same = offsets_[e.value < 0][std::abs(e.value)];
-            same.push_back(e.offset);
-        }
-        left_[0] = std::count_if(row.begin(), row.end(), [](const Entry &e) { return e.value > 0; });
-        left_[1] = static_cast<int64_t>(row.size()) - left_[0];
+    explicit Pairer(const std::vector<Entry> &row) {
+        for (const Entry &e : row) offsets_[e.value < 0][std::abs(e.value)].push_back(e.offset);
     }
 
-    // The next quad's entries; none when all are taken.
+    // The next pair, the second of which may be nothing; nothing twice when all are taken.
     std::vector<Entry> next() {
-        std::vector<Entry> quad;
-        int32_t room[2] = {PAIR_LIMIT, PAIR_LIMIT};
-        while (static_cast<int32_t>(quad.size()) < QUAD) {
-            const int sign = left_[0] >= left_[1] ? 0 : 1;
-            if (!take(sign, room, quad) && !take(1 - sign, room, quad)) break;
-        }
-        return quad;
+        std::vector<Entry> pair;
+        if (!take(0, LARGEST, pair) && !take(1, LARGEST, pair)) return pair;
+        const bool negative = pair[0].value < 0;
+        if (!take(1 - negative, LARGEST, pair)) take(negative, PAIR_LIMIT - std::abs(pair[0].value), pair);
+        return pair;
     }
 
  private:
-    // The largest one of this sign that there is room for.
-    bool take(int sign, int32_t (&room)[2], std::vector<Entry> &quad) {
-        if (left_[sign] == 0) return false;
-        for (int32_t size = std::min(room[sign], 127); size > 0; --size) {
+    enum { LARGEST = 127 };
+
+    // The largest one of this sign that is no larger than `most`.
+    bool take(int sign, int32_t most, std::vector<Entry> &pair) {
+        for (int32_t size = std::min<int32_t>(most, LARGEST); size > 0; --size) {
             std::vector<int32_t> &same = offsets_[sign][size];
             if (same.empty()) continue;
-            quad.push_back({same.back(), sign ? -size : size});
+            pair.push_back({same.back(), sign ? -size : size});
             same.pop_back();
-            --left_[sign];
-            room[sign] -= size;
             return true;
         }
         return false;
     }
 
-    std::vector<int32_t> offsets_[2][128];
-    int64_t left_[2];
+    std::vector<int32_t> offsets_[2][LARGEST + 1];
 };
 
 class QuadMaker {
@@ -62,32 +54,31 @@ class QuadMaker {
     explicit QuadMaker(bool pairs) : pairs_(pairs) { out_.starts.push_back(0); }
 
     void row(const std::vector<Entry> &entries) {
+        std::vector<Entry> all = entries;
         if (pairs_) {
-            Packer packer(entries);
-            for (std::vector<Entry> quad = packer.next(); !quad.empty(); quad = packer.next()) add(quad);
-            if (count_ % 2) add({});  // two are taken at a time
-        } else {
-            for (size_t i = 0; i < entries.size(); i += QUAD)
-                add({entries.begin() + static_cast<int64_t>(i),
-                     entries.begin() + static_cast<int64_t>(std::min(entries.size(), i + QUAD))});
+            all.clear();
+            Pairer pairer(entries);
+            for (std::vector<Entry> pair = pairer.next(); !pair.empty(); pair = pairer.next()) {
+                all.insert(all.end(), pair.begin(), pair.end());
+                if (pair.size() == 1) all.push_back({pair[0].offset, 0});
+            }
         }
-        out_.starts.push_back(count_);
+        while (all.size() % QUAD) all.push_back({all.back().offset, 0});
+        for (size_t i = 0; i < all.size(); i += QUAD) add(all.data() + i);
+        out_.starts.push_back(static_cast<int64_t>(out_.offsets.size()) / QUAD);
     }
 
     Weights make() { return std::move(out_); }
 
  private:
-    void add(std::vector<Entry> quad) {
-        quad.resize(QUAD, {quad.empty() ? 0 : quad[0].offset, 0});
-        for (const Entry &e : quad) out_.offsets.push_back(e.offset);
+    void add(const Entry *quad) {
+        for (int32_t i = 0; i < QUAD; ++i) out_.offsets.push_back(quad[i].offset);
         for (int32_t i = 0; i < QUAD; i += 2)
             for (int32_t again = 0; again < (pairs_ ? 2 : 1); ++again)
                 for (int32_t k = 0; k < 2; ++k) out_.values.push_back(static_cast<int8_t>(quad[i + k].value));
-        ++count_;
     }
 
     const bool pairs_;
-    int64_t count_ = 0;
     Weights out_;
 };
 
