@@ -50,7 +50,7 @@ def test_what_a_page_names_is_there(page):
         assert list(ROOT.glob(path)), path
     for script in re.findall(r"python (benchmarks/\w+\.py)", text):
         assert (ROOT / script).exists(), script
-    for path in re.findall(r"\]\(([^)#:]+)", text):
+    for path in re.findall(r"\]\(([^)#:]+)", text) + re.findall(r'src(?:set)?="([^":]+)"', text):
         assert ((DOCS / page).parent / path).exists(), path
     targets = re.findall(r"^([a-z0-9-]+):|^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)
     known = {name for one, more in targets for name in (one, *more.split())}
