@@ -1,6 +1,14 @@
-"""What the built site leaves out."""
+"""What the built site leaves out, and what it must have."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+
+_REFERENCE = Path(__file__).parent / "reference"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -11,3 +19,21 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     if not config.site_url:
         config.theme.static_templates -= {"404.html"}
     return config
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Refuse a reference in which a public name of its modules is missing.
+
+    A function that is called as the module it stands in is there by its whole name alone.
+    """
+    shown = config.plugins["mkdocstrings"].handlers.inventory
+    for page in sorted(_REFERENCE.glob("*.md")):
+        for path in re.findall(r"^::: (\S+)$", page.read_text(), re.M):
+            try:
+                room = importlib.import_module(path)
+            except ModuleNotFoundError:  # a function
+                continue
+            for name in getattr(room, "__all__", ()):
+                whole = f"{path}.{name}"
+                if not (inspect.ismodule(getattr(room, name)) or whole in shown or f"{whole}.{name}" in shown):
+                    raise PluginError(f"{page.name} has no {whole}: it needs a docstring, or a comment of #:")
