@@ -1,13 +1,14 @@
 """The picture of README.md, docs/figures/pillars.svg, from results/*.csv: ``python benchmarks/pillars.py``.
 
 A panel for each pillar: accuracy against inference FLOPs, milliseconds of ResNet-50, nanoseconds of an activation, and
-gates of a tanh unit.
+gates of a tanh unit; two by two, and in pillars-narrow.svg one below the other, for a telephone's screen.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean
 
 import matplotlib
@@ -23,7 +24,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "rarefy"  # the same file each time
 matplotlib.rcParams["font.size"] = 11
 
-FIGURE = results.FOLDER.parent / "docs" / "figures" / "pillars.svg"
+FIGURES = results.FOLDER.parent / "docs" / "figures"
 OURS, THEIRS, OTHER = "#2962cc", "#8a8f98", "#c4622d"
 METHODS = ("AutoSparse, accuracy", "AutoSparse, cost", "ST-3, no rescaling", "STR", "DST")
 
@@ -38,8 +39,8 @@ def train(axis: Axes) -> None:
         colour = OURS if name.startswith("AutoSparse") else OTHER if name.startswith("ST-3") else THEIRS
         axis.plot(*zip(*points, strict=True), style, label=name, color=colour, ms=5)
     axis.set_xlabel("inference FLOPs, % of the dense network's")
-    axis.set_ylabel("test accuracy, %")
-    axis.set_title("Train sparse: a small CNN, Fashion-MNIST")
+    axis.set_ylabel("test accuracy, Fashion-MNIST, %")
+    axis.set_title("Train sparse: a small CNN")
     axis.set_ylim(84.5)
     axis.legend(fontsize=9, loc="lower right")
 
@@ -72,10 +73,10 @@ def run(axis: Axes) -> None:
     bars(
         axis,
         {name: float(found[key]["ms"]) for name, key in names.items() if key in found},
-        "ms an image",
+        "ms an image, one thread of a Xeon",
         ("rarefy, 90 % zeros",),
     )
-    axis.set_title("Run sparse: ResNet-50, one thread of a Xeon")
+    axis.set_title("Run sparse: ResNet-50")
 
 
 def activate(axis: Axes) -> None:
@@ -110,16 +111,22 @@ def build(axis: Axes) -> None:
     axis.set_title("Build: tanh units in bfloat16")
 
 
-def main() -> int:
-    """Draw."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8))
+def picture(path: Path, rows: int, columns: int, inches: tuple[float, float]) -> None:
+    """Draw the four panels into a file, in so many rows and columns."""
+    figure, axes = plt.subplots(rows, columns, figsize=inches)
     for axis, draw in zip(axes.flat, (train, activate, run, build), strict=True):
         draw(axis)
         axis.grid(alpha=0.3, axis="both" if draw is train else "x")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(pad=1.5)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    """Draw."""
+    picture(FIGURES / "pillars.svg", 2, 2, (12, 8))
+    picture(FIGURES / "pillars-narrow.svg", 4, 1, (5.4, 14))
     return 0
 
 

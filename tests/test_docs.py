@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from rarefy import engine
 
@@ -23,18 +21,18 @@ def blocks(page: str, fence: str) -> list[str]:
     return re.findall(rf"^```{fence}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
+# Of Lightning, as in test_examples.py.
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    code = "\n".join(blocks(page, "python"))
+    for package in {"lightning", "transformers"} & set(re.findall(r"^(?:import|from) (\w+)", code, re.M)):
+        pytest.importorskip(package, reason="the extra integrations is not installed")
     monkeypatch.chdir(tmp_path)
     compile_ = engine.compile
     monkeypatch.setattr(engine, "compile", lambda *given: compile_(*given, choose="native"))
-    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    with torch.no_grad():
-        for weight in (model[0].weight, model[2].weight):
-            weight[weight < 0] = 0.0  # sparse already, for the page on that
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    yours = {"model": model, "optimizer": optimizer, "loader": [0] * 5, "batches": [], "epochs": 2, "steps": 10}
-    exec(compile("\n".join(blocks(page, "python")), page, "exec"), {"__name__": "page", **yours})
+    exec(compile(code, page, "exec"), {"__name__": "page"})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -50,7 +48,7 @@ def test_what_a_page_names_is_there(page):
         assert list(ROOT.glob(path)), path
     for script in re.findall(r"python (benchmarks/\w+\.py)", text):
         assert (ROOT / script).exists(), script
-    for path in re.findall(r"\]\(([^)#:]+)", text):
+    for path in re.findall(r"\]\(([^)#:]+)", text) + re.findall(r'src(?:set)?="([^":]+)"', text):
         assert ((DOCS / page).parent / path).exists(), path
     targets = re.findall(r"^([a-z0-9-]+):|^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)
     known = {name for one, more in targets for name in (one, *more.split())}

@@ -46,7 +46,7 @@ def _example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Packe
 
 
 def arguments(example_input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: positional and keyword arguments, of a tensor, a tuple of arguments, or a dict.
+    """Return what a model is called with, positional and keyword arguments, of a tensor, a tuple of them, or a dict.
 
     Raises TypeError for anything else, ValueError where no argument is a tensor with a sample in its first dimension.
     """

@@ -31,6 +31,7 @@ from rarefy._products import Tally
 
 __all__ = ["Convention", "Cost", "LayerCost", "TrainingSteps", "count", "training_flops", "training_ratio"]
 
+#: How FLOPs are counted: "macs", a multiplication and its addition as one; "rigl", as two, as RigL's authors do.
 Convention = Literal["macs", "rigl"]
 
 _LINEAR = (
@@ -122,7 +123,7 @@ class Cost:
         return self.inference / self.dense
 
     def with_densities(self, densities: Mapping[str, float]) -> Cost:
-        """The same network with these shares of nonzero weights, by layer name; layers not named keep theirs.
+        """Return the same network with these shares of nonzero weights, by layer name; layers not named keep theirs.
 
         Raises ValueError for a name that is no layer of this network and for a density outside [0, 1].
         """
@@ -171,7 +172,7 @@ class Cost:
         }
 
     def table(self) -> str:
-        """The layers and their totals as an aligned text table, and what is not counted below it."""
+        """Write the layers and their totals as an aligned text table, and what is not counted below it."""
         header = ("layer", "kind", "shape", "weights", "density", "dense FLOPs", "FLOPs", "of dense")
         rows = [
             (
@@ -240,7 +241,7 @@ def count(
     example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
     convention: Convention = "macs",
 ) -> Cost:
-    """The cost of `model` per sample, measured by one forward of `example_input` in eval mode.
+    """Count the cost of `model` per sample, by one forward of `example_input` in eval mode.
 
     Every parameter that takes part in a product is a layer, and costs what it multiplies in all its uses, at every step
     of a recurrent network. Weights computed from parameters (weight normalisation, a mask) have the name of the largest

@@ -34,19 +34,19 @@ def _cpu_information() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """Return the processor's own name where the system tells it."""
     return _cpu_information().get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
-    """The vector extensions of the processor; empty where the system does not tell."""
+    """Return the vector extensions of the processor; empty where the system does not tell."""
     about = _cpu_information()
     present = set((about.get("flags") or about.get("Features") or "").split())
     return [feature for feature in _FEATURES if feature in present]
 
 
 def native_kernels() -> dict[str, str]:
-    """The native kernels that run here, each with its instruction set: the best there is, or the one asked for."""
+    """List the native kernels that run here, each with its instruction set: the best there is, or the one asked for."""
     asked = kernels.isa()
     best: dict[str, str] = {}
     for kernel in kernels.table():
@@ -56,7 +56,7 @@ def native_kernels() -> dict[str, str]:
 
 
 def native_isa() -> str:
-    """The instruction set that the native kernels run with here; "pytorch" where they do not run."""
+    """Return the instruction set that the native kernels run with here; "pytorch" where they do not run."""
     return next(iter(native_kernels().values()), "pytorch")
 
 

@@ -87,7 +87,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> No
 
 
 def load_sparse(path: str | Path) -> dict[str, Tensor]:
-    """The state dict that :func:`save_sparse` wrote, dense and on the CPU, with the same bits; tied tensors are one.
+    """Read the state dict that :func:`save_sparse` wrote, dense and on the CPU, bit for bit; tied tensors are one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -111,7 +111,7 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_sparse_file(path: str | Path) -> bool:
-    """Whether the file says that :func:`load_sparse` reads it; False for any other safetensors file.
+    """Say whether :func:`load_sparse` reads the file, by its header; False for any other safetensors file.
 
     Raises as :func:`load_sparse` for a file that is missing, or no safetensors file.
     """

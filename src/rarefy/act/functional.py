@@ -59,7 +59,7 @@ def tanh(
 
     Args:
         x: a floating-point tensor of any shape and layout.
-        mode: "exact", "ktanh" (the paper, or ``table``) or "hard" (HardTanh).
+        mode: "exact", "ktanh" (K-TanH, arXiv 1909.07729, or ``table``) or "hard" (HardTanh).
         grad: "y" (1 - y^2, as PyTorch; the default) or "x" (from the input); in mode "hard" only "x".
         out: where to put the result, of the same shape and dtype; ``x`` itself computes in place. No gradient then.
         table: for mode "ktanh": a :class:`Table` of the input's format, or the name of a shipped one.

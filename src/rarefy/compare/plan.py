@@ -71,7 +71,7 @@ class Comparison:
     budget: str = "sparsity"
 
     def labels(self) -> list[str]:
-        """The methods' labels in the order of the file."""
+        """List the methods' labels in the order of the file."""
         return list(dict.fromkeys(job.label for job in self.jobs))
 
 

@@ -20,7 +20,7 @@ _ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python", "date")
 
 
 def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
-    """A row a finished run, in the comparison's order.
+    """Make a row a finished run, in the comparison's order.
 
     ``test_accuracy`` is in percent; ``sparsity`` and the two FLOPs are shares, of the sparsified weights and of the
     dense network's; ``training_flops_convention`` says what the method's weight gradient is counted at;

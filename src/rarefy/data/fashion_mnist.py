@@ -24,6 +24,7 @@ from torch import Tensor
 
 __all__ = ["CLASSES", "SHAPE", "DataNotFoundError", "FashionMNIST", "load"]
 
+#: What is on an image, by its label.
 CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -79,7 +80,7 @@ class FashionMNIST:
 
 
 def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True) -> FashionMNIST:
-    """The data set, from the first of these places that has it:
+    """Load the data set, from the first of these places that has it:
 
     1. `folder` when given, and then nowhere else: the four idx files, as they are or as .gz, in it or where torchvision
        or the Debian package puts them below it;

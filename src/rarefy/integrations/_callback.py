@@ -25,7 +25,7 @@ def checked(make: Make) -> Make:
 
 
 def made(make: Make, model: nn.Module, total_steps: int) -> Sparsifier:
-    """The sparsifier. Raises TypeError if it is none."""
+    """Return the sparsifier. Raises TypeError if it is none."""
     sparsifier = make(model, total_steps)
     if not isinstance(sparsifier, Sparsifier):
         raise TypeError(
@@ -36,7 +36,7 @@ def made(make: Make, model: nn.Module, total_steps: int) -> Sparsifier:
 
 
 def whole_state(sparsifier: Sparsifier) -> dict[str, Any]:
-    """The sparsifier's state with whole tensors in place of shards: for one process to write, and any number to read.
+    """Return the sparsifier's state, shards made whole: for one process to write, and any number to read.
 
     All processes that train together must call it.
     """

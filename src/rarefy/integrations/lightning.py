@@ -52,7 +52,7 @@ class SparsifierCallback(Callback):
         self._loaded = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What Lightning takes out of a checkpoint, before there are optimizers."""
+        """Keep what Lightning takes out of a checkpoint, before there are optimizers."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,7 +88,7 @@ class SparsifierCallback(Callback):
             self.sparsifier.finalize()
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning puts into a checkpoint; nothing before training begins, and when it has ended."""
+        """Return what Lightning puts into a checkpoint; nothing before training begins, and when it has ended."""
         if self.sparsifier is None or self.sparsifier.finalized:
             return {}
         return whole_state(self.sparsifier)

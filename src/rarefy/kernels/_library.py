@@ -43,7 +43,7 @@ class Kernel:
 
 
 def library_path() -> Path | None:
-    """Where the native library lies, or None when the package was built without one."""
+    """Return where the native library lies, or None when the package was built without one."""
     folders = [Path(folder) for folder in rarefy.kernels.__path__]
     return next((folder / name for folder in folders for name in _NAMES if (folder / name).is_file()), None)
 
@@ -104,7 +104,7 @@ def _function(name: str, isa: str | None, restype: Any, argtypes: tuple[Any, ...
 
 
 def find(name: str, restype: Any, *argtypes: Any) -> Any:
-    """The best kernel of this name as a ctypes function, or None: then the caller computes it in PyTorch.
+    """Find the best kernel of this name as a ctypes function, or None: then the caller computes it in PyTorch.
 
     Raises ValueError when ``RAREFY_ISA`` names an instruction set that the library was not built for.
     """
@@ -112,7 +112,7 @@ def find(name: str, restype: Any, *argtypes: Any) -> Any:
 
 
 def isa() -> str | None:
-    """The instruction set that :func:`find` is held to now, or None for the best there is."""
+    """Return the instruction set that :func:`find` is held to now, or None for the best there is."""
     return _forced.get()
 
 

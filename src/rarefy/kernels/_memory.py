@@ -9,7 +9,7 @@ from torch._C import _functorch
 
 
 def address(tensor: Tensor, device: str = "cpu") -> int:
-    """Where the elements of a tensor begin in memory, for a kernel that knows its strides and its dtype.
+    """Return where the elements of a tensor begin in memory, for a kernel that knows its strides and its dtype.
 
     ``device`` is the type of device that the kernel runs on: "cpu" for native ones.
 

@@ -24,19 +24,22 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The names that :func:`create` knows, sorted."""
+    """List the names that :func:`create` knows, sorted."""
     return tuple(sorted(_MODELS))
 
 
 def options(name: str) -> tuple[str, ...]:
-    """The options of the network of this name. Raises ValueError, naming the nearest right one, if there is none."""
+    """Return the options of the network of this name.
+
+    Raises ValueError, naming the nearest right one, if there is none.
+    """
     if name not in _MODELS:
         raise ValueError(unknown("model", name, names()))
     return tuple(inspect.signature(_MODELS[name]).parameters)
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
-    """A freshly initialised network by its name; the options are the arguments of the function of that name.
+    """Make a freshly initialised network by its name; the options are the arguments of the function of that name.
 
     Raises ValueError, naming the nearest right one, for a name or an option that does not exist.
     """

@@ -23,6 +23,7 @@ from rarefy.rtl.identifiers import comment, module_name
 
 _LINE = 100
 _DEFAULTS = {"style": "shift_add", "stages": 0, "handshake": False, "lanes": 1, "nan": "keep", "top": None}
+#: How a unit may be built: the table's own arithmetic, one truth table, rows that are written at run time.
 STYLES = ("shift_add", "flat", "programmable")
 
 

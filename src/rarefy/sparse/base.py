@@ -234,7 +234,7 @@ class Sparsifier(ABC):
 
     @abstractmethod
     def live_masks(self) -> dict[str, Tensor]:
-        """Which weights are used, by the layer's name: boolean, this process's part of the layer."""
+        """Return which weights are used, by the layer's name: boolean, this process's part of the layer."""
 
     @abstractmethod
     def _settle(self) -> list[Tensor]:
@@ -244,7 +244,7 @@ class Sparsifier(ABC):
         """Make what the method learns and keeps in a bucket besides, from the dense weights."""
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """The weights as they would be without a mask, by the layer's name: this process's part of the layer."""
+        """Return the weights as they would be without a mask, by the layer's name: this process's part of the layer."""
         self._ready()
         return {layer.name: layer.local for layer in self._layers}
 
@@ -294,7 +294,7 @@ class Sparsifier(ABC):
         return self._finalized
 
     def aim(self) -> float | None:
-        """The density that the method steers towards now, in (0, 1]; None where it follows no curve."""
+        """Return the density that the method steers towards now, in (0, 1]; None where it follows no curve."""
         return None
 
     def attach(self: S, *optimizers: Any) -> S:
@@ -345,7 +345,7 @@ class Sparsifier(ABC):
 
     @torch.no_grad()
     def layers(self) -> list[LayerState]:
-        """The state of every sparsified layer, in the model's order; after :meth:`finalize`, what is left of them."""
+        """Return the state of every sparsified layer, in the model's order; after :meth:`finalize`, what is left."""
         if self._finalized:
             used = count_all([layer.local != 0 for layer in self._layers], self._shards())
             return [
@@ -362,7 +362,7 @@ class Sparsifier(ABC):
 
     @torch.no_grad()
     def finalize(self, model: nn.Module | None = None) -> nn.Module:
-        """The trained model with exact zeros, done in place; the sparsifier lets go of it and of the optimizers.
+        """Leave exact zeros in the trained model and return it; the sparsifier lets go of it and of the optimizers.
 
         With a target the number of zeros is exact: the best weights whose cost fits the budget stay. Give ``model`` to
         cut a copy of the trained model to the same mask instead (an exponential moving average, a deepcopy).
@@ -398,7 +398,7 @@ class Sparsifier(ABC):
         return self.model if model is None else model
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model's and the optimizer's state; tensors of shards are DTensors."""
+        """Return what a checkpoint needs beside the states of model and optimizer; tensors of shards are DTensors."""
         if self._finalized:
             raise RuntimeError("state_dict() after finalize(): the model is a plain one now, and its own state is all")
         with torch.no_grad():
@@ -546,7 +546,7 @@ class Sparsifier(ABC):
         self._shown = True
 
     def where(self, layer: Layer) -> tuple[Bucket, int]:
-        """The bucket that a layer is in, and its place there."""
+        """Find the bucket that a layer is in, and its place there."""
         return self._places[id(layer)]
 
     def _shards(self) -> list[Shard | None]:
@@ -558,7 +558,7 @@ class Sparsifier(ABC):
         return [lists[id(bucket)][place] for bucket, place in (self.where(layer) for layer in self._layers)]
 
     def kept(self, name: str) -> list[Tensor]:
-        """A flat tensor that the buckets keep, as one tensor a layer, on the same memory."""
+        """View a flat tensor that the buckets keep as one tensor a layer, on the same memory."""
         return self._by_layer(lambda bucket: bucket.views(bucket.kept[name]))
 
     # Around the optimizers' steps

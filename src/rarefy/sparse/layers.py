@@ -98,7 +98,7 @@ class Layer:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor that this process holds; any other tensor itself."""
+    """Return the part of a distributed tensor that this process holds; any other tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)
 
 

@@ -89,7 +89,7 @@ for _method in METHODS.values():
 
 
 def names() -> list[str]:
-    """The names that :func:`create` knows: ``list_methods()``."""
+    """List the names that :func:`create` knows: ``list_methods()``."""
     return sorted(METHODS)
 
 
@@ -102,7 +102,7 @@ def list_methods(pattern: str = "*", *, details: Literal[True]) -> dict[str, Inf
 
 
 def list_methods(pattern: str = "*", details: bool = False) -> list[str] | dict[str, Info]:
-    """The names that match a shell pattern, in order; with ``details``, what each method is, by name.
+    """List the names that match a shell pattern, in order; with ``details``, what each method is, by name.
 
     ``list_methods("s*")`` gives ``["set", "snfs", ...]``.
     """
@@ -126,7 +126,7 @@ def register(name: str, method: type[Sparsifier]) -> None:
 
 
 def options(name: str) -> dict[str, Any]:
-    """The keyword arguments of the method of this name and their defaults; ``dataclasses.MISSING`` for none.
+    """Return the keyword arguments of the method of this name and their defaults, ``dataclasses.MISSING`` for none.
 
     Raises ValueError for a name that is not there.
     """
@@ -137,7 +137,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 def create(name: str, model: nn.Module, **arguments: Any) -> Sparsifier:
-    """The method of this name for ``model``: ``create("autosparse", model, total_steps=1000, target=0.9)``.
+    """Make the method of this name for ``model``: ``create("autosparse", model, total_steps=1000, target=0.9)``.
 
     Raises ValueError for a name or an option that is not there, naming the nearest one that is.
     """

@@ -117,7 +117,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def parse(plain: Mapping[str, Any]) -> Recipe:
-    """The recipe that a mapping (as from YAML) describes, checked. Raises ValueError as :func:`load`."""
+    """Check the recipe that a mapping (as from YAML) describes, and return it. Raises ValueError as :func:`load`."""
     recipe = _build(Recipe, plain, "")
     _check(recipe)
     return recipe

@@ -13,6 +13,7 @@ from rarefy.act.spec.formats import Bits, Format, Values
 from rarefy.act.spec.oracle import Function
 from rarefy.act.spec.table import BitIndex, CarryTable, ShiftTable
 
+#: What a fit may make least: the largest error, the largest in units of the last place, the root mean square.
 OBJECTIVES = ("max_abs", "max_ulp", "rmse")
 _SLACK = 1e-12  # float64 noise when two error bounds are compared
 

@@ -13,6 +13,7 @@ from rarefy.rtl.check.formal import prove
 from rarefy.rtl.check.simulate import simulate
 from rarefy.rtl.design import Design
 
+#: What a unit may be verified by: two simulators, and a proof.
 TOOLS = ("icarus", "verilator", "formal")
 
 

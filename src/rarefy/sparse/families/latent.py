@@ -48,15 +48,15 @@ class Latent(Sparsifier):
         return first
 
     def latent(self, weight: Tensor) -> Tensor:
-        """The dense weights whose value, without a mask, is this; in the beginning."""
+        """Return the dense weights whose value, without a mask, is this; in the beginning."""
         return weight
 
     def dense(self, weight: Tensor) -> Tensor:
-        """What W is worth without a mask: the inverse of :meth:`latent`."""
+        """Return what W is worth without a mask: the inverse of :meth:`latent`."""
         return weight
 
     def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
-        """The dense weights, as :meth:`dense` gives them, whose value is this where it is not 0, (N,) to (N,).
+        """Return the dense weights, as :meth:`dense` does, whose value is this where it is not 0, (N,) to (N,).
 
         By default for methods that take something from the weights that live, as soft thresholds do.
         """
@@ -65,7 +65,7 @@ class Latent(Sparsifier):
         return used + taken.copysign(used)
 
     def live(self, bucket: Bucket) -> Tensor:
-        """Which weights are used, (N,), boolean."""
+        """Say which weights are used, (N,), boolean."""
         return self.value(bucket.kept["latent"], bucket) != 0
 
     # What all have
@@ -83,7 +83,7 @@ class Latent(Sparsifier):
         return {layer.name: self.dense(weight) for layer, weight in zip(self._layers, self.latents(), strict=True)}
 
     def latents(self) -> list[Tensor]:
-        """The dense weights, one tensor a layer: this process's part of it."""
+        """Return the dense weights, one tensor a layer: this process's part of it."""
         self._take_all()
         return self.kept("latent")
 
@@ -166,7 +166,7 @@ class Projected(Budgeted, Latent):
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
-        """What the masks of a layer are chosen by, shaped as its weight; the magnitude by default."""
+        """Return what the masks of a layer are chosen by, shaped as its weight; the magnitude by default."""
         return self.dense(weight).abs()
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:

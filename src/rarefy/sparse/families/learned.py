@@ -79,7 +79,7 @@ class Learned(Targeted, Latent):
 
     @abstractmethod
     def margin(self, bucket: Bucket) -> Tensor:
-        """How far each weight is from being masked, in units of what is learned; masked below 0. (N,), double."""
+        """Say how far each weight is from being masked, in units of what is learned; masked below 0. (N,), double."""
 
     @abstractmethod
     def shift(self, bucket: Bucket, by: float) -> None:
@@ -93,7 +93,7 @@ class Learned(Targeted, Latent):
         """Keep what is learned in its range after a step."""
 
     def steer(self) -> None:
-        """What else the method does after a step."""
+        """Do what else the method does after a step."""
 
     # What all have
 
@@ -143,7 +143,7 @@ class Learned(Targeted, Latent):
             self._trim(self.budget.aim(self.progress) if self.tracks else self.budget.goal)
 
     def aim(self) -> float | None:
-        """The density of the curve that a target is followed on, in (0, 1]."""
+        """Return the density of the curve that a target is followed on, in (0, 1]."""
         return None if self.budget is None else self.budget.aim(self.progress)
 
     def _trim(self, density: float) -> None:

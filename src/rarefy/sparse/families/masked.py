@@ -30,11 +30,11 @@ class Masked(Budgeted):
     # What a method provides
 
     def initial_masks(self) -> list[Tensor]:
-        """The masks at the start, one a layer; all ones unless the method is sparse to sparse."""
+        """Make the masks at the start, one a layer; all ones unless the method is sparse to sparse."""
         return [torch.ones_like(weight, dtype=torch.bool) for weight in self.weights()]
 
     def update_masks(self) -> list[Tensor] | None:
-        """The masks from this step on, after the step's update of the weights; None leaves them."""
+        """Make the masks from this step on, after the step's update of the weights; None leaves them."""
         return None
 
     def see_gradients(self, bucket: Bucket) -> None:
@@ -43,7 +43,7 @@ class Masked(Budgeted):
     # What all have
 
     def weights(self) -> list[Tensor]:
-        """The weights, one tensor a layer: this process's part of it."""
+        """Return the weights, one tensor a layer: this process's part of it."""
         return [layer.local for layer in self._layers]
 
     def live_masks(self) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class Masked(Budgeted):
         return [mask if n else torch.ones_like(mask) for mask, n in zip(masks, live, strict=True)]
 
     def due(self, every: int, until: float = 1.0) -> bool:
-        """Whether masks that change every so often change after this step, last at ``until`` or just after."""
+        """Say whether masks that change every so often change after this step, last at ``until`` or just after."""
         return self.steps % every == 0 and self.steps - every < until * self.total_steps
 
     def _begin(self) -> None:

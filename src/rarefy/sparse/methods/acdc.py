@@ -64,7 +64,7 @@ class ACDC(Masked):
         self._sparse = False
 
     def compressed(self) -> bool:
-        """Whether the training is compressed after this step."""
+        """Say whether the training is compressed after this step."""
         if self.progress < self.warmup:
             return False
         # The small number: 0.15 - 0.1 is not quite 0.05.

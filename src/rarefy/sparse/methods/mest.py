@@ -79,7 +79,7 @@ class MEST(Masked):
         return self.masks_of([self.bounds(count, size)[1] for count, size in counts], self.seed)
 
     def bounds(self, count: int, size: int) -> tuple[int, int]:
-        """How many blocks of a layer dropping leaves, and growing makes of them; ``count`` is the target's."""
+        """Count the blocks that dropping leaves of a layer's, and growing makes of them; ``count`` is the target's."""
         assert self.moved is not None
         share = self.moved * (1.0 if self.progress < STAGES[0] else 0.5 if self.progress < STAGES[1] else 0.0)
         change = int(share * count)

@@ -69,7 +69,7 @@ class SET(Masked):
         return self.random_masks(self.budget.goal, self.seed)
 
     def growth_scores(self) -> Sequence[Tensor] | None:
-        """What to grow, one tensor a layer, larger first; None leaves the masks."""
+        """Score what to grow, one tensor a layer, larger first; None leaves the masks."""
         return self.random(self.seed)
 
     def update_masks(self) -> list[Tensor] | None:
@@ -84,7 +84,7 @@ class SET(Masked):
     def drop_and_grow(
         self, masks: Sequence[Tensor], magnitudes: Sequence[Tensor], growth: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The masks after dropping the share f(t) of what lives and growing as much."""
+        """Make the masks after dropping the share f(t) of what lives and growing as much."""
         fraction = cosine_decay(self.drop_fraction, self.progress, self.stop)
         rows = zip(magnitudes, masks, growth, self._shards(), strict=True)
         return [drop_and_grow(size, mask, grow, fraction, self.block, shard) for size, mask, grow, shard in rows]

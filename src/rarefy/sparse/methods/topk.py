@@ -60,7 +60,7 @@ class TopK(Exploring):
         return torch.where(bucket.kept["mask"], grad, explored)
 
     def reach(self, layer: Layer, live: int) -> int:
-        """How many weights of the layer get a gradient."""
+        """Count the weights of the layer that get a gradient."""
         return max(live, int(self.backward_density * layer.size))
 
     def weight_grad_density(self, density: float) -> float:

@@ -104,7 +104,7 @@ class TopKAST(Exploring):
         return found
 
     def reach(self, layer: Layer, live: int) -> int:
-        """How many weights of the layer are in B."""
+        """Count the weights of the layer that are in B."""
         return min(layer.size, int(self.superset * live))
 
     def weight_grad_density(self, density: float) -> float:
