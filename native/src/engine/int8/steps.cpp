@@ -212,7 +212,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
 }
 
 // out[i] = x[i * step], for n of them.
-void every(const uint8_t *x, int64_t step, uint8_t *out, int64_t n) {
+void every(const uint8_t *__restrict x, int64_t step, uint8_t *__restrict out, int64_t n) {
     if (step == 1) std::memcpy(out, x, static_cast<size_t>(n));
     else if (step == 2)
         for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
@@ -246,6 +246,19 @@ void phases(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
+void quantize(const float *__restrict x, int64_t step, uint8_t *__restrict out, int64_t n, rarefy_int8_result r) {
+    const float zero = static_cast<float>(r.zero_point);
+    const auto one = [=](float v) {
+        float t = v * r.multiplier;
+        t = t + r.bias;
+        return rounded(t == t ? t : zero, r.low, r.high);
+    };
+    if (step == 1)
+        for (int64_t p = 0; p < n; ++p) out[p] = one(x[p]);
+    else
+        for (int64_t p = 0; p < n; ++p) out[p] = one(x[p * step]);
+}
+
 void input(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View y = view(f, s.node.out, at);
     const Shape &shape = y.value->shape;
@@ -253,20 +266,12 @@ void input(const Frame &f, const Step &s, int64_t at, int64_t images) {
     while (&f.program->steps[f.program->inputs[number]] != &s) ++number;
     const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
     const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
-    const float zero = static_cast<float>(s.result.zero_point);
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
         for (int64_t i = 0; i < images; ++i) {
             const float *in = f.inputs[number] + (f.first_image + at + i) * shape.size() + c * c_step;
-            for (int64_t row = 0; row < shape.height; ++row) {
-                uint8_t *line = y.line(c, i, row);
-                const float *from = in + row * shape.width * p_step;
-                for (int64_t p = 0; p < shape.width; ++p) {
-                    float t = from[p * p_step] * s.result.multiplier;
-                    t = t + s.result.bias;
-                    line[p] = rounded(t == t ? t : zero, s.result.low, s.result.high);
-                }
-            }
+            for (int64_t row = 0; row < shape.height; ++row)
+                quantize(in + row * shape.width * p_step, p_step, y.line(c, i, row), shape.width, s.result);
         }
         fill_gaps(y, c, at, images);
     }
@@ -311,21 +316,20 @@ int32_t over_window(const Window &w, const View &x, int64_t c, int64_t image, in
     return inside;
 }
 
+void larger(uint8_t *__restrict to, const uint8_t *__restrict from, int64_t n) {
+    for (int64_t p = 0; p < n; ++p) to[p] = to[p] > from[p] ? to[p] : from[p];
+}
+
 // A row of maxima: down the columns into a line with zeros on both sides, then along it, then every so many of them.
 void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
     const Window &w = s.node.window;
     const int64_t length = pool_line(w);
     uint8_t *line = f.scratch, *down = line + w.left, *most = line + length;
     std::memset(line, 0, static_cast<size_t>(length));
-    over_window(w, x, c, image, row, [&](const uint8_t *from) {
-        for (int64_t p = 0; p < w.in_w; ++p) down[p] = std::max(down[p], from[p]);
-    });
+    over_window(w, x, c, image, row, [=](const uint8_t *from) { larger(down, from, w.in_w); });
     const int64_t n = int64_t{w.out_w - 1} * w.stride[1] + 1;
     std::memcpy(most, line, static_cast<size_t>(n));
-    for (int64_t k = 1; k < w.kernel[1]; ++k) {
-        const uint8_t *next = line + k * w.dilation[1];
-        for (int64_t p = 0; p < n; ++p) most[p] = std::max(most[p], next[p]);
-    }
+    for (int64_t k = 1; k < w.kernel[1]; ++k) larger(most, line + k * w.dilation[1], n);
     every(most, w.stride[1], out, w.out_w);
 }
 
