@@ -1,5 +1,6 @@
 """Every method and policy under one name, and a task that trains in a second: new methods join the tests here."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -66,6 +67,7 @@ def network(norm: bool = True) -> nn.Sequential:
     )
 
 
+@functools.cache
 def batch(step: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch that is a pure function of the step: the class is the quadrant with a bright patch."""
     generator = torch.Generator().manual_seed(step)
