@@ -32,7 +32,7 @@ CASES = {
     "mest": ("mest", {"target": 0.9, "gradient_weight": 0.1}),
     "mest-soft": ("mest", {"target": 0.9, "soft": True}),
     "granet": ("granet", {"target": 0.9}),
-    "acdc": ("acdc", {"target": 0.9}),
+    "acdc": ("acdc", {"target": 0.9, "phase": 0.1}),
     "st3": ("st3", {"target": 0.9, "rescale": False}),
     "st3-sigma": ("st3", {"target": 0.7, "sigma": True}),
     "feather": ("feather", {"target": 0.9, "theta": 0.5}),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import warnings
 from collections import OrderedDict, defaultdict
@@ -17,7 +18,7 @@ from rarefy.sparse import DST, GMP, AutoSparse, PowerPropagation, RigL, Static
 from tests.sparse.methods import CASES, Run, assert_equal, batch, create, network
 from tests.sparse.test_survival import FAMILIES
 
-STEPS = 20
+STEPS = 10
 
 #: How the two usual optimizers are made.
 KINDS = {
@@ -95,10 +96,16 @@ def holds(sparsifier):
 # Closures
 
 
+@functools.cache
+def plain_run(case, kind):
+    """What the plain loop leaves, made once for all that is compared with it."""
+    return run(case, kind, plain_step)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_closure_is_the_plain_loop_to_the_bit(case, kind):
-    plain, parts = run(case, kind, plain_step), run(case, kind, accumulated)
+    plain, parts = plain_run(case, kind), run(case, kind, accumulated)
     for one in (closure_step, closure_step_zeroed_before, closure_step_into_zeros):
         assert_equal(run(case, kind, one), plain, one.__name__)
     assert_equal(run(case, kind, closure_step_accumulated), parts)
@@ -132,7 +139,7 @@ def test_an_error_in_a_closure_leaves_no_trace():
                 assert case == "cs" or holds(sparsifier)
             closure_step(model, optimizer, step)
         found = {"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}
-        assert_equal(found, run(case, "adamw", plain_step))
+        assert_equal(found, plain_run(case, "adamw"))
 
 
 class Failing(torch.optim.AdamW):
@@ -530,7 +537,7 @@ def test_a_step_that_is_compiled():
             backward(model, step)
             compiled()
         assert sparsifier.steps == STEPS
-        for key, value in run(case, "sgd", plain_step)["model"].items():
+        for key, value in plain_run(case, "sgd")["model"].items():
             torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
@@ -561,7 +568,7 @@ def test_several_steps_inside_of_one_are_one(case):
 @pytest.mark.parametrize("case", [*FAMILIES, "dst", "topkast"])
 def test_the_optimizer_of_accelerate(case):
     accelerate = pytest.importorskip("accelerate")
-    run_plain = run(case, "adamw", plain_step)
+    run_plain = plain_run(case, "adamw")
     torch.manual_seed(1)
     model = network(norm=False)
     sparsifier = create(case, model, STEPS)
@@ -781,7 +788,7 @@ def test_attaching_again_and_loading_the_optimizer_change_nothing(case, kind):
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         plain_step(model, optimizer, step)
     found = {"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}
-    assert_equal(found, run(case, kind, plain_step))
+    assert_equal(found, plain_run(case, kind))
     assert len(optimizer._optimizer_step_pre_hooks) == 1
 
 
@@ -940,7 +947,7 @@ def test_gradients_that_stay_zeros_are_those_that_are_none(case):
         backward(model, step)
         optimizer.step()
 
-    assert_equal(run(case, "adamw", keep_zeros), run(case, "adamw", plain_step))
+    assert_equal(run(case, "adamw", keep_zeros), plain_run(case, "adamw"))
 
 
 # Gradients that are not there, or not finite

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
 ]
 
-STEPS = 20
+STEPS = 10
 
 
 def whole(tensor):
