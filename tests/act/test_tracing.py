@@ -98,6 +98,7 @@ class Several(nn.Module):
         return [function(x) for function in self.functions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["scripted", "dynamo"])
 @pytest.mark.parametrize(
     ("dtype", "functions"),
@@ -125,6 +126,7 @@ def test_onnx_has_the_bits(dtype, functions, how, tmp_path):
         assert but_for_nan(found, right), (function.function, function.mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_become_onnx_or_say_how(strict, tmp_path):
     pytest.importorskip("onnxscript")

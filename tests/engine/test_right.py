@@ -312,6 +312,7 @@ class Random(nn.Module):
         return values[-1], values[-2], sum(values[2:]) / len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_graphs(seed):
     torch.manual_seed(seed)

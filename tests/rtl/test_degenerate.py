@@ -22,6 +22,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_simple_functions_become_right_units(name):
     with np.errstate(invalid="ignore"):

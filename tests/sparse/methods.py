@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,6 +49,12 @@ CASES = {
 }
 #: Cases whose masks are soft up to the last step: only what is 0 then is what they call masked.
 SOFT = {"ltp", "cs"}
+
+#: One of each family, where all that matters is that the model is a plain one.
+FAMILIES = ["autosparse-accuracy", "rigl", "topk", "cs"]
+
+#: Every case as a parameter of tests; make test-fast runs one of each family.
+EVERY = [pytest.param(case, marks=() if case in FAMILIES else pytest.mark.slow) for case in CASES]
 
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
 

@@ -15,8 +15,7 @@ from torch.nn.utils import parametrize
 
 from rarefy import sparse
 from rarefy.sparse import DST, GMP, AutoSparse, PowerPropagation, RigL, Static
-from tests.sparse.methods import CASES, Run, assert_equal, batch, create, network
-from tests.sparse.test_survival import FAMILIES
+from tests.sparse.methods import EVERY, FAMILIES, Run, assert_equal, batch, create, network
 
 STEPS = 10
 
@@ -103,7 +102,7 @@ def plain_run(case, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_closure_is_the_plain_loop_to_the_bit(case, kind):
     plain, parts = plain_run(case, kind), run(case, kind, accumulated)
     for one in (closure_step, closure_step_zeroed_before, closure_step_into_zeros):
@@ -120,7 +119,7 @@ class Twice(torch.optim.SGD):
             return super().step(closure)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_closure_asked_twice_at_the_same_place_is_one_step(case):
     assert_equal(
         run(case, lambda p: Twice(p, lr=0.05, momentum=0.9), closure_step),
@@ -244,7 +243,7 @@ def by_closure(model, optimizer, step):
 
 
 @pytest.mark.parametrize("one", [by_closure, by_two_calls])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_sam(case, one):
     model, optimizer, sparsifier = start(case, sam)
     for step in range(STEPS):
@@ -500,7 +499,7 @@ class Centralized(torch.optim.AdamW):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_step_that_calls_the_step_it_inherits_is_one(case):
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     twice = run(case, lambda p: Centralized(p, lr=3e-3), plain_step)
@@ -778,7 +777,7 @@ def test_a_new_optimizer_in_the_middle():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_attaching_again_and_loading_the_optimizer_change_nothing(case, kind):
     model, optimizer, sparsifier = start(case, kind)
     for step in range(STEPS):
@@ -915,7 +914,7 @@ def test_what_is_learned_beside_the_weights_is_stepped_as_they_are(kind):
         torch.testing.assert_close(bucket.own["score"], twin, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_maximizing_is_minimizing_the_negative(case):
     def turned(model, optimizer, step):
         optimizer.zero_grad()
@@ -940,7 +939,7 @@ def test_maximizing_is_minimizing_the_negative(case):
     assert ends[0][1] == ends[1][1]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_gradients_that_stay_zeros_are_those_that_are_none(case):
     def keep_zeros(model, optimizer, step):
         optimizer.zero_grad(set_to_none=False)
@@ -953,7 +952,7 @@ def test_gradients_that_stay_zeros_are_those_that_are_none(case):
 # Gradients that are not there, or not finite
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_steps_without_a_gradient_move_nothing(case):
     model, optimizer, sparsifier = start(case, "adamw", total_steps=100)
     for step in range(3):
@@ -971,7 +970,7 @@ def test_steps_without_a_gradient_move_nothing(case):
         assert all(torch.equal(a, b) for a, b in zip(own, now, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_layer_that_is_frozen_in_the_middle_keeps_its_dense_weights(case):
     model, optimizer, sparsifier = start(case, "adamw")
     name = "3"
@@ -1049,7 +1048,7 @@ def test_a_layer_that_nothing_uses_takes_no_share_of_the_target():
         assert torch.equal(model.auxiliary.weight, before)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_batch_of_nan_is_told_and_nothing_is_finalized_of_it(case):
     model, optimizer, sparsifier = start(case, total_steps=20)
     for step in range(4):
@@ -1073,7 +1072,7 @@ def test_a_batch_of_nan_is_told_and_nothing_is_finalized_of_it(case):
 # Weights that somebody else writes
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 @pytest.mark.parametrize("through", ["in place", "data", "assigned"])
 def test_weights_written_by_somebody_else_are_gone_on_from(case, through):
     model, optimizer, sparsifier = start(case, total_steps=20)
@@ -1178,7 +1177,7 @@ def test_learned_masks_of_an_optimizer_that_was_made_first():
         assert_equal(*states)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_steps_beyond_the_last_keep_the_masks(case):
     trained = Run(case, total_steps=STEPS).train(STEPS)
     masks = {name: mask.clone() for name, mask in trained.sparsifier.live_masks().items()}

@@ -11,7 +11,7 @@ from rarefy import cost, sparse
 from rarefy.sparse import AutoSparse, schedules
 from rarefy.sparse.families.soft_threshold import THRESHOLD_FUNCTIONS
 from tests.sparse.by_hand import ByHand
-from tests.sparse.methods import STEPS, TARGETED, Run, accuracy
+from tests.sparse.methods import EVERY, STEPS, TARGETED, Run, accuracy
 
 
 def alphas(steps, **options):
@@ -86,7 +86,7 @@ def test_threshold_functions_and_their_inverses(name):
 
 
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
-@pytest.mark.parametrize("case", TARGETED)
+@pytest.mark.parametrize("case", [each for each in EVERY if each.values[0] in TARGETED])
 def test_lands_on_its_target(case, adam):
     steps = STEPS * (2 if case == "ltp" else 1)  # whose sigmoids take longer to be steep
     run = Run(case, adam=adam, total_steps=steps)
@@ -278,6 +278,7 @@ def test_steps_beyond_the_end_move_no_threshold():
     assert run.sparsifier.progress == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["autosparse-accuracy", "autosparse-cost", "str-target"])
 @pytest.mark.parametrize("target", [0.95, 0.98])
 def test_high_targets_in_short_runs_do_not_run_away(case, target):

@@ -14,15 +14,12 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
-from tests.sparse.methods import CASES, SOFT, Run, assert_equal, batch, create, network
+from tests.sparse.methods import CASES, EVERY, FAMILIES, SOFT, Run, assert_equal, batch, create, network
 
 HALF, ALL = 6, 12
 
 #: Steps of the runs over two processes.
 TOGETHER = 10
-
-#: One of each family, where all that matters is that the model is a plain one.
-FAMILIES = ["autosparse-accuracy", "rigl", "topk", "cs"]
 
 #: Cases that grow weights, which are 0 until their next step; a layer's share of a FLOPs budget may rise by one.
 GROWING = {"set", "rigl", "snfs", "mest", "mest-soft", "granet", "acdc", "gmp-flops"}
@@ -30,7 +27,7 @@ GROWING = {"set", "rigl", "snfs", "mest", "mest-soft", "granet", "acdc", "gmp-fl
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=EVERY)
 def case(request):
     return request.param
 
@@ -292,7 +289,11 @@ def test_weights_loaded_in_the_middle_are_gone_on_from(case):
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*((case, torch.float16) for case in CASES), *((case, torch.bfloat16) for case in FAMILIES)]
+    ("case", "dtype"),
+    [
+        *(pytest.param(*each.values, torch.float16, marks=each.marks) for each in EVERY),
+        *((case, torch.bfloat16) for case in FAMILIES),
+    ],
 )
 def test_autocast(case, dtype):
     run = Run(case, total_steps=ALL)
