@@ -68,6 +68,7 @@ def test_fit_gives_what_the_library_gives(capsys):
     assert published["proven"]["least"] == pytest.approx(0.008920, abs=5e-7)
 
 
+@pytest.mark.slow
 def test_fit_by_other_objectives_and_formats(capsys):
     ulp = printed(capsys, "table", "fit", "--objective", "max_ulp")
     assert ulp["errors"]["max_ulp"] == ulp["proven"]["least"] == 5

@@ -115,6 +115,7 @@ def test_float32(isa):
     assert np.isnan(got[nan].view(np.float32)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("function", oracle.FUNCTIONS[1:])
 def test_float32_gates_are_rounded_once(function, isa):

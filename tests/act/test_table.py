@@ -146,6 +146,7 @@ def test_certificate_agrees_with_brute_force():
     assert fit.certify().rows[t] == best
 
 
+@pytest.mark.slow
 def test_fit_by_ulp_and_rmse():
     least = error.of(fit.fit_shift(objective="max_ulp"))
     assert least.max_ulp == 5

@@ -140,6 +140,7 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
         assert [row["label"] for row in csv.DictReader(file)] == ["dense", "RigL"]
 
 
+@pytest.mark.slow
 def test_targets_may_be_of_flops(tmp_path):
     methods = {"GMP": {"name": "gmp"}, "own": {"name": "gmp", "target": 0.5}}
     made, folder = load(comparison(tmp_path, methods=methods, budget="flops", targets=[0.3])), tmp_path / "runs"
@@ -166,6 +167,7 @@ def test_methods_without_targets_show_how_their_sparsity_grew(tmp_path):
     assert "Sparsity of alpha 0.0, alpha 1.0." in text or "Sparsity of alpha 1.0, alpha 0.0." in text
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     path = comparison(tmp_path, methods={"dense": {"name": "dense"}})
     assert main(["compare", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1", "--json"]) == 0

@@ -191,6 +191,7 @@ class Product(nn.Module):
         return self.how(x, self.weight, self.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "shape", "size", "kernels"),
     [

@@ -36,6 +36,7 @@ def deviation(conv, x):
     return y - y.mean(0) if x.shape[0] > 1 else y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forward",
     [

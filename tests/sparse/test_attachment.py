@@ -254,6 +254,7 @@ def test_sam(case, one):
     sparsifier.finalize()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["autosparse-accuracy", "str-target", "st3", "feather", "topk", "rigl"])
 def test_stepping_aside_and_back_rounds_and_shrinks_nothing(case):
     # what a soft threshold takes from a weight would be taken in every step otherwise
@@ -525,6 +526,7 @@ def test_a_step_that_calls_the_step_it_inherits_is_one(case):
     assert torch.stack([p.isfinite().all() for p in twice["model"].values()]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, while it traces
 def test_a_step_that_is_compiled():
     for case in ("autosparse-accuracy", "gmp"):
@@ -611,6 +613,7 @@ def task():
     return x, (x @ torch.randn(20, 5, generator=generator)).argmax(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gmp", "rigl", "dst", "autosparse", "topk"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_muon_for_the_matrices_and_adamw_for_the_rest(method, reverse):
@@ -870,6 +873,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_kind_of_optimizer_and_going_on_from_a_checkpoint(kind):
     for case in ["gmp", *FAMILIES]:

@@ -111,6 +111,7 @@ def test_lands_on_its_target(case, adam):
         assert budget.goal * final.dense - dearest <= final.inference <= budget.goal * final.dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["autosparse-accuracy", "autosparse-cost", "str-target"])
 def test_floors_keep_every_layer_alive(case):
     run = Run(case, target=0.95, floor={"0": 0.25}).train(STEPS)
@@ -165,6 +166,7 @@ def test_sparse_backward_gives_gradients_to_the_asked_share():
     assert run.dense[run.gradient != 0].abs().min() >= run.dense[run.gradient == 0].abs().max()
 
 
+@pytest.mark.slow
 def test_larger_alpha_keeps_more_weights_and_alpha_0_runs_away():
     ends = []
     for alpha in (0.0, 0.5, 1.0):

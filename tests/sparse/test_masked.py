@@ -29,6 +29,7 @@ def masks(run):
     return [mask.clone() for mask in run.sparsifier.live_masks().values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
 @pytest.mark.parametrize("case", HARD)
 def test_nothing_lives_outside_the_masks_in_any_step(case, adam):
