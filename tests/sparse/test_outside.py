@@ -23,7 +23,7 @@ OTHERS = {
     "set": {"drop_fraction": 0.2},
     "rigl": {"stop": 0.5},
     "granet": {"initial_density": 0.7},
-    "acdc": {"phase": 0.1},
+    "acdc": {"phase": 0.2},
     "st3": {"alpha": 0.5},
     "feather": {"power": 2.0},
     "powerprop": {"power": 3.0},
