@@ -38,7 +38,8 @@ docs: $(STAMP)
 test: lint docs $(TOOLS)
 	$(BIN)/pytest -n auto
 
-# All but the tests marked slow: several processes at once, every input of a format, long trainings, built packages.
+# All but the tests marked slow: several processes at once, every input of a format, long trainings, built packages, and
+# of what is asserted of every sparse method all but one of each family.
 .PHONY: test-fast
 test-fast: $(TOOLS)
 	$(BIN)/pytest -n auto -m "not slow"

@@ -59,6 +59,7 @@ def test_json_is_one_object_and_progress_goes_elsewhere(capsys: pytest.CaptureFi
     assert "left" in err
 
 
+@pytest.mark.slow
 def test_a_run_is_never_written_over(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["train", "small.yaml", "--set", "schedule.epochs=1"]
     for _ in range(2):
@@ -111,6 +112,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[signal.S
     assert not planned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_writes_a_checkpoint_and_resuming_changes_no_bit(
     number: signal.Signals,

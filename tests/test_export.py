@@ -201,6 +201,7 @@ def test_bfloat16_that_onnxruntime_can_run(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
 
 
+@pytest.mark.slow
 def test_two_inputs_and_nested_outputs(tmp_path: Path) -> None:
     model, path = Pair().eval(), tmp_path / "model.onnx"
     left, right = torch.randn(3, 4), torch.randn(3, 5)
@@ -246,6 +247,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_files, "save_onnx", write)
 
 
+@pytest.mark.slow
 def test_a_run_to_onnx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "run", "--to", "onnx"]) == 0
     lines = {line[:8].strip(): line[10:] for line in capsys.readouterr().out.splitlines()}
@@ -289,6 +291,7 @@ def test_a_run_to_an_engine(weights: str, tolerance: float, run: Path, capsys: p
     assert (loaded(x) - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_without_onnxruntime_it_is_written_and_said(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_fit_gives_what_the_library_gives(capsys):
     assert published["proven"]["least"] == pytest.approx(0.008920, abs=5e-7)
 
 
+@pytest.mark.slow
 def test_fit_by_other_objectives_and_formats(capsys):
     ulp = printed(capsys, "table", "fit", "--objective", "max_ulp")
     assert ulp["errors"]["max_ulp"] == ulp["proven"]["least"] == 5
@@ -95,11 +96,12 @@ def test_fit_for_people(capsys):
     assert "written to  c.json" in out
 
 
-@pytest.mark.slow
 def test_shipped_tables_are_made_again_and_proven(capsys, monkeypatch):
+    few = ("tanh_bf16_ktanh", "tanh_bf16_monotone", "gelu_fp16")  # tests/act/test_table.py makes all of them
+    monkeypatch.setattr(shipped, "BUILDERS", {name: shipped.BUILDERS[name] for name in few})
     assert main(["table", "fit", "--shipped", "tables"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{len(act.list_tables()) + 1} tables in tables"
+    assert lines[-1] == f"{len(few) + 1} tables in tables"
     assert all(line.startswith("proven ") for line in lines[:-1])
     assert "largest error 0.008920" in lines[0]
     assert act.load("tables/gelu_fp16.json") == act.load("gelu_fp16")

@@ -25,6 +25,7 @@ def fresh():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", reference.MODES)
 def test_inductor_gives_the_same_bits_in_one_graph(mode):
     def every(x: Tensor) -> list[Tensor]:
@@ -54,6 +55,7 @@ def test_inductor_fuses_with_what_stands_around():
     assert sum(line.startswith("cpp_fused") for text in code for line in text.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_compiled_gradients_and_tables():
     table = act.load("tanh_bf16_monotone")
     x = torch.randn(300).bfloat16().requires_grad_()

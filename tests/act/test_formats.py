@@ -69,6 +69,7 @@ def _precise(function: str, x: float) -> mpmath.mpf:
 
 
 # Only there can a function be within float64's error of its neighbours: beyond, it is 0, 1, x/2 or x to 100 bits.
+@pytest.mark.slow
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_oracle_error_stays_below_its_bound(function):
     """Every 16-bit input with 2^-30 <= |x| <= 130, against 200-bit arithmetic."""

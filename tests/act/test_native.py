@@ -102,6 +102,7 @@ def float_inputs() -> npt.NDArray[np.uint32]:
     return np.concatenate([u, u | np.uint32(0x80000000)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_float32(isa):
     x = float_inputs()
@@ -114,6 +115,7 @@ def test_float32(isa):
     assert np.isnan(got[nan].view(np.float32)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("function", oracle.FUNCTIONS[1:])
 def test_float32_gates_are_rounded_once(function, isa):
@@ -130,6 +132,7 @@ def test_float32_gates_are_rounded_once(function, isa):
     assert (np.abs(y[finite] - true[finite]) / last).max() <= 0.51
 
 
+@pytest.mark.slow
 def test_float32_tanh_keeps_its_bounds():
     x = float_inputs()
     x = x[~formats.FP32.is_nan(x)]

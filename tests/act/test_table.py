@@ -74,6 +74,7 @@ def test_exact_tables_are_correctly_rounded_on_every_input(function, fmt):
     assert np.array_equal(table.compute(bits), right)
 
 
+@pytest.mark.slow
 def test_shipped_files_are_what_the_fit_makes(tmp_path):
     made = shipped.write(tmp_path)
     assert sorted(t.name for t in made) == TABLES
@@ -128,6 +129,7 @@ def test_certificate_no_table_of_the_published_form_is_better():
     assert fit.certify(objective="max_ulp").least == 5
 
 
+@pytest.mark.slow
 def test_certificate_agrees_with_brute_force():
     """One row of the search again, with nothing shared: all E, all r, all b."""
     u = np.arange(0x3F10, 0x3F20)
@@ -144,6 +146,7 @@ def test_certificate_agrees_with_brute_force():
     assert fit.certify().rows[t] == best
 
 
+@pytest.mark.slow
 def test_fit_by_ulp_and_rmse():
     least = error.of(fit.fit_shift(objective="max_ulp"))
     assert least.max_ulp == 5
@@ -153,6 +156,7 @@ def test_fit_by_ulp_and_rmse():
     assert monotone.falls == 0
 
 
+@pytest.mark.slow
 def test_fit_other_formats_functions_and_sizes():
     half = fit.fit_shift(fmt="fp16", monotone=True)
     assert error.of(half).max_abs < 0.0098

@@ -15,10 +15,10 @@ import yaml
 
 from rarefy import sparse
 from rarefy.cli import main
-from rarefy.compare import load, rows, run, runner, write
+from rarefy.compare import load, rows, run, runner, worker, write
 from rarefy.compare.table import means
 from tests.cli import refused
-from tests.train.runs import plain
+from tests.train.runs import plain, prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,14 @@ def comparison(folder, **changes):
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "compare.yaml"
+
+
+def run_here(made, folder):
+    """Do every run in this process, where what matters is what is told of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        for job in made.jobs:
+            worker.train(job.recipe.to_dict(), folder / job.folder)
 
 
 def test_what_a_file_says(tmp_path):
@@ -102,6 +110,7 @@ def test_a_missing_file_is_told(tmp_path):
         load(tmp_path / "none.yaml")
 
 
+@pytest.mark.slow
 def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
     methods = {"dense": {"name": "dense"}, "RigL": {"name": "rigl"}, "bad": {"name": "rigl", "drop_fraction": 2.0}}
     made, folder = load(comparison(tmp_path, methods=methods)), tmp_path / "runs"
@@ -131,11 +140,12 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
         assert [row["label"] for row in csv.DictReader(file)] == ["dense", "RigL"]
 
 
+@pytest.mark.slow
 def test_targets_may_be_of_flops(tmp_path):
     methods = {"GMP": {"name": "gmp"}, "own": {"name": "gmp", "target": 0.5}}
     made, folder = load(comparison(tmp_path, methods=methods, budget="flops", targets=[0.3])), tmp_path / "runs"
     assert [job.recipe.method.options for job in made.jobs] == [{"target_flops": 0.3}, {"target": 0.5}]
-    assert not run(made, folder, jobs=1)
+    run_here(made, folder)
     content = {row["label"]: row for row in rows(made, folder)}
     assert content["GMP"]["inference_flops"] == pytest.approx(0.3, abs=2e-3)
     assert (content["GMP"]["budget"], content["GMP"]["target"], content["GMP"]["options"]) == ("flops", 0.3, "{}")
@@ -151,12 +161,13 @@ def test_methods_without_targets_show_how_their_sparsity_grew(tmp_path):
     methods = {"dense": {"name": "dense"}, **{label: {**method, "targets": [None]} for label, method in free.items()}}
     made, folder = load(comparison(tmp_path, methods=methods)), tmp_path / "runs"
     assert [job.recipe.method.options.get("target") for job in made.jobs] == [None] * 3
-    assert not run(made, folder, jobs=1)
+    run_here(made, folder)
     text = write(made, folder).read_text()
     assert "How sparsity grew" in text
     assert "Sparsity of alpha 0.0, alpha 1.0." in text or "Sparsity of alpha 1.0, alpha 0.0." in text
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     path = comparison(tmp_path, methods={"dense": {"name": "dense"}})
     assert main(["compare", str(path), "--run", str(tmp_path / "runs"), "--jobs", "1", "--json"]) == 0
@@ -185,6 +196,7 @@ def test_no_runs_at_all_is_an_error(tmp_path):
         run(load(comparison(tmp_path)), tmp_path, jobs=0)
 
 
+@pytest.mark.slow
 def test_a_terminated_comparison_leaves_no_process_and_goes_on(tmp_path):
     path = comparison(tmp_path, methods={"dense": {"name": "dense"}}, changes={"schedule.epochs": 400})
     code = (

@@ -47,7 +47,7 @@ def bits(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("isa", NATIVE)
 @pytest.mark.parametrize("name", REFERENCES)
 def test_errors_over_all_of_float32(isa, name):
-    x = torch.arange(-(2**31), 2**31, 997).int().view(torch.float32)
+    x = torch.arange(-(2**31), 2**31, 3989).int().view(torch.float32)
     x = x[x.isfinite()]
     result, expected = activated(name, x, isa).double(), REFERENCES[name](x.double())
     expected = torch.where(expected.isfinite(), expected, -0.0)  # the limit, where the formula multiplies infinity by 0

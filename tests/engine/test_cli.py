@@ -38,6 +38,7 @@ def test_a_network_by_name(capsys, tmp_path):
     assert found["environment"]["rarefy"]
 
 
+@pytest.mark.slow
 def test_beside_other_runtimes(capsys):
     assert main(["bench", "engine", "fashion_cnn", "--rounds", "1", "--peers"]) == 0
     out = capsys.readouterr().out

@@ -47,6 +47,7 @@ def test_a_builder_refuses_to_be_copied():
             how(programs.Builder())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choose", ["measure", "dense"])
 def test_a_program_checks_every_length(choose):
     x = torch.randn(2, 3, 16, 16)

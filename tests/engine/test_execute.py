@@ -149,6 +149,7 @@ class Written(nn.Module):
         return result, state
 
 
+@pytest.mark.slow
 def test_the_model_itself_runs_where_nothing_made_of_it_is_as_fast(monkeypatch, tmp_path):
     torch.manual_seed(0)
     model, x = Written().eval(), torch.randn(2, 5, 4)
@@ -190,6 +191,7 @@ class Product(nn.Module):
         return self.how(x, self.weight, self.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "shape", "size", "kernels"),
     [

@@ -76,6 +76,7 @@ def test_what_comes_back_is_what_was_saved(saved):
         again(torch.zeros(1, 4, 16, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choose", ["native", "torch"])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_every_kind_of_step_comes_back(tmp_path, choose, weights):
@@ -90,6 +91,7 @@ def test_every_kind_of_step_comes_back(tmp_path, choose, weights):
     assert torch.equal(again(x), compiled(x))
 
 
+@pytest.mark.slow
 def test_what_measuring_chose_comes_back(tmp_path, monkeypatch):
     for way in ("PyTorch, oneDNN", "native and PyTorch"):
         plan_of = optimize(capture(thinned(UNet()), (torch.randn(2, 3, 16, 16),)))

@@ -36,6 +36,7 @@ def deviation(conv, x):
     return y - y.mean(0) if x.shape[0] > 1 else y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forward",
     [
@@ -312,6 +313,7 @@ class Random(nn.Module):
         return values[-1], values[-2], sum(values[2:]) / len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_graphs(seed):
     torch.manual_seed(seed)

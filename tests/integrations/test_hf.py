@@ -50,6 +50,7 @@ def trainer(folder, callback, **arguments):
 CASES = [("autosparse", {"target": 0.8}), ("gmp", {"target": 0.8}), ("rigl", {"target": 0.8}), ("nm", {})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), CASES, ids=[name for name, _ in CASES])
 def test_training_ends_with_exact_zeros_and_resumes_with_the_same_bits(tmp_path, method, options):
     callback = SparsifierCallback(make(method, **options))
@@ -80,6 +81,7 @@ def test_a_checkpoint_without_a_state_is_refused(tmp_path):
         trainer(tmp_path, SparsifierCallback(make("gmp", target=0.8))).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_outside_the_output_folder_must_be_named(tmp_path):
     whole, other = (trainer(tmp_path / name, SparsifierCallback(make("rigl", target=0.8))) for name in "ab")
     other.args.seed = 4

@@ -100,6 +100,7 @@ def test_a_whole_library_loads_without_a_word(installed):
     assert len(kernels.table()) > 3
 
 
+@pytest.mark.slow
 def test_with_half_a_library_training_and_the_engine_are_ordinary(installed):
     folder = installed(WHOLE[: len(WHOLE) // 2])
     program = f"""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "results" / "hardware.md").read_text()
 GUIDE = (ROOT / "docs" / "guides" / "hardware.md").read_text()
@@ -47,6 +49,7 @@ def test_what_was_to_be_shown():
     assert len(functions) == 16
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch):
     code = GUIDE.split("```python\n")[1].split("```")[0]
     lines = [line for line in code.splitlines() if "place" not in line and "delay_ns" not in line]

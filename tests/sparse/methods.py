@@ -1,7 +1,9 @@
 """Every method and policy under one name, and a task that trains in a second: new methods join the tests here."""
 
+import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,7 +33,7 @@ CASES = {
     "mest": ("mest", {"target": 0.9, "gradient_weight": 0.1}),
     "mest-soft": ("mest", {"target": 0.9, "soft": True}),
     "granet": ("granet", {"target": 0.9}),
-    "acdc": ("acdc", {"target": 0.9}),
+    "acdc": ("acdc", {"target": 0.9, "phase": 0.1}),
     "st3": ("st3", {"target": 0.9, "rescale": False}),
     "st3-sigma": ("st3", {"target": 0.7, "sigma": True}),
     "feather": ("feather", {"target": 0.9, "theta": 0.5}),
@@ -47,6 +49,12 @@ CASES = {
 }
 #: Cases whose masks are soft up to the last step: only what is 0 then is what they call masked.
 SOFT = {"ltp", "cs"}
+
+#: One of each family, where all that matters is that the model is a plain one.
+FAMILIES = ["autosparse-accuracy", "rigl", "topk", "cs"]
+
+#: Every case as a parameter of tests; make test-fast runs one of each family.
+EVERY = [pytest.param(case, marks=() if case in FAMILIES else pytest.mark.slow) for case in CASES]
 
 TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
 
@@ -66,6 +74,7 @@ def network(norm: bool = True) -> nn.Sequential:
     )
 
 
+@functools.cache
 def batch(step: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch that is a pure function of the step: the class is the quadrant with a bright patch."""
     generator = torch.Generator().manual_seed(step)

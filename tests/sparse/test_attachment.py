@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import warnings
 from collections import OrderedDict, defaultdict
@@ -14,10 +15,9 @@ from torch.nn.utils import parametrize
 
 from rarefy import sparse
 from rarefy.sparse import DST, GMP, AutoSparse, PowerPropagation, RigL, Static
-from tests.sparse.methods import CASES, Run, assert_equal, batch, create, network
-from tests.sparse.test_survival import FAMILIES
+from tests.sparse.methods import EVERY, FAMILIES, Run, assert_equal, batch, create, network
 
-STEPS = 20
+STEPS = 10
 
 #: How the two usual optimizers are made.
 KINDS = {
@@ -95,10 +95,16 @@ def holds(sparsifier):
 # Closures
 
 
+@functools.cache
+def plain_run(case, kind):
+    """What the plain loop leaves, made once for all that is compared with it."""
+    return run(case, kind, plain_step)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_closure_is_the_plain_loop_to_the_bit(case, kind):
-    plain, parts = run(case, kind, plain_step), run(case, kind, accumulated)
+    plain, parts = plain_run(case, kind), run(case, kind, accumulated)
     for one in (closure_step, closure_step_zeroed_before, closure_step_into_zeros):
         assert_equal(run(case, kind, one), plain, one.__name__)
     assert_equal(run(case, kind, closure_step_accumulated), parts)
@@ -113,7 +119,7 @@ class Twice(torch.optim.SGD):
             return super().step(closure)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_closure_asked_twice_at_the_same_place_is_one_step(case):
     assert_equal(
         run(case, lambda p: Twice(p, lr=0.05, momentum=0.9), closure_step),
@@ -132,7 +138,7 @@ def test_an_error_in_a_closure_leaves_no_trace():
                 assert case == "cs" or holds(sparsifier)
             closure_step(model, optimizer, step)
         found = {"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}
-        assert_equal(found, run(case, "adamw", plain_step))
+        assert_equal(found, plain_run(case, "adamw"))
 
 
 class Failing(torch.optim.AdamW):
@@ -237,7 +243,7 @@ def by_closure(model, optimizer, step):
 
 
 @pytest.mark.parametrize("one", [by_closure, by_two_calls])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_sam(case, one):
     model, optimizer, sparsifier = start(case, sam)
     for step in range(STEPS):
@@ -248,6 +254,7 @@ def test_sam(case, one):
     sparsifier.finalize()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["autosparse-accuracy", "str-target", "st3", "feather", "topk", "rigl"])
 def test_stepping_aside_and_back_rounds_and_shrinks_nothing(case):
     # what a soft threshold takes from a weight would be taken in every step otherwise
@@ -493,7 +500,7 @@ class Centralized(torch.optim.AdamW):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_step_that_calls_the_step_it_inherits_is_one(case):
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     twice = run(case, lambda p: Centralized(p, lr=3e-3), plain_step)
@@ -519,6 +526,7 @@ def test_a_step_that_calls_the_step_it_inherits_is_one(case):
     assert torch.stack([p.isfinite().all() for p in twice["model"].values()]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, while it traces
 def test_a_step_that_is_compiled():
     for case in ("autosparse-accuracy", "gmp"):
@@ -530,7 +538,7 @@ def test_a_step_that_is_compiled():
             backward(model, step)
             compiled()
         assert sparsifier.steps == STEPS
-        for key, value in run(case, "sgd", plain_step)["model"].items():
+        for key, value in plain_run(case, "sgd")["model"].items():
             torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
@@ -561,7 +569,7 @@ def test_several_steps_inside_of_one_are_one(case):
 @pytest.mark.parametrize("case", [*FAMILIES, "dst", "topkast"])
 def test_the_optimizer_of_accelerate(case):
     accelerate = pytest.importorskip("accelerate")
-    run_plain = run(case, "adamw", plain_step)
+    run_plain = plain_run(case, "adamw")
     torch.manual_seed(1)
     model = network(norm=False)
     sparsifier = create(case, model, STEPS)
@@ -605,6 +613,7 @@ def task():
     return x, (x @ torch.randn(20, 5, generator=generator)).argmax(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gmp", "rigl", "dst", "autosparse", "topk"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_muon_for_the_matrices_and_adamw_for_the_rest(method, reverse):
@@ -771,7 +780,7 @@ def test_a_new_optimizer_in_the_middle():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_attaching_again_and_loading_the_optimizer_change_nothing(case, kind):
     model, optimizer, sparsifier = start(case, kind)
     for step in range(STEPS):
@@ -781,7 +790,7 @@ def test_attaching_again_and_loading_the_optimizer_change_nothing(case, kind):
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         plain_step(model, optimizer, step)
     found = {"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}
-    assert_equal(found, run(case, kind, plain_step))
+    assert_equal(found, plain_run(case, kind))
     assert len(optimizer._optimizer_step_pre_hooks) == 1
 
 
@@ -864,6 +873,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_kind_of_optimizer_and_going_on_from_a_checkpoint(kind):
     for case in ["gmp", *FAMILIES]:
@@ -908,7 +918,7 @@ def test_what_is_learned_beside_the_weights_is_stepped_as_they_are(kind):
         torch.testing.assert_close(bucket.own["score"], twin, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_maximizing_is_minimizing_the_negative(case):
     def turned(model, optimizer, step):
         optimizer.zero_grad()
@@ -933,20 +943,20 @@ def test_maximizing_is_minimizing_the_negative(case):
     assert ends[0][1] == ends[1][1]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_gradients_that_stay_zeros_are_those_that_are_none(case):
     def keep_zeros(model, optimizer, step):
         optimizer.zero_grad(set_to_none=False)
         backward(model, step)
         optimizer.step()
 
-    assert_equal(run(case, "adamw", keep_zeros), run(case, "adamw", plain_step))
+    assert_equal(run(case, "adamw", keep_zeros), plain_run(case, "adamw"))
 
 
 # Gradients that are not there, or not finite
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_steps_without_a_gradient_move_nothing(case):
     model, optimizer, sparsifier = start(case, "adamw", total_steps=100)
     for step in range(3):
@@ -964,7 +974,7 @@ def test_steps_without_a_gradient_move_nothing(case):
         assert all(torch.equal(a, b) for a, b in zip(own, now, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_layer_that_is_frozen_in_the_middle_keeps_its_dense_weights(case):
     model, optimizer, sparsifier = start(case, "adamw")
     name = "3"
@@ -1042,7 +1052,7 @@ def test_a_layer_that_nothing_uses_takes_no_share_of_the_target():
         assert torch.equal(model.auxiliary.weight, before)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_batch_of_nan_is_told_and_nothing_is_finalized_of_it(case):
     model, optimizer, sparsifier = start(case, total_steps=20)
     for step in range(4):
@@ -1066,7 +1076,7 @@ def test_a_batch_of_nan_is_told_and_nothing_is_finalized_of_it(case):
 # Weights that somebody else writes
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 @pytest.mark.parametrize("through", ["in place", "data", "assigned"])
 def test_weights_written_by_somebody_else_are_gone_on_from(case, through):
     model, optimizer, sparsifier = start(case, total_steps=20)
@@ -1171,7 +1181,7 @@ def test_learned_masks_of_an_optimizer_that_was_made_first():
         assert_equal(*states)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_steps_beyond_the_last_keep_the_masks(case):
     trained = Run(case, total_steps=STEPS).train(STEPS)
     masks = {name: mask.clone() for name, mask in trained.sparsifier.live_masks().items()}

@@ -19,14 +19,13 @@ from rarefy.sparse import masks
 from rarefy.sparse.shards import shard_of
 from tests.sparse.methods import CASES, assert_equal, batch, create, network
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # What torch.distributed.checkpoint says of one process.
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+]
 
-STEPS = 30
-
-# What torch.distributed.checkpoint says of one process.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
-)
+STEPS = 10
 
 
 def whole(tensor):

@@ -153,6 +153,7 @@ def train(model: nn.Module, method: str, **options) -> sparse.Sparsifier:
     return sparsifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_kind_of_layer_trains_and_lands(kind, method):

@@ -125,6 +125,7 @@ def test_cs_is_hard_after_the_last_step():
     assert run.state.live == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dst", "ltp", "cs"])
 def test_floors_hold(case):
     run = Run(case, target=0.95, floor={"0": 0.3}).train(200)

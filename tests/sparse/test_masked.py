@@ -29,6 +29,7 @@ def masks(run):
     return [mask.clone() for mask in run.sparsifier.live_masks().values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
 @pytest.mark.parametrize("case", HARD)
 def test_nothing_lives_outside_the_masks_in_any_step(case, adam):
@@ -234,7 +235,7 @@ def test_mest_bounds_and_stages():
 
 
 def test_acdc_alternates_as_the_paper_does():
-    run = Run("acdc", total_steps=100)
+    run = Run("acdc", total_steps=100, phase=sparse.ACDC.phase)
     dense = [float(run.sparsifier.sparsity() == 0.0)]
     for _ in range(100):
         run.train(1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from rarefy import sparse
 from rarefy.sparse import GMP, AutoSparse, Static
-from tests.sparse.methods import CASES, assert_equal, create, network
+from tests.sparse.methods import EVERY, assert_equal, create, network
 
 
 def mlp():
@@ -159,7 +159,7 @@ def test_lazy_layers_are_told_of(options):
 
 
 @pytest.mark.filterwarnings("ignore:finalize.. after 0 of")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_sparsity_after_finalize_is_that_of_the_weights(case):
     model = network()
     sparsifier = create(case, model)

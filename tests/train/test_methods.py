@@ -16,6 +16,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_resuming_changes_no_bit(name, tmp_path):
     made = recipe(method={"name": name, **METHODS[name]})

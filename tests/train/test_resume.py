@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_changes_no_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "dropout":
@@ -38,6 +39,7 @@ def test_resuming_changes_no_bit(kind: str, tmp_path: Path, monkeypatch: pytest.
     assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [[1], [5], [7], [2, 3], [14]])
 def test_wherever_it_stops(stops: list[int], tmp_path: Path) -> None:
     made = recipe(**AUTOSPARSE, seed=3)
