@@ -49,6 +49,8 @@ struct Weights {
         quad = word(four);
     }
 };
+typedef Weights Block;
+inline I times(I sum, I x, const Weights &w) { return dot(sum, x, w.quad); }
 inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
     const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
     const I l01 = RAREFY_V(unpacklo_epi8)(x0, x1), h01 = RAREFY_V(unpackhi_epi8)(x0, x1);
@@ -70,6 +72,17 @@ struct Weights {
         }
     }
 };
+struct Block {
+    I quad;
+    explicit Block(const int8_t *w) {
+        int32_t four;
+        __builtin_memcpy(&four, w, 4);
+        quad = word(four);
+    }
+};
+inline I times(I sum, I x, const Block &w) {
+    return RAREFY_V(add_epi32)(sum, RAREFY_V(madd_epi16)(RAREFY_V(maddubs_epi16)(x, w.quad), RAREFY_V(set1_epi16)(1)));
+}
 inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
     const I one = RAREFY_V(set1_epi16)(1);
     const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
@@ -85,6 +98,28 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
     s.a[3] = widened(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23));
 }
 #endif
+
+// The same of pixels that are interleaved already: the sums' vectors are then B / 4 pixels after one another.
+inline __attribute__((always_inline)) void add_block(Sums &s, const uint8_t *x, const Block &w) {
+    for (int i = 0; i < 4; ++i) s.a[i] = times(s.a[i], bytes(x + i * B), w);
+}
+// Into the order of the others.
+inline __attribute__((always_inline)) void reorder(Sums &s) {
+#if defined(__AVX512BW__)
+    const I even01 = _mm512_shuffle_i32x4(s.a[0], s.a[1], 0x88), odd01 = _mm512_shuffle_i32x4(s.a[0], s.a[1], 0xDD);
+    const I even23 = _mm512_shuffle_i32x4(s.a[2], s.a[3], 0x88), odd23 = _mm512_shuffle_i32x4(s.a[2], s.a[3], 0xDD);
+    s.a[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+    s.a[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+    s.a[2] = _mm512_shuffle_i32x4(even01, even23, 0xDD);
+    s.a[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xDD);
+#else
+    const Sums v = s;
+    for (int i = 0; i < 2; ++i) {
+        s.a[2 * i] = _mm256_permute2x128_si256(v.a[i], v.a[2 + i], 0x20);
+        s.a[2 * i + 1] = _mm256_permute2x128_si256(v.a[i], v.a[2 + i], 0x31);
+    }
+#endif
+}
 
 // The results of B pixels before they are rounded, in the order of the sums.
 struct Results {
@@ -163,6 +198,12 @@ inline void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
         for (int i = 0; i < B; ++i) s.a[i] += static_cast<int16_t>(w.w[k] * static_cast<int16_t>(p[i]));
     }
 }
+typedef Weights Block;
+inline void add_block(Sums &s, const uint8_t *x, const Block &w) {
+    for (int i = 0; i < B; ++i)
+        for (int k = 0; k < QUAD; ++k) s.a[i] += w.w[k] * x[QUAD * i + k];
+}
+inline void reorder(Sums &) {}
 struct Results {
     float t[B];
 };

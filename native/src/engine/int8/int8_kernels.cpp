@@ -17,21 +17,42 @@ using namespace int8;
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 8")
 
+// The sums of a row over any four weights at a time, whose pixels lie in planes of their own.
+struct Any {
+    static constexpr int OFFSETS = QUAD, WIDTH = QUAD * (PAIRS ? 2 : 1), SCALE = 1;
+    template <int T>
+    static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
+                                                          const int8_t *w) {
+        const Weights weights(w);
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) RAREFY_ISA::add(s[t], x + t * B, o, weights);
+    }
+    static void order(Sums &) {}
+};
+
+// The sums over blocks of four channels, whose pixels are interleaved.
+struct Blocks {
+    static constexpr int OFFSETS = 1, WIDTH = QUAD, SCALE = QUAD;
+    template <int T>
+    static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
+                                                          const int8_t *w) {
+        const Block weights(w);
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) add_block(s[t], x + o[0] + t * B * SCALE, weights);
+    }
+    static void order(Sums &s) { reorder(s); }
+};
+
 // Tiles of T vectors of pixels.
-template <int T>
+template <int T, class Quads>
 void rows(const RowsCall *call) {
     const RowsCall c = *call;
-    constexpr int WIDTH = QUAD * (PAIRS ? 2 : 1);
     for (int64_t r = 0; r < c.rows; ++r) {
         Sums s[T];
         RAREFY_UNROLL for (int t = 0; t < T; ++t) s[t] = sums_of(c.first[r]);
-        const int32_t *o = c.offsets + c.starts[r] * QUAD, *end = c.offsets + c.starts[r + 1] * QUAD;
-        const int8_t *w = c.weights + c.starts[r] * WIDTH;
-        for (; o != end; o += QUAD, w += WIDTH) {
-            const Weights weights(w);
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) add(s[t], c.x + t * B, o, weights);
-        }
+        const int32_t *o = c.offsets + c.starts[r] * Quads::OFFSETS, *end = c.offsets + c.starts[r + 1] * Quads::OFFSETS;
+        const int8_t *w = c.weights + c.starts[r] * Quads::WIDTH;
+        for (; o != end; o += Quads::OFFSETS, w += Quads::WIDTH) Quads::template add<T>(s, c.x, o, w);
         RAREFY_UNROLL for (int t = 0; t < T; ++t) {
+            Quads::order(s[t]);
             Results result = results(s[t], c.multipliers[r], c.biases[r]);
             if (c.residual) add_bytes(result, c.residual + r * c.residual_stride + t * B, c.other);
             if (!c.y) {
@@ -42,6 +63,16 @@ void rows(const RowsCall *call) {
             if (c.mask) v = select(bytes(c.mask + t * B), v, byte(c.zero_point));
             put(c.y + r * c.y_stride + t * B, v);
         }
+    }
+}
+
+void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n) {
+    const uint8_t *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
+    for (int64_t i = 0; i < n; ++i) {
+        out[4 * i] = a[i];
+        out[4 * i + 1] = b[i];
+        out[4 * i + 2] = c[i];
+        out[4 * i + 3] = d[i];
     }
 }
 
@@ -81,11 +112,15 @@ Kernels make() {
     Kernels k = {};
     k.pixels = B;
     k.pairs = PAIRS;
-    k.rows[1] = rows<1>;
-    k.rows[2] = rows<2>;
+    k.rows[ANY][1] = rows<1, Any>;
+    k.rows[ANY][2] = rows<2, Any>;
+    k.rows[BLOCKS][1] = rows<1, Blocks>;
+    k.rows[BLOCKS][2] = rows<2, Blocks>;
 #if defined(__AVX512F__)  // 32 registers
-    k.rows[4] = rows<4>;
+    k.rows[ANY][4] = rows<4, Any>;
+    k.rows[BLOCKS][4] = rows<4, Blocks>;
 #endif
+    k.interleave = interleave;
     k.dot = dot;
     k.dot_sparse = dot_sparse;
     return k;

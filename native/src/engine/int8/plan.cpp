@@ -12,7 +12,7 @@ constexpr int64_t MOST_BYTES = int64_t{1} << 31;  // of a value: offsets have 32
 
 int32_t floor_div(int32_t a, int32_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
-int32_t before(const Window &w, int axis) { return axis ? w.left : w.top; }
+int32_t padding(const Window &w, int axis) { return axis ? w.left : w.top; }
 
 Reach reach_of(const Window &w, int axis) {
     Reach reach;
@@ -53,17 +53,6 @@ Value value_of(const Shape &shape, int32_t group, const Sizes &sizes) {
     return v;
 }
 
-// The phases of x that a convolution's kernel meets.
-std::vector<int32_t> phases_of(const Window &w) {
-    std::vector<int32_t> all;
-    for (int32_t y = 0; y < w.kernel[0]; ++y)
-        for (int32_t x = 0; x < w.kernel[1]; ++x)
-            all.push_back(tap_of(w, 0, y).phase * w.stride[1] + tap_of(w, 1, x).phase);
-    std::sort(all.begin(), all.end());
-    all.erase(std::unique(all.begin(), all.end()), all.end());
-    return all;
-}
-
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bytes from one plane to the next: its positions, written in whole vectors, and what is read behind them.
@@ -77,16 +66,21 @@ int64_t stride_of(const Value &v) {
     return bytes >= 512 && bytes / 64 % 2 == 0 ? bytes + 64 : bytes;
 }
 
+// Positions that may be read before the first plane.
+int64_t before(const Value &v) { return rounded_up(v.margin() + 1, 64); }
+
 int64_t bytes_of(const Value &v) {
     // tiles are read in whole vectors, at an offset
-    const int64_t all = 2 * rounded_up(v.margin() + 1, 64) + v.shape.channels * v.stride + MOST_TILE * MOST_PIXELS;
-    return rounded_up(v.floats ? 4 * all : all, 64);
+    const int64_t planes = v.interleaved ? (v.shape.channels + 3) / 4 : v.shape.channels;
+    const int64_t all = 2 * before(v) + planes * v.stride + MOST_TILE * MOST_PIXELS;
+    return v.floats || v.interleaved ? 4 * all : all;
 }
 
 class Planner {
  public:
-    Planner(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *results)
-        : program_(program), plan_(plan), results_(results), sizes_(sizes_of(program.graph)) {}
+    Planner(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *results,
+            const std::vector<Layout> &layouts)
+        : program_(program), plan_(plan), results_(results), layouts_(layouts), sizes_(sizes_of(program.graph)) {}
 
     std::string run() {
         const Graph &graph = program_.graph;
@@ -121,7 +115,8 @@ class Planner {
             const Shape &x = program_.graph.values[n.x];
             step.vector =
                 n.window.pointwise() && x.pixels() == 1 && step.group == 1 && n.groups == 1 && x.channels <= 65535;
-            if (!in_place(n.window)) step.node.x = copy(step);
+            if (!step.vector) step.layout = layouts_[i];
+            if (!in_place(n.window) || step.layout == BLOCKS) step.node.x = copy(step);
             else if (n.window.taps() > 1) program_.values[n.x].around = true;
         }
         if (n.kind == Kind::INPUT) program_.inputs.push_back(static_cast<int32_t>(program_.steps.size()));
@@ -129,7 +124,8 @@ class Planner {
         program_.steps.push_back(std::move(step));
     }
 
-    // The value that holds the phases of a convolution's input, in planes of the size of its result.
+    // The value that holds the phases of a convolution's input, in planes of the size of its result; interleaved for
+    // weights in blocks.
     int32_t copy(const Step &conv) {
         const Window &w = conv.node.window;
         Step step;
@@ -138,7 +134,7 @@ class Planner {
         step.source = conv.source;
         step.group = conv.group;
         step.result = {};
-        step.phases = true;
+        step.copy = true;
         step.which = phases_of(w);
         for (int axis = 0; axis < 2; ++axis) step.reach[axis] = reach_of(w, axis);
         const Shape &x = program_.graph.values[conv.node.x];
@@ -147,6 +143,7 @@ class Planner {
         Value v =
             value_of({static_cast<int32_t>(std::min(channels, MOST_BYTES - 1)), w.out_h, w.out_w}, conv.group, sizes_);
         v.around = true;
+        v.interleaved = conv.layout == BLOCKS;
         v.zero_point = program_.values[conv.node.x].zero_point;
         step.node.out = static_cast<int32_t>(program_.values.size());
         program_.values.push_back(v);
@@ -185,11 +182,11 @@ class Planner {
                 at = std::max(at, o.second);
             }
             taken[id] = {at, at + bytes};
-            v.offset = at + (v.floats ? 0 : rounded_up(v.margin() + 1, 64));
+            v.offset = at + (v.floats ? 0 : before(v) * (v.interleaved ? 4 : 1));
             program_.arena_bytes = std::max(program_.arena_bytes, at + bytes);
         }
         for (Step &step : program_.steps) {
-            if (step.node.kind != Kind::CONV || step.phases || !program_.values[step.node.out].around) continue;
+            if (step.node.kind != Kind::CONV || step.copy || !program_.values[step.node.out].around) continue;
             step.mask_one = mask_of(program_.values[step.node.out], 1);
             step.mask_group = mask_of(program_.values[step.node.out], step.group);
         }
@@ -208,6 +205,7 @@ class Planner {
     rarefy_int8_program &program_;
     const engine::Plan &plan_;
     const rarefy_int8_result *results_;
+    const std::vector<Layout> &layouts_;
     const Sizes sizes_;
     bool too_large_ = false;
 };
@@ -215,16 +213,27 @@ class Planner {
 }  // namespace
 
 Tap tap_of(const Window &w, int axis, int32_t k) {
-    const int32_t at = k * w.dilation[axis] - before(w, axis), shift = floor_div(at, w.stride[axis]);
+    const int32_t at = k * w.dilation[axis] - padding(w, axis), shift = floor_div(at, w.stride[axis]);
     return {at - shift * w.stride[axis], shift};
+}
+
+std::vector<int32_t> phases_of(const Window &w) {
+    std::vector<int32_t> all;
+    for (int32_t y = 0; y < w.kernel[0]; ++y)
+        for (int32_t x = 0; x < w.kernel[1]; ++x)
+            all.push_back(tap_of(w, 0, y).phase * w.stride[1] + tap_of(w, 1, x).phase);
+    std::sort(all.begin(), all.end());
+    all.erase(std::unique(all.begin(), all.end()), all.end());
+    return all;
 }
 
 bool in_place(const Window &w) {
     return w.stride[0] == 1 && w.stride[1] == 1 && w.in_h == w.out_h && w.in_w == w.out_w;
 }
 
-std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps) {
-    return Planner(program, plan, steps).run();
+std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps,
+                      const std::vector<Layout> &layouts) {
+    return Planner(program, plan, steps, layouts).run();
 }
 
 }  // namespace rarefy::int8

@@ -85,6 +85,7 @@ int64_t scratch_of(const rarefy_int8_program &program) {
     int64_t bytes = 16 * int64_t{MOST_TILE} * MOST_PIXELS * static_cast<int64_t>(sizeof(float));
     for (const Step &step : program.steps) {
         if (step.node.kind == Kind::POOL) bytes = std::max(bytes, 4 * pool_line(step.node.window));
+        if (step.copy) bytes = std::max(bytes, QUAD * (program.values[step.node.out].stride + 128));
         if (step.vector) bytes = std::max<int64_t>(bytes, program.values[step.node.x].shape.channels + 64);
     }
     return (bytes + 63) / 64 * 64;
@@ -143,12 +144,17 @@ RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder
         program->graph.nodes = graph.nodes;
         program->graph.names = graph.names;
         program->graph.operands = graph.operands;
-        wrong = make_plan(*program, rarefy::engine::make_plan(graph, options->batch, options->threads), steps);
+        std::vector<Layout> layouts;
+        for (size_t i = 0; i < graph.nodes.size(); ++i)
+            layouts.push_back(graph.nodes[i].kind != Kind::CONV ? ANY
+                                                                : choose_layout(graph, graph.nodes[i], graph.weights[i],
+                                                                                program->kernels->pairs != 0));
+        wrong = make_plan(*program, rarefy::engine::make_plan(graph, options->batch, options->threads), steps, layouts);
         if (!wrong.empty()) return refuse(wrong);
         for (Step &step : program->steps) {
             const rarefy_int8_result &given = steps[step.source];
             if (step.node.kind == Kind::AFFINE) step.table.assign(given.table, given.table + 256);
-            if (step.node.kind != Kind::CONV || step.phases) continue;
+            if (step.node.kind != Kind::CONV || step.copy) continue;
             step.multipliers.assign(given.multipliers, given.multipliers + given.rows);
             step.biases.assign(given.biases, given.biases + given.rows);
             make_weights(*program, step, graph.weights[step.source]);
@@ -234,7 +240,7 @@ RAREFY_API void rarefy_int8_describe(const rarefy_int8_program *program, rarefy_
 
 RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t i, rarefy_step_info *info) {
     const auto found = std::find_if(program->steps.begin(), program->steps.end(),
-                                    [=](const Step &s) { return s.source == i && !s.phases; });
+                                    [=](const Step &s) { return s.source == i && !s.copy; });
     if (found == program->steps.end()) return -1;
     const Graph &graph = program->graph;
     const Node &n = graph.nodes[i];
@@ -254,7 +260,7 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
     info->stored = found->vector ? static_cast<int64_t>(found->weights.values.size())
-                                 : static_cast<int64_t>(found->weights.offsets.size());
+                                 : static_cast<int64_t>(found->weights.offsets.size()) * (found->layout == BLOCKS ? QUAD : 1);
     const int64_t pixels = graph.values[n.out].pixels();
     info->macs = info->nonzeros * pixels;
     info->dense_macs = info->weights * pixels;

@@ -24,13 +24,14 @@ struct Gaps {
 
 // Where a value lies: pixel (y, x) of channel c in image i is the byte
 //     offset + c * stride + ((i modulo group) * (height + gaps.rows) + y) * row() + x
-// A value of floats has four bytes for each of these.
+// A value of floats has four bytes for each of these; so has one of interleaved channels, c / 4 in the place of c, for
+// the four of them.
 struct Value {
     Shape shape;
     int32_t group = 1;  // images that it holds
     Gaps gaps;
     bool around = false;  // what reads it looks beyond the edges: the gaps hold the zero point
-    bool floats = false;
+    bool floats = false, interleaved = false;
     uint8_t zero_point = 0;
     int64_t stride = 0, offset = 0;
 
@@ -62,11 +63,12 @@ struct Step {
     Node node;                   // with the values of the program, not of the builder
     int32_t source;              // the builder's step
     int32_t group;               // images at once
-    bool phases = false;         // a copy of x for a convolution that is strided or changes the planes' size
-    std::vector<int32_t> which;  // phases: those that are there, stride[1] * row + column
-    Reach reach[2];              // phases: of the kernel
+    bool copy = false;           // of x for a convolution that is strided, changes the planes' size or takes blocks
+    std::vector<int32_t> which;  // copy: the phases that are there, stride[1] * row + column
+    Reach reach[2];              // copy: of the kernel
     std::vector<int32_t> operands;
     rarefy_int8_result result;           // its pointers are not used
+    Layout layout = ANY;                 // conv
     bool vector = false, dense = false;  // conv: by dot products, with all weights
     Weights weights;
     std::vector<int32_t> first;  // conv: -zero_x * the sum of a row's weights
@@ -94,8 +96,13 @@ struct rarefy_int8_program {
 
 namespace rarefy::int8 {
 
-// Makes the values and the steps of a graph, and says where values lie; an empty string, or what cannot be.
-std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps);
+// Makes the values and the steps of a graph, and says where values lie; an empty string, or what cannot be. Of every
+// node that is a convolution, how its weights are taken.
+std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps,
+                      const std::vector<Layout> &layouts);
+
+// How the weights of a convolution are best taken.
+Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs);
 
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);
@@ -105,6 +112,9 @@ struct Tap {
     int32_t phase, shift;
 };
 Tap tap_of(const Window &window, int axis, int32_t k);
+
+// The phases of x that a convolution's kernel meets, stride[1] * row + column, sorted.
+std::vector<int32_t> phases_of(const Window &window);
 
 // Whether a convolution reads the planes of x as they lie, without a copy.
 bool in_place(const Window &window);

@@ -13,6 +13,7 @@ namespace {
 struct View {
     const Value *value;
     uint8_t *at;
+    // Of a value that is neither floats nor interleaved.
     uint8_t *plane(int64_t c) const { return at + c * value->stride; }
     uint8_t *line(int64_t c, int64_t image, int64_t y) const {
         return plane(c) + image * value->image() + y * value->row();
@@ -21,7 +22,7 @@ struct View {
 
 View view(const Frame &f, int32_t id, int64_t image) {
     const Value &v = f.program->values[id];
-    return {&v, f.arena + v.offset + image % v.group * v.image()};
+    return {&v, f.arena + v.offset + image % v.group * v.image() * (v.interleaved ? QUAD : 1)};
 }
 
 // The same of a value of floats, which has a float for each byte of another.
@@ -139,8 +140,8 @@ class Conv {
         const int64_t pixels = kernels_.pixels, vectors = (positions_ + pixels - 1) / pixels;
         for (int64_t v = 0, count; v < vectors; v += count) {
             count = MOST_TILE;
-            while (count > vectors - v || !kernels_.rows[count]) --count;
-            body(v * pixels, kernels_.rows[count], std::min(count * pixels, positions_ - v * pixels));
+            while (count > vectors - v || !kernels_.rows[s_.layout][count]) --count;
+            body(v * pixels, kernels_.rows[s_.layout][count], std::min(count * pixels, positions_ - v * pixels));
         }
     }
 
@@ -151,7 +152,7 @@ class Conv {
 
     void call(Rows *kernel, int64_t position, int64_t from, int64_t to) {
         if (from >= to) return;
-        call_.x = x_.at + position;
+        call_.x = x_.at + position * (s_.layout == BLOCKS ? QUAD : 1);
         call_.starts = s_.weights.starts.data() + from;
         call_.first = s_.first.data() + from;
         call_.rows = to - from;
@@ -220,28 +221,49 @@ void every(const uint8_t *__restrict x, int64_t step, uint8_t *__restrict out, i
         for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
 }
 
-// Plane by plane what each phase of a stride sees of it.
-void phases(const Frame &f, const Step &s, int64_t at, int64_t images) {
+// What a phase of a stride sees of a plane of x, with zero points around it as far as the kernel reaches, in one of a
+// copy's planes, whose first pixel is at `first`.
+void phase_of(const Step &s, const View &x, const Value &to, int64_t plane, int64_t image, uint8_t *first) {
     const Window &w = s.node.window;
-    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const int64_t count = static_cast<int64_t>(s.which.size());
+    const int32_t phase = s.which[plane % count], first_y = phase / w.stride[1], first_x = phase % w.stride[1];
+    const int64_t columns = first_x < w.in_w ? (w.in_w - first_x - 1) / w.stride[1] + 1 : 0;
+    const int64_t lines = first_y < w.in_h ? (w.in_h - first_y - 1) / w.stride[0] + 1 : 0;
+    // what a kernel meets beyond the last pixel of the result may be pixels, too
+    const int64_t n = std::min<int64_t>(columns, w.out_w + s.reach[1].high);
+    const int64_t rows = std::min<int64_t>(lines, w.out_h + s.reach[0].high);
+    const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
+                  after = s.reach[0].high * to.row() + s.reach[1].high;
+    std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
+    for (int64_t row = 0; row < rows; ++row)
+        every(x.line(plane / count, image, row * w.stride[0] + first_y) + first_x, w.stride[1], first + row * to.row(),
+              n);
+}
+
+void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const Value &to = *y.value;
-    const Share mine(f, x.value->shape.channels);
-    for (int64_t c = mine.from * count; c < mine.to * count; ++c) {
-        const int32_t phase = s.which[c % count], first_y = phase / w.stride[1], first_x = phase % w.stride[1];
-        const int64_t columns = first_x < w.in_w ? (w.in_w - first_x - 1) / w.stride[1] + 1 : 0;
-        const int64_t lines = first_y < w.in_h ? (w.in_h - first_y - 1) / w.stride[0] + 1 : 0;
-        // what a kernel meets beyond the last pixel of the result may be pixels, too
-        const int64_t n = std::min<int64_t>(columns, w.out_w + s.reach[1].high);
-        const int64_t rows = std::min<int64_t>(lines, w.out_h + s.reach[0].high);
-        const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
-                      after = s.reach[0].high * to.row() + s.reach[1].high;
+    if (!to.interleaved) {
+        const int64_t count = static_cast<int64_t>(s.which.size());
+        const Share mine(f, x.value->shape.channels);
+        for (int64_t plane = mine.from * count; plane < mine.to * count; ++plane)
+            for (int64_t i = 0; i < images; ++i) phase_of(s, x, to, plane, i, y.line(plane, i, 0));
+        return;
+    }
+    const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
+                  after = s.reach[0].high * to.row() + s.reach[1].high, length = before + to.positions(1) + after;
+    const Share mine(f, (to.shape.channels + QUAD - 1) / QUAD);
+    for (int64_t block = mine.from; block < mine.to; ++block) {
         for (int64_t i = 0; i < images; ++i) {
-            uint8_t *first = y.line(c, i, 0);
-            std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
-            for (int64_t row = 0; row < rows; ++row)
-                every(x.line(c / count, i, row * w.stride[0] + first_y) + first_x, w.stride[1], first + row * to.row(),
-                      n);
+            const uint8_t *planes[QUAD];
+            for (int64_t k = 0; k < QUAD; ++k) {
+                uint8_t *some = f.scratch + k * length;
+                planes[k] = some;
+                const int64_t plane = block * QUAD + k;
+                if (plane < to.shape.channels) phase_of(s, x, to, plane, i, some + before);
+            }
+            uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + (at % to.group + i) * to.image() - before);
+            f.program->kernels->interleave(planes, out, length);
         }
     }
 }
@@ -481,7 +503,7 @@ void flatten(const Frame &f, const Step &s, int64_t at, int64_t images) {
 }  // namespace
 
 void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
-    if (s.phases) return phases(f, s, at, images);
+    if (s.copy) return copy(f, s, at, images);
     switch (s.node.kind) {
         case Kind::INPUT: return input(f, s, at, images);
         case Kind::CONV: return conv(f, s, at, images);

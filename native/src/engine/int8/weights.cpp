@@ -1,6 +1,8 @@
 // The weights of int8 convolutions as the kernels read them.
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <map>
 
 #include "engine/int8/program.h"
 
@@ -82,6 +84,79 @@ class QuadMaker {
     Weights out_;
 };
 
+// Where the kernel positions of a channel lie: in which of its phases, and how far from the pixel.
+struct Lines {
+    int32_t phases;
+    int64_t stride;
+    std::vector<int32_t> phase;
+    std::vector<int64_t> shift;
+
+    // x is the value that the kernels read.
+    Lines(const Window &w, const Value &x) : stride(x.stride) {
+        const std::vector<int32_t> which = phases_of(w);
+        phases = static_cast<int32_t>(which.size());
+        for (int32_t ky = 0; ky < w.kernel[0]; ++ky)
+            for (int32_t kx = 0; kx < w.kernel[1]; ++kx) {
+                const Tap ty = tap_of(w, 0, ky), tx = tap_of(w, 1, kx);
+                const int32_t number = ty.phase * w.stride[1] + tx.phase;
+                phase.push_back(static_cast<int32_t>(std::lower_bound(which.begin(), which.end(), number) - which.begin()));
+                shift.push_back(ty.shift * x.row() + tx.shift);
+            }
+    }
+};
+
+// A weight that is not zero, of a plane of the value that the kernels read.
+struct Tapped {
+    int64_t plane, shift;
+    int32_t value;
+};
+
+// Those of a row, whose first channel is this one.
+std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const float *weight, int64_t first) {
+    std::vector<Tapped> all;
+    for (int32_t c = 0; c < m.channels / m.groups; ++c)
+        for (int32_t k = 0; k < m.taps; ++k) {
+            const int32_t value = static_cast<int32_t>(weight[int64_t{c} * m.taps + k]);
+            if (value) all.push_back({(first + c) * lines.phases + lines.phase[k], lines.shift[k], value});
+        }
+    return all;
+}
+
+// Weights in blocks of four planes at one shift.
+class BlockMaker {
+ public:
+    explicit BlockMaker(bool pairs) : pairs_(pairs) { out_.starts.push_back(0); }
+
+    // A stride of 0 where offsets do not matter yet.
+    void row(const std::vector<Tapped> &taps, int64_t stride = 0) {
+        std::map<std::pair<int64_t, int64_t>, std::array<int8_t, QUAD>> blocks;
+        for (const Tapped &t : taps) blocks[{t.plane / QUAD, t.shift}][t.plane % QUAD] = static_cast<int8_t>(t.value);
+        for (const auto &[at, w] : blocks) {
+            const int32_t offset = static_cast<int32_t>(QUAD * (at.first * stride + at.second));
+            if (!pairs_ || (fits(w[0], w[1]) && fits(w[2], w[3]))) {
+                add(offset, w[0], w[1], w[2], w[3]);
+            } else {
+                add(offset, w[0], 0, w[2], 0);
+                add(offset, 0, w[1], 0, w[3]);
+            }
+        }
+        out_.starts.push_back(static_cast<int64_t>(out_.offsets.size()));
+    }
+
+    Weights make() { return std::move(out_); }
+
+ private:
+    static bool fits(int32_t a, int32_t b) { return (a > 0) != (b > 0) || std::abs(a) + std::abs(b) <= PAIR_LIMIT; }
+
+    void add(int32_t offset, int8_t a, int8_t b, int8_t c, int8_t d) {
+        out_.offsets.push_back(offset);
+        out_.values.insert(out_.values.end(), {a, b, c, d});
+    }
+
+    const bool pairs_;
+    Weights out_;
+};
+
 // Vectors: rows of all weights, in multiples of 32, or of those that are not zero with their columns.
 Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, bool dense) {
     Weights out;
@@ -99,6 +174,8 @@ Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, 
     return out;
 }
 
+// A block takes this share of the time of four single weights, what interleaving takes among it; see docs/results.
+constexpr double BLOCK_COST = 0.75;
 // Above this density the dot products of vectors take all weights: their pixels are then read in a row. On an AMD EPYC
 // with AVX2 a weight that is picked takes about six times as long as one in a row.
 constexpr double VECTOR_DENSE_ABOVE = 0.17;
@@ -124,37 +201,41 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
         step.weights = make_vectors(m, weight, step.dense);
         return;
     }
-    // where each tap of a channel lies
-    const Value &x = program.values[step.node.x];
-    const int32_t phases = x.shape.channels / m.channels;
-    const std::vector<int32_t> *which = nullptr;
-    for (const Step &other : program.steps)
-        if (other.phases && other.node.out == step.node.x) which = &other.which;
-    std::vector<int64_t> taps;
-    for (int32_t ky = 0; ky < w.kernel[0]; ++ky) {
-        for (int32_t kx = 0; kx < w.kernel[1]; ++kx) {
-            const Tap ty = tap_of(w, 0, ky), tx = tap_of(w, 1, kx);
-            int64_t phase = 0;
-            if (which)
-                phase =
-                    std::lower_bound(which->begin(), which->end(), ty.phase * w.stride[1] + tx.phase) - which->begin();
-            taps.push_back(phase * x.stride + ty.shift * x.row() + tx.shift);
-        }
+    const Lines lines(w, program.values[step.node.x]);
+    if (step.layout == BLOCKS) {
+        BlockMaker maker(program.kernels->pairs != 0);
+        for (int32_t row = 0; row < m.rows; ++row)
+            maker.row(taps_of(m, lines, weight.data() + int64_t{row} * channels * m.taps, 0), lines.stride);
+        step.weights = maker.make();
+        return;
     }
     QuadMaker maker(program.kernels->pairs != 0);
     for (int32_t row = 0; row < m.rows; ++row) {
         std::vector<Entry> entries;
         const float *from = weight.data() + int64_t{row} * channels * m.taps;
-        for (int32_t c = 0; c < channels; ++c) {
-            const int64_t plane = (int64_t{row} / rows_a_group * channels + c) * phases * x.stride;
-            for (int32_t k = 0; k < m.taps; ++k) {
-                const int32_t value = static_cast<int32_t>(from[int64_t{c} * m.taps + k]);
-                if (value) entries.push_back({static_cast<int32_t>(plane + taps[k]), value});
-            }
-        }
+        for (const Tapped &t : taps_of(m, lines, from, row / rows_a_group * channels))
+            entries.push_back({static_cast<int32_t>(t.plane * lines.stride + t.shift), t.value});
         maker.row(entries);
     }
     step.weights = maker.make();
+}
+
+Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs) {
+    const engine::Matrix m = engine::matrix_of(graph, node);
+    if (m.groups > 1) return ANY;
+    Value unplaced;
+    unplaced.shape = {1, 1, 1};
+    const Lines lines(node.window, unplaced);
+    int64_t single = 0, blocks = 0;
+    for (int32_t row = 0; row < m.rows; ++row) {
+        const std::vector<Tapped> taps = taps_of(m, lines, weight.data() + int64_t{row} * m.channels * m.taps, 0);
+        single += static_cast<int64_t>(taps.size());
+        BlockMaker maker(pairs);
+        maker.row(taps);
+        blocks += static_cast<int64_t>(maker.make().offsets.size());
+    }
+    const double all = static_cast<double>((single + QUAD - 1) / QUAD);
+    return static_cast<double>(blocks) * BLOCK_COST < all ? BLOCKS : ANY;
 }
 
 }  // namespace rarefy::int8
