@@ -275,12 +275,12 @@ def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.Captur
     assert Path("out/a.onnx").read_text() == f"{count} (1, 1, 32, 32) False"
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
-def test_a_run_to_an_engine(weights: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(capsys, "export", "run", "--to", "engine", "--weights", weights, "--output", "a.engine")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_run_to_an_engine(precision: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "export", "run", "--to", "engine", "--precision", precision, "--output", "a.engine")
     assert found["chosen"]
     loaded = engine.load("a.engine")
-    assert loaded.report.weights == weights
+    assert loaded.report.precision == precision
     model = models.resnet20(num_classes=10, width=4, in_channels=1).eval()
     model.load_state_dict(load_file(run / "model.safetensors"))
     x = torch.randn(3, *SHAPE)
@@ -331,7 +331,7 @@ RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
         (["weights", "--to", "onnx", *RESNET, "--set", "width", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["weights", "--to", "onnx", *RESNET, "--set", "width=a", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["run", "--to", "onnx", "--model", "resnet20"], "run says what its model is: leave --model and --set out"),
-        (["run", "--to", "onnx", "--weights", "bfloat16"], "--weights is of engines: leave it out with --to onnx"),
+        (["run", "--to", "onnx", "--precision", "bfloat16"], "--precision is of engines: leave it out with --to onnx"),
         (["weights", "--to", "safetensors", "--output", "weights"], "cannot write to weights, which is the weights"),
         (["weights", "--to", "safetensors", "--output", "run"], "cannot write to run, which is a folder"),
     ],

@@ -21,9 +21,9 @@ from tests.engine.networks import UNet, Vision, thinned
 HEAD = struct.Struct("<8sIIQQ32s")
 
 
-def make(model, shape, choose="native", weights="float32"):
+def make(model, shape, choose="native", precision="float32"):
     x = torch.randn(2, *shape)
-    return build(optimize(capture(model.eval(), (x,))), (x,), None, weights, choose, 0.0), x
+    return build(optimize(capture(model.eval(), (x,))), (x,), None, precision, choose, 0.0), x
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,11 @@ def test_what_comes_back_is_what_was_saved(saved):
 
 
 @pytest.mark.parametrize("choose", ["native", "torch"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_every_kind_of_step_comes_back(tmp_path, choose, weights):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_kind_of_step_comes_back(tmp_path, choose, precision):
     model = thinned(UNet())
     act.swap(model)
-    compiled, x = make(model, (3, 16, 16), choose, weights)
+    compiled, x = make(model, (3, 16, 16), choose, precision)
     engine.save(compiled, tmp_path / "unet.engine")
     again = engine.load(tmp_path / "unet.engine")
     assert torch.equal(compiled(x), again(x))

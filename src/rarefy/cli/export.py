@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export.add_argument(
         "--input", metavar="SHAPE", help="of one input, without the batch: 3,224,224; default what the run's data has"
     )
-    export.add_argument("--weights", choices=("float32", "bfloat16"), help="how an engine stores them; default float32")
+    export.add_argument("--precision", choices=("float32", "bfloat16"), help="of an engine; default float32")
     options.add_json(export)
     export.set_defaults(command=_export)
 
@@ -42,8 +42,8 @@ def _export(arguments: argparse.Namespace) -> int:
     if target.is_dir() or (target.exists() and target.samefile(source.weights)):
         raise ValueError(f"cannot write to {target}, which is {'a folder' if target.is_dir() else 'the weights'}")
     check_file(target, "--output")
-    if arguments.weights is not None and arguments.to != "engine":
-        raise ValueError(f"--weights is of engines: leave it out with --to {arguments.to}")
+    if arguments.precision is not None and arguments.to != "engine":
+        raise ValueError(f"--precision is of engines: leave it out with --to {arguments.to}")
     result: dict[str, Any] = {"file": str(target)}
     if arguments.to == "safetensors":
         from rarefy.sparse_files import save_sparse
@@ -55,7 +55,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
         model, example = models.network(arguments, source)
         state = model.state_dict()
-        compiled = engine.compile(model, example, weights=arguments.weights or "float32")
+        compiled = engine.compile(model, example, precision=arguments.precision or "float32")
         engine.save(compiled, target)
         result |= {"seconds": compiled.report.seconds, "chosen": compiled.report.chosen}
     else:

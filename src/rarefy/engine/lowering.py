@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.eager import Eager
+from rarefy.engine.int8 import Int8
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import (
     Affine,
@@ -105,7 +106,7 @@ class Options:
 
 
 #: What an engine runs one after the other.
-Item: TypeAlias = NativeSegment | PackedConv | Eager | Step
+Item: TypeAlias = NativeSegment | PackedConv | Eager | Int8 | Step
 
 
 def uses(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
