@@ -41,7 +41,7 @@ def trained(network: str, data: fashion_mnist.FashionMNIST, epochs: int, seed: i
     sparsifier = sparse.create("autosparse", model, target=TARGET, total_steps=steps)
     sparsifier.attach(optimizer)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(data.train_images)).split(BATCH)[:per_epoch]:
+        for chosen in torch.split(torch.randperm(len(data.train_images)), BATCH)[:per_epoch]:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(normalise(data.train_images[chosen])), data.train_labels[chosen])
             loss.backward()  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ def trained(network: str, data: fashion_mnist.FashionMNIST, epochs: int, seed: i
 
 @torch.no_grad()
 def answers(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([network(some).argmax(1) for some in images.split(500)])
+    return torch.cat([network(some).argmax(1) for some in torch.split(images, 500)])
 
 
 def measured(network: str, data: fashion_mnist.FashionMNIST, epochs: int, seed: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def measured(network: str, data: fashion_mnist.FashionMNIST, epochs: int, seed: 
     model = trained(network, data, epochs, seed)
     weights = torch.cat([each.flatten() for each in model.parameters() if each.dim() > 1])
     chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
-    batches = normalise(data.train_images[chosen]).split(64)
+    batches = torch.split(normalise(data.train_images[chosen]), 64)
     images = normalise(data.test_images)
     compiled = engine.compile(model, images[:1], precision="int8", calibration=batches)
     report = compiled.report.quantization
