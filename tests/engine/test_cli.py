@@ -90,3 +90,10 @@ def test_the_documentation_names_what_there_is():
         assert hasattr(engine, name), name
     for way in ("native by rule", "oneDNN with packed weights"):
         assert way in DOCS
+
+
+def test_in_int8(capsys):
+    result = printed(
+        capsys, "bench", "engine", "fashion_cnn", "--density", "0.1", "--rounds", "1", "--precision", "int8"
+    )
+    assert result["report"]["precision"] == "int8"
