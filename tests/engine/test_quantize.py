@@ -373,3 +373,13 @@ def test_a_model_that_int8_never_suits_is_in_float32(tmp_path):
     made = engine.compile(model, x, precision="int8", **options)
     assert made.report.quantization.error == 0
     torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_two_inputs_have_as_many_examples():
+    model = f(lambda a, b, x, y: a(x) + b(y), nn.Linear(3, 2), nn.Linear(4, 2))
+    plan = optimize(capture(model.eval(), (torch.randn(2, 3), torch.randn(2, 4))))
+    made, report = quantize(plan, [(torch.randn(8, 3), torch.randn(8, 4))])
+    assert kinds(made).count("Quantize") == 2
+    assert report.samples == 8
+    with pytest.raises(ValueError, match="calibration batch 1 has inputs of 5, 8 examples"):
+        quantize(plan, [(torch.randn(8, 3), torch.randn(8, 4)), (torch.randn(8, 3), torch.randn(5, 4))])
