@@ -91,7 +91,7 @@ def rarefy(about: dict[str, Any], x: Any) -> Made:
     given = torch.from_numpy(x)
     model = engine_models.build(about["model"])
     began = time.process_time()
-    compiled = engine.compile(model, given, about["threads"], weights=about["precision"])
+    compiled = engine.compile(model, given, about["threads"], precision=about["precision"])
     report = compiled.report
     told = {
         "compile_seconds": report.seconds,

@@ -42,8 +42,8 @@ def write_seeds(folder: Path) -> list[Path]:
     files = []
     for model, shape in networks():
         x = torch.randn(2, *shape)
-        for weights in ("float32", "bfloat16"):
-            for item in lowered(optimize(capture(model, (x,))), x, weights=weights).items:
+        for precision in ("float32", "bfloat16"):
+            for item in lowered(optimize(capture(model, (x,))), x, precision=precision).items:
                 if isinstance(item, NativeSegment):
                     files.append(folder / f"{len(files)}.program")
                     files[-1].write_bytes(item.program.save())

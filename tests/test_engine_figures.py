@@ -80,3 +80,12 @@ def test_no_answer_was_wrong() -> None:
     assert ROWS
     for each in ROWS:
         assert float(each["error"]) < (1e-3 if each["precision"] == "float32" else 1), each
+
+
+def test_accuracy_in_int8_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "results" / "engine.md").read_text().partition("## int8 after training")[2]
+    shown = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    columns = ("network", "float32", "int8", "same_answer", "error")
+    measured = results.read("int8-accuracy")
+    assert shown == [[row[name] for name in columns] for row in measured]
+    assert all((row["layers_in_float32"], row["calibration"], row["epochs"]) == ("0", "256", "2") for row in measured)

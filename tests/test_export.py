@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import rarefy
 from rarefy import engine, models, onnx_files
 from rarefy.cli import main
+from rarefy.data import fashion_mnist
 from rarefy.onnx_files import save_onnx
 from tests.cli import printed, refused
 
@@ -277,12 +279,26 @@ def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.Captur
     assert Path("out/a.onnx").read_text() == f"{count} (1, 1, 32, 32) False"
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
-def test_a_run_to_an_engine(weights: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(capsys, "export", "run", "--to", "engine", "--weights", weights, "--output", "a.engine")
+@pytest.mark.parametrize("to", ["engine", "onnx"])
+def test_a_run_in_int8(to: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> Any:
+        return SimpleNamespace(train_images=torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8))
+
+    monkeypatch.setattr(fashion_mnist, "load", load)
+    found = printed(capsys, "export", "run", "--to", to, *INT8)
+    assert found["quantization"]["samples"] == 256
+    assert 0 < found["quantization"]["error"] < 0.1
+    np.save("few.npy", np.random.default_rng(0).standard_normal((70, *SHAPE), np.float32))
+    assert main(["export", "run", "--to", to, *INT8, "--calibration", "few.npy"]) == 0
+    assert "mse of 70 examples; 0 of 22 layers stay float32; error of the outputs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_run_to_an_engine(precision: str, tolerance: float, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "export", "run", "--to", "engine", "--precision", precision, "--output", "a.engine")
     assert found["chosen"]
     loaded = engine.load("a.engine")
-    assert loaded.report.weights == weights
+    assert loaded.report.precision == precision
     model = models.resnet20(num_classes=10, width=4, in_channels=1).eval()
     model.load_state_dict(load_file(run / "model.safetensors"))
     x = torch.randn(3, *SHAPE)
@@ -314,6 +330,7 @@ def test_without_the_exporter(
     assert f"export to ONNX needs {missing}: pip install 'rarefy[export]'" in message
 
 
+INT8 = ["--precision", "int8"]
 RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
 
 
@@ -334,7 +351,12 @@ RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
         (["weights", "--to", "onnx", *RESNET, "--set", "width", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["weights", "--to", "onnx", *RESNET, "--set", "width=a", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["run", "--to", "onnx", "--model", "resnet20"], "run says what its model is: leave --model and --set out"),
-        (["run", "--to", "onnx", "--weights", "bfloat16"], "--weights is of engines: leave it out with --to onnx"),
+        (["run", "--to", "onnx", "--precision", "bfloat16"], "--to onnx writes float32 or int8, not bfloat16"),
+        (["run", "--to", "safetensors", "--precision", "int8"], "--to safetensors writes float32, not int8"),
+        (["run", "--to", "engine", "--calibration", "a.npy"], "--calibration is for --precision int8, got float32"),
+        (["weights", "--to", "onnx", *INT8, *RESNET, "--input", "1,28,28"], "int8 needs --calibration FILE.npy"),
+        (["run", "--to", "engine", *INT8, "--calibration", "text"], "takes a file of numpy.save with float32 examples"),
+        (["run", "--to", "engine", *INT8, "--calibration", "few.npy"], "(2, 3, 28, 28) of float64"),
         (["weights", "--to", "safetensors", "--output", "weights"], "cannot write to weights, which is the weights"),
         (["weights", "--to", "safetensors", "--output", "run"], "cannot write to run, which is a folder"),
     ],
@@ -346,6 +368,7 @@ def test_what_cannot_be_exported(
     Path("weights").write_bytes((run / "model.safetensors").read_bytes())
     Path("unfinished").mkdir()
     Path("unfinished/recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
+    np.save("few.npy", np.zeros((2, 3, 28, 28)))
     before = sorted(Path().rglob("*"))
     assert message in refused(capsys, "export", *arguments)
     assert sorted(Path().rglob("*")) == before

@@ -49,20 +49,20 @@ def plan_of(step: Step, inputs: dict[str, Tensor]) -> Plan:
     return Plan(tuple(inputs), (step.output,), True, (step,), values, {}, None)
 
 
-def run(step: Step, inputs: dict[str, Tensor], isa: str, choose: str = "native", weights: str = "float32") -> Tensor:
+def run(step: Step, inputs: dict[str, Tensor], isa: str, choose: str = "native", precision: str = "float32") -> Tensor:
     """The step's result, computed that way."""
     with kernels.forced(isa):
-        engine = build(plan_of(step, inputs), tuple(inputs.values()), 1, weights, choose, 0.0)
+        engine = build(plan_of(step, inputs), tuple(inputs.values()), 1, precision, choose, 0.0)
         assert engine.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
         if isa != "pytorch":
             assert not any(each.note for each in engine.steps()), engine.steps()
         return engine(*inputs.values())
 
 
-def lowered(plan: Plan, *inputs: Tensor, choose: str = "measure", weights: str = "float32") -> Lowered:
+def lowered(plan: Plan, *inputs: Tensor, choose: str = "measure", precision: str = "float32") -> Lowered:
     """The plan as native programs, their kernels chosen by rule, and what is left to PyTorch."""
     shapes, _ = measure.walk(plan, inputs, timed=False)
-    return lower(plan, Options(choose, weights, 1, 0.0, shapes))
+    return lower(plan, Options(choose, precision, 1, 0.0, shapes))
 
 
 def wide(step: Step, inputs: dict[str, Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ def test_a_network_by_name(capsys, tmp_path):
     assert found["profile"]["batch"] == 3
     rows = {row["name"]: row for row in found["profile"]["rows"]}
     assert rows["layer3.2.conv2"]["density"] == pytest.approx(0.2, abs=1e-3)
-    assert found["report"]["weights"] == "float32"
+    assert found["report"]["precision"] == "float32"
     assert found["environment"]["rarefy"]
 
 
@@ -53,9 +53,9 @@ def test_without_other_runtimes_that_is_told_first(capsys, monkeypatch):
 
 def test_a_file_of_weights(capsys, tmp_path):
     save_file(models.resnet20(width=8).state_dict(), tmp_path / "w.safetensors")
-    given = ["bench", "engine", str(tmp_path / "w.safetensors"), "--rounds", "1", "--weights", "bfloat16"]
+    given = ["bench", "engine", str(tmp_path / "w.safetensors"), "--rounds", "1", "--precision", "bfloat16"]
     result = printed(capsys, *given, "--model", "resnet20", "--set", "width=8", "--input", "3,16,16")
-    assert result["report"]["weights"] == "bfloat16"
+    assert result["report"]["precision"] == "bfloat16"
     assert "does not say what network it is of: add --model NAME" in refused(capsys, *given)
 
 
@@ -67,7 +67,7 @@ def test_a_file_of_weights(capsys, tmp_path):
         (["resnet20", "--density", "90"], "--density must be in (0, 1], got 90.0; 0.1 keeps a tenth of the weights"),
         (["resnet20", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["a.engine", "--density", "0.5"], "an engine's file is what it is"),
-        (["resnet20", "--weights", "int8"], "weights must be one of float32, bfloat16, got 'int8'"),
+        (["resnet20", "--precision", "int4"], "precision must be one of float32, bfloat16, int8, got 'int4'"),
         (["resnet20", "--rounds", "0"], "--rounds must be at least 1, got 0"),
     ],
 )
@@ -91,3 +91,10 @@ def test_the_documentation_names_what_there_is():
         assert hasattr(engine, name), name
     for way in ("native by rule", "oneDNN with packed weights"):
         assert way in DOCS
+
+
+def test_in_int8(capsys):
+    result = printed(
+        capsys, "bench", "engine", "fashion_cnn", "--density", "0.1", "--rounds", "1", "--precision", "int8"
+    )
+    assert result["report"]["precision"] == "int8"

@@ -71,7 +71,10 @@ def test_the_wrong_number_of_inputs(compiled):
         ({"example_input": ()}, TypeError, "example_input must be a tensor or a sequence of tensors"),
         ({"example_input": torch.zeros(0, 3, 16, 16)}, ValueError, "example_input must not be empty"),
         ({"threads": 0}, ValueError, "threads must be a positive whole number, or None for PyTorch's, got 0"),
-        ({"weights": "int8"}, ValueError, "weights must be one of float32, bfloat16, got 'int8'"),
+        ({"precision": "int4"}, ValueError, "precision must be one of float32, bfloat16, int8, got 'int4'"),
+        ({"precision": "int8"}, ValueError, "needs calibration=, some hundred examples"),
+        ({"calibration": [IMAGE]}, ValueError, "calibration is for precision=\"int8\", and precision is 'float32'"),
+        ({"error_budget": -1}, ValueError, "error_budget must be at least 0, got -1"),
         ({"choose": "best"}, ValueError, "choose must be one of measure, native, sparse, dense, torch, got 'best'"),
         ({"tune_seconds": -1}, ValueError, "tune_seconds must be at least 0, got -1"),
         (

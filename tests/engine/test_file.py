@@ -21,9 +21,9 @@ from tests.engine.networks import UNet, Vision, thinned
 HEAD = struct.Struct("<8sIIQQ32s")
 
 
-def make(model, shape, choose="native", weights="float32"):
+def make(model, shape, choose="native", precision="float32"):
     x = torch.randn(2, *shape)
-    return build(optimize(capture(model.eval(), (x,))), (x,), None, weights, choose, 0.0), x
+    return build(optimize(capture(model.eval(), (x,))), (x,), None, precision, choose, 0.0), x
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_what_comes_back_is_what_was_saved(saved):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choose", ["native", "torch"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_every_kind_of_step_comes_back(tmp_path, choose, weights):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_kind_of_step_comes_back(tmp_path, choose, precision):
     model = thinned(UNet())
     act.swap(model)
-    compiled, x = make(model, (3, 16, 16), choose, weights)
+    compiled, x = make(model, (3, 16, 16), choose, precision)
     engine.save(compiled, tmp_path / "unet.engine")
     again = engine.load(tmp_path / "unet.engine")
     assert torch.equal(compiled(x), again(x))
@@ -326,3 +326,66 @@ def test_arguments_of_every_kind_come_back():
 
 def test_native_programs_are_there_to_be_tested():
     assert available()
+
+
+@pytest.fixture(scope="module")
+def in_int8(tmp_path_factory):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    path = tmp_path_factory.mktemp("int8") / "unet.engine"
+    engine.save(engine.compile(thinned(UNet()), x[:2], precision="int8", calibration=[x]), path)
+    return path
+
+
+def item_of(header, kind):
+    return next(item for item in header["items"] if item["step"] == kind)
+
+
+def no_meaning(header):
+    item_of(header, "Conv")["quantized"] = [None, None]
+
+
+def wrong_zero_point(header):
+    item_of(header, "Quantize")["quantized"][1][1] = 256
+
+
+def wrong_scale(header):
+    item_of(header, "Quantize")["quantized"][1][0] = 0.1
+
+
+def plain(header):
+    del item_of(header, "Table")["quantized"]
+
+
+def other_table(header):
+    item_of(header, "Table")["fields"]["table"] = item_of(header, "Conv")["fields"]["bias"]
+
+
+def other_weights(header):
+    fields = item_of(header, "Conv")["fields"]
+    fields["weight"] = fields["bias"]
+
+
+def other_scales(header):
+    fields = item_of(header, "Conv")["fields"]
+    fields["weight_scale"]["shape"] = [3, 4]
+
+
+def more_operands(header):
+    item_of(header, "Pool")["quantized"] *= 2
+
+
+def a_report_of_none(header):
+    header["report"]["quantization"]["layers"][0]["sqnr_db"] = "loud"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(no_meaning, wrong_zero_point, wrong_scale, plain, other_table, other_weights, other_scales, more_operands),
+        a_report_of_none,
+    ],
+)
+def test_forged_bytes(in_int8, tmp_path, change):
+    assert engine.load(in_int8).report.precision == "int8"
+    refused(tmp_path / "a.engine", forged(in_int8.read_bytes(), change))

@@ -252,7 +252,7 @@ def test_maximum_over_nan_is_nan(isa):
 def test_bfloat16_weights_are_rounded_and_sums_are_not(isa):
     weight = sparse(torch.randn(24, 30, 3, 3), 0.2)
     x = {"x": torch.randn(2, 30, 8, 8)}
-    result = run(conv(weight, padding=1), x, isa, weights="bfloat16")
+    result = run(conv(weight, padding=1), x, isa, precision="bfloat16")
     rounded = wide(conv(weight.bfloat16().float(), padding=1), x)
     assert (result - wide(conv(weight, padding=1), x)).abs().max() > 1e-3  # it did round
     torch.testing.assert_close(result.double(), rounded, rtol=1e-5, atol=1e-5)

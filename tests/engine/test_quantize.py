@@ -1,5 +1,6 @@
 """Post-training quantisation: ranges, what runs in int8, what it costs, and what goes back to float32."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -8,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rarefy import models
-from rarefy.engine import int8, reference
+from rarefy import engine, models
+from rarefy.engine import EngineError, int8, reference, verify
 from rarefy.engine.calibrate import METHODS, Histogram, weight_scales
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
-from rarefy.engine.plan import INT8, Conv, Layer, Operator, Quantize, Quantized
+from rarefy.engine.plan import INT8, Conv, Layer, Operator, Quantize, Quantized, Table
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import quantize
 from tests.engine.networks import Signal, UNet, Vision, thinned
@@ -313,3 +314,72 @@ def test_no_layer_nothing_to_do():
     assert made.steps == plan.steps
     assert not any(isinstance(step, Quantize) for step in made.steps)
     assert (report.layers, report.error) == ((), 0.0)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch.manual_seed(0)
+    model = thinned(UNet())
+    return engine.compile(model, torch.randn(1, 3, 16, 16), precision="int8", calibration=batches_of(3, 16, 16)), model
+
+
+def test_an_engine_in_int8_is_the_quantised_plan(compiled):
+    made, model = compiled
+    report = made.report
+    assert (report.precision, report.chosen) == ("int8", "PyTorch")
+    assert report.quantization.error < 0.01
+    assert [layer.name for layer in report.quantization.layers] == ["stem", "down", "deep.1", "up", "out"]
+    plan, _ = quantize(optimize(capture(model, (torch.randn(2, 3, 16, 16),))), batches_of(3, 16, 16))
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 16, 16)
+        assert torch.equal(made(x), reference.run(plan, (x,))[0])
+        assert (made(x) - model(x)).norm() / model(x).norm() < 0.01
+    assert {step.kernel for step in made.steps()} == {"PyTorch"}
+    assert [row.kind for row in made.profile(rounds=1).rows][:3] == ["quantize", "conv", "conv"]
+    again = copy.deepcopy(made)
+    assert torch.equal(again(x), made(x))
+
+
+def test_an_engine_in_int8_is_a_file(compiled, tmp_path):
+    made, _ = compiled
+    engine.save(made, tmp_path / "a.engine")
+    x = torch.randn(2, 3, 16, 16)
+    for mmap in (False, True):
+        again = engine.load(tmp_path / "a.engine", mmap=mmap)
+        assert torch.equal(again(x), made(x))
+        assert again.report == made.report
+    whole = engine.compile(thinned(UNet()), x, choose="torch")
+    engine.save(whole, tmp_path / "b.engine")
+    weights = sum(item.step.weight.numel() for item in made._items if isinstance(item.step, Layer))
+    saved = [(tmp_path / name).stat().st_size for name in ("a.engine", "b.engine")]
+    assert saved[1] - saved[0] > 2.5 * weights - 8000  # three of four bytes a weight, less what else is written
+
+
+def test_an_engine_that_is_off_by_a_byte_is_found(compiled):
+    made, model = compiled
+    plan, _ = quantize(optimize(capture(model, (torch.randn(2, 3, 16, 16),))), batches_of(3, 16, 16))
+    tried = verify.plan_trial(plan, (torch.randn(1, 3, 16, 16),))
+    verify.check(made, plan, None, tried)
+    wrong = copy.deepcopy(made)
+    table = next(item for item in wrong._items if isinstance(item.step, Table))
+    table.step.table.copy_(table.step.table ^ 1)
+    with pytest.raises(EngineError, match=r"The first step that differs is 'deep.1' \(run by PyTorch\)"):
+        verify.check(wrong, plan, None, tried)
+
+
+def test_a_model_that_int8_never_suits_is_in_float32(tmp_path):
+    model, x = thinned(UNet()), torch.randn(1, 3, 16, 16)
+    options = {"calibration": batches_of(3, 16, 16), "error_budget": 0.0, "choose": "native"}
+    made = engine.compile(model, x, precision="int8", **options)
+    assert made.report.quantization.error == 0
+    torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_two_inputs_have_as_many_examples():
+    model = f(lambda a, b, x, y: a(x) + b(y), nn.Linear(3, 2), nn.Linear(4, 2))
+    plan = optimize(capture(model.eval(), (torch.randn(2, 3), torch.randn(2, 4))))
+    made, report = quantize(plan, [(torch.randn(8, 3), torch.randn(8, 4))])
+    assert kinds(made).count("Quantize") == 2
+    assert report.samples == 8
+    with pytest.raises(ValueError, match="calibration batch 1 has inputs of 5, 8 examples"):
+        quantize(plan, [(torch.randn(8, 3), torch.randn(8, 4)), (torch.randn(8, 3), torch.randn(5, 4))])

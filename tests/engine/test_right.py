@@ -185,7 +185,7 @@ def test_rounding_that_a_network_magnifies_is_no_error():
     # Where a sum lies between two numbers of bfloat16 either is right.
     torch.testing.assert_close(rounded, expected[2], rtol=2**-7, atol=1e-5)
     torch.testing.assert_close(log, expected[0], rtol=1e-4, atol=1e-4, equal_nan=True)
-    engine.compile(model, IMAGE, choose="native", weights="bfloat16")
+    engine.compile(model, IMAGE, choose="native", precision="bfloat16")
 
 
 def test_distances():

@@ -69,7 +69,7 @@ def _add_engine(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="first keep this share of the weights of every layer but the first, those of largest magnitude",
     )
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="samples at once (default: 1)")
-    bench.add_argument("--weights", default="float32", help="float32 (default) or bfloat16: how weights are stored")
+    bench.add_argument("--precision", default="float32", help="float32 (default), bfloat16 (weights) or int8")
     bench.add_argument("--rounds", type=int, default=21, metavar="N", help="how often it runs (default: 21)")
     bench.add_argument("--save", type=Path, metavar="FILE", help="also write the engine to this file")
     bench.add_argument(
@@ -127,7 +127,9 @@ def _engine(arguments: argparse.Namespace) -> int:
         if arguments.density is not None:
             _prune(model, arguments.density)
         x = torch.randn(arguments.batch, *sample.shape[1:])
-        compiled = engine.compile(model, x, threads=1, weights=arguments.weights)
+        # Speed does not depend on ranges: for int8 any numbers do.
+        calibration = [x] if arguments.precision == "int8" else None
+        compiled = engine.compile(model, x, threads=1, precision=arguments.precision, calibration=calibration)
         if arguments.peers:
             others = peers.race(model, compiled, x, arguments.rounds)
     if arguments.save is not None:
@@ -177,7 +179,7 @@ def _print(arguments: argparse.Namespace, compiled: Engine, found: Profile, othe
     ways = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in report.candidates.items())
     print(f"runs by: {report.chosen}" + (f" ({ways})" if ways else ""))
     print(f"compiled in {report.seconds:.1f} s, of which measuring {report.measuring_seconds:.1f} s")
-    print(f"weights {report.weight_bytes:,} bytes ({report.weights}), scratch {report.scratch_bytes:,} bytes")
+    print(f"weights {report.weight_bytes:,} bytes ({report.precision}), scratch {report.scratch_bytes:,} bytes")
     for name, seconds in others.items():
         print(f"{name:>12}  {1e3 * seconds:.2f} ms, {seconds / others['rarefy']:.2f} times rarefy's")
     if arguments.save is not None:

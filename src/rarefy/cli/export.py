@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Write a finalized model as ONNX, checked in onnxruntime, compiled for this CPU, or its weights as"
         " sparse safetensors.",
         epilog="examples: rarefy export runs/demo --to onnx; rarefy export resnet.safetensors --to onnx --model"
-        " resnet50 --input 3,224,224; rarefy export weights.safetensors --to safetensors",
+        " resnet50 --input 3,224,224; rarefy export runs/demo --to onnx --precision int8",
     )
     export.add_argument("source", type=Path, metavar="MODEL", help="a run's folder, or a safetensors file of weights")
     export.add_argument("--to", required=True, choices=sorted(_SUFFIXES), help="what to write")
@@ -31,7 +31,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export.add_argument(
         "--input", metavar="SHAPE", help="of one input, without the batch: 3,224,224; default what the run's data has"
     )
-    export.add_argument("--weights", choices=("float32", "bfloat16"), help="how an engine stores them; default float32")
+    export.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="bfloat16: of an engine's weights; int8: of an engine or ONNX, quantised after training; default float32",
+    )
+    export.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="for int8, a file of numpy.save with some hundred examples; by custom a run's training images",
+    )
     options.add_json(export)
     export.set_defaults(command=_export)
 
@@ -42,9 +53,13 @@ def _export(arguments: argparse.Namespace) -> int:
     if target.is_dir() or (target.exists() and target.samefile(source.weights)):
         raise ValueError(f"cannot write to {target}, which is {'a folder' if target.is_dir() else 'the weights'}")
     check_file(target, "--output")
-    if arguments.weights is not None and arguments.to != "engine":
-        raise ValueError(f"--weights is of engines: leave it out with --to {arguments.to}")
+    possible = {"engine": ("float32", "bfloat16", "int8"), "onnx": ("float32", "int8")}.get(arguments.to, ("float32",))
+    if arguments.precision not in possible:
+        raise ValueError(f"--to {arguments.to} writes {' or '.join(possible)}, not {arguments.precision}")
+    if arguments.calibration is not None and arguments.precision != "int8":
+        raise ValueError(f"--calibration is for --precision int8, got {arguments.precision}")
     result: dict[str, Any] = {"file": str(target)}
+    to_int8, quantization = arguments.precision == "int8", None
     if arguments.to == "safetensors":
         from rarefy.sparse_files import save_sparse
 
@@ -55,8 +70,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
         model, example = models.network(arguments, source)
         state = model.state_dict()
-        compiled = engine.compile(model, example, weights=arguments.weights or "float32")
+        calibration = models.calibration(arguments.calibration, source, example) if to_int8 else None
+        compiled = engine.compile(model, example, precision=arguments.precision, calibration=calibration)
         engine.save(compiled, target)
+        quantization = compiled.report.quantization
         result |= {"seconds": compiled.report.seconds, "chosen": compiled.report.chosen}
     else:
         from rarefy import onnx_files
@@ -64,7 +81,13 @@ def _export(arguments: argparse.Namespace) -> int:
         onnx_files.require_exporter()
         model, example = models.network(arguments, source)
         state = model.state_dict()
-        result["difference"] = onnx_files.save_onnx(model, example, target)
+        if to_int8:
+            from rarefy.engine import onnx_int8
+
+            batches = models.calibration(arguments.calibration, source, example)
+            quantization, result["difference"] = onnx_int8.save_int8_onnx(model, example, batches, target)
+        else:
+            result["difference"] = onnx_files.save_onnx(model, example, target)
     weights = [tensor for tensor in state.values() if tensor.dim() > 1]
     result |= {
         "bytes": target.stat().st_size,
@@ -72,7 +95,11 @@ def _export(arguments: argparse.Namespace) -> int:
         "weights": sum(tensor.numel() for tensor in weights),
         "nonzeros": sum(int(tensor.count_nonzero()) for tensor in weights),
     }
+    if quantization is not None:
+        result["quantization"] = quantization.to_dict()
     _print(result, arguments.json)
+    if quantization is not None and not arguments.json:
+        print(quantization)
     return 0
 
 

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+#: How many examples of a run's data int8 is calibrated with, and how many run at once.
+_CALIBRATION, _BATCH = 256, 64
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights, and what is known about their network; ``run`` is the folder they are of."""
@@ -78,6 +82,34 @@ def network(arguments: argparse.Namespace, source: Source) -> tuple[nn.Module, T
     except RuntimeError as error:
         raise ValueError(f"the network does not take inputs of shape {shape}: {_short(str(error))}") from error
     return model, example
+
+
+def calibration(file: Path | None, source: Source, example: Tensor) -> list[Tensor]:
+    """Load what to calibrate int8 with, in batches: a file's examples, or of a run 256 of its training images."""
+    import numpy as np
+    import torch
+
+    if file is None:
+        if source.run is None:
+            raise ValueError("--precision int8 needs --calibration FILE.npy: some hundred examples of what it will see")
+        from rarefy.data import fashion_mnist
+        from rarefy.train.batches import normalise
+
+        images = fashion_mnist.load().train_images
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_CALIBRATION]
+        return list(torch.split(normalise(images[chosen]), _BATCH))
+    try:
+        examples = torch.from_numpy(np.load(file, allow_pickle=False))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"--calibration takes a file of numpy.save with float32 examples, {file} is none: {error}"
+        ) from error
+    if examples.shape[1:] != example.shape[1:] or examples.dtype is not torch.float32 or len(examples) == 0:
+        raise ValueError(
+            f"{file} must have examples of the shape {tuple(example.shape[1:])} in float32, behind each other: it has "
+            f"{tuple(examples.shape)} of {str(examples.dtype).removeprefix('torch.')}"
+        )
+    return list(torch.split(examples, _BATCH))
 
 
 def _of_run(run: Path) -> tuple[nn.Module, tuple[int, ...]]:

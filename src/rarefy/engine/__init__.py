@@ -11,6 +11,7 @@ from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.file import load, save
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, Row
+from rarefy.engine.quantization import Quantization, QuantizedLayer
 from rarefy.engine.steps import StepInfo
 from rarefy.engine.verify import EngineError
 
@@ -21,6 +22,8 @@ __all__ = [
     "LayerFacts",
     "Port",
     "Profile",
+    "Quantization",
+    "QuantizedLayer",
     "Report",
     "Row",
     "StepInfo",

@@ -145,6 +145,8 @@ def checked(plan: Plan, batches: Iterable[Tensor | Sequence[Tensor]]) -> list[tu
             )
         for name, x in zip(plan.inputs, given, strict=True):
             _check(plan, name, x, f"calibration batch {number}, input {name!r}:")
+        if plan.batch is None and len(sizes := {len(x) for x in given}) > 1:
+            raise ValueError(f"calibration batch {number} has inputs of {', '.join(map(str, sorted(sizes)))} examples")
         found.append(tuple(x.detach() for x in given))
     if not found:
         raise ValueError("calibration has no batches: give some hundred examples of what the model will see")

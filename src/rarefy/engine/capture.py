@@ -132,6 +132,7 @@ class _Graph:
         self.constants: dict[str, Tensor] = {}
         self.folded: dict[str, Sequence[Tensor]] = {}  # what operators with several results make of constants
         self.sources: dict[str, str] = {}
+        self.scales: dict[str, Tensor] = {}  # of the output channels of weights that come as whole numbers
         self.aliases: dict[str, fx.Node] = {}
         self.operands: dict[str, str] = {}  # what a node reads in place of its first argument
         self.inputs: list[str] = []
@@ -224,6 +225,7 @@ class _Graph:
         result = node.meta.get("val")
         if isinstance(result, Tensor):
             self.constants[node.name] = self._computed(node)
+            self._note_scale(node)
         elif isinstance(result, (list, tuple)) and all(isinstance(each, Tensor) for each in result):
             self.folded[node.name] = self._computed(node)
         else:
@@ -231,6 +233,16 @@ class _Graph:
         if len(node.all_input_nodes) == 1:  # what is made of one layer's weight alone still belongs to the layer
             self.sources[node.name] = self.sources.get(node.all_input_nodes[0].name, "")
         return True
+
+    def _note_scale(self, node: fx.Node) -> None:
+        """Remember by what scales a constant was dequantised: the zero points of weights are 0."""
+        given: list[Any] = [self.constants[a.name] if isinstance(a, fx.Node) else a for a in node.args]
+        match str(node.target), given:
+            case "quantized_decomposed.dequantize_per_channel.default", [_, scale, zero, 0, *_]:
+                if zero is None or not zero.any():
+                    self.scales[node.name] = scale.float()
+            case "quantized_decomposed.dequantize_per_tensor.default", [weight, float() as scale, 0, *_]:
+                self.scales[node.name] = torch.full(tuple(weight.shape[:1]), scale)
 
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])
@@ -241,7 +253,7 @@ class _Graph:
             handler = operators.handler(str(node.target))
             float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
             if handler is not None and (float32 or "batch_norm" in str(node.target)):
-                call = operators.Call(node, _arguments(node), self.constants, self.sources, self.batch)
+                call = operators.Call(node, _arguments(node), self.constants, self.sources, self.batch, self.scales)
                 step = handler(call)
                 if step is not None:
                     if not float32:

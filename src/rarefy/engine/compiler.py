@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import kernels
-from rarefy.engine import measure, programs, verify
+from rarefy.engine import measure, programs, pt2e, verify
 from rarefy.engine.building import NativeSegment, Options
 from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.execute import torch_threads
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, lower
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
+from rarefy.engine.quantize import BUDGET, quantize
 
-Weights = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "int8"]
 #: Tracing and measuring change state of the process.
 _COMPILING = threading.Lock()
 _Step = TypeVar("_Step", bound=Step)
@@ -35,7 +37,9 @@ def compile(
     example_input: Tensor | Sequence[Tensor],
     threads: int | None = None,
     *,
-    weights: Weights = "float32",
+    precision: Precision = "float32",
+    calibration: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    error_budget: float = BUDGET,
     choose: Choose = "measure",
     tune_seconds: float = 8.0,
 ) -> Engine:
@@ -49,7 +53,12 @@ def compile(
         example_input: a tensor, or one for each input. Its size beyond the batch is that which the engine takes; its
             batch size is what the kernels are chosen for, any other runs, too.
         threads: how many threads the native kernels use; None takes ``torch.get_num_threads()`` at each call.
-        weights: how layers store their weights: "float32", or "bfloat16" (rounded; sums stay float32): half the memory.
+        precision: "float32"; "bfloat16": weights rounded to half the memory, sums stay float32; "int8": weights and
+            what goes between layers are bytes, by :func:`rarefy.engine.quantize.quantize`.
+        calibration: what the network will see, for "int8" alone: some hundred examples, in batches, each a tensor or a
+            tuple of one for each input. A model that PT2E (``torchao``'s ``convert_pt2e``) quantised has its own.
+        error_budget: how far the outputs in "int8" may be from those in float32 on examples, ||y_int8 - y|| / ||y||:
+            layers stay float32 until it holds. ``report.quantization`` says which, and what each costs.
         choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer, and the model
             as it is where all of that is slower (such an engine holds a copy of it, and cannot be saved). Without
             measuring, and so with the same result every time: "native" (native kernels by rule), "sparse" or "dense"
@@ -58,22 +67,30 @@ def compile(
 
     Raises:
         TypeError: ``model`` is no module, ``example_input`` no tensors.
-        ValueError: the model is in training mode or is not on the CPU; an option out of its
-            range; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
-            :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example.
+        ValueError: the model is in training mode or is not on the CPU; an option out of its range, or calibration that
+            the model does not take; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
+            :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example, or in
+            bfloat16 and int8 what PyTorch does with the same rounding.
     """
     begun = time.perf_counter()
-    inputs = _checked(model, example_input, threads, weights, choose, tune_seconds)
+    inputs = _checked(model, example_input, threads, precision, choose, tune_seconds)
+    quantized = precision == "int8" and pt2e.is_quantized(model)
+    _check_calibration(precision, calibration, error_budget, quantized)
     with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
         plan, trials = _captured(model, inputs)
-        better = _stored(optimize(plan), weights)
-        engine = build(better, inputs, threads, weights, choose, tune_seconds, model)
+        better, quantization = optimize(plan), None
+        if quantized:
+            better, quantization = pt2e.read(better)
+        elif calibration is not None:
+            better, quantization = quantize(better, calibration, budget=error_budget)
+        better = _stored(better, precision)
+        engine = build(better, inputs, threads, precision, choose, tune_seconds, model)
         for tried in trials:
-            if weights == "float32":
+            if precision == "float32":
                 verify.check(engine, plan, model, tried)
-            else:  # rounded weights do not give the model's results: PyTorch's with the same weights
+            else:  # rounded numbers do not give the model's results: PyTorch's with the same rounding
                 verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
-    engine.report = replace(engine.report, seconds=time.perf_counter() - begun)
+    engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=quantization)
     return engine
 
 
@@ -113,17 +130,17 @@ def build(
     plan: Plan,
     inputs: Sequence[Tensor],
     threads: int | None,
-    weights: Weights,
+    precision: Precision,
     choose: Choose,
     tune_seconds: float,
     model: nn.Module | None = None,
 ) -> Engine:
     """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`."""
     begun = time.perf_counter()
-    plan = _stored(plan, weights)
+    plan = _stored(plan, precision)
     threads_now = threads or torch.get_num_threads()
     with torch_threads(threads_now), torch.no_grad():
-        found, shapes = _choose(plan, inputs, choose, weights, threads_now, tune_seconds, model)
+        found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model)
     own = _Copies()
     items = tuple(own.item(item) for item in found.lowered.items)
     read = {name for item in items if not isinstance(item, (NativeSegment, Eager)) for name in item.inputs} | {
@@ -148,7 +165,7 @@ def build(
             measuring_seconds=found.seconds,
             chosen=found.chosen,
             candidates=found.candidates,
-            weights=weights,
+            precision=precision,
             weight_bytes=sum(tensor.nbytes for tensor in left) + sum(facts.weight_bytes for facts in native),
             scratch_bytes=max((facts.scratch_bytes for facts in native), default=0),
         ),
@@ -162,7 +179,7 @@ def _weights(item: Item) -> list[Tensor]:
             return []
         case Eager():
             return [*item.model.state_dict().values()]
-        case PackedConv():
+        case PackedConv() | Int8():
             return [*tensors(item.step).values()]
     return [*tensors(item).values()]
 
@@ -188,6 +205,8 @@ class _Copies:
             return item
         if isinstance(item, PackedConv):
             return replace(item, step=self.step(item.step))
+        if isinstance(item, Int8):
+            return replace(item, step=self.step(item.step))
         return self.step(item)
 
     def step(self, step: _Step) -> _Step:
@@ -200,7 +219,7 @@ def _checked(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     threads: int | None,
-    weights: str,
+    precision: str,
     choose: str,
     tune_seconds: float,
 ) -> tuple[Tensor, ...]:
@@ -217,14 +236,14 @@ def _checked(
             raise ValueError(f"example_input must not be empty, got the shape {tuple(x.shape)}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads must be a positive whole number, or None for PyTorch's, got {threads!r}")
-    for name, value, known in (("weights", weights, get_args(Weights)), ("choose", choose, get_args(Choose))):
+    for name, value, known in (("precision", precision, get_args(Precision)), ("choose", choose, get_args(Choose))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if not tune_seconds >= 0:
         raise ValueError(f"tune_seconds must be at least 0, got {tune_seconds}")
     for name, module in model.named_modules():
         where = f"the module {name!r} of the model" if name else "the model"
-        if module.training:
+        if module.training and not pt2e.is_quantized(model):  # whose graph is one of evaluation, and cannot be told so
             raise ValueError(f"{where} is in training mode: call model.eval() first")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
@@ -241,9 +260,24 @@ def _checked(
     return tuple(map(plain, inputs))
 
 
-def _stored(plan: Plan, weights: str) -> Plan:
+def _check_calibration(precision: str, calibration: object, error_budget: float, quantized: bool) -> None:
+    """Raise ValueError where int8 has nothing to be calibrated with, and where what is not int8 has."""
+    if quantized and calibration is not None:
+        raise ValueError("the model is quantised, by PT2E: leave calibration out")
+    if precision == "int8" and calibration is None and not quantized:
+        raise ValueError(
+            'precision="int8" needs calibration=, some hundred examples of what the model will see, in batches: [x] is '
+            "one batch"
+        )
+    if precision != "int8" and calibration is not None:
+        raise ValueError(f'calibration is for precision="int8", and precision is {precision!r}')
+    if not error_budget >= 0:
+        raise ValueError(f"error_budget must be at least 0, got {error_budget}; 0.1 lets the outputs be a tenth off")
+
+
+def _stored(plan: Plan, precision: str) -> Plan:
     """The plan with its layers' weights as the native kernels store them."""
-    return plan if weights == "float32" else replace(plan, steps=tuple(map(_rounded, plan.steps)))
+    return plan if precision != "bfloat16" else replace(plan, steps=tuple(map(_rounded, plan.steps)))
 
 
 def _rounded(step: Step) -> Step:
@@ -255,7 +289,7 @@ def _choose(
     plan: Plan,
     inputs: Sequence[Tensor],
     choose: str,
-    weights: str,
+    precision: str,
     threads: int,
     tune_seconds: float,
     model: nn.Module | None,
@@ -263,20 +297,22 @@ def _choose(
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
     usable = programs.available()
-    timed = choose == "measure" and usable
+    quantized = any(value.quantized is not None for value in plan.values.values())
+    timed = choose == "measure" and usable and not quantized
     with torch_threads(1):
         shapes, layers = measure.walk(plan, inputs, timed=timed)
     options = Options(
         choice=choose if choose in ("sparse", "dense") else "measure",
-        storage=weights,
+        storage="bfloat16" if precision == "bfloat16" else "float32",
         threads=threads,
         tune_seconds=tune_seconds if timed else 0.0,
         shapes=shapes,
     )
     if timed:
-        found = measure.choose(plan, inputs, options, layers, model if weights == "float32" else None)
+        found = measure.choose(plan, inputs, options, layers, model if precision == "float32" else None)
         return replace(found, seconds=time.perf_counter() - begun), shapes
-    if choose == "torch" or not usable:
+    if choose == "torch" or not usable or quantized:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"
+        why = "PyTorch alone has it in int8" if quantized else why
         return measure.Decision(measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
     return measure.Decision(lower(plan, options), {}, "native", layers, 0.0), shapes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.eager import Eager
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
@@ -82,12 +83,13 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
         return {port.value: torch.empty((*batch, *port.shape), device="meta") for port in item.outputs}
     if isinstance(item, Eager):
         raise ValueError("a model is no part of a file")
-    step = item.step if isinstance(item, PackedConv) else item
+    step = item.step if isinstance(item, (PackedConv, Int8)) else item
     if isinstance(step, Conv):
         check_conv(step, tuple(values[step.input].shape))
     if isinstance(step, Operator) and not step.target.startswith("python."):
         _check_axes(step, values)
-    return {item.output: run_step(_without_numbers(step), values)}
+    bare = _without_numbers(step)
+    return {item.output: run_step(replace(item, step=bare) if isinstance(item, Int8) else bare, values)}
 
 
 def check_conv(step: Conv, shape: tuple[int, ...]) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 from rarefy import kernels
 from rarefy.engine.building import NativeSegment, samples
 from rarefy.engine.execute import Runner, torch_threads
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Linear, Pool
 from rarefy.engine.profile import Profile, profile
+from rarefy.engine.quantization import Quantization
 from rarefy.engine.steps import StepInfo, steps
 
 
@@ -39,18 +41,20 @@ class Report:
         chosen: what runs the network: "native", "native by rule" (kernels chosen without measuring), "PyTorch",
             "PyTorch, oneDNN", "native and PyTorch" (some layers by PyTorch), or "eager" (the model as it is).
         candidates: seconds of each of these on the example, where they were measured.
-        weights: how they are stored, "float32" or "bfloat16".
+        precision: "float32", "bfloat16" (of weights) or "int8".
         weight_bytes: weights, biases and indices in memory.
         scratch_bytes: memory of one running thread of the largest native program, at the batch of the example.
+        quantization: what int8 costs, layer by layer; None in another precision.
     """
 
     seconds: float
     measuring_seconds: float
     chosen: str
     candidates: Mapping[str, float]
-    weights: str
+    precision: str
     weight_bytes: int
     scratch_bytes: int
+    quantization: Quantization | None = None
 
 
 class Engine:
@@ -214,7 +218,7 @@ def plain(x: Tensor) -> Tensor:
 
 def _makes_new(item: Item) -> bool:
     """Whether what an item makes always lies in memory of its own."""
-    layers = (NativeSegment, PackedConv, Conv, Linear, Binary, Pool, GlobalAverage, Concat)
+    layers = (NativeSegment, PackedConv, Int8, Conv, Linear, Binary, Pool, GlobalAverage, Concat)
     return isinstance(item, layers) or (isinstance(item, Affine) and item.activation != "none")
 
 

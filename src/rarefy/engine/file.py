@@ -17,7 +17,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,22 +27,24 @@ import torch
 from torch import Tensor
 
 from rarefy._files import write_atomically
-from rarefy.engine import plan, programs
+from rarefy.engine import int8, plan, programs
 from rarefy.engine.building import NativeSegment, SegmentPort
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv, packed
-from rarefy.engine.plan import Conv, Operator, Ref, Step
+from rarefy.engine.plan import Conv, Layer, Operator, Quantized, Ref, Step
+from rarefy.engine.quantization import Quantization
 
 VERSION = 1
 
 _MAGIC = b"rarefy\x00e"
 _HEAD = struct.Struct("<8sIIQQ32s")
 _ALIGNMENT = 64
-_STEPS: dict[str, type[Step]] = {kind.__name__: kind for kind in (*plan.NATIVE, plan.Operator)}
+_STEPS: dict[str, type[Step]] = {kind.__name__: kind for kind in (*plan.NATIVE, *plan.INT8, plan.Operator)}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -121,6 +123,8 @@ class _Writer:
             check_target(item.target)
         if isinstance(item, PackedConv):
             return {**self.item(item.step), "packed": list(item.shape)}
+        if isinstance(item, Int8):
+            return {**self.item(_with_levels(item.step)), "quantized": [_bytes(of) for of in _meanings(item)]}
         about = {each.name: self.value(getattr(item, each.name)) for each in fields(item)}
         return {"step": type(item).__name__, "fields": about}
 
@@ -135,7 +139,7 @@ def save(engine: Engine, path: str | Path) -> None:
     if not isinstance(engine, Engine):
         raise TypeError(f"save takes an engine, got {type(engine).__name__}: engine.compile(model, example) makes one")
     writer = _Writer()
-    items = [writer.item(item) for item in engine._items]
+    items, quantization = [writer.item(item) for item in engine._items], engine.report.quantization
     _tried(engine)
     header = {
         "torch": torch.__version__,
@@ -150,7 +154,7 @@ def save(engine: Engine, path: str | Path) -> None:
         "layers": {name: asdict(facts) for name, facts in engine._layers.items()},
         "reasons": engine._reasons,
         "threads": engine.threads,
-        "report": asdict(engine.report),
+        "report": asdict(engine.report) | {"quantization": None if quantization is None else quantization.to_dict()},
     }
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -231,6 +235,32 @@ def _damaged(path: Path, why: str) -> str:
     return f"{path} is cut off, altered or not an engine ({why}): compile the model again, or copy the file again"
 
 
+def _with_levels(step: Step) -> Step:
+    """A step in int8 with the whole numbers of its weights in their place."""
+    return replace(step, weight=int8.levels(step).to(torch.int8)) if isinstance(step, Layer) else step
+
+
+def _with_weights(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a step in int8 from those that are stored."""
+    if "weight" not in fields:
+        return fields
+    whole, scale = fields["weight"], fields["weight_scale"]
+    if whole.dtype is not torch.int8 or scale.dtype is not torch.float32 or scale.shape != whole.shape[:1]:
+        raise ValueError("weights are no whole numbers of 8 bits with a scale for each channel")
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError("a scale of weights is not above 0")
+    return {**fields, "weight": int8.weights(whole, scale)}
+
+
+def _meanings(item: Int8) -> tuple[Quantized | None, ...]:
+    """What the bytes mean: of each operand, and of the result."""
+    return (*item.operands, item.result)
+
+
+def _bytes(of: Quantized | None) -> _Json:
+    return None if of is None else [of.scale, of.zero_point]
+
+
 def _port(port: Port) -> _Json:
     return {"name": port.name, "shape": list(port.shape), "dtype": str(port.dtype).removeprefix("torch.")}
 
@@ -249,6 +279,11 @@ def _sizes(value: _Json) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(size) is int and 0 <= size <= LARGEST_INTEGER for size in value):
         raise ValueError(f"sizes are {value!r:.80}")
     return tuple(value)
+
+
+def _report(about: Mapping[str, Any]) -> Report:
+    given = about["quantization"]
+    return Report(**{**about, "quantization": None if given is None else Quantization.from_dict(given)})
 
 
 class _Reader:
@@ -283,7 +318,7 @@ class _Reader:
             layers={name: LayerFacts(**facts) for name, facts in header["layers"].items()},
             reasons=_texts(header["reasons"]),
             threads=header["threads"],
-            report=Report(**header["report"]),
+            report=_report(header["report"]),
         )
         self._check_facts(engine)
         _tried(engine)
@@ -297,7 +332,7 @@ class _Reader:
         for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, 1024)):
             if number is not None and not (type(number) is int and 1 <= number <= largest):
                 raise ValueError(f"a batch or a number of threads is {number!r:.80}")
-        if not all(isinstance(each, str) for each in (report.chosen, report.weights, because or "")):
+        if not all(isinstance(each, str) for each in (report.chosen, report.precision, because or "")):
             raise ValueError("a text is none")
         numbers = [report.seconds, report.measuring_seconds, report.weight_bytes, report.scratch_bytes]
         numbers += [
@@ -345,9 +380,12 @@ class _Reader:
         given_fields = {name: self._value(value) for name, value in about["fields"].items()}
         if kind is Operator:
             check_target(given_fields["target"])
-        step = kind(**given_fields)
+        step = kind(**(_with_weights(given_fields) if "quantized" in about else given_fields))
         for text in (step.name, step.output, *step.inputs):
             _text(text)
+        if "quantized" in about:
+            *operands, result = (None if of is None else Quantized(*of) for of in about["quantized"])
+            return Int8(step, tuple(operands), result)
         if "packed" not in about:
             return step
         if not isinstance(step, Conv):

@@ -1,7 +1,8 @@
 """What int8 means: the arithmetic of quantised values, in PyTorch. Whatever else computes it gives the same bytes.
 
 A quantised value is uint8, with one scale and one zero point z: x = scale (q - z). Weights are whole numbers in
-[-127, 127] times a scale for each output channel, so that a zero stays zero. Sums are exact whole numbers; what follows
+[-127, 127] times a scale for each output channel, so that a zero stays zero; a model that comes quantised may have -128
+among them. Sums are exact whole numbers; what follows
 is float32, each operation rounded, in the order written here; its factors are computed in float64 and rounded once::
 
     layer            t = sum * m + b  (+ q_residual * m_residual)      q = clamp(rint(t), low, high), ties to even

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from rarefy.engine.building import NativeSegment, Options, samples
 from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, Lowered, lower
 from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Layer, Plan, Step
-from rarefy.engine.reference import bind, run_step
+from rarefy.engine.reference import bind, items, run_step
 
 _ROUNDS = 5
 _LEAST_ROUNDS = 2
@@ -86,8 +87,9 @@ def walk(
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     layers: dict[str, LayerFacts] = {}
     known: dict[object, float] = {}  # layers that look alike take the same time: all their weights count
-    for step, freed in zip(plan.steps, plan.last_uses(), strict=True):
-        result = values[step.output] = run_step(step, values)
+    for item, freed in zip(items(plan), plan.last_uses(), strict=True):
+        result = values[item.output] = run_step(item, values)
+        step = item.step if isinstance(item, Int8) else item
         if isinstance(step, Layer):
             look = _look(step, shapes[step.input])
             if timed and look not in known:
@@ -147,7 +149,7 @@ def in_eager(plan: Plan, model: nn.Module) -> Lowered:
 
 def in_torch(plan: Plan, because: str) -> Lowered:
     """The plan with PyTorch for everything."""
-    return Lowered(plan.steps, {step.output: because for step in plan.steps})
+    return Lowered(items(plan), {step.output: because for step in plan.steps})
 
 
 def _by_onednn(lowered: Lowered, shapes: Mapping[str, tuple[int, ...]]) -> Lowered:

@@ -37,6 +37,7 @@ class Call:
         constants: what is known of the graph's nodes now: parameters, buffers and what was computed from them.
         sources: the names that parameters have in the model, by node.
         batch: how the graph calls the batch size.
+        scales: of the output channels of constants that were dequantised from whole numbers, by node.
     """
 
     node: fx.Node
@@ -44,6 +45,7 @@ class Call:
     constants: dict[str, Tensor]
     sources: dict[str, str]
     batch: str
+    scales: dict[str, Tensor] = field(default_factory=dict)
     _labels: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +63,11 @@ class Call:
         found = self.constants.get(node.name) if isinstance(node, fx.Node) else None
         return found if found is not None and found.dtype is torch.float32 else None
 
+    def scale(self, name: str) -> Tensor | None:
+        """The scales (out,) of that argument's output channels, where it is a constant that has some."""
+        node = self.args[name]
+        return self.scales.get(node.name) if isinstance(node, fx.Node) else None
+
     def given(self, name: str) -> bool:
         """Whether that argument is there at all."""
         return self.args.get(name) is not None
@@ -76,9 +83,12 @@ class Call:
 
     def layer(self, weight: str = "weight") -> dict[str, Any]:
         """The same, with the name of the layer that the weight, one of the arguments, belongs to."""
-        node = self.args[weight]
-        source = self.sources.get(node.name, "") if isinstance(node, fx.Node) else ""
-        return {**self._labels, "name": source.removesuffix("weight").rstrip("._") or self.node.name}
+        for name in (weight, "bias"):
+            node = self.args.get(name)
+            source = self.sources.get(node.name, "") if isinstance(node, fx.Node) else ""
+            if layer := source.removesuffix(name).rstrip("._"):
+                return {**self._labels, "name": layer}
+        return self._labels
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -155,6 +165,7 @@ def _conv(call: Call) -> Step | None:
         padding=padding,
         dilation=dilation,
         groups=call.args["groups"],
+        weight_scale=call.scale("weight"),
     )
 
 
@@ -163,7 +174,7 @@ def _linear(call: Call) -> Step | None:
     weight, bias, x = call.constant("weight"), call.constant("bias"), call.value("input")
     if weight is None or weight.dim() != 2 or x is None or (bias is None and call.given("bias")):
         return None
-    return Linear(**call.layer(), input=x, weight=weight, bias=bias)
+    return Linear(**call.layer(), input=x, weight=weight, bias=bias, weight_scale=call.scale("weight"))
 
 
 @_handles("mm.default", "matmul.default")

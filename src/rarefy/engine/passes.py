@@ -65,7 +65,9 @@ def _fold_affine(plan: Plan, only_use: Callable[[str], Step | None], step: Step)
     scale = torch.ones(len(layer.weight)) if step.scale is None else step.scale
     folded = layer.weight.double() * scale.double().reshape(-1, *(1,) * (layer.weight.dim() - 1))
     bias = _sum(None if layer.bias is None else layer.bias.double() * scale.double(), step.shift)
-    return layer, replace(layer, output=step.output, weight=folded.float(), bias=bias, activation=step.activation)
+    return layer, replace(
+        layer, output=step.output, weight=folded.float(), weight_scale=None, bias=bias, activation=step.activation
+    )
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -98,7 +98,7 @@ def _with_tables(plan: Plan) -> Plan:
     """The plan with activations that are no bounds in steps of their own."""
     steps, values = list[Step](), dict(plan.values)
     for step in plan.steps:
-        apart = isinstance(step, (*(Conv, Linear, Binary), Affine)) and step.activation not in int8.CLAMPS
+        apart = isinstance(step, (Conv, Linear, Binary, Affine)) and step.activation not in int8.CLAMPS
         if not apart or step.kind == "activation":
             steps.append(step)
             continue

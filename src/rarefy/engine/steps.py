@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.eager import Eager
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv
@@ -60,7 +61,8 @@ def steps(
         elif isinstance(item, Eager):
             result.append(StepInfo("", "model", "PyTorch", note=_FASTER))
         else:
-            kernel, step = ("oneDNN", item.step) if isinstance(item, PackedConv) else ("PyTorch", item)
+            kernel = "oneDNN" if isinstance(item, PackedConv) else "PyTorch"
+            step = item.step if isinstance(item, (PackedConv, Int8)) else item
             facts, note = layers.get(item.output), reasons.get(item.output, "")
             dense = None if facts is None else facts.torch_seconds
             result.append(StepInfo(step.name, step.kind, kernel, facts=facts, dense_seconds=dense, note=note))

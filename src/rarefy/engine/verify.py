@@ -3,7 +3,7 @@
 Float32 sums are taken in another order here, so that "the same" has a tolerance: a share of the largest number of an
 output. Where that is passed, float64 judges, since a network may magnify rounding: the engine may be off by some times
 what the model itself is. Where that cannot be told either, each item alone must compute what PyTorch does of the same
-numbers.
+numbers. What is computed on bytes must be equal to the bit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rarefy.engine import reference
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.engine import Engine
 from rarefy.engine.execute import Runner
+from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.plan import Operator, Plan
 
@@ -109,12 +110,14 @@ def _difference(
 ) -> str | None:
     """In what outputs differ from those of the model by more than rounding; None where they do not."""
     chance = _draws(plan)
+    # Rounding before a byte may make it another: what differs at all is looked at step by step.
+    allowed = 0.0 if any(value.quantized for value in plan.values.values()) else _tolerance(plan)
     exact: Sequence[Tensor] | None = None
     for index, (got, expected) in enumerate(zip(outputs, tried.outputs, strict=True)):
         for what in ("shape", "dtype"):
             if getattr(got, what) != getattr(expected, what):
                 return f"output {index} has the {what} {getattr(got, what)}, not {getattr(expected, what)}"
-        if chance or _close(got, expected, plan):
+        if chance or _close(got, expected, allowed):
             continue
         exact = exact or wide()
         if exact is None or not _as_good(got, expected, exact[index]):
@@ -138,9 +141,9 @@ def _tolerance(plan: Plan) -> float:
     return math.sqrt(coarsest) / 4
 
 
-def _close(got: Tensor, expected: Tensor, plan: Plan) -> bool:
+def _close(got: Tensor, expected: Tensor, allowed: float) -> bool:
     if got.dtype.is_floating_point or got.is_complex():
-        return _distance(got, expected) <= _tolerance(plan)
+        return _distance(got, expected) <= allowed
     return torch.equal(got, expected)
 
 
@@ -182,12 +185,18 @@ def _first_different(engine: Engine, plan: Plan, tried: Trial) -> str | None:
     """The first item that makes something else than PyTorch of the same numbers, in words."""
     values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, tried.inputs, strict=True))}
     with _seeded():
-        for step in plan.steps:
+        whole = set[str]()  # what is made of bytes, which has no rounding of its own
+        for step in reference.items(plan):
             values[step.output] = reference.run_step(step, values)
+            if isinstance(step, Int8):
+                whole.add(step.output)
         for item in engine._items:
             made = _made(item, values, engine)
             for name, got in made.items():
-                if isinstance(got, Tensor) and (got.shape != values[name].shape or not _close(got, values[name], plan)):
+                allowed = 0.0 if name in whole else _tolerance(plan)
+                if isinstance(got, Tensor) and not (
+                    got.shape == values[name].shape and _close(got, values[name], allowed)
+                ):
                     if isinstance(item, NativeSegment):
                         inside = ", ".join(dict.fromkeys(engine._names.get(each, each) for each in item.steps))
                         return f"{engine._names.get(name, name)!r} (a native program of {inside})"
