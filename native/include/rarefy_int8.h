@@ -1,7 +1,7 @@
 // The C ABI of the engine's int8 programs: networks of uint8 activations and sparse int8 weights on a CPU.
 //
 // The steps are those of rarefy_engine.h and are collected by its builder; a convolution's weights are whole numbers
-// from -127 to 127, its bias is left out. What makes bytes of them is said for each step when the program is made.
+// from -128 to 127, its bias is left out. What makes bytes of them is said for each step when the program is made.
 //
 // Numbers. A value is uint8, with a zero point of its own: it stands for scale * (q - zero_point). Sums over weights
 // are int32 and exact, padding counts as the zero point. What follows is float32, every operation rounded by itself:

@@ -62,7 +62,7 @@ def run(step: Step, inputs: dict[str, Tensor], isa: str, choose: str = "native",
 def lowered(plan: Plan, *inputs: Tensor, choose: str = "measure", precision: str = "float32") -> Lowered:
     """The plan as native programs, their kernels chosen by rule, and what is left to PyTorch."""
     shapes, _ = measure.walk(plan, inputs, timed=False)
-    return lower(plan, Options(choose, precision, 1, 0.0, shapes))
+    return lower(plan, Options(choose, precision, 1, 0.0, shapes, 1))
 
 
 def wide(step: Step, inputs: dict[str, Tensor]) -> Tensor:

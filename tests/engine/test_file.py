@@ -332,13 +332,17 @@ def test_native_programs_are_there_to_be_tested():
 def in_int8(tmp_path_factory):
     torch.manual_seed(0)
     x = torch.randn(8, 3, 16, 16)
-    path = tmp_path_factory.mktemp("int8") / "unet.engine"
-    engine.save(engine.compile(thinned(UNet()), x[:2], precision="int8", calibration=[x]), path)
-    return path
+    paths = {}
+    for choose in ("torch", "native"):
+        paths[choose] = tmp_path_factory.mktemp("int8") / f"{choose}.engine"
+        made = engine.compile(thinned(UNet()), x[:2], precision="int8", calibration=[x], choose=choose)
+        engine.save(made, paths[choose])
+    return paths
 
 
 def item_of(header, kind):
-    return next(item for item in header["items"] if item["step"] == kind)
+    steps = [step for item in header["items"] for step in (item["int8"]["steps"] if "int8" in item else [item])]
+    return next(step for step in steps if step["step"] == kind)
 
 
 def no_meaning(header):
@@ -386,6 +390,66 @@ def a_report_of_none(header):
         a_report_of_none,
     ],
 )
-def test_forged_bytes(in_int8, tmp_path, change):
-    assert engine.load(in_int8).report.precision == "int8"
-    refused(tmp_path / "a.engine", forged(in_int8.read_bytes(), change))
+@pytest.mark.parametrize("choose", ["torch", "native"])
+def test_forged_bytes(in_int8, tmp_path, change, choose):
+    assert engine.load(in_int8[choose]).report.precision == "int8"
+    refused(tmp_path / "a.engine", forged(in_int8[choose].read_bytes(), change))
+
+
+def int8_of(header):
+    return next(item["int8"] for item in header["items"] if "int8" in item)
+
+
+def no_shape(header):
+    int8_of(header)["shapes"] = {}
+
+
+def other_shape(header):
+    values = int8_of(header)["values"]
+    for known in values.values():
+        known[0] = [7, *known[0][1:]]
+
+
+def a_huge_shape(header):
+    value = item_of(header, "Quantize")["fields"]["output"]
+    int8_of(header)["values"][value][0] = [3, 1 << 30, 1 << 30]
+
+
+def no_samples(header):
+    int8_of(header)["samples"] = 0
+
+
+def no_outputs(header):
+    int8_of(header)["outputs"] = []
+
+
+def two_meanings(header):
+    item_of(header, "Quantize")["quantized"][1][1] ^= 1
+
+
+def no_first_step(header):
+    del int8_of(header)["steps"][0]
+
+
+def a_step_twice(header):
+    int8_of(header)["steps"] *= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(no_shape, other_shape, a_huge_shape, no_samples, no_outputs, two_meanings, no_first_step),
+        a_step_twice,
+    ],
+)
+def test_forged_int8_programs(in_int8, tmp_path, change):
+    refused(tmp_path / "a.engine", forged(in_int8["native"].read_bytes(), change))
+
+
+def test_an_int8_engine_runs_without_the_native_library(in_int8):
+    x = torch.randn(2, 3, 16, 16)
+    made = engine.load(in_int8["native"])
+    with kernels.forced("pytorch"):
+        plain = engine.load(in_int8["native"])
+    assert {step.kernel for step in plain.steps()} == {"PyTorch"}
+    assert torch.equal(plain(x), made(x))

@@ -9,6 +9,7 @@ import torch
 from rarefy import kernels
 from rarefy.engine import int8
 from rarefy.engine.building import NativeSegment, Options
+from rarefy.engine.execute import Runner
 from rarefy.engine.lowering import lower
 from rarefy.engine.plan import (
     Binary,
@@ -90,7 +91,7 @@ class Network:
         for isa in isas or ISAS:
             with kernels.forced(isa):
                 shapes = {name: tuple(x.shape) for name, x in self.found.items()}
-                lowered = lower(plan, Options("measure", "float32", 1, 0.0, shapes))
+                lowered = lower(plan, Options("measure", "float32", 1, 0.0, shapes, self.batch))
             (segment,) = lowered.items
             assert isinstance(segment, NativeSegment)
             assert segment.program.facts.isa == isa
@@ -147,9 +148,9 @@ def test_groups(groups, stride):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 1000])
 @pytest.mark.parametrize("pixels", [(1, 1), (5, 5)])
 def test_no_sum_saturates(sign, count, pixels):
-    """Weights of 127 and pixels of 255, or of 0 beside a zero point of 255; signs alike or in turn."""
-    size = torch.full((3, count, 1, 1), 127)
-    whole = size * sign if sign else size * (1 - 2 * (torch.arange(count) % 2)).reshape(1, count, 1, 1)
+    """Weights of 127 or -128 and pixels of 255, or of 0 beside a zero point of 255; signs alike or in turn."""
+    positive = (torch.arange(count) % 2 == 0) if sign == 0 else torch.full((count,), sign > 0)
+    whole = torch.where(positive, 127, -128).reshape(1, count, 1, 1).repeat(3, 1, 1, 1)
     for zero_point, bright in ((0, True), (255, False)):
         net = Network((count, *pixels), Quantized(1.0, zero_point))
         net.found["x"].fill_(255.0 if bright else -255.0)
@@ -226,6 +227,18 @@ def test_other_steps(batch, size):
     h = net.add(Linear(name="h", output="h", input=f, **net.weight(5, net.found[f].shape[1], density=0.1)), None)
     z = net.dequantize(e)
     net.check(b, c, g, m, joined, d, u, e, f, h, z)
+
+
+def test_what_is_too_large_runs_in_pytorch():
+    net = Network((34000,), Quantized(0.03125, 117))
+    net.add(Linear(name="l", output="l", input="q", bias=None, **net.weight(2, 34000, density=0.1)), net.quantized())
+    net.add(Linear(name="m", output="m", input="l", bias=None, **net.weight(2, 2, density=1.0)), None)
+    plan = Plan(("x",), ("m",), True, tuple(net.steps), net.values, {}, None)
+    shapes = {name: tuple(x.shape) for name, x in net.found.items()}
+    lowered = lower(plan, Options("measure", "float32", 1, 0.0, shapes, 1))
+    assert "a row has at most" in lowered.reasons["l"]
+    (made,) = Runner(lowered.items, ["x"], ["m"], {})([net.input], 1)
+    assert torch.equal(made, net.found["m"])
 
 
 def test_signals():

@@ -115,13 +115,20 @@ CASES = {
 }
 
 
+def in_torch(model, x):
+    """An engine that PyTorch runs step by step; native programs give the same."""
+    plain = engine.compile(model, x, precision="int8", choose="torch")
+    assert torch.equal(engine.compile(model, x, precision="int8")(x), plain(x))
+    return plain
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("one", [False, True])
 def test_answers_are_those_of_pytorch(case, one):
     torch.manual_seed(0)
     function, shapes, quantum, expected = CASES[case]
     model, x = graph(function, *(Weight(*shape, one=one) for shape in shapes))
-    compiled = engine.compile(model, x, precision="int8")
+    compiled = in_torch(model, x)
     assert kinds(compiled) == expected
     assert all(isinstance(item, Int8) for item in compiled._items)
     worst, share = off(compiled, model, torch.randn(7, *x.shape[1:]) * 2, quantum)
@@ -137,7 +144,7 @@ def head(v, x):
 
 def test_the_last_layer_gives_float32(tmp_path):
     model, x = graph(head, Weight(5, 4))
-    compiled = engine.compile(model, x, precision="int8")
+    compiled = in_torch(model, x)
     assert kinds(compiled) == ["quantize", "global average", "linear"]
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=2e-3)
@@ -160,7 +167,7 @@ def unlike(v, w, x):
 def test_what_does_not_fit_is_float32():
     torch.manual_seed(0)
     model, x = graph(unlike, Weight(6, 4, 3, 3), Weight(5, 6, 1, 1, zero=3))
-    compiled = engine.compile(model, x, precision="int8")
+    compiled = in_torch(model, x)
     assert kinds(compiled) == [
         *("quantize", "conv", "quantize", "dequantize", "conv", "quantize_per_tensor", "dequantize_per_tensor"),
         *("quantize", "dequantize", "concat", "affine"),
@@ -172,7 +179,7 @@ def test_what_does_not_fit_is_float32():
 
 def test_bytes_that_move_to_another_quantisation():
     model, x = graph(lambda v, x: qdq(qdq(F.conv2d(qdq(x, *A), v(), v.bias), *B), *C), Weight(6, 4, 3, 3))
-    compiled = engine.compile(model, x, precision="int8")
+    compiled = in_torch(model, x)
     assert kinds(compiled) == ["quantize", "conv", "table", "dequantize"]
     assert off(compiled, model, x, 0.05)[0] < 1.01
 
@@ -190,7 +197,7 @@ def test_a_normalisation_changes_the_grid():
     norm = nn.BatchNorm2d(6).eval()
     nn.init.uniform_(norm.weight, 0.5, 2)
     model, x = graph(lambda v, n, x: qdq(n(F.conv2d(qdq(x, *A), v(), v.bias)), *C), Weight(6, 4, 3, 3), norm)
-    compiled = engine.compile(model, x, precision="int8")
+    compiled = in_torch(model, x)
     assert kinds(compiled) == ["quantize", "dequantize", "conv", "quantize", "dequantize"]
     assert off(compiled, model, x, 0.05)[0] < 1.01
 
@@ -231,7 +238,7 @@ def test_a_model_that_torchao_quantised():
     prepared = quantize_pt2e.prepare_pt2e(exported, quantizer)
     prepared(x)
     converted = quantize_pt2e.convert_pt2e(prepared)
-    compiled = engine.compile(converted, x, precision="int8")
+    compiled = in_torch(converted, x)
     assert {layer.name: layer.kept for layer in compiled.report.quantization.layers} == dict.fromkeys(
         ("a", "b", "c", "fc")
     )

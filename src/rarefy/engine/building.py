@@ -39,6 +39,11 @@ class SegmentPort:
     shape: tuple[int, ...]
     quantized: Quantized | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the value outside."""
+        return torch.float32 if self.quantized is None else torch.uint8
+
 
 @dataclass(frozen=True, eq=False)
 class NativeSegment:
@@ -82,12 +87,11 @@ class NativeSegment:
         return [_as_bytes(y, port) for y, port in zip(outputs, self.outputs, strict=True)]
 
     def _input(self, x: Tensor, port: SegmentPort) -> Tensor:
-        if port.quantized is not None and x.dtype is torch.uint8:
-            x = x.float()
-        if x.dtype is not torch.float32 or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
-            expected = "float32" if port.quantized is None else "uint8"
-            raise ValueError(f"{port.value} must end in {port.shape} of {expected}, got {tuple(x.shape)} of {x.dtype}")
-        return x.resolve_neg().contiguous()
+        if x.dtype is not port.dtype or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
+            raise ValueError(
+                f"{port.value} must end in {port.shape} of {port.dtype}, got {tuple(x.shape)} of {x.dtype}"
+            )
+        return x.float().resolve_neg().contiguous()
 
 
 def _as_bytes(y: Tensor, port: SegmentPort) -> Tensor:
@@ -105,6 +109,7 @@ class Options:
         threads: the number to choose kernels for.
         tune_seconds: at most about so much time for measuring in the whole plan; 0 chooses by rule.
         shapes: of the values, batch and all, when the plan runs on the example.
+        samples: how many the example holds.
     """
 
     choice: str
@@ -112,6 +117,7 @@ class Options:
     threads: int
     tune_seconds: float
     shapes: Mapping[str, tuple[int, ...]]
+    samples: int
 
 
 class CannotError(Exception):
@@ -168,7 +174,7 @@ class Building:
         example = self.options.shapes[inputs[0].value]
         batch = max(1, math.prod(example[: len(example) - len(inputs[0].shape)]))
         program = self._program(batch)
-        rows = batch / samples(self.options.shapes[self.plan.inputs[0]])
+        rows = batch / self.options.samples
         return NativeSegment(program, inputs, tuple(outputs), tuple(step.output for step in self.steps), rows)
 
     def _output(self, value: str, layout: int) -> SegmentPort:

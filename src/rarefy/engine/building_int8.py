@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
-from rarefy.engine.building import Building, CannotError, SegmentPort, geometry
-from rarefy.engine.int8 import Int8, bounds, levels
+from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort, geometry
+from rarefy.engine.int8 import Int8, bounds, levels, packed, unpacked
 from rarefy.engine.plan import (
     Binary,
     Conv,
     Dequantize,
     GlobalAverage,
     Linear,
+    Plan,
     Pool,
     Quantize,
     Quantized,
@@ -26,6 +27,33 @@ from rarefy.engine.programs import Int8Program, Result
 
 #: What a layer may end with where it gives float32.
 _FLOAT_BOUNDS = {"none": (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Int8Segment(NativeSegment):
+    """A native int8 program, and what it was made of, to be made again by a copy and a file.
+
+    ``source`` is a plan of its steps alone, with :func:`rarefy.engine.int8.packed` weights.
+    """
+
+    source: Plan
+    options: Options
+
+    def __reduce__(self) -> Any:
+        return again, (self.source, self.options)
+
+
+def again(source: Plan, options: Options) -> Int8Segment:
+    """The segment of a plan all of whose steps one int8 program computes. Raises ValueError for another."""
+    plan = replace(source, steps=tuple(map(unpacked, source.steps)))
+    steps = [step for step in plan.steps if not isinstance(step, Quantize)]
+    quantizers = {step.output: step for step in plan.steps if isinstance(step, Quantize)}
+    building = Int8Building(plan, options, quantizers=quantizers)
+    for step in steps:
+        reason = building.add(step)
+        if reason is not None:
+            raise ValueError(f"{step.name} does not go into an int8 program: {reason}")
+    return building.finish()
 
 
 @dataclass
@@ -84,6 +112,27 @@ class Int8Building(Building):
             scale = from_.scale
         self.results.append(Result(multiplier=scale))
         return replace(port, quantized=of)
+
+    def finish(self) -> Int8Segment:
+        """The program of the steps so far, and they."""
+        segment = super().finish()
+        taken = {port.value for port in segment.inputs}
+        read = {name for step in self.steps for name in step.inputs}
+        quantizers = [step for step in self.quantizers.values() if step.output in read and step.input in taken]
+        steps = (*quantizers, *self.steps)
+        known = {*segment.reads, *(step.output for step in steps)}
+        source = Plan(
+            inputs=segment.reads,
+            outputs=segment.makes,
+            single=False,
+            steps=tuple(map(packed, steps)),
+            values={name: value for name, value in self.plan.values.items() if name in known},
+            constants={},
+            batch=self.plan.batch,
+        )
+        options = replace(self.options, shapes={name: self.options.shapes[name] for name in segment.reads})
+        return Int8Segment(**{each.name: getattr(segment, each.name) for each in fields(segment)}, source=source,
+                           options=options)  # fmt: skip
 
     def _program(self, batch: int) -> Int8Program:
         return self.builder.finish_int8(self.results, batch=batch, threads=self.options.threads)

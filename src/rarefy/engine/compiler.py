@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rarefy import kernels
 from rarefy.engine import measure, programs, pt2e, verify
-from rarefy.engine.building import NativeSegment, Options
+from rarefy.engine.building import NativeSegment, Options, samples
 from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report, plain
@@ -307,12 +307,12 @@ def _choose(
         threads=threads,
         tune_seconds=tune_seconds if timed else 0.0,
         shapes=shapes,
+        samples=samples(inputs[0].shape),
     )
     if timed:
         found = measure.choose(plan, inputs, options, layers, model if precision == "float32" else None)
         return replace(found, seconds=time.perf_counter() - begun), shapes
-    if choose == "torch" or not usable or quantized:
+    if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"
-        why = "PyTorch alone has it in int8" if quantized else why
         return measure.Decision(measure.in_torch(plan, why), {}, "PyTorch", layers, 0.0), shapes
     return measure.Decision(lower(plan, options), {}, "native", layers, 0.0), shapes

@@ -74,13 +74,15 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
         xs = [values[port.value] for port in item.inputs]
         batches = {tuple(x.shape[: x.dim() - len(port.shape)]) for x, port in zip(xs, item.inputs, strict=True)}
         fit = all(
-            x.dtype is torch.float32 and tuple(x.shape[x.dim() - len(port.shape) :]) == port.shape
+            x.dtype is port.dtype and tuple(x.shape[x.dim() - len(port.shape) :]) == port.shape
             for x, port in zip(xs, item.inputs, strict=True)
         )
         if not fit or len(batches) != 1:
             raise ValueError("its inputs have other shapes")
         (batch,) = batches
-        return {port.value: torch.empty((*batch, *port.shape), device="meta") for port in item.outputs}
+        return {
+            port.value: torch.empty((*batch, *port.shape), dtype=port.dtype, device="meta") for port in item.outputs
+        }
     if isinstance(item, Eager):
         raise ValueError("a model is no part of a file")
     step = item.step if isinstance(item, (PackedConv, Int8)) else item

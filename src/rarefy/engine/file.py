@@ -16,8 +16,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from rarefy._files import write_atomically
 from rarefy.engine import int8, plan, programs
-from rarefy.engine.building import NativeSegment, SegmentPort
+from rarefy.engine.building import NativeSegment, Options, SegmentPort
+from rarefy.engine.building_int8 import Int8Segment, again
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
@@ -36,10 +37,12 @@ from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv, packed
-from rarefy.engine.plan import Conv, Layer, Operator, Quantized, Ref, Step
+from rarefy.engine.plan import Conv, Operator, Plan, Quantized, Ref, Step, Value
 from rarefy.engine.quantization import Quantization
 
 VERSION = 1
+#: Of what an engine may run on.
+LARGEST_THREADS = 1024
 
 _MAGIC = b"rarefy\x00e"
 _HEAD = struct.Struct("<8sIIQQ32s")
@@ -111,6 +114,8 @@ class _Writer:
 
     def item(self, item: Item) -> _Json:
         """An item of an engine as JSON."""
+        if isinstance(item, Int8Segment):
+            return {"int8": self._int8(item)}
         if isinstance(item, NativeSegment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
             return {"program": self.add(item.program.save()), **ports, "steps": list(item.steps), "rows": item.rows}
@@ -124,9 +129,22 @@ class _Writer:
         if isinstance(item, PackedConv):
             return {**self.item(item.step), "packed": list(item.shape)}
         if isinstance(item, Int8):
-            return {**self.item(_with_levels(item.step)), "quantized": [_bytes(of) for of in _meanings(item)]}
+            return {**self.item(int8.packed(item.step)), "quantized": [_bytes(of) for of in _meanings(item)]}
         about = {each.name: self.value(getattr(item, each.name)) for each in fields(item)}
         return {"step": type(item).__name__, "fields": about}
+
+    def _int8(self, segment: Int8Segment) -> _Json:
+        """What an int8 program is made of: its steps, and what is known of their values."""
+        source, options = segment.source, segment.options
+        return {
+            "steps": [self.item(int8.item(source, int8.unpacked(step))) for step in source.steps],
+            "outputs": list(source.outputs),
+            "values": {name: [None if v.shape is None else list(v.shape), v.rows] for name, v in source.values.items()},
+            "batch": source.batch,
+            "shapes": {name: list(shape) for name, shape in options.shapes.items()},
+            "threads": options.threads,
+            "samples": options.samples,
+        }
 
 
 def save(engine: Engine, path: str | Path) -> None:
@@ -235,11 +253,6 @@ def _damaged(path: Path, why: str) -> str:
     return f"{path} is cut off, altered or not an engine ({why}): compile the model again, or copy the file again"
 
 
-def _with_levels(step: Step) -> Step:
-    """A step in int8 with the whole numbers of its weights in their place."""
-    return replace(step, weight=int8.levels(step).to(torch.int8)) if isinstance(step, Layer) else step
-
-
 def _with_weights(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a step in int8 from those that are stored."""
     if "weight" not in fields:
@@ -294,7 +307,7 @@ class _Reader:
 
     def engine(self, header: Mapping[str, _Json]) -> Engine:
         """The engine."""
-        items = [self._item(about) for about in header["items"]]
+        items = [item for about in header["items"] for item in self._items(about)]
         inputs, outputs = ([self._engine_port(about) for about in header[name]] for name in ("inputs", "outputs"))
         constants = {str(name): self._tensor(about) for name, about in header["constants"].items()}
         known: set[str] = set()
@@ -329,7 +342,7 @@ class _Reader:
         report, because = engine.report, engine._fixed_because
         if engine._single not in (True, False) or (engine._single and len(engine.outputs) != 1):
             raise ValueError("a single output is one")
-        for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, 1024)):
+        for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, LARGEST_THREADS)):
             if number is not None and not (type(number) is int and 1 <= number <= largest):
                 raise ValueError(f"a batch or a number of threads is {number!r:.80}")
         if not all(isinstance(each, str) for each in (report.chosen, report.precision, because or "")):
@@ -365,6 +378,47 @@ class _Reader:
             raise ValueError(f"a tensor of the shape {shape} has {len(numbers)} bytes")
         tensor = torch.from_numpy(numbers).view(dtype).reshape(shape)
         return tensor.contiguous(memory_format=torch.channels_last) if about["last"] else tensor
+
+    def _items(self, about: _Json) -> Sequence[Item]:
+        return self._int8(about["int8"]) if "int8" in about else [self._item(about)]
+
+    def _int8(self, about: _Json) -> Sequence[Item]:
+        """The int8 program, made again; without the native engine its steps, which PyTorch runs."""
+        items = [self._item(each) for each in about["steps"]]
+        meanings: dict[str, Quantized | None] = {}
+        for item in items:
+            if not isinstance(item, Int8):
+                raise ValueError("a step of an int8 program is none on bytes")
+            names = (*item.inputs, item.output)
+            for name, of in zip(names, _meanings(item), strict=True):
+                if meanings.setdefault(name, of) != of:
+                    raise ValueError(f"the bytes of {name} mean two things")
+        if not programs.available():
+            return items
+        made = {name for item in items for name in uses(item)[1]}
+        values = {
+            _text(name): Value(
+                None if shape is None else _sizes(shape),
+                torch.float32 if meanings.get(name) is None else torch.uint8,
+                _text(rows),
+                meanings.get(name),
+            )
+            for name, (shape, rows) in about["values"].items()
+        }
+        source = Plan(
+            inputs=tuple(dict.fromkeys(name for item in items for name in uses(item)[0] if name not in made)),
+            outputs=tuple(map(_text, about["outputs"])),
+            single=False,
+            steps=tuple(int8.packed(item.step) for item in items if isinstance(item, Int8)),
+            values=values,
+            constants={},
+            batch=about["batch"],
+        )
+        shapes = {_text(name): _sizes(shape) for name, shape in about["shapes"].items()}
+        threads, samples = _sizes([about["threads"], about["samples"]])
+        if not 1 <= threads <= LARGEST_THREADS or samples < 1:
+            raise ValueError(f"it is for {threads} threads and {samples} samples")
+        return [again(source, Options("measure", "float32", threads, 0.0, shapes, samples))]
 
     def _item(self, about: _Json) -> Item:
         if "program" in about:

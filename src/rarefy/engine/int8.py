@@ -20,7 +20,7 @@ Maximum, Concat, Upsample and Flatten take bytes as they are: their result has t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -269,6 +269,19 @@ def levels(step: Layer) -> Tensor:
     if step.weight_scale is None:
         raise ValueError(f"the weights of {step.name} are not quantised")
     return (step.weight / step.weight_scale.reshape(-1, *(1,) * (step.weight.dim() - 1))).round()
+
+
+def packed(step: Step) -> Step:
+    """A step with the whole numbers of its weights, as int8, in their place: a quarter of the memory."""
+    return replace(step, weight=levels(step).to(torch.int8)) if isinstance(step, Layer) else step
+
+
+def unpacked(step: Step) -> Step:
+    """The step that :func:`packed` made another of."""
+    if not isinstance(step, Layer):
+        return step
+    assert step.weight_scale is not None
+    return replace(step, weight=weights(step.weight, step.weight_scale))
 
 
 def weights(whole: Tensor, scale: Tensor) -> Tensor:

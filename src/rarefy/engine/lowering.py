@@ -12,6 +12,7 @@ from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Operator, Plan, Quantize, Step
+from rarefy.engine.programs import NativeError
 
 #: What an engine runs one after the other.
 Item: TypeAlias = NativeSegment | PackedConv | Eager | Step | Int8
@@ -84,9 +85,14 @@ class _Lowering:
 
     def _flush(self) -> None:
         """Finish the program that is being built, where there is one."""
-        if self.building is not None and self.building.steps:
-            self.items.append(self.building.finish())
-        self.building = None
+        building, self.building = self.building, None
+        if building is None or not building.steps:
+            return
+        try:
+            self.items.append(building.finish())
+        except NativeError as error:
+            for step in building.steps:
+                self._in_torch(item(self.plan, step), str(error))
 
     def _in_torch(self, runnable: Step | Int8, reason: str) -> None:
         for name in runnable.inputs:

@@ -29,7 +29,7 @@ const Kernels *find_kernels(std::string *isa) {
 bool whole(float v, float low, float high) { return v >= low && v <= high && v == std::floor(v); }
 
 // No sum of int32 overflows, the zero points' and the weights' each for itself: so many weights a row at most.
-constexpr int64_t MOST_SUMMANDS = (int64_t{1} << 30) / (127 * 255) - 1;
+constexpr int64_t MOST_SUMMANDS = (int64_t{1} << 30) / (128 * 255) - 1;
 
 // An empty string, or what is wrong with what was said of a step.
 std::string check_conv(const Graph &graph, size_t i, const rarefy_int8_result &s) {
@@ -39,7 +39,7 @@ std::string check_conv(const Graph &graph, size_t i, const rarefy_int8_result &s
     if (int64_t{m.channels} / m.groups * m.taps > MOST_SUMMANDS)
         return "a row has at most " + std::to_string(MOST_SUMMANDS) + " weights";
     for (const float w : graph.weights[i])
-        if (!whole(w, -127.0f, 127.0f)) return "weights must be whole numbers from -127 to 127";
+        if (!whole(w, -128.0f, 127.0f)) return "weights must be whole numbers from -128 to 127";
     for (int64_t r = 0; r < s.rows; ++r)
         if (!std::isfinite(s.multipliers[r]) || !std::isfinite(s.biases[r]))
             return "multipliers and biases must be finite";

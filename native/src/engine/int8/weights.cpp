@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <map>
+#include <tuple>
 
 #include "engine/int8/program.h"
 
@@ -34,7 +35,7 @@ class Pairer {
     }
 
  private:
-    enum { LARGEST = 127 };
+    enum { LARGEST = 128 };
 
     // The largest one of this sign that is no larger than `most`.
     bool take(int sign, int32_t most, std::vector<Entry> &pair) {
@@ -88,11 +89,12 @@ class QuadMaker {
 struct Lines {
     int32_t phases;
     int64_t stride;
+    int64_t row;
     std::vector<int32_t> phase;
-    std::vector<int64_t> shift;
+    std::vector<Tap> down, along;
 
     // x is the value that the kernels read.
-    Lines(const Window &w, const Value &x) : stride(x.stride) {
+    Lines(const Window &w, const Value &x) : stride(x.stride), row(x.row()) {
         const std::vector<int32_t> which = phases_of(w);
         phases = static_cast<int32_t>(which.size());
         for (int32_t ky = 0; ky < w.kernel[0]; ++ky)
@@ -100,15 +102,16 @@ struct Lines {
                 const Tap ty = tap_of(w, 0, ky), tx = tap_of(w, 1, kx);
                 const int32_t number = ty.phase * w.stride[1] + tx.phase;
                 phase.push_back(static_cast<int32_t>(std::lower_bound(which.begin(), which.end(), number) - which.begin()));
-                shift.push_back(ty.shift * x.row() + tx.shift);
+                down.push_back(ty);
+                along.push_back(tx);
             }
     }
 };
 
-// A weight that is not zero, of a plane of the value that the kernels read.
+// A weight that is not zero, of a plane of the value that the kernels read, so many rows and columns from the pixel.
 struct Tapped {
-    int64_t plane, shift;
-    int32_t value;
+    int64_t plane;
+    int32_t rows, columns, value;
 };
 
 // Those of a row, whose first channel is this one.
@@ -117,7 +120,7 @@ std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const f
     for (int32_t c = 0; c < m.channels / m.groups; ++c)
         for (int32_t k = 0; k < m.taps; ++k) {
             const int32_t value = static_cast<int32_t>(weight[int64_t{c} * m.taps + k]);
-            if (value) all.push_back({(first + c) * lines.phases + lines.phase[k], lines.shift[k], value});
+            if (value) all.push_back({(first + c) * lines.phases + lines.phase[k], lines.down[k].shift, lines.along[k].shift, value});
         }
     return all;
 }
@@ -125,14 +128,15 @@ std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const f
 // Weights in blocks of four planes at one shift.
 class BlockMaker {
  public:
-    explicit BlockMaker(bool pairs) : pairs_(pairs) { out_.starts.push_back(0); }
+    BlockMaker(const Lines &lines, bool pairs) : lines_(lines), pairs_(pairs) { out_.starts.push_back(0); }
 
-    // A stride of 0 where offsets do not matter yet.
-    void row(const std::vector<Tapped> &taps, int64_t stride = 0) {
-        std::map<std::pair<int64_t, int64_t>, std::array<int8_t, QUAD>> blocks;
-        for (const Tapped &t : taps) blocks[{t.plane / QUAD, t.shift}][t.plane % QUAD] = static_cast<int8_t>(t.value);
+    void row(const std::vector<Tapped> &taps) {
+        std::map<std::tuple<int64_t, int32_t, int32_t>, std::array<int8_t, QUAD>> blocks;
+        for (const Tapped &t : taps)
+            blocks[{t.plane / QUAD, t.rows, t.columns}][t.plane % QUAD] = static_cast<int8_t>(t.value);
         for (const auto &[at, w] : blocks) {
-            const int32_t offset = static_cast<int32_t>(QUAD * (at.first * stride + at.second));
+            const auto [block, rows, columns] = at;
+            const int32_t offset = static_cast<int32_t>(QUAD * (block * lines_.stride + rows * lines_.row + columns));
             if (!pairs_ || (fits(w[0], w[1]) && fits(w[2], w[3]))) {
                 add(offset, w[0], w[1], w[2], w[3]);
             } else {
@@ -153,6 +157,7 @@ class BlockMaker {
         out_.values.insert(out_.values.end(), {a, b, c, d});
     }
 
+    const Lines &lines_;
     const bool pairs_;
     Weights out_;
 };
@@ -203,9 +208,9 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     }
     const Lines lines(w, program.values[step.node.x]);
     if (step.layout == BLOCKS) {
-        BlockMaker maker(program.kernels->pairs != 0);
+        BlockMaker maker(lines, program.kernels->pairs != 0);
         for (int32_t row = 0; row < m.rows; ++row)
-            maker.row(taps_of(m, lines, weight.data() + int64_t{row} * channels * m.taps, 0), lines.stride);
+            maker.row(taps_of(m, lines, weight.data() + int64_t{row} * channels * m.taps, 0));
         step.weights = maker.make();
         return;
     }
@@ -214,7 +219,7 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
         std::vector<Entry> entries;
         const float *from = weight.data() + int64_t{row} * channels * m.taps;
         for (const Tapped &t : taps_of(m, lines, from, row / rows_a_group * channels))
-            entries.push_back({static_cast<int32_t>(t.plane * lines.stride + t.shift), t.value});
+            entries.push_back({static_cast<int32_t>(t.plane * lines.stride + t.rows * lines.row + t.columns), t.value});
         maker.row(entries);
     }
     step.weights = maker.make();
@@ -230,7 +235,7 @@ Layout choose_layout(const Graph &graph, const Node &node, const std::vector<flo
     for (int32_t row = 0; row < m.rows; ++row) {
         const std::vector<Tapped> taps = taps_of(m, lines, weight.data() + int64_t{row} * m.channels * m.taps, 0);
         single += static_cast<int64_t>(taps.size());
-        BlockMaker maker(pairs);
+        BlockMaker maker(lines, pairs);
         maker.row(taps);
         blocks += static_cast<int64_t>(maker.make().offsets.size());
     }
