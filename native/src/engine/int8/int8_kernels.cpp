@@ -48,7 +48,8 @@ void rows(const RowsCall *call) {
     for (int64_t r = 0; r < c.rows; ++r) {
         Sums s[T];
         RAREFY_UNROLL for (int t = 0; t < T; ++t) s[t] = sums_of(c.first[r]);
-        const int32_t *o = c.offsets + c.starts[r] * Quads::OFFSETS, *end = c.offsets + c.starts[r + 1] * Quads::OFFSETS;
+        const int32_t *o = c.offsets + c.starts[r] * Quads::OFFSETS,
+                      *end = c.offsets + c.starts[r + 1] * Quads::OFFSETS;
         const int8_t *w = c.weights + c.starts[r] * Quads::WIDTH;
         for (; o != end; o += Quads::OFFSETS, w += Quads::WIDTH) Quads::template add<T>(s, c.x, o, w);
         RAREFY_UNROLL for (int t = 0; t < T; ++t) {

@@ -50,8 +50,8 @@ struct RowsCall {
 typedef void Rows(const RowsCall *);
 
 struct Kernels {
-    int32_t pixels;             // of a vector
-    int32_t pairs;              // 1: quads must not saturate, and have eight bytes
+    int32_t pixels;  // of a vector
+    int32_t pairs;   // 1: quads must not saturate, and have eight bytes
     // for weights as they come, and in blocks; for tiles of 1 .. MOST_TILE vectors, null where there is none
     Rows *rows[LAYOUTS][MOST_TILE + 1];
     // out[4 i + k] = planes[k][i] for n pixels

@@ -259,8 +259,9 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
                                  : "vector");
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
-    info->stored = found->vector ? static_cast<int64_t>(found->weights.values.size())
-                                 : static_cast<int64_t>(found->weights.offsets.size()) * (found->layout == BLOCKS ? QUAD : 1);
+    info->stored = found->vector
+                       ? static_cast<int64_t>(found->weights.values.size())
+                       : static_cast<int64_t>(found->weights.offsets.size()) * (found->layout == BLOCKS ? QUAD : 1);
     const int64_t pixels = graph.values[n.out].pixels();
     info->macs = info->nonzeros * pixels;
     info->dense_macs = info->weights * pixels;

@@ -101,7 +101,8 @@ struct Lines {
             for (int32_t kx = 0; kx < w.kernel[1]; ++kx) {
                 const Tap ty = tap_of(w, 0, ky), tx = tap_of(w, 1, kx);
                 const int32_t number = ty.phase * w.stride[1] + tx.phase;
-                phase.push_back(static_cast<int32_t>(std::lower_bound(which.begin(), which.end(), number) - which.begin()));
+                phase.push_back(
+                    static_cast<int32_t>(std::lower_bound(which.begin(), which.end(), number) - which.begin()));
                 down.push_back(ty);
                 along.push_back(tx);
             }
@@ -120,7 +121,9 @@ std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const f
     for (int32_t c = 0; c < m.channels / m.groups; ++c)
         for (int32_t k = 0; k < m.taps; ++k) {
             const int32_t value = static_cast<int32_t>(weight[int64_t{c} * m.taps + k]);
-            if (value) all.push_back({(first + c) * lines.phases + lines.phase[k], lines.down[k].shift, lines.along[k].shift, value});
+            if (value)
+                all.push_back(
+                    {(first + c) * lines.phases + lines.phase[k], lines.down[k].shift, lines.along[k].shift, value});
         }
     return all;
 }
@@ -180,7 +183,7 @@ Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, 
 }
 
 // A block takes this share of the time of four single weights, what interleaving takes among it; see docs/results.
-constexpr double BLOCK_COST = 0.75;
+constexpr double BLOCK_COST = 0.65;
 // Above this density the dot products of vectors take all weights: their pixels are then read in a row. On an AMD EPYC
 // with AVX2 a weight that is picked takes about six times as long as one in a row.
 constexpr double VECTOR_DENSE_ABOVE = 0.17;
