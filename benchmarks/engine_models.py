@@ -1,7 +1,8 @@
 """The networks of the benchmark of the engine, and their files in runs/engine: ONNX for the peers, safetensors for us.
 
 A network is NAME-VARIANT: "resnet50-dense", "resnet50-90" (90 % of every layer but the stem pruned by magnitude),
-"resnet50-90erk" (spread by ERK), "resnet50-autosparse-0.9" (by benchmarks/engine_masks.py, trained weights and all).
+"resnet50-90x4" (in blocks of four input channels), "resnet50-90erk" (spread by ERK), "resnet50-autosparse-0.9" (by
+benchmarks/engine_masks.py, trained weights and all).
 Depthwise convolutions stay dense. But for the trained ones the weights are random, and the batch normalisations have
 random scales and biases, and the statistics that belong to them.
 """
@@ -98,7 +99,8 @@ def _made(name: str, variant: str) -> nn.Module:
     torch.manual_seed(0)
     model = models.create(name)
     if variant != "dense":
-        _prune(model, 1 - float(variant.removesuffix("erk")) / 100, "erk" if variant.endswith("erk") else "uniform")
+        density = 1 - float(variant.removesuffix("erk").removesuffix("x4")) / 100
+        _prune(model, density, "erk" if variant.endswith("erk") else "uniform", 4 if variant.endswith("x4") else 1)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -110,8 +112,11 @@ def _made(name: str, variant: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _prune(model: nn.Module, density: float, spread: str) -> None:
-    """Keep the largest weights of every layer but the first and depthwise ones, `density` of all of them together."""
+def _prune(model: nn.Module, density: float, spread: str, block: int) -> None:
+    """Keep the largest weights of every layer but the first and depthwise ones, `density` of all of them together.
+
+    They are kept in blocks of so many input channels, by the sum of their sizes.
+    """
     layers = {
         name: module.weight
         for name, module in model.named_modules()
@@ -121,6 +126,7 @@ def _prune(model: nn.Module, density: float, spread: str) -> None:
     relative = distribution.relative_densities(spread, {name: weight.shape for name, weight in layers.items()})
     kept = distribution.densities(relative, [None] * len(sizes), sizes, [0.0] * len(sizes), density * sum(sizes))
     for weight, share in zip(layers.values(), kept, strict=True):
-        zeros = weight.numel() - round(share * weight.numel())
+        blocks = weight.abs().reshape(len(weight), -1, block, *weight.shape[2:]).sum(2)
+        zeros = blocks.numel() - round(share * blocks.numel())
         if zeros:
-            weight[weight.abs() <= weight.abs().flatten().kthvalue(zeros).values] = 0.0
+            weight[(blocks <= blocks.flatten().kthvalue(zeros).values).repeat_interleave(block, 1)] = 0.0

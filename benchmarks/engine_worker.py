@@ -91,7 +91,8 @@ def rarefy(about: dict[str, Any], x: Any) -> Made:
     given = torch.from_numpy(x)
     model = engine_models.build(about["model"])
     began = time.process_time()
-    compiled = engine.compile(model, given, about["threads"], precision=about["precision"])
+    examples = [engine_models.inputs(8)] if about["precision"] == "int8" else None
+    compiled = engine.compile(model, given, about["threads"], precision=about["precision"], calibration=examples)
     report = compiled.report
     told = {
         "compile_seconds": report.seconds,
