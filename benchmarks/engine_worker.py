@@ -92,7 +92,9 @@ def rarefy(about: dict[str, Any], x: Any) -> Made:
     model = engine_models.build(about["model"])
     began = time.process_time()
     # random weights make more of a rounding than trained ones do: all layers in int8, as the peers have them
-    int8 = {"calibration": [engine_models.inputs(8)], "error_budget": 1.0} if about["precision"] == "int8" else {}
+    int8: dict[str, Any] = (
+        {"calibration": [engine_models.inputs(8)], "error_budget": 1.0} if about["precision"] == "int8" else {}
+    )
     compiled = engine.compile(model, given, about["threads"], precision=about["precision"], **int8)
     report = compiled.report
     told = {

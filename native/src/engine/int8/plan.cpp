@@ -73,7 +73,7 @@ int64_t bytes_of(const Value &v) {
     // tiles are read in whole vectors, at an offset
     const int64_t planes = v.interleaved ? (v.shape.channels + 3) / 4 : v.shape.channels;
     const int64_t all = 2 * before(v) + planes * v.stride + MOST_TILE * MOST_PIXELS;
-    return v.floats || v.interleaved ? 4 * all : all;
+    return rounded_up(v.floats || v.interleaved ? 4 * all : all, 64);
 }
 
 class Planner {
