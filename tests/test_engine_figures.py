@@ -1,5 +1,7 @@
 """What docs/results/engine.md says was measured is in results/engine.csv, and what was missed is called missed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,10 @@ def test_accuracy_in_int8_is_what_was_measured() -> None:
     measured = results.read("int8-accuracy")
     assert shown == [[row[name] for name in columns] for row in measured]
     assert all((row["layers_in_float32"], row["calibration"], row["epochs"]) == ("0", "256", "2") for row in measured)
+
+
+def test_the_int8_tables_are_those_of_the_results() -> None:
+    command = [sys.executable, "benchmarks/int8.py", "--print"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert printed.count("\n") >= 6
+    assert printed in (ROOT / "docs" / "results" / "engine.md").read_text()
