@@ -182,8 +182,8 @@ Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, 
     return out;
 }
 
-// A block takes this share of the time of four single weights, what interleaving takes among it: 0.63 in the first layer
-// of ResNet-50 on an AMD EPYC with AVX2. With VNNI it was not measured.
+// A block takes this share of the time of four single weights, what interleaving takes among it: 0.63 in the first
+// layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI it was not measured.
 constexpr double BLOCK_COST = 0.65;
 // Above this density the dot products of vectors take all weights, whose pixels are then read in a row. Not measured
 // apart.
