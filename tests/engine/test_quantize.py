@@ -389,3 +389,46 @@ def test_two_inputs_have_as_many_examples():
     assert report.samples == 8
     with pytest.raises(ValueError, match="calibration batch 1 has inputs of 5, 8 examples"):
         quantize(plan, [(torch.randn(8, 3), torch.randn(8, 4)), (torch.randn(8, 3), torch.randn(5, 4))])
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_an_engine_behind_a_transpose_is_a_file_and_copies(tmp_path):
+    """The program's batch is not the network's first axis: what it was made for must be known when it is made again."""
+    torch.manual_seed(0)
+    made = engine.compile(
+        Transposed().eval(), torch.randn(1, 6, 16), precision="int8", calibration=[torch.randn(8, 6, 16)]
+    )
+    engine.save(made, tmp_path / "a.engine")
+    x = torch.randn(3, 6, 16)
+    for again in (engine.load(tmp_path / "a.engine"), copy.deepcopy(made)):
+        assert torch.equal(again(x), made(x))
+
+
+def test_what_int8_does_not_take_is_refused():
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"'0\.weight' is torch\.bfloat16: call model\.float\(\) first"):
+        engine.compile(copy.deepcopy(model).bfloat16(), x.bfloat16(), precision="int8", calibration=[x.bfloat16()])
+    with pytest.raises(TypeError, match="error_budget must be a number, got str"):
+        engine.compile(model, x, precision="int8", calibration=[x], error_budget="x")
+    with pytest.raises(ValueError, match="error_budget is for precision=\"int8\", and precision is 'float32'"):
+        engine.compile(model, x, error_budget=0.5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_another_default_dtype_changes_nothing(precision):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    options = {"calibration": [x]} if precision == "int8" else {}
+    expected = engine.compile(model, x, precision=precision, choose="native", **options)(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(engine.compile(model, x, precision=precision, choose="native", **options)(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -81,7 +81,7 @@ class NativeSegment:
                     f"{port.value} of the shape {tuple(x.shape)} and {self.inputs[0].value} of the shape "
                     f"{tuple(inputs[0].shape)} must have the same axes before the last {len(port.shape)}"
                 )
-        outputs = [torch.empty((*batch, *port.shape)) for port in self.outputs]
+        outputs = [torch.empty((*batch, *port.shape), dtype=torch.float32) for port in self.outputs]
         if (count := math.prod(batch)) > 0:
             self.program.run(inputs, outputs, count, threads, seconds)
         return [_as_bytes(y, port) for y, port in zip(outputs, self.outputs, strict=True)]

@@ -130,7 +130,8 @@ class Int8Building(Building):
             constants={},
             batch=self.plan.batch,
         )
-        options = replace(self.options, shapes={name: self.options.shapes[name] for name in segment.reads})
+        shapes = {name: shape for name, shape in self.options.shapes.items() if name in known}
+        options = replace(self.options, shapes=shapes)
         return Int8Segment(**{each.name: getattr(segment, each.name) for each in fields(segment)}, source=source,
                            options=options)  # fmt: skip
 

@@ -66,7 +66,7 @@ def compile(
         tune_seconds: at most about so much time to measure native kernels for.
 
     Raises:
-        TypeError: ``model`` is no module, ``example_input`` no tensors.
+        TypeError: ``model`` is no module, ``example_input`` no tensors, ``error_budget`` no number.
         ValueError: the model is in training mode or is not on the CPU; an option out of its range, or calibration that
             the model does not take; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
             :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example, or in
@@ -245,6 +245,11 @@ def _checked(
         where = f"the module {name!r} of the model" if name else "the model"
         if module.training and not pt2e.is_quantized(model):  # whose graph is one of evaluation, and cannot be told so
             raise ValueError(f"{where} is in training mode: call model.eval() first")
+    for name, weight in model.named_parameters():
+        if precision == "int8" and weight.is_floating_point() and weight.dtype is not torch.float32:
+            raise ValueError(
+                f'precision="int8" takes models in float32, and {name!r} is {weight.dtype}: call model.float() first'
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model must be on the CPU, {name!r} is on {tensor.device}: call model.cpu() first")
@@ -271,6 +276,10 @@ def _check_calibration(precision: str, calibration: object, error_budget: float,
         )
     if precision != "int8" and calibration is not None:
         raise ValueError(f'calibration is for precision="int8", and precision is {precision!r}')
+    if isinstance(error_budget, bool) or not isinstance(error_budget, (int, float)):
+        raise TypeError(f"error_budget must be a number, got {type(error_budget).__name__}")
+    if precision != "int8" and error_budget != BUDGET:
+        raise ValueError(f'error_budget is for precision="int8", and precision is {precision!r}')
     if not error_budget >= 0:
         raise ValueError(f"error_budget must be at least 0, got {error_budget}; 0.1 lets the outputs be a tenth off")
 

@@ -80,11 +80,13 @@ std::string check(const Graph &graph, const rarefy_int8_result *steps) {
     return "";
 }
 
-// What a thread needs beside the arena: a line of a vector's channels, of a pooling's sums, or some rows of results.
+// What a thread needs beside the arena: a line of a vector's channels, of a pooling's sums, of a factor, or some rows
+// of results.
 int64_t scratch_of(const rarefy_int8_program &program) {
     int64_t bytes = 16 * int64_t{MOST_TILE} * MOST_PIXELS * static_cast<int64_t>(sizeof(float));
     for (const Step &step : program.steps) {
         if (step.node.kind == Kind::POOL) bytes = std::max(bytes, 4 * pool_line(step.node.window));
+        if (step.node.kind == Kind::BINARY) bytes = std::max<int64_t>(bytes, program.values[step.node.out].shape.width);
         if (step.copy) bytes = std::max(bytes, QUAD * (program.values[step.node.out].stride + 128));
         if (step.vector) bytes = std::max<int64_t>(bytes, program.values[step.node.x].shape.channels + 64);
     }

@@ -410,36 +410,46 @@ void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
+// Rows of a sum or a product of bytes.
+struct Combine {
+    float multiplier, other, bias, low, high;
+    int32_t zero_a, zero_b;
+};
+
+void add(const Combine c, const uint8_t *__restrict a, const uint8_t *__restrict b, uint8_t *__restrict out,
+         int64_t n) {
+    for (int64_t p = 0; p < n; ++p) {
+        float t = static_cast<float>(a[p]) * c.multiplier;
+        t = t + c.bias;
+        const float second = static_cast<float>(b[p]) * c.other;
+        out[p] = rounded(t + second, c.low, c.high);
+    }
+}
+
+void multiply(const Combine c, const uint8_t *__restrict a, const uint8_t *__restrict b, uint8_t *__restrict out,
+              int64_t n) {
+    for (int64_t p = 0; p < n; ++p) {
+        const float t = static_cast<float>((a[p] - c.zero_a) * (b[p] - c.zero_b)) * c.multiplier;
+        out[p] = rounded(t + c.bias, c.low, c.high);
+    }
+}
+
 void binary(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), other = view(f, s.node.other_operand, at), y = view(f, s.node.out, at);
     const Shape &shape = y.value->shape;
+    const rarefy_int8_result &r = s.result;
     const bool broadcast = !(other.value->shape == shape);
-    const int32_t zero_x = x.value->zero_point, zero_y = other.value->zero_point;
-    const rarefy_int8_result r = s.result;
+    const Combine combine = {r.multiplier,           r.other, r.bias, r.low, r.high, x.value->zero_point,
+                             other.value->zero_point};
     const Share mine(f, shape.channels);
-    const auto result = [&](int32_t a, int32_t b) {
-        float t;
-        if (s.node.multiply) {
-            t = static_cast<float>((a - zero_x) * (b - zero_y)) * r.multiplier;
-            t = t + r.bias;
-        } else {
-            t = static_cast<float>(a) * r.multiplier;
-            t = t + r.bias;
-            const float second = static_cast<float>(b) * r.other;
-            t = t + second;
-        }
-        return rounded(t, r.low, r.high);
-    };
     for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (int64_t i = 0; i < images; ++i)
-            for (int64_t row = 0; row < shape.height; ++row) {
-                const uint8_t *a = x.line(c, i, row), *b = other.line(c, i, broadcast ? 0 : row);
-                uint8_t *out = y.line(c, i, row);
-                if (broadcast)
-                    for (int64_t p = 0; p < shape.width; ++p) out[p] = result(a[p], *b);
-                else
-                    for (int64_t p = 0; p < shape.width; ++p) out[p] = result(a[p], b[p]);
-            }
+        for (int64_t i = 0; i < images; ++i) {
+            if (broadcast) std::memset(f.scratch, *other.line(c, i, 0), static_cast<size_t>(shape.width));
+            for (int64_t row = 0; row < shape.height; ++row)
+                (s.node.multiply ? multiply : add)(combine, x.line(c, i, row),
+                                                   broadcast ? f.scratch : other.line(c, i, row), y.line(c, i, row),
+                                                   shape.width);
+        }
         fill_gaps(y, c, at, images);
     }
 }
