@@ -278,10 +278,10 @@ def _check_calibration(precision: str, calibration: object, error_budget: float,
         raise ValueError(f'calibration is for precision="int8", and precision is {precision!r}')
     if isinstance(error_budget, bool) or not isinstance(error_budget, (int, float)):
         raise TypeError(f"error_budget must be a number, got {type(error_budget).__name__}")
-    if precision != "int8" and error_budget != BUDGET:
-        raise ValueError(f'error_budget is for precision="int8", and precision is {precision!r}')
     if not error_budget >= 0:
         raise ValueError(f"error_budget must be at least 0, got {error_budget}; 0.1 lets the outputs be a tenth off")
+    if precision != "int8" and error_budget != BUDGET:
+        raise ValueError(f'error_budget is for precision="int8", and precision is {precision!r}')
 
 
 def _stored(plan: Plan, precision: str) -> Plan:
