@@ -20,6 +20,8 @@ from rarefy.train.batches import Batches
 from tests.cli import printed, refused
 from tests.train.runs import AUTOSPARSE, outcome, plain, prepare
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

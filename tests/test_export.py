@@ -23,6 +23,8 @@ from rarefy.data import fashion_mnist
 from rarefy.onnx_files import save_onnx
 from tests.cli import printed, refused
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (1, 28, 28)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -36,6 +37,8 @@ from rarefy.engine.passes import optimize
 from rarefy.sparse_files import digest
 from rarefy.train import recipe
 from tests.engine.networks import thinned
+
+pytestmark = pytest.mark.slow
 
 COUNT = 1000
 MEMORY = 16 << 30  # of addresses: a file of some kilobytes asks for no more

@@ -13,6 +13,8 @@ from rarefy.act.spec import error
 from rarefy.cli import main
 from tests.cli import printed, refused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from rarefy import engine, models
 from rarefy.cli import main
 from tests.cli import printed, refused
 
+pytestmark = pytest.mark.slow
+
 DOCS = (Path(__file__).parents[2] / "docs" / "guides" / "engine.md").read_text()
 
 

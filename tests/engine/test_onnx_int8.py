@@ -17,6 +17,8 @@ from tests.engine import test_int8 as steps
 from tests.engine.networks import UNet, Vision, thinned
 from tests.engine.test_capture import f
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 

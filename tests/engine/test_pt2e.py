@@ -15,6 +15,8 @@ from rarefy.engine.int8 import Int8
 from rarefy.engine.passes import optimize
 from tests.engine.test_capture import f
 
+pytestmark = pytest.mark.slow
+
 OPS = torch.ops.quantized_decomposed
 DTYPES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 

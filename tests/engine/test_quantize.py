@@ -52,6 +52,7 @@ def error_of(plan, exact, batches):
     return float((noise / signal).sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, method):

@@ -17,6 +17,8 @@ from rarefy.engine.plan import Conv
 from tests.engine.layers import lowered
 from tests.engine.test_capture import f
 
+pytestmark = pytest.mark.slow
+
 IMAGE = torch.randn(2, 3, 8, 8)
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers", reason="the extra integrations is not installed")
 
 from rarefy import sparse

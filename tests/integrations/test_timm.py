@@ -11,6 +11,8 @@ from torch import nn
 
 from rarefy import sparse
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 

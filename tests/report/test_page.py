@@ -15,6 +15,8 @@ import rarefy.report
 from rarefy.report import load, page, plots, wording
 from rarefy.report.page import render
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[..., Path]
 
 

@@ -11,6 +11,8 @@ from rarefy.act import LinearTable, MultiplyIndex, fit
 from rarefy.rtl import logic
 from rarefy.rtl.identifiers import RESERVED
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = {
     "relu": lambda x: np.maximum(x, 0.0),
     "identity": lambda x: x + 0.0,

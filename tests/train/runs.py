@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from rarefy import models
@@ -39,6 +39,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "ACTIONS", 5)
     monkeypatch.setattr(classification, "RECORDS", 5)
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()  # of a run that was stopped amid its accumulation
 
 
 PLAIN: dict[str, Any] = {

@@ -10,6 +10,8 @@ import torch
 from rarefy.train import Classification, TrainingInterruptedError, classification
 from tests.train.runs import AUTOSPARSE, STEPS, outcome, recipe, records, run, stop_at, use_model, with_dropout
 
+pytestmark = pytest.mark.slow
+
 COST = {"method": {"name": "autosparse", "target": 0.8, "policy": "cost"}}
 ADAMW = {"optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.01}}
 
