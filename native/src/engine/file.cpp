@@ -395,7 +395,7 @@ RAREFY_API rarefy_program *rarefy_program_load(const void *data, int64_t size, c
         if (!wrong.empty()) return refuse(wrong);
         auto p = std::make_unique<rarefy_program>();
         p->isa = isa ? isa : "";
-        p->kernels = find_kernels(&p->isa);
+        p->kernels = static_cast<const Kernels *>(find_kernels("engine", &p->isa));
         if (!p->kernels) return refuse("this CPU or this library has no instruction set " + p->isa + " for the engine");
         p->batch = header.batch;
         p->threads = header.threads;

@@ -17,29 +17,25 @@ double thread_seconds() {
     return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-const Kernels *find_kernels(std::string *isa) {
+const void *find_kernels(std::string_view name, std::string *isa) {
     const rarefy_kernel *table = nullptr;
     const int64_t count = rarefy_kernels(&table);
     for (int64_t i = 0; i < count; ++i) {
-        if (std::string_view(table[i].name) != "engine" || !table[i].supported) continue;
+        if (name != table[i].name || !table[i].supported) continue;
         if (!isa->empty() && *isa != table[i].isa) continue;
         *isa = table[i].isa;
-        return reinterpret_cast<const Kernels *(*)()>(table[i].entry)();
+        return reinterpret_cast<const void *(*)()>(table[i].entry)();
     }
     return nullptr;
 }
 
-namespace {
-
-const char *kind_name(const rarefy_program &program, const Step &step) {
-    switch (step.node.kind) {
+const char *kind_name(const Graph &graph, const Node &node) {
+    switch (node.kind) {
         case Kind::INPUT: return "input";
-        case Kind::CONV:
-            return step.node.groups > 1 && step.node.groups == program.graph.values[step.node.x].channels ? "depthwise"
-                                                                                                          : "conv";
-        case Kind::POOL: return step.node.average ? "average pool" : "max pool";
+        case Kind::CONV: return node.groups > 1 && node.groups == graph.values[node.x].channels ? "depthwise" : "conv";
+        case Kind::POOL: return node.average ? "average pool" : "max pool";
         case Kind::GLOBAL_AVERAGE: return "global average";
-        case Kind::BINARY: return step.node.multiply ? "multiply" : "add";
+        case Kind::BINARY: return node.multiply ? "multiply" : "add";
         case Kind::AFFINE: return "affine";
         case Kind::CONCAT: return "concat";
         case Kind::UPSAMPLE: return "upsample";
@@ -47,6 +43,8 @@ const char *kind_name(const rarefy_program &program, const Step &step) {
         default: return "output";
     }
 }
+
+namespace {
 
 void describe_kernel(const Step &step, char *out, size_t size) {
     const Config &c = step.config;
@@ -108,7 +106,7 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
     try {
         auto program = std::make_unique<rarefy_program>();
         program->isa = options->isa ? options->isa : "";
-        program->kernels = find_kernels(&program->isa);
+        program->kernels = static_cast<const Kernels *>(find_kernels("engine", &program->isa));
         if (!program->kernels)
             return refuse("this CPU or this library has no instruction set " + program->isa + " for the engine");
         program->batch = options->batch;
@@ -153,7 +151,7 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
     const Step &step = program->steps[i];
     std::memset(info, 0, sizeof *info);
     info->name = step.name;
-    info->kind = kind_name(*program, step);
+    info->kind = kind_name(program->graph, step.node);
     const auto put = [](const Shape &s, int32_t *out) { out[0] = s.channels, out[1] = s.height, out[2] = s.width; };
     put(program->graph.values[step.node.out >= 0 ? step.node.out : step.node.x], info->shape);
     const std::vector<int32_t> &operands = program->graph.operands[i];

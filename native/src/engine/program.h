@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/tiling.h"
@@ -191,8 +192,11 @@ struct rarefy_program {
 
 namespace rarefy::engine {
 
-// The kernels of an instruction set ("" for the best), or null; `isa` becomes its name.
-const Kernels *find_kernels(std::string *isa);
+// The kernels of this name for an instruction set ("" for the best), or null; `isa` becomes its name.
+const void *find_kernels(std::string_view name, std::string *isa);
+
+// What a step is, in words.
+const char *kind_name(const Graph &graph, const Node &node);
 
 // The plan with chains in bands, once the steps' tilings are known.
 Plan make_banded_plan(const rarefy_program &program);

@@ -4,27 +4,13 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
-#include <string_view>
 
 #include "engine/int8/program.h"
 #include "engine/threads.h"
-#include "rarefy.h"
 
 namespace rarefy::int8 {
 
 namespace {
-
-const Kernels *find_kernels(std::string *isa) {
-    const rarefy_kernel *table = nullptr;
-    const int64_t count = rarefy_kernels(&table);
-    for (int64_t i = 0; i < count; ++i) {
-        if (std::string_view(table[i].name) != "int8" || !table[i].supported) continue;
-        if (!isa->empty() && *isa != table[i].isa) continue;
-        *isa = table[i].isa;
-        return reinterpret_cast<const Kernels *(*)()>(table[i].entry)();
-    }
-    return nullptr;
-}
 
 bool whole(float v, float low, float high) { return v >= low && v <= high && v == std::floor(v); }
 
@@ -93,21 +79,6 @@ int64_t scratch_of(const rarefy_int8_program &program) {
     return (bytes + 63) / 64 * 64;
 }
 
-const char *kind_name(const Node &n, const Graph &graph) {
-    switch (n.kind) {
-        case Kind::INPUT: return "input";
-        case Kind::CONV: return n.groups > 1 && n.groups == graph.values[n.x].channels ? "depthwise" : "conv";
-        case Kind::POOL: return n.average ? "average pool" : "max pool";
-        case Kind::GLOBAL_AVERAGE: return "global average";
-        case Kind::BINARY: return n.multiply ? "multiply" : "add";
-        case Kind::AFFINE: return "table";
-        case Kind::CONCAT: return "concat";
-        case Kind::UPSAMPLE: return "upsample";
-        case Kind::FLATTEN: return "flatten";
-        default: return "output";
-    }
-}
-
 }  // namespace
 }  // namespace rarefy::int8
 
@@ -139,7 +110,7 @@ RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder
         if (!wrong.empty()) return refuse(wrong);
         auto program = std::make_unique<rarefy_int8_program>();
         program->isa = options->isa ? options->isa : "";
-        program->kernels = find_kernels(&program->isa);
+        program->kernels = static_cast<const Kernels *>(rarefy::engine::find_kernels("int8", &program->isa));
         if (!program->kernels)
             return refuse("this CPU or this library has no instruction set " + program->isa + " for int8");
         program->graph.values = graph.values;
@@ -248,7 +219,7 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     const Node &n = graph.nodes[i];
     std::memset(info, 0, sizeof *info);
     info->name = graph.names[i].c_str();
-    info->kind = kind_name(n, graph);
+    info->kind = n.kind == Kind::AFFINE ? "table" : rarefy::engine::kind_name(graph, n);
     const auto put = [](const Shape &s, int32_t *out) { out[0] = s.channels, out[1] = s.height, out[2] = s.width; };
     put(graph.values[n.out >= 0 ? n.out : n.x], info->shape);
     const std::vector<int32_t> &operands = graph.operands[i];
