@@ -34,13 +34,7 @@ inline Sums sums_of(int32_t first) {
     return {{v, v, v, v}};
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int PAIRS = 0;
-#if defined(__AVX512VNNI__)
-inline I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
-#else
-inline I dot(I sum, I x, I w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
-#endif
+// Four weights for all pixels.
 struct Weights {
     I quad;
     explicit Weights(const int8_t *w) {
@@ -49,8 +43,37 @@ struct Weights {
         quad = word(four);
     }
 };
-typedef Weights Block;
-inline I times(I sum, I x, const Weights &w) { return dot(sum, x, w.quad); }
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int PAIRS = 0, BLOCKS_AT_ONCE = 1;
+#if defined(__AVX512VNNI__)
+inline I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
+#else
+inline I dot(I sum, I x, I w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
+#endif
+struct Block : Weights {
+    using Weights::Weights;
+};
+inline I add_blocks(I sum, const uint8_t *x, const int32_t *o, const Block &w) {
+    return dot(sum, bytes(x + o[0]), w.quad);
+}
+#else
+constexpr int PAIRS = 1, BLOCKS_AT_ONCE = 2;
+inline I widened(I sum, I pairs) {
+    return RAREFY_V(add_epi32)(sum, RAREFY_V(madd_epi16)(pairs, RAREFY_V(set1_epi16)(1)));
+}
+inline I dot(I sum, I x, I w) { return widened(sum, RAREFY_V(maddubs_epi16)(x, w)); }
+struct Block {
+    Weights first, second;
+    explicit Block(const int8_t *w) : first(w), second(w + QUAD) {}
+};
+inline I add_blocks(I sum, const uint8_t *x, const int32_t *o, const Block &w) {
+    const I first = RAREFY_V(maddubs_epi16)(bytes(x + o[0]), w.first.quad);
+    const I second = RAREFY_V(maddubs_epi16)(bytes(x + o[1]), w.second.quad);
+    return widened(sum, RAREFY_V(add_epi16)(first, second));
+}
+#endif
+
 inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
     const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
     const I l01 = RAREFY_V(unpacklo_epi8)(x0, x1), h01 = RAREFY_V(unpackhi_epi8)(x0, x1);
@@ -60,48 +83,10 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
     s.a[2] = dot(s.a[2], RAREFY_V(unpacklo_epi16)(h01, h23), w.quad);
     s.a[3] = dot(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23), w.quad);
 }
-#else
-constexpr int PAIRS = 1;
-struct Weights {
-    I pair[2];
-    explicit Weights(const int8_t *w) {
-        for (int i = 0; i < 2; ++i) {
-            int32_t two;
-            __builtin_memcpy(&two, w + 4 * i, 4);
-            pair[i] = word(two);
-        }
-    }
-};
-struct Block {
-    I quad;
-    explicit Block(const int8_t *w) {
-        int32_t four;
-        __builtin_memcpy(&four, w, 4);
-        quad = word(four);
-    }
-};
-inline I times(I sum, I x, const Block &w) {
-    return RAREFY_V(add_epi32)(sum, RAREFY_V(madd_epi16)(RAREFY_V(maddubs_epi16)(x, w.quad), RAREFY_V(set1_epi16)(1)));
-}
-inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
-    const I one = RAREFY_V(set1_epi16)(1);
-    const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
-    // w0 x0 + w1 x1 and w2 x2 + w3 x3 in 16 bits, of pixels 0 to 7 of every 16 and of 8 to 15
-    const I l01 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x0, x1), w.pair[0]);
-    const I h01 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x0, x1), w.pair[0]);
-    const I l23 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpacklo_epi8)(x2, x3), w.pair[1]);
-    const I h23 = RAREFY_V(maddubs_epi16)(RAREFY_V(unpackhi_epi8)(x2, x3), w.pair[1]);
-    const auto widened = [&](I sum, I both) { return RAREFY_V(add_epi32)(sum, RAREFY_V(madd_epi16)(both, one)); };
-    s.a[0] = widened(s.a[0], RAREFY_V(unpacklo_epi16)(l01, l23));
-    s.a[1] = widened(s.a[1], RAREFY_V(unpackhi_epi16)(l01, l23));
-    s.a[2] = widened(s.a[2], RAREFY_V(unpacklo_epi16)(h01, h23));
-    s.a[3] = widened(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23));
-}
-#endif
 
 // The same of pixels that are interleaved already: the sums' vectors are then B / 4 pixels after one another.
-inline __attribute__((always_inline)) void add_block(Sums &s, const uint8_t *x, const Block &w) {
-    for (int i = 0; i < 4; ++i) s.a[i] = times(s.a[i], bytes(x + i * B), w);
+inline __attribute__((always_inline)) void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
+    for (int i = 0; i < 4; ++i) s.a[i] = add_blocks(s.a[i], x + i * B, o, w);
 }
 // Into the order of the others.
 inline __attribute__((always_inline)) void reorder(Sums &s) {
@@ -119,6 +104,39 @@ inline __attribute__((always_inline)) void reorder(Sums &s) {
         s.a[2 * i + 1] = _mm256_permute2x128_si256(v.a[i], v.a[2 + i], 0x31);
     }
 #endif
+}
+
+// 4 B bytes, the pixels of four planes in turn.
+inline void put_interleaved(uint8_t *out, I a, I b, I c, I d) {
+    const I low_ab = RAREFY_V(unpacklo_epi8)(a, b), high_ab = RAREFY_V(unpackhi_epi8)(a, b);
+    const I low_cd = RAREFY_V(unpacklo_epi8)(c, d), high_cd = RAREFY_V(unpackhi_epi8)(c, d);
+    const I v[4] = {RAREFY_V(unpacklo_epi16)(low_ab, low_cd), RAREFY_V(unpackhi_epi16)(low_ab, low_cd),
+                    RAREFY_V(unpacklo_epi16)(high_ab, high_cd), RAREFY_V(unpackhi_epi16)(high_ab, high_cd)};
+#if defined(__AVX512BW__)
+    Sums s = {{v[0], v[1], v[2], v[3]}};
+    reorder(s);  // that of four times four is its own inverse
+    for (int i = 0; i < 4; ++i) put(out + i * B, s.a[i]);
+#else
+    for (int i = 0; i < 2; ++i) {
+        put(out + i * B, _mm256_permute2x128_si256(v[2 * i], v[2 * i + 1], 0x20));
+        put(out + (2 + i) * B, _mm256_permute2x128_si256(v[2 * i], v[2 * i + 1], 0x31));
+    }
+#endif
+}
+// Every second byte of 2 B.
+inline void alternate(const uint8_t *x, uint8_t *out) {
+    const I low = RAREFY_V(set1_epi16)(0xFF);
+    const I a = RAREFY_W (and)(bytes(x), low), b = RAREFY_W (and)(bytes(x + B), low);
+#if defined(__AVX512BW__)
+    put(out, _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), _mm512_packus_epi16(a, b)));
+#else
+    put(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xD8));
+#endif
+}
+// The same of 16.
+inline void alternate_eight(const uint8_t *x, uint8_t *out) {
+    const __m128i v = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)), _mm_set1_epi16(0xFF));
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_packus_epi16(v, v));
 }
 
 // The results of B pixels before they are rounded, in the order of the sums.
@@ -142,8 +160,9 @@ inline __attribute__((always_inline)) void add_bytes(Results &r, const uint8_t *
 inline F clamped(F t, float low, float high) { return RAREFY_V(min_ps)(RAREFY_V(max_ps)(t, all(low)), all(high)); }
 inline __attribute__((always_inline)) I rounded(const Results &r, float low, float high) {
     I i[4];
-    for (int k = 0; k < 4; ++k) i[k] = RAREFY_V(cvtps_epi32)(clamped(r.t[k], low, high));
-    return RAREFY_V(packus_epi16)(RAREFY_V(packs_epi32)(i[0], i[1]), RAREFY_V(packs_epi32)(i[2], i[3]));
+    for (int k = 0; k < 4; ++k) i[k] = RAREFY_V(cvtps_epi32)(RAREFY_V(min_ps)(r.t[k], all(high)));
+    const I v = RAREFY_V(packus_epi16)(RAREFY_V(packs_epi32)(i[0], i[1]), RAREFY_V(packs_epi32)(i[2], i[3]));
+    return RAREFY_V(max_epu8)(v, byte(static_cast<uint8_t>(low)));  // what is below all numbers has become 0
 }
 inline void put_floats(const Results &r, float low, float high, float *out) {
     alignas(64) float lanes[4][B / 4];
@@ -199,11 +218,26 @@ inline void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
     }
 }
 typedef Weights Block;
-inline void add_block(Sums &s, const uint8_t *x, const Block &w) {
+constexpr int BLOCKS_AT_ONCE = 1;
+inline void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
     for (int i = 0; i < B; ++i)
-        for (int k = 0; k < QUAD; ++k) s.a[i] += w.w[k] * x[QUAD * i + k];
+        for (int k = 0; k < QUAD; ++k) s.a[i] += w.w[k] * x[o[0] + QUAD * i + k];
 }
 inline void reorder(Sums &) {}
+inline void put_interleaved(uint8_t *out, const I &a, const I &b, const I &c, const I &d) {
+    for (int i = 0; i < B; ++i) {
+        out[4 * i] = a.x[i];
+        out[4 * i + 1] = b.x[i];
+        out[4 * i + 2] = c.x[i];
+        out[4 * i + 3] = d.x[i];
+    }
+}
+inline void alternate(const uint8_t *__restrict x, uint8_t *__restrict out) {
+    for (int i = 0; i < B; ++i) out[i] = x[2 * i];
+}
+inline void alternate_eight(const uint8_t *__restrict x, uint8_t *__restrict out) {
+    for (int i = 0; i < 8; ++i) out[i] = x[2 * i];
+}
 struct Results {
     float t[B];
 };

@@ -1,6 +1,8 @@
 // The int8 kernels, built once for each instruction set. See kernels.h for what they compute.
 #include "engine/int8/kernels.h"
 
+#include <stddef.h>
+
 #include "isa.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -19,7 +21,7 @@ using namespace int8;
 
 // The sums of a row over any four weights at a time, whose pixels lie in planes of their own.
 struct Any {
-    static constexpr int OFFSETS = QUAD, WIDTH = QUAD * (PAIRS ? 2 : 1), SCALE = 1;
+    static constexpr int OFFSETS = QUAD, WIDTH = QUAD, SCALE = 1;
     template <int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
@@ -31,12 +33,12 @@ struct Any {
 
 // The sums over blocks of four channels, whose pixels are interleaved.
 struct Blocks {
-    static constexpr int OFFSETS = 1, WIDTH = QUAD, SCALE = QUAD;
+    static constexpr int OFFSETS = BLOCKS_AT_ONCE, WIDTH = QUAD * BLOCKS_AT_ONCE, SCALE = QUAD;
     template <int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
         const Block weights(w);
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) add_block(s[t], x + o[0] + t * B * SCALE, weights);
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) add_blocks(s[t], x + t * B * SCALE, o, weights);
     }
     static void order(Sums &s) { reorder(s); }
 };
@@ -69,11 +71,44 @@ void rows(const RowsCall *call) {
 
 void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n) {
     const uint8_t *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
+    const auto some = [=](int64_t i) {
+        put_interleaved(out + 4 * i, bytes(a + i), bytes(b + i), bytes(c + i), bytes(d + i));
+    };
+    for (int64_t i = 0; i + B <= n; i += B) some(i);
+    if (n >= B) return n % B ? some(n - B) : void();
     for (int64_t i = 0; i < n; ++i) {
         out[4 * i] = a[i];
         out[4 * i + 1] = b[i];
         out[4 * i + 2] = c[i];
         out[4 * i + 3] = d[i];
+    }
+}
+
+// Lines of at least SOME pixels, every second of which `take` takes, SOME of the result at once.
+template <int64_t SOME, void (*take)(const uint8_t *, uint8_t *)>
+void second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line) {
+        for (int64_t i = 0; i + SOME <= n; i += SOME) take(x + 2 * i, out + i);
+        if (n % SOME) take(x + 2 * (n - SOME), out + n - SOME);
+    }
+}
+
+// Every second byte of 4 to 7 pixels.
+void alternate_some(const uint8_t *x, uint8_t *out, int64_t n) {
+    uint8_t all[8];
+    alternate_eight(x, all);
+    __builtin_memcpy(out, all, 4);
+    __builtin_memcpy(out + n - 4, all + n - 4, 4);
+}
+
+void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    if (step == 2 && n >= B) return second<B, alternate>(x, x_line, out, out_line, n, lines);
+    if (step == 2 && n >= 8) return second<8, alternate_eight>(x, x_line, out, out_line, n, lines);
+    for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line) {
+        if (step == 2 && n >= 4) alternate_some(x, out, n);
+        else if (step == 1) __builtin_memcpy(out, x, static_cast<size_t>(n));
+        else
+            for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
     }
 }
 
@@ -122,6 +157,7 @@ Kernels make() {
     k.rows[BLOCKS][4] = rows<4, Blocks>;
 #endif
     k.interleave = interleave;
+    k.every = every;
     k.dot = dot;
     k.dot_sparse = dot_sparse;
     return k;

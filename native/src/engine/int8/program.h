@@ -57,6 +57,7 @@ struct Weights {
 // How far a kernel reaches beyond the pixel that it is for, along an axis.
 struct Reach {
     int32_t low = 0, high = 0;
+    bool operator==(const Reach &other) const { return low == other.low && high == other.high; }
 };
 
 struct Step {
@@ -101,8 +102,8 @@ namespace rarefy::int8 {
 std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps,
                       const std::vector<Layout> &layouts);
 
-// How the weights of a convolution are best taken.
-Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs);
+// How the weights of a convolution are taken: as `asked` in rarefy_int8_result where they can be, or by counting.
+Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, int32_t asked, bool pairs);
 
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);

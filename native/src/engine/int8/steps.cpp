@@ -212,18 +212,10 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
         for (int64_t r = mine.from; r < mine.to; ++r) surround(y, r, at, images);
 }
 
-// out[i] = x[i * step], for n of them.
-void every(const uint8_t *__restrict x, int64_t step, uint8_t *__restrict out, int64_t n) {
-    if (step == 1) std::memcpy(out, x, static_cast<size_t>(n));
-    else if (step == 2)
-        for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
-}
-
 // What a phase of a stride sees of a plane of x, with zero points around it as far as the kernel reaches, in one of a
 // copy's planes, whose first pixel is at `first`.
-void phase_of(const Step &s, const View &x, const Value &to, int64_t plane, int64_t image, uint8_t *first) {
+void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, int64_t plane, int64_t image,
+              uint8_t *first) {
     const Window &w = s.node.window;
     const int64_t count = static_cast<int64_t>(s.which.size());
     const int32_t phase = s.which[plane % count], first_y = phase / w.stride[1], first_x = phase % w.stride[1];
@@ -235,9 +227,8 @@ void phase_of(const Step &s, const View &x, const Value &to, int64_t plane, int6
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
                   after = s.reach[0].high * to.row() + s.reach[1].high;
     std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
-    for (int64_t row = 0; row < rows; ++row)
-        every(x.line(plane / count, image, row * w.stride[0] + first_y) + first_x, w.stride[1], first + row * to.row(),
-              n);
+    f.program->kernels->every(x.line(plane / count, image, first_y) + first_x, w.stride[0] * x.value->row(),
+                              w.stride[1], first, to.row(), n, rows);
 }
 
 void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
@@ -247,7 +238,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
         const int64_t count = static_cast<int64_t>(s.which.size());
         const Share mine(f, x.value->shape.channels);
         for (int64_t plane = mine.from * count; plane < mine.to * count; ++plane)
-            for (int64_t i = 0; i < images; ++i) phase_of(s, x, to, plane, i, y.line(plane, i, 0));
+            for (int64_t i = 0; i < images; ++i) phase_of(f, s, x, to, plane, i, y.line(plane, i, 0));
         return;
     }
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
@@ -257,10 +248,15 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
         for (int64_t i = 0; i < images; ++i) {
             const uint8_t *planes[QUAD];
             for (int64_t k = 0; k < QUAD; ++k) {
+                // what stands in the place of a plane that is not there meets no weights
+                const int64_t plane = std::min<int64_t>(block * QUAD + k, to.shape.channels - 1);
+                if (in_place(s.node.window)) {
+                    planes[k] = x.line(plane, i, 0) - before;
+                    continue;
+                }
                 uint8_t *some = f.scratch + k * length;
+                phase_of(f, s, x, to, plane, i, some + before);
                 planes[k] = some;
-                const int64_t plane = block * QUAD + k;
-                if (plane < to.shape.channels) phase_of(s, x, to, plane, i, some + before);
             }
             uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + (at % to.group + i) * to.image() - before);
             f.program->kernels->interleave(planes, out, length);
@@ -352,7 +348,7 @@ void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t im
     const int64_t n = int64_t{w.out_w - 1} * w.stride[1] + 1;
     std::memcpy(most, line, static_cast<size_t>(n));
     for (int64_t k = 1; k < w.kernel[1]; ++k) larger(most, line + k * w.dilation[1], n);
-    every(most, w.stride[1], out, w.out_w);
+    f.program->kernels->every(most, 0, w.stride[1], out, 0, w.out_w, 1);
 }
 
 void average(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {

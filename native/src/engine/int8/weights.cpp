@@ -75,10 +75,10 @@ class QuadMaker {
 
  private:
     void add(const Entry *quad) {
-        for (int32_t i = 0; i < QUAD; ++i) out_.offsets.push_back(quad[i].offset);
-        for (int32_t i = 0; i < QUAD; i += 2)
-            for (int32_t again = 0; again < (pairs_ ? 2 : 1); ++again)
-                for (int32_t k = 0; k < 2; ++k) out_.values.push_back(static_cast<int8_t>(quad[i + k].value));
+        for (int32_t i = 0; i < QUAD; ++i) {
+            out_.offsets.push_back(quad[i].offset);
+            out_.values.push_back(static_cast<int8_t>(quad[i].value));
+        }
     }
 
     const bool pairs_;
@@ -128,7 +128,31 @@ std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const f
     return all;
 }
 
-// Weights in blocks of four planes at one shift.
+// Four weights of planes that are interleaved, and the bytes that they are from the pixel.
+struct Quad {
+    int32_t offset;
+    std::array<int8_t, QUAD> w;
+};
+
+// What is positive and what is negative of each of a quad's two pairs.
+class Loads {
+ public:
+    explicit Loads(const Quad &quad) {
+        for (int32_t k = 0; k < QUAD; ++k) load_[k / 2 * 2 + (quad.w[k] < 0)] += std::abs(int32_t{quad.w[k]});
+    }
+    int32_t most() const { return *std::max_element(load_.begin(), load_.end()); }
+    bool fits() const { return most() <= PAIR_LIMIT; }
+    bool fits(const Loads &other) const {
+        for (int32_t k = 0; k < QUAD; ++k)
+            if (load_[k] + other.load_[k] > PAIR_LIMIT) return false;
+        return true;
+    }
+
+ private:
+    std::array<int32_t, QUAD> load_ = {};
+};
+
+// Weights in blocks of four planes at one shift; with pairs two blocks at a time, where two are left that may be added.
 class BlockMaker {
  public:
     BlockMaker(const Lines &lines, bool pairs) : lines_(lines), pairs_(pairs) { out_.starts.push_back(0); }
@@ -137,27 +161,55 @@ class BlockMaker {
         std::map<std::tuple<int64_t, int32_t, int32_t>, std::array<int8_t, QUAD>> blocks;
         for (const Tapped &t : taps)
             blocks[{t.plane / QUAD, t.rows, t.columns}][t.plane % QUAD] = static_cast<int8_t>(t.value);
+        std::vector<Quad> quads;
         for (const auto &[at, w] : blocks) {
             const auto [block, rows, columns] = at;
-            const int32_t offset = static_cast<int32_t>(QUAD * (block * lines_.stride + rows * lines_.row + columns));
-            if (!pairs_ || (fits(w[0], w[1]) && fits(w[2], w[3]))) {
-                add(offset, w[0], w[1], w[2], w[3]);
-            } else {
-                add(offset, w[0], 0, w[2], 0);
-                add(offset, 0, w[1], 0, w[3]);
-            }
+            quads.push_back({static_cast<int32_t>(QUAD * (block * lines_.stride + rows * lines_.row + columns)), w});
         }
-        out_.starts.push_back(static_cast<int64_t>(out_.offsets.size()));
+        if (pairs_) quads = in_twos(quads);
+        for (const Quad &quad : quads) {
+            out_.offsets.push_back(quad.offset);
+            out_.values.insert(out_.values.end(), quad.w.begin(), quad.w.end());
+        }
+        out_.starts.push_back(static_cast<int64_t>(out_.offsets.size()) / (pairs_ ? 2 : 1));
     }
 
     Weights make() { return std::move(out_); }
 
  private:
-    static bool fits(int32_t a, int32_t b) { return (a > 0) != (b > 0) || std::abs(a) + std::abs(b) <= PAIR_LIMIT; }
+    enum { TRIES = 64 };  // for the largest quad that one fits with
 
-    void add(int32_t offset, int8_t a, int8_t b, int8_t c, int8_t d) {
-        out_.offsets.push_back(offset);
-        out_.values.insert(out_.values.end(), {a, b, c, d});
+    static std::vector<Quad> in_twos(const std::vector<Quad> &quads) {
+        std::vector<std::pair<Loads, Quad>> all;
+        for (const Quad &quad : quads) {
+            if (Loads(quad).fits()) {
+                all.push_back({Loads(quad), quad});
+                continue;
+            }
+            for (const Quad &half :
+                 {Quad{quad.offset, {quad.w[0], 0, quad.w[2], 0}}, Quad{quad.offset, {0, quad.w[1], 0, quad.w[3]}}})
+                all.push_back({Loads(half), half});
+        }
+        std::stable_sort(all.begin(), all.end(),
+                         [](const auto &a, const auto &b) { return a.first.most() > b.first.most(); });
+        std::vector<Quad> out;
+        std::vector<uint8_t> taken(all.size(), 0);
+        for (size_t i = 0; i < all.size(); ++i) {
+            if (taken[i]) continue;
+            out.push_back(all[i].second);
+            out.push_back({all[i].second.offset, {}});
+            int32_t tries = 0;
+            for (size_t k = i + 1; k < all.size() && tries < TRIES; ++k) {
+                if (taken[k]) continue;
+                // the first of those that are left for a half of the tries, then the smallest
+                if (tries++ == TRIES / 2) k = std::max(k, all.size() - TRIES / 2);
+                if (taken[k] || !all[i].first.fits(all[k].first)) continue;
+                taken[k] = 1;
+                out.back() = all[k].second;
+                break;
+            }
+        }
+        return out;
     }
 
     const Lines &lines_;
@@ -229,9 +281,11 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.weights = maker.make();
 }
 
-Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs) {
+Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, int32_t asked,
+                     bool pairs) {
     const engine::Matrix m = engine::matrix_of(graph, node);
     if (m.groups > 1) return ANY;
+    if (asked > 0) return static_cast<Layout>(asked - 1);
     Value unplaced;
     unplaced.shape = {1, 1, 1};
     const Lines lines(node.window, unplaced);
