@@ -139,6 +139,48 @@ inline void alternate_eight(const uint8_t *x, uint8_t *out) {
     _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_packus_epi16(v, v));
 }
 
+// A byte for each byte.
+#if defined(__AVX512VBMI__)
+class Table {
+ public:
+    explicit Table(const uint8_t *t) {
+        for (int i = 0; i < 4; ++i) t_[i] = bytes(t + i * B);
+    }
+    I operator[](I x) const {  // the index is the low seven bits
+        const I low = _mm512_permutex2var_epi8(t_[0], x, t_[1]), high = _mm512_permutex2var_epi8(t_[2], x, t_[3]);
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high);
+    }
+
+ private:
+    I t_[4];
+};
+#else
+class Table {
+ public:
+    explicit Table(const uint8_t *t) : t_(t) {}
+    // Sixteen at a time, of which the shuffle takes those that x, less where they begin, is an index of: with 112 more,
+    // all others have the highest bit.
+    I operator[](I x) const {
+        I found = RAREFY_W(setzero)();
+        for (int i = 0; i < 16; ++i, x = RAREFY_V(sub_epi8)(x, byte(16)))
+            found = RAREFY_W(or)(found, RAREFY_V(shuffle_epi8)(part(i), RAREFY_V(adds_epu8)(x, byte(112))));
+        return found;
+    }
+
+ private:
+    I part(int i) const {
+        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i *>(t_ + 16 * i));
+#if defined(__AVX512BW__)
+        return _mm512_broadcast_i32x4(sixteen);
+#else
+        return _mm256_broadcastsi128_si256(sixteen);
+#endif
+    }
+
+    const uint8_t *t_;
+};
+#endif
+
 // The results of B pixels before they are rounded, in the order of the sums.
 struct Results {
     F t[4];
@@ -238,6 +280,15 @@ inline void alternate(const uint8_t *__restrict x, uint8_t *__restrict out) {
 inline void alternate_eight(const uint8_t *__restrict x, uint8_t *__restrict out) {
     for (int i = 0; i < 8; ++i) out[i] = x[2 * i];
 }
+struct Table {
+    const uint8_t *t;
+    explicit Table(const uint8_t *from) : t(from) {}
+    I operator[](const I &x) const {
+        I v;
+        for (int i = 0; i < B; ++i) v.x[i] = t[x.x[i]];
+        return v;
+    }
+};
 struct Results {
     float t[B];
 };

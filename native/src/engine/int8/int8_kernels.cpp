@@ -112,20 +112,77 @@ void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t
     }
 }
 
+void quantize(const float *__restrict x, uint8_t *__restrict out, int64_t n, const Factors *factors) {
+    const Factors f = *factors;
+    for (int64_t i = 0; i < n; ++i) {
+        float t = x[i] * f.multiplier;
+        t = t + f.bias;
+        t = t == t ? t : f.nan;
+        t = t > f.low ? t : f.low;
+        t = t < f.high ? t : f.high;
+        t = t + 12582912.0f;  // the last bits of 1.5 * 2^23 + t are the whole number nearest to t
+        uint32_t bits;
+        __builtin_memcpy(&bits, &t, sizeof bits);
+        out[i] = static_cast<uint8_t>(bits);
+    }
+}
+
+void look_up(const uint8_t *x, const uint8_t *table, uint8_t *out, int64_t n) {
+    const Table all(table);
+    int64_t i = 0;
+    for (; i + B <= n; i += B) put(out + i, all[bytes(x + i)]);
+    for (; i < n; ++i) out[i] = table[x[i]];
+}
+
 #if defined(__AVX2__)
-// In 16 bits, eight at a time: |w x + w x| < 2^31.
-int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
-    __m256i a = _mm256_setzero_si256(), b = a;
-    const auto part = [&](int64_t k, __m256i sum) {
-        const __m256i left = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + k)));
-        const __m256i right = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w + k)));
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(left, right));
-    };
-    for (int64_t k = 0; k < count; k += 32) a = part(k, a), b = part(k + 16, b);
-    a = _mm256_add_epi32(a, b);
+// In 16 bits, sixteen at a time: |w x + w x| < 2^31.
+inline __m256i add_sixteen(__m256i sum, __m128i x, __m128i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(x), _mm256_cvtepi8_epi16(w)));
+}
+inline __m128i sixteen(const void *p) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)); }
+inline int32_t total(__m256i a) {
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
+
+int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int64_t k = 0; k < count; k += 32) {
+        a = add_sixteen(a, sixteen(x + k), sixteen(w + k));
+        b = add_sixteen(b, sixteen(x + k + 16), sixteen(w + k + 16));
+    }
+    return total(_mm256_add_epi32(a, b));
+}
+
+// The pixels of four blocks; loads one by one take less than half of a gather's time on an AMD EPYC.
+inline __m128i four_blocks(const uint8_t *x, const uint16_t *index) {
+    __m128 four[4];
+    for (int k = 0; k < 4; ++k) four[k] = _mm_load_ss(reinterpret_cast<const float *>(x + QUAD * index[k]));
+    return _mm_castps_si128(_mm_movelh_ps(_mm_unpacklo_ps(four[0], four[1]), _mm_unpacklo_ps(four[2], four[3])));
+}
+
+int32_t dot_blocks(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int64_t k = 0; k < count; k += 32, index += 8) {
+        a = add_sixteen(a, four_blocks(x, index), sixteen(w + k));
+        b = add_sixteen(b, four_blocks(x, index + 4), sixteen(w + k + 16));
+    }
+    return total(_mm256_add_epi32(a, b));
+}
+
+template <int K>
+inline __m128i pixels(__m128i v, const uint8_t *x, const uint16_t *index) {
+    v = _mm_insert_epi8(v, x[index[K]], K);
+    if constexpr (K + 1 < 16) v = pixels<K + 1>(v, x, index);
+    return v;
+}
+
+int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; k += 16)
+        sum = add_sixteen(sum, pixels<0>(_mm_setzero_si128(), x, index + k), sixteen(w + k));
+    return total(sum);
 }
 #else
 int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
@@ -133,7 +190,12 @@ int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
     for (int64_t k = 0; k < count; ++k) sum += static_cast<int16_t>(w[k]) * static_cast<int16_t>(x[k]);
     return sum;
 }
-#endif
+
+int32_t dot_blocks(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += w[k] * x[QUAD * index[k / QUAD] + k % QUAD];
+    return sum;
+}
 
 int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
     int32_t a[4] = {};
@@ -143,6 +205,7 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
     for (; k < count; ++k) a[0] += w[k] * x[index[k]];
     return (a[0] + a[1]) + (a[2] + a[3]);
 }
+#endif
 
 Kernels make() {
     Kernels k = {};
@@ -158,8 +221,11 @@ Kernels make() {
 #endif
     k.interleave = interleave;
     k.every = every;
+    k.quantize = quantize;
+    k.look_up = look_up;
     k.dot = dot;
     k.dot_sparse = dot_sparse;
+    k.dot_blocks = dot_blocks;
     return k;
 }
 

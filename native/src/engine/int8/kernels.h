@@ -51,6 +51,11 @@ struct RowsCall {
 };
 typedef void Rows(const RowsCall *);
 
+// How a float32 number becomes a byte: x * multiplier + bias between low and high, and what NaN becomes.
+struct Factors {
+    float multiplier, bias, nan, low, high;
+};
+
 struct Kernels {
     int32_t pixels;  // of a vector
     int32_t pairs;   // 1: the sums of pairs saturate
@@ -62,10 +67,15 @@ struct Kernels {
     // last pixel on are read
     void (*every)(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n,
                   int64_t lines);
+    void (*quantize)(const float *x, uint8_t *out, int64_t n, const Factors *factors);
+    // out[i] = table[x[i]] for n of them
+    void (*look_up)(const uint8_t *x, const uint8_t *table, uint8_t *out, int64_t n);
     // sum_k w[k] x[k], for `count` weights, a multiple of 32
     int32_t (*dot)(const uint8_t *x, const int8_t *w, int64_t count);
-    // the same with x[index[k]]
+    // the same with x[index[k]], for a multiple of 16
     int32_t (*dot_sparse)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
+    // the same of blocks of four, with x[4 * index[k / 4] + k % 4]; `count` is a multiple of 32, too
+    int32_t (*dot_blocks)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
 };
 
 }  // namespace int8

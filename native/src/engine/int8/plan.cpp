@@ -115,9 +115,9 @@ class Planner {
             const Shape &x = program_.graph.values[n.x];
             step.vector =
                 n.window.pointwise() && x.pixels() == 1 && step.group == 1 && n.groups == 1 && x.channels <= 65535;
-            if (!step.vector) step.layout = layouts_[i];
+            step.layout = layouts_[i];
             if (in_place(n.window) && n.window.taps() > 1) program_.values[n.x].around = true;
-            if (!in_place(n.window) || step.layout == BLOCKS) step.node.x = copy(step);
+            if (!in_place(n.window) || (step.layout == BLOCKS && !step.vector)) step.node.x = copy(step);
         }
         if (n.kind == Kind::INPUT) program_.inputs.push_back(static_cast<int32_t>(program_.steps.size()));
         if (n.kind == Kind::OUTPUT) program_.outputs.push_back(static_cast<int32_t>(program_.steps.size()));

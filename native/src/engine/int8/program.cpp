@@ -230,9 +230,9 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     if (n.kind != Kind::CONV) return 0;
     info->weight_bytes = found->weights.bytes() + static_cast<int64_t>(12 * found->multipliers.size());
     std::snprintf(info->kernel, sizeof info->kernel, "int8 %s",
-                  found->vector             ? found->dense ? "dense vector" : "vector"
-                  : found->layout == BLOCKS ? "blocks"
-                                            : "quads");
+                  found->vector && found->dense ? "dense vector"
+                  : found->layout == BLOCKS     ? (found->vector ? "vector of blocks" : "blocks")
+                                                : (found->vector ? "vector" : "quads"));
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
     info->stored = found->vector

@@ -47,7 +47,7 @@ struct Value {
 struct Weights {
     std::vector<int8_t> values;
     std::vector<int32_t> offsets;  // of quads
-    std::vector<uint16_t> index;   // of sparse vectors
+    std::vector<uint16_t> index;   // of dot products of single weights or of blocks
     std::vector<int64_t> starts;   // of rows
     int64_t bytes() const {
         return static_cast<int64_t>(values.size() + 4 * offsets.size() + 2 * index.size() + 8 * starts.size());

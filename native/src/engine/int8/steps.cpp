@@ -87,9 +87,11 @@ void vector(const Frame &f, const Step &s, int64_t at) {
     for (int64_t r = mine.from; r < mine.to; ++r) {
         const int64_t from = s.weights.starts[r], count = s.weights.starts[r + 1] - from;
         const int8_t *w = s.weights.values.data() + from;
-        const int32_t sum =
-            s.first[r] + (s.dense ? f.program->kernels->dot(line, w, count)
-                                  : f.program->kernels->dot_sparse(line, w, s.weights.index.data() + from, count));
+        const Kernels &k = *f.program->kernels;
+        const uint16_t *index = s.weights.index.data() + (s.layout == BLOCKS ? from / QUAD : from);
+        const int32_t sum = s.first[r] + (s.dense              ? k.dot(line, w, count)
+                                          : s.layout == BLOCKS ? k.dot_blocks(line, w, index, count)
+                                                               : k.dot_sparse(line, w, index, count));
         float t = static_cast<float>(sum) * s.multipliers[r];
         t = t + s.biases[r];
         if (s.node.other_operand >= 0) {
@@ -264,60 +266,80 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
-void quantize(const float *__restrict x, int64_t step, uint8_t *__restrict out, int64_t n, rarefy_int8_result r) {
-    const float zero = static_cast<float>(r.zero_point);
-    const auto one = [=](float v) {
-        float t = v * r.multiplier;
-        t = t + r.bias;
-        return rounded(t == t ? t : zero, r.low, r.high);
-    };
-    if (step == 1)
-        for (int64_t p = 0; p < n; ++p) out[p] = one(x[p]);
-    else
-        for (int64_t p = 0; p < n; ++p) out[p] = one(x[p * step]);
+// Channels and pixels that are transposed at a time. Few pixels, since their channels are far apart, often by a power
+// of two, and compete for the same lines of the cache.
+enum { CHANNELS = 64, PIXELS = 16 };
+
+// Calls body(channel, channels, pixel, pixels) for all parts of a line of so many pixels.
+template <class F>
+void in_squares(const Share &channels, int64_t width, const F &body) {
+    for (int64_t p = 0; p < width; p += PIXELS)
+        for (int64_t c = channels.from; c < channels.to; c += CHANNELS)
+            body(c, std::min<int64_t>(CHANNELS, channels.to - c), p, std::min<int64_t>(PIXELS, width - p));
+}
+
+// The node's number among such ports.
+int32_t number_of(const Frame &f, const std::vector<int32_t> &ports, const Step &s) {
+    int32_t number = 0;
+    while (&f.program->steps[ports[number]] != &s) ++number;
+    return number;
 }
 
 void input(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View y = view(f, s.node.out, at);
     const Shape &shape = y.value->shape;
-    int32_t number = 0;
-    while (&f.program->steps[f.program->inputs[number]] != &s) ++number;
-    const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
-    const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
+    const float *first = f.inputs[number_of(f, f.program->inputs, s)] + (f.first_image + at) * shape.size();
+    const Factors to_bytes = {s.result.multiplier, s.result.bias, static_cast<float>(s.result.zero_point), s.result.low,
+                              s.result.high};
+    const auto quantize = f.program->kernels->quantize;
     const Share mine(f, shape.channels);
-    for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (int64_t i = 0; i < images; ++i) {
-            const float *in = f.inputs[number] + (f.first_image + at + i) * shape.size() + c * c_step;
-            for (int64_t row = 0; row < shape.height; ++row)
-                quantize(in + row * shape.width * p_step, p_step, y.line(c, i, row), shape.width, s.result);
+    for (int64_t i = 0; i < images; ++i)
+        for (int64_t row = 0; row < shape.height; ++row) {
+            const float *in = first + i * shape.size() + row * shape.width * (s.node.layout ? shape.channels : 1);
+            if (s.node.layout != RAREFY_CHANNELS_LAST) {
+                for (int64_t c = mine.from; c < mine.to; ++c)
+                    quantize(in + c * shape.pixels(), y.line(c, i, row), shape.width, &to_bytes);
+                continue;
+            }
+            in_squares(mine, shape.width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
+                uint8_t square[PIXELS][CHANNELS];
+                for (int64_t k = 0; k < pixels; ++k)
+                    quantize(in + (p + k) * shape.channels + c, square[k], channels, &to_bytes);
+                for (int64_t n = 0; n < channels; ++n) {
+                    uint8_t *out = y.line(c + n, i, row) + p;
+                    for (int64_t k = 0; k < pixels; ++k) out[k] = square[k][n];
+                }
+            });
         }
-        fill_gaps(y, c, at, images);
-    }
+    for (int64_t c = mine.from; c < mine.to; ++c) fill_gaps(y, c, at, images);
 }
 
 void output(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at);
     const Value &v = *x.value;
-    int32_t number = 0;
-    while (&f.program->steps[f.program->outputs[number]] != &s) ++number;
+    const Shape &shape = v.shape;
+    float *first = f.outputs[number_of(f, f.program->outputs, s)] + (f.first_image + at) * shape.size();
     const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
-    const int64_t c_step = last ? 1 : v.shape.pixels(), p_step = last ? v.shape.channels : 1;
+    const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
     const int32_t zero = v.zero_point;
-    const Share mine(f, v.shape.channels);
-    for (int64_t c = mine.from; c < mine.to; ++c)
-        for (int64_t i = 0; i < images; ++i) {
-            float *out = f.outputs[number] + (f.first_image + at + i) * v.shape.size() + c * c_step;
-            for (int64_t row = 0; row < v.shape.height; ++row) {
-                const uint8_t *line = x.line(c, i, row);
-                float *to = out + row * v.shape.width * p_step;
-                if (v.floats) {
-                    const float *from = floats(f, x) + (line - x.at);
-                    for (int64_t p = 0; p < v.shape.width; ++p) to[p * p_step] = from[p];
-                } else {
-                    for (int64_t p = 0; p < v.shape.width; ++p)
-                        to[p * p_step] = static_cast<float>(line[p] - zero) * s.result.multiplier;
+    const float factor = s.result.multiplier;
+    const Share mine(f, shape.channels);
+    for (int64_t i = 0; i < images; ++i)
+        for (int64_t row = 0; row < shape.height; ++row) {
+            float *out = first + i * shape.size() + row * shape.width * p_step;
+            in_squares(mine, shape.width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
+                for (int64_t n = c; n < c + channels; ++n) {
+                    const uint8_t *line = x.line(n, i, row) + p;
+                    float *to = out + n * c_step + p * p_step;
+                    if (v.floats) {
+                        const float *from = floats(f, x) + (line - x.at);
+                        for (int64_t k = 0; k < pixels; ++k) to[k * p_step] = from[k];
+                    } else {
+                        for (int64_t k = 0; k < pixels; ++k)
+                            to[k * p_step] = static_cast<float>(line[k] - zero) * factor;
+                    }
                 }
-            }
+            });
         }
 }
 
@@ -465,8 +487,7 @@ void over_lines(const Frame &f, const View &x, const View &y, int64_t first, int
 void table(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     over_lines(f, x, y, 0, at, images, [&](const uint8_t *line, int64_t c, int64_t i, int64_t row) {
-        uint8_t *out = y.line(c, i, row);
-        for (int64_t p = 0; p < x.value->shape.width; ++p) out[p] = s.table[line[p]];
+        f.program->kernels->look_up(line, s.table.data(), y.line(c, i, row), x.value->shape.width);
     });
 }
 

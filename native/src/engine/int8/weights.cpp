@@ -217,29 +217,48 @@ class BlockMaker {
     Weights out_;
 };
 
-// Vectors: rows of all weights, in multiples of 32, or of those that are not zero with their columns.
-Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, bool dense) {
+// Vectors: rows of all weights, of blocks with a weight that is not zero, both in multiples of 32, or in multiples of
+// 16 of such weights alone; the last two with their places.
+Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, Layout layout, bool dense) {
     Weights out;
     out.starts.push_back(0);
     for (int32_t row = 0; row < m.rows; ++row) {
-        for (int32_t c = 0; c < m.channels; ++c) {
-            const int8_t w = static_cast<int8_t>(weight[int64_t{row} * m.channels + c]);
-            if (!dense && w == 0) continue;
-            out.values.push_back(w);
-            if (!dense) out.index.push_back(static_cast<uint16_t>(c));
+        const float *from = weight.data() + int64_t{row} * m.channels;
+        const int32_t width = layout == BLOCKS && !dense ? QUAD : 1;
+        for (int32_t c = 0; c < m.channels; c += width) {
+            const int32_t there = std::min(width, m.channels - c);
+            if (!dense && std::all_of(from + c, from + c + there, [](float w) { return w == 0.0f; })) continue;
+            for (int32_t k = 0; k < width; ++k)
+                out.values.push_back(k < there ? static_cast<int8_t>(from[c + k]) : int8_t{0});
+            if (!dense) out.index.push_back(static_cast<uint16_t>(c / width));
         }
-        while (dense && out.values.size() % 32) out.values.push_back(0);
+        while (out.values.size() % (dense || layout == BLOCKS ? 32 : 16)) out.values.push_back(0);
+        if (!dense) out.index.resize(out.values.size() / static_cast<size_t>(width));
         out.starts.push_back(static_cast<int64_t>(out.values.size()));
     }
     return out;
 }
 
+// Of a vector's layer: how many blocks of four there are with a weight that is not zero.
+int64_t blocks_of(const engine::Matrix &m, const std::vector<float> &weight) {
+    int64_t blocks = 0;
+    for (int32_t row = 0; row < m.rows; ++row)
+        for (int32_t c = 0; c < m.channels; c += QUAD) {
+            const float *from = weight.data() + int64_t{row} * m.channels + c;
+            blocks +=
+                std::any_of(from, from + std::min<int32_t>(QUAD, m.channels - c), [](float w) { return w != 0.0f; });
+        }
+    return blocks;
+}
+
 // A block takes this share of the time of four single weights, what interleaving takes among it: 0.63 in the first
 // layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI it was not measured.
 constexpr double BLOCK_COST = 0.65;
+// A block takes so many times the time of a single weight in a dot product.
+constexpr double VECTOR_BLOCK_COST = 1.2;
 // Above this density the dot products of vectors take all weights, whose pixels are then read in a row. Not measured
 // apart.
-constexpr double VECTOR_DENSE_ABOVE = 0.17;
+constexpr double VECTOR_DENSE_ABOVE = 0.12;
 
 }  // namespace
 
@@ -259,7 +278,7 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     }
     if (step.vector) {
         step.dense = static_cast<double>(step.nonzeros) > VECTOR_DENSE_ABOVE * static_cast<double>(step.total_weights);
-        step.weights = make_vectors(m, weight, step.dense);
+        step.weights = make_vectors(m, weight, step.layout, step.dense);
         return;
     }
     const Lines lines(w, program.values[step.node.x]);
@@ -286,6 +305,11 @@ Layout choose_layout(const Graph &graph, const Node &node, const std::vector<flo
     const engine::Matrix m = engine::matrix_of(graph, node);
     if (m.groups > 1) return ANY;
     if (asked > 0) return static_cast<Layout>(asked - 1);
+    if (m.taps == 1 && graph.values[node.x].pixels() == 1) {
+        const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);
+        const double nonzeros = static_cast<double>(weight.size()) - static_cast<double>(zeros);
+        return static_cast<double>(blocks_of(m, weight)) * VECTOR_BLOCK_COST < nonzeros ? BLOCKS : ANY;
+    }
     Value unplaced;
     unplaced.shape = {1, 1, 1};
     const Lines lines(node.window, unplaced);
