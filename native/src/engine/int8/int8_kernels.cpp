@@ -112,18 +112,42 @@ void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t
     }
 }
 
+// The whole number nearest to t between low and high, which are from 0 to 255: the last bits of 1.5 * 2^23 + t.
+inline uint8_t nearest(float t, float low, float high) {
+    t = t > low ? t : low;
+    t = t < high ? t : high;
+    t = t + 12582912.0f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &t, sizeof bits);
+    return static_cast<uint8_t>(bits);
+}
+
 void quantize(const float *__restrict x, uint8_t *__restrict out, int64_t n, const Factors *factors) {
     const Factors f = *factors;
     for (int64_t i = 0; i < n; ++i) {
         float t = x[i] * f.multiplier;
         t = t + f.bias;
-        t = t == t ? t : f.nan;
-        t = t > f.low ? t : f.low;
-        t = t < f.high ? t : f.high;
-        t = t + 12582912.0f;  // the last bits of 1.5 * 2^23 + t are the whole number nearest to t
-        uint32_t bits;
-        __builtin_memcpy(&bits, &t, sizeof bits);
-        out[i] = static_cast<uint8_t>(bits);
+        out[i] = nearest(t == t ? t : f.nan, f.low, f.high);
+    }
+}
+
+void add(const uint8_t *__restrict x, const uint8_t *__restrict y, uint8_t *__restrict out, int64_t n,
+         const Combination *how) {
+    const Combination c = *how;
+    for (int64_t i = 0; i < n; ++i) {
+        float t = static_cast<float>(x[i]) * c.multiplier;
+        t = t + c.bias;
+        const float second = static_cast<float>(y[i]) * c.other;
+        out[i] = nearest(t + second, c.low, c.high);
+    }
+}
+
+void multiply(const uint8_t *__restrict x, const uint8_t *__restrict y, uint8_t *__restrict out, int64_t n,
+              const Combination *how) {
+    const Combination c = *how;
+    for (int64_t i = 0; i < n; ++i) {
+        const float t = static_cast<float>((x[i] - c.zero_x) * (y[i] - c.zero_y)) * c.multiplier;
+        out[i] = nearest(t + c.bias, c.low, c.high);
     }
 }
 
@@ -222,6 +246,8 @@ Kernels make() {
     k.interleave = interleave;
     k.every = every;
     k.quantize = quantize;
+    k.add = rarefy::RAREFY_ISA::add;
+    k.multiply = multiply;
     k.look_up = look_up;
     k.dot = dot;
     k.dot_sparse = dot_sparse;

@@ -56,6 +56,12 @@ struct Factors {
     float multiplier, bias, nan, low, high;
 };
 
+// Rows of a sum or a product of bytes; rarefy_int8.h has the formulas.
+struct Combination {
+    float multiplier, other, bias, low, high;
+    int32_t zero_x, zero_y;
+};
+
 struct Kernels {
     int32_t pixels;  // of a vector
     int32_t pairs;   // 1: the sums of pairs saturate
@@ -68,6 +74,8 @@ struct Kernels {
     void (*every)(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n,
                   int64_t lines);
     void (*quantize)(const float *x, uint8_t *out, int64_t n, const Factors *factors);
+    void (*add)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
+    void (*multiply)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
     // out[i] = table[x[i]] for n of them
     void (*look_up)(const uint8_t *x, const uint8_t *table, uint8_t *out, int64_t n);
     // sum_k w[k] x[k], for `count` weights, a multiple of 32

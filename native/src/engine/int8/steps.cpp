@@ -278,6 +278,9 @@ void in_squares(const Share &channels, int64_t width, const F &body) {
             body(c, std::min<int64_t>(CHANNELS, channels.to - c), p, std::min<int64_t>(PIXELS, width - p));
 }
 
+// Images of one pixel whose bytes follow each other: they are then the pixels of one image with its channels last.
+bool across(const Value &v) { return v.shape.pixels() == 1 && v.image() == 1; }
+
 // The node's number among such ports.
 int32_t number_of(const Frame &f, const std::vector<int32_t> &ports, const Step &s) {
     int32_t number = 0;
@@ -292,16 +295,18 @@ void input(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Factors to_bytes = {s.result.multiplier, s.result.bias, static_cast<float>(s.result.zero_point), s.result.low,
                               s.result.high};
     const auto quantize = f.program->kernels->quantize;
+    const bool wide = across(*y.value), last = wide || s.node.layout == RAREFY_CHANNELS_LAST;
+    const int64_t width = wide ? images : shape.width;
     const Share mine(f, shape.channels);
-    for (int64_t i = 0; i < images; ++i)
+    for (int64_t i = 0; i < (wide ? 1 : images); ++i)
         for (int64_t row = 0; row < shape.height; ++row) {
-            const float *in = first + i * shape.size() + row * shape.width * (s.node.layout ? shape.channels : 1);
-            if (s.node.layout != RAREFY_CHANNELS_LAST) {
+            const float *in = first + i * shape.size() + row * width * (last ? shape.channels : 1);
+            if (!last) {
                 for (int64_t c = mine.from; c < mine.to; ++c)
-                    quantize(in + c * shape.pixels(), y.line(c, i, row), shape.width, &to_bytes);
+                    quantize(in + c * shape.pixels(), y.line(c, i, row), width, &to_bytes);
                 continue;
             }
-            in_squares(mine, shape.width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
+            in_squares(mine, width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
                 uint8_t square[PIXELS][CHANNELS];
                 for (int64_t k = 0; k < pixels; ++k)
                     quantize(in + (p + k) * shape.channels + c, square[k], channels, &to_bytes);
@@ -319,15 +324,16 @@ void output(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Value &v = *x.value;
     const Shape &shape = v.shape;
     float *first = f.outputs[number_of(f, f.program->outputs, s)] + (f.first_image + at) * shape.size();
-    const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
+    const bool wide = across(v), last = wide || s.node.layout == RAREFY_CHANNELS_LAST;
+    const int64_t width = wide ? images : shape.width;
     const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
     const int32_t zero = v.zero_point;
     const float factor = s.result.multiplier;
     const Share mine(f, shape.channels);
-    for (int64_t i = 0; i < images; ++i)
+    for (int64_t i = 0; i < (wide ? 1 : images); ++i)
         for (int64_t row = 0; row < shape.height; ++row) {
-            float *out = first + i * shape.size() + row * shape.width * p_step;
-            in_squares(mine, shape.width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
+            float *out = first + i * shape.size() + row * width * p_step;
+            in_squares(mine, width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
                 for (int64_t n = c; n < c + channels; ++n) {
                     const uint8_t *line = x.line(n, i, row) + p;
                     float *to = out + n * c_step + p * p_step;
@@ -428,45 +434,21 @@ void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
-// Rows of a sum or a product of bytes.
-struct Combine {
-    float multiplier, other, bias, low, high;
-    int32_t zero_a, zero_b;
-};
-
-void add(const Combine c, const uint8_t *__restrict a, const uint8_t *__restrict b, uint8_t *__restrict out,
-         int64_t n) {
-    for (int64_t p = 0; p < n; ++p) {
-        float t = static_cast<float>(a[p]) * c.multiplier;
-        t = t + c.bias;
-        const float second = static_cast<float>(b[p]) * c.other;
-        out[p] = rounded(t + second, c.low, c.high);
-    }
-}
-
-void multiply(const Combine c, const uint8_t *__restrict a, const uint8_t *__restrict b, uint8_t *__restrict out,
-              int64_t n) {
-    for (int64_t p = 0; p < n; ++p) {
-        const float t = static_cast<float>((a[p] - c.zero_a) * (b[p] - c.zero_b)) * c.multiplier;
-        out[p] = rounded(t + c.bias, c.low, c.high);
-    }
-}
-
 void binary(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), other = view(f, s.node.other_operand, at), y = view(f, s.node.out, at);
     const Shape &shape = y.value->shape;
     const rarefy_int8_result &r = s.result;
     const bool broadcast = !(other.value->shape == shape);
-    const Combine combine = {r.multiplier,           r.other, r.bias, r.low, r.high, x.value->zero_point,
-                             other.value->zero_point};
+    const Combination combination = {r.multiplier,           r.other, r.bias, r.low, r.high, x.value->zero_point,
+                                     other.value->zero_point};
+    const auto combine = s.node.multiply ? f.program->kernels->multiply : f.program->kernels->add;
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
         for (int64_t i = 0; i < images; ++i) {
             if (broadcast) std::memset(f.scratch, *other.line(c, i, 0), static_cast<size_t>(shape.width));
             for (int64_t row = 0; row < shape.height; ++row)
-                (s.node.multiply ? multiply : add)(combine, x.line(c, i, row),
-                                                   broadcast ? f.scratch : other.line(c, i, row), y.line(c, i, row),
-                                                   shape.width);
+                combine(x.line(c, i, row), broadcast ? f.scratch : other.line(c, i, row), y.line(c, i, row),
+                        shape.width, &combination);
         }
         fill_gaps(y, c, at, images);
     }
