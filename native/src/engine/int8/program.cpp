@@ -185,10 +185,12 @@ RAREFY_API int32_t rarefy_int8_run(const rarefy_int8_program *program, const rar
             over_stages(program->stages, part.images, [&](const Stage &stage, int64_t at, int64_t images) {
                 for (int32_t i = stage.first; i < stage.last; ++i) {
                     const auto &step = program->steps[i];
-                    const double before = seconds ? thread_seconds() : 0.0;
-                    run_step(frame, step, at, images);
-                    if (seconds) seconds[step.source] += thread_seconds() - before;
-                    barrier.wait();
+                    over_images(stage.group, at, images, [&](int64_t first, int64_t some) {
+                        const double before = seconds ? thread_seconds() : 0.0;
+                        run_step(frame, step, first, some);
+                        if (seconds) seconds[step.source] += thread_seconds() - before;
+                        barrier.wait();
+                    });
                 }
             });
         });
