@@ -175,6 +175,22 @@ def test_without_measuring_the_result_is_the_same_every_time():
     assert first.measuring_seconds == 0
 
 
+@pytest.mark.parametrize("choices", [{"choose": "sparse"}, {"choose": "native", "precision": "int8"}], ids=["", "int8"])
+def test_fewer_images_than_a_program_takes_at_once(choices):
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(16, 16, size, padding=size // 2) for size in (3, 1, 3, 1, 3)]
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), *convolutions, nn.Flatten(), nn.Linear(400, 50), nn.Linear(50, 10)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(16, 3, 10, 10)
+    if "precision" in choices:
+        choices = choices | {"calibration": [x]}
+    alone = engine.compile(model, x[:1], threads=1, **choices)
+    wanted = torch.cat([alone(one) for one in x.split(1)])
+    for together in (4, 16):
+        made = engine.compile(model, x[:together], threads=1, **choices)
+        for batch in range(1, together + 1):
+            assert torch.allclose(made(x[:batch]), wanted[:batch], atol=1e-5), (together, batch)
+
+
 def test_facts_of_layers_are_counted():
     conv, linear = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.Linear(8, 5)
     conv.weight.data[:4] = 0

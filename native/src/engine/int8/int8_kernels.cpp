@@ -5,6 +5,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(RAREFY_NEON_BUILD)
+#include <arm_neon.h>
 #endif
 
 namespace rarefy {
@@ -29,6 +31,7 @@ struct Any {
     static void order(Sums &) {}
 };
 
+#if !defined(RAREFY_NO_BLOCKS)
 // The sums over blocks of four channels, whose pixels are interleaved.
 struct Blocks {
     static constexpr int OFFSETS = 1, WIDTH = QUAD, SCALE = QUAD;
@@ -40,9 +43,10 @@ struct Blocks {
     }
     static void order(Sums &s) { reorder(s); }
 };
+#endif
 
 // Tiles of T vectors of pixels.
-template <int T, class Quads>
+template <class Quads, int T>
 void rows(const RowsCall *call) {
     const RowsCall c = *call;
     for (int64_t r = 0; r < c.rows; ++r) {
@@ -70,10 +74,10 @@ void rows(const RowsCall *call) {
 void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n) {
     const uint8_t *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
     for (int64_t i = 0; i < n; ++i) {
-        out[4 * i] = a[i];
-        out[4 * i + 1] = b[i];
-        out[4 * i + 2] = c[i];
-        out[4 * i + 3] = d[i];
+        out[4 * i] = a[i] ^ CENTRE;
+        out[4 * i + 1] = b[i] ^ CENTRE;
+        out[4 * i + 2] = c[i] ^ CENTRE;
+        out[4 * i + 3] = d[i] ^ CENTRE;
     }
 }
 
@@ -92,6 +96,15 @@ int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
 }
+#elif defined(RAREFY_NEON_BUILD)
+int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
+    int32x4_t a = vdupq_n_s32(0), b = a;
+    for (int64_t k = 0; k < count; k += 2 * B) {
+        a = products(a, bytes(x + k), vld1q_s8(w + k));
+        b = products(b, bytes(x + k + B), vld1q_s8(w + k + B));
+    }
+    return vaddvq_s32(vaddq_s32(a, b));
+}
 #else
 int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
     int32_t sum = 0;
@@ -109,17 +122,23 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
     return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
+template <class Quads>
+void put_tiles(Rows **tiles) {
+    tiles[1] = rows<Quads, 1>;
+    tiles[2] = rows<Quads, 2>;
+#if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)  // 32 registers
+    tiles[4] = rows<Quads, 4>;
+#endif
+}
+
 Kernels make() {
     Kernels k = {};
     k.pixels = B;
     k.pairs = PAIRS;
-    k.rows[ANY][1] = rows<1, Any>;
-    k.rows[ANY][2] = rows<2, Any>;
-    k.rows[BLOCKS][1] = rows<1, Blocks>;
-    k.rows[BLOCKS][2] = rows<2, Blocks>;
-#if defined(__AVX512F__)  // 32 registers
-    k.rows[ANY][4] = rows<4, Any>;
-    k.rows[BLOCKS][4] = rows<4, Blocks>;
+    k.centre = CENTRE;
+    put_tiles<Any>(k.rows[ANY]);
+#if !defined(RAREFY_NO_BLOCKS)
+    put_tiles<Blocks>(k.rows[BLOCKS]);
 #endif
     k.interleave = interleave;
     k.dot = dot;

@@ -119,9 +119,9 @@ RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder
         program->graph.operands = graph.operands;
         std::vector<Layout> layouts;
         for (size_t i = 0; i < graph.nodes.size(); ++i)
-            layouts.push_back(graph.nodes[i].kind != Kind::CONV ? ANY
-                                                                : choose_layout(graph, graph.nodes[i], graph.weights[i],
-                                                                                program->kernels->pairs != 0));
+            layouts.push_back(graph.nodes[i].kind == Kind::CONV
+                                  ? choose_layout(graph, graph.nodes[i], graph.weights[i], *program->kernels)
+                                  : ANY);
         wrong = make_plan(*program, rarefy::engine::make_plan(graph, options->batch, options->threads), steps, layouts);
         if (!wrong.empty()) return refuse(wrong);
         for (Step &step : program->steps) {

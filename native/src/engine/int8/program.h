@@ -71,7 +71,7 @@ struct Step {
     Layout layout = ANY;                 // conv
     bool vector = false, dense = false;  // conv: by dot products, with all weights
     Weights weights;
-    std::vector<int32_t> first;  // conv: -zero_x * the sum of a row's weights
+    std::vector<int32_t> first;  // conv: (what the kernels take from pixels - zero_x) * the sum of a row's weights
     std::vector<float> multipliers, biases;
     std::vector<uint8_t> table;
     std::vector<uint8_t> mask_one, mask_group;  // conv: pixels among the positions of one image and of a group's, where
@@ -102,7 +102,7 @@ std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, co
                       const std::vector<Layout> &layouts);
 
 // How the weights of a convolution are best taken.
-Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs);
+Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, const Kernels &kernels);
 
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);
