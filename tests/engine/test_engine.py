@@ -1,6 +1,7 @@
 """What an engine takes, what it refuses, how it chooses, and what it tells of itself."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +52,24 @@ def compiled():
 def test_inputs_that_do_not_fit(compiled, given, error, message):
     with pytest.raises(error, match=message):
         compiled(given)
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("bfloat16", ', precision="bfloat16")'), ("int8", ', precision="int8", calibration=batches) and batches of this')],
+)
+def test_another_size_needs_the_same_options(precision, options):
+    calibration = [torch.randn(2, 3, 8, 8)] if precision == "int8" else None
+    model = nn.Conv2d(3, 4, 3).eval()
+    made = engine.compile(
+        model,
+        calibration[0] if calibration else torch.randn(2, 3, 8, 8),
+        precision=precision,
+        calibration=calibration,
+        choose="torch",
+    )
+    with pytest.raises(ValueError, match=re.escape(f"engine.compile(model, torch.zeros((1, 3, 9, 9)){options}")):
+        made(torch.zeros(1, 3, 9, 9))
 
 
 def test_the_wrong_number_of_inputs(compiled):
