@@ -5,17 +5,24 @@
 
 #include "rarefy.h"
 
+#if defined(RAREFY_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 // Every source that holds kernels, and every instruction set they are built for, best first.
-#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak) X(isa, int8)
+#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak)
 #if defined(RAREFY_X86)
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
 #elif defined(RAREFY_NEON)
 #define RAREFY_ENGINE_ISAS(X) X(neon) X(portable)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_INT8_ISAS(X) X(neon_i8mm) X(neon_dotprod) RAREFY_ISAS(X)
 #else
 #define RAREFY_ENGINE_ISAS(X) X(portable)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
 #endif
 
 #define RAREFY_DECLARE(isa, source)                \
@@ -25,8 +32,10 @@
     }
 #define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
 #define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine)
+#define RAREFY_DECLARE_INT8(isa) RAREFY_DECLARE(isa, int8)
 RAREFY_ISAS(RAREFY_DECLARE_ISA)
 RAREFY_ENGINE_ISAS(RAREFY_DECLARE_ENGINE)
+RAREFY_INT8_ISAS(RAREFY_DECLARE_INT8)
 
 namespace {
 
@@ -41,6 +50,11 @@ bool runs(std::string_view isa) {
                (isa == "avx512" || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                                     __builtin_cpu_supports("avx512vnni")));
     }
+#elif defined(RAREFY_NEON) && defined(__linux__)
+    // of HWCAP and HWCAP2, as Linux numbers them for aarch64
+    const unsigned long dotprod = 1ul << 20, i8mm = 1ul << 13;
+    if (isa == "neon_dotprod") return (getauxval(AT_HWCAP) & dotprod) != 0;
+    if (isa == "neon_i8mm") return (getauxval(AT_HWCAP) & dotprod) && (getauxval(AT_HWCAP2) & i8mm);
 #endif
     return isa == "portable" || isa == "neon";
 }
@@ -56,8 +70,10 @@ std::vector<rarefy_kernel> collect() {
 #define RAREFY_ADD(isa, source) add(rarefy::isa::source##_kernels, rarefy::isa::source##_kernel_count);
 #define RAREFY_ADD_ISA(isa) RAREFY_SOURCES(RAREFY_ADD, isa)
 #define RAREFY_ADD_ENGINE(isa) RAREFY_ADD(isa, engine)
+#define RAREFY_ADD_INT8(isa) RAREFY_ADD(isa, int8)
     RAREFY_ISAS(RAREFY_ADD_ISA)
     RAREFY_ENGINE_ISAS(RAREFY_ADD_ENGINE)
+    RAREFY_INT8_ISAS(RAREFY_ADD_INT8)
     return all;
 }
 

@@ -7,6 +7,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(RAREFY_NEON_BUILD)
+#include <arm_neon.h>
 #endif
 
 namespace rarefy {
@@ -31,6 +33,7 @@ struct Any {
     static void order(Sums &) {}
 };
 
+#if !defined(RAREFY_NO_BLOCKS)
 // The sums over blocks of four channels, whose pixels are interleaved.
 struct Blocks {
     static constexpr int OFFSETS = BLOCKS_AT_ONCE, WIDTH = QUAD * BLOCKS_AT_ONCE, SCALE = QUAD;
@@ -42,9 +45,10 @@ struct Blocks {
     }
     static void order(Sums &s) { reorder(s); }
 };
+#endif
 
 // Tiles of T vectors of pixels.
-template <int T, class Quads>
+template <class Quads, int T>
 void rows(const RowsCall *call) {
     const RowsCall c = *call;
     for (int64_t r = 0; r < c.rows; ++r) {
@@ -77,10 +81,10 @@ void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n
     for (int64_t i = 0; i + B <= n; i += B) some(i);
     if (n >= B) return n % B ? some(n - B) : void();
     for (int64_t i = 0; i < n; ++i) {
-        out[4 * i] = a[i];
-        out[4 * i + 1] = b[i];
-        out[4 * i + 2] = c[i];
-        out[4 * i + 3] = d[i];
+        out[4 * i] = a[i] ^ CENTRE;
+        out[4 * i + 1] = b[i] ^ CENTRE;
+        out[4 * i + 2] = c[i] ^ CENTRE;
+        out[4 * i + 3] = d[i] ^ CENTRE;
     }
 }
 
@@ -209,39 +213,57 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
     return total(sum);
 }
 #else
+#if defined(RAREFY_NEON_BUILD)
+int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
+    int32x4_t a = vdupq_n_s32(0), b = a;
+    for (int64_t k = 0; k < count; k += 2 * B) {
+        a = products(a, bytes(x + k), vld1q_s8(w + k));
+        b = products(b, bytes(x + k + B), vld1q_s8(w + k + B));
+    }
+    return vaddvq_s32(vaddq_s32(a, b));
+}
+#else
 int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
     int32_t sum = 0;
     for (int64_t k = 0; k < count; ++k) sum += static_cast<int16_t>(w[k]) * static_cast<int16_t>(x[k]);
     return sum;
 }
+#endif
 
 int32_t dot_blocks(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
     int32_t sum = 0;
-    for (int64_t k = 0; k < count; ++k) sum += w[k] * x[QUAD * index[k / QUAD] + k % QUAD];
+    for (int64_t k = 0; k < count; k += QUAD) {
+        const uint8_t *four = x + QUAD * index[k / QUAD];
+        for (int64_t i = 0; i < QUAD; ++i) sum += w[k + i] * four[i];
+    }
     return sum;
 }
 
 int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
     int32_t a[4] = {};
-    int64_t k = 0;
-    for (; k + 4 <= count; k += 4)
+    for (int64_t k = 0; k < count; k += 4)
         for (int i = 0; i < 4; ++i) a[i] += w[k + i] * x[index[k + i]];
-    for (; k < count; ++k) a[0] += w[k] * x[index[k]];
     return (a[0] + a[1]) + (a[2] + a[3]);
 }
 #endif
+
+template <class Quads>
+void put_tiles(Rows **tiles) {
+    tiles[1] = rows<Quads, 1>;
+    tiles[2] = rows<Quads, 2>;
+#if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)  // 32 registers
+    tiles[4] = rows<Quads, 4>;
+#endif
+}
 
 Kernels make() {
     Kernels k = {};
     k.pixels = B;
     k.pairs = PAIRS;
-    k.rows[ANY][1] = rows<1, Any>;
-    k.rows[ANY][2] = rows<2, Any>;
-    k.rows[BLOCKS][1] = rows<1, Blocks>;
-    k.rows[BLOCKS][2] = rows<2, Blocks>;
-#if defined(__AVX512F__)  // 32 registers
-    k.rows[ANY][4] = rows<4, Any>;
-    k.rows[BLOCKS][4] = rows<4, Blocks>;
+    k.centre = CENTRE;
+    put_tiles<Any>(k.rows[ANY]);
+#if !defined(RAREFY_NO_BLOCKS)
+    put_tiles<Blocks>(k.rows[BLOCKS]);
 #endif
     k.interleave = interleave;
     k.every = every;

@@ -112,9 +112,7 @@ class Planner {
             program_.values[n.out].floats = n.kind == Kind::CONV && step.result.floats;
         }
         if (n.kind == Kind::CONV) {
-            const Shape &x = program_.graph.values[n.x];
-            step.vector =
-                n.window.pointwise() && x.pixels() == 1 && step.group == 1 && n.groups == 1 && x.channels <= 65535;
+            step.vector = of_vectors(program_.graph, n, step.group);
             step.layout = layouts_[i];
             if (in_place(n.window) && n.window.taps() > 1) program_.values[n.x].around = true;
             if (!in_place(n.window) || (step.layout == BLOCKS && !step.vector)) step.node.x = copy(step);

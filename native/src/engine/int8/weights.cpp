@@ -252,7 +252,7 @@ int64_t blocks_of(const engine::Matrix &m, const std::vector<float> &weight) {
 }
 
 // A block takes this share of the time of four single weights, what interleaving takes among it: 0.63 in the first
-// layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI it was not measured.
+// layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI and with NEON it was not measured.
 constexpr double BLOCK_COST = 0.65;
 // A block takes so many times the time of a single weight in a dot product.
 constexpr double VECTOR_BLOCK_COST = 1.2;
@@ -269,15 +269,17 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.total_weights = static_cast<int64_t>(weight.size());
     step.nonzeros = std::count_if(weight.begin(), weight.end(), [](float v) { return v != 0.0f; });
     const int32_t channels = m.channels / m.groups, rows_a_group = m.rows / m.groups;
+    if (step.vector)
+        step.dense = static_cast<double>(step.nonzeros) > VECTOR_DENSE_ABOVE * static_cast<double>(step.total_weights);
+    const int32_t centre = step.vector && !step.dense ? 0 : program.kernels->centre;
     const int32_t zero = program.values[built.x].zero_point;
     for (int32_t row = 0; row < m.rows; ++row) {
         int32_t sum = 0;
         for (int64_t i = 0; i < int64_t{channels} * m.taps; ++i)
             sum += static_cast<int32_t>(weight[row * int64_t{channels} * m.taps + i]);
-        step.first.push_back(-zero * sum);
+        step.first.push_back((centre - zero) * sum);
     }
     if (step.vector) {
-        step.dense = static_cast<double>(step.nonzeros) > VECTOR_DENSE_ABOVE * static_cast<double>(step.total_weights);
         step.weights = make_vectors(m, weight, step.layout, step.dense);
         return;
     }
@@ -300,12 +302,14 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.weights = maker.make();
 }
 
-Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, int32_t asked,
-                     bool pairs) {
+Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const std::vector<float> &weight,
+                     int32_t asked, const Kernels &kernels) {
     const engine::Matrix m = engine::matrix_of(graph, node);
+    const bool vector = of_vectors(graph, node, group);
     if (m.groups > 1) return ANY;
+    if (!vector && !kernels.rows[BLOCKS][1]) return ANY;
     if (asked > 0) return static_cast<Layout>(asked - 1);
-    if (m.taps == 1 && graph.values[node.x].pixels() == 1) {
+    if (vector) {
         const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);
         const double nonzeros = static_cast<double>(weight.size()) - static_cast<double>(zeros);
         return static_cast<double>(blocks_of(m, weight)) * VECTOR_BLOCK_COST < nonzeros ? BLOCKS : ANY;
@@ -317,7 +321,7 @@ Layout choose_layout(const Graph &graph, const Node &node, const std::vector<flo
     for (int32_t row = 0; row < m.rows; ++row) {
         const std::vector<Tapped> taps = taps_of(m, lines, weight.data() + int64_t{row} * m.channels * m.taps, 0);
         single += static_cast<int64_t>(taps.size());
-        BlockMaker maker(lines, pairs);
+        BlockMaker maker(lines, kernels.pairs != 0);
         maker.row(taps);
         blocks += static_cast<int64_t>(maker.make().offsets.size());
     }
