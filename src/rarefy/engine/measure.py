@@ -25,7 +25,7 @@ _ROUNDS = 5
 _LEAST_ROUNDS = 2
 _RACE_SECONDS = 2.0  # after the least rounds, no more are begun when the ways have run for so long
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
-_ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated
+_ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated, nor is one before it that is not counted
 #: A way that took so many times as long as the fastest so far runs no further rounds.
 _LOST = 1.5
 #: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
@@ -88,13 +88,17 @@ def walk(
     layers: dict[str, LayerFacts] = {}
     known: dict[object, float] = {}  # layers that look alike take the same time: all their weights count
     for item, freed in zip(items(plan), plan.last_uses(), strict=True):
+        begun = time.thread_time()
         result = values[item.output] = run_step(item, values)
+        took = time.thread_time() - begun
         step = item.step if isinstance(item, Int8) else item
         if isinstance(step, Layer):
             look = _look(step, shapes[step.input])
             if timed and look not in known:
                 other = packed(step, shapes[step.input]) if isinstance(step, Conv) else None
-                known[look] = min(_time(each, values) for each in (step, other) if each is not None)
+                known[look] = took if took > _ENOUGH_SECONDS else _time(step, values)
+                if other is not None:
+                    known[look] = min(known[look], _time(other, values))
             layers[step.output] = _facts(step, result, samples(inputs[0].shape), known.get(look))
         if isinstance(result, Tensor):
             shapes[step.output] = tuple(result.shape)
@@ -127,7 +131,9 @@ def choose(
         ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
     if model is not None:
         ways[EAGER] = in_eager(plan, model)
-    times = race(ways, plan, inputs, options.threads)
+    dense_seconds = sum(facts.torch_seconds or 0.0 for facts in layers.values()) * samples(inputs[0].shape)
+    least = {name: dense_seconds / options.threads for name in ways if not name.startswith("native")}
+    times = race(ways, plan, inputs, options.threads, least)
     chosen = min(times, key=lambda name: times[name] / (_WORTH_KEEPING if name == EAGER else 1))
     if chosen == EAGER and model is not None:
         try:
@@ -168,12 +174,18 @@ def _time(item: Layer | PackedConv, values: dict[str, Any]) -> float:
     if isinstance(item, PackedConv):
         given = [x.contiguous(memory_format=torch.channels_last) for x in given]
     run = item.run if isinstance(item, PackedConv) else bind(item)[0]
-    run(*given)
-    took: list[float] = []
-    while sum(took) < _ENOUGH_SECONDS and (len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50)):
+
+    def once() -> float:
         begun = time.thread_time()
         run(*given)
-        took.append(time.thread_time() - begun)
+        return time.thread_time() - begun
+
+    first = once()
+    took: list[float] = []
+    if first > _ENOUGH_SECONDS:
+        return first
+    while sum(took) < _ENOUGH_SECONDS and (len(took) < 3 or (sum(took) < _LEAST_SECONDS and len(took) < 50)):
+        took.append(once())
     return median(took)
 
 
@@ -202,29 +214,37 @@ def slower_than_torch(
     return set(saved) if sum(saved.values()) > _WORTH_TRYING * whole else set()
 
 
-def race(ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int) -> dict[str, float]:
+def race(
+    ways: Mapping[str, Lowered], plan: Plan, inputs: Sequence[Tensor], threads: int, least: Mapping[str, float]
+) -> dict[str, float]:
     """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted.
 
-    Those that are far behind run no more: twice as far after the round that is not counted as after one that is. Where
+    Those that are far behind run no more: twice as far after the round that is not counted as after one that is. Those
+    that would be, for what they are known to take at ``least``, do not run at all; the first one always does. Where
     rounds are long there are fewer.
     """
     clock = seconds_of(threads)
+    times: dict[str, list[float]] = {}
+
+    def run(name: str, repeats: int) -> float:
+        begun = clock()
+        for _ in range(repeats):
+            runners[name](inputs, threads)
+        return (clock() - begun) / repeats
+
     runners = {name: runner(way.items, plan) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    racing = list(ways)
-    for done in range(_ROUNDS + 1):
-        if done > 0:
-            best = {name: min(times[name][min(done - 1, 1) :]) for name in racing}
-            lost = (_LOST if done > 1 else 2 * _LOST) * min(best.values())
-            racing = [name for name in racing if best[name] <= lost]
+    for name in ways:
+        if not times or least.get(name, 0.0) <= 2 * _LOST * min(map(min, times.values())):
+            times[name] = [run(name, 1)]
+    racing = list(times)
+    for done in range(1, _ROUNDS + 1):
+        best = {name: min(times[name][min(done - 1, 1) :]) for name in racing}
+        lost = (_LOST if done > 1 else 2 * _LOST) * min(best.values())
+        racing = [name for name in racing if best[name] <= lost]
         enough = done > _LEAST_ROUNDS and sum(map(sum, times.values())) > _RACE_SECONDS
         if len(racing) == 1 or enough:
             break
         for name in racing:
             # What takes microseconds runs many times, or its first runs decide.
-            repeats = 1 if done == 0 else min(50, 1 + int(_LEAST_SECONDS / max(times[name][0], 1e-6)))
-            begun = clock()
-            for _ in range(repeats):
-                runners[name](inputs, threads)
-            times[name].append((clock() - begun) / repeats)
+            times[name].append(run(name, min(50, 1 + int(_LEAST_SECONDS / max(times[name][0], 1e-6)))))
     return {name: min(each[1:] or each) for name, each in times.items()}
