@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from rarefy.engine.lowering import Item, lower
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
+from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
 
 Precision = Literal["float32", "bfloat16", "int8"]
 #: Tracing and measuring change state of the process.
-_COMPILING = threading.Lock()
+COMPILING = threading.Lock()
 _Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
@@ -73,17 +74,9 @@ def compile(
             bfloat16 and int8 what PyTorch does with the same rounding.
     """
     begun = time.perf_counter()
-    inputs = _checked(model, example_input, threads, precision, choose, tune_seconds)
-    quantized = precision == "int8" and pt2e.is_quantized(model)
-    _check_calibration(precision, calibration, error_budget, quantized)
-    with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
-        plan, trials = _captured(model, inputs)
-        better, quantization = optimize(plan), None
-        if quantized:
-            better, quantization = pt2e.read(better)
-        elif calibration is not None:
-            better, quantization = quantize(better, calibration, budget=error_budget)
-        better = _stored(better, precision)
+    inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    with COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+        plan, trials, better, quantization = prepare(model, inputs, precision, calibration, error_budget)
         engine = build(better, inputs, threads, precision, choose, tune_seconds, model)
         for tried in trials:
             if precision == "float32":
@@ -92,6 +85,34 @@ def compile(
                 verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=quantization)
     return engine
+
+
+class Prepared(NamedTuple):
+    """A plan as captured, what it was tried on, what is made of it to be run, and what int8 costs."""
+
+    plan: Plan
+    trials: list[verify.Trial]
+    better: Plan
+    quantization: Quantization | None
+
+
+def prepare(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    precision: Precision,
+    calibration: Iterable[Tensor | Sequence[Tensor]] | None,
+    error_budget: float,
+) -> Prepared:
+    """Capture, rewrite and quantise; arguments as those of :func:`compile`."""
+    quantized = precision == "int8" and pt2e.is_quantized(model)
+    _check_calibration(precision, calibration, error_budget, quantized)
+    plan, trials = _captured(model, inputs)
+    better, quantization = optimize(plan), None
+    if quantized:
+        better, quantization = pt2e.read(better)
+    elif calibration is not None:
+        better, quantization = quantize(better, calibration, budget=error_budget)
+    return Prepared(plan, trials, _stored(better, precision), quantization)
 
 
 def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[verify.Trial]]:
@@ -215,7 +236,7 @@ class _Copies:
         return replace(step, **copies)
 
 
-def _checked(
+def checked(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     threads: int | None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Line
 from rarefy.engine.profile import Profile, profile
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.steps import StepInfo, steps
+
+#: Of one time of calls: a call alone may be too short for the clock.
+_ROUND_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,24 @@ class Engine:
         with torch.no_grad(), torch_threads(1):
             took = self._runner.timed(given, rounds)
         return profile(self.steps(), self._items, took, batch)
+
+    def seconds(self, *inputs: Tensor, rounds: int = 21) -> float:
+        """Time whole calls on one thread, by its processor time: the median of ``rounds`` times some milliseconds.
+
+        ``inputs`` are what to run on; without them, random numbers of the example's shapes.
+        """
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        given = inputs or self.example()
+        found = []
+        with torch.no_grad(), torch_threads(1):
+            for _ in range(rounds):
+                calls, begun = 0, time.thread_time()
+                while not calls or time.thread_time() - begun < _ROUND_SECONDS:
+                    self._apart(given, self._runner(self._checked(given), 1))
+                    calls += 1
+                found.append((time.thread_time() - begun) / calls)
+        return median(found)
 
     def steps(self) -> list[StepInfo]:
         """List what runs, step by step, and by which kernel (see :class:`rarefy.engine.StepInfo`)."""
