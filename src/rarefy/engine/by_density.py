@@ -72,11 +72,9 @@ def latency(
     inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
     with COMPILING, torch.random.fork_rng(devices=[]):
         plan = prepare(model, inputs, precision, calibration, error_budget).better
-        engines = [
-            build(_masked(plan, density, block), inputs, 1, precision, "measure", tune_seconds) for density in DENSITIES
-        ]
-        sizes = {step.name: step.weight.numel() for step in plan.steps if isinstance(step, Layer)}
-        layers, calls = _timed(engines, inputs, list(sizes))
+        engines = at_densities(plan, inputs, precision, block, tune_seconds)
+        sizes = weights_of(plan)
+        layers, calls = timed(engines, inputs, list(sizes))
     if not layers.any():
         raise ValueError(
             f"the engine does not time the layers of {type(model).__name__} one by one, so that none can be told by "
@@ -107,6 +105,20 @@ def table(
     return Latency(found, fixed, precision, block, about)
 
 
+def weights_of(plan: Plan) -> dict[str, int]:
+    """How many weights each layer has, by name."""
+    return {step.name: step.weight.numel() for step in plan.steps if isinstance(step, Layer)}
+
+
+def at_densities(
+    plan: Plan, inputs: tuple[Tensor, ...], precision: Precision, block: int, tune_seconds: float
+) -> list[Engine]:
+    """An engine for each of :data:`DENSITIES`."""
+    return [
+        build(_masked(plan, density, block), inputs, 1, precision, "measure", tune_seconds) for density in DENSITIES
+    ]
+
+
 def _masked(plan: Plan, density: float, block: int) -> Plan:
     """The plan with as many weights in every layer, where chance wants them."""
     chance = torch.Generator().manual_seed(0)
@@ -126,7 +138,7 @@ def _masked(plan: Plan, density: float, block: int) -> Plan:
     return replace(plan, steps=tuple(map(masked, plan.steps)))
 
 
-def _timed(engines: Sequence[Engine], inputs: Sequence[Tensor], names: Sequence[str]) -> tuple[_Seconds, _Seconds]:
+def timed(engines: Sequence[Engine], inputs: Sequence[Tensor], names: Sequence[str]) -> tuple[_Seconds, _Seconds]:
     """Seconds of (layers, engines), and of whole calls, (engines,): medians of rounds in which all take turns."""
     layers = np.zeros((_ROUNDS, len(names), len(engines)))
     calls: list[list[float]] = [[] for _ in engines]
