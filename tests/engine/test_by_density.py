@@ -82,7 +82,7 @@ def test_mistakes():
         engine.latency(small(), x, block=0)
     with pytest.raises(ValueError, match="training mode"):
         engine.latency(small().train(), x)
-    with pytest.raises(ValueError, match=r"does not time the layers of Sequential.*target_flops"):
+    with pytest.raises(ValueError, match=r"knows no layer of Sequential.*target_flops"):
         engine.latency(nn.Sequential(nn.ReLU()).eval(), x, tune_seconds=0.0)
     compiled = engine.compile(small(), x, choose="native")
     assert compiled.seconds(rounds=1) > 0

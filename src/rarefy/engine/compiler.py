@@ -155,13 +155,17 @@ def build(
     choose: Choose,
     tune_seconds: float,
     model: nn.Module | None = None,
+    native_alone: bool = False,
 ) -> Engine:
-    """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`."""
+    """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`.
+
+    With ``native_alone`` what is measured are the native kernels, and not PyTorch beside them.
+    """
     begun = time.perf_counter()
     plan = _stored(plan, precision)
     threads_now = threads or torch.get_num_threads()
     with torch_threads(threads_now), torch.no_grad():
-        found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model)
+        found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model, native_alone)
     own = _Copies()
     items = tuple(own.item(item) for item in found.lowered.items)
     read = {name for item in items if not isinstance(item, (NativeSegment, Eager)) for name in item.inputs} | {
@@ -323,6 +327,7 @@ def _choose(
     threads: int,
     tune_seconds: float,
     model: nn.Module | None,
+    native_alone: bool,
 ) -> tuple[measure.Decision, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
@@ -330,7 +335,7 @@ def _choose(
     quantized = any(value.quantized is not None for value in plan.values.values())
     timed = choose == "measure" and usable and not quantized
     with torch_threads(1):
-        shapes, layers = measure.walk(plan, inputs, timed=timed)
+        shapes, layers = measure.walk(plan, inputs, timed=timed and not native_alone)
     options = Options(
         choice=choose if choose in ("sparse", "dense") else "measure",
         storage="bfloat16" if precision == "bfloat16" else "float32",
@@ -340,7 +345,8 @@ def _choose(
         samples=samples(inputs[0].shape),
     )
     if timed:
-        found = measure.choose(plan, inputs, options, layers, model if precision == "float32" else None)
+        eager = model if precision == "float32" else None
+        found = measure.choose(plan, inputs, options, layers, eager, native_alone)
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"
