@@ -31,7 +31,7 @@ from rarefy.sparse.masks import block_expand
 #: density of 0.7, where time may jump: no line should lead over that.
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.69, 0.71, 1.0)
 
-#: Turns, in each of which all densities are measured, and profiled calls in each of them.
+#: Turns, in each of which all densities are measured, and calls in each of them that are profiled, and timed whole.
 _ROUNDS, _PROFILED = 15, 3
 
 _Seconds = NDArray[np.float64]
@@ -151,5 +151,5 @@ def timed(engines: Sequence[Engine], inputs: Sequence[Tensor], names: Sequence[s
             for row in engine.profile(*inputs, rounds=_PROFILED).rows:
                 if row.density is not None and row.name in places:
                     layers[done, places[row.name], index] += row.seconds
-            calls[index].append(engine.seconds(*inputs, rounds=1))
+            calls[index].append(engine.seconds(*inputs, rounds=_PROFILED))
     return np.median(layers, 0), np.array([median(each) for each in calls])

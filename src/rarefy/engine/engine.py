@@ -23,8 +23,8 @@ from rarefy.engine.profile import Profile, profile
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.steps import StepInfo, steps
 
-#: Of one time of calls: a call alone may be too short for the clock.
-_ROUND_SECONDS = 0.005
+#: So long calls are timed at least: a few short ones tell little.
+_LEAST_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -149,21 +149,20 @@ class Engine:
         return profile(self.steps(), self._items, took, batch)
 
     def seconds(self, *inputs: Tensor, rounds: int = 21) -> float:
-        """Time whole calls on one thread, by its processor time: the median of ``rounds`` times some milliseconds.
+        """Time whole calls on one thread, by its processor time: the median of ``rounds``, or more of short ones.
 
         ``inputs`` are what to run on; without them, random numbers of the example's shapes.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         given = inputs or self.example()
-        found = []
+        found: list[float] = []
         with torch.no_grad(), torch_threads(1):
-            for _ in range(rounds):
-                calls, begun = 0, time.thread_time()
-                while not calls or time.thread_time() - begun < _ROUND_SECONDS:
-                    self._apart(given, self._runner(self._checked(given), 1))
-                    calls += 1
-                found.append((time.thread_time() - begun) / calls)
+            self._runner(self._checked(given), 1)
+            while len(found) < rounds or sum(found) < _LEAST_SECONDS:
+                begun = time.thread_time()
+                self._apart(given, self._runner(self._checked(given), 1))
+                found.append(time.thread_time() - begun)
         return median(found)
 
     def steps(self) -> list[StepInfo]:
