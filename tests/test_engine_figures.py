@@ -98,3 +98,10 @@ def test_the_int8_tables_are_those_of_the_results() -> None:
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert printed.count("\n") >= 6
     assert printed in (ROOT / "docs" / "results" / "engine.md").read_text()
+
+
+def test_the_table_of_milliseconds_is_that_of_the_results() -> None:
+    command = [sys.executable, "benchmarks/latency.py", "--print"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert printed.count("\n") >= 4
+    assert printed in (ROOT / "docs" / "results" / "engine.md").read_text()
