@@ -90,7 +90,7 @@ class ByCost(AutoSparse):
 
     def _measures(self) -> Sequence[float]:
         assert self.budget is not None
-        return self.budget.costs
+        return [prices.each[0] for prices in self.budget.prices]
 
     def _press(self, parameters: list[Tensor], decay: float) -> None:
         scaled = [measure**self.power for measure in self._measures()]

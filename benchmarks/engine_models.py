@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rarefy import models
 from rarefy._files import write_atomically
+from rarefy._prices import Prices
 from rarefy.sparse import distribution
 from rarefy.sparse_files import is_sparse_file, load_sparse
 
@@ -173,7 +174,8 @@ def _prune(model: nn.Module, density: float, spread: str, block: int) -> None:
     }
     sizes = [weight.numel() for weight in layers.values()]
     relative = distribution.relative_densities(spread, {name: weight.shape for name, weight in layers.items()})
-    kept = distribution.densities(relative, [None] * len(sizes), sizes, [0.0] * len(sizes), density * sum(sizes))
+    prices = [Prices.one(1.0, size) for size in sizes]
+    kept = distribution.densities(relative, [None] * len(sizes), prices, [0.0] * len(sizes), density * sum(sizes))
     for weight, share in zip(layers.values(), kept, strict=True):
         blocks = weight.abs().reshape(len(weight), -1, block, *weight.shape[2:]).sum(2)
         zeros = blocks.numel() - round(share * blocks.numel())

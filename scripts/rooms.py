@@ -19,8 +19,8 @@ from pathlib import Path
 
 #: From the ground up. A name that begins with an underscore is a module that several rooms share.
 ORDER = (
-    ("_names", "_files", "_yaml"),
-    ("kernels", "environment", "_products", "_forward", "cost"),
+    ("_names", "_files", "_yaml", "_prices"),
+    ("kernels", "environment", "_products", "_forward", "cost", "latency"),
     ("sparse", "act", "sparse_files", "onnx_files"),
     ("engine", "rtl"),
     ("models", "data"),

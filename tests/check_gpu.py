@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from rarefy import act, cost, kernels
+from rarefy._prices import Prices
 from rarefy.act.kernels import aten
 from rarefy.act.spec import reference
 from rarefy.data import fashion_mnist
@@ -315,9 +316,10 @@ def test_thresholds_of_more_than_2_to_the_31_values():
 def test_the_choice_of_masks_is_that_of_the_cpu(deterministic):
     generator = torch.Generator().manual_seed(0)
     scores = [torch.randn(50, 30, generator=generator).round(decimals=1) for _ in range(3)]  # with ties
+    prices = [Prices.one(1.0, 1500), Prices.one(49.0, 1500), Prices((100, 1000, 1500), (9.0, 3.5, 0.0))]
     for budget in (1000.0, 5000.5, 40000.0):
-        here = masks.within_budget(scores, [1.0, 49.0, 3.5], budget, [1, 20, 1])
-        there = masks.within_budget([s.cuda() for s in scores], [1.0, 49.0, 3.5], budget, [1, 20, 1])
+        here = masks.within_budget(scores, prices, budget, [1, 20, 1])
+        there = masks.within_budget([s.cuda() for s in scores], prices, budget, [1, 20, 1])
         assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
 
 

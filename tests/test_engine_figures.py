@@ -94,6 +94,10 @@ def test_the_int8_tables_are_those_of_the_results() -> None:
     assert printed("benchmarks/int8.py") in (ROOT / "docs" / "results" / "engine.md").read_text()
 
 
+def test_the_table_of_milliseconds_is_that_of_the_results() -> None:
+    assert printed("benchmarks/latency.py") in (ROOT / "docs" / "results" / "engine.md").read_text()
+
+
 def printed(script: str) -> str:
     command = [sys.executable, script, "--print"]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

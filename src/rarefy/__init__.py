@@ -1,6 +1,6 @@
 """Make neural networks cheap to run, and prove it: four rooms, each of use alone.
 
-- :mod:`rarefy.sparse`: train a network sparse, to the sparsity or the share of the FLOPs that you name;
+- :mod:`rarefy.sparse`: train a network sparse, to the sparsity, the share of the FLOPs or the time that you name;
 - :mod:`rarefy.act`: compute tanh, sigmoid, SiLU and GELU cheaply and exactly;
 - :mod:`rarefy.engine`: run a sparse network on the CPU in less time;
 - :mod:`rarefy.rtl`: make hardware of the activation functions, verified on all inputs.

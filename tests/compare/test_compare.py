@@ -223,3 +223,9 @@ def test_a_terminated_comparison_leaves_no_process_and_goes_on(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "runs" / "dense_seed0" / "checkpoints" / "last.pt").exists()
+
+
+def test_a_method_with_milliseconds_has_its_target(tmp_path):
+    made = load(comparison(tmp_path, methods={"A": {"name": "autosparse", "target_ms": 2.0}}))
+    assert {job.target for job in made.jobs} == {None}
+    assert made.jobs[0].recipe.method.options == {"target_ms": 2.0}

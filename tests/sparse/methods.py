@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import sparse
+from rarefy.latency import Latency, LayerLatency
 
 STEPS = 200
 
@@ -19,6 +20,7 @@ CASES = {
     "autosparse-accuracy": ("autosparse", {"target": 0.9}),
     "autosparse-cost": ("autosparse", {"target": 0.9, "policy": "cost"}),
     "autosparse-flops": ("autosparse", {"target_flops": 0.2}),
+    "autosparse-ms": ("autosparse", {"target_ms": 1.5}),
     "autosparse-sparse-backward": ("autosparse", {"target": 0.8, "backward_density": 0.5}),
     "autosparse-block": ("autosparse", {"target": 0.8, "block": 4, "exclude": ["0"]}),
     "nm": ("nm", {"n": 1, "m": 4, "exclude": ["0"]}),
@@ -27,6 +29,7 @@ CASES = {
     "static": ("static", {"target": 0.9, "distribution": "uniform"}),
     "gmp": ("gmp", {"target": 0.9}),
     "gmp-flops": ("gmp", {"target_flops": 0.2, "distribution": "erk"}),
+    "gmp-ms": ("gmp", {"target_ms": 1.5, "distribution": "global"}),
     "set": ("set", {"target": 0.9}),
     "rigl": ("rigl", {"target": 0.9}),
     "snfs": ("snfs", {"target": 0.9}),
@@ -56,7 +59,7 @@ FAMILIES = ["autosparse-accuracy", "rigl", "topk", "cs"]
 #: Every case as a parameter of tests; make test-fast runs one of each family.
 EVERY = [pytest.param(case, marks=() if case in FAMILIES else pytest.mark.slow) for case in CASES]
 
-TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops"} & set(case[1])}
+TARGETED = {name: case for name, case in CASES.items() if {"target", "target_flops", "target_ms"} & set(case[1])}
 
 
 def network(norm: bool = True) -> nn.Sequential:
@@ -72,6 +75,21 @@ def network(norm: bool = True) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(56, 4),
     )
+
+
+def latency(block: int = 1) -> Latency:
+    """What a :func:`network` might take, in all 3 ms: layers that level off, one that bends, one of no matter."""
+    milliseconds = {
+        "0": (288, (0.1, 0.15, 0.3, 0.3)),
+        "3": (1152, (0.1, 0.3, 1.5, 1.5)),
+        "6": (384, (0.05, 0.2, 0.35, 0.7)),
+        "8": (224, (0.2, 0.2, 0.2, 0.2)),
+    }
+    layers = [
+        LayerLatency(name, weights, (0.0, 0.1, 0.6, 1.0), tuple(each / 1000 for each in seconds))
+        for name, (weights, seconds) in milliseconds.items()
+    ]
+    return Latency(tuple(layers), 0.0003, "float32", block, {"cpu": "none"})
 
 
 @functools.cache
@@ -91,6 +109,8 @@ def create(case: str, model: nn.Module, total_steps: int = STEPS, **options) -> 
     name, known = CASES[case]
     if "target_flops" in {**known, **options}:
         options = {"example_input": torch.zeros(1, 2, 8, 8, device=next(model.parameters()).device), **options}
+    if "target_ms" in {**known, **options}:
+        options = {"latency": latency(), **options}
     return sparse.create(name, model, total_steps=total_steps, **{**known, **options})
 
 

@@ -11,7 +11,7 @@ from rarefy import cost, sparse
 from rarefy.sparse import AutoSparse, schedules
 from rarefy.sparse.families.soft_threshold import THRESHOLD_FUNCTIONS
 from tests.sparse.by_hand import ByHand
-from tests.sparse.methods import EVERY, STEPS, TARGETED, Run, accuracy
+from tests.sparse.methods import EVERY, STEPS, TARGETED, Run, accuracy, latency
 
 
 def alphas(steps, **options):
@@ -105,6 +105,9 @@ def test_lands_on_its_target(case, adam):
         weights = sum(m.weight.numel() for m in layers)
         live = sum(int((m.weight != 0).sum()) for m in layers)
         assert live == math.floor(budget.goal * weights + 1e-9 * weights)
+    elif budget.kind == "ms":
+        live = {name: int(model.get_submodule(name).weight.count_nonzero()) for name in names}
+        assert budget.seconds - budget.dearest <= latency().seconds(live) <= budget.seconds
     else:
         final = cost.count(model, torch.zeros(1, 2, 8, 8))
         dearest = max(layer.dense / layer.parameters for layer in final.layers)

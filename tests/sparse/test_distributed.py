@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rarefy import sparse
+from rarefy._prices import Prices
 from rarefy.sparse import masks
 from rarefy.sparse.shards import shard_of
 from tests.sparse.methods import CASES, assert_equal, batch, create, network
@@ -104,12 +105,19 @@ def choices(rank):
     parts = [distribute_tensor(layer, mesh, [Shard(0)]) for layer in layers]
     local, shards = [part.to_local() for part in parts], [shard_of("x", part) for part in parts]
 
+    there, here = [], []
+
     def gathered(some):
         return [whole(DTensor.from_local(m, mesh, [Shard(0)], run_check=False, shape=part.shape, stride=part.stride()))
                 for m, part in zip(some, parts, strict=True)]  # fmt: skip
 
-    there = gathered(masks.within_budget(local, [1.0, 49.0, 3.5], 150.0, [1, 1, 2], shards))
-    return there, masks.within_budget(layers, [1.0, 49.0, 3.5], 150.0, [1, 1, 2])
+    one = [Prices.one(1.0, 35), Prices.one(49.0, 3), Prices.one(3.5, 96)]
+    # Prices that change, and are nothing from some number of weights on.
+    several = [Prices((10, 20, 35), (3.0, 1.0, 0.0)), Prices.one(9.0, 3), Prices((5, 50, 96), (0.0, 2.0, 0.5))]
+    for prices, budget in ((one, 150.0), (several, 40.0), (several, 77.5), (several, 160.0)):
+        there += gathered(masks.within_budget(local, prices, budget, [1, 1, 2], shards))
+        here += masks.within_budget(layers, prices, budget, [1, 1, 2])
+    return there, here
 
 
 def refusals():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy import models, sparse
+from rarefy._prices import Prices
 from rarefy.sparse import distribution as spread
 
 
@@ -17,7 +18,7 @@ def erk(shapes, sparsity):
     relative = spread.relative_densities("erk", shapes)
     nothing = [0.0] * len(sizes)
     available = (1 - sparsity) * sum(sizes)
-    found = spread.densities(relative, [None] * len(sizes), [float(n) for n in sizes], nothing, available)
+    found = spread.densities(relative, [None] * len(sizes), [Prices.one(1.0, n) for n in sizes], nothing, available)
     return dict(zip(shapes, found, strict=True))
 
 
@@ -57,10 +58,10 @@ def test_counts_are_exactly_the_budget(shapes, density, kind):
     sizes = [math.prod(shape) for shape in shapes.values()]
     least = [1] * len(sizes)
     available = max(density * sum(sizes), len(sizes))
-    costs, lows = [float(n) for n in sizes], [1 / n for n in sizes]
+    prices, lows = [Prices.one(1.0, n) for n in sizes], [1 / n for n in sizes]
     relative = spread.relative_densities(kind, shapes)
-    found = spread.densities(relative, [None] * len(sizes), costs, lows, available)
-    live = spread.counts(found, sizes, [1.0] * len(sizes), least, available)
+    found = spread.densities(relative, [None] * len(sizes), prices, lows, available)
+    live = spread.counts(found, prices, least, available)
     assert sum(live) == math.floor(available + 1e-9 * sum(sizes))
     assert all(1 <= count <= size for count, size in zip(live, sizes, strict=True))
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rarefy._prices import Prices
 from rarefy.sparse.masks import top_k, within_budget
 
 
@@ -24,23 +25,23 @@ def test_top_k_refuses_an_impossible_k():
 def test_equal_costs_keep_exactly_the_budget():
     scores = [torch.rand(7, 3), torch.rand(50)]
     for budget in range(2, 72):
-        masks = within_budget(scores, [1.0, 1.0], float(budget), [1, 1])
+        masks = within_budget(scores, [Prices.one(1.0, 21), Prices.one(1.0, 50)], float(budget), [1, 1])
         assert sum(int(mask.sum()) for mask in masks) == min(budget, 71)
 
 
 def test_floors_hold_even_against_better_scores():
     low, high = torch.arange(10.0), 100 + torch.arange(90.0)
-    masks = within_budget([low, high], [1.0, 1.0], 20.0, [4, 1])
+    masks = within_budget([low, high], [Prices.one(1.0, 10), Prices.one(1.0, 90)], 20.0, [4, 1])
     assert [int(mask.sum()) for mask in masks] == [4, 16]
     assert masks[0].nonzero().flatten().tolist() == [6, 7, 8, 9]
 
 
 def test_unequal_costs_stop_at_the_first_that_does_not_fit():
     cheap, dear = torch.tensor([5.0, 1.0]), torch.tensor([4.0, 3.0])
-    masks = within_budget([cheap, dear], [1.0, 10.0], 15.0, [0, 0])
+    masks = within_budget([cheap, dear], [Prices.one(1.0, 2), Prices.one(10.0, 2)], 15.0, [0, 0])
     assert [mask.tolist() for mask in masks] == [[True, False], [True, False]]
 
 
 def test_a_budget_below_the_floors_is_refused():
     with pytest.raises(ValueError, match="floors alone cost 6, more than the budget of 5"):
-        within_budget([torch.rand(4), torch.rand(4)], [1.0, 1.0], 5.0, [3, 3])
+        within_budget([torch.rand(4), torch.rand(4)], [Prices.one(1.0, 4)] * 2, 5.0, [3, 3])

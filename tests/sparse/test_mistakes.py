@@ -57,7 +57,7 @@ OPTIONS = {
     "per cent": ({"target": 90}, r"target must be in \(0, 1\), got 90; for 90 % write 0.9"),
     "text": ({"target": "0.9"}, r"target must be a number in \(0, 1\), got the text '0.9'"),
     "one for each layer": ({"target": {"0": 0.5}}, "target must be one number.*sparsities by layer: distribution"),
-    "two targets": ({"target": 0.5, "target_flops": 0.5}, "target .* or target_flops, not both"),
+    "two targets": ({"target": 0.5, "target_flops": 0.5}, "one of target .*, not both target and target_flops"),
     "a module": ({"target": 0.5, "include": [nn.Linear(2, 2)]}, "include must be a list of names or shell patterns"),
     "a string": ({"target": 0.5, "exclude": "0"}, r"exclude must be a list of patterns.*write \['0'\]"),
     "no such layer": ({"target": 0.5, "exclude": ["3"]}, "unknown layer in exclude: '3'"),

@@ -46,11 +46,17 @@ def print_summary(folder: Path, page: Path, baseline: Path | None) -> None:
             ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
             ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
             ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
+            *([("latency", _latency(summary))] if summary.get("latency_ms") is not None else []),
             ("training time", f"{summary['seconds']:.0f} s"),
             ("model", str(folder / "model.safetensors")),
         ]
     for name, value in rows:
         print(f"{name:>16}  {value}")
+
+
+def _latency(summary: dict[str, Any]) -> str:
+    measured, planned, target = summary["measured_ms"], summary["latency_ms"], summary["target"]
+    return f"{measured:.3g} ms measured, {planned:.3g} ms by the table, {target:.3g} ms asked for (one thread)"
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:

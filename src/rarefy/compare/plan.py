@@ -148,7 +148,7 @@ def _comparison(
 
 def _targeted(options: Mapping[str, Any]) -> bool:
     name = options["name"]
-    if name == "dense" or not options.keys().isdisjoint(BUDGETS.values()):
+    if name == "dense" or not options.keys().isdisjoint([*BUDGETS.values(), "target_ms"]):
         return False
     if name not in sparse.list_methods():
         raise ValueError(unknown("method", str(name), ["dense", *sparse.list_methods()]))

@@ -5,6 +5,7 @@ becomes native programs, the rest runs in PyTorch; which kernel computes a layer
 is skipped where a sparse kernel computes a layer: zero times infinity or NaN is zero there.
 """
 
+from rarefy.engine.by_density import latency
 from rarefy.engine.capture import CaptureError
 from rarefy.engine.compiler import compile
 from rarefy.engine.engine import Engine, Port, Report
@@ -14,12 +15,15 @@ from rarefy.engine.profile import Profile, Row
 from rarefy.engine.quantization import Quantization, QuantizedLayer
 from rarefy.engine.steps import StepInfo
 from rarefy.engine.verify import EngineError
+from rarefy.latency import Latency, LayerLatency
 
 __all__ = [
     "CaptureError",
     "Engine",
     "EngineError",
+    "Latency",
     "LayerFacts",
+    "LayerLatency",
     "Port",
     "Profile",
     "Quantization",
@@ -28,6 +32,7 @@ __all__ = [
     "Row",
     "StepInfo",
     "compile",
+    "latency",
     "load",
     "save",
 ]

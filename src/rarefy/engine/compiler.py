@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from rarefy.engine.lowering import Item, lower
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer, Plan, Step, tensors
+from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
 
 Precision = Literal["float32", "bfloat16", "int8"]
 #: Tracing and measuring change state of the process.
-_COMPILING = threading.Lock()
+COMPILING = threading.Lock()
 _Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
@@ -73,17 +74,9 @@ def compile(
             bfloat16 and int8 what PyTorch does with the same rounding.
     """
     begun = time.perf_counter()
-    inputs = _checked(model, example_input, threads, precision, choose, tune_seconds)
-    quantized = precision == "int8" and pt2e.is_quantized(model)
-    _check_calibration(precision, calibration, error_budget, quantized)
-    with _COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
-        plan, trials = _captured(model, inputs)
-        better, quantization = optimize(plan), None
-        if quantized:
-            better, quantization = pt2e.read(better)
-        elif calibration is not None:
-            better, quantization = quantize(better, calibration, budget=error_budget)
-        better = _stored(better, precision)
+    inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    with COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+        plan, trials, better, quantization = prepare(model, inputs, precision, calibration, error_budget)
         engine = build(better, inputs, threads, precision, choose, tune_seconds, model)
         for tried in trials:
             if precision == "float32":
@@ -92,6 +85,34 @@ def compile(
                 verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=quantization)
     return engine
+
+
+class Prepared(NamedTuple):
+    """A plan as captured, what it was tried on, what is made of it to be run, and what int8 costs."""
+
+    plan: Plan
+    trials: list[verify.Trial]
+    better: Plan
+    quantization: Quantization | None
+
+
+def prepare(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    precision: Precision,
+    calibration: Iterable[Tensor | Sequence[Tensor]] | None,
+    error_budget: float,
+) -> Prepared:
+    """Capture, rewrite and quantise; arguments as those of :func:`compile`."""
+    quantized = precision == "int8" and pt2e.is_quantized(model)
+    _check_calibration(precision, calibration, error_budget, quantized)
+    plan, trials = _captured(model, inputs)
+    better, quantization = optimize(plan), None
+    if quantized:
+        better, quantization = pt2e.read(better)
+    elif calibration is not None:
+        better, quantization = quantize(better, calibration, budget=error_budget)
+    return Prepared(plan, trials, _stored(better, precision), quantization)
 
 
 def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[verify.Trial]]:
@@ -134,13 +155,17 @@ def build(
     choose: Choose,
     tune_seconds: float,
     model: nn.Module | None = None,
+    native_alone: bool = False,
 ) -> Engine:
-    """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`."""
+    """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`.
+
+    With ``native_alone`` what is measured are the native kernels, and not PyTorch beside them.
+    """
     begun = time.perf_counter()
     plan = _stored(plan, precision)
     threads_now = threads or torch.get_num_threads()
     with torch_threads(threads_now), torch.no_grad():
-        found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model)
+        found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model, native_alone)
     own = _Copies()
     items = tuple(own.item(item) for item in found.lowered.items)
     read = {name for item in items if not isinstance(item, (NativeSegment, Eager)) for name in item.inputs} | {
@@ -215,7 +240,7 @@ class _Copies:
         return replace(step, **copies)
 
 
-def _checked(
+def checked(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     threads: int | None,
@@ -302,15 +327,16 @@ def _choose(
     threads: int,
     tune_seconds: float,
     model: nn.Module | None,
+    native_alone: bool,
 ) -> tuple[measure.Decision, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
     usable = programs.available()
     quantized = any(value.quantized is not None for value in plan.values.values())
     timed = choose == "measure" and usable
-    raced = timed and not quantized  # PyTorch has no int8 that is any match
+    native_alone = native_alone or quantized  # PyTorch has no int8 that is any match
     with torch_threads(1):
-        shapes, layers = measure.walk(plan, inputs, timed=raced)
+        shapes, layers = measure.walk(plan, inputs, timed=timed and not native_alone)
     options = Options(
         choice=choose if choose in ("sparse", "dense") else "measure",
         storage="bfloat16" if precision == "bfloat16" else "float32",
@@ -319,8 +345,9 @@ def _choose(
         shapes=shapes,
         samples=samples(inputs[0].shape),
     )
-    if raced:
-        found = measure.choose(plan, inputs, options, layers, model if precision == "float32" else None)
+    if timed:
+        eager = model if precision == "float32" else None
+        found = measure.choose(plan, inputs, options, layers, eager, native_alone)
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Line
 from rarefy.engine.profile import Profile, profile
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.steps import StepInfo, steps
+
+#: So long calls are timed at least: a few short ones tell little.
+_LEAST_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,23 @@ class Engine:
         with torch.no_grad(), torch_threads(1):
             took = self._runner.timed(given, rounds)
         return profile(self.steps(), self._items, took, batch)
+
+    def seconds(self, *inputs: Tensor, rounds: int = 21) -> float:
+        """Time whole calls on one thread, by its processor time: the median of ``rounds``, or more of short ones.
+
+        ``inputs`` are what to run on; without them, random numbers of the example's shapes.
+        """
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        given = inputs or self.example()
+        found: list[float] = []
+        with torch.no_grad(), torch_threads(1):
+            self._runner(self._checked(given), 1)
+            while len(found) < rounds or sum(found) < _LEAST_SECONDS:
+                begun = time.thread_time()
+                self._apart(given, self._runner(self._checked(given), 1))
+                found.append(time.thread_time() - begun)
+        return median(found)
 
     def steps(self) -> list[StepInfo]:
         """List what runs, step by step, and by which kernel (see :class:`rarefy.engine.StepInfo`)."""

@@ -114,21 +114,26 @@ def _look(step: Layer, shape: tuple[int, ...]) -> object:
 
 
 def choose(
-    plan: Plan, inputs: Sequence[Tensor], options: Options, layers: Mapping[str, LayerFacts], model: nn.Module | None
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    options: Options,
+    layers: Mapping[str, LayerFacts],
+    model: nn.Module | None,
+    native_alone: bool = False,
 ) -> Decision:
-    """The fastest way to run the plan on inputs like these; the model that it is of, where given, is one of them."""
+    """The fastest way to run the plan on inputs like these; the model that it is of, where given, is one of them.
+
+    With ``native_alone`` those of PyTorch are not.
+    """
     begun = time.perf_counter()
     native = lower(plan, options)
-    slow = slower_than_torch(native, plan, inputs, layers)
-    dense = in_torch(plan, "PyTorch is faster")
-    ways = {
-        "native": native,
-        "native by rule": lower(plan, replace(options, tune_seconds=0.0)),  # measuring on a busy machine may mislead
-        "PyTorch": dense,
-        "PyTorch, oneDNN": _by_onednn(dense, options.shapes),
-    }
-    if slow:
-        ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
+    # Measuring on a busy machine may mislead.
+    ways = {"native": native, "native by rule": lower(plan, replace(options, tune_seconds=0.0))}
+    if not native_alone:
+        dense = in_torch(plan, "PyTorch is faster")
+        ways |= {"PyTorch": dense, "PyTorch, oneDNN": _by_onednn(dense, options.shapes)}
+        if slow := slower_than_torch(native, plan, inputs, layers):
+            ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
     if model is not None:
         ways[EAGER] = in_eager(plan, model)
     dense_seconds = sum(facts.torch_seconds or 0.0 for facts in layers.values()) * samples(inputs[0].shape)

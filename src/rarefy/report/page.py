@@ -19,6 +19,7 @@ from rarefy.report.wording import (
     baseline_name,
     duration,
     headline,
+    milliseconds,
     number,
     percent,
     points,
@@ -161,6 +162,11 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
         return tiles
     if run.is_dense and summary.dense_flops is not None:
         tiles.append(Tile("Inference FLOPs", short(summary.dense_flops), ("for one input",)))
+    if summary.latency_ms is not None:
+        planned = f"{milliseconds(summary.latency_ms)} by the table measured before training"
+        took = "measured in the engine, one input, one thread" if summary.measured_ms is not None else ""
+        shown = milliseconds(summary.measured_ms or summary.latency_ms)
+        tiles.append(Tile("Latency", shown, _noted(took, planned, verdict(run, "ms"))))
     if summary.training_flops_ratio is not None and not run.is_dense:
         tiles.append(Tile("Training FLOPs", percent(summary.training_flops_ratio), ("of dense training, counted",)))
     if summary.parameters is not None:

@@ -89,6 +89,8 @@ class Summary:
     inference_flops: float | None
     parameters: int | None
     nonzeros: int | None
+    latency_ms: float | None
+    measured_ms: float | None
     convention: str | None
     seconds: float | None
     epochs: float | None
@@ -351,8 +353,9 @@ def load(run: Path) -> Run:
     if summary:
         target, kind = summary.number("target"), summary.text("target_kind")
     else:
-        sparsity, flops = planned.number("target"), planned.number("target_flops")
-        target, kind = (sparsity, "sparsity") if sparsity is not None else (flops, None if flops is None else "flops")
+        options = {"sparsity": "target", "flops": "target_flops", "ms": "target_ms"}
+        targets = {kind: planned.number(option) for kind, option in options.items()}
+        kind, target = next((pair for pair in targets.items() if pair[1] is not None), (None, None))
 
     def called(key: str) -> str:
         """The name of the model, the data or the method: the summary's word, else the recipe's."""

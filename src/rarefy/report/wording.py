@@ -41,6 +41,11 @@ def short(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def milliseconds(value: float | None) -> str:
+    """3.98765 as "3.99 ms"."""
+    return NONE if value is None else f"{value:.3g}{_SPACE}ms"
+
+
 def duration(seconds: float | None) -> str:
     """3725 as "1 h 02 min"."""
     if seconds is None:
@@ -69,9 +74,11 @@ def against(difference: float, other: str) -> str:
 
 
 def verdict(run: Run, kind: str) -> str:
-    """Whether the run landed on its target of this kind ("sparsity" or "flops"); empty if it had none."""
+    """Whether the run landed on its target of this kind ("sparsity", "flops" or "ms"); empty if it had none."""
     if run.target is None or run.target_kind != kind:
         return ""
+    if kind == "ms":
+        return f"target {milliseconds(run.target)}"
     reached = run.sparsity if kind == "sparsity" else run.inference_flops_ratio
     aim = f"target {percent(run.target)}"
     if reached is None or run.summary is None:

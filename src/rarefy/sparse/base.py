@@ -745,9 +745,10 @@ class Sparsifier(ABC):
     def _warn_of_cut(self) -> None:
         if self.budget is None:
             return
-        density = self.budget.density(count_all(list(self.live_masks().values()), self._shards()))
+        live = count_all(list(self.live_masks().values()), self._shards())
+        density = self.budget.density(live)
         off = abs(density - self.budget.goal)
-        if off > CUT * self.budget.goal and off * self.budget.total > max(self.budget.costs):
+        if off > CUT * self.budget.goal and abs(self.budget.left(live)) > self.budget.dearest:
             advice = "train to the last step" if self.steps < self.total_steps else "train no further than that"
             warnings.warn(
                 f"finalize() after {self.steps} of {self.total_steps} steps goes from a density of {density:.4f} "

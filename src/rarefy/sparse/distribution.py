@@ -15,6 +15,8 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
+from rarefy._prices import Prices
+
 #: What can be asked for by name.
 NAMES = ("uniform", "erk")
 
@@ -42,7 +44,7 @@ def fixed_densities(distribution: Distribution, names: Sequence[str]) -> list[fl
 def densities(
     relative: Sequence[float],
     fixed: Sequence[float | None],
-    costs: Sequence[float],
+    prices: Sequence[Prices],
     least: Sequence[float],
     available: float,
 ) -> list[float]:
@@ -51,7 +53,7 @@ def densities(
     Args:
         relative: r of every layer.
         fixed: the density of layers that do not take part, else None.
-        costs: what each whole layer costs.
+        prices: what the weights of each layer cost.
         least: floors, as densities.
         available: what all layers together may cost.
 
@@ -64,9 +66,9 @@ def densities(
         return [f if f is not None else min(1.0, max(low, eps * r)) for r, f, low in rows]
 
     def cost_at(eps: float) -> float:
-        return sum(cost * density for cost, density in zip(costs, at(eps), strict=True))
+        return sum(each.cost(density * each.size) for each, density in zip(prices, at(eps), strict=True))
 
-    total = sum(costs)
+    total = sum(each.cost(each.size) for each in prices)
     low, high = 0.0, 2.0 / min(relative)
     if cost_at(low) > available + 1e-9 * total or cost_at(high) < available - 1e-9 * total:
         raise ValueError(
@@ -81,28 +83,28 @@ def densities(
 
 def counts(
     layer_densities: Sequence[float],
-    sizes: Sequence[int],
-    costs: Sequence[float],
+    prices: Sequence[Prices],
     least: Sequence[int],
     available: float,
 ) -> list[int]:
     """Whole numbers of weights as near to the densities as the budget allows, never over it.
 
-    ``sizes`` and ``least`` are in weights and ``costs`` for one weight of each layer. Every layer is rounded down; what
-    that leaves goes to the layers that lost most, so that with equal costs the total is exactly ``floor(available)``.
+    ``least`` is in weights. Every layer is rounded down; what that leaves goes to the layers that lost most, so that
+    with one price the total is exactly ``floor(available)`` of it.
     """
-    exact = [density * size for density, size in zip(layer_densities, sizes, strict=True)]
-    slack = 1e-9 * sum(cost * size for cost, size in zip(costs, sizes, strict=True))
+    exact = [density * each.size for density, each in zip(layer_densities, prices, strict=True)]
+    slack = 1e-9 * sum(each.cost(each.size) for each in prices)
     live = [max(low, math.floor(value + 1e-6)) for value, low in zip(exact, least, strict=True)]
-    left = available + slack - sum(cost * count for cost, count in zip(costs, live, strict=True))
+    left = available + slack - sum(each.cost(count) for each, count in zip(prices, live, strict=True))
     order = sorted(range(len(live)), key=lambda i: (live[i] - exact[i], i))
     for _ in range(2):  # twice, since floors may have taken from one layer what another can use
         for i in order:
-            if live[i] < sizes[i] and costs[i] <= left:
+            price = prices[i].next(live[i])
+            if live[i] < prices[i].size and price <= left:
                 live[i] += 1
-                left -= costs[i]
+                left -= price
     for i in reversed(order):  # the floors cost more than rounding down saved
         while left < 0 and live[i] > least[i]:
             live[i] -= 1
-            left += costs[i]
+            left += prices[i].next(live[i])
     return live

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from rarefy._prices import Prices
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.shards import Shard, shared_group, total
 
@@ -19,7 +21,7 @@ def top_k(scores: Tensor, k: int, shard: Shard | None = None) -> Tensor:
     Raises ValueError when ``k`` is not in [0, scores.numel()].
     """
     if shard is not None:
-        return _best_together([scores], [1], [k], [shard])[0]
+        return top_k_each([scores], [k], [shard])[0]
     if not 0 <= k <= scores.numel():
         raise ValueError(f"k must be in [0, {scores.numel()}], the number of scores, got {k}")
     order = scores.flatten().argsort(descending=True, stable=True)
@@ -32,12 +34,12 @@ def top_k_each(scores: Sequence[Tensor], counts: Sequence[int], shards: Sequence
     """:func:`top_k` of every layer, with as few messages as of one."""
     if shared_group(shards) is None:
         return [top_k(layer, k) for layer, k in zip(scores, counts, strict=True)]
-    return _best_together(scores, [1] * len(scores), counts, shards)
+    return _best_together(scores, [Prices.one(1, 1 << 62)] * len(scores), counts, shards)
 
 
 def within_budget(
     scores: Sequence[Tensor],
-    costs: Sequence[float],
+    prices: Sequence[Prices],
     budget: float,
     least: Sequence[int],
     shards: Sequence[Shard | None] | None = None,
@@ -46,18 +48,17 @@ def within_budget(
 
     Args:
         scores: one tensor a layer; larger is better.
-        costs: what one weight of each layer costs, > 0.
+        prices: what the weights of each layer cost, the best one first.
         budget: what all weights together may cost.
         least: how many weights each layer keeps whatever the others score (its own best ones).
         shards: the part of each layer that the scores are of; None where all are whole.
 
-    The next best weight is taken until the first that does not fit, so with equal costs exactly floor(budget / cost)
+    The next best weight is taken until the first that does not fit, so with one price exactly floor(budget / price)
     weights live. Raises ValueError when the weights that must live alone cost more than the budget.
     """
     parts: Sequence[Shard | None] = [None] * len(scores) if shards is None else shards
-    sizes = total(torch.tensor([layer.numel() for layer in scores], device=scores[0].device), parts).tolist()
-    whole = sum(cost * size for cost, size in zip(costs, sizes, strict=True))
-    must = sum(cost * count for cost, count in zip(costs, least, strict=True))
+    whole = sum(each.cost(each.size) for each in prices)
+    must = sum(each.cost(count) for each, count in zip(prices, least, strict=True))
     slack = 1e-9 * whole
     if must > budget + slack:
         raise ValueError(f"the layers' floors alone cost {must:.6g}, more than the budget of {budget:.6g}")
@@ -65,20 +66,40 @@ def within_budget(
     ranked = [s.double().masked_fill(f, torch.inf) for s, f in zip(scores, forced, strict=True)]
     # In whole numbers, whose sums are the same in any order: those of floats are not on a GPU.
     unit = 2.0**61 / whole
-    prices, purse = [round(cost * unit) for cost in costs], round((budget + slack) * unit)
+    prices, purse = [each.in_units(unit) for each in prices], round((min(budget, whole) + slack) * unit)
     if shared_group(parts) is not None:
         return _best_together(ranked, prices, [purse], parts)
     flat = torch.cat([layer.flatten() for layer in ranked])
     order = flat.argsort(descending=True, stable=True)
-    price = torch.cat([torch.full((n.numel(),), p, device=flat.device) for n, p in zip(scores, prices, strict=True)])
+    price = torch.cat([_price_of_each(layer, each) for layer, each in zip(ranked, prices, strict=True)])
     live = torch.zeros_like(flat, dtype=torch.bool)
     live[order] = price[order].cumsum(0) <= purse
     pieces = torch.split(live, [layer.numel() for layer in scores])
     return [piece.view(layer.shape) for piece, layer in zip(pieces, scores, strict=True)]
 
 
+def _price_of_each(scores: Tensor, prices: Prices) -> Tensor:
+    """The price of each weight of a layer, flat, when the best are taken first; in whole numbers."""
+    flat, each = scores.flatten(), torch.tensor(prices.each, device=scores.device)
+    if len(prices.each) == 1:
+        return each.expand(flat.numel())
+    lengths = torch.tensor([end - begun for begun, end in pairwise((0, *prices.ends))])
+    found = torch.empty(flat.numel(), dtype=each.dtype, device=flat.device)
+    found[flat.argsort(descending=True, stable=True)] = each.repeat_interleave(lengths.to(flat.device))
+    return found
+
+
+def _cost_of(counts: Tensor, prices: Prices) -> Tensor:
+    """What each of these numbers of weights costs; in whole numbers."""
+    cost, begun = torch.zeros_like(counts), 0
+    for end, price in zip(prices.ends, prices.each, strict=True):
+        cost += int(price) * (counts.clamp(max=end) - begun).clamp(min=0)
+        begun = end
+    return cost
+
+
 def _best_together(
-    scores: Sequence[Tensor], prices: Sequence[int], purses: Sequence[int], shards: Sequence[Shard | None]
+    scores: Sequence[Tensor], prices: Sequence[Prices], purses: Sequence[int], shards: Sequence[Shard | None]
 ) -> list[Tensor]:
     """What :func:`within_budget` chooses, where processes hold parts; with a purse for all layers, or one for each.
 
@@ -87,19 +108,22 @@ def _best_together(
     """
     group, device = shared_group(shards), scores[0].device
     keys = [_ordered(layer.double()) for layer in scores]
-    price, left = torch.tensor(prices, device=device).unsqueeze(1), torch.tensor(purses, device=device).unsqueeze(1)
-    taken = [torch.zeros_like(key, dtype=torch.bool) for key in keys]  # above the bytes found so far
+    purse = torch.tensor(purses, device=device).unsqueeze(1)
+    live = torch.zeros(len(keys), 1, dtype=torch.int64, device=device)  # above the bytes found so far
+    taken = [torch.zeros_like(key, dtype=torch.bool) for key in keys]  # which they are, here
     edge = [torch.ones_like(key, dtype=torch.bool) for key in keys]  # equal to them
     for shift in range(56, -8, -8):
         byte = [(key >> shift) & 255 for key in keys]
         counts = torch.stack([b[e].bincount(minlength=256) for b, e in zip(byte, edge, strict=True)])
-        costs = total(counts, shards) * price
+        counts = total(counts, shards)
+        above = live + counts.flip(1).cumsum(1).flip(1) - counts  # how many have a larger byte
+        costs = torch.stack([_cost_of(row, each) for row, each in zip(above, prices, strict=True)])
         if len(purses) == 1:
             costs = costs.sum(0, keepdim=True)
-        above = costs.flip(1).cumsum(1).flip(1) - costs  # what the scores with a larger byte cost
-        found = (above > left).sum(1, keepdim=True)  # the least byte above which everything fits
-        left = left - above.gather(1, found)
-        for index, (b, least) in enumerate(zip(byte, found.expand(len(keys), 1), strict=True)):
+        # the least byte above which everything fits
+        found = (costs > purse).sum(1, keepdim=True).expand(len(keys), 1)
+        live = above.gather(1, found)
+        for index, (b, least) in enumerate(zip(byte, found, strict=True)):
             taken[index] |= edge[index] & (b > least)
             edge[index] &= b == least
     # Of the equal ones at the edge the first fit, by layer, and in it by process and index.
@@ -107,13 +131,15 @@ def _best_together(
     parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, here, group=group)
     rank, numbers = torch.distributed.get_rank(group), torch.stack(parts, 1).tolist()
-    remaining, full = left.flatten().tolist(), False
+    before, full = [int(count) for count in live], False
+    spent = [int(each.cost(count)) for each, count in zip(prices, before, strict=True)]
+    left = [purses[0] - sum(spent)] if len(purses) == 1 else [p - s for p, s in zip(purses, spent, strict=True)]
     for index, (equal, layers, shard) in enumerate(zip(edge, numbers, shards, strict=True)):
-        purse = index if len(purses) > 1 else 0
+        whose, there = index if len(purses) > 1 else 0, before[index]
         split = layers if shard is not None else [int(here[index])]
-        fit = 0 if full else min(sum(split), remaining[purse] // prices[index])
+        fit = 0 if full else min(sum(split), prices[index].affordable(there, left[whose]))
         full = len(purses) == 1 and (full or fit < sum(split))
-        remaining[purse] -= fit * prices[index]
+        left[whose] -= int(prices[index].cost(there + fit) - prices[index].cost(there))
         mine = fit - sum(split[:rank]) if shard is not None else fit
         taken[index] |= ((equal.flatten().cumsum(0) <= max(mine, 0)) & equal.flatten()).view(equal.shape)
     return taken

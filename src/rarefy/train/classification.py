@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -13,14 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rarefy import cost, sparse
+from rarefy import cost, engine, sparse
 from rarefy._files import write_atomically
 from rarefy.data import fashion_mnist
 from rarefy.environment import environment
+from rarefy.latency import Latency
 from rarefy.sparse import Sparsifier
 from rarefy.train.batches import Batches, mixed_seed, normalise
 from rarefy.train.optimizer import learning_rate, make_optimizer
@@ -30,6 +32,9 @@ from rarefy.train.run_folder import RunFolder
 
 #: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
 CHECKPOINT_SECONDS = 600.0
+
+#: The file of the table of latencies that a run with target_ms lands by.
+LATENCY = "latency.json"
 
 #: Test images at once.
 EVALUATION_BATCH = 1000
@@ -83,6 +88,7 @@ class Classification:
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         self.recipe = recipe
         self.folder = RunFolder(folder)
+        self._resumed = resume
         state = self._checkpoint() if resume else None
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
@@ -137,12 +143,15 @@ class Classification:
         torch.manual_seed(mixed_seed(recipe.seed))
         model, example = self._make_model(), self.test_images[:1]
         self.cost = cost.count(model, example)
+        self.latency: Latency | None = None
+        options = dict(recipe.method.options)
+        if options.get("target_ms") is not None:
+            self.latency = options["latency"] = self._measure(model, example, options.get("block", 1))
         model = model.to(self.accelerator.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sparsifier: Sparsifier | None = None
         if recipe.method.name != "dense":
-            options = dict(recipe.method.options)
             if options.get("target_flops") is not None:
                 options["example_input"] = example.to(self.accelerator.device)
             self.sparsifier = sparse.create(recipe.method.name, model, total_steps=self.total_steps, **options)
@@ -153,6 +162,17 @@ class Classification:
         if self.sparsifier is not None:
             self.sparsifier.attach(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def _measure(self, model: nn.Module, example: Tensor, block: int) -> Latency:
+        """What the engine takes by the weights that live: as measured when the run began, for all processes alike."""
+        measured, found = self.folder.path / LATENCY, list[Latency | None]([None])
+        if self.is_main and self._resumed and measured.is_file():
+            found = [Latency.load(measured)]
+        elif self.is_main:
+            found = [engine.latency(model, example, block=block)]
+        broadcast_object_list(found)
+        assert found[0] is not None
+        return found[0]
 
     def _make_model(self) -> nn.Module:
         """The recipe's model, for the images and the classes of the data."""
@@ -188,6 +208,8 @@ class Classification:
                 about = environment(self.accelerator.num_processes, str(self.accelerator.device))
                 self.folder.write_yaml("recipe.yaml", self.recipe.to_dict())
                 self.folder.write_json("environment.json", about)
+                if self.latency is not None:
+                    self.latency.save(self.folder.path / LATENCY)
                 self.recorder.open(self.step)
                 if self.step == 0:
                     self._record(None)
@@ -381,6 +403,7 @@ class Classification:
             "best_test_accuracy": max(self.best, accuracy),
             "steps": self.step,
             "seconds": self.seconds,
+            "measured_ms": self._measured_ms(),
         }
         tensors = {key: tensor.contiguous() for key, tensor in self.plain_model.state_dict().items()}
         path = self.folder.path / "model.safetensors"
@@ -390,3 +413,11 @@ class Classification:
             self.folder.write_json("histograms.json", {"layers": magnitudes})
         self.folder.write_json("summary.json", summary)
         return summary
+
+    def _measured_ms(self) -> float | None:
+        """Milliseconds of the engine for one image on this machine, in a run that had a target for them."""
+        if self.latency is None:
+            return None
+        example = self.test_images[:1]
+        model = copy.deepcopy(self.plain_model).cpu().eval()
+        return 1e3 * engine.compile(model, example, threads=1).seconds(example)

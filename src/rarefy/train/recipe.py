@@ -186,7 +186,7 @@ def _named(plain: Any, where: str) -> Named:
         kinds, known = {}, set()
         if name != "dense":
             kinds = typing.get_type_hints(METHODS[name])
-            known = set(sparse.options(name)) - {"example_input", "total_steps"}
+            known = set(sparse.options(name)) - {"example_input", "latency", "total_steps"}
     options = {}
     for key, value in plain.items():
         if key != "name":

@@ -13,7 +13,10 @@ from rarefy.sparse import Sparsifier
 from rarefy.train.recipe import Recipe
 from rarefy.train.run_folder import RunFolder
 
-_SCALARS = ("loss", "learning_rate", "alpha", "sparsity", "inference_flops_ratio", "test_accuracy", "test_loss")
+_SCALARS = (
+    *("loss", "learning_rate", "alpha", "sparsity", "inference_flops_ratio", "latency_ms", "test_accuracy"),
+    "test_loss",
+)
 
 
 class Recorder:
@@ -61,6 +64,7 @@ class Recorder:
             "target_sparsity": self._aim(),
             "sparsity": self.sparsity,
             "inference_flops_ratio": self.cost.with_densities(densities).ratio,
+            "latency_ms": self._latency_ms(),
             "layers": [
                 {
                     "name": layer.name,
@@ -98,13 +102,19 @@ class Recorder:
         aim = self.sparsifier.aim()
         return None if aim is None else 1.0 - aim
 
+    def _latency_ms(self) -> float | None:
+        """What the network takes in the engine now, by the table that a target in milliseconds goes by."""
+        budget = None if self.sparsifier is None else self.sparsifier.budget
+        if self.sparsifier is None or budget is None or budget.kind != "ms":
+            return None
+        return 1e3 * budget.cost([layer.live for layer in self.sparsifier.layers()])
+
     def _with_layers(self) -> list[dict[str, Any]]:
         return [record for record in self.folder.records() if record.get("layers")]
 
     def summary(self, recipe: Recipe, final: cost.Cost, thresholds: dict[str, float | None]) -> dict[str, Any]:
         """What the finished run came to; ``thresholds`` are the sparsified layers' last ones."""
         budget = None if self.sparsifier is None else self.sparsifier.budget
-        goal = None if budget is None else 1.0 - budget.goal if budget.kind == "sparsity" else budget.goal
         pruned = [layer for layer in final.layers if layer.name in thresholds] or list(final.layers)
         first: dict[str, Any] = next(iter(self._with_layers()), {"layers": []})
         initial = {layer["name"]: layer["density"] for layer in first["layers"]}
@@ -113,11 +123,12 @@ class Recorder:
             "method": recipe.method.name,
             "model": recipe.model.name,
             "data": recipe.data.name,
-            "target": goal,
+            "target": None if budget is None else budget.asked,
             "target_kind": None if budget is None else budget.kind,
             "sparsity": 1.0 - sum(layer.nonzeros for layer in pruned) / sum(layer.parameters for layer in pruned),
             "inference_flops_ratio": final.ratio,
             "training_flops_ratio": self.training_ratio(),
+            "latency_ms": self._latency_ms(),
             "dense_flops": final.dense,
             "inference_flops": final.inference,
             "parameters": final.parameters,

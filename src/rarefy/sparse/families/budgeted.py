@@ -62,14 +62,16 @@ class Budgeted(Targeted):
         self.live_counts(self.budget.goal)
 
     def _check_target(self) -> None:
-        if self.target is None and self.target_flops is None:
-            raise ValueError(f"{type(self).__name__} needs a target (a sparsity, such as 0.9) or target_flops")
+        if not self.targeted:
+            raise ValueError(
+                f"{type(self).__name__} needs a target (a sparsity, such as 0.9), target_flops or target_ms"
+            )
 
     def _relayer(self) -> None:
         # From here on in blocks, which are single weights where block is 1.
         shapes = {layer.name: layer.shape for layer in self._layers}
         self._sizes = [layer.size // self.block for layer in self._layers]
-        self._costs = [cost * self.block for cost in self.budget.costs]
+        self._prices = [each.of_blocks(self.block) for each in self.budget.prices]
         self._least = [math.ceil(layer.least / self.block) for layer in self._layers]
         self._relative = spread.relative_densities(self.distribution or "uniform", shapes)
         self._fixed = spread.fixed_densities(self.distribution or "uniform", list(shapes))
@@ -102,10 +104,9 @@ class Budgeted(Targeted):
         # While the network is denser than its target, so are the layers whose sparsities are named.
         share = min(1.0, (1.0 - density) / (1.0 - self.budget.goal))
         fixed = [None if least is None else 1.0 - share * (1.0 - least) for least in self._fixed]
-        whole = [cost * size for cost, size in zip(self._costs, self._sizes, strict=True)]
         lows = [low / size for low, size in zip(self._least, self._sizes, strict=True)]
-        found = spread.densities(self._relative, fixed, whole, lows, available)
-        return spread.counts(found, self._sizes, self._costs, self._least, available)
+        found = spread.densities(self._relative, fixed, self._prices, lows, available)
+        return spread.counts(found, self._prices, self._least, available)
 
     def choose(self, scores: Sequence[Tensor], density: float) -> list[Tensor]:
         """The masks of the best weights when the whole network has this density; one tensor of scores a layer."""
@@ -114,7 +115,7 @@ class Budgeted(Targeted):
         sums = [block_sum(layer, self.block) for layer in scores]
         shards = self._shards()
         if self.distribution == "global":
-            masks = within_budget(sums, self._costs, self.budget.available_at(density), self._least, shards)
+            masks = within_budget(sums, self._prices, self.budget.available_at(density), self._least, shards)
         else:
             masks = top_k_each(sums, self.live_counts(density), shards)
         return [block_expand(mask, self.block) for mask in masks]

@@ -164,7 +164,7 @@ class Learned(Targeted, Latent):
         """The masks that a common shift gives, cut exactly where the network has this density."""
         assert self.budget is not None
         least = [layer.least for layer in self._layers]
-        return within_budget(margins, self.budget.costs, self.budget.available_at(density), least, self._shards())
+        return within_budget(margins, self.budget.prices, self.budget.available_at(density), least, self._shards())
 
     def _settle(self) -> list[Tensor]:
         if self.budget is None:

@@ -435,8 +435,8 @@ class SoftThreshold(Targeted, Latent):
         """The masks that a common shift of s gives, cut exactly at the budget."""
         assert self.budget is not None
         least = [self._least_blocks(layer) for layer in self._layers]
-        costs = [cost * self.block for cost in self.budget.costs]
-        masks = within_budget(self._scores(), costs, self.budget.available, least, self._shards())
+        prices = [each.of_blocks(self.block) for each in self.budget.prices]
+        masks = within_budget(self._scores(), prices, self.budget.available, least, self._shards())
         return [block_expand(mask, self.block) for mask in masks]
 
     def _move(self, layer: Layer, mask: Tensor) -> None:
@@ -454,8 +454,7 @@ class SoftThreshold(Targeted, Latent):
         if self.budget is None:
             return self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
         live = self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
-        short = self.budget.goal - self.budget.density(count_all(live, self._shards()))
-        if -1e-9 <= short < max(self.budget.costs) / self.budget.total:  # landed, to the weight
+        if self.budget.met(count_all(live, self._shards())):
             return live
         masks = self._select()
         for layer, mask in zip(self._layers, masks, strict=True):

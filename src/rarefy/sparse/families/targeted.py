@@ -1,4 +1,4 @@
-"""Methods that can land on a budget: a sparsity, or a share of the FLOPs."""
+"""Methods that can land on a budget: a sparsity, a share of the FLOPs, or milliseconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from rarefy.latency import Latency
 from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.budget import Budget, check_feasible, make_budget
 from rarefy.sparse.layers import DEFAULT_FLOOR
@@ -19,6 +20,9 @@ class Targeted(Sparsifier):
         target: sparsity to land on, in (0, 1): the share of zeros among the weights of the sparsified layers.
         target_flops: instead of it, the inference FLOPs to land on as a share of the whole dense network's, in (0, 1).
         example_input: what ``model`` is called with, to count FLOPs; goes with ``target_flops``.
+        target_ms: instead of them, the milliseconds that a call of the engine is to take, on one thread of the machine
+            where ``latency`` was measured.
+        latency: what :func:`rarefy.engine.latency` gave for this model; goes with ``target_ms``.
         floor: the least density of a layer, in [0, 1], or a mapping of shell patterns to floors (others: the default).
             No layer ends below it, nor below one weight; while training this is seen to 125 times in the run.
 
@@ -30,6 +34,8 @@ class Targeted(Sparsifier):
     target: float | None = None
     target_flops: float | None = None
     example_input: Any = None
+    target_ms: float | None = None
+    latency: Latency | None = None
     floor: float | Mapping[str, float] = DEFAULT_FLOOR
 
     def __post_init__(self) -> None:
@@ -37,8 +43,15 @@ class Targeted(Sparsifier):
         if self.budget is not None:
             check_feasible(self.budget, [layer.least for layer in self._layers])
 
+    @property
+    def targeted(self) -> bool:
+        """Whether there is a target to land on."""
+        return any(target is not None for target in (self.target, self.target_flops, self.target_ms))
+
     def _floors(self) -> float | Mapping[str, float]:
         return self.floor
 
     def _make_budget(self) -> Budget | None:
-        return make_budget(self.model, self._chosen, self.target, self.target_flops, self.example_input)
+        targets = {"target": self.target, "target_flops": self.target_flops, "target_ms": self.target_ms}
+        block = getattr(self, "block", 1)
+        return make_budget(self.model, self._chosen, targets, self.example_input, self.latency, block)

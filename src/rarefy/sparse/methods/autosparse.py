@@ -41,7 +41,7 @@ POLICIES = {"accuracy": Policy(1.5, 0.8), "cost": Policy(1.0, 0.75)}
 class AutoSparse(SoftThreshold):
     """Sparse training with learned thresholds and Gradient Annealing.
 
-    With a ``target`` (or ``target_flops``) the run lands on it by itself, in one of two ways:
+    With a ``target`` (or ``target_flops``, or ``target_ms``) the run lands on it by itself, in one of two ways:
 
     - ``policy="accuracy"``: alpha is controlled against a cubic curve to the target, near 1 while the run is ahead;
       the thresholds are trimmed over the last fifth of the run.
@@ -80,12 +80,11 @@ class AutoSparse(SoftThreshold):
     )
 
     def __post_init__(self) -> None:
-        targeted = self.target is not None or self.target_flops is not None
         if self.policy is not None:
             _checks.one_of("policy", self.policy, POLICIES)
-            if not targeted:
-                raise ValueError(f"policy={self.policy!r} needs a target or target_flops")
-        self.policy = (self.policy or "accuracy") if targeted else None
+            if not self.targeted:
+                raise ValueError(f"policy={self.policy!r} needs a target, target_flops or target_ms")
+        self.policy = (self.policy or "accuracy") if self.targeted else None
         if self.backward_density is not None:
             _checks.fraction("backward_density", self.backward_density)
             if self.block != 1:

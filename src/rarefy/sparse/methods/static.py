@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rarefy.sparse import _checks
 from rarefy.sparse.base import Info
-from rarefy.sparse.budget import Budget
+from rarefy.sparse.budget import Budget, sparsity_budget
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.layers import DEFAULT_FLOOR
 from rarefy.sparse.masks import count_all
@@ -52,7 +52,14 @@ class Static(Masked):
         if self.masks is not None:
             _checks.one_of("masks", self.masks, ("random", "magnitude", "nonzero"))
         if self.masks == "nonzero":
-            free = {"target": None, "target_flops": None, "distribution": None, "floor": DEFAULT_FLOOR, "block": 1}
+            free = {
+                "target": None,
+                "target_flops": None,
+                "target_ms": None,
+                "distribution": None,
+                "floor": DEFAULT_FLOOR,
+                "block": 1,
+            }
             given = [name for name, default in free.items() if getattr(self, name) != default]
             if given:
                 raise ValueError(f"masks='nonzero' holds the zeros that the model has: leave {' and '.join(given)} out")
@@ -86,7 +93,7 @@ class Static(Masked):
                 f"masks='nonzero' holds the zeros that the model has, and of its {sum(sizes)} weights "
                 f"{sum(sizes) - live} are 0: load the sparse weights before the sparsifier is made"
             )
-        return Budget("sparsity", live / sum(sizes), (1.0,) * len(sizes), 0.0, float(sum(sizes)))
+        return sparsity_budget(live / sum(sizes), sizes)
 
     def _floors(self) -> float | Mapping[str, float]:
         return 0.0 if self.masks == "nonzero" else super()._floors()

@@ -1,0 +1,61 @@
+"""The table of latencies: its file, and what it refuses."""
+
+import json
+
+import pytest
+
+from rarefy.latency import Latency
+from tests.sparse.methods import latency
+
+
+def test_it_is_saved_and_loaded_whole(tmp_path):
+    latency().save(tmp_path / "a.json")
+    assert Latency.load(tmp_path / "a.json") == latency()
+
+
+def test_seconds_of_densities():
+    assert latency().seconds() == pytest.approx(0.003)
+    assert latency().seconds({"3": 0, "6": 0}) == pytest.approx(0.003 - 0.0014 - 0.00065)
+
+
+@pytest.mark.parametrize("live", [{"nope": 1}, {"0": 289}, {"0": -1}])
+def test_what_is_not_there_is_told(live):
+    with pytest.raises(ValueError, match="live weights in '(nope|0)': there is (0, 3, 6, 8|with 288 weights)"):
+        latency().seconds(live)
+
+
+def change(path, value):
+    given = json.loads(json.dumps(latency().to_dict()))
+    inner = given
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return given
+
+
+WRONG = {
+    "no layers": change(["layers"], None),
+    "falling": change(["layers", 0, "seconds"], [0.1, 0.2, 0.1, 0.3]),
+    "not finite": change(["layers", 0, "seconds"], [0.1, 0.2, 0.3, float("inf")]),
+    "negative": change(["layers", 0, "seconds"], [-0.1, 0.2, 0.3, 0.3]),
+    "short": change(["layers", 0, "seconds"], [0.1, 0.2]),
+    "empty": change(["layers", 0, "densities"], []),
+    "no end": change(["layers", 0, "densities"], [0.0, 0.1, 0.6, 0.9]),
+    "text": change(["layers", 0, "weights"], "many"),
+    "no weights": change(["layers", 0, "weights"], 0),
+    "fixed": change(["fixed"], float("nan")),
+    "block": change(["block"], 0),
+}
+
+
+@pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
+def test_another_file_is_refused(given, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(given))
+    with pytest.raises(ValueError, match="not a table of latencies"):
+        Latency.load(tmp_path / "a.json")
+
+
+def test_what_is_no_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match=r"a.json is not a table of latencies"):
+        Latency.load(tmp_path / "a.json")
