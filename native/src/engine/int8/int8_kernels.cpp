@@ -174,13 +174,16 @@ inline int32_t total(__m256i a) {
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
 }
 
-int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
-    __m256i a = _mm256_setzero_si256(), b = a;
-    for (int64_t k = 0; k < count; k += 32) {
-        a = add_sixteen(a, sixteen(x + k), sixteen(w + k));
-        b = add_sixteen(b, sixteen(x + k + 16), sixteen(w + k + 16));
+void dots(const uint8_t *x, const int8_t *w, int64_t count, int32_t *sums) {
+    __m256i a[ROWS] = {};
+    for (int64_t k = 0; k < count; k += PART, w += ROWS * PART) {
+        const __m256i pixels = _mm256_cvtepu8_epi16(sixteen(x + k));
+        RAREFY_UNROLL for (int r = 0; r < ROWS; ++r) {
+            const __m256i weights = _mm256_cvtepi8_epi16(sixteen(w + PART * r));
+            a[r] = _mm256_add_epi32(a[r], _mm256_madd_epi16(pixels, weights));
+        }
     }
-    return total(_mm256_add_epi32(a, b));
+    for (int r = 0; r < ROWS; ++r) sums[r] = total(a[r]);
 }
 
 // The pixels of four blocks; loads one by one take less than half of a gather's time on an AMD EPYC.
@@ -214,19 +217,18 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
 }
 #else
 #if defined(RAREFY_NEON_BUILD)
-int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
-    int32x4_t a = vdupq_n_s32(0), b = a;
-    for (int64_t k = 0; k < count; k += 2 * B) {
-        a = products(a, bytes(x + k), vld1q_s8(w + k));
-        b = products(b, bytes(x + k + B), vld1q_s8(w + k + B));
-    }
-    return vaddvq_s32(vaddq_s32(a, b));
+void dots(const uint8_t *x, const int8_t *w, int64_t count, int32_t *sums) {
+    int32x4_t a[ROWS] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
+    for (int64_t k = 0; k < count; k += PART, w += ROWS * PART)
+        for (int r = 0; r < ROWS; ++r) a[r] = products(a[r], bytes(x + k), vld1q_s8(w + PART * r));
+    for (int r = 0; r < ROWS; ++r) sums[r] = vaddvq_s32(a[r]);
 }
 #else
-int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < count; ++k) sum += static_cast<int16_t>(w[k]) * static_cast<int16_t>(x[k]);
-    return sum;
+void dots(const uint8_t *x, const int8_t *w, int64_t count, int32_t *sums) {
+    for (int r = 0; r < ROWS; ++r) sums[r] = 0;
+    for (int64_t k = 0; k < count; k += PART)
+        for (int r = 0; r < ROWS; ++r, w += PART)
+            for (int i = 0; i < PART; ++i) sums[r] += static_cast<int16_t>(w[i]) * static_cast<int16_t>(x[k + i]);
 }
 #endif
 
@@ -271,7 +273,7 @@ Kernels make() {
     k.add = rarefy::RAREFY_ISA::add;
     k.multiply = multiply;
     k.look_up = look_up;
-    k.dot = dot;
+    k.dots = dots;
     k.dot_sparse = dot_sparse;
     k.dot_blocks = dot_blocks;
     return k;

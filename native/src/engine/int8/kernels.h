@@ -31,7 +31,7 @@ namespace rarefy {
 namespace int8 {
 
 enum Layout { ANY, BLOCKS, LAYOUTS };
-enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, PAIR_LIMIT = 128 };
+enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, PAIR_LIMIT = 128, ROWS = 4, PART = 16 };
 
 // Rows of results for one tile of pixels.
 struct RowsCall {
@@ -84,8 +84,9 @@ struct Kernels {
     void (*multiply)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
     // out[i] = table[x[i]] for n of them
     void (*look_up)(const uint8_t *x, const uint8_t *table, uint8_t *out, int64_t n);
-    // sum_k w[k] (x[k] - centre), for `count` weights, a multiple of 32
-    int32_t (*dot)(const uint8_t *x, const int8_t *w, int64_t count);
+    // sums[r] = sum_k w[r][k] (x[k] - centre) of ROWS rows with all their weights, `count` each, a multiple of PART; w
+    // has PART of every row in turn
+    void (*dots)(const uint8_t *x, const int8_t *w, int64_t count, int32_t *sums);
     // sum_k w[k] x[index[k]], for a multiple of 16
     int32_t (*dot_sparse)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
     // the same of blocks of four, with x[4 * index[k / 4] + k % 4]; `count` is a multiple of 32, too

@@ -75,6 +75,9 @@ void fill_gaps(const View &y, int64_t c, int64_t at, int64_t images) {
     }
 }
 
+// Rows of results that are first written elsewhere, since their planes are shorter than vectors are.
+enum { SOME_ROWS = 16 };
+
 void vector(const Frame &f, const Step &s, int64_t at) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const int64_t channels = x.value->shape.channels;
@@ -83,15 +86,21 @@ void vector(const Frame &f, const Step &s, int64_t at) {
         for (int64_t c = 0; c < channels; ++c) f.scratch[c] = *x.plane(c);
         line = f.scratch;
     }
+    const Kernels &k = *f.program->kernels;
     const Share mine(f, y.value->shape.channels);
+    int32_t sums[ROWS];
     for (int64_t r = mine.from; r < mine.to; ++r) {
-        const int64_t from = s.weights.starts[r], count = s.weights.starts[r + 1] - from;
-        const int8_t *w = s.weights.values.data() + from;
-        const Kernels &k = *f.program->kernels;
-        const uint16_t *index = s.weights.index.data() + (s.layout == BLOCKS ? from / QUAD : from);
-        const int32_t sum = s.first[r] + (s.dense              ? k.dot(line, w, count)
-                                          : s.layout == BLOCKS ? k.dot_blocks(line, w, index, count)
-                                                               : k.dot_sparse(line, w, index, count));
+        const int64_t n = r % ROWS;
+        if (s.dense) {
+            const int64_t count = s.weights.starts[1];
+            if (n == 0 || r == mine.from) k.dots(line, s.weights.values.data() + (r - n) * count, count, sums);
+        } else {
+            const int64_t from = s.weights.starts[r], count = s.weights.starts[r + 1] - from;
+            const int8_t *w = s.weights.values.data() + from;
+            if (s.layout == BLOCKS) sums[n] = k.dot_blocks(line, w, s.weights.index.data() + from / QUAD, count);
+            else sums[n] = k.dot_sparse(line, w, s.weights.index.data() + from, count);
+        }
+        const int32_t sum = s.first[r] + sums[n];
         float t = static_cast<float>(sum) * s.multipliers[r];
         t = t + s.biases[r];
         if (s.node.other_operand >= 0) {
@@ -102,9 +111,6 @@ void vector(const Frame &f, const Step &s, int64_t at) {
         else *y.plane(r) = rounded(t, s.result.low, s.result.high);
     }
 }
-
-// Rows of results that are first written elsewhere, since their planes are shorter than vectors are.
-enum { SOME_ROWS = 16 };
 
 class Conv {
  public:

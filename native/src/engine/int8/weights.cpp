@@ -217,23 +217,37 @@ class BlockMaker {
     Weights out_;
 };
 
-// Vectors: rows of all weights, of blocks with a weight that is not zero, both in multiples of 32, or in multiples of
-// 16 of such weights alone; the last two with their places.
-Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, Layout layout, bool dense) {
+// Vectors with all their weights: PART of ROWS rows in turn, with zeros where there are no more; a row's length.
+Weights make_dense(const engine::Matrix &m, const std::vector<float> &weight) {
+    const int64_t count = (m.channels + PART - 1) / PART * PART;
+    Weights out;
+    out.starts = {0, count};
+    out.values.resize(static_cast<size_t>((m.rows + ROWS - 1) / ROWS * ROWS * count));
+    for (int64_t row = 0; row < m.rows; ++row)
+        for (int64_t c = 0; c < m.channels; ++c) {
+            const int64_t part = row / ROWS * ROWS * count + c / PART * ROWS * PART + row % ROWS * PART;
+            out.values[static_cast<size_t>(part + c % PART)] = static_cast<int8_t>(weight[row * m.channels + c]);
+        }
+    return out;
+}
+
+// Vectors with the weights that are not zero, in multiples of 16, or with the blocks that have such a one, in multiples
+// of 32, and their places.
+Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, Layout layout) {
     Weights out;
     out.starts.push_back(0);
+    const int32_t width = layout == BLOCKS ? QUAD : 1;
     for (int32_t row = 0; row < m.rows; ++row) {
         const float *from = weight.data() + int64_t{row} * m.channels;
-        const int32_t width = layout == BLOCKS && !dense ? QUAD : 1;
         for (int32_t c = 0; c < m.channels; c += width) {
             const int32_t there = std::min(width, m.channels - c);
-            if (!dense && std::all_of(from + c, from + c + there, [](float w) { return w == 0.0f; })) continue;
+            if (std::all_of(from + c, from + c + there, [](float w) { return w == 0.0f; })) continue;
             for (int32_t k = 0; k < width; ++k)
                 out.values.push_back(k < there ? static_cast<int8_t>(from[c + k]) : int8_t{0});
-            if (!dense) out.index.push_back(static_cast<uint16_t>(c / width));
+            out.index.push_back(static_cast<uint16_t>(c / width));
         }
-        while (out.values.size() % (dense || layout == BLOCKS ? 32 : 16)) out.values.push_back(0);
-        if (!dense) out.index.resize(out.values.size() / static_cast<size_t>(width));
+        while (out.values.size() % (layout == BLOCKS ? 32 : 16)) out.values.push_back(0);
+        out.index.resize(out.values.size() / static_cast<size_t>(width));
         out.starts.push_back(static_cast<int64_t>(out.values.size()));
     }
     return out;
@@ -280,7 +294,7 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
         step.first.push_back((centre - zero) * sum);
     }
     if (step.vector) {
-        step.weights = make_vectors(m, weight, step.layout, step.dense);
+        step.weights = step.dense ? make_dense(m, weight) : make_vectors(m, weight, step.layout);
         return;
     }
     const Lines lines(w, program.values[step.node.x]);
