@@ -18,10 +18,10 @@ from the soft threshold (1: training from scratch) to the hard one (0). Nor can 
 the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
 of the method's own.
 
-Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) times less than |W|. All blocks lie close
-about T, so a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. Whoever moves s by an
-error moves it by 1 / sqrt(n) of what single weights have: the loss, which otherwise holds blocks against the pressure
-at nearly twice the density, and the trim, which then overshoots and masks whole layers.
+Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) times less than |W|: all lie close about T,
+and a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. So what moves s moves that of
+blocks by 1 / sqrt(n) of it: the loss, which otherwise holds them against the pressure at half as much density again;
+and the trim, which then swings about the target and can mask a layer for good.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class SoftThreshold(Targeted, Latent):
         threshold_init: the first s, where the layer's weights are large enough; -5 gives thresholds of 0.0067. A layer
             starts at no more than 0.12 times the root mean square of its weights, and one whose weights are all 0
             without a threshold, until they are not.
-        threshold_lr: learning rate of s as a multiple of the weights', for blocks of that over the root of their size.
-            1 suits SGD and Adam; a larger one lets the loss push the thresholds down.
+        threshold_lr: learning rate of s as a multiple of the weights' (over the root of ``block``). 1 suits SGD and
+            Adam; a larger one lets the loss push the thresholds down.
         block: 4 thresholds blocks of 4 consecutive inputs of one output by their mean |W|, which integer dot products
             of CPUs want: W^ = W * max(1 - T/mean, 0). 1 thresholds single weights.
 
