@@ -111,6 +111,7 @@ def main() -> None:
         ("equal-flops", "AutoSparse, accuracy"),
         ("autosparse", "accuracy (the default)"),
         ("resnet20", "AutoSparse, accuracy"),
+        ("blocks", "AutoSparse"),
     ):
         rows = read(name)
         for target in sorted({float(row["target"]) for row in rows if row["target"]}, reverse=True):

@@ -1,6 +1,8 @@
 """What docs/results/methods.md and autosparse.md say is in results/compare-*.csv and autosparse-variants.csv."""
 
 import csv
+import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,19 @@ def test_equal_flops_and_resnet20_are_those_of_the_results():
     assert {row["budget"] for row in rows} == {"flops"}
     assert all(abs(float(row["inference_flops"]) - float(row["target"])) < 1e-3 for row in rows)
     assert comparison.table(comparison.read("resnet20"), [0.9]) in DOCS
+
+
+def test_blocks_are_those_of_the_results_and_hold():
+    rows = comparison.read("blocks")
+    assert comparison.table(rows, [0.9]) in DOCS
+    assert comparison.against(rows, "AutoSparse") in DOCS
+    # What the page says: no run of blocks fell away, and no layer was masked.
+    single = [float(row["test_accuracy"]) for row in rows if row["label"] == "AutoSparse"]
+    blocks = [row for row in rows if row["label"] == "AutoSparse, 1x4 blocks"]
+    accuracies = [float(row["test_accuracy"]) for row in blocks]
+    assert abs(statistics.mean(accuracies) - statistics.mean(single)) < 0.5
+    assert statistics.stdev(accuracies) < 0.6
+    assert all(min(json.loads(row["layer_densities"]).values()) > 0.03 for row in blocks)
 
 
 def test_the_ablation_is_that_of_the_results():

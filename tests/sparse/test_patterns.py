@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 
 import pytest
@@ -88,12 +89,12 @@ def test_autosparse_thresholds_blocks_by_their_mean():
     run.put("own.s", 0.0)
     assert run.used == [1.0, -0.5, 0.5, 0, 0, 0, 0, 0]
     assert run.step() == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]
-    # s - lr dL/ds, dL/ds = -g'(0) (sum of W/B over the first block + alpha * that of the second)
-    assert run.kept("own.s").item() == pytest.approx(0.01 * 0.25 * (2.0 + 0.5 * 0.2 / 0.3))
+    # s - lr / sqrt(4) dL/ds, dL/ds = -g'(0) (sum of W/B over the first block + alpha * that of the second)
+    assert run.kept("own.s").item() == pytest.approx(0.01 / 2 * 0.25 * (2.0 + 0.5 * 0.2 / 0.3))
 
 
-def test_blocks_of_one_are_the_single_weights():
-    weight = torch.randn(8, 1).expand(8, 4)  # blocks of equal weights
+def test_blocks_of_equal_weights_are_the_single_weights_but_for_the_pace_of_the_threshold():
+    weight = torch.randn(8, 1).expand(8, 4)
     seen = []
     for block in (1, 4):
         options = {"block": block, "alpha": 0.3, "anneal": "constant", "pressure": 0.0, "total_steps": 1000}
@@ -101,9 +102,34 @@ def test_blocks_of_one_are_the_single_weights():
         run.put("own.s", -1.0)
         used = run.model[0].weight.detach().clone()
         run.step(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
-        seen.append((used, run.gradient, run.kept("own.s")))
+        # what s moved, times the root of the block's size
+        seen.append((used, run.gradient, (run.kept("own.s") + 1.0) * block**0.5))
     for single, blocks in zip(*seen, strict=True):
         torch.testing.assert_close(single, blocks)
+
+
+@pytest.mark.parametrize("method", ["autosparse", "str"])
+@pytest.mark.parametrize("block", [1, 4, 8, 16])
+def test_the_trim_comes_down_to_the_target_and_does_not_swing_about_it(method, block):
+    weight = 0.1 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    run = ByHand(method, weight, target=0.9, total_steps=125, pressure=0.0, block=block)
+    densities = []
+    for _ in range(124):
+        run.rest()
+        densities.append(1.0 - run.sparsifier.sparsity())
+    assert densities[0] > 0.9
+    # Whole blocks are 1/1024 of the layer where they are of 16.
+    assert all(after < before + 0.002 for before, after in itertools.pairwise(densities))
+    assert 0.098 < densities[-1] < 0.106
+
+
+def test_the_limit_on_what_a_step_moves_is_that_of_single_weights_over_the_root_of_the_block():
+    for block, limit in [(1, 0.2), (4, 0.1), (16, 0.05)]:
+        weight = torch.ones(2, 16)
+        run = ByHand("autosparse", weight, lr=1e3, block=block, pressure=0.0, alpha=1.0, anneal="constant")
+        before = run.kept("own.s").item()
+        run.step()
+        assert run.kept("own.s").item() - before == pytest.approx(limit, rel=1e-5)
 
 
 def test_autosparse_lands_in_whole_blocks():

@@ -17,6 +17,11 @@ weights that far, as in fine-tuning at a small learning rate, it takes less::
 from the soft threshold (1: training from scratch) to the hard one (0). Nor can the loss hold against the pressure then:
 the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
 of the method's own.
+
+Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) times less than |W|: all lie close about T,
+and a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. So what moves s moves that of
+blocks by 1 / sqrt(n) of it: the loss, which otherwise holds them against the pressure at half as much density again;
+and the trim, which then swings about the target and can mask a layer for good.
 """
 
 from __future__ import annotations
@@ -125,8 +130,8 @@ class SoftThreshold(Targeted, Latent):
         threshold_init: the first s, where the layer's weights are large enough; -5 gives thresholds of 0.0067. A layer
             starts at no more than 0.12 times the root mean square of its weights, and one whose weights are all 0
             without a threshold, until they are not.
-        threshold_lr: learning rate of s as a multiple of the weights'. 1 suits SGD and Adam; a larger one lets the loss
-            push the thresholds down.
+        threshold_lr: learning rate of s as a multiple of the weights' (over the root of ``block``). 1 suits SGD and
+            Adam; a larger one lets the loss push the thresholds down.
         block: 4 thresholds blocks of 4 consecutive inputs of one output by their mean |W|, which integer dot products
             of CPUs want: W^ = W * max(1 - T/mean, 0). 1 thresholds single weights.
 
@@ -155,7 +160,8 @@ class SoftThreshold(Targeted, Latent):
         self.block = _checks.whole("block", self.block, what="number of weights")
         super().__post_init__()
         check_divisible(self._layers, self.block, f"blocks of {self.block}")
-        self.own_rate = self.threshold_lr
+        self._pace = 1.0 / math.sqrt(self.block)  # of s, as a share of that of single weights
+        self.own_rate = self.threshold_lr * self._pace
         self._pressure_yields = self.pressure is None and self.budget is None
         if self.pressure is None:
             self.pressure = self._default_pressure()
@@ -352,7 +358,8 @@ class SoftThreshold(Targeted, Latent):
     def _limit(self, parameters: list[Tensor]) -> None:
         """Bound what the optimizer did to s."""
         previous = [bucket.kept["previous"] for bucket in self._buckets]
-        lowest, highest = torch._foreach_sub(previous, MAX_MOVE), torch._foreach_add(previous, MAX_MOVE)
+        most = MAX_MOVE * self._pace
+        lowest, highest = torch._foreach_sub(previous, most), torch._foreach_add(previous, most)
         torch._foreach_maximum_(lowest, [bucket.kept["lowest"] for bucket in self._buckets])
         torch._foreach_maximum_(parameters, lowest)
         torch._foreach_minimum_(parameters, highest)
@@ -411,7 +418,7 @@ class SoftThreshold(Targeted, Latent):
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self._rest():
-            self._shift(trim(log_error(self._density, self._rest())))
+            self._shift(self._pace * trim(log_error(self._density, self._rest())))
         return log_error(self._density, self.budget.aim(self.progress))
 
     def _shift(self, by: float) -> None:
