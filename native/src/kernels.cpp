@@ -6,15 +6,19 @@
 #include "rarefy.h"
 
 // Every source that holds kernels, and every instruction set they are built for, best first.
-#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak) X(isa, int8)
+#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak)
 #if defined(RAREFY_X86)
+#include <cpuid.h>
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
+#define RAREFY_INT8_ISAS(X) X(avx512_vbmi2) X(avx512) X(avx_vnni) X(avx2) X(portable)
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
-#elif defined(RAREFY_NEON)
+#else
+#if defined(RAREFY_NEON)
 #define RAREFY_ENGINE_ISAS(X) X(neon) X(portable)
-#define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #else
 #define RAREFY_ENGINE_ISAS(X) X(portable)
+#endif
+#define RAREFY_INT8_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #endif
 
@@ -25,15 +29,26 @@
     }
 #define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
 #define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine)
+#define RAREFY_DECLARE_INT8(isa) RAREFY_DECLARE(isa, int8)
 RAREFY_ISAS(RAREFY_DECLARE_ISA)
 RAREFY_ENGINE_ISAS(RAREFY_DECLARE_ENGINE)
+RAREFY_INT8_ISAS(RAREFY_DECLARE_INT8)
 
 namespace {
+
+#ifdef RAREFY_X86
+// Which no compiler's own function knows by the same name.
+bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
 
 bool runs(std::string_view isa) {
 #ifdef RAREFY_X86
     __builtin_cpu_init();
-    if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == "avx2" || isa == "avx_vnni")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (isa == "avx2" || has_avx_vnni());
     if (isa == "avx512" || isa == "avx512_vbmi2") {
         const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -56,8 +71,10 @@ std::vector<rarefy_kernel> collect() {
 #define RAREFY_ADD(isa, source) add(rarefy::isa::source##_kernels, rarefy::isa::source##_kernel_count);
 #define RAREFY_ADD_ISA(isa) RAREFY_SOURCES(RAREFY_ADD, isa)
 #define RAREFY_ADD_ENGINE(isa) RAREFY_ADD(isa, engine)
+#define RAREFY_ADD_INT8(isa) RAREFY_ADD(isa, int8)
     RAREFY_ISAS(RAREFY_ADD_ISA)
     RAREFY_ENGINE_ISAS(RAREFY_ADD_ENGINE)
+    RAREFY_INT8_ISAS(RAREFY_ADD_INT8)
     return all;
 }
 

@@ -15,7 +15,7 @@ from rarefy.engine.plan import Conv, Linear, Plan, Step, Value
 
 def paths():
     """Every way to compute a step here: PyTorch, and the native kernels of each instruction set."""
-    isas = {kernel.isa.removesuffix("_vbmi2") for kernel in kernels.table() if kernel.supported}
+    isas = {kernel.isa for kernel in kernels.table() if kernel.name == "engine" and kernel.supported}
     return ["pytorch", *(sorted(isas) if programs.available() else [])]
 
 

@@ -200,10 +200,14 @@ def available() -> bool:
     return _functions() is not None and kernels.isa() != "pytorch"
 
 
+#: What the float32 engine runs with in the place of instruction sets whose additions are of no use to it.
+_FLOAT32 = {"avx512_vbmi2": "avx512", "avx_vnni": "avx2"}
+
+
 def isa(*, whole: bool = False) -> bytes | None:
-    """The instruction set to use, as the header takes it: for float32 there is none with VBMI2, ``whole`` has it."""
+    """The instruction set to use, as the header takes it: for float32, or with ``whole`` for int8, which has more."""
     asked = kernels.isa()
-    return None if asked is None else (asked if whole else asked.removesuffix("_vbmi2")).encode()
+    return None if asked is None else (asked if whole else _FLOAT32.get(asked, asked)).encode()
 
 
 @dataclass(frozen=True)
