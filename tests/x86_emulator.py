@@ -23,7 +23,7 @@ MEMORY = 1 << 30  # all of it is one to one; what is never touched takes none
 TABLES, SYSTEM_CALL, MAPPINGS, STACK_END = 0x1000, 0x5000, 0x1000_0000, MEMORY - 0x1000
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{i}" for i in range(8, 16)), "rip", "rflags")
 ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8")  # of a system call
-NO_SUCH_CALL, TRY_AGAIN = -38, -11
+NO_SUCH_CALL, TRY_AGAIN, NO_MEMORY = -38, -11, -12
 CLONE_SETTLS, CLONE_PARENT_SETTID, CLONE_CHILD_CLEARTID = 0x80000, 0x100000, 0x200000
 
 
@@ -44,7 +44,7 @@ class Machine:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.status: int | None = None
         self.fault: str | None = None
-        self.mapped, self.started = MAPPINGS, 1
+        self.free, self.touched, self.started = [(MAPPINGS, STACK_END - (8 << 20))], MAPPINGS, 1
         self.session = bochscpu.Session()
         self.session.missing_page_handler = self.page
         self.hook = bochscpu.Hook()
@@ -93,14 +93,14 @@ class Machine:
     def stack(self, arguments: list[str], entry: int, phdr: int, phnum: int) -> int:
         at = STACK_END
         places = []
-        for argument in arguments:
+        for argument in (*arguments, "MALLOC_ARENA_MAX=1"):  # or every thread sets some of the memory apart
             text = argument.encode() + b"\0"
             at -= len(text)
             self.put(at, text)
             places.append(at)
         at = (at & ~15) - 16  # sixteen bytes for the program's own random numbers
         about = {3: phdr, 4: 56, 5: phnum, 6: 4096, 9: entry, 25: at, 17: 100, 23: 0, 11: 0, 12: 0, 13: 0, 14: 0}
-        words = [len(places), *places, 0, 0]
+        words = [len(arguments), *places[:-1], 0, places[-1], 0]
         for key, value in about.items():
             words += [key, value]
         words += [0, 0]
@@ -197,9 +197,25 @@ class Machine:
         return self.break_at
 
     def mmap(self, _: Thread, __: int, size: int, *___: int) -> int:
-        at = self.mapped
-        self.mapped += (size + 0xFFFF) & ~0xFFFF
-        return at if self.mapped < STACK_END - (8 << 20) else -12
+        size = (size + 0xFFF) & ~0xFFF
+        for i, (begin, end) in enumerate(self.free):
+            if begin + size <= end:
+                self.free[i] = (begin + size, end)
+                if begin < self.touched:
+                    self.put(begin, bytes(size))
+                self.touched = max(self.touched, begin + size)
+                return begin
+        return NO_MEMORY
+
+    def munmap(self, _: Thread, at: int, size: int, *__: int) -> int:
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted([*self.free, (at, at + ((size + 0xFFF) & ~0xFFF))]):
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((begin, end))
+        self.free = merged
+        return 0
 
     def sched_yield(self, *_: Any) -> int:
         self.give_way()
@@ -265,6 +281,7 @@ CALLS: dict[int, Callable[..., int]] = {
     1: Machine.write,
     8: Machine.lseek,
     9: Machine.mmap,
+    11: Machine.munmap,
     12: Machine.brk,
     20: Machine.writev,
     24: Machine.sched_yield,
@@ -277,8 +294,8 @@ CALLS: dict[int, Callable[..., int]] = {
     231: Machine.exit_group,
     257: Machine.openat,
     318: Machine.getrandom,
-    # close, mprotect, munmap, rt_sigaction, rt_sigprocmask, madvise, set_robust_list
-    **dict.fromkeys((3, 10, 11, 13, 14, 28, 273), Machine.nothing),
+    # close, mprotect, rt_sigaction, rt_sigprocmask, madvise, set_robust_list
+    **dict.fromkeys((3, 10, 13, 14, 28, 273), Machine.nothing),
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 // and with two, for one image and for several. For sanitizers: every input and output ends where its numbers end.
 // Usage: int8 [programs [isa ...]]; an instruction set that is named must be there.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -74,8 +75,8 @@ class Network {
     void grow() {
         input(shape(one_of({1, 3, 4, 8, 17, 40})));
         for (int64_t left = 1 + below(6); left > 0 && !values_[last_].floats; --left) step();
-        output(last_);
-        if (chance(30)) output(static_cast<size_t>(below(static_cast<int64_t>(values_.size()))));
+        for (size_t i = 0; i < values_.size(); ++i)
+            if (i == last_ || chance(60)) output(i);
     }
 
     Program finish(const std::string &isa, int32_t batch, int32_t threads) const {
@@ -127,7 +128,7 @@ class Network {
     Made shape(int32_t channels) const {
         Made m = {0, channels, one_of({1, 1, 2, 5, 7, 9, 14}), one_of({1, 1, 3, 4, 7, 8, 15, 16, 17, 33, 65}),
                   0, false};
-        if (chance(30)) m.h = m.w = 1, m.c = one_of({channels, 64, 200, 333});
+        if (chance(40)) m.h = m.w = 1, m.c = one_of({channels, 64, 200, 333});
         while (m.numbers() > MOST_NUMBERS) m.h = (m.h + 1) / 2, m.w = (m.w + 1) / 2;
         return m;
     }
@@ -147,8 +148,8 @@ class Network {
     static rarefy_int8_result any() {
         rarefy_int8_result r = {};
         r.zero_point = one_of({0, 0, 128, 255, static_cast<int32_t>(below(256))});
-        r.low = static_cast<float>(chance(50) ? 0 : below(100));
-        r.high = static_cast<float>(chance(50) ? 255 : 155 + below(100));
+        r.low = static_cast<float>(chance(80) ? 0 : below(100));
+        r.high = static_cast<float>(chance(80) ? 255 : 155 + below(100));
         return r;
     }
 
@@ -222,9 +223,10 @@ class Network {
         rarefy_conv c = {};
         c.x = x.id;
         c.residual = -1;
-        c.groups = one_of({1, 1, 1, 1, x.c, x.c % 2 ? 1 : 2});
+        const bool vector = x.h * x.w == 1;
+        c.groups = vector && chance(90) ? 1 : one_of({1, 1, 1, 1, x.c, x.c % 2 ? 1 : 2});
         c.out_channels = c.groups * (c.groups > 4 ? one_of({1, 1, 2}) : one_of({1, 3, 4, 9, 24}));
-        const bool point = chance(x.h * x.w == 1 ? 90 : 35);
+        const bool point = chance(vector ? 90 : 35);
         for (int axis = 0; axis < 2; ++axis) {
             c.kernel[axis] = point ? 1 : one_of({1, 2, 3, 3, 5});
             c.stride[axis] = point && chance(80) ? 1 : one_of({1, 1, 2, 3});
@@ -244,10 +246,16 @@ class Network {
         r.other = factor(255.0);
         Floats multipliers, biases;
         for (int64_t row = 0; row < r.rows; ++row) {
-            double most = 1.0;
-            for (int64_t i = 0; i < channels * taps; ++i) most += 255.0 * std::abs(weight[row * channels * taps + i]);
-            multipliers.push_back(factor(chance(80) ? most : most / 64.0) * (chance(30) ? -1.0f : 1.0f));
-            biases.push_back(static_cast<float>(r.zero_point) + 0.5f * static_cast<float>(below(41) - 20));
+            double most = 1.0, squares = 1.0;
+            for (int64_t i = 0; i < channels * taps; ++i) {
+                const double w = weight[row * channels * taps + i];
+                most += 255.0 * std::fabs(w);
+                squares += 128.0 * 128.0 * w * w;
+            }
+            // as large as sums can be, or as they are for the most part
+            multipliers.push_back(factor(chance(30) ? most : std::sqrt(squares)) * (chance(30) ? -1.0f : 1.0f));
+            biases.push_back(static_cast<float>(chance(50) ? 128 : r.zero_point) +
+                             0.5f * static_cast<float>(below(41) - 20));
         }
         r.multipliers = hold(multipliers);
         r.biases = hold(biases);
