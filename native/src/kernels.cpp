@@ -5,12 +5,19 @@
 
 #include "rarefy.h"
 
+#if defined(RAREFY_X86)
+#include <cpuid.h>
+#endif
+
 // Every source that holds kernels, and every instruction set they are built for, best first.
 #define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak)
 #if defined(RAREFY_X86)
-#include <cpuid.h>
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
+#if defined(RAREFY_AVX_VNNI)
 #define RAREFY_INT8_ISAS(X) X(avx512_vbmi2) X(avx512) X(avx_vnni) X(avx2) X(portable)
+#else
+#define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
+#endif
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
 #else
 #if defined(RAREFY_NEON)
@@ -37,7 +44,7 @@ RAREFY_INT8_ISAS(RAREFY_DECLARE_INT8)
 namespace {
 
 #ifdef RAREFY_X86
-// Which no compiler's own function knows by the same name.
+// __builtin_cpu_supports knows it in new compilers alone.
 bool has_avx_vnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
