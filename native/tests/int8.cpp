@@ -259,7 +259,7 @@ class Network {
         }
         r.multipliers = hold(multipliers);
         r.biases = hold(biases);
-        // what it makes says which residual fits; it is made with one in the place of that which is without
+        // a residual has the shape of what the convolution makes
         const int32_t h = size(x.h, c, 0), w = size(x.w, c, 1);
         if (h < 1 || w < 1 || int64_t{c.out_channels} * h * w > MOST_NUMBERS) return;
         if (chance(35)) c.residual = like({0, 0, h, w, 0, false}, c.out_channels).id;
