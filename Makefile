@@ -139,9 +139,12 @@ fuzz: $(STAMP)
 test-neon: $(NATIVE)/cases.bin
 	cmake -S . -B $(NATIVE)/aarch64 $(NATIVE_CMAKE) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	cmake --build $(NATIVE)/aarch64 --target exhaustive engine
+	cmake --build $(NATIVE)/aarch64 --target exhaustive engine int8
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/exhaustive $(NATIVE)/cases.bin
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/engine 50
+	for cpu in max neoverse-n1 cortex-a57; do \
+	  qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/int8 150 || exit 1; \
+	done
 
 # Every instruction set for x86-64, whatever this processor has: a processor in Python, in an environment of its own.
 EMULATOR := $(VENV)-emulator

@@ -124,7 +124,7 @@ class Worker:
             "runtime": runtime.name,
             "precision": runtime.precision,
             "model": network if runtime.ours else str(file(network)),
-            "input": str(input_file(batch)),
+            "input": str(input_file(network, batch)),
             "threads": runtime.threads,
             "cores": cores[: runtime.threads],
         }
@@ -160,12 +160,12 @@ class Worker:
         self._process.communicate()
 
 
-def input_file(batch: int) -> Path:
-    """The pictures as a file."""
-    path = engine_models.FOLDER / f"input-{batch}.npy"
+def input_file(network: str, batch: int) -> Path:
+    """What the network gets, as a file."""
+    path = engine_models.FOLDER / f"input-{'x'.join(map(str, (batch, *engine_models.shape(network))))}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, engine_models.inputs(batch).numpy())
+        np.save(path, engine_models.inputs(batch, network).numpy())
     return path
 
 
@@ -217,7 +217,7 @@ def measure(cell: Cell, workers: dict[Runtime, Worker], rounds: int) -> list[dic
     clock = "wall" if cell.wall else "cpu"
     middle = {runtime: [statistics.median(one) for one in found[clock]] for runtime, found in times.items()}
     about = {key: value for key, value in results.provenance().items() if key != "threads"}
-    x = engine_models.inputs(cell.batch)
+    x = engine_models.inputs(cell.batch, cell.network)
     models = {name: engine_models.build(name) for name in {worker.network for worker in workers.values()}}
     with torch.no_grad():
         expected = {name: model(x) for name, model in models.items()}

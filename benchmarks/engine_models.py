@@ -2,7 +2,8 @@
 
 A network is NAME-VARIANT: "resnet50-dense", "resnet50-90" (90 % of every layer but the stem pruned by magnitude),
 "resnet50-90x4" (in blocks of four input channels), "resnet50-90erk" (spread by ERK), "resnet50-autosparse-0.9" (by
-benchmarks/engine_masks.py, trained weights and all).
+benchmarks/engine_masks.py, trained weights and all). "bert" is BERT-base's encoder on 128 embedded tokens, "linear" six
+layers of 4096 x 4096, more than a cache holds.
 Depthwise convolutions stay dense. But for the trained ones the weights are random, and the batch normalisations have
 random scales and biases, and the statistics that belong to them.
 """
@@ -22,7 +23,49 @@ from rarefy.sparse import distribution
 from rarefy.sparse_files import is_sparse_file, load_sparse
 
 FOLDER = Path(__file__).parents[1] / "runs" / "engine"
-SHAPE = (3, 224, 224)
+SHAPES = {"bert": (128, 768), "linear": (4096,)}  # of an input; of the others a picture's
+PICTURE = (3, 224, 224)
+
+
+class Attention(nn.Module):
+    """Self-attention with 12 heads: (batch, tokens, 768) -> the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(768, 768) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        batch, tokens, width = x.shape
+        q, k, v = (
+            layer(x).view(batch, tokens, 12, width // 12).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).reshape(batch, tokens, width))  # type: ignore[no-any-return]
+
+
+class EncoderLayer(nn.Module):
+    """A layer of BERT-base: (batch, tokens, 768) -> the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm1 = Attention(), nn.LayerNorm(768)
+        self.up, self.down, self.norm2 = nn.Linear(768, 3072), nn.Linear(3072, 768), nn.LayerNorm(768)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention and the two layers behind it, each with its residual and normalisation."""
+        x = self.norm1(x + self.attention(x))
+        return self.norm2(x + self.down(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
+
+
+def _create(name: str) -> nn.Module:
+    match name:
+        case "bert":
+            return nn.Sequential(*(EncoderLayer() for _ in range(12)))
+        case "linear":
+            return nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(6)))
+    return models.create(name)
 
 
 def path(network: str) -> Path:
@@ -39,18 +82,23 @@ def build(network: str) -> nn.Module:
             raise FileNotFoundError(f"there is no {file}: run python benchmarks/engine_masks.py")
         state = _made(name, variant).state_dict()
         write_atomically(file, lambda partial: save_file(state, partial))
-    model = models.create(name)
+    model = _create(name)
     model.load_state_dict(load_sparse(file) if is_sparse_file(file) else load_file(file))
     return model.eval()
 
 
-def inputs(batch: int) -> Tensor:
-    """The pictures that every runtime gets, (batch, 3, 224, 224)."""
-    return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(1))
+def shape(network: str) -> tuple[int, ...]:
+    """Of one example."""
+    return SHAPES.get(network.partition("-")[0], PICTURE)
+
+
+def inputs(batch: int, network: str = "") -> Tensor:
+    """What every runtime gets, random: pictures, (batch, 3, 224, 224), or what the network takes."""
+    return torch.randn(batch, *shape(network), generator=torch.Generator().manual_seed(1))
 
 
 def onnx(network: str) -> Path:
-    """The network's ONNX file, by the older exporter and opset 13: deepsparse reads no later one."""
+    """The network's ONNX file, by the older exporter; of pictures in opset 13: deepsparse reads no later one."""
     file = FOLDER / f"{network}.onnx"
 
     def write(partial: Path) -> None:
@@ -58,9 +106,9 @@ def onnx(network: str) -> Path:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 build(network),
-                (torch.zeros(1, *SHAPE),),
+                (torch.zeros(1, *shape(network)),),
                 str(partial),
-                opset_version=13,
+                opset_version=13 if shape(network) == PICTURE else 17,
                 dynamo=False,
                 input_names=["input"],
                 output_names=["output"],
@@ -73,12 +121,12 @@ def onnx(network: str) -> Path:
 
 
 def onnx_int8(network: str) -> Path:
-    """Quantised by onnxruntime: static, per channel, calibrated on random pictures."""
+    """Quantised by onnxruntime: static, per channel, calibrated on random numbers."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Pictures(CalibrationDataReader):
+    class Examples(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = list(torch.split(inputs(2), 1))
+            self.left = list(torch.split(inputs(2, network), 1))
 
         def get_next(self) -> dict[str, object] | None:
             return {"input": self.left.pop().numpy()} if self.left else None
@@ -89,7 +137,7 @@ def onnx_int8(network: str) -> Path:
         write_atomically(
             file,
             lambda partial: quantize_static(
-                onnx(network), partial, Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, **types
+                onnx(network), partial, Examples(), quant_format=QuantFormat.QDQ, per_channel=True, **types
             ),
         )
     return file
@@ -97,7 +145,7 @@ def onnx_int8(network: str) -> Path:
 
 def _made(name: str, variant: str) -> nn.Module:
     torch.manual_seed(0)
-    model = models.create(name)
+    model = _create(name)
     if variant != "dense":
         density = 1 - float(variant.removesuffix("erk").removesuffix("x4")) / 100
         _prune(model, density, "erk" if variant.endswith("erk") else "uniform", 4 if variant.endswith("x4") else 1)
@@ -107,7 +155,8 @@ def _made(name: str, variant: str) -> nn.Module:
         nn.init.normal_(norm.bias, std=0.1)
         norm.momentum = None  # the mean of what it sees
     with torch.no_grad():
-        model.train()(inputs(4))
+        if norms:
+            model.train()(inputs(4, name))
     return model
 
 

@@ -93,7 +93,9 @@ def rarefy(about: dict[str, Any], x: Any) -> Made:
     began = time.process_time()
     # random weights make more of a rounding than trained ones do: all layers in int8, as the peers have them
     int8: dict[str, Any] = (
-        {"calibration": [engine_models.inputs(8)], "error_budget": 1.0} if about["precision"] == "int8" else {}
+        {"calibration": [engine_models.inputs(8, about["model"])], "error_budget": 1.0}
+        if about["precision"] == "int8"
+        else {}
     )
     compiled = engine.compile(model, given, about["threads"], precision=about["precision"], **int8)
     report = compiled.report

@@ -46,6 +46,12 @@ def test_every_file_and_command_named_is_there():
         assert (ROOT / script).exists(), script
 
 
+def test_it_installs_what_its_commands_need_as_the_page_on_installing_does():
+    install = "    pip install '.[train,export]'\n"  # rarefy train and rarefy export, to ONNX
+    assert install in README
+    assert install in (ROOT / "docs" / "start" / "install.md").read_text()
+
+
 def test_the_table_is_the_one_in_results():
     command = [sys.executable, "benchmarks/readme.py"]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

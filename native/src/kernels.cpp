@@ -7,26 +7,28 @@
 
 #if defined(RAREFY_X86)
 #include <cpuid.h>
+#elif defined(RAREFY_NEON) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 // Every source that holds kernels, and every instruction set they are built for, best first.
 #define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, peak)
 #if defined(RAREFY_X86)
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
+#define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
 #if defined(RAREFY_AVX_VNNI)
 #define RAREFY_INT8_ISAS(X) X(avx512_vbmi2) X(avx512) X(avx_vnni) X(avx2) X(portable)
 #else
 #define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
 #endif
-#define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
-#else
-#if defined(RAREFY_NEON)
+#elif defined(RAREFY_NEON)
 #define RAREFY_ENGINE_ISAS(X) X(neon) X(portable)
+#define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_INT8_ISAS(X) X(neon_i8mm) X(neon_dotprod) RAREFY_ISAS(X)
 #else
 #define RAREFY_ENGINE_ISAS(X) X(portable)
-#endif
-#define RAREFY_INT8_ISAS(X) RAREFY_ENGINE_ISAS(X)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
 #endif
 
 #define RAREFY_DECLARE(isa, source)                \
@@ -63,6 +65,11 @@ bool runs(std::string_view isa) {
                (isa == "avx512" || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                                     __builtin_cpu_supports("avx512vnni")));
     }
+#elif defined(RAREFY_NEON) && defined(__linux__)
+    // of HWCAP and HWCAP2, as Linux numbers them for aarch64
+    const unsigned long dotprod = 1ul << 20, i8mm = 1ul << 13;
+    if (isa == "neon_dotprod") return (getauxval(AT_HWCAP) & dotprod) != 0;
+    if (isa == "neon_i8mm") return (getauxval(AT_HWCAP) & dotprod) && (getauxval(AT_HWCAP2) & i8mm);
 #endif
     return isa == "portable" || isa == "neon";
 }

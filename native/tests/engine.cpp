@@ -354,6 +354,43 @@ void threads(const std::string &isa) {
     for (const int g : good) expect(g, "programs in several threads");
 }
 
+// A program for so many images gives each of any number what it gives it alone.
+void groups(const char *isa) {
+    const int32_t kernels[] = {3, 1, 3, 1, 3}, features[] = {50, 70, 10};
+    Builder b;
+    int32_t y = b.input(3, 10, 10), channels = 3;
+    rarefy_conv c = {};
+    c.residual = -1;
+    c.groups = c.dilation[0] = c.dilation[1] = 1;
+    const auto layer = [&](int32_t out, int32_t kernel, int32_t stride) {
+        c.x = y;
+        c.out_channels = out;
+        c.kernel[0] = c.kernel[1] = kernel;
+        c.stride[0] = c.stride[1] = stride;
+        for (int32_t &p : c.padding) p = kernel / 2;
+        Floats weight = numbers(int64_t{out} * channels * kernel * kernel);
+        for (float &w : weight) w = below(2) ? 0.0f : 0.2f * w;
+        y = b.conv(c, weight);
+        channels = out;
+    };
+    layer(16, 3, 2);
+    for (const int32_t kernel : kernels) layer(16, kernel, 1);
+    y = b.check(rarefy_builder_flatten(b.b, y, "flatten", b.error, 256));
+    channels = 16 * 25;
+    for (const int32_t out : features) layer(out, 1, 1);
+    b.output(y);
+    const Floats x = numbers(16 * 300);
+    const Floats wanted = run(b.finish(isa).get(), {x}, 160, 16, 1);
+    for (const int32_t expected : {2, 4, 8, 16}) {
+        const Program p = b.finish(isa, expected);
+        for (int64_t batch = 1; batch <= expected; ++batch)
+            for (const int32_t threads : {1, 3})
+                expect(close(run(p.get(), {Floats(x.begin(), x.begin() + batch * 300)}, batch * 10, batch, threads),
+                             Floats(wanted.begin(), wanted.begin() + batch * 10), 1e-5),
+                       std::to_string(batch) + " images of a program for " + std::to_string(expected));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -367,7 +404,10 @@ int main(int argc, char **argv) {
     for (const std::string &isa : isas) {
         for (int64_t i = 0; i < cases; ++i) conv_case(isa.c_str(), i);
         activations(isa.c_str());
-        if (all) threads(isa);
+        if (all) {
+            threads(isa);
+            groups(isa.c_str());
+        }
         std::printf("%s: %lld convolutions\n", isa.c_str(), static_cast<long long>(cases));
     }
     if (all) files(isas);

@@ -234,6 +234,23 @@ def test_what_cannot_be_traced_is_told_with_its_place(model, message):
         capture(model.eval(), (IMAGE,))
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (nn.Conv2d(3, 4, 3), (2, 4, 8, 8), "Conv2d .*: layer 'convolution' takes 3 channels, and is given 4"),
+        (
+            nn.Sequential(nn.Conv1d(3, 8, 3), nn.Conv1d(4, 2, 1)),
+            (1, 3, 9),
+            "layer '1' takes 4 channels, and is given 8",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (2, 3, 3, 2), "layer '1' takes 12 features, and is given 18"),
+    ],
+)
+def test_a_layer_that_takes_another_width_is_named(model, shape, message):
+    with pytest.raises(CaptureError, match=message):
+        capture(model.eval(), (torch.zeros(shape),))
+
+
 def test_inputs_without_axes_and_outputs_that_nothing_computes():
     model = f(lambda a, x: (x * a, a, torch.ones(2)))
     compiled = engine.compile(model.eval(), (torch.tensor(2.0), torch.ones(3, 2)))

@@ -1,6 +1,7 @@
 """What an engine takes, what it refuses, how it chooses, and what it tells of itself."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +52,24 @@ def compiled():
 def test_inputs_that_do_not_fit(compiled, given, error, message):
     with pytest.raises(error, match=message):
         compiled(given)
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("bfloat16", ', precision="bfloat16")'), ("int8", ', precision="int8", calibration=batches) and batches of this')],
+)
+def test_another_size_needs_the_same_options(precision, options):
+    calibration = [torch.randn(2, 3, 8, 8)] if precision == "int8" else None
+    model = nn.Conv2d(3, 4, 3).eval()
+    made = engine.compile(
+        model,
+        calibration[0] if calibration else torch.randn(2, 3, 8, 8),
+        precision=precision,
+        calibration=calibration,
+        choose="torch",
+    )
+    with pytest.raises(ValueError, match=re.escape(f"engine.compile(model, torch.zeros((1, 3, 9, 9)){options}")):
+        made(torch.zeros(1, 3, 9, 9))
 
 
 def test_the_wrong_number_of_inputs(compiled):
@@ -173,6 +192,22 @@ def test_without_measuring_the_result_is_the_same_every_time():
     assert torch.equal(first(IMAGE), second(IMAGE))
     assert first.report.candidates == {}
     assert first.measuring_seconds == 0
+
+
+@pytest.mark.parametrize("choices", [{"choose": "sparse"}, {"choose": "native", "precision": "int8"}], ids=["", "int8"])
+def test_fewer_images_than_a_program_takes_at_once(choices):
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(16, 16, size, padding=size // 2) for size in (3, 1, 3, 1, 3)]
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), *convolutions, nn.Flatten(), nn.Linear(400, 50), nn.Linear(50, 10)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(16, 3, 10, 10)
+    if "precision" in choices:
+        choices = choices | {"calibration": [x]}
+    alone = engine.compile(model, x[:1], threads=1, **choices)
+    wanted = torch.cat([alone(one) for one in x.split(1)])
+    for together in (4, 16):
+        made = engine.compile(model, x[:together], threads=1, **choices)
+        for batch in range(1, together + 1):
+            assert torch.allclose(made(x[:batch]), wanted[:batch], atol=1e-5), (together, batch)
 
 
 def test_facts_of_layers_are_counted():

@@ -1,6 +1,8 @@
 """Engines in files: whole, cut, altered, forged, and what a file may not name."""
 
+import copy
 import hashlib
+import itertools
 import json
 import random
 import stat
@@ -12,6 +14,7 @@ from torch import nn
 
 from rarefy import act, engine, kernels
 from rarefy.engine import file
+from rarefy.engine.building_int8 import Int8Building
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.passes import optimize
@@ -435,11 +438,19 @@ def a_step_twice(header):
     int8_of(header)["steps"] *= 2
 
 
+def no_layout(header):
+    int8_of(header)["layouts"] = {"conv": "rows"}
+
+
+def a_list_of_layouts(header):
+    int8_of(header)["layouts"] = ["quads"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(no_shape, other_shape, a_huge_shape, no_samples, no_outputs, two_meanings, no_first_step),
-        a_step_twice,
+        *(a_step_twice, no_layout, a_list_of_layouts),
     ],
 )
 def test_forged_int8_programs(in_int8, tmp_path, change):
@@ -453,3 +464,19 @@ def test_an_int8_engine_runs_without_the_native_library(in_int8):
         plain = engine.load(in_int8["native"])
     assert {step.kernel for step in plain.steps()} == {"PyTorch"}
     assert torch.equal(plain(x), made(x))
+
+
+def test_layers_take_their_weights_as_before(monkeypatch, tmp_path):
+    """What was measured while compiling is in the file: loading measures nothing."""
+    kinds = itertools.cycle(("quads", "blocks"))
+    monkeypatch.setattr(
+        Int8Building, "_fastest", lambda building, batch: dict(zip(building.layers, kinds, strict=False))
+    )
+    x = torch.randn(2, 3, 16, 16)
+    made = engine.compile(thinned(UNet()), x, precision="int8", calibration=[x])
+    monkeypatch.setattr(Int8Building, "_fastest", None)
+    engine.save(made, tmp_path / "a.engine")
+    for again in (engine.load(tmp_path / "a.engine"), copy.deepcopy(made)):
+        assert [step.kernel for step in again.steps()] == [step.kernel for step in made.steps()]
+        assert {"int8 quads", "int8 blocks"} <= {step.kernel for step in again.steps()}
+        assert torch.equal(again(x), made(x))

@@ -1,5 +1,6 @@
 """The native int8 programs give the bytes of the arithmetic in PyTorch, for every kernel and shape."""
 
+import itertools
 import random
 
 import numpy as np
@@ -27,6 +28,7 @@ from rarefy.engine.plan import (
     Upsample,
     Value,
 )
+from rarefy.engine.programs import LAYOUTS
 
 ISAS = (
     sorted({each.isa for each in kernels.table() if each.name == "int8" and each.supported}) if kernels.table() else []
@@ -88,10 +90,11 @@ class Network:
         """The program gives these values, quantised or not, at this batch size, one by one, and on two threads."""
         values = values or (self.steps[-1].output,)
         plan = Plan(("x",), values, False, tuple(self.steps), self.values, {}, None)
-        for isa in isas or ISAS:
+        shapes = {name: tuple(x.shape) for name, x in self.found.items()}
+        for isa, layout in itertools.product(isas or ISAS, (None, *LAYOUTS)):
+            layouts = {} if layout is None else dict.fromkeys(shapes, layout)
             with kernels.forced(isa):
-                shapes = {name: tuple(x.shape) for name, x in self.found.items()}
-                lowered = lower(plan, Options("measure", "float32", 1, 0.0, shapes, self.batch))
+                lowered = lower(plan, Options("measure", "float32", 1, 0.0, shapes, self.batch, layouts))
             (segment,) = lowered.items
             assert isinstance(segment, NativeSegment)
             assert segment.program.facts.isa == isa

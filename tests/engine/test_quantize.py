@@ -211,6 +211,19 @@ def test_batches_that_are_none(batches, error, message):
         quantize(plan_of(nn.Conv2d(3, 2, 1), 3, 4, 4), batches)
 
 
+def test_an_input_of_zeros_has_no_range_and_a_dead_value_may_have_none():
+    zeros = [torch.zeros(4, 3, 4, 4)] * 2
+    with pytest.raises(ValueError, match="calibration input .*: every number in its batches is 0, .* some hundred"):
+        quantize(plan_of(nn.Conv2d(3, 2, 1), 3, 4, 4), zeros)
+    dead = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        dead[0].bias.fill_(-1e3)
+    x = torch.randn(4, 3, 4, 4)
+    made = engine.compile(dead, x, precision="int8", calibration=[x], choose="torch")
+    with torch.no_grad():
+        assert torch.allclose(made(x), dead(x), atol=1e-6)
+
+
 def test_options_out_of_their_range():
     plan = plan_of(nn.Conv2d(3, 2, 1), 3, 4, 4)
     with pytest.raises(ValueError, match="method must be one of mse, percentile, minmax, got 'max'"):

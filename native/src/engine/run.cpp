@@ -32,8 +32,10 @@ struct Runner {
                 i = next++->last;
                 continue;
             }
-            timed(i, [&] { run_step(frame, frame.program->steps[i], at, images); });
-            barrier->wait();
+            over_images(stage.group, at, images, [&](int64_t first, int64_t some) {
+                timed(i, [&] { run_step(frame, frame.program->steps[i], first, some); });
+                barrier->wait();
+            });
             ++i;
         }
     }

@@ -48,13 +48,20 @@ void over_stages(const std::vector<Stage> &stages, int64_t k, int64_t at, int64_
         for (int64_t i = 0; i < images; i += group)
             over_stages(stages, k - 1, at + i, std::min(group, images - i), steps);
     }
-    if (images == stages[k].group) return steps(stages[k], at, images);
-    for (int64_t i = 0; i < images; ++i) steps(stages[k], at + i, int64_t{1});
+    steps(stages[k], at, images);
 }
 template <class F>
 void over_stages(const std::vector<Stage> &stages, int64_t images, const F &steps) {
     const int64_t last = static_cast<int64_t>(stages.size()) - 1, group = stages[last].group;
     for (int64_t i = 0; i < images; i += group) over_stages(stages, last, i, std::min(group, images - i), steps);
+}
+
+// Calls step(first image, images) for a step that takes `group` images at once, or else one after the other. Not the
+// stage's steps for one image after the other: what a step makes may lie where an earlier one still has images to read.
+template <class F>
+void over_images(int64_t group, int64_t at, int64_t images, const F &step) {
+    if (images == group) return step(at, images);
+    for (int64_t i = 0; i < images; ++i) step(at + i, int64_t{1});
 }
 
 // Calls body(i) for i in [0, count) at the same time, each on a thread of its own; returns how many ran. Threads that

@@ -25,7 +25,7 @@ from rarefy.engine.plan import (
     Step,
     Upsample,
 )
-from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError, Program
+from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, Layout, NativeError, Program
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Options:
         tune_seconds: at most about so much time for measuring in the whole plan; 0 chooses by rule.
         shapes: of the values, batch and all, when the plan runs on the example.
         samples: how many the example holds.
+        layouts: how int8 layers take their weights, by the value that they make; the others are measured, or by rule.
     """
 
     choice: str
@@ -118,6 +119,7 @@ class Options:
     tune_seconds: float
     shapes: Mapping[str, tuple[int, ...]]
     samples: int
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 class CannotError(Exception):
@@ -184,9 +186,12 @@ class Building:
 
     def _program(self, batch: int) -> Program:
         """The program of the steps, its kernels chosen for so many samples."""
+        return self.builder.finish(batch=batch, threads=self.options.threads, tune_seconds=self._tune_seconds())
+
+    def _tune_seconds(self) -> float:
+        """Give this program's share of the time to measure in."""
         layers = [len([s for s in steps if isinstance(s, (Conv, Linear))]) for steps in (self.steps, self.plan.steps)]
-        seconds = self.options.tune_seconds * layers[0] / max(1, layers[1])
-        return self.builder.finish(batch=batch, threads=self.options.threads, tune_seconds=seconds)
+        return self.options.tune_seconds * layers[0] / max(1, layers[1])
 
     def _add(self, step: Step) -> tuple[int | None, int]:
         """Layout and number of the value that the step makes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort, geometry
 from rarefy.engine.int8 import Int8, bounds, levels, packed, unpacked
@@ -23,10 +25,14 @@ from rarefy.engine.plan import (
     Step,
     Table,
 )
-from rarefy.engine.programs import Int8Program, Result
+from rarefy.engine.programs import LAYOUTS, Int8Program, Layout, Result
 
 #: What a layer may end with where it gives float32.
 _FLOAT_BOUNDS = {"none": (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+
+
+#: How often the programs to choose from run at least and at most.
+_LEAST_ROUNDS, _ROUNDS = 3, 10
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,10 +64,16 @@ def again(source: Plan, options: Options) -> Int8Segment:
 
 @dataclass
 class Int8Building(Building):
-    """An int8 program that is being built; ``quantizers`` are steps that nobody has run yet, by what they make."""
+    """An int8 program that is being built; ``quantizers`` are steps that nobody has run yet, by what they make.
+
+    Where there is time to measure in, each layer takes its weights as is fastest: a program of either kind is run.
+    """
 
     quantizers: Mapping[str, Quantize] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)  # of the builder's steps
+    layers: dict[str, int] = field(default_factory=dict)  # where in them those of layers are
+    makes: list[SegmentPort] = field(default_factory=list)
+    chosen: dict[str, Layout] = field(default_factory=dict)  # how layers take their weights, once the program is made
 
     def _add(self, step: Step) -> tuple[int | None, int]:
         values = self.plan.values
@@ -74,6 +86,8 @@ class Int8Building(Building):
             return layout, self.ids[step.input, layout or 0]
         result = _result(item)
         made = self._table(step) if isinstance(step, Table) else super()._add(_bare(step))
+        if isinstance(step, (Conv, Linear)):
+            self.layers[step.output] = len(self.results)
         self.results.append(result)
         return made
 
@@ -111,6 +125,7 @@ class Int8Building(Building):
             assert from_ is not None
             scale = from_.scale
         self.results.append(Result(multiplier=scale))
+        self.makes.append(port)
         return replace(port, quantized=of)
 
     def finish(self) -> Int8Segment:
@@ -131,12 +146,41 @@ class Int8Building(Building):
             batch=self.plan.batch,
         )
         shapes = {name: shape for name, shape in self.options.shapes.items() if name in known}
-        options = replace(self.options, shapes=shapes)
+        options = replace(self.options, shapes=shapes, layouts=self.chosen)
         return Int8Segment(**{each.name: getattr(segment, each.name) for each in fields(segment)}, source=source,
                            options=options)  # fmt: skip
 
     def _program(self, batch: int) -> Int8Program:
-        return self.builder.finish_int8(self.results, batch=batch, threads=self.options.threads)
+        given = {name: layout for name, layout in self.options.layouts.items() if name in self.layers}
+        self.chosen = given if given or not self.options.tune_seconds else self._fastest(batch)
+        return self._taking(self.chosen, batch)
+
+    def _taking(self, layouts: Mapping[str, Layout], batch: int) -> Int8Program:
+        """The program whose layers take their weights so, those that are left out by rule."""
+        results = list(self.results)
+        for name, layout in layouts.items():
+            results[self.layers[name]] = replace(results[self.layers[name]], layout=layout)
+        return self.builder.finish_int8(results, batch=batch, threads=self.options.threads)
+
+    def _fastest(self, batch: int) -> dict[str, Layout]:
+        """How each layer that may be taken in several ways takes the least time, with the copies that it reads."""
+        programs = {layout: self._taking(dict.fromkeys(self.layers, layout), batch) for layout in LAYOUTS}
+        kernels = {layout: [step.kernel for step in program.steps()] for layout, program in programs.items()}
+        open_ = {name: i for name, i in self.layers.items() if len({kernels[layout][i] for layout in LAYOUTS}) > 1}
+        if not open_:
+            return {}
+        outputs = [torch.empty((batch, *port.shape)) for port in self.makes]
+        inputs = [torch.zeros((batch, *port.shape)) for port in self.inputs.values()]
+        least = {layout: np.full(program.facts.steps, np.inf) for layout, program in programs.items()}
+        end = time.thread_time() + self._tune_seconds()
+        for done in range(_ROUNDS):
+            if done >= _LEAST_ROUNDS and time.thread_time() > end:
+                break
+            for layout, program in programs.items():
+                seconds = np.zeros_like(least[layout])
+                program.run(inputs, outputs, batch, 1, seconds)
+                np.minimum(least[layout], seconds, out=least[layout])
+        return {name: min(LAYOUTS, key=lambda layout: float(least[layout][i])) for name, i in open_.items()}
 
 
 def _bare(step: Step) -> Step:

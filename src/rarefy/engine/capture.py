@@ -105,10 +105,38 @@ def other_dtype(model: nn.Module, inputs: Sequence[Tensor]) -> str:
     return f"an input is {other[0]} and the weights are {weights}: convert the example, or the model" if other else ""
 
 
+def _other_width(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """Which layer is given another number of channels or features than it takes, in words; empty where none is."""
+    found = list[str]()
+
+    def look(name: str, axis: int, wanted: int, what: str) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and x.dim() >= -axis and x.shape[axis] != wanted:
+                found.append(f"layer {name!r} takes {wanted} {what}, and is given {x.shape[axis]}")
+
+        return before
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                look_at = look(name or "Linear", -1, layer.in_features, "features")
+            elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                look_at = look(name or "convolution", -1 - len(layer.kernel_size), layer.in_channels, "channels")
+            else:
+                continue
+            hooks.enter_context(layer.register_forward_pre_hook(look_at))
+        with contextlib.suppress(Exception):  # whatever the model raises: the first layer that it does not fit is known
+            model(*inputs)
+    return found[0] if found else ""
+
+
 def _explain(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:
     """What could not be traced, and where in the model's code."""
     if hint := other_dtype(model, inputs):
         return f"{type(model).__name__} cannot be traced: {hint} ({_first_line(error)})"
+    if hint := _other_width(model, inputs):
+        return f"{type(model).__name__} does not run on this input: {hint} ({_first_line(error)})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     found = re.search(r"\b\w+(::\w+|\.\w+\.\w+)", _first_line(error))

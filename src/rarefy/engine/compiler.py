@@ -307,9 +307,10 @@ def _choose(
     begun = time.perf_counter()
     usable = programs.available()
     quantized = any(value.quantized is not None for value in plan.values.values())
-    timed = choose == "measure" and usable and not quantized
+    timed = choose == "measure" and usable
+    raced = timed and not quantized  # PyTorch has no int8 that is any match
     with torch_threads(1):
-        shapes, layers = measure.walk(plan, inputs, timed=timed)
+        shapes, layers = measure.walk(plan, inputs, timed=raced)
     options = Options(
         choice=choose if choose in ("sparse", "dense") else "measure",
         storage="bfloat16" if precision == "bfloat16" else "float32",
@@ -318,7 +319,7 @@ def _choose(
         shapes=shapes,
         samples=samples(inputs[0].shape),
     )
-    if timed:
+    if raced:
         found = measure.choose(plan, inputs, options, layers, model if precision == "float32" else None)
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:

@@ -197,9 +197,14 @@ class Engine:
             return ValueError(f"{what}: the model takes {port.shape[1]} channels")
         if given[1:] != port.shape[1:]:
             dtype = "" if port.dtype is torch.float32 else f", dtype={port.dtype}"
+            precision, quantization = self.report.precision, self.report.quantization
+            options = "" if precision == "float32" else f', precision="{precision}"'
+            calibrated = quantization is not None and quantization.samples > 0  # a model may come quantised
             return ValueError(
                 f"{what}: an engine runs at the size that it was compiled for; for this one make another, with "
-                f"engine.compile(model, torch.zeros({given}{dtype}))"
+                f"engine.compile(model, torch.zeros({given}{dtype}){options}{', calibration=batches' * calibrated})"
+                + " and batches of this size"
+                * calibrated
             )
         if self.batch is not None and given[:1] != port.shape[:1]:
             return ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")

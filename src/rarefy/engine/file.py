@@ -144,6 +144,7 @@ class _Writer:
             "shapes": {name: list(shape) for name, shape in options.shapes.items()},
             "threads": options.threads,
             "samples": options.samples,
+            "layouts": dict(options.layouts),
         }
 
 
@@ -418,7 +419,10 @@ class _Reader:
         threads, samples = _sizes([about["threads"], about["samples"]])
         if not 1 <= threads <= LARGEST_THREADS or samples < 1:
             raise ValueError(f"it is for {threads} threads and {samples} samples")
-        return [again(source, Options("measure", "float32", threads, 0.0, shapes, samples))]
+        layouts = {_text(name): layout for name, layout in about["layouts"].items()}
+        if not all(layout in programs.LAYOUTS for layout in layouts.values()):
+            raise ValueError(f"weights are taken in one of {', '.join(programs.LAYOUTS)}, not in {layouts}")
+        return [again(source, Options("measure", "float32", threads, 0.0, shapes, samples, layouts))]
 
     def _item(self, about: _Json) -> Item:
         if "program" in about:

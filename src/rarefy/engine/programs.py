@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -117,6 +117,7 @@ class _Result(ctypes.Structure):
         ("biases", _POINTER),
         ("rows", _INT64),
         ("table", _POINTER),
+        ("layout", _INT32),
     )
 
 
@@ -200,8 +201,8 @@ def available() -> bool:
     return _functions() is not None and kernels.isa() != "pytorch"
 
 
-#: What the float32 engine runs with in the place of instruction sets whose additions are of no use to it.
-_FLOAT32 = {"avx512_vbmi2": "avx512", "avx_vnni": "avx2"}
+#: Instruction sets that are of no use to float32, and what it is computed with where they are forced.
+_FLOAT32 = {"avx512_vbmi2": "avx512", "avx_vnni": "avx2", "neon_i8mm": "neon", "neon_dotprod": "neon"}
 
 
 def isa(*, whole: bool = False) -> bytes | None:
@@ -323,9 +324,17 @@ class Program:
         return data
 
 
+#: How an int8 convolution takes its weights: any four that are not zero, or those of four channels together.
+Layout = Literal["quads", "blocks"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How the results of a step of an int8 program become bytes; see ``rarefy_int8_result``."""
+    """How the results of a step of an int8 program become bytes; see ``rarefy_int8_result``.
+
+    ``layout`` None chooses by rule.
+    """
 
     zero_point: int = 0
     floats: bool = False
@@ -338,6 +347,7 @@ class Result:
     multipliers: Tensor | None = None
     biases: Tensor | None = None
     table: Tensor | None = None
+    layout: Layout | None = None
 
 
 class Int8Program(Program):
@@ -525,6 +535,7 @@ class Builder:
                     *(r.zero_point, r.floats, r.multiplier, r.other, r.bias, r.ratio, r.low, r.high),
                     *(_address(multipliers), _address(biases), 0 if multipliers is None else multipliers.numel()),
                     _address(r.table),
+                    0 if r.layout is None else 1 + LAYOUTS.index(r.layout),
                 )
                 for r, (multipliers, biases) in zip(results, own, strict=True)
             )

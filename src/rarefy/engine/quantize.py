@@ -329,6 +329,12 @@ def _observed(plan: Plan, batches: Sequence[_Inputs]) -> dict[str, Histogram]:
             count(step.output)
             for name in freed:
                 del values[name]
+    for name in plan.inputs:
+        if name in seen and seen[name].exponent is None:
+            raise ValueError(
+                f"calibration input {name!r}: every number in its batches is 0, so there is no range to choose bytes "
+                "for; give some hundred examples of what the model will see"
+            )
     return seen
 
 

@@ -1,10 +1,14 @@
 // The int8 kernels, built once for each instruction set. See kernels.h for what they compute.
 #include "engine/int8/kernels.h"
 
+#include <stddef.h>
+
 #include "isa.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(RAREFY_NEON_BUILD)
+#include <arm_neon.h>
 #endif
 
 namespace rarefy {
@@ -19,7 +23,7 @@ using namespace int8;
 
 // The sums of a row over any four weights at a time, whose pixels lie in planes of their own.
 struct Any {
-    static constexpr int OFFSETS = QUAD, WIDTH = QUAD * (PAIRS ? 2 : 1), SCALE = 1;
+    static constexpr int OFFSETS = QUAD, WIDTH = QUAD, SCALE = 1;
     template <int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
@@ -29,20 +33,22 @@ struct Any {
     static void order(Sums &) {}
 };
 
+#if !defined(RAREFY_NO_BLOCKS)
 // The sums over blocks of four channels, whose pixels are interleaved.
 struct Blocks {
-    static constexpr int OFFSETS = 1, WIDTH = QUAD, SCALE = QUAD;
+    static constexpr int OFFSETS = BLOCKS_AT_ONCE, WIDTH = QUAD * BLOCKS_AT_ONCE, SCALE = QUAD;
     template <int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
         const Block weights(w);
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) add_block(s[t], x + o[0] + t * B * SCALE, weights);
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) add_blocks(s[t], x + t * B * SCALE, o, weights);
     }
     static void order(Sums &s) { reorder(s); }
 };
+#endif
 
 // Tiles of T vectors of pixels.
-template <int T, class Quads>
+template <class Quads, int T>
 void rows(const RowsCall *call) {
     const RowsCall c = *call;
     for (int64_t r = 0; r < c.rows; ++r) {
@@ -69,28 +75,152 @@ void rows(const RowsCall *call) {
 
 void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n) {
     const uint8_t *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
+    const auto some = [=](int64_t i) {
+        put_interleaved(out + 4 * i, bytes(a + i), bytes(b + i), bytes(c + i), bytes(d + i));
+    };
+    for (int64_t i = 0; i + B <= n; i += B) some(i);
+    if (n >= B) return n % B ? some(n - B) : void();
     for (int64_t i = 0; i < n; ++i) {
-        out[4 * i] = a[i];
-        out[4 * i + 1] = b[i];
-        out[4 * i + 2] = c[i];
-        out[4 * i + 3] = d[i];
+        out[4 * i] = a[i] ^ CENTRE;
+        out[4 * i + 1] = b[i] ^ CENTRE;
+        out[4 * i + 2] = c[i] ^ CENTRE;
+        out[4 * i + 3] = d[i] ^ CENTRE;
     }
 }
 
+// Lines of at least SOME pixels, every second of which `take` takes, SOME of the result at once.
+template <int64_t SOME, void (*take)(const uint8_t *, uint8_t *)>
+void second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line) {
+        for (int64_t i = 0; i + SOME <= n; i += SOME) take(x + 2 * i, out + i);
+        if (n % SOME) take(x + 2 * (n - SOME), out + n - SOME);
+    }
+}
+
+// Every second byte of 4 to 7 pixels.
+void alternate_some(const uint8_t *x, uint8_t *out, int64_t n) {
+    uint8_t all[8];
+    alternate_eight(x, all);
+    __builtin_memcpy(out, all, 4);
+    __builtin_memcpy(out + n - 4, all + n - 4, 4);
+}
+
+void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    if (step == 2 && n >= B) return second<B, alternate>(x, x_line, out, out_line, n, lines);
+    if (step == 2 && n >= 8) return second<8, alternate_eight>(x, x_line, out, out_line, n, lines);
+    for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line) {
+        if (step == 2 && n >= 4) alternate_some(x, out, n);
+        else if (step == 1) __builtin_memcpy(out, x, static_cast<size_t>(n));
+        else
+            for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
+    }
+}
+
+// The whole number nearest to t between low and high, which are from 0 to 255: the last bits of 1.5 * 2^23 + t.
+inline uint8_t nearest(float t, float low, float high) {
+    t = t > low ? t : low;
+    t = t < high ? t : high;
+    t = t + 12582912.0f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &t, sizeof bits);
+    return static_cast<uint8_t>(bits);
+}
+
+void quantize(const float *__restrict x, uint8_t *__restrict out, int64_t n, const Factors *factors) {
+    const Factors f = *factors;
+    for (int64_t i = 0; i < n; ++i) {
+        float t = x[i] * f.multiplier;
+        t = t + f.bias;
+        out[i] = nearest(t == t ? t : f.nan, f.low, f.high);
+    }
+}
+
+void add(const uint8_t *__restrict x, const uint8_t *__restrict y, uint8_t *__restrict out, int64_t n,
+         const Combination *how) {
+    const Combination c = *how;
+    for (int64_t i = 0; i < n; ++i) {
+        float t = static_cast<float>(x[i]) * c.multiplier;
+        t = t + c.bias;
+        const float second = static_cast<float>(y[i]) * c.other;
+        out[i] = nearest(t + second, c.low, c.high);
+    }
+}
+
+void multiply(const uint8_t *__restrict x, const uint8_t *__restrict y, uint8_t *__restrict out, int64_t n,
+              const Combination *how) {
+    const Combination c = *how;
+    for (int64_t i = 0; i < n; ++i) {
+        const float t = static_cast<float>((x[i] - c.zero_x) * (y[i] - c.zero_y)) * c.multiplier;
+        out[i] = nearest(t + c.bias, c.low, c.high);
+    }
+}
+
+void look_up(const uint8_t *x, const uint8_t *table, uint8_t *out, int64_t n) {
+    const Table all(table);
+    int64_t i = 0;
+    for (; i + B <= n; i += B) put(out + i, all[bytes(x + i)]);
+    for (; i < n; ++i) out[i] = table[x[i]];
+}
+
 #if defined(__AVX2__)
-// In 16 bits, eight at a time: |w x + w x| < 2^31.
-int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
-    __m256i a = _mm256_setzero_si256(), b = a;
-    const auto part = [&](int64_t k, __m256i sum) {
-        const __m256i left = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + k)));
-        const __m256i right = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w + k)));
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(left, right));
-    };
-    for (int64_t k = 0; k < count; k += 32) a = part(k, a), b = part(k + 16, b);
-    a = _mm256_add_epi32(a, b);
+// In 16 bits, sixteen at a time: |w x + w x| < 2^31.
+inline __m256i add_sixteen(__m256i sum, __m128i x, __m128i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(x), _mm256_cvtepi8_epi16(w)));
+}
+inline __m128i sixteen(const void *p) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)); }
+inline int32_t total(__m256i a) {
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
+
+int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int64_t k = 0; k < count; k += 32) {
+        a = add_sixteen(a, sixteen(x + k), sixteen(w + k));
+        b = add_sixteen(b, sixteen(x + k + 16), sixteen(w + k + 16));
+    }
+    return total(_mm256_add_epi32(a, b));
+}
+
+// The pixels of four blocks; loads one by one take less than half of a gather's time on an AMD EPYC.
+inline __m128i four_blocks(const uint8_t *x, const uint16_t *index) {
+    __m128 four[4];
+    for (int k = 0; k < 4; ++k) four[k] = _mm_load_ss(reinterpret_cast<const float *>(x + QUAD * index[k]));
+    return _mm_castps_si128(_mm_movelh_ps(_mm_unpacklo_ps(four[0], four[1]), _mm_unpacklo_ps(four[2], four[3])));
+}
+
+int32_t dot_blocks(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int64_t k = 0; k < count; k += 32, index += 8) {
+        a = add_sixteen(a, four_blocks(x, index), sixteen(w + k));
+        b = add_sixteen(b, four_blocks(x, index + 4), sixteen(w + k + 16));
+    }
+    return total(_mm256_add_epi32(a, b));
+}
+
+template <int K>
+inline __m128i pixels(__m128i v, const uint8_t *x, const uint16_t *index) {
+    v = _mm_insert_epi8(v, x[index[K]], K);
+    if constexpr (K + 1 < 16) v = pixels<K + 1>(v, x, index);
+    return v;
+}
+
+int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; k += 16)
+        sum = add_sixteen(sum, pixels<0>(_mm_setzero_si128(), x, index + k), sixteen(w + k));
+    return total(sum);
+}
+#else
+#if defined(RAREFY_NEON_BUILD)
+int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
+    int32x4_t a = vdupq_n_s32(0), b = a;
+    for (int64_t k = 0; k < count; k += 2 * B) {
+        a = products(a, bytes(x + k), vld1q_s8(w + k));
+        b = products(b, bytes(x + k + B), vld1q_s8(w + k + B));
+    }
+    return vaddvq_s32(vaddq_s32(a, b));
 }
 #else
 int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
@@ -100,30 +230,50 @@ int32_t dot(const uint8_t *x, const int8_t *w, int64_t count) {
 }
 #endif
 
+int32_t dot_blocks(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; k += QUAD) {
+        const uint8_t *four = x + QUAD * index[k / QUAD];
+        for (int64_t i = 0; i < QUAD; ++i) sum += w[k + i] * four[i];
+    }
+    return sum;
+}
+
 int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count) {
     int32_t a[4] = {};
-    int64_t k = 0;
-    for (; k + 4 <= count; k += 4)
+    for (int64_t k = 0; k < count; k += 4)
         for (int i = 0; i < 4; ++i) a[i] += w[k + i] * x[index[k + i]];
-    for (; k < count; ++k) a[0] += w[k] * x[index[k]];
     return (a[0] + a[1]) + (a[2] + a[3]);
+}
+#endif
+
+template <class Quads>
+void put_tiles(Rows **tiles) {
+    tiles[1] = rows<Quads, 1>;
+    tiles[2] = rows<Quads, 2>;
+#if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)  // 32 registers
+    tiles[4] = rows<Quads, 4>;
+#endif
 }
 
 Kernels make() {
     Kernels k = {};
     k.pixels = B;
     k.pairs = PAIRS;
-    k.rows[ANY][1] = rows<1, Any>;
-    k.rows[ANY][2] = rows<2, Any>;
-    k.rows[BLOCKS][1] = rows<1, Blocks>;
-    k.rows[BLOCKS][2] = rows<2, Blocks>;
-#if defined(__AVX512F__)  // 32 registers
-    k.rows[ANY][4] = rows<4, Any>;
-    k.rows[BLOCKS][4] = rows<4, Blocks>;
+    k.centre = CENTRE;
+    put_tiles<Any>(k.rows[ANY]);
+#if !defined(RAREFY_NO_BLOCKS)
+    put_tiles<Blocks>(k.rows[BLOCKS]);
 #endif
     k.interleave = interleave;
+    k.every = every;
+    k.quantize = quantize;
+    k.add = rarefy::RAREFY_ISA::add;
+    k.multiply = multiply;
+    k.look_up = look_up;
     k.dot = dot;
     k.dot_sparse = dot_sparse;
+    k.dot_blocks = dot_blocks;
     return k;
 }
 

@@ -15,8 +15,14 @@
 // saturating; so a quad is two pairs, each such that what is positive of it adds up to at most 128, and what is
 // negative, too: 255 * 128 < 2^15, and nothing ever saturates. A positive and a negative weight always are such a pair.
 //
+// NEON has a sum of four products of signed bytes, and only some processors one of unsigned by signed ones. The others
+// turn the first bit of every pixel, which makes x - 128 of it (`centre`), and what a row's sums begin from is so much
+// larger that they come to the same, whatever the pixel.
+//
 // Where weights come in blocks of four channels at one kernel position, or are dense, the planes of four channels are
-// interleaved beforehand instead; a block whose pairs could saturate is taken twice, each time with one of each pair.
+// interleaved beforehand instead. With `pairs` two blocks are taken together, whose sums are added in 16 bits: what is
+// positive of their first pairs adds up to at most 128, and so on; a block whose own pairs add up to more is taken as
+// two, each with one weight of each pair.
 #pragma once
 
 #include <stdint.h>
@@ -30,9 +36,9 @@ enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, PAIR_LIMIT = 128 };
 // Rows of results for one tile of pixels.
 struct RowsCall {
     const uint8_t *x;        // the tile's pixels in the first plane
-    const int8_t *weights;   // of each quad: w0 w1 w2 w3, or of ANY with pairs: w0 w1 w0 w1 w2 w3 w2 w3
+    const int8_t *weights;   // four of each quad
     const int32_t *offsets;  // four of each quad, or of BLOCKS one
-    const int64_t *starts;   // first quad of every row, and the number of quads
+    const int64_t *starts;   // first quad of every row, and the number of quads; of BLOCKS with pairs, of two
     const int32_t *first;    // what each row's sums begin from
     int64_t rows;
     const float *multipliers, *biases;
@@ -49,17 +55,41 @@ struct RowsCall {
 };
 typedef void Rows(const RowsCall *);
 
+// How a float32 number becomes a byte: x * multiplier + bias between low and high, and what NaN becomes.
+struct Factors {
+    float multiplier, bias, nan, low, high;
+};
+
+// Rows of a sum or a product of bytes; rarefy_int8.h has the formulas.
+struct Combination {
+    float multiplier, other, bias, low, high;
+    int32_t zero_x, zero_y;
+};
+
 struct Kernels {
     int32_t pixels;  // of a vector
-    int32_t pairs;   // 1: quads must not saturate, and have eight bytes
-    // for weights as they come, and in blocks; for tiles of 1 .. MOST_TILE vectors, null where there is none
+    int32_t pairs;   // 1: the sums of pairs saturate
+    int32_t centre;  // the sums of rows and of dot are those of w (x - centre)
+    // for weights as they come, and in blocks, which not all have; for tiles of 1 .. MOST_TILE vectors, null where
+    // there is none
     Rows *rows[LAYOUTS][MOST_TILE + 1];
-    // out[4 i + k] = planes[k][i] for n pixels
+    // out[4 i + k] = planes[k][i], centred, for n pixels
     void (*interleave)(const uint8_t *const *planes, uint8_t *out, int64_t n);
-    // sum_k w[k] x[k], for `count` weights, a multiple of 32
+    // out[r * out_line + i] = x[r * x_line + step * i] for n pixels of so many lines; up to 16 bytes from a line's
+    // last pixel on are read
+    void (*every)(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n,
+                  int64_t lines);
+    void (*quantize)(const float *x, uint8_t *out, int64_t n, const Factors *factors);
+    void (*add)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
+    void (*multiply)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
+    // out[i] = table[x[i]] for n of them
+    void (*look_up)(const uint8_t *x, const uint8_t *table, uint8_t *out, int64_t n);
+    // sum_k w[k] (x[k] - centre), for `count` weights, a multiple of 32
     int32_t (*dot)(const uint8_t *x, const int8_t *w, int64_t count);
-    // the same with x[index[k]]
+    // sum_k w[k] x[index[k]], for a multiple of 16
     int32_t (*dot_sparse)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
+    // the same of blocks of four, with x[4 * index[k / 4] + k % 4]; `count` is a multiple of 32, too
+    int32_t (*dot_blocks)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
 };
 
 }  // namespace int8

@@ -91,7 +91,7 @@ class Planner {
         for (size_t i = 0; i < graph.nodes.size(); ++i) {
             while (static_cast<int32_t>(i) >= plan_.stages[stage].last) ++stage;
             if (static_cast<int32_t>(i) == plan_.stages[stage].first)
-                program_.stages[stage].first = static_cast<int32_t>(program_.steps.size());
+                program_.stages[stage].first = begun_ = static_cast<int32_t>(program_.steps.size());
             add(static_cast<int32_t>(i));
             program_.stages[stage].last = static_cast<int32_t>(program_.steps.size());
         }
@@ -112,12 +112,10 @@ class Planner {
             program_.values[n.out].floats = n.kind == Kind::CONV && step.result.floats;
         }
         if (n.kind == Kind::CONV) {
-            const Shape &x = program_.graph.values[n.x];
-            step.vector =
-                n.window.pointwise() && x.pixels() == 1 && step.group == 1 && n.groups == 1 && x.channels <= 65535;
-            if (!step.vector) step.layout = layouts_[i];
-            if (!in_place(n.window) || step.layout == BLOCKS) step.node.x = copy(step);
-            else if (n.window.taps() > 1) program_.values[n.x].around = true;
+            step.vector = of_vectors(program_.graph, n, step.group);
+            step.layout = layouts_[i];
+            if (in_place(n.window) && n.window.taps() > 1) program_.values[n.x].around = true;
+            if (!in_place(n.window) || (step.layout == BLOCKS && !step.vector)) step.node.x = copy(step);
         }
         if (n.kind == Kind::INPUT) program_.inputs.push_back(static_cast<int32_t>(program_.steps.size()));
         if (n.kind == Kind::OUTPUT) program_.outputs.push_back(static_cast<int32_t>(program_.steps.size()));
@@ -125,7 +123,7 @@ class Planner {
     }
 
     // The value that holds the phases of a convolution's input, in planes of the size of its result; interleaved for
-    // weights in blocks.
+    // weights in blocks. One of this stage serves all convolutions that read alike.
     int32_t copy(const Step &conv) {
         const Window &w = conv.node.window;
         Step step;
@@ -145,10 +143,20 @@ class Planner {
         v.around = true;
         v.interleaved = conv.layout == BLOCKS;
         v.zero_point = program_.values[conv.node.x].zero_point;
+        for (size_t i = static_cast<size_t>(begun_); i < program_.steps.size(); ++i)
+            if (program_.steps[i].copy && alike(program_.steps[i], step, v)) return program_.steps[i].node.out;
         step.node.out = static_cast<int32_t>(program_.values.size());
         program_.values.push_back(v);
         program_.steps.push_back(std::move(step));
         return program_.steps.back().node.out;
+    }
+
+    bool alike(const Step &a, const Step &b, const Value &v) const {
+        const Value &of = program_.values[a.node.out];
+        const Window &p = a.node.window, &q = b.node.window;
+        return a.node.x == b.node.x && a.which == b.which && a.group == b.group && of.shape == v.shape &&
+               of.interleaved == v.interleaved && p.stride[0] == q.stride[0] && p.stride[1] == q.stride[1] &&
+               a.reach[0] == b.reach[0] && a.reach[1] == b.reach[1];
     }
 
     // Every value as low as those that live at the same time leave room, in the order in which they are made.
@@ -208,6 +216,7 @@ class Planner {
     const std::vector<Layout> &layouts_;
     const Sizes sizes_;
     bool too_large_ = false;
+    int32_t begun_ = 0;  // the first step of this stage
 };
 
 }  // namespace

@@ -22,6 +22,8 @@ std::string check_conv(const Graph &graph, size_t i, const rarefy_int8_result &s
     const engine::Matrix m = engine::matrix_of(graph, graph.nodes[i]);
     if (s.rows != m.rows || !s.multipliers || !s.biases)
         return "there must be " + std::to_string(m.rows) + " multipliers and biases, got " + std::to_string(s.rows);
+    if (s.layout < 0 || s.layout > LAYOUTS)
+        return "a layout must be from 0 to " + std::to_string(LAYOUTS) + ", got " + std::to_string(s.layout);
     if (int64_t{m.channels} / m.groups * m.taps > MOST_SUMMANDS)
         return "a row has at most " + std::to_string(MOST_SUMMANDS) + " weights";
     for (const float w : graph.weights[i])
@@ -117,12 +119,14 @@ RAREFY_API rarefy_int8_program *rarefy_int8_finish(const rarefy_builder *builder
         program->graph.nodes = graph.nodes;
         program->graph.names = graph.names;
         program->graph.operands = graph.operands;
+        const rarefy::engine::Plan plan = rarefy::engine::make_plan(graph, options->batch, options->threads);
         std::vector<Layout> layouts;
         for (size_t i = 0; i < graph.nodes.size(); ++i)
-            layouts.push_back(graph.nodes[i].kind != Kind::CONV ? ANY
-                                                                : choose_layout(graph, graph.nodes[i], graph.weights[i],
-                                                                                program->kernels->pairs != 0));
-        wrong = make_plan(*program, rarefy::engine::make_plan(graph, options->batch, options->threads), steps, layouts);
+            layouts.push_back(graph.nodes[i].kind == Kind::CONV
+                                  ? choose_layout(graph, graph.nodes[i], plan.groups[i], graph.weights[i],
+                                                  steps[i].layout, *program->kernels)
+                                  : ANY);
+        wrong = make_plan(*program, plan, steps, layouts);
         if (!wrong.empty()) return refuse(wrong);
         for (Step &step : program->steps) {
             const rarefy_int8_result &given = steps[step.source];
@@ -185,10 +189,12 @@ RAREFY_API int32_t rarefy_int8_run(const rarefy_int8_program *program, const rar
             over_stages(program->stages, part.images, [&](const Stage &stage, int64_t at, int64_t images) {
                 for (int32_t i = stage.first; i < stage.last; ++i) {
                     const auto &step = program->steps[i];
-                    const double before = seconds ? thread_seconds() : 0.0;
-                    run_step(frame, step, at, images);
-                    if (seconds) seconds[step.source] += thread_seconds() - before;
-                    barrier.wait();
+                    over_images(stage.group, at, images, [&](int64_t first, int64_t some) {
+                        const double before = seconds ? thread_seconds() : 0.0;
+                        run_step(frame, step, first, some);
+                        if (seconds) seconds[step.source] += thread_seconds() - before;
+                        barrier.wait();
+                    });
                 }
             });
         });
@@ -227,9 +233,9 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     if (n.kind != Kind::CONV) return 0;
     info->weight_bytes = found->weights.bytes() + static_cast<int64_t>(12 * found->multipliers.size());
     std::snprintf(info->kernel, sizeof info->kernel, "int8 %s",
-                  !found->vector ? "quads"
-                  : found->dense ? "dense vector"
-                                 : "vector");
+                  found->vector && found->dense ? "dense vector"
+                  : found->layout == BLOCKS     ? (found->vector ? "vector of blocks" : "blocks")
+                                                : (found->vector ? "vector" : "quads"));
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
     info->stored = found->vector

@@ -47,7 +47,7 @@ struct Value {
 struct Weights {
     std::vector<int8_t> values;
     std::vector<int32_t> offsets;  // of quads
-    std::vector<uint16_t> index;   // of sparse vectors
+    std::vector<uint16_t> index;   // of dot products of single weights or of blocks
     std::vector<int64_t> starts;   // of rows
     int64_t bytes() const {
         return static_cast<int64_t>(values.size() + 4 * offsets.size() + 2 * index.size() + 8 * starts.size());
@@ -57,6 +57,7 @@ struct Weights {
 // How far a kernel reaches beyond the pixel that it is for, along an axis.
 struct Reach {
     int32_t low = 0, high = 0;
+    bool operator==(const Reach &other) const { return low == other.low && high == other.high; }
 };
 
 struct Step {
@@ -71,7 +72,7 @@ struct Step {
     Layout layout = ANY;                 // conv
     bool vector = false, dense = false;  // conv: by dot products, with all weights
     Weights weights;
-    std::vector<int32_t> first;  // conv: -zero_x * the sum of a row's weights
+    std::vector<int32_t> first;  // conv: (what the kernels take from pixels - zero_x) * the sum of a row's weights
     std::vector<float> multipliers, biases;
     std::vector<uint8_t> table;
     std::vector<uint8_t> mask_one, mask_group;  // conv: pixels among the positions of one image and of a group's, where
@@ -101,8 +102,15 @@ namespace rarefy::int8 {
 std::string make_plan(rarefy_int8_program &program, const engine::Plan &plan, const rarefy_int8_result *steps,
                       const std::vector<Layout> &layouts);
 
-// How the weights of a convolution are best taken.
-Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs);
+// How the weights of a convolution are taken: as `asked` in rarefy_int8_result where they can be, or by counting.
+Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const std::vector<float> &weight,
+                     int32_t asked, const Kernels &kernels);
+
+// Whether a convolution of so many images at once is computed by dot products.
+inline bool of_vectors(const Graph &graph, const Node &node, int32_t group) {
+    const Shape &x = graph.values[node.x];
+    return node.window.pointwise() && x.pixels() == 1 && group == 1 && node.groups == 1 && x.channels <= 65535;
+}
 
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);

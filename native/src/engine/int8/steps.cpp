@@ -87,9 +87,11 @@ void vector(const Frame &f, const Step &s, int64_t at) {
     for (int64_t r = mine.from; r < mine.to; ++r) {
         const int64_t from = s.weights.starts[r], count = s.weights.starts[r + 1] - from;
         const int8_t *w = s.weights.values.data() + from;
-        const int32_t sum =
-            s.first[r] + (s.dense ? f.program->kernels->dot(line, w, count)
-                                  : f.program->kernels->dot_sparse(line, w, s.weights.index.data() + from, count));
+        const Kernels &k = *f.program->kernels;
+        const uint16_t *index = s.weights.index.data() + (s.layout == BLOCKS ? from / QUAD : from);
+        const int32_t sum = s.first[r] + (s.dense              ? k.dot(line, w, count)
+                                          : s.layout == BLOCKS ? k.dot_blocks(line, w, index, count)
+                                                               : k.dot_sparse(line, w, index, count));
         float t = static_cast<float>(sum) * s.multipliers[r];
         t = t + s.biases[r];
         if (s.node.other_operand >= 0) {
@@ -212,18 +214,10 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
         for (int64_t r = mine.from; r < mine.to; ++r) surround(y, r, at, images);
 }
 
-// out[i] = x[i * step], for n of them.
-void every(const uint8_t *__restrict x, int64_t step, uint8_t *__restrict out, int64_t n) {
-    if (step == 1) std::memcpy(out, x, static_cast<size_t>(n));
-    else if (step == 2)
-        for (int64_t i = 0; i < n; ++i) out[i] = x[2 * i];
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
-}
-
 // What a phase of a stride sees of a plane of x, with zero points around it as far as the kernel reaches, in one of a
 // copy's planes, whose first pixel is at `first`.
-void phase_of(const Step &s, const View &x, const Value &to, int64_t plane, int64_t image, uint8_t *first) {
+void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, int64_t plane, int64_t image,
+              uint8_t *first) {
     const Window &w = s.node.window;
     const int64_t count = static_cast<int64_t>(s.which.size());
     const int32_t phase = s.which[plane % count], first_y = phase / w.stride[1], first_x = phase % w.stride[1];
@@ -235,9 +229,8 @@ void phase_of(const Step &s, const View &x, const Value &to, int64_t plane, int6
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
                   after = s.reach[0].high * to.row() + s.reach[1].high;
     std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
-    for (int64_t row = 0; row < rows; ++row)
-        every(x.line(plane / count, image, row * w.stride[0] + first_y) + first_x, w.stride[1], first + row * to.row(),
-              n);
+    f.program->kernels->every(x.line(plane / count, image, first_y) + first_x, w.stride[0] * x.value->row(),
+                              w.stride[1], first, to.row(), n, rows);
 }
 
 void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
@@ -247,7 +240,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
         const int64_t count = static_cast<int64_t>(s.which.size());
         const Share mine(f, x.value->shape.channels);
         for (int64_t plane = mine.from * count; plane < mine.to * count; ++plane)
-            for (int64_t i = 0; i < images; ++i) phase_of(s, x, to, plane, i, y.line(plane, i, 0));
+            for (int64_t i = 0; i < images; ++i) phase_of(f, s, x, to, plane, i, y.line(plane, i, 0));
         return;
     }
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
@@ -257,10 +250,15 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
         for (int64_t i = 0; i < images; ++i) {
             const uint8_t *planes[QUAD];
             for (int64_t k = 0; k < QUAD; ++k) {
+                // what stands in the place of a plane that is not there meets no weights
+                const int64_t plane = std::min<int64_t>(block * QUAD + k, to.shape.channels - 1);
+                if (in_place(s.node.window)) {
+                    planes[k] = x.line(plane, i, 0) - before;
+                    continue;
+                }
                 uint8_t *some = f.scratch + k * length;
+                phase_of(f, s, x, to, plane, i, some + before);
                 planes[k] = some;
-                const int64_t plane = block * QUAD + k;
-                if (plane < to.shape.channels) phase_of(s, x, to, plane, i, some + before);
             }
             uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + (at % to.group + i) * to.image() - before);
             f.program->kernels->interleave(planes, out, length);
@@ -268,60 +266,86 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
-void quantize(const float *__restrict x, int64_t step, uint8_t *__restrict out, int64_t n, rarefy_int8_result r) {
-    const float zero = static_cast<float>(r.zero_point);
-    const auto one = [=](float v) {
-        float t = v * r.multiplier;
-        t = t + r.bias;
-        return rounded(t == t ? t : zero, r.low, r.high);
-    };
-    if (step == 1)
-        for (int64_t p = 0; p < n; ++p) out[p] = one(x[p]);
-    else
-        for (int64_t p = 0; p < n; ++p) out[p] = one(x[p * step]);
+// Channels and pixels that are transposed at a time. Few pixels, since their channels are far apart, often by a power
+// of two, and compete for the same lines of the cache.
+enum { CHANNELS = 64, PIXELS = 16 };
+
+// Calls body(channel, channels, pixel, pixels) for all parts of a line of so many pixels.
+template <class F>
+void in_squares(const Share &channels, int64_t width, const F &body) {
+    for (int64_t p = 0; p < width; p += PIXELS)
+        for (int64_t c = channels.from; c < channels.to; c += CHANNELS)
+            body(c, std::min<int64_t>(CHANNELS, channels.to - c), p, std::min<int64_t>(PIXELS, width - p));
+}
+
+// Images of one pixel whose bytes follow each other: they are then the pixels of one image with its channels last.
+bool across(const Value &v) { return v.shape.pixels() == 1 && v.image() == 1; }
+
+// The node's number among such ports.
+int32_t number_of(const Frame &f, const std::vector<int32_t> &ports, const Step &s) {
+    int32_t number = 0;
+    while (&f.program->steps[ports[number]] != &s) ++number;
+    return number;
 }
 
 void input(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View y = view(f, s.node.out, at);
     const Shape &shape = y.value->shape;
-    int32_t number = 0;
-    while (&f.program->steps[f.program->inputs[number]] != &s) ++number;
-    const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
-    const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
+    const float *first = f.inputs[number_of(f, f.program->inputs, s)] + (f.first_image + at) * shape.size();
+    const Factors to_bytes = {s.result.multiplier, s.result.bias, static_cast<float>(s.result.zero_point), s.result.low,
+                              s.result.high};
+    const auto quantize = f.program->kernels->quantize;
+    const bool wide = across(*y.value), last = wide || s.node.layout == RAREFY_CHANNELS_LAST;
+    const int64_t width = wide ? images : shape.width;
     const Share mine(f, shape.channels);
-    for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (int64_t i = 0; i < images; ++i) {
-            const float *in = f.inputs[number] + (f.first_image + at + i) * shape.size() + c * c_step;
-            for (int64_t row = 0; row < shape.height; ++row)
-                quantize(in + row * shape.width * p_step, p_step, y.line(c, i, row), shape.width, s.result);
+    for (int64_t i = 0; i < (wide ? 1 : images); ++i)
+        for (int64_t row = 0; row < shape.height; ++row) {
+            const float *in = first + i * shape.size() + row * width * (last ? shape.channels : 1);
+            if (!last) {
+                for (int64_t c = mine.from; c < mine.to; ++c)
+                    quantize(in + c * shape.pixels(), y.line(c, i, row), width, &to_bytes);
+                continue;
+            }
+            in_squares(mine, width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
+                uint8_t square[PIXELS][CHANNELS];
+                for (int64_t k = 0; k < pixels; ++k)
+                    quantize(in + (p + k) * shape.channels + c, square[k], channels, &to_bytes);
+                for (int64_t n = 0; n < channels; ++n) {
+                    uint8_t *out = y.line(c + n, i, row) + p;
+                    for (int64_t k = 0; k < pixels; ++k) out[k] = square[k][n];
+                }
+            });
         }
-        fill_gaps(y, c, at, images);
-    }
+    for (int64_t c = mine.from; c < mine.to; ++c) fill_gaps(y, c, at, images);
 }
 
 void output(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at);
     const Value &v = *x.value;
-    int32_t number = 0;
-    while (&f.program->steps[f.program->outputs[number]] != &s) ++number;
-    const bool last = s.node.layout == RAREFY_CHANNELS_LAST;
-    const int64_t c_step = last ? 1 : v.shape.pixels(), p_step = last ? v.shape.channels : 1;
+    const Shape &shape = v.shape;
+    float *first = f.outputs[number_of(f, f.program->outputs, s)] + (f.first_image + at) * shape.size();
+    const bool wide = across(v), last = wide || s.node.layout == RAREFY_CHANNELS_LAST;
+    const int64_t width = wide ? images : shape.width;
+    const int64_t c_step = last ? 1 : shape.pixels(), p_step = last ? shape.channels : 1;
     const int32_t zero = v.zero_point;
-    const Share mine(f, v.shape.channels);
-    for (int64_t c = mine.from; c < mine.to; ++c)
-        for (int64_t i = 0; i < images; ++i) {
-            float *out = f.outputs[number] + (f.first_image + at + i) * v.shape.size() + c * c_step;
-            for (int64_t row = 0; row < v.shape.height; ++row) {
-                const uint8_t *line = x.line(c, i, row);
-                float *to = out + row * v.shape.width * p_step;
-                if (v.floats) {
-                    const float *from = floats(f, x) + (line - x.at);
-                    for (int64_t p = 0; p < v.shape.width; ++p) to[p * p_step] = from[p];
-                } else {
-                    for (int64_t p = 0; p < v.shape.width; ++p)
-                        to[p * p_step] = static_cast<float>(line[p] - zero) * s.result.multiplier;
+    const float factor = s.result.multiplier;
+    const Share mine(f, shape.channels);
+    for (int64_t i = 0; i < (wide ? 1 : images); ++i)
+        for (int64_t row = 0; row < shape.height; ++row) {
+            float *out = first + i * shape.size() + row * width * p_step;
+            in_squares(mine, width, [&](int64_t c, int64_t channels, int64_t p, int64_t pixels) {
+                for (int64_t n = c; n < c + channels; ++n) {
+                    const uint8_t *line = x.line(n, i, row) + p;
+                    float *to = out + n * c_step + p * p_step;
+                    if (v.floats) {
+                        const float *from = floats(f, x) + (line - x.at);
+                        for (int64_t k = 0; k < pixels; ++k) to[k * p_step] = from[k];
+                    } else {
+                        for (int64_t k = 0; k < pixels; ++k)
+                            to[k * p_step] = static_cast<float>(line[k] - zero) * factor;
+                    }
                 }
-            }
+            });
         }
 }
 
@@ -352,7 +376,7 @@ void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t im
     const int64_t n = int64_t{w.out_w - 1} * w.stride[1] + 1;
     std::memcpy(most, line, static_cast<size_t>(n));
     for (int64_t k = 1; k < w.kernel[1]; ++k) larger(most, line + k * w.dilation[1], n);
-    every(most, w.stride[1], out, w.out_w);
+    f.program->kernels->every(most, 0, w.stride[1], out, 0, w.out_w, 1);
 }
 
 void average(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
@@ -410,45 +434,21 @@ void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
 }
 
-// Rows of a sum or a product of bytes.
-struct Combine {
-    float multiplier, other, bias, low, high;
-    int32_t zero_a, zero_b;
-};
-
-void add(const Combine c, const uint8_t *__restrict a, const uint8_t *__restrict b, uint8_t *__restrict out,
-         int64_t n) {
-    for (int64_t p = 0; p < n; ++p) {
-        float t = static_cast<float>(a[p]) * c.multiplier;
-        t = t + c.bias;
-        const float second = static_cast<float>(b[p]) * c.other;
-        out[p] = rounded(t + second, c.low, c.high);
-    }
-}
-
-void multiply(const Combine c, const uint8_t *__restrict a, const uint8_t *__restrict b, uint8_t *__restrict out,
-              int64_t n) {
-    for (int64_t p = 0; p < n; ++p) {
-        const float t = static_cast<float>((a[p] - c.zero_a) * (b[p] - c.zero_b)) * c.multiplier;
-        out[p] = rounded(t + c.bias, c.low, c.high);
-    }
-}
-
 void binary(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), other = view(f, s.node.other_operand, at), y = view(f, s.node.out, at);
     const Shape &shape = y.value->shape;
     const rarefy_int8_result &r = s.result;
     const bool broadcast = !(other.value->shape == shape);
-    const Combine combine = {r.multiplier,           r.other, r.bias, r.low, r.high, x.value->zero_point,
-                             other.value->zero_point};
+    const Combination combination = {r.multiplier,           r.other, r.bias, r.low, r.high, x.value->zero_point,
+                                     other.value->zero_point};
+    const auto combine = s.node.multiply ? f.program->kernels->multiply : f.program->kernels->add;
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
         for (int64_t i = 0; i < images; ++i) {
             if (broadcast) std::memset(f.scratch, *other.line(c, i, 0), static_cast<size_t>(shape.width));
             for (int64_t row = 0; row < shape.height; ++row)
-                (s.node.multiply ? multiply : add)(combine, x.line(c, i, row),
-                                                   broadcast ? f.scratch : other.line(c, i, row), y.line(c, i, row),
-                                                   shape.width);
+                combine(x.line(c, i, row), broadcast ? f.scratch : other.line(c, i, row), y.line(c, i, row),
+                        shape.width, &combination);
         }
         fill_gaps(y, c, at, images);
     }
@@ -469,8 +469,7 @@ void over_lines(const Frame &f, const View &x, const View &y, int64_t first, int
 void table(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     over_lines(f, x, y, 0, at, images, [&](const uint8_t *line, int64_t c, int64_t i, int64_t row) {
-        uint8_t *out = y.line(c, i, row);
-        for (int64_t p = 0; p < x.value->shape.width; ++p) out[p] = s.table[line[p]];
+        f.program->kernels->look_up(line, s.table.data(), y.line(c, i, row), x.value->shape.width);
     });
 }
 

@@ -75,10 +75,10 @@ class QuadMaker {
 
  private:
     void add(const Entry *quad) {
-        for (int32_t i = 0; i < QUAD; ++i) out_.offsets.push_back(quad[i].offset);
-        for (int32_t i = 0; i < QUAD; i += 2)
-            for (int32_t again = 0; again < (pairs_ ? 2 : 1); ++again)
-                for (int32_t k = 0; k < 2; ++k) out_.values.push_back(static_cast<int8_t>(quad[i + k].value));
+        for (int32_t i = 0; i < QUAD; ++i) {
+            out_.offsets.push_back(quad[i].offset);
+            out_.values.push_back(static_cast<int8_t>(quad[i].value));
+        }
     }
 
     const bool pairs_;
@@ -128,7 +128,31 @@ std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const f
     return all;
 }
 
-// Weights in blocks of four planes at one shift.
+// Four weights of planes that are interleaved, and the bytes that they are from the pixel.
+struct Quad {
+    int32_t offset;
+    std::array<int8_t, QUAD> w;
+};
+
+// What is positive and what is negative of each of a quad's two pairs.
+class Loads {
+ public:
+    explicit Loads(const Quad &quad) {
+        for (int32_t k = 0; k < QUAD; ++k) load_[k / 2 * 2 + (quad.w[k] < 0)] += std::abs(int32_t{quad.w[k]});
+    }
+    int32_t most() const { return *std::max_element(load_.begin(), load_.end()); }
+    bool fits() const { return most() <= PAIR_LIMIT; }
+    bool fits(const Loads &other) const {
+        for (int32_t k = 0; k < QUAD; ++k)
+            if (load_[k] + other.load_[k] > PAIR_LIMIT) return false;
+        return true;
+    }
+
+ private:
+    std::array<int32_t, QUAD> load_ = {};
+};
+
+// Weights in blocks of four planes at one shift; with pairs two blocks at a time, where two are left that may be added.
 class BlockMaker {
  public:
     BlockMaker(const Lines &lines, bool pairs) : lines_(lines), pairs_(pairs) { out_.starts.push_back(0); }
@@ -137,27 +161,55 @@ class BlockMaker {
         std::map<std::tuple<int64_t, int32_t, int32_t>, std::array<int8_t, QUAD>> blocks;
         for (const Tapped &t : taps)
             blocks[{t.plane / QUAD, t.rows, t.columns}][t.plane % QUAD] = static_cast<int8_t>(t.value);
+        std::vector<Quad> quads;
         for (const auto &[at, w] : blocks) {
             const auto [block, rows, columns] = at;
-            const int32_t offset = static_cast<int32_t>(QUAD * (block * lines_.stride + rows * lines_.row + columns));
-            if (!pairs_ || (fits(w[0], w[1]) && fits(w[2], w[3]))) {
-                add(offset, w[0], w[1], w[2], w[3]);
-            } else {
-                add(offset, w[0], 0, w[2], 0);
-                add(offset, 0, w[1], 0, w[3]);
-            }
+            quads.push_back({static_cast<int32_t>(QUAD * (block * lines_.stride + rows * lines_.row + columns)), w});
         }
-        out_.starts.push_back(static_cast<int64_t>(out_.offsets.size()));
+        if (pairs_) quads = in_twos(quads);
+        for (const Quad &quad : quads) {
+            out_.offsets.push_back(quad.offset);
+            out_.values.insert(out_.values.end(), quad.w.begin(), quad.w.end());
+        }
+        out_.starts.push_back(static_cast<int64_t>(out_.offsets.size()) / (pairs_ ? 2 : 1));
     }
 
     Weights make() { return std::move(out_); }
 
  private:
-    static bool fits(int32_t a, int32_t b) { return (a > 0) != (b > 0) || std::abs(a) + std::abs(b) <= PAIR_LIMIT; }
+    enum { TRIES = 64 };  // for the largest quad that one fits with
 
-    void add(int32_t offset, int8_t a, int8_t b, int8_t c, int8_t d) {
-        out_.offsets.push_back(offset);
-        out_.values.insert(out_.values.end(), {a, b, c, d});
+    static std::vector<Quad> in_twos(const std::vector<Quad> &quads) {
+        std::vector<std::pair<Loads, Quad>> all;
+        for (const Quad &quad : quads) {
+            if (Loads(quad).fits()) {
+                all.push_back({Loads(quad), quad});
+                continue;
+            }
+            for (const Quad &half :
+                 {Quad{quad.offset, {quad.w[0], 0, quad.w[2], 0}}, Quad{quad.offset, {0, quad.w[1], 0, quad.w[3]}}})
+                all.push_back({Loads(half), half});
+        }
+        std::stable_sort(all.begin(), all.end(),
+                         [](const auto &a, const auto &b) { return a.first.most() > b.first.most(); });
+        std::vector<Quad> out;
+        std::vector<uint8_t> taken(all.size(), 0);
+        for (size_t i = 0; i < all.size(); ++i) {
+            if (taken[i]) continue;
+            out.push_back(all[i].second);
+            out.push_back({all[i].second.offset, {}});
+            int32_t tries = 0;
+            for (size_t k = i + 1; k < all.size() && tries < TRIES; ++k) {
+                if (taken[k]) continue;
+                // the first of those that are left for a half of the tries, then the smallest
+                if (tries++ == TRIES / 2) k = std::max(k, all.size() - TRIES / 2);
+                if (taken[k] || !all[i].first.fits(all[k].first)) continue;
+                taken[k] = 1;
+                out.back() = all[k].second;
+                break;
+            }
+        }
+        return out;
     }
 
     const Lines &lines_;
@@ -165,29 +217,48 @@ class BlockMaker {
     Weights out_;
 };
 
-// Vectors: rows of all weights, in multiples of 32, or of those that are not zero with their columns.
-Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, bool dense) {
+// Vectors: rows of all weights, of blocks with a weight that is not zero, both in multiples of 32, or in multiples of
+// 16 of such weights alone; the last two with their places.
+Weights make_vectors(const engine::Matrix &m, const std::vector<float> &weight, Layout layout, bool dense) {
     Weights out;
     out.starts.push_back(0);
     for (int32_t row = 0; row < m.rows; ++row) {
-        for (int32_t c = 0; c < m.channels; ++c) {
-            const int8_t w = static_cast<int8_t>(weight[int64_t{row} * m.channels + c]);
-            if (!dense && w == 0) continue;
-            out.values.push_back(w);
-            if (!dense) out.index.push_back(static_cast<uint16_t>(c));
+        const float *from = weight.data() + int64_t{row} * m.channels;
+        const int32_t width = layout == BLOCKS && !dense ? QUAD : 1;
+        for (int32_t c = 0; c < m.channels; c += width) {
+            const int32_t there = std::min(width, m.channels - c);
+            if (!dense && std::all_of(from + c, from + c + there, [](float w) { return w == 0.0f; })) continue;
+            for (int32_t k = 0; k < width; ++k)
+                out.values.push_back(k < there ? static_cast<int8_t>(from[c + k]) : int8_t{0});
+            if (!dense) out.index.push_back(static_cast<uint16_t>(c / width));
         }
-        while (dense && out.values.size() % 32) out.values.push_back(0);
+        while (out.values.size() % (dense || layout == BLOCKS ? 32 : 16)) out.values.push_back(0);
+        if (!dense) out.index.resize(out.values.size() / static_cast<size_t>(width));
         out.starts.push_back(static_cast<int64_t>(out.values.size()));
     }
     return out;
 }
 
+// Of a vector's layer: how many blocks of four there are with a weight that is not zero.
+int64_t blocks_of(const engine::Matrix &m, const std::vector<float> &weight) {
+    int64_t blocks = 0;
+    for (int32_t row = 0; row < m.rows; ++row)
+        for (int32_t c = 0; c < m.channels; c += QUAD) {
+            const float *from = weight.data() + int64_t{row} * m.channels + c;
+            blocks +=
+                std::any_of(from, from + std::min<int32_t>(QUAD, m.channels - c), [](float w) { return w != 0.0f; });
+        }
+    return blocks;
+}
+
 // A block takes this share of the time of four single weights, what interleaving takes among it: 0.63 in the first
-// layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI it was not measured.
+// layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI and with NEON it was not measured.
 constexpr double BLOCK_COST = 0.65;
+// A block takes so many times the time of a single weight in a dot product.
+constexpr double VECTOR_BLOCK_COST = 1.2;
 // Above this density the dot products of vectors take all weights, whose pixels are then read in a row. Not measured
 // apart.
-constexpr double VECTOR_DENSE_ABOVE = 0.17;
+constexpr double VECTOR_DENSE_ABOVE = 0.12;
 
 }  // namespace
 
@@ -198,16 +269,18 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.total_weights = static_cast<int64_t>(weight.size());
     step.nonzeros = std::count_if(weight.begin(), weight.end(), [](float v) { return v != 0.0f; });
     const int32_t channels = m.channels / m.groups, rows_a_group = m.rows / m.groups;
+    if (step.vector)
+        step.dense = static_cast<double>(step.nonzeros) > VECTOR_DENSE_ABOVE * static_cast<double>(step.total_weights);
+    const int32_t centre = step.vector && !step.dense ? 0 : program.kernels->centre;
     const int32_t zero = program.values[built.x].zero_point;
     for (int32_t row = 0; row < m.rows; ++row) {
         int32_t sum = 0;
         for (int64_t i = 0; i < int64_t{channels} * m.taps; ++i)
             sum += static_cast<int32_t>(weight[row * int64_t{channels} * m.taps + i]);
-        step.first.push_back(-zero * sum);
+        step.first.push_back((centre - zero) * sum);
     }
     if (step.vector) {
-        step.dense = static_cast<double>(step.nonzeros) > VECTOR_DENSE_ABOVE * static_cast<double>(step.total_weights);
-        step.weights = make_vectors(m, weight, step.dense);
+        step.weights = make_vectors(m, weight, step.layout, step.dense);
         return;
     }
     const Lines lines(w, program.values[step.node.x]);
@@ -229,9 +302,18 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.weights = maker.make();
 }
 
-Layout choose_layout(const Graph &graph, const Node &node, const std::vector<float> &weight, bool pairs) {
+Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const std::vector<float> &weight,
+                     int32_t asked, const Kernels &kernels) {
     const engine::Matrix m = engine::matrix_of(graph, node);
+    const bool vector = of_vectors(graph, node, group);
     if (m.groups > 1) return ANY;
+    if (!vector && !kernels.rows[BLOCKS][1]) return ANY;
+    if (asked > 0) return static_cast<Layout>(asked - 1);
+    if (vector) {
+        const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);
+        const double nonzeros = static_cast<double>(weight.size()) - static_cast<double>(zeros);
+        return static_cast<double>(blocks_of(m, weight)) * VECTOR_BLOCK_COST < nonzeros ? BLOCKS : ANY;
+    }
     Value unplaced;
     unplaced.shape = {1, 1, 1};
     const Lines lines(node.window, unplaced);
@@ -239,7 +321,7 @@ Layout choose_layout(const Graph &graph, const Node &node, const std::vector<flo
     for (int32_t row = 0; row < m.rows; ++row) {
         const std::vector<Tapped> taps = taps_of(m, lines, weight.data() + int64_t{row} * m.channels * m.taps, 0);
         single += static_cast<int64_t>(taps.size());
-        BlockMaker maker(lines, pairs);
+        BlockMaker maker(lines, kernels.pairs != 0);
         maker.row(taps);
         blocks += static_cast<int64_t>(maker.make().offsets.size());
     }
