@@ -231,7 +231,7 @@ class Network {
         const bool point = chance(vector ? 90 : 35);
         for (int axis = 0; axis < 2; ++axis) {
             c.kernel[axis] = point ? 1 : one_of({1, 2, 3, 3, 5});
-            c.stride[axis] = point && chance(80) ? 1 : one_of({1, 1, 2, 3});
+            c.stride[axis] = x.w >= 130 ? one_of({1, 2, 2}) : point && chance(80) ? 1 : one_of({1, 1, 2, 3});
             c.dilation[axis] = one_of({1, 1, 1, 2});
             const int32_t reach = c.dilation[axis] * (c.kernel[axis] - 1);
             const bool same = chance(vector ? 95 : 60);
