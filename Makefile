@@ -108,14 +108,14 @@ figures: $(STAMP)
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache
 
-# The native kernels on recorded cases, without Python: under sanitizers, and for aarch64 in an emulator.
-# Needs cmake; for aarch64 the packages g++-aarch64-linux-gnu and qemu-user.
+# The native kernels on recorded cases, without Python: under sanitizers, for aarch64 in an emulator, and for AVX-512 and
+# AVX-VNNI in another. Needs cmake; for aarch64 the packages g++-aarch64-linux-gnu and qemu-user.
 NATIVE := build/native
 NATIVE_CMAKE := -DCMAKE_BUILD_TYPE=Release -DRAREFY_NATIVE_TESTS=ON -DRAREFY_WERROR=ON
 
-.PHONY: test-native test-sanitize test-neon
+.PHONY: test-native test-sanitize test-neon test-avx512
 
-test-native: test-sanitize test-neon
+test-native: test-sanitize test-neon test-avx512
 
 $(NATIVE)/cases.bin: $(STAMP) tests/act/native_cases.py $(wildcard src/rarefy/act/*/*.py src/rarefy/act/tables/*.json)
 	mkdir -p $(NATIVE)
@@ -145,6 +145,19 @@ test-neon: $(NATIVE)/cases.bin
 	for cpu in max neoverse-n1 cortex-a57; do \
 	  qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/int8 150 || exit 1; \
 	done
+
+# Every instruction set for x86-64, whatever this processor has: a processor in Python, in an environment of its own.
+EMULATOR := $(VENV)-emulator
+EMULATED := LD_PRELOAD=$(CURDIR)/$(NATIVE)/bochscpu.so $(EMULATOR)/bin/python tests/x86_emulator.py $(NATIVE)/static
+test-avx512: $(NATIVE)/cases.bin
+	test -x $(EMULATOR)/bin/python || $(PYTHON) -m venv $(EMULATOR)
+	$(EMULATOR)/bin/pip install -q bochscpu-python==0.4.0
+	$(CC) -O1 -shared -fPIC -o $(NATIVE)/bochscpu.so native/tests/bochscpu.c
+	cmake -S . -B $(NATIVE)/static $(NATIVE_CMAKE) -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build $(NATIVE)/static --target exhaustive engine int8
+	$(EMULATED)/int8 150 avx512_vbmi2 avx512 avx_vnni avx2 portable
+	$(EMULATED)/engine 50 kernels
+	$(EMULATED)/exhaustive $(NATIVE)/cases.bin
 
 # The Triton kernels, in Triton's interpreter: no GPU needed, but the package.
 .PHONY: test-triton

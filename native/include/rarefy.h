@@ -12,7 +12,7 @@ extern "C" {
 
 typedef struct {
     const char *name;   // what it computes, for example "thresholds_after_f32"
-    const char *isa;    // "portable", "avx2", "avx512", "avx512_vbmi2", "neon", "neon_dotprod" or "neon_i8mm"
+    const char *isa;    // "portable", "avx2", "avx_vnni", "avx512", "avx512_vbmi2", "neon", "neon_dotprod", "neon_i8mm"
     int32_t supported;  // 1 when this CPU can run it
     void *entry;        // the function
 } rarefy_kernel;

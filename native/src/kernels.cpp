@@ -5,7 +5,9 @@
 
 #include "rarefy.h"
 
-#if defined(RAREFY_NEON) && defined(__linux__)
+#if defined(RAREFY_X86)
+#include <cpuid.h>
+#elif defined(RAREFY_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -14,7 +16,11 @@
 #if defined(RAREFY_X86)
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
+#if defined(RAREFY_AVX_VNNI)
+#define RAREFY_INT8_ISAS(X) X(avx512_vbmi2) X(avx512) X(avx_vnni) X(avx2) X(portable)
+#else
 #define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
+#endif
 #elif defined(RAREFY_NEON)
 #define RAREFY_ENGINE_ISAS(X) X(neon) X(portable)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
@@ -39,10 +45,19 @@ RAREFY_INT8_ISAS(RAREFY_DECLARE_INT8)
 
 namespace {
 
+#ifdef RAREFY_X86
+// __builtin_cpu_supports knows it in new compilers alone.
+bool has_avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 bool runs(std::string_view isa) {
 #ifdef RAREFY_X86
     __builtin_cpu_init();
-    if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == "avx2" || isa == "avx_vnni")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (isa == "avx2" || has_avx_vnni());
     if (isa == "avx512" || isa == "avx512_vbmi2") {
         const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -17,8 +17,9 @@ from rarefy import kernels
 
 #: What /proc/cpuinfo calls the features that matter to the kernels and to PyTorch.
 _FEATURES = (
-    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *("amx_bf16", "amx_int8", "asimd", "asimdhp", "sve", "sve2", "bf16"),
+    *("avx", "avx2", "fma", "f16c", "avx_vnni"),
+    *("avx512f", "avx512bw", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp", "i8mm", "sve", "sve2", "bf16"),
 )
 
 #: What a row of a table of measurements says of where they were made.

@@ -15,7 +15,7 @@ from rarefy.kernels import _library, _thresholds_native
 
 
 def test_the_best_instruction_set_comes_first_and_training_has_a_portable_one():
-    order = ["avx512_vbmi2", "avx512", "avx2", "neon_i8mm", "neon_dotprod", "neon", "portable"]
+    order = ["avx512_vbmi2", "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "portable"]
     names = {kernel.name for kernel in kernels.table()}
     training = {"thresholds_before_f32", "thresholds_after_f32", "thresholds_count_f32", "mask_f32"}
     assert training <= names
