@@ -116,6 +116,10 @@ void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t
     }
 }
 
+void larger(uint8_t *__restrict to, const uint8_t *__restrict from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = to[i] > from[i] ? to[i] : from[i];
+}
+
 // The whole number nearest to t between low and high, which are from 0 to 255: the last bits of 1.5 * 2^23 + t.
 inline uint8_t nearest(float t, float low, float high) {
     t = t > low ? t : low;
@@ -269,6 +273,7 @@ Kernels make() {
 #endif
     k.interleave = interleave;
     k.every = every;
+    k.larger = larger;
     k.quantize = quantize;
     k.add = rarefy::RAREFY_ISA::add;
     k.multiply = multiply;

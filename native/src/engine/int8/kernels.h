@@ -79,6 +79,8 @@ struct Kernels {
     // last pixel on are read
     void (*every)(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n,
                   int64_t lines);
+    // to[i] = the larger one of to[i] and from[i] for n of them
+    void (*larger)(uint8_t *to, const uint8_t *from, int64_t n);
     void (*quantize)(const float *x, uint8_t *out, int64_t n, const Factors *factors);
     void (*add)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
     void (*multiply)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);

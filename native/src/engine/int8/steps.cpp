@@ -368,13 +368,10 @@ int32_t over_window(const Window &w, const View &x, int64_t c, int64_t image, in
     return inside;
 }
 
-void larger(uint8_t *__restrict to, const uint8_t *__restrict from, int64_t n) {
-    for (int64_t p = 0; p < n; ++p) to[p] = to[p] > from[p] ? to[p] : from[p];
-}
-
 // A row of maxima: down the columns into a line with zeros on both sides, then along it, then every so many of them.
 void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
     const Window &w = s.node.window;
+    const auto larger = f.program->kernels->larger;
     const int64_t length = pool_line(w);
     uint8_t *line = f.scratch, *down = line + w.left, *most = line + length;
     std::memset(line, 0, static_cast<size_t>(length));
