@@ -73,7 +73,10 @@ std::string check(const Graph &graph, const rarefy_int8_result *steps) {
 int64_t scratch_of(const rarefy_int8_program &program) {
     int64_t bytes = 16 * int64_t{MOST_TILE} * MOST_PIXELS * static_cast<int64_t>(sizeof(float));
     for (const Step &step : program.steps) {
-        if (step.node.kind == Kind::POOL) bytes = std::max(bytes, 4 * pool_line(step.node.window));
+        if (step.node.kind == Kind::POOL) {
+            const Window &w = step.node.window;
+            bytes = std::max({bytes, 4 * pool_line(w), 2 * pool_rows(w) * pool_line(w) + MOST_PIXELS});
+        }
         if (step.node.kind == Kind::BINARY) bytes = std::max<int64_t>(bytes, program.values[step.node.out].shape.width);
         if (step.copy) bytes = std::max(bytes, QUAD * (program.values[step.node.out].stride + 128));
         if (step.vector) bytes = std::max<int64_t>(bytes, program.values[step.node.x].shape.channels + 64);

@@ -133,6 +133,9 @@ inline int64_t pool_line(const Window &w) {
     return reach > int64_t{w.left} + w.in_w ? reach : int64_t{w.left} + w.in_w;
 }
 
+// How many such lines maxima are taken of at a time: as many as a cache keeps.
+inline int64_t pool_rows(const Window &w) { return 1 + 16384 / pool_line(w); }
+
 // One thread's view of a run.
 struct Frame {
     const rarefy_int8_program *program;

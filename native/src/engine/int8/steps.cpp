@@ -368,18 +368,24 @@ int32_t over_window(const Window &w, const View &x, int64_t c, int64_t image, in
     return inside;
 }
 
-// A row of maxima: down the columns into a line with zeros on both sides, then along it, then every so many of them.
-void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
+// The maxima of a channel, some rows at a time: down the columns into lines with zeros on both sides, then along all of
+// them, then every so many of them.
+void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, const View &y) {
     const Window &w = s.node.window;
-    const auto larger = f.program->kernels->larger;
-    const int64_t length = pool_line(w);
-    uint8_t *line = f.scratch, *down = line + w.left, *most = line + length;
-    std::memset(line, 0, static_cast<size_t>(length));
-    over_window(w, x, c, image, row, [=](const uint8_t *from) { larger(down, from, w.in_w); });
-    const int64_t n = int64_t{w.out_w - 1} * w.stride[1] + 1;
-    std::memcpy(most, line, static_cast<size_t>(n));
-    for (int64_t k = 1; k < w.kernel[1]; ++k) larger(most, line + k * w.dilation[1], n);
-    f.program->kernels->every(most, 0, w.stride[1], out, 0, w.out_w, 1);
+    const Kernels &k = *f.program->kernels;
+    const int64_t length = pool_line(w), some = pool_rows(w), size = some * length;
+    uint8_t *down = f.scratch, *most = down + size;
+    for (int64_t first = 0; first < w.out_h; first += some) {
+        const int64_t rows = std::min(some, w.out_h - first);
+        std::memset(down, 0, static_cast<size_t>(size));
+        for (int64_t row = 0; row < rows; ++row)
+            over_window(w, x, c, image, first + row,
+                        [&](const uint8_t *from) { k.larger(down + row * length + w.left, from, w.in_w); });
+        std::memcpy(most, down, static_cast<size_t>(size));
+        for (int64_t column = 1; column < w.kernel[1]; ++column)
+            k.larger(most, down + column * w.dilation[1], size - column * w.dilation[1]);
+        k.every(most, length, w.stride[1], y.line(c, image, first), y.value->row(), w.out_w, rows);
+    }
 }
 
 void average(const Frame &f, const Step &s, const View &x, int64_t c, int64_t image, int64_t row, uint8_t *out) {
@@ -409,9 +415,11 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const Share mine(f, y.value->shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
-        for (int64_t i = 0; i < images; ++i)
-            for (int64_t row = 0; row < s.node.window.out_h; ++row)
-                (s.node.average ? average : maximum)(f, s, x, c, i, row, y.line(c, i, row));
+        for (int64_t i = 0; i < images; ++i) {
+            if (!s.node.average) maximum(f, s, x, c, i, y);
+            for (int64_t row = 0; s.node.average && row < s.node.window.out_h; ++row)
+                average(f, s, x, c, i, row, y.line(c, i, row));
+        }
         fill_gaps(y, c, at, images);
     }
 }
