@@ -45,13 +45,15 @@ WRONG = {
     "no weights": change(["layers", 0, "weights"], 0),
     "fixed": change(["fixed"], float("nan")),
     "block": change(["block"], 0),
+    "an empty list": change(["layers"], []),
+    "precision": change(["precision"], "int4"),
 }
 
 
 @pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
 def test_another_file_is_refused(given, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(given))
-    with pytest.raises(ValueError, match="not a table of latencies"):
+    with pytest.raises(ValueError, match="a.json is not a table of latencies"):
         Latency.load(tmp_path / "a.json")
 
 

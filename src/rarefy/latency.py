@@ -16,6 +16,9 @@ from typing import Any
 from rarefy._files import write_atomically
 from rarefy._prices import Prices
 
+#: Those of :func:`rarefy.engine.compile`.
+_PRECISIONS = ("float32", "bfloat16", "int8")
+
 
 @dataclass(frozen=True)
 class LayerLatency:
@@ -74,7 +77,7 @@ class Latency:
         given = {} if live is None else live
         for name, count in given.items():
             size = self._prices[name].size if name in self._prices else None
-            if size is None or not 0 <= count <= size:
+            if size is None or isinstance(count, float) or not 0 <= count <= size:
                 there = ", ".join(self._prices) if size is None else f"with {size} weights"
                 raise ValueError(f"{count} live weights in {name!r}: there is {there}")
         counts = {name: given.get(name, prices.size) for name, prices in self._prices.items()}
@@ -103,6 +106,8 @@ class Latency:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a table of latencies: {type(error).__name__}: {error}") from None
+        if not layers or found.precision not in _PRECISIONS:
+            raise ValueError(f"not a table of latencies: precision={found.precision!r} and {len(layers)} layers")
         for layer in layers:
             steps = layer.densities, layer.seconds
             rising = all(list(each) == sorted(each) and all(map(math.isfinite, each)) for each in steps)
@@ -128,6 +133,7 @@ class Latency:
         """Return what :meth:`save` wrote. Raises ValueError for another file, FileNotFoundError without one."""
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a table of latencies: {error}") from None
-        return cls.from_dict(given)
+            return cls.from_dict(given)
+        except ValueError as error:  # what is no text and no JSON, too
+            why = str(error).removeprefix("not a table of latencies: ")
+            raise ValueError(f"{path} is not a table of latencies: {why}") from None

@@ -89,7 +89,8 @@ def test_the_wrong_number_of_inputs(compiled):
         ({"example_input": [1, 2]}, TypeError, "example_input must be a tensor or a sequence of tensors, got list"),
         ({"example_input": ()}, TypeError, "example_input must be a tensor or a sequence of tensors"),
         ({"example_input": torch.zeros(0, 3, 16, 16)}, ValueError, "example_input must not be empty"),
-        ({"threads": 0}, ValueError, "threads must be a positive whole number, or None for PyTorch's, got 0"),
+        ({"threads": 0}, ValueError, "threads must be a whole number from 1 to 1024, or None for PyTorch's, got 0"),
+        ({"threads": 100000}, ValueError, "from 1 to 1024, or None for PyTorch's, got 100000"),
         ({"precision": "int4"}, ValueError, "precision must be one of float32, bfloat16, int8, got 'int4'"),
         ({"precision": "int8"}, ValueError, "needs calibration=, some hundred examples"),
         ({"calibration": [IMAGE]}, ValueError, "calibration is for precision=\"int8\", and precision is 'float32'"),
@@ -148,7 +149,7 @@ def test_nothing_that_loses_is_chosen(monkeypatch):
     names = ("native", "native by rule", "PyTorch", "PyTorch, oneDNN", "native and PyTorch")
     for fastest in names:
 
-        def race(ways, plan, inputs, threads, fastest=fastest):
+        def race(ways, plan, inputs, threads, least, fastest=fastest):
             assert set(ways) == set(names)
             return {name: 1.0 if name == fastest else 2.0 for name in ways}
 
@@ -248,3 +249,15 @@ def test_the_break_even_of_a_profile():
     assert (row.share, row.density, row.dense_seconds, row.gain) == (0.25, 0.1, 8e-3, 4.0)  # of both samples
     assert row.gflops == pytest.approx(2 * 10_000 * 2 / 2e-3 / 1e9)
     assert row.peak_share == pytest.approx(row.gflops / 100)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_autocast_changes_nothing(precision):
+    model = thinned(UNet())
+    options = {"calibration": [IMAGE]} if precision == "int8" else {}
+    made = engine.compile(model, IMAGE, precision=precision, choose="native", **options)
+    with torch.autocast("cpu"):
+        again = engine.compile(model, IMAGE, precision=precision, choose="native", **options)
+        under = again(IMAGE), made(IMAGE)
+    assert {step.kernel for step in again.steps()} == {step.kernel for step in made.steps()}
+    torch.testing.assert_close(under, (made(IMAGE), made(IMAGE)), rtol=0, atol=0)

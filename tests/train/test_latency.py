@@ -56,6 +56,15 @@ def test_a_resumed_run_keeps_its_table(tmp_path: Path, measured: list[dict[str, 
     assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
 
 
+def test_a_resumed_run_needs_its_table(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
+    with pytest.raises(RuntimeError, match="stopped after step 4"):
+        Classification(recipe(**MILLISECONDS), tmp_path).train(stop_at(4))
+    (tmp_path / "latency.json").unlink()
+    with pytest.raises(FileNotFoundError, match="latency.json is missing: a resumed run goes by the table"):
+        Classification(recipe(**MILLISECONDS), tmp_path, resume=True)
+    assert len(measured) == 1
+
+
 def test_an_unfinished_run_tells_its_target(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
     with pytest.raises(RuntimeError, match="stopped after step 4"):
         Classification(recipe(**MILLISECONDS), tmp_path).train(stop_at(4))

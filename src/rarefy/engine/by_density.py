@@ -70,7 +70,7 @@ def latency(
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"block must be a positive whole number of inputs, got {block!r}")
     inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
-    with COMPILING, torch.random.fork_rng(devices=[]):
+    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         plan = prepare(model, inputs, precision, calibration, error_budget).better
         sizes = weights_of(plan)
         if not sizes:

@@ -75,7 +75,8 @@ def compile(
     """
     begun = time.perf_counter()
     inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
-    with COMPILING, torch.random.fork_rng(devices=[]):  # a step may draw random numbers
+    # A step may draw random numbers; what autocast would make of the layers is not the model.
+    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         plan, trials, better, quantization = prepare(model, inputs, precision, calibration, error_budget)
         engine = build(better, inputs, threads, precision, choose, tune_seconds, model)
         for tried in trials:
@@ -259,8 +260,9 @@ def checked(
             raise ValueError(f"example_input must be on the CPU, got {x.device}: call it with x.cpu()")
         if x.numel() == 0:
             raise ValueError(f"example_input must not be empty, got the shape {tuple(x.shape)}")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"threads must be a positive whole number, or None for PyTorch's, got {threads!r}")
+    most = programs.MOST_THREADS
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
+        raise ValueError(f"threads must be a whole number from 1 to {most}, or None for PyTorch's, got {threads!r}")
     for name, value, known in (("precision", precision, get_args(Precision)), ("choose", choose, get_args(Choose))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -110,6 +110,9 @@ class Engine:
 
         Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
         """
+        if torch.is_autocast_enabled("cpu"):  # it is for training: an engine has its precision
+            with torch.autocast("cpu", enabled=False):
+                return self(*inputs)
         given = self._checked(inputs)
         threads = self.threads or torch.get_num_threads()
         if torch.is_grad_enabled():

@@ -41,8 +41,6 @@ from rarefy.engine.plan import Conv, Operator, Plan, Quantized, Ref, Step, Value
 from rarefy.engine.quantization import Quantization
 
 VERSION = 1
-#: Of what an engine may run on.
-LARGEST_THREADS = 1024
 
 _MAGIC = b"rarefy\x00e"
 _HEAD = struct.Struct("<8sIIQQ32s")
@@ -343,7 +341,7 @@ class _Reader:
         report, because = engine.report, engine._fixed_because
         if engine._single not in (True, False) or (engine._single and len(engine.outputs) != 1):
             raise ValueError("a single output is one")
-        for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, LARGEST_THREADS)):
+        for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, programs.MOST_THREADS)):
             if number is not None and not (type(number) is int and 1 <= number <= largest):
                 raise ValueError(f"a batch or a number of threads is {number!r:.80}")
         if not all(isinstance(each, str) for each in (report.chosen, report.precision, because or "")):
@@ -417,7 +415,7 @@ class _Reader:
         )
         shapes = {_text(name): _sizes(shape) for name, shape in about["shapes"].items()}
         threads, samples = _sizes([about["threads"], about["samples"]])
-        if not 1 <= threads <= LARGEST_THREADS or samples < 1:
+        if not 1 <= threads <= programs.MOST_THREADS or samples < 1:
             raise ValueError(f"it is for {threads} threads and {samples} samples")
         layouts = {_text(name): layout for name, layout in about["layouts"].items()}
         if not all(layout in programs.LAYOUTS for layout in layouts.values()):

@@ -20,6 +20,8 @@ from rarefy.kernels import _library
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 #: What a convolution may be computed by.
 CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
+#: Threads that a program runs on at most.
+MOST_THREADS = 1024
 #: How weights are stored.
 STORAGES = {"float32": 0, "bfloat16": 1}
 

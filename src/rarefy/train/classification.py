@@ -88,8 +88,8 @@ class Classification:
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         self.recipe = recipe
         self.folder = RunFolder(folder)
-        self._resumed = resume
         state = self._checkpoint() if resume else None
+        self._resumed = state is not None
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         # As a plugin, since the environment would override a mere number of steps.
@@ -166,7 +166,12 @@ class Classification:
     def _measure(self, model: nn.Module, example: Tensor, block: int) -> Latency:
         """What the engine takes by the weights that live: as measured when the run began, for all processes alike."""
         measured, found = self.folder.path / LATENCY, list[Latency | None]([None])
-        if self.is_main and self._resumed and measured.is_file():
+        if self._resumed and not measured.is_file():
+            raise FileNotFoundError(
+                f"{measured} is missing: a resumed run goes by the table of latencies that it began with; put the file "
+                "back, or begin a new run"
+            )
+        if self.is_main and self._resumed:
             found = [Latency.load(measured)]
         elif self.is_main:
             found = [engine.latency(model, example, block=block)]
