@@ -342,7 +342,8 @@ def compiled():
 def test_an_engine_in_int8_is_the_quantised_plan(compiled):
     made, model = compiled
     report = made.report
-    assert (report.precision, report.chosen) == ("int8", "native" if available() else "PyTorch")
+    assert report.precision == "int8"
+    assert report.chosen in (("native", "native by rule") if available() else ("PyTorch",))
     assert report.quantization.error < 0.01
     assert [layer.name for layer in report.quantization.layers] == ["stem", "down", "deep.1", "up", "out"]
     plan, _ = quantize(optimize(capture(model, (torch.randn(2, 3, 16, 16),))), batches_of(3, 16, 16))
