@@ -107,7 +107,7 @@ def leave(status: int) -> NoReturn:
     """End this process with ``status``; as one of several (``WORLD_SIZE``), without the end of the interpreter.
 
     There a thread of the process group that still lets go of a tensor would want the interpreter's lock, and abort
-    (pytorch/pytorch#190489); DistributedDataParallel keeps those threads even when the group is destroyed.
+    (pytorch/pytorch#190489). Nor may a command destroy the group: the lock is held by who waits for that thread.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)

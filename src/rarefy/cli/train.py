@@ -54,7 +54,6 @@ def _train(arguments: argparse.Namespace) -> int:
             summary = None
             if run.is_main:
                 print(f"rarefy: {stopped}; the same with --run {folder} --resume goes on", file=sys.stderr)
-    run.accelerator.end_training()
     if summary is None:
         return 128 + (watch.signal or signal.SIGTERM)  # another process may have got the signal
     if not run.is_main:
