@@ -201,6 +201,8 @@ def test_a_layer_that_cannot_be_quantised_stays():
         ([torch.zeros(1, 3, 4, 5)], ValueError, r"must have the shape \(batch, 3, 4, 4\), got \(1, 3, 4, 5\)"),
         ([torch.zeros(3, 4, 4)], ValueError, r"must have the shape \(batch, 3, 4, 4\), got \(3, 4, 4\)"),
         ([torch.zeros(0, 3, 4, 4)], ValueError, "must not be empty"),
+        ([torch.full((1, 3, 4, 4), 1e37)], ValueError, r"has 1e\+37 as its largest magnitude.* so large apart"),
+        ([torch.full((1, 3, 4, 4), 1e-42)], ValueError, r"has 1e-42 as its largest magnitude.* so small apart"),
         ([torch.zeros(1, 3, 4, 4).double()], ValueError, "must be torch.float32, got torch.float64"),
         ([torch.zeros(1, 3, 4, 4)] * 2 + [torch.full((1, 3, 4, 4), torch.nan)], ValueError, "batch 2, .* is NaN"),
         ([torch.zeros(1, 3, 4, 4, device="meta")], ValueError, "must be on the CPU, got meta"),

@@ -19,6 +19,8 @@ Method = Literal["mse", "percentile", "minmax"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _BINS = 2048  # on each side of 0
 _OUTERMOST = 1e-4
+#: Examples whose largest magnitude is smaller, or larger than its inverse, leave float32 no room for products and sums.
+_SMALLEST = 1e-30
 _SHARES = torch.linspace(0.3, 1, 36, dtype=torch.float64)  # of the range seen, which are tried for the least error
 
 
@@ -168,3 +170,10 @@ def _check(plan: Plan, name: str, x: Tensor, where: str) -> None:
         raise ValueError(f"{where} must not be empty, got the shape {tuple(x.shape)}")
     if x.is_floating_point() and not x.isfinite().all():
         raise ValueError(f"{where} has a number that is NaN or infinite")
+    largest = float(x.abs().max()) if x.is_floating_point() else 0.0
+    if largest > 0.0 and not _SMALLEST <= largest <= 1.0 / _SMALLEST:
+        raise ValueError(
+            f"{where} has {largest:.3g} as its largest magnitude, and float32 tells no 256 numbers of a range so "
+            f"{'small' if largest < 1.0 else 'large'} apart in what is computed of it: give what the model will see, "
+            f"between {_SMALLEST:g} and {1.0 / _SMALLEST:g}"
+        )
