@@ -90,9 +90,9 @@ def spread(compiled: engine.Engine, x: Tensor) -> float:
 def beside(model: nn.Module, x: Tensor, compiled: engine.Engine) -> tuple[Latency, float]:
     """The table measured again, and the seconds of an engine that takes turns with those that it is made of."""
     plan = prepare(model, (x,), "float32", None, BUDGET).better
-    engines, sizes = by_density.at_densities(plan, (x,), "float32", 1, TUNE_SECONDS), by_density.weights_of(plan)
+    engines, sizes = by_density.at_densities(plan, (x,), "float32", (1, 1), TUNE_SECONDS), by_density.weights_of(plan)
     layers, calls = by_density.timed([*engines, compiled], (x,), list(sizes))
-    return by_density.table(sizes, layers[:, :-1], calls[:-1], "float32", 1, {}), float(calls[-1])
+    return by_density.table(sizes, layers[:, :-1], calls[:-1], "float32", (1, 1), {}), float(calls[-1])
 
 
 def rows(name: str) -> list[dict[str, Any]]:

@@ -24,6 +24,11 @@ def test_what_is_not_there_is_told(live):
         latency().seconds(live)
 
 
+def test_what_is_no_mapping_is_told():
+    with pytest.raises(TypeError, match=r"live must be a mapping of layers' names to numbers of weights.* got \[1\]"):
+        latency().seconds([1])
+
+
 def change(path, value):
     given = json.loads(json.dumps(latency().to_dict()))
     inner = given
@@ -44,7 +49,8 @@ WRONG = {
     "text": change(["layers", 0, "weights"], "many"),
     "no weights": change(["layers", 0, "weights"], 0),
     "fixed": change(["fixed"], float("nan")),
-    "block": change(["block"], 0),
+    "block": change(["block"], [8, 0]),
+    "half a block": change(["block"], [4]),
     "an empty list": change(["layers"], []),
     "precision": change(["precision"], "int4"),
 }

@@ -55,26 +55,31 @@ class Latency:
         layers: those whose weights the engine's time depends on.
         fixed: seconds of everything else.
         precision: as in :func:`rarefy.engine.compile`.
-        block: in blocks of how many inputs the weights live: 1 or 4, as the methods' ``block``.
+        block: in blocks of how many outputs and inputs the weights live, as the methods' ``block``.
         about: where it was measured: processor, instruction set, versions, date, shape of the example.
     """
 
     layers: tuple[LayerLatency, ...]
     fixed: float
     precision: str
-    block: int
+    block: tuple[int, int]
     about: Mapping[str, Any]
 
     @cached_property
     def _prices(self) -> dict[str, Prices]:
-        return {layer.name: layer.prices(self.block) for layer in self.layers}
+        return {layer.name: layer.prices(math.prod(self.block)) for layer in self.layers}
 
     def seconds(self, live: Mapping[str, int] | None = None) -> float:
         """Return what the network takes with so many live weights in these layers, by name, and all in the others.
 
-        Raises ValueError for a name that is no layer, and for more weights than it has.
+        Raises ValueError for a name that is no layer, and for more weights than it has; TypeError for no mapping.
         """
         given = {} if live is None else live
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                "live must be a mapping of layers' names to numbers of weights, such as {layer.name: layer.live}, got "
+                f"{given!r:.80}"
+            )
         for name, count in given.items():
             size = self._prices[name].size if name in self._prices else None
             if size is None or isinstance(count, float) or not 0 <= count <= size:
@@ -101,9 +106,8 @@ class Latency:
                 )
                 for layer in given["layers"]
             )
-            found = cls(
-                layers, float(given["fixed"]), str(given["precision"]), int(given["block"]), dict(given["about"])
-            )
+            rows, columns = map(int, given["block"])
+            found = cls(layers, float(given["fixed"]), str(given["precision"]), (rows, columns), dict(given["about"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a table of latencies: {type(error).__name__}: {error}") from None
         if not layers or found.precision not in _PRECISIONS:
@@ -119,7 +123,7 @@ class Latency:
                 )
             if layer.weights < 1:
                 raise ValueError(f"not a table of latencies: layer {layer.name!r} has {layer.weights} weights")
-        if not math.isfinite(found.fixed) or found.fixed < 0 or found.block < 1:
+        if not math.isfinite(found.fixed) or found.fixed < 0 or min(found.block) < 1:
             raise ValueError(f"not a table of latencies: fixed={found.fixed}, block={found.block}")
         return found
 

@@ -22,7 +22,7 @@ CASES = {
     "autosparse-flops": ("autosparse", {"target_flops": 0.2}),
     "autosparse-ms": ("autosparse", {"target_ms": 1.5}),
     "autosparse-sparse-backward": ("autosparse", {"target": 0.8, "backward_density": 0.5}),
-    "autosparse-block": ("autosparse", {"target": 0.8, "block": 4, "exclude": ["0"]}),
+    "autosparse-block": ("autosparse", {"target": 0.8, "block": (2, 4), "exclude": ["0"]}),
     "nm": ("nm", {"n": 1, "m": 4, "exclude": ["0"]}),
     "str": ("str", {}),
     "str-target": ("str", {"target": 0.9}),
@@ -31,6 +31,7 @@ CASES = {
     "gmp-flops": ("gmp", {"target_flops": 0.2, "distribution": "erk"}),
     "gmp-ms": ("gmp", {"target_ms": 1.5, "distribution": "global"}),
     "set": ("set", {"target": 0.9}),
+    "set-block": ("set", {"target": 0.8, "block": (2, 4), "exclude": ["0"]}),
     "rigl": ("rigl", {"target": 0.9}),
     "snfs": ("snfs", {"target": 0.9}),
     "mest": ("mest", {"target": 0.9, "gradient_weight": 0.1}),
@@ -77,7 +78,7 @@ def network(norm: bool = True) -> nn.Sequential:
     )
 
 
-def latency(block: int = 1) -> Latency:
+def latency(block: tuple[int, int] = (1, 1)) -> Latency:
     """What a :func:`network` might take, in all 3 ms: layers that level off, one that bends, one of no matter."""
     milliseconds = {
         "0": (288, (0.1, 0.15, 0.3, 0.3)),

@@ -125,11 +125,17 @@ def refusals():
     columns, flat, late = (nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU()) for _ in range(3))
     fully_shard(columns, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda _: Shard(1))
     flat = FullyShardedDataParallel(flat, device_id=torch.device("cpu"))
+    cut, cut_late = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12)) for _ in range(2))
+    fully_shard(cut, mesh=init_device_mesh("cpu", (2,)))
+    before = sparse.create("autosparse", cut_late, target=0.5, total_steps=20, block=(4, 4))
+    fully_shard(cut_late, mesh=init_device_mesh("cpu", (2,)))
     sparsifier = sparse.create("gmp", late, target=0.5, total_steps=20)
     late = FullyShardedDataParallel(late, device_id=torch.device("cpu"))
     attempts = {
         "columns": lambda: sparse.create("gmp", columns, target=0.5, total_steps=20),
         "flat, before": lambda: sparse.create("gmp", flat, target=0.5, total_steps=20),
+        "cut, before": lambda: sparse.create("gmp", cut, target=0.5, total_steps=20, block=(4, 4)),
+        "cut, after": lambda: before.attach(torch.optim.SGD(cut_late.parameters(), lr=0.1)),
         "flat, after": lambda: sparsifier.attach(torch.optim.SGD(late.parameters(), lr=0.1)),
     }
     said = {}
@@ -208,3 +214,7 @@ def test_other_splits_are_refused(both):
     for when in ("before", "after"):
         assert "FullyShardedDataParallel" in both[0][2][f"flat, {when}"]
         assert "fully_shard" in both[0][2][f"flat, {when}"]
+        said = both[0][2][f"cut, {when}"]
+        assert said == both[1][2][f"cut, {when}"]
+        assert "layer '1' is split over the processes into parts of 6 outputs, and blocks of 4x4 would" in said
+        assert said.endswith("pass exclude=['1']")

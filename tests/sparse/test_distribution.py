@@ -94,7 +94,7 @@ def test_uniform_gives_each_layer_the_target():
         ({"distribution": {"*": 0.5}}, "distribution: with these sparsities.*target asks for 0.1"),
         ({"distribution": "erdos"}, "distribution must be one of 'uniform', 'erk', 'global' or a mapping"),
         ({"distribution": "global"}, "distribution='global'.*pass masks='magnitude'"),
-        ({"block": 3}, r"layer '0' has 20 inputs.*blocks of 3 do not divide; pass exclude=\['0', '2'\]"),
+        ({"block": 3}, r"layer '0' has 20 inputs.*blocks of 1x3 do not divide; pass exclude=\['0', '2'\]"),
         ({"block": 0}, "block must be a positive whole number"),
         ({"target": None}, "Static needs a target"),
         ({"total_steps": 9}, "total_steps=9 is too few for the schedule of Static, which needs at least 10"),

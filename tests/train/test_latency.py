@@ -25,7 +25,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"shape": tuple(example.shape), **options})
         sizes = {"0": 72, "3": 200 * 32, "5": 320}
         layers = [LayerLatency(name, n, (0.0, 0.5, 1.0), (0.0001, 0.0007, 0.0008)) for name, n in sizes.items()]
-        return Latency(tuple(layers), 0.0006, "float32", options["block"], {})
+        return Latency(tuple(layers), 0.0006, "float32", (1, options["block"]), {})
 
     use_model(monkeypatch, without_norm)
     monkeypatch.setattr(engine, "latency", latency)
@@ -75,7 +75,7 @@ def test_an_unfinished_run_tells_its_target(tmp_path: Path, measured: list[dict[
 
 
 def test_what_cannot_be_reached_is_told_before_training(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match=r"target_ms=9 cannot be reached.* to 3 ms"):
+    with pytest.raises(ValueError, match=r"target_ms=9 leaves nothing to prune.* 3 ms with all"):
         Classification(recipe(method={"name": "autosparse", "target_ms": 9.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="option of method 'autosparse': 'latency'"):

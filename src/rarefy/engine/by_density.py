@@ -25,7 +25,8 @@ from rarefy.engine.engine import Engine
 from rarefy.engine.plan import Layer, Plan, Step
 from rarefy.engine.quantize import BUDGET
 from rarefy.latency import Latency, LayerLatency
-from rarefy.sparse.masks import block_expand
+from rarefy.sparse import _checks
+from rarefy.sparse.masks import Block, block_expand
 
 #: Where layers are measured; below the first the line through the first two goes on. Sparse kernels are tried up to a
 #: density of 0.7, where time may jump: no line should lead over that.
@@ -44,7 +45,7 @@ def latency(
     precision: Precision = "float32",
     calibration: Iterable[Tensor | Sequence[Tensor]] | None = None,
     error_budget: float = BUDGET,
-    block: int = 1,
+    block: int | Sequence[int] = 1,
     tune_seconds: float = 8.0,
 ) -> Latency:
     """Measure what a network takes in the engine on one thread, by how many weights of each layer live.
@@ -59,16 +60,16 @@ def latency(
         precision: as in :func:`compile`.
         calibration: as in :func:`compile`, for "int8" alone.
         error_budget: as in :func:`compile`; layers that int8 leaves in float32 are timed as such.
-        block: in blocks of how many inputs of an output the weights will live, as the methods' ``block``.
+        block: in blocks of how many inputs, or of how many outputs and inputs, the weights will live, as the methods'
+            ``block``.
         tune_seconds: as in :func:`compile`, for each of the densities.
 
     Raises:
         TypeError: as :func:`compile`.
-        ValueError: as :func:`compile`; ``block`` is no positive whole number; the engine knows no layer of the model,
-            as where PyTorch runs all that has weights.
+        ValueError: as :func:`compile`; ``block`` is no positive whole number, and no two; the engine knows no layer
+            of the model, as where PyTorch runs all that has weights.
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block must be a positive whole number of inputs, got {block!r}")
+    together = _checks.block("block", block)
     inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
     with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         plan = prepare(model, inputs, precision, calibration, error_budget).better
@@ -78,15 +79,15 @@ def latency(
                 f"the engine knows no layer of {type(model).__name__}, by whose weights its time could be told: a "
                 "target in FLOPs (target_flops) is what there is for it"
             )
-        layers, calls = timed(at_densities(plan, inputs, precision, block, tune_seconds), inputs, list(sizes))
+        layers, calls = timed(at_densities(plan, inputs, precision, together, tune_seconds), inputs, list(sizes))
     shape, machine = [list(x.shape) for x in inputs], environment.describe()
     about = {key: machine[key] for key in ("cpu", "native_isa", "torch", "rarefy", "python")}
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return table(sizes, layers, calls, precision, block, {**about, "date": date, "example": shape})
+    return table(sizes, layers, calls, precision, together, {**about, "date": date, "example": shape})
 
 
 def table(
-    sizes: dict[str, int], layers: _Seconds, calls: _Seconds, precision: str, block: int, about: dict[str, Any]
+    sizes: dict[str, int], layers: _Seconds, calls: _Seconds, precision: str, block: Block, about: dict[str, Any]
 ) -> Latency:
     """Make the table of seconds that were measured: of (layers, densities), and of whole calls, (densities,)."""
     # Never falling: between the highest so far and the lowest yet to come.
@@ -110,7 +111,7 @@ def weights_of(plan: Plan) -> dict[str, int]:
 
 
 def at_densities(
-    plan: Plan, inputs: tuple[Tensor, ...], precision: Precision, block: int, tune_seconds: float
+    plan: Plan, inputs: tuple[Tensor, ...], precision: Precision, block: Block, tune_seconds: float
 ) -> list[Engine]:
     """An engine for each of :data:`DENSITIES`, of native kernels alone.
 
@@ -122,7 +123,7 @@ def at_densities(
     ]
 
 
-def _masked(plan: Plan, density: float, block: int) -> Plan:
+def _masked(plan: Plan, density: float, block: Block) -> Plan:
     """The plan with as many weights in every layer, where chance wants them."""
     chance = torch.Generator().manual_seed(0)
 
@@ -130,11 +131,14 @@ def _masked(plan: Plan, density: float, block: int) -> Plan:
         if not isinstance(step, Layer):
             return step
         weight = step.weight
-        width = block if weight.shape[1] % block == 0 else 1
-        blocks = torch.zeros(weight.shape[0], weight.shape[1] // width, *weight.shape[2:])
+        (outputs, inputs, *kernel), (rows, columns) = weight.shape, block
+        if outputs % rows or inputs % columns:
+            rows = columns = 1
+        blocks = torch.zeros(outputs // rows, inputs // columns, *kernel)
         live = torch.randperm(blocks.numel(), generator=chance)[: max(1, round(density * blocks.numel()))]
         blocks.view(-1)[live] = 1.0
-        used = torch.where(weight == 0, torch.ones_like(weight), weight) * block_expand(blocks, width).to(weight.dtype)
+        mask = block_expand(blocks, (rows, columns)).to(weight.dtype)
+        used = torch.where(weight == 0, torch.ones_like(weight), weight) * mask
         # What goes through the network keeps its size: numbers that fade to denormal ones would take longer.
         return replace(step, weight=used * density**-0.5 if weight.is_floating_point() else used)
 

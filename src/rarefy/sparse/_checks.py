@@ -38,6 +38,17 @@ def whole(name: str, value: Any, *, least: int = 1, what: str = "number") -> int
     return operator.index(value)
 
 
+def block(name: str, value: Any) -> tuple[int, int]:
+    """How many outputs and inputs a block has, given as both, or as the inputs alone. Raises ValueError otherwise."""
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (1, value)
+    if len(pair) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in pair):
+        raise ValueError(
+            f"{name} must be a positive whole number of inputs, such as 4, or of outputs and of inputs, such as "
+            f"(8, 4), got {_shown(value)}"
+        )
+    return operator.index(pair[0]), operator.index(pair[1])
+
+
 def flag(name: str, value: Any) -> None:
     """Raise ValueError unless the value is True or False."""
     if not isinstance(value, bool):

@@ -181,6 +181,7 @@ class Sparsifier(ABC):
         self.exclude = _checks.patterns("exclude", self.exclude)
         self._chosen = select_layers(self.model, self.include, self.exclude, self._floors())
         self._layers = list(self._chosen)
+        self._check_shapes()
         self.budget = self._whole_budget = self._make_budget()
         self._buckets: list[Bucket] = []
         self._places: dict[int, tuple[Bucket, int]] = {}
@@ -263,6 +264,9 @@ class Sparsifier(ABC):
     def _load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what :meth:`_state` gave."""
 
+    def _check_shapes(self) -> None:  # noqa: B027
+        """Raise ValueError for layers whose shapes, or parts on the processes, the method cannot work on."""
+
     def _floors(self) -> float | Mapping[str, float]:
         return 0.0
 
@@ -319,6 +323,7 @@ class Sparsifier(ABC):
             raise TypeError("attach() takes the optimizers that train the model, got none: attach(optimizer)")
         resolve(self.model, self._chosen)
         owners = [self._owner(layer, inner) for layer in self._layers]
+        self._check_shapes()
         self._check_free()
         self._check_memory()
         saved = self.state_dict() if self._shown else None
@@ -437,11 +442,11 @@ class Sparsifier(ABC):
         """What a checkpoint's sparsifier must have in common with the one that goes on: all options, and the layers."""
         elsewhere = {"model", "include", "exclude", "example_input"}
         options = {
-            option.name: dict(value) if isinstance(value, Mapping) else value
+            option.name: dict(value) if isinstance(value, Mapping) else [*value] if isinstance(value, tuple) else value
             for option in fields(self)
             if option.init and option.name not in elsewhere
             for value in [getattr(self, option.name)]
-            if value is None or isinstance(value, (bool, int, float, str, Mapping))
+            if value is None or isinstance(value, (bool, int, float, str, tuple, Mapping))
         }
         return {
             "method": type(self).__name__,
@@ -525,6 +530,7 @@ class Sparsifier(ABC):
         moved = [bucket for bucket in self._buckets if not bucket.dense and bucket.marks() != bucket.seen]
         if not self._buckets or (moved and not self._shown):
             resolve(self.model, self._chosen)
+            self._check_shapes()
             self._check_memory()
             self._rebuild([(None, None)] * len(self._layers))
             if self._copied is not None:

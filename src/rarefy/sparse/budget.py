@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ class Budget:
         prices: what the live weights of each layer cost.
         fixed: what the rest of the network costs, whatever is pruned.
         total: what the dense network costs.
+        together: how many weights live and die together.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Budget:
     prices: tuple[Prices, ...]
     fixed: float
     total: float
+    together: int = field(default=1, kw_only=True)
 
     def cost(self, live: Sequence[int]) -> float:
         """What the network costs with these numbers of live weights."""
@@ -72,11 +74,11 @@ class Budget:
 
     @property
     def dearest(self) -> float:
-        """The most that one weight costs."""
-        return max(max(each.each) for each in self.prices)
+        """The most that weights cost that live and die together."""
+        return self.together * max(max(each.each) for each in self.prices)
 
     def met(self, live: Sequence[int]) -> bool:
-        """Whether these numbers of live weights are on the budget, to the weight."""
+        """Whether these numbers of live weights are on the budget, to the weight or block."""
         return -1e-9 * self.total <= self.left(live) < self.dearest
 
     def without(self, index: int, size: int) -> Budget:
@@ -176,7 +178,7 @@ class LatencyBudget(Budget):
         """See :class:`Budget`."""
         prices = self.prices[:index] + self.prices[index + 1 :]
         fixed = self.fixed + self.prices[index].cost(size)
-        return latency_budget(self.latency, self.seconds, prices, fixed)
+        return replace(latency_budget(self.latency, self.seconds, prices, fixed), together=self.together)
 
     @property
     def asked(self) -> float:
@@ -211,9 +213,9 @@ def make_budget(
     targets: Mapping[str, Any],
     example_input: Any,
     latency: Latency | None,
-    block: int,
+    block: tuple[int, int],
 ) -> Budget | None:
-    """The budget that the options name, or None without a target; ``block`` is how many inputs live together."""
+    """The budget that the options name, or None without a target; ``block`` is of what live together."""
     given = {option: value for option, value in targets.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"give one of target (a sparsity), target_flops and target_ms, not both {' and '.join(given)}")
@@ -252,7 +254,7 @@ def _flops_budget(model: nn.Module, layers: Sequence[Layer], target: float, exam
     return Budget("flops", target, prices, fixed, float(counted.dense))
 
 
-def _ms_budget(layers: Sequence[Layer], target: float, latency: Latency | None, block: int) -> Budget:
+def _ms_budget(layers: Sequence[Layer], target: float, latency: Latency | None, block: tuple[int, int]) -> Budget:
     if not isinstance(latency, Latency):
         raise ValueError(
             "target_ms needs latency, the engine's time by the weights that live: "
@@ -260,7 +262,7 @@ def _ms_budget(layers: Sequence[Layer], target: float, latency: Latency | None, 
         )
     if latency.block != block:
         raise ValueError(
-            f"the latency is of blocks of {latency.block} inputs, and block={block} weights live together here: "
+            f"the latency is of block={latency.block}, and block={block} lives together here: "
             f"measure it with engine.latency(..., block={block})"
         )
     known = {layer.name: layer for layer in latency.layers}
@@ -276,11 +278,14 @@ def _ms_budget(layers: Sequence[Layer], target: float, latency: Latency | None, 
                 f"layer {layer.name!r} has {layer.size} weights, and {known[layer.name].weights} in the latency: "
                 "measure that of this model"
             )
-    prices = tuple(known[layer.name].prices(block) for layer in layers)
+    prices = tuple(known[layer.name].prices(math.prod(block)) for layer in layers)
     fixed = latency.seconds() - sum(each.cost(each.size) for each in prices)
     budget = latency_budget(latency, 1e-3 * target, prices, fixed)
     if budget.seconds >= budget.total:
-        raise ValueError(budget.refusal([layer.least for layer in layers]))
+        raise ValueError(
+            f"target_ms={target:g} leaves nothing to prune: by its table of latencies the network takes "
+            f"{1e3 * budget.total:.4g} ms with all its weights; ask for fewer milliseconds, or leave it dense"
+        )
     return budget
 
 

@@ -12,6 +12,9 @@ from rarefy._prices import Prices
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.shards import Shard, shared_group, total
 
+#: Of how many consecutive outputs and inputs the weights live and die together.
+Block = tuple[int, int]
+
 
 def top_k(scores: Tensor, k: int, shard: Shard | None = None) -> Tensor:
     """Boolean mask, shaped as ``scores``, of exactly ``k`` largest values; among equal ones the first are taken.
@@ -189,7 +192,7 @@ def separate(magnitude: Tensor, threshold: Tensor, mask: Tensor, shard: Shard | 
 
 
 def drop_and_grow(
-    magnitude: Tensor, mask: Tensor, growth: Tensor, fraction: float, block: int = 1, shard: Shard | None = None
+    magnitude: Tensor, mask: Tensor, growth: Tensor, fraction: float, block: Block = (1, 1), shard: Shard | None = None
 ) -> Tensor:
     """The mask after dropping this share of the live and growing as many of what is not live then.
 
@@ -198,7 +201,7 @@ def drop_and_grow(
         mask: boolean, of the same shape.
         growth: what to grow most.
         fraction: of the live weights, rounded down, and at most as many as are not live.
-        block: consecutive inputs that are dropped and grown together.
+        block: of how many consecutive outputs and inputs the weights are dropped and grown together.
         shard: the part of the layer that this is.
     """
     live = block_sum(mask, block) > 0
@@ -211,21 +214,24 @@ def drop_and_grow(
     return block_expand(kept | top_k(grow_score, moved, shard), block)
 
 
-def block_sum(scores: Tensor, block: int) -> Tensor:
-    """(out, in, ...) -> (out, in / block, ...): the sum over each block of consecutive inputs."""
-    if block == 1:
+def block_sum(scores: Tensor, block: Block) -> Tensor:
+    """(out, in, ...) -> (out / rows, in / columns, ...): the sum over each block of so many (rows, columns)."""
+    if block == (1, 1):
         return scores
-    return scores.reshape(scores.shape[0], scores.shape[1] // block, block, *scores.shape[2:]).sum(2)
+    (rows, columns), (outputs, inputs, *kernel) = block, scores.shape
+    return scores.reshape(outputs // rows, rows, inputs // columns, columns, *kernel).sum((1, 3))
 
 
-def block_expand(blocks: Tensor, block: int) -> Tensor:
-    """(out, in / block, ...) -> (out, in, ...): what holds for a block, for each of its weights."""
-    return blocks if block == 1 else blocks.repeat_interleave(block, dim=1)
+def block_expand(blocks: Tensor, block: Block) -> Tensor:
+    """(out / rows, in / columns, ...) -> (out, in, ...): what holds for a block, for each of its weights."""
+    for dim, width in enumerate(block):
+        blocks = blocks if width == 1 else blocks.repeat_interleave(width, dim)
+    return blocks
 
 
-def check_divisible(layers: Sequence[Layer], width: int, what: str) -> None:
-    """Raise ValueError for layers whose inputs to an output ``what``, of this width, cannot be laid over."""
-    if width == 1:
+def check_divisible(layers: Sequence[Layer], block: Block, what: str) -> None:
+    """Raise ValueError for layers whose weights, or parts of them, ``what`` of this size cannot be laid over."""
+    if block == (1, 1):
         return
     turned = [layer.name for layer in layers if layer.inputs_first]
     if turned:
@@ -233,11 +239,19 @@ def check_divisible(layers: Sequence[Layer], width: int, what: str) -> None:
             f"{what} are of consecutive inputs, and in layer {turned[0]!r} (a transposed convolution, or the Conv1D of "
             f"transformers) the weight has its inputs first and outputs second; pass exclude={turned}"
         )
-    odd = {layer.name: layer.shape[1] for layer in layers if layer.shape[1] % width}
+    odd = [layer for layer in layers if any(size % width for size, width in zip(layer.shape, block, strict=False))]
     if odd:
-        name, inputs = next(iter(odd.items()))
+        outputs, inputs = odd[0].shape[:2]
+        has = f"{inputs} inputs to an output" if inputs % block[1] else f"{outputs} outputs"
         raise ValueError(
-            f"layer {name!r} has {inputs} inputs to an output, which {what} do not divide; pass exclude={list(odd)}"
+            f"layer {odd[0].name!r} has {has}, which {what} do not divide; pass exclude={[each.name for each in odd]}"
+        )
+    cut = {layer.name: layer.shard.rows for layer in layers if layer.shard and layer.shard.rows % block[0]}
+    if cut:
+        name, rows = next(iter(cut.items()))
+        raise ValueError(
+            f"layer {name!r} is split over the processes into parts of {rows} outputs, and {what} would lie in two of "
+            f"them; shard over fewer processes, so that {block[0]} divides the parts, or pass exclude={list(cut)}"
         )
 
 

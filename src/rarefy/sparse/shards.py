@@ -21,10 +21,12 @@ class Shard:
     Attributes:
         group: the processes that hold the parts, in the order of the rows.
         first_row: the first row that lies here.
+        rows: how many lie in each part, but for the last, and those after it that are empty.
     """
 
     group: ProcessGroup
     first_row: int
+    rows: int
 
     def __deepcopy__(self, memo: Any) -> Shard:
         return self  # a process group cannot be copied
@@ -49,7 +51,7 @@ def shard_of(name: str, parameter: nn.Parameter) -> Shard | None:
             "over one dimension of the mesh, as fully_shard does (with or without replicas)"
         )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    return Shard(mesh.get_group(split[0]), offset[0])
+    return Shard(mesh.get_group(split[0]), offset[0], -(-tensor.shape[0] // mesh.size(split[0])))
 
 
 def shared_group(shards: Sequence[Shard | None]) -> ProcessGroup | None:

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ class Classification:
             self.sparsifier.attach(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
-    def _measure(self, model: nn.Module, example: Tensor, block: int) -> Latency:
+    def _measure(self, model: nn.Module, example: Tensor, block: int | Sequence[int]) -> Latency:
         """What the engine takes by the weights that live: as measured when the run began, for all processes alike."""
         measured, found = self.folder.path / LATENCY, list[Latency | None]([None])
         if self._resumed and not measured.is_file():

@@ -16,7 +16,7 @@ from rarefy.sparse import _checks
 from rarefy.sparse import distribution as spread
 from rarefy.sparse.budget import Budget
 from rarefy.sparse.families.targeted import Targeted
-from rarefy.sparse.masks import block_expand, block_sum, check_divisible, top_k_each, within_budget
+from rarefy.sparse.masks import block_expand, block_sum, top_k_each, within_budget
 from rarefy.sparse.schedules import cubic_ramp
 
 
@@ -31,18 +31,19 @@ class Budgeted(Targeted):
             layers to sparsities, where the layers that it does not name share the rest of the target uniformly. None
             takes the method's own.
         block: 4 chooses blocks of 4 consecutive inputs of one output together, which integer dot products of CPUs
-            want; 1 chooses single weights.
+            want, and (8, 4) those of 8 consecutive outputs; 1 chooses single weights. Of a convolution they are at one
+            position of the kernel.
 
     Raises:
-        ValueError: as :class:`Targeted`; no target; a distribution that the target or the method does not allow; an
-            input width that blocks do not divide.
+        ValueError: as :class:`Targeted`; no target; a distribution that the target or the method does not allow; a
+            layer that blocks do not divide, or whose part on a process they do not.
     """
 
     budget: Budget = field(init=False)
 
     _: KW_ONLY
     distribution: str | Mapping[str, float] | None = None
-    block: int = 1
+    block: int | Sequence[int] = 1
 
     #: What the method takes when nothing is asked for.
     default_distribution: ClassVar[str] = "erk"
@@ -54,10 +55,9 @@ class Budgeted(Targeted):
 
     def __post_init__(self) -> None:
         self._check_target()
-        self.block = _checks.whole("block", self.block, what="number of weights")
+        self.block = self._block = _checks.block("block", self.block)
         super().__post_init__()
         self.distribution = self._checked(self.default_distribution if self.distribution is None else self.distribution)
-        check_divisible(self._layers, self.block, f"blocks of {self.block}")
         self._relayer()
         self.live_counts(self.budget.goal)
 
@@ -69,10 +69,10 @@ class Budgeted(Targeted):
 
     def _relayer(self) -> None:
         # From here on in blocks, which are single weights where block is 1.
-        shapes = {layer.name: layer.shape for layer in self._layers}
-        self._sizes = [layer.size // self.block for layer in self._layers]
-        self._prices = [each.of_blocks(self.block) for each in self.budget.prices]
-        self._least = [math.ceil(layer.least / self.block) for layer in self._layers]
+        shapes, each = {layer.name: layer.shape for layer in self._layers}, math.prod(self._block)
+        self._sizes = [layer.size // each for layer in self._layers]
+        self._prices = [prices.of_blocks(each) for prices in self.budget.prices]
+        self._least = self._least_blocks()
         self._relative = spread.relative_densities(self.distribution or "uniform", shapes)
         self._fixed = spread.fixed_densities(self.distribution or "uniform", list(shapes))
 
@@ -112,10 +112,10 @@ class Budgeted(Targeted):
         """The masks of the best weights when the whole network has this density; one tensor of scores a layer."""
         if density >= 1.0:
             return [torch.ones_like(layer, dtype=torch.bool) for layer in scores]
-        sums = [block_sum(layer, self.block) for layer in scores]
+        sums = [block_sum(layer, self._block) for layer in scores]
         shards = self._shards()
         if self.distribution == "global":
             masks = within_budget(sums, self._prices, self.budget.available_at(density), self._least, shards)
         else:
             masks = top_k_each(sums, self.live_counts(density), shards)
-        return [block_expand(mask, self.block) for mask in masks]
+        return [block_expand(mask, self._block) for mask in masks]

@@ -224,7 +224,7 @@ class Thresholding(Projected):
     drifts = True
 
     def __post_init__(self) -> None:
-        if self.block != 1:
+        if _checks.block("block", self.block) != (1, 1):
             raise ValueError(f"{type(self).__name__} thresholds single weights: leave block out")
         super().__post_init__()
 

@@ -58,13 +58,14 @@ class Masked(Budgeted):
 
     def random(self, seed: int) -> list[Tensor]:
         """Random scores, a function of the seed and the step alone; one number a block."""
-        draws = []
+        draws, (rows, columns) = [], self._block
         for index, (layer, weight) in enumerate(zip(self._layers, self.weights(), strict=True)):
-            shape = (layer.shape[0], layer.shape[1] // self.block, *layer.shape[2:])
+            shape = (layer.shape[0] // rows, layer.shape[1] // columns, *layer.shape[2:])
             draw = random_scores(shape, seed, self.steps, index)
             if layer.shard is not None:
-                draw = draw[layer.shard.first_row : layer.shard.first_row + len(weight)]
-            draws.append(block_expand(draw.to(weight.device), self.block))
+                first = layer.shard.first_row // rows
+                draw = draw[first : first + len(weight) // rows]
+            draws.append(block_expand(draw.to(weight.device), self._block))
         return draws
 
     def random_masks(self, density: float, seed: int) -> list[Tensor]:
@@ -73,8 +74,8 @@ class Masked(Budgeted):
 
     def masks_of(self, counts: Sequence[int], seed: int) -> list[Tensor]:
         """Masks of so many blocks a layer, drawn at random."""
-        sums = [block_sum(draw, self.block) for draw in self.random(seed)]
-        return [block_expand(mask, self.block) for mask in top_k_each(sums, counts, self._shards())]
+        sums = [block_sum(draw, self._block) for draw in self.random(seed)]
+        return [block_expand(mask, self._block) for mask in top_k_each(sums, counts, self._shards())]
 
     def zeros_of_the_model(self) -> list[Tensor] | None:
         """Masks of the weights that are not 0, where the model is sparse already; None where it is dense.

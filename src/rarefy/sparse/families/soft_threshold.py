@@ -47,7 +47,6 @@ from rarefy.sparse.layers import Layer
 from rarefy.sparse.masks import (
     block_expand,
     block_sum,
-    check_divisible,
     count_all,
     means,
     separate,
@@ -133,11 +132,13 @@ class SoftThreshold(Targeted, Latent):
         threshold_lr: learning rate of s as a multiple of the weights' (over the root of ``block``). 1 suits SGD and
             Adam; a larger one lets the loss push the thresholds down.
         block: 4 thresholds blocks of 4 consecutive inputs of one output by their mean |W|, which integer dot products
-            of CPUs want: W^ = W * max(1 - T/mean, 0). 1 thresholds single weights.
+            of CPUs want: W^ = W * max(1 - T/mean, 0); (8, 4) blocks of 8 consecutive outputs as well. 1 thresholds
+            single weights. Of a convolution they are at one position of the kernel.
 
     Raises:
         ValueError: as :class:`Targeted`; an option out of its range; weights so large that sigmoid thresholds, which
-            end at 1, cannot reach the target; a layer whose inputs blocks do not divide.
+            end at 1, cannot reach the target; a layer that blocks do not divide, or whose part on a process they do
+            not; blocks of several outputs with a threshold each.
     """
 
     drifts = True
@@ -148,7 +149,7 @@ class SoftThreshold(Targeted, Latent):
     threshold_function: str = "sigmoid"
     threshold_init: float = -5.0
     threshold_lr: float = 1.0
-    block: int = 1
+    block: int | Sequence[int] = 1
 
     def __post_init__(self) -> None:
         _checks.one_of("granularity", self.granularity, ("layer", "channel"))
@@ -157,10 +158,14 @@ class SoftThreshold(Targeted, Latent):
             _checks.number("pressure", self.pressure)
         _checks.number("threshold_lr", self.threshold_lr)
         _checks.number("threshold_init", self.threshold_init, least=-math.inf)
-        self.block = _checks.whole("block", self.block, what="number of weights")
+        self.block = self._block = _checks.block("block", self.block)
+        if self.granularity == "channel" and self._block[0] > 1:
+            raise ValueError(
+                f"granularity='channel' has a threshold for each output, and block={self._block} needs one for "
+                f"{self._block[0]} of them together: take granularity='layer'"
+            )
         super().__post_init__()
-        check_divisible(self._layers, self.block, f"blocks of {self.block}")
-        self._pace = 1.0 / math.sqrt(self.block)  # of s, as a share of that of single weights
+        self._pace = 1.0 / math.sqrt(math.prod(self._block))  # of s, as a share of that of single weights
         self.own_rate = self.threshold_lr * self._pace
         self._pressure_yields = self.pressure is None and self.budget is None
         if self.pressure is None:
@@ -173,7 +178,7 @@ class SoftThreshold(Targeted, Latent):
         """Refuse weights that no sigmoid threshold can mask."""
         if self.budget is None or self.threshold_function != "sigmoid":
             return
-        beyond = torch.stack([(layer.local.abs() >= 1.0).sum() for layer in self._layers])
+        beyond = torch.stack([(self._magnitude(layer.local) >= 1.0).sum() for layer in self._layers])
         least = self.budget.density([int(n) for n in total(beyond, self._shards()).tolist()])
         if least > self.budget.goal:
             raise ValueError(
@@ -214,10 +219,11 @@ class SoftThreshold(Targeted, Latent):
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = sign(W) (|W| - shrink T) for |W| > T, else 0; for blocks W (1 - shrink T/B), B the mean |W|."""
         used = bucket.flat()
+        single = self._block == (1, 1)
         rows = zip(bucket.views(used), bucket.views(weight), self._shaped(bucket), bucket.kept["shrink"], strict=True)
         for out, w, t, shrink in rows:
             size = self._magnitude(w)
-            kept = w - (shrink * t).copysign(w) if self.block == 1 else w * (1.0 - shrink * t / size.clamp(min=1e-30))
+            kept = w - (shrink * t).copysign(w) if single else w * (1.0 - shrink * t / size.clamp(min=1e-30))
             out.copy_(torch.where(size <= t, 0.0, kept))
         return used
 
@@ -233,7 +239,7 @@ class SoftThreshold(Targeted, Latent):
     def _magnitude(self, weight: Tensor) -> Tensor:
         """What is compared with T, in float32: |W|, or for each weight the mean |W| of its block."""
         magnitude = weight.float().abs()
-        return block_expand(block_sum(magnitude, self.block) / self.block, self.block)
+        return block_expand(block_sum(magnitude, self._block) / math.prod(self._block), self._block)
 
     def _shaped(self, bucket: Bucket) -> list[Tensor]:
         """The thresholds of each layer, (1, ..., 1) or (out, 1, ..., 1)."""
@@ -286,7 +292,7 @@ class SoftThreshold(Targeted, Latent):
 
     def _by_kernel(self, bucket: Bucket) -> bool:
         """Whether the passes of the kernels fit: single weights, laid out in memory as flat tensors are."""
-        return self.block == 1 and bucket.as_laid_out
+        return self._block == (1, 1) and bucket.as_laid_out
 
     def _before(self, bucket: Bucket) -> None:
         grads = bucket.grads()
@@ -408,8 +414,8 @@ class SoftThreshold(Targeted, Latent):
             bucket, place = self.where(layer)
             if count < layer.least and float(bucket.kept["awake"][place]):
                 scores = scores or self._scores()
-                blocks = top_k(scores[index], self._least_blocks(layer), layer.shard)
-                self._move(layer, block_expand(blocks, self.block))
+                blocks = top_k(scores[index], self._least_blocks()[index], layer.shard)
+                self._move(layer, block_expand(blocks, self._block))
         if self.budget is None:
             return None
         self._density = self.budget.density(live)
@@ -426,25 +432,21 @@ class SoftThreshold(Targeted, Latent):
         torch._foreach_add_([bucket.own["s"].detach() for bucket in self._buckets], by)
 
     def _scores(self) -> list[Tensor]:
-        """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; (out, in / block, ...)."""
+        """How far s may rise before each block (weight) is masked: ``g^-1(|W|) - s``; see :func:`block_sum`."""
         scores = []
         for layer, weight in zip(self._layers, self.latents(), strict=True):
             bucket, place = self.where(layer)
             s = bucket.parts(bucket.own["s"].detach())[place].view(-1, *[1] * (weight.dim() - 1))
-            magnitude = block_sum(weight.double().abs(), self.block) / self.block
+            magnitude = block_sum(weight.double().abs(), self._block) / math.prod(self._block)
             scores.append(self._g.inverse(magnitude) - s.double())
         return scores
-
-    def _least_blocks(self, layer: Layer) -> int:
-        return math.ceil(layer.least / self.block)
 
     def _select(self) -> list[Tensor]:
         """The masks that a common shift of s gives, cut exactly at the budget."""
         assert self.budget is not None
-        least = [self._least_blocks(layer) for layer in self._layers]
-        prices = [each.of_blocks(self.block) for each in self.budget.prices]
-        masks = within_budget(self._scores(), prices, self.budget.available, least, self._shards())
-        return [block_expand(mask, self.block) for mask in masks]
+        prices = [each.of_blocks(math.prod(self._block)) for each in self.budget.prices]
+        masks = within_budget(self._scores(), prices, self.budget.available, self._least_blocks(), self._shards())
+        return [block_expand(mask, self._block) for mask in masks]
 
     def _move(self, layer: Layer, mask: Tensor) -> None:
         """Move s as little as makes the layer's mask this one."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from rarefy.latency import Latency
 from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.budget import Budget, check_feasible, make_budget
 from rarefy.sparse.layers import DEFAULT_FLOOR
+from rarefy.sparse.masks import Block, check_divisible
 
 
 @dataclass(eq=False, repr=False)
@@ -38,20 +40,30 @@ class Targeted(Sparsifier):
     latency: Latency | None = None
     floor: float | Mapping[str, float] = DEFAULT_FLOOR
 
+    #: What lives and dies together, for methods with an option for it.
+    _block: Block = field(init=False, default=(1, 1))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
-            check_feasible(self.budget, [layer.least for layer in self._layers])
+            check_feasible(self.budget, [math.prod(self._block) * least for least in self._least_blocks()])
 
     @property
     def targeted(self) -> bool:
         """Whether there is a target to land on."""
         return any(target is not None for target in (self.target, self.target_flops, self.target_ms))
 
+    def _check_shapes(self) -> None:
+        check_divisible(self._layers, self._block, "blocks of {}x{}".format(*self._block))
+
+    def _least_blocks(self) -> list[int]:
+        """How many blocks of each layer live at least."""
+        return [math.ceil(layer.least / math.prod(self._block)) for layer in self._layers]
+
     def _floors(self) -> float | Mapping[str, float]:
         return self.floor
 
     def _make_budget(self) -> Budget | None:
         targets = {"target": self.target, "target_flops": self.target_flops, "target_ms": self.target_ms}
-        block = getattr(self, "block", 1)
-        return make_budget(self.model, self._chosen, targets, self.example_input, self.latency, block)
+        budget = make_budget(self.model, self._chosen, targets, self.example_input, self.latency, self._block)
+        return None if budget is None else replace(budget, together=math.prod(self._block))

@@ -87,7 +87,7 @@ class AutoSparse(SoftThreshold):
         self.policy = (self.policy or "accuracy") if self.targeted else None
         if self.backward_density is not None:
             _checks.fraction("backward_density", self.backward_density)
-            if self.block != 1:
+            if _checks.block("block", self.block) != (1, 1):
                 raise ValueError("backward_density chooses single weights: leave it out with block")
         if self.steps_per_epoch is not None:
             _checks.whole("steps_per_epoch", self.steps_per_epoch)

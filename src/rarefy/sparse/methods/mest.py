@@ -111,7 +111,7 @@ class MEST(Masked):
             scores, self.random(self.seed), counts, self._sizes, shards, strict=True
         ):
             lower, upper = self.bounds(count, size)
-            kept = top_k(block_sum(score, self.block), lower, shard)
-            growth = block_sum(draw, self.block).masked_fill(kept, -torch.inf)
-            masks.append(block_expand(kept | top_k(growth, upper - lower, shard), self.block))
+            kept = top_k(block_sum(score, self._block), lower, shard)
+            growth = block_sum(draw, self._block).masked_fill(kept, -torch.inf)
+            masks.append(block_expand(kept | top_k(growth, upper - lower, shard), self._block))
         return masks

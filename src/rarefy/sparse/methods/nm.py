@@ -67,7 +67,9 @@ class NM(Latent):
             )
         _checks.number("refinement", self.refinement)
         super().__post_init__()
-        check_divisible(self._layers, self.m, f"groups of {self.m}")
+
+    def _check_shapes(self) -> None:
+        check_divisible(self._layers, (1, self.m), f"groups of {self.m}")
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = W M."""

@@ -87,4 +87,4 @@ class SET(Masked):
         """Make the masks after dropping the share f(t) of what lives and growing as much."""
         fraction = cosine_decay(self.drop_fraction, self.progress, self.stop)
         rows = zip(magnitudes, masks, growth, self._shards(), strict=True)
-        return [drop_and_grow(size, mask, grow, fraction, self.block, shard) for size, mask, grow, shard in rows]
+        return [drop_and_grow(size, mask, grow, fraction, self._block, shard) for size, mask, grow, shard in rows]
