@@ -15,7 +15,7 @@ import yaml
 
 from rarefy import sparse
 from rarefy.cli import main
-from rarefy.compare import load, rows, run, runner, worker, write
+from rarefy.compare import load, page, rows, run, runner, worker, write
 from rarefy.compare.table import means
 from tests.cli import refused
 from tests.train.runs import plain, prepare
@@ -154,6 +154,17 @@ def test_targets_may_be_of_flops(tmp_path):
     text = write(made, folder).read_text()
     assert "Target 30 % of the FLOPs" in text
     assert "Sparsity by layer at 30 % of the FLOPs" in text
+
+
+def test_targets_may_be_milliseconds(tmp_path):
+    methods = {"GMP": {"name": "gmp"}, "own": {"name": "gmp", "target_flops": 0.5}}
+    made = load(comparison(tmp_path, methods=methods, budget="ms", targets=[2.5]))
+    assert [job.recipe.method.options for job in made.jobs] == [{"target_ms": 2.5}, {"target_flops": 0.5}]
+    assert [(job.target, job.budget, job.folder) for job in made.jobs] == [
+        (2.5, "ms", "GMP_2.5_seed0"),
+        (None, "ms", "own_seed0"),
+    ]
+    assert [page._named(target, "ms") for target in (2.5, None)] == ["2.5 ms", None]
 
 
 def test_methods_without_targets_show_how_their_sparsity_grew(tmp_path):

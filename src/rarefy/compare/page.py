@@ -65,7 +65,7 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
         same = [mean for mean in found if mean.target == target]
         at = _named(target, comparison.budget)
         # At equal FLOPs the points of one target are one above the other: they make curves instead, below.
-        kinds = [kind for kind in _COSTS if kind != "inference" or comparison.budget == "sparsity"]
+        kinds = [kind for kind in _COSTS if kind != "inference" or comparison.budget != "flops"]
         plots += [_against(kind, at, same, dense) for kind in kinds]
         plots.append(_layers(at, target if comparison.budget == "sparsity" else None, same, content))
     if comparison.budget == "flops" and targets:
@@ -98,7 +98,11 @@ def render(comparison: Comparison, content: Sequence[Mapping[str, Any]], folder:
 
 def _named(target: float | None, budget: str) -> str | None:
     """A target in words."""
-    return None if target is None else f"{100 * target:g} %" + (" of the FLOPs" if budget == "flops" else "")
+    if target is None:
+        return None
+    return (
+        f"{target:g} ms" if budget == "ms" else f"{100 * target:g} %" + (" of the FLOPs" if budget == "flops" else "")
+    )
 
 
 def _cells(mean: Mean) -> list[str]:
