@@ -1,8 +1,30 @@
 """Cheap activation functions: K-TanH from one integer table, and correctly rounded ones at its speed."""
 
 from rarefy.act import functional
-from rarefy.act.functional import gelu, sigmoid, silu, tanh
-from rarefy.act.modules import GELU, LSTMCell, Sigmoid, SiLU, Tanh
+from rarefy.act.functional import (
+    elu,
+    exp,
+    gelu,
+    hardswish,
+    mish,
+    quick_gelu,
+    sigmoid,
+    silu,
+    softplus,
+    tanh,
+)
+from rarefy.act.modules import (
+    ELU,
+    GELU,
+    Hardswish,
+    LSTMCell,
+    Mish,
+    QuickGELU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+)
 from rarefy.act.spec.formats import FORMATS, Format
 from rarefy.act.spec.table import (
     BitIndex,
@@ -19,28 +41,39 @@ from rarefy.act.spec.table import (
 from rarefy.act.swapping import Swap, swap
 
 __all__ = [
+    "ELU",
     "FORMATS",
     "GELU",
     "BitIndex",
     "CarryTable",
     "CutIndex",
     "Format",
+    "Hardswish",
     "LSTMCell",
     "LinearTable",
+    "Mish",
     "MultiplyIndex",
+    "QuickGELU",
     "SegmentsTable",
     "ShiftTable",
     "SiLU",
     "Sigmoid",
+    "Softplus",
     "Swap",
     "Table",
     "Tanh",
+    "elu",
+    "exp",
     "functional",
     "gelu",
+    "hardswish",
     "list_tables",
     "load",
+    "mish",
+    "quick_gelu",
     "sigmoid",
     "silu",
+    "softplus",
     "swap",
     "tanh",
 ]
