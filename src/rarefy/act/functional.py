@@ -246,7 +246,7 @@ def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tens
     given = {key: value for key, value in given.items() if value is not None}
     if function == "gelu_tanh":
         given["approximate"] = "tanh"
-    public = gelu if function == "gelu_tanh" else globals()[function]
+    public: Callable[..., Any] = gelu if function == "gelu_tanh" else globals()[function]
     result: Tensor = handle_torch_function(public, (x, out), x, mode, **given)
     return result
 

@@ -55,7 +55,7 @@ def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: st
     if saved.dtype not in _WIDE:  # 8-bit formats have no arithmetic
         return backward(upstream.float(), saved.float(), function, mode, grad).to(saved.dtype)
     if mode == "hard":
-        return (upstream * _hard(saved, function)).to(saved.dtype)
+        return (upstream * hard(saved, function)).to(saved.dtype)
     if (function, grad) in _PYTORCH and not (function in _ONCE and torch.is_grad_enabled()):
         result: Tensor = _PYTORCH[function, grad](upstream, saved)
         return result
@@ -88,7 +88,8 @@ def _slope(x: Tensor, function: str) -> Tensor:
     return torch.sigmoid(x) if function == "softplus" else torch.exp(x)
 
 
-def _hard(x: Tensor, function: str) -> Tensor:
+def hard(x: Tensor, function: str) -> Tensor:
+    """Return the derivative of mode ``hard`` in float32."""
     wide = x.float()
     if function == "tanh":
         return (wide.abs() < 1.0).float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rarefy.act import functional, gradients
+from rarefy.act import functional, gated, gradients
 from rarefy.act.kernels.aten import given_table
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
@@ -147,6 +147,32 @@ class GELU(Activation):
     def forward(self, x: Tensor) -> Tensor:
         """Take any shape and return the same."""
         return functional.gelu(x, self.mode, approximate=self.approximate, grad=self.grad, table=self.table)
+
+
+class Gated(Activation):
+    """What the modules of gated units share."""
+
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """Take [..., 2 d], the gate and then up, and return [..., d]; or the gate and ``up`` of one shape."""
+        return gated.UNITS[self.function](x, up, self.mode, grad=self.grad, table=self.table)
+
+
+class SiluAndMul(Gated):
+    """:func:`rarefy.act.silu_and_mul` as a module."""
+
+    function = "silu"
+
+
+class GeluAndMul(Gated):
+    """:func:`rarefy.act.gelu_and_mul` as a module."""
+
+    function = "gelu"
+
+
+class GeluTanhAndMul(Gated):
+    """:func:`rarefy.act.gelu_tanh_and_mul` as a module."""
+
+    function = "gelu_tanh"
 
 
 class LSTMCell(nn.LSTMCell):
