@@ -6,7 +6,7 @@ A :class:`Watch` is a mode of PyTorch in which every call of a function of PyTor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from rarefy.act import functional
-from rarefy.act.kernels.aten import FORMAT_OF
+from rarefy.act.kernels.aten import FORMAT_OF, given_table
+from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
 
 if TYPE_CHECKING:
@@ -32,20 +33,21 @@ class Call(NamedTuple):
 
 
 _OURS: dict[str, Callable[..., Tensor]] = {
-    "tanh": functional.tanh,
-    "sigmoid": functional.sigmoid,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
+    **{name: getattr(functional, name) for name in ("tanh", "sigmoid", "silu", "gelu", "quick_gelu")},
+    **{name: getattr(functional, name) for name in ("mish", "softplus", "hardswish", "elu")},
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
 #: PyTorch's own, as references and for what is left to them.
 PYTORCH: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
+    **{name: getattr(F, name) for name in ("silu", "gelu", "mish", "softplus", "hardswish", "elu")},
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
+# arguments after the first, in their order, and what they must be for ours to compute the same
+_POSITIONS = {"elu": ("alpha", "inplace"), "softplus": ("beta", "threshold")}
+_NEEDED = {"alpha": 1.0, "beta": 1.0, "threshold": 20.0}
 
 _INSIDE = "computes its {} inside PyTorch"
 #: Every function of PyTorch that is replaced, or named in the report because it is not.
@@ -64,12 +66,11 @@ CALLS: dict[Any, Call] = {
         getattr(torch, name): Call(name, kept=_INSIDE.format("gates"))
         for name in ("lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell")
     },
-    **{
-        each: Call(name, kept="has no function here")
-        for name in ("mish", "softplus", "hardswish", "elu")
-        for each in (getattr(F, name), getattr(torch._C._nn, name))
-    },
 }
+for _name in ("mish", "softplus", "hardswish", "elu"):
+    CALLS[getattr(F, _name)] = CALLS[getattr(torch._C._nn, _name)] = Call(_name)
+    if _name != "softplus":
+        CALLS[getattr(torch._C._nn, _name + "_")] = Call(_name, True)
 for _name in ("tanh", "sigmoid"):
     for _place in (torch, torch.Tensor):
         CALLS[getattr(_place, _name)] = Call(_name)
@@ -82,19 +83,24 @@ for _name in ("tanh", "sigmoid", "silu", "gelu"):
 #: Names by which code may mean one of them.
 NAMES = frozenset(name for call in CALLS.values() for name in (call.function, call.function + "_", "expit"))
 
-# float32 on the CPU: where PyTorch's function is faster than the exact one here, and within 2 units of the last place
-_FASTER = frozenset(("sigmoid", "silu", "gelu", "gelu_tanh", "LSTMCell"))
+# float32 on the CPU: where the exact function takes longer than PyTorch's, which is about as exact there
+_SLOWER = frozenset(
+    ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "softplus", "hardswish", "elu", "LSTMCell")
+)
 
 
-def left(function: str, mode: str, x: Tensor) -> str:
+def left(function: str, mode: str, table: Table | None, x: Tensor) -> str:
     """Tell why a call is left to PyTorch; "" where it is ours."""
-    if x.dtype is torch.float32:
-        if mode == "exact" and function in _FASTER and x.device.type == "cpu":
-            return f"PyTorch's {function} of float32 is faster and about as exact"
-    elif x.dtype not in FORMAT_OF:
+    if x.dtype not in FORMAT_OF:
         return f"there is no {function} of {str(x.dtype).removeprefix('torch.')} here"
+    if x.dtype is torch.float32 and mode == "exact" and function in _SLOWER and x.is_cpu:
+        return f"PyTorch's {function} of float32 is faster and about as exact"
     if x.layout is not torch.strided or x.is_nested:
         return f"there is no {function} of sparse or nested tensors here"
+    if mode not in reference.modes(function):
+        return f'{function} has no mode "{mode}"'
+    if table is not None and (table.format != FORMAT_OF[x.dtype].name or table.function not in ("tanh", function)):
+        return f"the table is one of {table.function} in {table.format}"
     return ""
 
 
@@ -111,12 +117,17 @@ def activation(
         text = table.text if isinstance(table, Table) else table
         recorded: Tensor = handle_torch_function(activation, (x,), x, function, mode, grad, text, in_place)
         return recorded
-    if left(function, mode, x):
+    if left(function, mode, given_table(table) if isinstance(table, str) else table, x):
         return x.copy_(PYTORCH[function](x)) if in_place else PYTORCH[function](x)
-    if in_place and not torch._C._is_tracing():
+    if in_place and (torch.compiler.is_compiling() or not torch._C._is_tracing()):
         return functional.in_place(_OURS[function], x, mode=mode, grad=grad, table=table)
     y = _OURS[function](x, mode, grad=grad, table=table)
     return x.copy_(y) if in_place else y
+
+
+def is_plain(x: Any) -> bool:
+    """Tell whether ``x`` is a tensor as most are: of no other class, dense, on the CPU."""
+    return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested
 
 
 class Watch(TorchFunctionMode):
@@ -131,10 +142,12 @@ class Watch(TorchFunctionMode):
         self.what = ""  # the name of a module that is replaced as a whole
         self.unchecked: set[bool] = set()  # for the whole model: states of ``training`` in which it has not run yet
         self.seen: set[tuple[str, str]] = set()
+        #: By kinds of calls with a plain tensor that were seen: ours with its options, or None for PyTorch's.
+        self.ready: dict[Hashable, Callable[[Tensor], Tensor] | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the report out: a copy of a model has none."""
-        return {**self.__dict__, "report": None, "unchecked": set(), "seen": set()}
+        return {**self.__dict__, "report": None, "unchecked": set(), "seen": set(), "ready": {}}
 
     @property
     def checking(self) -> bool:
@@ -145,9 +158,18 @@ class Watch(TorchFunctionMode):
         """Tell whether a call is ours, and note it."""
         if not isinstance(x, Tensor):
             return has_torch_function((x,))
-        reason = left(function, self.mode, x)
+        reason = left(function, self.mode, self.table, x)
         self.note(function, reason)
         return not reason
+
+    def remember(self, key: Hashable, function: str, taken: bool) -> None:
+        """Be ready for the next call like one with a plain tensor, which was taken or left."""
+        if self.report is None or not self.report.checking:
+            ours, mode, grad, table = _OURS[function], self.mode, self.gradient(function), self.table
+            if grad is None and table is None:
+                self.ready[key] = (lambda x: ours(x, mode)) if taken else None
+            else:
+                self.ready[key] = (lambda x: ours(x, mode, grad=grad, table=table)) if taken else None
 
     def note(self, function: str, reason: str) -> None:
         """Tell the report of a call when it is the first of its kind."""
@@ -177,28 +199,43 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Compute a call of an activation by ours and every other as it is."""
         call = CALLS.get(func)
-        if call is not None:
-            result = self._replaced(call, args, kwargs or {})
-            if result is not None:
-                return result
-        return func(*args, **kwargs) if kwargs else func(*args)
+        if call is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        key: Hashable = None
+        if (
+            not torch.compiler.is_compiling()
+            and len(args) == 1
+            and is_plain(args[0])
+            and not (kwargs and "out" in kwargs)
+        ):
+            key = (func, args[0].dtype, tuple(kwargs.items()) if kwargs else ())
+            ours = self.ready.get(key, self)
+            if ours is not self:
+                return func(*args, **(kwargs or {})) if ours is None else ours(args[0])  # type: ignore[operator]
+        result = self._replaced(call, args, kwargs or {}, key)
+        return func(*args, **(kwargs or {})) if result is None else result
 
-    def _replaced(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _replaced(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], key: Hashable) -> Tensor | None:
         """Return what ours makes of a call, or None for one that is left."""
         function, in_place, reason = call
         if reason:
             self.note(function, f"{function} {reason}")
             return None
-        options = dict(kwargs)
+        options = dict(zip(_POSITIONS.get(function, ("inplace",)), args[1:], strict=False)) | kwargs
         x = args[0] if args else options.pop("input", options.pop("self", None))
         out = options.pop("out", None)
         if function == "gelu" and options.pop("approximate", "none") == "tanh":
             function = "gelu_tanh"
-        in_place = bool(options.pop("inplace", args[1] if len(args) == 2 else in_place))
-        if len(args) > 2 or options:
-            self.note(function, f"{function} is called with arguments that are not known here")
+        in_place = bool(options.pop("inplace", in_place))
+        if len(args) > 1 + len(_POSITIONS.get(function, ("inplace",))) or any(
+            _NEEDED.get(name) != value for name, value in options.items()
+        ):
+            self.note(function, f"{function} is called with arguments that it has not here")
         elif out is not None and not (isinstance(out, Tensor) and out.shape == x.shape and out.dtype == x.dtype):
             self.note(function, f"{function} is called with an out of another shape or dtype")
-        elif self.takes(function, x):
-            return self.compute(x, function, in_place, out)
+        else:
+            taken = self.takes(function, x)
+            if key is not None and not in_place:
+                self.remember(key, function, taken)
+            return self.compute(x, function, in_place, out) if taken else None
         return None

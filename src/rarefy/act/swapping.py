@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 
-from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, left
+from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, is_plain, left
 from rarefy.act.modules import LSTMCell, Tanh
 from rarefy.act.reading import Reader, is_foreign
 from rarefy.act.spec.table import Table
@@ -30,21 +30,32 @@ _WHOLE: dict[str, Callable[[Any], str]] = {
     "torch.nn.modules.activation.Sigmoid": lambda module: "sigmoid",
     "torch.nn.modules.activation.SiLU": lambda module: "silu",
     "torch.nn.modules.activation.GELU": _gelu,
+    "torch.nn.modules.activation.Mish": lambda module: "mish",
+    "torch.nn.modules.activation.Hardswish": lambda module: "hardswish",
+    "torch.nn.modules.activation.ELU": lambda module: "elu" if module.alpha == 1.0 else "",
+    "torch.nn.modules.activation.Softplus": lambda module: (
+        "softplus" if (module.beta, module.threshold) == (1.0, 20.0) else ""
+    ),
     "transformers.activations.GELUActivation": lambda module: "gelu",
     "transformers.activations.GELUTanh": lambda module: "gelu_tanh",
     "transformers.activations.NewGELUActivation": lambda module: "gelu_tanh",
     "transformers.activations.FastGELUActivation": lambda module: "gelu_tanh",
     "transformers.activations.AccurateGELUActivation": lambda module: "gelu_tanh",
     "transformers.activations.SiLUActivation": lambda module: "silu",
+    "transformers.activations.QuickGELUActivation": lambda module: "quick_gelu",
+    "transformers.activations.MishActivation": lambda module: "mish",
     "transformers.models.bloom.modeling_bloom.BloomGelu": lambda module: "gelu_tanh",
     "timm.layers.activations.GELU": lambda module: "gelu",
     "timm.layers.activations.GELUTanh": lambda module: "gelu_tanh",
+    "timm.layers.activations.QuickGELU": lambda module: "quick_gelu",
+    "timm.layers.activations.Mish": lambda module: "mish",
+    "timm.layers.activations.HardSwish": lambda module: "hardswish",
     "timm.layers.activations.Swish": lambda module: "silu",
     "timm.layers.activations.Sigmoid": lambda module: "sigmoid",
     "timm.layers.activations.Tanh": lambda module: "tanh",
 }
 #: Modules of PyTorch that compute activations which are not replaced.
-_KEPT = (nn.RNNBase, nn.RNNCellBase, nn.GLU, nn.Tanhshrink, nn.Mish, nn.Softplus, nn.Hardswish, nn.ELU)
+_KEPT = (nn.RNNBase, nn.RNNCellBase, nn.GLU, nn.Tanhshrink)
 #: Modules of PyTorch that are replaced by one of ours with the same parameters.
 _RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.LSTMCell: LSTMCell}
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -191,6 +202,8 @@ def _role(name: str, module: nn.Module, reader: Reader, report: Swap) -> Role | 
     elif "forward" in module.__dict__:
         if whole is not None or reader.value(module.__dict__["forward"]) or reader.methods(module):
             return Role("watched", ("__call__",))
+    elif whole is not None and not whole(module):
+        report.kept.append((name, f"there is no {kind.__name__} with these arguments here"))
     elif whole is not None and (is_foreign(kind) or _agrees(module, whole(module))):
         return Role("whole")
     elif kind in _RECURRENT:
@@ -410,14 +423,23 @@ def _shielded(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[...
 def _whole(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
     function_of: Any = _function_of(kind)
 
-    def compute(self: Any, x: Tensor) -> Any:
-        watch, function = self._rarefy, function_of(self)
-        if watch.takes(function, x):
-            return watch.compute(x, function, getattr(self, "inplace", False))
-        return method(self, x)
+    def compute(self: Any, x: Tensor, key: Hashable = None) -> Any:
+        watch, function, in_place = self._rarefy, function_of(self), self.__dict__.get("inplace", False)
+        taken = bool(function) and watch.takes(function, x)
+        if key is not None and function and not in_place:
+            watch.remember(key, function, taken)
+        return watch.compute(x, function, in_place) if taken else method(self, x)
 
     def call(self: Any, input: Tensor) -> Any:
-        return compute(self, input) if torch.compiler.is_compiling() else _under(None, compute, self, input)
+        if torch.compiler.is_compiling():
+            return compute(self, input)
+        if is_plain(input) and not torch._C._len_torch_function_stack() and not self.__dict__.get("inplace", False):
+            key = (function_of(self), input.dtype)
+            ours = self._rarefy.ready.get(key, compute)
+            if ours is compute:
+                return compute(self, input, key)
+            return method(self, input) if ours is None else ours(input)
+        return _under(None, compute, self, input)
 
     return call
 
@@ -451,7 +473,7 @@ def _layer_call(watch: Watch, theirs: Callable[..., Tensor], function: str, x: T
 def _layer_fused(layer: Any) -> int:
     """Keep a layer out of PyTorch's fused path, which knows PyTorch's GELU alone, where GELU is ours."""
     kind: int = layer.__dict__["activation_relu_or_gelu"]
-    reason = left("gelu", layer._rarefy.mode, layer.linear1.weight)
+    reason = left("gelu", layer._rarefy.mode, layer._rarefy.table, layer.linear1.weight)
     if kind == 2 and reason:
         layer._rarefy.note("gelu", reason)
     return 0 if kind == 2 and not reason else kind
