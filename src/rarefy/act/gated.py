@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rarefy.act import functional, gradients, operator
+from rarefy.act.kernels import gated as native
 from rarefy.act.kernels import launch
 from rarefy.act.kernels.slopes import slopes
 from rarefy.act.spec import subnormals
@@ -102,7 +103,7 @@ def _call(
     if torch.compiler.is_compiling():
         return _traced(function, x, up, mode, grad, text, out)
     if has_torch_function((x, up, out)):
-        given = {"grad": grad, "table": text or None, "out": out}
+        given: dict[str, Any] = {"grad": grad, "table": text or None, "out": out}
         given = {key: value for key, value in given.items() if value is not None}
         result: Tensor = handle_torch_function(UNITS[function], (x, up, out), x, up, mode, **given)
         return result
@@ -112,7 +113,22 @@ def _call(
     _check_out(function, x, up, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, up, out)):
         raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
+    if not launch.watched() and out.is_contiguous() and launch.is_readable(out):
+        gate, other = halves(x.detach(), None if up is None else up.detach())
+        unit = native.unit_of(gate, other, function, mode, text)
+        if unit is not None and all(
+            _apart(t, out) or (t.data_ptr() == out.data_ptr() and t.is_contiguous()) for t in (gate, other)
+        ):
+            native.forward(unit, gate, other, out)
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)
+            return out
     return out.copy_(_result(x, up, function, mode, text))
+
+
+def _apart(x: Tensor, out: Tensor) -> bool:
+    """Tell whether two tensors share no memory."""
+    return x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
 
 
 def _check(function: str, x: Tensor, up: Tensor | None, mode: str, grad: str | None, table: str) -> None:
@@ -211,15 +227,25 @@ def _validated(function: str, mode: str, grad: str | None, dtype: str, table: st
 
 def forward(x: Tensor, up: Tensor | None, function: str, mode: str, table: str) -> Tensor:
     """Return the result of real data, without a gradient."""
-    gate, up = halves(x.detach(), None if up is None else up.detach())
+    gate, other = halves(x.detach(), None if up is None else up.detach())
+    unit = native.unit_of(gate, other, function, mode, table)
+    if unit is not None:
+        out = torch.empty(gate.shape, dtype=x.dtype)
+        native.forward(unit, gate, other, out)
+        return out
     with subnormals.kept():
-        return (operator.forward(gate, function, mode, table) * up).contiguous()
+        return (operator.forward(gate, function, mode, table) * other).contiguous()
 
 
 def backward(upstream: Tensor, x: Tensor, up: Tensor | None, function: str, mode: str, table: str) -> list[Tensor]:
     """Return the gradient of ``x``, or those of the gate and of ``up``, of real data; without a second derivative."""
     upstream, x, up = upstream.detach(), x.detach(), None if up is None else up.detach()
     gate, other = halves(x, up)
+    unit = native.unit_of(gate, other, function, mode, table)
+    if unit is not None and launch.is_readable(upstream):
+        found = [torch.empty(t.shape, dtype=t.dtype) for t in (x, up) if t is not None]
+        native.backward(unit, upstream, gate, other, *halves(found[0], None if up is None else found[1]))
+        return found
     with subnormals.kept():
         wide = upstream.float()
         of_gate = wide * other.float() * slopes(gate, function, mode)

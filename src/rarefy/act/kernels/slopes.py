@@ -31,7 +31,8 @@ def slopes(x: Tensor, function: str, mode: str) -> Tensor:
     if x.dtype == torch.float32:
         return gradients.hard(x, function) if mode == "hard" else _slopes32(x, function)
     table = lookup(function, "hard" if mode == "hard" else "exact", FORMAT_OF[x.dtype].name).to(x.device)
-    return table[x.view(torch.int16).to(torch.int32) & 0xFFFF]
+    found: Tensor = table[x.view(torch.int16).to(torch.int32) & 0xFFFF]
+    return found
 
 
 @lru_cache(maxsize=32)
