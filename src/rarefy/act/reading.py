@@ -101,9 +101,11 @@ class Reader:
     """Reads the code of one model; ``own`` are its modules, each of which is read for itself.
 
     With ``scripted`` it looks for functions of TorchScript that compute activations instead, which nobody can watch.
+    ``skipped`` are names of global functions that are not followed.
     """
 
-    def __init__(self, own: Iterable[nn.Module], scripted: bool = False) -> None:
+    def __init__(self, own: Iterable[nn.Module], scripted: bool = False, skipped: tuple[str, ...] = ()) -> None:
+        self._skipped = skipped
         self._own = {id(module) for module in own}
         self._scripted = scripted
         self._names = frozenset() if scripted else NAMES
@@ -208,7 +210,7 @@ class Reader:
     def _reference(self, reference: _Reference, code: types.CodeType, function: types.FunctionType, owner: Any) -> bool:
         kind, name, chain = reference
         value: Any = _MISSING
-        if kind == "global":
+        if kind == "global" and name not in self._skipped:
             value = function.__globals__.get(name, vars(builtins).get(name, _MISSING))
         elif kind == "import":
             value = sys.modules.get(name, _MISSING)
