@@ -55,6 +55,8 @@ RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.LSTMCell: LSTMCell}
 #: Modules that take other paths under a mode, with other last places.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
+_MANY = 1 << 14  # elements from which a gated unit takes less time than its two halves, which have the same bits
+
 
 class Role(NamedTuple):
     """What a module becomes: a kind ("" for none), the methods that change with it, and whether it is the whole."""
@@ -178,7 +180,7 @@ def _watched(kind: type[nn.Module], method: Callable[..., Any], lazy: bool = Fal
         if fx._symbolic_trace.is_fx_symbolic_tracing():
             with _recorded(watch, (*args, *kwargs.values())):
                 return _under(watch, method, self, *args, **kwargs)
-        if watch.unchecked:
+        if watch.unchecked and not torch._C._is_tracing():
             with _check(self):
                 return _under(watch, method, self, *args, **kwargs)
         return _under(watch, method, self, *args, **kwargs)
@@ -207,7 +209,7 @@ def _recorded(watch: Watch, args: tuple[Any, ...]) -> Iterator[None]:
 
 def _checked(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.training not in self._rarefy.unchecked:
+        if torch.compiler.is_compiling() or self.training not in self._rarefy.unchecked or torch._C._is_tracing():
             return method(self, *args, **kwargs)
         with _check(self):
             return _under(self._rarefy, method, self, *args, **kwargs)
@@ -272,7 +274,8 @@ def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
         gate = children[form.gate](x)
         up = children[form.up](x) if form.up else None
         alike = gate.dtype in gated.DTYPES and (up is None or (up.shape == gate.shape and up.dtype == gate.dtype))
-        if alike and not left(function, watch.mode, watch.table, gate):
+        many = torch.compiler.is_compiling() or gate.numel() >= _MANY
+        if alike and many and not left(function, watch.mode, watch.table, gate):
             watch.note(function, "")
             return children[form.down](gated.UNITS[function](gate, up, watch.mode, table=watch.table))
         if up is None:

@@ -171,9 +171,14 @@ def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Sw
             return Role("layer") if activation in CALLS else Role("watched")
     else:
         methods = reader.methods(module)
-        if methods and isinstance(module, fx.GraphModule):
-            report.kept.append((name, "a graph of torch.fx, whose code is generated: swap the model, then trace it"))
-        elif methods:
+        if isinstance(module, fx.GraphModule):
+            targets = [getattr(Tensor, str(n.target), n.target) for n in module.graph.nodes if n.op.startswith("call_")]
+            if any(target in CALLS for target in targets):
+                report.kept.append(
+                    (name, "a graph of torch.fx, whose code is generated: swap the model, then trace it")
+                )
+            return None
+        if methods:
             only_eager = methods == ("forward",) and hasattr(module, "config") and not lazy.methods(module)
             return Role("attention" if only_eager else "watched", methods)
         form = mlp.read(module)
