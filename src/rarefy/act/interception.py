@@ -94,7 +94,8 @@ def left(function: str, mode: str, table: Table | None, x: Tensor) -> str:
     if x.dtype not in FORMAT_OF:
         return f"there is no {function} of {str(x.dtype).removeprefix('torch.')} here"
     if x.dtype is torch.float32 and mode == "exact" and function in _SLOWER and x.is_cpu:
-        return f"PyTorch's {function} of float32 is faster and about as exact"
+        by = " (by sigmoid)" if function == "quick_gelu" else ""
+        return f"PyTorch's {function}{by} of float32 is faster and about as exact"
     if x.layout is not torch.strided or x.is_nested:
         return f"there is no {function} of sparse or nested tensors here"
     if mode not in reference.modes(function):

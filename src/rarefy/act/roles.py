@@ -105,6 +105,7 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
     if (kind, role) not in _classes:
         made: dict[str, Any] = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
         made["_rarefy_role"], made["__reduce_ex__"] = role, _reduce
+        made["_rarefy"] = None  # of instances that are made of this class and not swapped
         wrap = {
             "whole": _whole,
             "recurrent": _recurrent,
@@ -172,6 +173,8 @@ def _under(watch: Watch | None, method: Callable[..., Any], *args: Any, **kwargs
 def _watched(kind: type[nn.Module], method: Callable[..., Any], lazy: bool = False) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = self._rarefy
+        if watch is None:
+            return method(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             with watch:
                 return method(self, *args, **kwargs)
@@ -209,10 +212,13 @@ def _recorded(watch: Watch, args: tuple[Any, ...]) -> Iterator[None]:
 
 def _checked(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.training not in self._rarefy.unchecked or torch._C._is_tracing():
+        watch = self._rarefy
+        if watch is None or torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        if self.training not in watch.unchecked or torch._C._is_tracing():
             return method(self, *args, **kwargs)
         with _check(self):
-            return _under(self._rarefy, method, self, *args, **kwargs)
+            return _under(watch, method, self, *args, **kwargs)
 
     return call
 
@@ -234,7 +240,8 @@ def _check(module: Any) -> Iterator[None]:
 
 def _shielded(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or (self._rarefy.checking and kind not in FUSED):
+        watch = self._rarefy
+        if watch is None or torch.compiler.is_compiling() or (watch.checking and kind not in FUSED):
             return method(self, *args, **kwargs)
         return _under(None, method, self, *args, **kwargs)
 
@@ -252,11 +259,14 @@ def _whole(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
         return watch.compute(x, function, in_place) if taken else method(self, x)
 
     def call(self: Any, input: Tensor) -> Any:
+        watch = self._rarefy
+        if watch is None:
+            return method(self, input)
         if torch.compiler.is_compiling():
             return compute(self, input)
         if is_plain(input) and not torch._C._len_torch_function_stack() and not self.__dict__.get("inplace", False):
             key = (which(self), input.dtype)
-            ours = self._rarefy.ready.get(key, compute)
+            ours = watch.ready.get(key, compute)
             if ours is compute:
                 return compute(self, input, key)
             return method(self, input) if ours is None else ours(input)
@@ -269,7 +279,7 @@ def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
     def compute(self: Any, x: Any) -> Any:
         form, watch, children = mlp.read(self), self._rarefy, self._modules
         function = unit_of(children[form.act]) if form is not None and isinstance(x, Tensor) else ""
-        if form is None or not function:
+        if form is None or not function or watch is None:
             return method(self, x)
         gate = children[form.gate](x)
         up = children[form.up](x) if form.up else None
@@ -292,7 +302,8 @@ def _recurrent(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..
     ours = RECURRENT[kind].forward
 
     def compute(self: Any, input: Any, hx: Any = None) -> Any:
-        taken = self._rarefy.takes(kind.__name__, getattr(input, "data", input))  # a packed sequence has data
+        watch, tensor = self._rarefy, getattr(input, "data", input)  # a packed sequence has data
+        taken = watch is not None and watch.takes(kind.__name__, tensor)
         return (ours if taken else method)(self, input, hx)
 
     def call(self: Any, input: Any, hx: Any = None) -> Any:
@@ -307,7 +318,9 @@ def _layer_activation(layer: Any) -> Any:
         return nn.Module.__getattr__(layer, "activation")
     value = layer.__dict__["activation"]
     call = CALLS.get(value)
-    return value if call is None or call.kept else functools.partial(_layer_call, layer._rarefy, value, call.function)
+    if call is None or call.kept or layer._rarefy is None:
+        return value
+    return functools.partial(_layer_call, layer._rarefy, value, call.function)
 
 
 def _layer_call(watch: Watch, theirs: Callable[..., Tensor], function: str, x: Tensor) -> Tensor:
@@ -317,10 +330,12 @@ def _layer_call(watch: Watch, theirs: Callable[..., Tensor], function: str, x: T
 def _layer_fused(layer: Any) -> int:
     """Keep a layer out of PyTorch's fused path, which knows PyTorch's GELU alone, where GELU is ours."""
     kind: int = layer.__dict__["activation_relu_or_gelu"]
+    if kind != 2 or layer._rarefy is None:
+        return kind
     reason = left("gelu", layer._rarefy.mode, layer._rarefy.table, layer.linear1.weight)
-    if kind == 2 and reason:
+    if reason:
         layer._rarefy.note("gelu", reason)
-    return 0 if kind == 2 and not reason else kind
+    return kind if reason else 0
 
 
 def _set(name: str, layer: Any, value: Any) -> None:

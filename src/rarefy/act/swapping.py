@@ -111,6 +111,9 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
     """
     options = Tanh(mode, table=table)  # checks them
     modules = dict(model.named_modules())
+    for module in modules.values():
+        if "_rarefy_role" in vars(type(module)) and "_rarefy" not in module.__dict__:
+            module.__class__ = type(module).__mro__[1]  # made of a swapped class, such as by its from_pretrained
     report = Swap(_names={id(module): name for name, module in modules.items()})
     reader = Reader(modules.values())
     lazy = Reader(modules.values(), skipped=("eager_attention_forward",))
