@@ -2,7 +2,8 @@
 
 from rarefy.act import functional
 from rarefy.act.functional import gelu, sigmoid, silu, tanh
-from rarefy.act.modules import GELU, LSTMCell, Sigmoid, SiLU, Tanh
+from rarefy.act.modules import GELU, Sigmoid, SiLU, Tanh
+from rarefy.act.recurrent import GRU, LSTM, GRUCell, LSTMCell
 from rarefy.act.spec.formats import FORMATS, Format
 from rarefy.act.spec.table import (
     BitIndex,
@@ -21,10 +22,13 @@ from rarefy.act.swapping import Swap, swap
 __all__ = [
     "FORMATS",
     "GELU",
+    "GRU",
+    "LSTM",
     "BitIndex",
     "CarryTable",
     "CutIndex",
     "Format",
+    "GRUCell",
     "LSTMCell",
     "LinearTable",
     "MultiplyIndex",

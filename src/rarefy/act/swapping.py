@@ -14,7 +14,8 @@ from torch import fx, nn
 
 from rarefy.act import functional
 from rarefy.act.kernels.aten import given_table
-from rarefy.act.modules import GELU, Activation, LSTMCell, Sigmoid, SiLU, Tanh
+from rarefy.act.modules import GELU, Activation, Sigmoid, SiLU, Tanh
+from rarefy.act.recurrent import LSTMCell
 from rarefy.act.spec.table import Table
 
 _MODULES: dict[type[nn.Module], type[Activation]] = {
