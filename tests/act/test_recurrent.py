@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from rarefy import act, kernels
-from rarefy.act.kernels import cells
+from rarefy.act import cells
 
 NATIVE = [
     isa for isa in ("avx512_vbmi2", "avx512", "avx2", "neon", "portable") if isa in {k.isa for k in kernels.table()}

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from rarefy.act import operator
+from rarefy.act.cells import offsets_of
 from rarefy.act.kernels.aten import given_table
-from rarefy.act.kernels.cells import offsets_of
 from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
@@ -112,11 +112,12 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Run a layer, in the dtype of autocast where that is on."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        operator.check_dtype("tanh", x.dtype, *how)
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    if not torch.compiler.is_compiling():  # the operator checks as well, when it runs
+        operator.check_dtype("tanh", dtype, *how)
+    if not autocast:
         return layer(x, weights, states, offsets, reverse, how)
-    dtype = torch.get_autocast_dtype(device)
-    operator.check_dtype("tanh", dtype, *how)
     with torch.autocast(device, enabled=False):
         cast = [None if t is None else t.to(dtype) for t in weights]
         return layer(x.to(dtype), cast, [t.to(dtype) for t in states], offsets, reverse, how)

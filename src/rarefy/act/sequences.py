@@ -1,7 +1,7 @@
 """The operators ``rarefy::lstm`` and ``rarefy::gru``: one layer in one direction, over a sequence, with its gradient.
 
 They take the products of the input with its weights, which are ordinary operators, and do what is left: see
-:mod:`rarefy.act.kernels.cells`. Second derivatives and vmap are refused.
+:mod:`rarefy.act.cells`. Second derivatives and vmap are refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rarefy.act import operator
-from rarefy.act.kernels import cells, launch
-from rarefy.act.kernels.cells import Gates
+from rarefy.act import cells, operator
+from rarefy.act.cells import Gates
+from rarefy.act.kernels import launch
 
 _TWICE = (
     "an LSTM or GRU of rarefy.act has no second derivative: for one use torch.nn's, or a cell of your own made of"
