@@ -424,6 +424,7 @@ def test_autocast_computes_in_its_dtype(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at it
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile_and_export(kind, monkeypatch):
     torch.manual_seed(0)

@@ -101,6 +101,13 @@ def _native(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], *
     return kernels.find(f"{name}_{_NAMES[dtype]}", None, *arguments)
 
 
+def _place(tensor: Tensor | None) -> int:
+    """Return where a tensor that was found readable lies, 0 for one that is not there or has no elements."""
+    if tensor is None or tensor.numel() == 0:
+        return 0
+    return tensor.data_ptr() or address(tensor)  # which says what is wrong with memory that was freed
+
+
 def _described(
     products: Tensor | None,
     weight: Tensor,
@@ -118,9 +125,8 @@ def _described(
     steps = offsets.numel() - 1 if offsets is not None else rows // batch if batch else 0
     work = rows * hidden * weight.shape[0]
     threads = max(1, min(torch.get_num_threads(), work // _THREADED))
-    places = (0 if t is None or t.numel() == 0 else address(t) for t in (products, weight, bias, h, c, *kept, scratch))
-    begins = 0 if offsets is None else address(offsets)
-    return _Recurrent(steps, batch, hidden, reverse, threads, begins, *gates, *places)
+    places = map(_place, (products, weight, bias, h, c, *kept, scratch))
+    return _Recurrent(steps, batch, hidden, reverse, threads, _place(offsets), *gates, *places)
 
 
 # ---- steps
@@ -294,8 +300,7 @@ def lstm_backward(
 def _gradients(
     dy: Tensor | None, dh: Tensor | None, d: Tensor, hidden: Tensor | None, h: Tensor, c: Tensor | None, hard: bool
 ) -> _Gradients:
-    places = (0 if t is None or t.numel() == 0 else address(t) for t in (dy, dh, d, hidden, h, c))
-    return _Gradients(*places, hard)
+    return _Gradients(*map(_place, (dy, dh, d, hidden, h, c)), hard)
 
 
 # ---- GRU

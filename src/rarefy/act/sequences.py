@@ -54,11 +54,16 @@ def _check(
         raise ValueError(f"offsets must go from 0 to {rows} by steps of at most {batch} that do not grow, got {places}")
 
 
+def _eager(*tensors: Tensor | None) -> bool:
+    """Tell whether a call may go around the dispatcher, which takes more than a hundred microseconds."""
+    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
+    return plain and not torch.compiler.is_compiling() and not launch.watched()
+
+
 # ---- LSTM
 
 
-@torch.library.custom_op("rarefy::lstm", mutates_args=())
-def lstm(
+def _lstm(
     products: Tensor,
     weight: Tensor,
     projection: Tensor | None,
@@ -77,6 +82,9 @@ def lstm(
         raise ValueError(f"projection must be {[h.shape[1], c.shape[1]]}, [size, hidden], got {list(projection.shape)}")
     with torch._C._DisableAutocast():
         return cells.lstm(products, weight, projection, h, c, offsets, reverse, Gates(mode, table), keep)
+
+
+lstm = torch.library.custom_op("rarefy::lstm", _lstm, mutates_args=())
 
 
 @lstm.register_fake
@@ -98,8 +106,7 @@ def _lstm_fake(
     return h.new_empty(rows, h.shape[1]), last, state, h.new_empty(kept, 4 * hidden), h.new_empty(kept, 2 * hidden)
 
 
-@torch.library.custom_op("rarefy::lstm_backward", mutates_args=())
-def lstm_backward(
+def _lstm_backward(
     dy: Tensor | None,
     dh: Tensor | None,
     dc: Tensor | None,
@@ -125,6 +132,9 @@ def lstm_backward(
         if projection is not None:
             d_projection = cells.weight_gradient(totals, cells.projected(gates, kept))
         return d, d_weight, d_projection, dh_0.to(h.dtype), dc_0.to(h.dtype)
+
+
+lstm_backward = torch.library.custom_op("rarefy::lstm_backward", _lstm_backward, mutates_args=())
 
 
 @lstm_backward.register_fake
@@ -153,6 +163,7 @@ def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     y, _, _, gates, kept = output
     if not keep:
         raise RuntimeError("rarefy::lstm needs keep=True where gradients are wanted")
+    ctx.mark_non_differentiable(gates, kept)
     ctx.save_for_backward(weight, projection, h, c, y, gates, kept, offsets)
     ctx.dtype = products.dtype
     ctx.set_materialize_grads(False)
@@ -160,7 +171,10 @@ def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _lstm_gradients(ctx: Any, dy: Any, dh: Any, dc: Any, *_: Any) -> tuple[Tensor | None, ...]:
     weight, projection, h, c, y, gates, kept, offsets = ctx.saved_tensors
-    d, d_weight, d_projection, dh_0, dc_0 = torch.ops.rarefy.lstm_backward(
+    backward: Any = torch.ops.rarefy.lstm_backward
+    if not torch.is_grad_enabled() and _eager(dy, dh, dc, weight):
+        backward = _lstm_backward
+    d, d_weight, d_projection, dh_0, dc_0 = backward(
         dy, dh, dc, weight, projection, h, c, y, gates, kept, offsets, ctx.reverse, ctx.mode == "hard"
     )
     given = None if projection is None else d_projection
@@ -173,8 +187,7 @@ lstm.register_autograd(_lstm_gradients, setup_context=_lstm_setup)
 # ---- GRU
 
 
-@torch.library.custom_op("rarefy::gru", mutates_args=())
-def gru(
+def _gru(
     products: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -194,6 +207,9 @@ def gru(
         return cells.gru(products, weight, bias, h, offsets, reverse, Gates(mode, table), keep)
 
 
+gru = torch.library.custom_op("rarefy::gru", _gru, mutates_args=())
+
+
 @gru.register_fake
 def _gru_fake(
     products: Tensor,
@@ -211,8 +227,7 @@ def _gru_fake(
     return h.new_empty(rows, hidden), last, h.new_empty(rows if keep else 0, 4 * hidden)
 
 
-@torch.library.custom_op("rarefy::gru_backward", mutates_args=())
-def gru_backward(
+def _gru_backward(
     dy: Tensor | None,
     dh: Tensor | None,
     weight: Tensor,
@@ -229,6 +244,9 @@ def gru_backward(
         d_weight = cells.weight_gradient(through, cells.previous(y, h, offsets, reverse))
         d_bias = through[:, 2 * h.shape[1] :].sum(0)
         return d, d_weight, d_bias.to(h.dtype), dh_0.to(h.dtype)
+
+
+gru_backward = torch.library.custom_op("rarefy::gru_backward", _gru_backward, mutates_args=())
 
 
 @gru_backward.register_fake
@@ -253,6 +271,7 @@ def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     y, _, gates = output
     if not keep:
         raise RuntimeError("rarefy::gru needs keep=True where gradients are wanted")
+    ctx.mark_non_differentiable(gates)
     ctx.save_for_backward(weight, h, y, gates, offsets)
     ctx.dtype, ctx.biased = products.dtype, bias is not None
     ctx.set_materialize_grads(False)
@@ -260,9 +279,10 @@ def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _gru_gradients(ctx: Any, dy: Any, dh: Any, *_: Any) -> tuple[Tensor | None, ...]:
     weight, h, y, gates, offsets = ctx.saved_tensors
-    d, d_weight, d_bias, dh_0 = torch.ops.rarefy.gru_backward(
-        dy, dh, weight, h, y, gates, offsets, ctx.reverse, ctx.mode == "hard"
-    )
+    backward: Any = torch.ops.rarefy.gru_backward
+    if not torch.is_grad_enabled() and _eager(dy, dh, weight):
+        backward = _gru_backward
+    d, d_weight, d_bias, dh_0 = backward(dy, dh, weight, h, y, gates, offsets, ctx.reverse, ctx.mode == "hard")
     return d.to(ctx.dtype), d_weight, d_bias if ctx.biased else None, dh_0, None, None, None, None, None
 
 
@@ -289,14 +309,39 @@ for _operator in (lstm, gru, lstm_backward, gru_backward):
 # ---- calls
 
 
-def _needs(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+class _LSTM(torch.autograd.Function):
+    """The operator where no one would see it: in eager mode."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _lstm(*inputs)
+
+    setup_context = staticmethod(_lstm_setup)
+    backward = staticmethod(_lstm_gradients)
 
 
-def _direct(*tensors: Tensor | None) -> bool:
-    """Tell whether a call without gradients may go around the dispatcher, which takes some ten microseconds."""
-    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
-    return plain and not torch.compiler.is_compiling() and not launch.watched()
+class _GRU(torch.autograd.Function):
+    """The operator where no one would see it: in eager mode."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _gru(*inputs)
+
+    setup_context = staticmethod(_gru_setup)
+    backward = staticmethod(_gru_gradients)
+
+
+def _call(kind: str, tensors: tuple[Tensor | None, ...], *options: Any) -> tuple[Tensor, ...]:
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    way: Any
+    if not _eager(*tensors):
+        way = torch.ops.rarefy.lstm if kind == "lstm" else torch.ops.rarefy.gru
+    elif keep:
+        way = _LSTM.apply if kind == "lstm" else _GRU.apply
+    else:
+        way = _lstm if kind == "lstm" else _gru
+    result: tuple[Tensor, ...] = way(*tensors, *options, keep)
+    return result
 
 
 def run_lstm(
@@ -310,15 +355,9 @@ def run_lstm(
     mode: str,
     table: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and h and c after the last step, by the operator, or without it where no one would see it."""
-    keep = _needs(products, weight, projection, h, c)
-    if not keep and _direct(products, weight, projection, h, c):
-        with torch.no_grad():
-            return cells.lstm(products, weight, projection, h, c, offsets, reverse, Gates(mode, table), keep)[:3]
-    result: tuple[Tensor, ...] = torch.ops.rarefy.lstm(
-        products, weight, projection, h, c, offsets, reverse, mode, table, keep
-    )
-    return result[0], result[1], result[2]
+    """Return y, and h and c after the last step, by the operator or as it does; arguments as ``cells.lstm``."""
+    y, h, c, *_ = _call("lstm", (products, weight, projection, h, c), offsets, reverse, mode, table)
+    return y, h, c
 
 
 def run_gru(
@@ -332,9 +371,5 @@ def run_gru(
     table: str,
 ) -> tuple[Tensor, Tensor]:
     """Return y, and h after the last step; as :func:`run_lstm`."""
-    keep = _needs(products, weight, bias, h)
-    if not keep and _direct(products, weight, bias, h):
-        with torch.no_grad():
-            return cells.gru(products, weight, bias, h, offsets, reverse, Gates(mode, table), keep)[:2]
-    result: tuple[Tensor, ...] = torch.ops.rarefy.gru(products, weight, bias, h, offsets, reverse, mode, table, keep)
-    return result[0], result[1]
+    y, h, *_ = _call("gru", (products, weight, bias, h), offsets, reverse, mode, table)
+    return y, h
