@@ -20,7 +20,6 @@ from rarefy.act.modules import (
     GeluAndMul,
     GeluTanhAndMul,
     Hardswish,
-    LSTMCell,
     Mish,
     QuickGELU,
     Sigmoid,
@@ -29,6 +28,7 @@ from rarefy.act.modules import (
     Softplus,
     Tanh,
 )
+from rarefy.act.recurrent import GRU, LSTM, GRUCell, LSTMCell
 from rarefy.act.spec.formats import FORMATS, Format
 from rarefy.act.spec.table import (
     BitIndex,
@@ -48,10 +48,13 @@ __all__ = [
     "ELU",
     "FORMATS",
     "GELU",
+    "GRU",
+    "LSTM",
     "BitIndex",
     "CarryTable",
     "CutIndex",
     "Format",
+    "GRUCell",
     "GeluAndMul",
     "GeluTanhAndMul",
     "Hardswish",

@@ -85,7 +85,22 @@ NAMES = frozenset(name for call in CALLS.values() for name in (call.function, ca
 
 # float32 on the CPU: where the exact function takes longer than PyTorch's, which is about as exact there
 _SLOWER = frozenset(
-    ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "softplus", "hardswish", "elu", "LSTMCell")
+    (
+        "tanh",
+        "sigmoid",
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "quick_gelu",
+        "mish",
+        "softplus",
+        "hardswish",
+        "elu",
+        "LSTM",
+        "GRU",
+        "LSTMCell",
+        "GRUCell",
+    )
 )
 
 

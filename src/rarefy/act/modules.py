@@ -1,8 +1,7 @@
-"""The functions as modules, and an LSTM cell made of them."""
+"""The functions as modules."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rarefy.act import functional, gated, gradients
@@ -173,24 +172,3 @@ class GeluTanhAndMul(Gated):
     """:func:`rarefy.act.gelu_tanh_and_mul` as a module."""
 
     function = "gelu_tanh"
-
-
-class LSTMCell(nn.LSTMCell):
-    """``torch.nn.LSTMCell`` (same parameters, same order of gates) with these activations.
-
-    ``mode`` is that of both functions; ``table``, for mode "ktanh", is a table of tanh, from which sigmoid derives.
-    """
-
-    mode: str = "exact"
-    table: Table | None = None
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Take one step: input [batch, input_size] and (h, c), each [batch, hidden_size]; return the new (h, c)."""
-        h, c = hx if hx is not None else (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
-        gates = nn.functional.linear(input, self.weight_ih, self.bias_ih)
-        gates = gates + nn.functional.linear(h, self.weight_hh, self.bias_hh)
-        i, f, g, o = gates.chunk(4, dim=-1)
-        # c' = sigmoid(f) c + sigmoid(i) tanh(g),   h' = sigmoid(o) tanh(c')
-        i, f, o = (functional.sigmoid(gate, self.mode, table=self.table) for gate in (i, f, o))
-        c = torch.addcmul(f * c, i, functional.tanh(g, self.mode, table=self.table))
-        return o * functional.tanh(c, self.mode, table=self.table), c

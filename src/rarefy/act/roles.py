@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 
 from rarefy.act import gated, mlp
 from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, is_plain, left
-from rarefy.act.modules import LSTMCell
+from rarefy.act.recurrent import GRU, LSTM, GRUCell, LSTMCell
 
 
 def _gelu(module: Any) -> str:
@@ -51,7 +51,12 @@ WHOLE: dict[str, Callable[[Any], str]] = {
     "timm.layers.activations.Tanh": lambda module: "tanh",
 }
 #: Modules of PyTorch that are replaced by one of ours with the same parameters.
-RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.LSTMCell: LSTMCell}
+RECURRENT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
 #: Modules that take other paths under a mode, with other last places.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
@@ -121,7 +126,9 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
             method = kind.forward
             made["forward"] = functools.wraps(method)(_checked(kind, method))
         if role.kind == "recurrent":
-            made["mode"] = property(lambda self: self._rarefy.mode)
+            made["mode" if issubclass(kind, nn.RNNCellBase) else "activation_mode"] = property(
+                lambda self: self._rarefy.mode
+            )
             made["table"] = property(lambda self: self._rarefy.table)
         if role.kind == "layer":
             made["activation"] = property(_layer_activation, functools.partial(_set, "activation"))
