@@ -88,26 +88,32 @@ class Swap:
 
 
 def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> Swap:
-    """Compute tanh, sigmoid, silu and gelu of a model by those of :mod:`rarefy.act`, and tell where.
+    """Compute the activations of a model by the functions of :mod:`rarefy.act`, and tell where.
 
-    Nothing of the model is rewritten, no parameter and no attribute changes: modules change their class for one of the
-    same name that derives from it.
+    Nothing of the model is rewritten, and no attribute changes: modules change their class for one of the same name that
+    derives from it.
 
-    * A module that is an activation as a whole (``nn.GELU``, ``transformers``' ``NewGELUActivation``, ...) computes it
-      by one call of ours; so does ``nn.LSTMCell``.
+    * A module that is an activation as a whole (``nn.GELU``, ``transformers``' ``NewGELUActivation``, ...) is one call
+      of ours, ``nn.LSTM``, ``nn.GRU`` and their cells are ours, and ``down(act(gate(x)) * up(x))`` is a gated unit.
     * A module whose code can call an activation, by whatever way (partials, helpers, lambdas, containers, methods, in
-      place), is watched: while it runs, calls of PyTorch's functions are made by ours. Each call of PyTorch under it
-      costs about 1.4 us more; its children that cannot are not watched. What can is found by reading the code, and
-      checked while the model runs for the first time, in training and in evaluation.
-    * A call that ours does not take (float64, sparse, ...) or takes longer for (in float32 some, in mode "exact") is
-      left to PyTorch, and named in ``kept``.
+      place), is watched: while it runs, calls of PyTorch's functions are made by ours. A call of PyTorch under it costs
+      some microseconds more; its children that cannot call one are not watched. What can is found by reading the code,
+      and checked while the model runs for the first time, in training and in evaluation.
+    * A call that ours does not take (float64, sparse, ...) or takes longer for (float32 in mode "exact") is left to
+      PyTorch, and named in ``kept``.
 
     Modules that are put in later are not seen: swap again, which leaves alone what was swapped. What is recomputed
     outside of its module (a function inside a forward, under ``torch.utils.checkpoint``) is PyTorch's. Copies and
     pickles of the model stay swapped and have no report.
 
-    ``grad`` goes to the functions that have such a form. Raises ValueError for options that :func:`rarefy.act.tanh`
-    does not take, before anything is changed.
+    Args:
+        model: any module, changed in place; :meth:`Swap.restore` is the way back.
+        mode: "exact", "ktanh" or "hard", as for :func:`rarefy.act.tanh`.
+        grad: goes to the functions that have such a form, tanh and sigmoid.
+        table: for mode "ktanh", used for the functions and dtypes that it fits.
+
+    Raises ValueError for options that :func:`rarefy.act.tanh` does not take, before anything is changed.
+
     """
     options = Tanh(mode, table=table)  # checks them
     modules = dict(model.named_modules())
