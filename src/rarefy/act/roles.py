@@ -110,6 +110,7 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
     if (kind, role) not in _classes:
         made: dict[str, Any] = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
         made["_rarefy_role"], made["__reduce_ex__"] = role, _reduce
+        made["__prepare_scriptable__"] = _not_scripted
         made["_rarefy"] = None  # of instances that are made of this class and not swapped
         wrap = {
             "whole": _whole,
@@ -131,15 +132,22 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
             )
             made["table"] = property(lambda self: self._rarefy.table)
         if role.kind == "layer":
-            made["activation"] = property(_layer_activation, functools.partial(_set, "activation"))
+            made["activation"] = property(_layer_activation, _setter("activation"))
             if issubclass(kind, nn.TransformerEncoderLayer):
-                made["activation_relu_or_gelu"] = property(
-                    _layer_fused, functools.partial(_set, "activation_relu_or_gelu")
-                )
+                made["activation_relu_or_gelu"] = property(_layer_fused, _setter("activation_relu_or_gelu"))
+        if issubclass(kind, nn.TransformerEncoder):
+            made["use_nested_tensor"] = property(_encoder_nested, _setter("use_nested_tensor"))
         _classes[kind, role] = type(
             kind.__name__, (RECURRENT.get(kind, kind) if role.kind == "recurrent" else kind,), made
         )
     return _classes[kind, role]
+
+
+def _not_scripted(self: Any) -> Any:
+    raise RuntimeError(
+        f"{type(self).__name__} is swapped by rarefy.act.swap and cannot be scripted: use torch.jit.trace, or restore()"
+        " the model first"
+    )
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -265,10 +273,11 @@ def _whole(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
             watch.remember(key, function, taken)
         return watch.compute(x, function, in_place) if taken else method(self, x)
 
-    def call(self: Any, input: Tensor) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = self._rarefy
-        if watch is None:
-            return method(self, input)
+        if watch is None or len(args) + len(kwargs) != 1:
+            return method(self, *args, **kwargs)
+        (input,) = args or kwargs.values()  # whatever its name is
         if torch.compiler.is_compiling():
             return compute(self, input)
         if is_plain(input) and not torch._C._len_torch_function_stack() and not self.__dict__.get("inplace", False):
@@ -345,5 +354,11 @@ def _layer_fused(layer: Any) -> int:
     return kind if reason else 0
 
 
-def _set(name: str, layer: Any, value: Any) -> None:
-    layer.__dict__[name] = value
+def _encoder_nested(encoder: Any) -> bool:
+    """Keep nested tensors, which PyTorch's fused path is for, from layers that do not take it."""
+    wanted: bool = encoder.__dict__["use_nested_tensor"]
+    return wanted and all(getattr(layer, "activation_relu_or_gelu", 1) for layer in encoder.layers)
+
+
+def _setter(name: str) -> Callable[[Any, Any], None]:
+    return lambda module, value: module.__dict__.__setitem__(name, value)

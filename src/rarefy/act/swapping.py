@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from dataclasses import dataclass, field
 from types import FrameType
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from rarefy.act import mlp
 from rarefy.act.interception import CALLS, Watch
@@ -49,7 +52,8 @@ class Swap:
         """Put everything back as it was; the model keeps its parameters and buffers as they are now."""
         while self._changed:
             module, kind = self._changed.pop()
-            module.__class__ = kind
+            if "_rarefy_role" in vars(type(module)):  # a lazy module has changed its class itself
+                module.__class__ = kind
             del module.__dict__["_rarefy"]
         self.replaced.clear()
         self.watched.clear()
@@ -90,8 +94,8 @@ class Swap:
 def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> Swap:
     """Compute the activations of a model by the functions of :mod:`rarefy.act`, and tell where.
 
-    Nothing of the model is rewritten, and no attribute changes: modules change their class for one of the same name that
-    derives from it.
+    Nothing of the model is rewritten, and no attribute changes: modules change their class for one of the same name
+    that derives from it.
 
     * A module that is an activation as a whole (``nn.GELU``, ``transformers``' ``NewGELUActivation``, ...) is one call
       of ours, ``nn.LSTM``, ``nn.GRU`` and their cells are ours, and ``down(act(gate(x)) * up(x))`` is a gated unit.
@@ -132,6 +136,7 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
         if plan[name] is None and type(module) in FUSED and _is_ordinary(module):
             plan[name] = Role("shielded")
     checked = _is_ordinary(model) and not all(is_foreign(type(module)) for module in modules.values())
+    checked = checked and (plan[""] is None or "__call__" not in plan[""].methods)
     if checked:
         plan[""] = (plan[""] or Role("", ()))._replace(checked=True)
     if reader.saw_scripted:
@@ -163,6 +168,9 @@ def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Sw
         report.kept.append((name, "compiled by TorchScript, which cannot be looked into"))
     elif "forward" in module.__dict__:
         if whole is not None or reader.value(module.__dict__["forward"]) or reader.methods(module):
+            return Role("watched", ("__call__",))
+    elif isinstance(inspect.getattr_static(kind, "forward", None), staticmethod | functools.partialmethod):
+        if reader.value(kind.forward):
             return Role("watched", ("__call__",))
     elif whole is not None and not whole(module):
         report.kept.append((name, f"there is no {kind.__name__} with these arguments here"))
@@ -211,7 +219,7 @@ def _shield(module: nn.Module, report: Swap, plan: dict[str, Role | None]) -> No
 
 def _is_ordinary(module: nn.Module) -> bool:
     mine = "forward" in module.__dict__ or "_rarefy" in module.__dict__
-    return not mine and not isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
+    return not mine and not isinstance(module, torch.jit.ScriptModule | fx.GraphModule | LazyModuleMixin)
 
 
 def _change(module: nn.Module, role: Role, watch: Watch, report: Swap) -> None:
