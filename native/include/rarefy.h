@@ -91,7 +91,82 @@ typedef void rarefy_act16(const uint16_t *x, uint16_t *y, int64_t n, const void 
 typedef void rarefy_act8(const uint8_t *x, uint8_t *y, int64_t n, const void *table, int32_t threads);
 // "act_shift32": K-TanH of 32 rows in float32. "act_tanh32": tanh from a rarefy_quartic32.
 // "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": computed in double; they read no table.
+// So "act_quick_gelu32", "act_mish32", "act_softplus32", "act_hardswish32", "act_elu32" and "act_exp32".
 typedef void rarefy_act32(const uint32_t *x, uint32_t *y, int64_t n, const void *table, int32_t threads);
+
+// Gated units over rows of values: h = act(gate), out = h * up, each rounded once to the format. `act` and its table
+// are a kernel above for numbers of that format; gate and up begin a row every so many values (strides), out is without
+// gaps, and may be gate or up themselves. n values at a time, at most 1024, go through act and slope.
+// "gated_bf16", "gated_fp16": rarefy_gated16. "gated_fp32": rarefy_gated32.
+typedef void rarefy_gated16(const uint16_t *gate, const uint16_t *up, uint16_t *out, int64_t rows, int64_t columns,
+                            int64_t gate_stride, int64_t up_stride, rarefy_act16 *act, const void *table,
+                            int32_t threads);
+typedef void rarefy_gated32(const uint32_t *gate, const uint32_t *up, uint32_t *out, int64_t rows, int64_t columns,
+                            int64_t gate_stride, int64_t up_stride, rarefy_act32 *act, const void *table,
+                            int32_t threads);
+// act' as numbers of float32. "slope16": looked up in 65536 numbers. "slope_silu32", "slope_gelu32",
+// "slope_gelu_tanh32": computed within 1e-6; they read no table.
+typedef void rarefy_slope16(const uint16_t *x, float *y, int64_t n, const void *table, int32_t threads);
+typedef void rarefy_slope32(const uint32_t *x, float *y, int64_t n, const void *table, int32_t threads);
+// of_gate = (upstream * up) * act'(gate) in float32, rounded once; of_up = upstream * h. upstream is without gaps.
+// "gated_backward_bf16", "gated_backward_fp16", "gated_backward_fp32".
+typedef void rarefy_gated_backward16(const uint16_t *upstream, const uint16_t *gate, const uint16_t *up,
+                                     uint16_t *of_gate, uint16_t *of_up, int64_t rows, int64_t columns,
+                                     int64_t gate_stride, int64_t up_stride, int64_t of_gate_stride,
+                                     int64_t of_up_stride, rarefy_act16 *act, const void *table, rarefy_slope16 *slope,
+                                     const void *slopes, int32_t threads);
+typedef void rarefy_gated_backward32(const uint32_t *upstream, const uint32_t *gate, const uint32_t *up,
+                                     uint32_t *of_gate, uint32_t *of_up, int64_t rows, int64_t columns,
+                                     int64_t gate_stride, int64_t up_stride, int64_t of_gate_stride,
+                                     int64_t of_up_stride, rarefy_act32 *act, const void *table, rarefy_slope32 *slope,
+                                     const void *slopes, int32_t threads);
+// A gate's activation as the cells of recurrent networks apply it.
+enum {
+    RAREFY_GATE_ENTRY = 0,    // what `entry`, a kernel of activation functions, gives
+    RAREFY_GATE_OF_TANH,      // 1/2 + 1/2 entry(x/2); float32 alone, as the two below
+    RAREFY_GATE_CLAMP,        // min(max(x, -1), 1)
+    RAREFY_GATE_CLAMP_SIXTH,  // min(max(x + 3, 0), 6) / 6
+};
+typedef struct {
+    void *entry;  // rarefy_act16 for bfloat16, rarefy_act32 for float32
+    const void *table;
+    int64_t kind;
+} rarefy_gate;
+
+// One layer of a recurrent network in one direction, over `steps` steps of a `batch` of sequences with `hidden` units;
+// G gates: LSTM 4 (i, f, g, o), GRU 3 (r, z, n). Rows are those of all steps, one step after another; step s has the
+// rows offsets[s] to offsets[s + 1] (not growing), which are the first ones of the batch; without offsets all of them.
+// With `reverse` the last step comes first. "value" is a bfloat16 or a float, as the kernel's name says.
+typedef struct {
+    int64_t steps, batch, hidden, reverse, threads;
+    const int64_t *offsets;  // [steps + 1] or null
+    rarefy_gate sigmoid, tanh;
+    const float *products;  // [rows, G hidden]: x W_ih^T and the biases, of a GRU's third gate only the input's
+    const void *weights;    // W_hh, values [G hidden, hidden]
+    const float *bias;      // [hidden]: that of a GRU's third gate in the product with h, or null
+    void *h, *c;            // values [batch, hidden]: before the first step, then after the last; c of an LSTM
+    void *y;                // values [rows, hidden]: h of every step
+    void *gates;            // values [rows, 4 hidden], null where no gradient is needed. GRU: r, z, n, h W_hn^T + b_hn
+    void *cells;            // values [rows, 2 hidden]: c and tanh(c) of an LSTM, null as gates
+    float *scratch;         // G hidden (hidden + 15) + batch hidden forward, (G hidden + batch) (hidden + 63) backward
+} rarefy_recurrent;
+
+// The gradients of what comes out (values; null for zeros) and of what goes in (float).
+typedef struct {
+    const void *y, *h_n;
+    float *products;  // [rows, G hidden]
+    float *hidden;    // [rows, G hidden], GRU: that of the product with h
+    float *h, *c;     // [batch, hidden]; c of an LSTM holds the gradient of the last c before
+    int64_t hard;     // the activations are the clamped ones
+} rarefy_recurrent_gradients;
+
+// "lstm_f32", "lstm_bf16", "gru_f32", "gru_bf16": all steps. Sums of products are float; gates, c and h are rounded to
+// values as they are computed, and nothing between: c = f c + i g, h = o tanh(c); n = tanh(x + r (h W + b)),
+// h = (h - n) z + n.
+typedef void rarefy_recurrent_forward(const rarefy_recurrent *op);
+// "lstm_backward_f32", ... : op as it went forward with gates (and cells), but h and c as they were before the first
+// step. Everything is computed in float.
+typedef void rarefy_recurrent_backward(const rarefy_recurrent *op, const rarefy_recurrent_gradients *to);
 
 // "fma_peak_f32": multiplies and adds between registers, and gives back how many floating-point operations that were.
 typedef int64_t rarefy_fma_peak_f32(int64_t repeats);

@@ -1,11 +1,10 @@
-"""The functions as modules, and an LSTM cell made of them."""
+"""The functions as modules."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from rarefy.act import functional, gradients
+from rarefy.act import functional, gated, gradients
 from rarefy.act.kernels.aten import given_table
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
@@ -26,8 +25,7 @@ class Activation(nn.Module):
     def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
         """Set the three options; raises ValueError for those that no function takes."""
         given = given_table(table) if isinstance(table, str) else table
-        if mode not in reference.MODES:
-            raise ValueError(f"mode must be one of {', '.join(reference.MODES)}, got {mode!r}")
+        reference.check_mode(self.function, mode)
         if given is not None and mode != "ktanh":
             raise ValueError(f'a table goes with mode="ktanh", got mode={mode!r}')
         gradients.resolve(self.function, mode, grad)
@@ -47,31 +45,14 @@ class Activation(nn.Module):
         parts += [f"table={self.table.name!r}"] if self.table is not None else []
         return ", ".join(parts)
 
-
-class Tanh(Activation):
-    """:func:`rarefy.act.tanh` as a module."""
-
-    function = "tanh"
-
     def forward(self, x: Tensor) -> Tensor:
         """Take any shape and return the same."""
-        return functional.tanh(x, self.mode, grad=self.grad, table=self.table)
+        result: Tensor = getattr(functional, self.function)(x, self.mode, grad=self.grad, table=self.table)
+        return result
 
 
-class Sigmoid(Activation):
-    """:func:`rarefy.act.sigmoid` as a module."""
-
-    function = "sigmoid"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take any shape and return the same."""
-        return functional.sigmoid(x, self.mode, grad=self.grad, table=self.table)
-
-
-class SiLU(Activation):
-    """:func:`rarefy.act.silu` as a module; ``inplace`` writes the result over the input, as PyTorch's does."""
-
-    function = "silu"
+class InPlace(Activation):
+    """Those whose PyTorch module has ``inplace``: it writes the result over the input."""
 
     def __init__(
         self,
@@ -86,13 +67,62 @@ class SiLU(Activation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take any shape and return the same."""
-        if self.inplace:
-            return functional.in_place(functional.silu, x, mode=self.mode, grad=self.grad, table=self.table)
-        return functional.silu(x, self.mode, grad=self.grad, table=self.table)
+        if not self.inplace:
+            return super().forward(x)
+        function = getattr(functional, self.function)
+        return functional.in_place(function, x, mode=self.mode, grad=self.grad, table=self.table)
 
     def extra_repr(self) -> str:
         """Return the options that are not the default."""
         return super().extra_repr() + (", inplace=True" if self.inplace else "")
+
+
+class Tanh(Activation):
+    """:func:`rarefy.act.tanh` as a module."""
+
+    function = "tanh"
+
+
+class Sigmoid(Activation):
+    """:func:`rarefy.act.sigmoid` as a module."""
+
+    function = "sigmoid"
+
+
+class SiLU(InPlace):
+    """:func:`rarefy.act.silu` as a module."""
+
+    function = "silu"
+
+
+class Mish(InPlace):
+    """:func:`rarefy.act.mish` as a module."""
+
+    function = "mish"
+
+
+class Hardswish(InPlace):
+    """:func:`rarefy.act.hardswish` as a module."""
+
+    function = "hardswish"
+
+
+class ELU(InPlace):
+    """:func:`rarefy.act.elu` as a module."""
+
+    function = "elu"
+
+
+class Softplus(Activation):
+    """:func:`rarefy.act.softplus` as a module."""
+
+    function = "softplus"
+
+
+class QuickGELU(Activation):
+    """:func:`rarefy.act.quick_gelu` as a module."""
+
+    function = "quick_gelu"
 
 
 class GELU(Activation):
@@ -118,22 +148,27 @@ class GELU(Activation):
         return functional.gelu(x, self.mode, approximate=self.approximate, grad=self.grad, table=self.table)
 
 
-class LSTMCell(nn.LSTMCell):
-    """``torch.nn.LSTMCell`` (same parameters, same order of gates) with these activations.
+class Gated(Activation):
+    """What the modules of gated units share."""
 
-    ``mode`` is that of both functions; ``table``, for mode "ktanh", is a table of tanh, from which sigmoid derives.
-    """
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """Take [..., 2 d], the gate and then up, and return [..., d]; or the gate and ``up`` of one shape."""
+        return gated.UNITS[self.function](x, up, self.mode, grad=self.grad, table=self.table)
 
-    mode: str = "exact"
-    table: Table | None = None
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Take one step: input [batch, input_size] and (h, c), each [batch, hidden_size]; return the new (h, c)."""
-        h, c = hx if hx is not None else (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
-        gates = nn.functional.linear(input, self.weight_ih, self.bias_ih)
-        gates = gates + nn.functional.linear(h, self.weight_hh, self.bias_hh)
-        i, f, g, o = gates.chunk(4, dim=-1)
-        # c' = sigmoid(f) c + sigmoid(i) tanh(g),   h' = sigmoid(o) tanh(c')
-        i, f, o = (functional.sigmoid(gate, self.mode, table=self.table) for gate in (i, f, o))
-        c = torch.addcmul(f * c, i, functional.tanh(g, self.mode, table=self.table))
-        return o * functional.tanh(c, self.mode, table=self.table), c
+class SiluAndMul(Gated):
+    """:func:`rarefy.act.silu_and_mul` as a module."""
+
+    function = "silu"
+
+
+class GeluAndMul(Gated):
+    """:func:`rarefy.act.gelu_and_mul` as a module."""
+
+    function = "gelu"
+
+
+class GeluTanhAndMul(Gated):
+    """:func:`rarefy.act.gelu_tanh_and_mul` as a module."""
+
+    function = "gelu_tanh"

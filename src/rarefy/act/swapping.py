@@ -1,216 +1,249 @@
-"""Replace the activations of a model that somebody else wrote, and put the old ones back."""
+"""Compute the activations of a model that somebody else wrote by ours, and put everything back."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass, field
-from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from rarefy.act import functional
-from rarefy.act.kernels.aten import given_table
-from rarefy.act.modules import GELU, Activation, LSTMCell, Sigmoid, SiLU, Tanh
+from rarefy.act import mlp
+from rarefy.act.interception import CALLS, Watch
+from rarefy.act.modules import Tanh
+from rarefy.act.reading import Reader, is_foreign
+from rarefy.act.roles import FUSED, RECURRENT, Role, agrees, class_of, function_of, unit_of
 from rarefy.act.spec.table import Table
 
-_MODULES: dict[type[nn.Module], type[Activation]] = {
-    nn.Tanh: Tanh,
-    nn.Sigmoid: Sigmoid,
-    nn.SiLU: SiLU,
-    nn.GELU: GELU,
-}
-_FUNCTIONS: dict[Any, str] = {
-    torch.tanh: "tanh",
-    nn.functional.tanh: "tanh",
-    torch.sigmoid: "sigmoid",
-    torch.special.expit: "sigmoid",
-    nn.functional.sigmoid: "sigmoid",
-    nn.functional.silu: "silu",
-    nn.functional.gelu: "gelu",
-}
-_METHODS = {"tanh": "tanh", "sigmoid": "sigmoid"}
-_FUSED = (nn.LSTM, nn.GRU, nn.RNN, nn.GRUCell, nn.RNNCell)
+#: Modules of PyTorch that compute activations which are not replaced.
+_KEPT = (nn.RNNBase, nn.RNNCellBase, nn.GLU, nn.Tanhshrink)
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+#: Modules of one call of PyTorch, for which shielding costs what a watch does.
+_CHEAP = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Identity, nn.Flatten)
 
 
 @dataclass
 class Swap:
     """What :func:`swap` did, and the way back.
 
+    What is known at once is here at once: modules that are an activation as a whole. Calls in other code are seen when
+    they are made: ``replaced`` and ``kept`` grow while the model runs (not inside ``torch.compile``).
+
     Attributes:
         replaced: (name in the model, what was replaced) for every place.
         kept: (name in the model, why it was not replaced) for every place where an activation was seen and left.
+        watched: names of the modules whose code can call an activation; such calls are replaced when they are made.
 
     """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
-    _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
+    watched: list[str] = field(default_factory=list)
+    _names: dict[int, str] = field(default_factory=dict, repr=False)
+    _changed: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+    checking: bool = field(default=False, repr=False)
 
     def restore(self) -> None:
         """Put everything back as it was; the model keeps its parameters and buffers as they are now."""
-        while self._undo:
-            self._undo.pop()()
+        while self._changed:
+            module, kind = self._changed.pop()
+            if "_rarefy_role" in vars(type(module)):  # a lazy module has changed its class itself
+                module.__class__ = kind
+            del module.__dict__["_rarefy"]
         self.replaced.clear()
+        self.watched.clear()
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, kept {len(self.kept)}"]
+        if self.watched:
+            lines[0] += f", watched {len(self.watched)}: what these call is told when it was called"
         lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced]
         lines += [f"  {name or '(the model)'}: kept, {why}" for name, why in self.kept]
+        lines += [f"  {name or '(the model)'}: watched" for name in self.watched]
         return "\n".join(lines)
+
+    def note(self, name: str, what: str, reason: str) -> None:
+        """Add a place to ``replaced``, or with a reason to ``kept``, once."""
+        places, entry = (self.kept, (name, reason)) if reason else (self.replaced, (name, what))
+        if entry not in places:
+            places.append(entry)
+
+    def caller(self, watch: Watch) -> Watch:
+        """Return the watch of the module whose code runs, which it gets where reading the code said it needs none."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            first = frame.f_code.co_varnames[:1]
+            owner = frame.f_locals.get(first[0]) if first else None
+            if isinstance(owner, nn.Module) and id(owner) in self._names:
+                role = getattr(type(owner), "_rarefy_role", Role(""))
+                if role.kind in ("", "shielded"):
+                    entry = "__call__" if "forward" in owner.__dict__ else "forward"
+                    fresh = Watch(self._names[id(owner)], watch.mode, watch.grad, watch.table, self)
+                    _change(owner, Role("watched", (entry,)), fresh, self)
+                own: Watch = owner.__dict__["_rarefy"]
+                return own
+            frame = frame.f_back
+        return watch
 
 
 def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> Swap:
-    """Replace tanh, sigmoid, silu and gelu in a model, in place, by those of :mod:`rarefy.act`.
+    """Compute the activations of a model by the functions of :mod:`rarefy.act`, and tell where.
 
-    Modules (``nn.Tanh``, ``nn.Sigmoid``, ``nn.SiLU``, ``nn.GELU``, ``nn.LSTMCell``) change their class and keep their
-    identity, hooks and names. Functions kept as attributes (``self.act = F.gelu``) are exchanged. Calls in a forward
-    are rewritten by an fx trace of that module alone, where that is safe: no default or variable arguments, no control
-    flow on data, and the same graph in training and evaluation. Everything else is left and told in ``kept``.
+    Nothing of the model is rewritten, and no attribute changes: modules change their class for one of the same name
+    that derives from it.
 
-    ``grad`` goes to the functions that have such a form. Parameters and ``state_dict`` keys stay what they are.
-    Raises ValueError for options that :func:`rarefy.act.tanh` does not take.
+    * A module that is an activation as a whole (``nn.GELU``, ``transformers``' ``NewGELUActivation``, ...) is one call
+      of ours, ``nn.LSTM``, ``nn.GRU`` and their cells are ours, and ``down(act(gate(x)) * up(x))`` is a gated unit.
+    * A module whose code can call an activation, by whatever way (partials, helpers, lambdas, containers, methods, in
+      place), is watched: while it runs, calls of PyTorch's functions are made by ours. A call of PyTorch under it costs
+      some microseconds more; its children that cannot call one are not watched. What can is found by reading the code,
+      and checked while the model runs for the first time, in training and in evaluation.
+    * A call that ours does not take (float64, sparse, ...) or takes longer for (float32 in mode "exact") is left to
+      PyTorch, and named in ``kept``.
+
+    Modules that are put in later are not seen: swap again, which leaves alone what was swapped. What is recomputed
+    outside of its module (a function inside a forward, under ``torch.utils.checkpoint``) is PyTorch's. Copies and
+    pickles of the model stay swapped and have no report.
+
+    Args:
+        model: any module, changed in place; :meth:`Swap.restore` is the way back.
+        mode: "exact", "ktanh" or "hard", as for :func:`rarefy.act.tanh`.
+        grad: goes to the functions that have such a form, tanh and sigmoid.
+        table: for mode "ktanh", used for the functions and dtypes that it fits.
+
+    Raises ValueError for options that :func:`rarefy.act.tanh` does not take, before anything is changed.
+
     """
-    Tanh(mode, table=table)  # checks the options
-    result = Swap()
-    options: dict[str, Any] = {"mode": mode, "table": table}
-    for name, module in list(model.named_modules()):
-        kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            result.kept.append((name, "compiled by TorchScript, which cannot be looked into"))
-        elif kind in _MODULES:
-            _swap_class(result, name, module, _MODULES[kind], mode, grad, table)
-        elif kind is nn.LSTMCell:
-            given = given_table(table) if isinstance(table, str) else table
-            _assign(result, module, {"__class__": LSTMCell, "mode": mode, "table": given})
-            result.replaced.append((name, "LSTMCell"))
-        elif isinstance(module, _FUSED):
-            result.kept.append((name, f"{kind.__name__} computes its gates inside PyTorch"))
-        else:
-            if isinstance(module, nn.TransformerEncoderLayer) and type(module.activation) in _MODULES:
-                _assign(result, module, {"activation_relu_or_gelu": 0})  # its fused path knows PyTorch's GELU alone
-            _swap_attributes(result, name, module, options, grad)
-            _swap_calls(result, name, module, options, grad)
-    return result
+    options = Tanh(mode, table=table)  # checks them
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        if "_rarefy_role" in vars(type(module)) and "_rarefy" not in module.__dict__:
+            module.__class__ = type(module).__mro__[1]  # made of a swapped class, such as by its from_pretrained
+    report = Swap(_names={id(module): name for name, module in modules.items()})
+    reader = Reader(modules.values())
+    lazy = Reader(modules.values(), skipped=("eager_attention_forward",))
+    plan = {name: _role(name, module, reader, lazy, report) for name, module in modules.items()}
+    for name, role in list(plan.items()):
+        watched = role is not None and role.kind in ("watched", "attention")
+        if role is not None and watched and not {"forward", "__call__"}.isdisjoint(role.methods):
+            _shield(modules[name], report, plan)
+    for name, module in modules.items():
+        if plan[name] is None and type(module) in FUSED and _is_ordinary(module):
+            plan[name] = Role("shielded")
+    checked = _is_ordinary(model) and not all(is_foreign(type(module)) for module in modules.values())
+    checked = checked and (plan[""] is None or "__call__" not in plan[""].methods)
+    if checked:
+        plan[""] = (plan[""] or Role("", ()))._replace(checked=True)
+    if reader.saw_scripted:
+        scripted = Reader(modules.values(), scripted=True)
+        report.kept += [
+            (name, "calls an activation in a function of TorchScript, which cannot be looked into")
+            for name, module in modules.items()
+            if scripted.methods(module)
+        ]
+    example = next((p for p in model.parameters() if p.is_floating_point()), None)
+    for name, role in plan.items():
+        if role is not None:
+            watch = Watch(name, mode, grad, options.table, report)
+            _change(modules[name], role, watch, report)
+            if role.kind in ("whole", "recurrent"):
+                _announce(modules[name], watch, example)
+    if checked:
+        model.__dict__["_rarefy"].unchecked.update((True, False))
+    return report
 
 
-def _assign(result: Swap, module: nn.Module, values: dict[str, Any]) -> None:
-    """Set attributes of the instance, remembering the way back."""
-    missing = object()
-    for key, value in values.items():
-        before = type(module) if key == "__class__" else module.__dict__.get(key, missing)
-        if before is missing:
-            result._undo.append(partial(module.__dict__.pop, key))
-        else:
-            result._undo.append(partial(object.__setattr__, module, key, before))
-        object.__setattr__(module, key, value)
+def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Swap) -> Role | None:
+    """Choose what a module becomes; tell the report why it stays."""
+    kind = type(module)
+    whole = function_of(kind)
+    if "_rarefy" in module.__dict__:
+        report.kept.append((name, "swapped before: restore() that first"))
+    elif isinstance(module, torch.jit.ScriptModule):
+        report.kept.append((name, "compiled by TorchScript, which cannot be looked into"))
+    elif "forward" in module.__dict__:
+        if whole is not None or reader.value(module.__dict__["forward"]) or reader.methods(module):
+            return Role("watched", ("__call__",))
+    elif isinstance(inspect.getattr_static(kind, "forward", None), staticmethod | functools.partialmethod):
+        if reader.value(kind.forward):
+            return Role("watched", ("__call__",))
+    elif whole is not None and not whole(module):
+        report.kept.append((name, f"there is no {kind.__name__} with these arguments here"))
+    elif whole is not None and (is_foreign(kind) or agrees(module, whole(module))):
+        return Role("whole")
+    elif kind in RECURRENT:
+        return Role("recurrent")
+    elif isinstance(module, _KEPT) and getattr(module, "nonlinearity", "") != "relu":
+        report.kept.append((name, f"{kind.__name__} computes its activations inside PyTorch"))
+    elif isinstance(module, _LAYERS) and is_foreign(kind):
+        activation = module.activation
+        if isinstance(activation, nn.Module):
+            return Role("layer")
+        if reader.value(activation):
+            return Role("layer") if activation in CALLS else Role("watched")
+    else:
+        methods = reader.methods(module)
+        if isinstance(module, fx.GraphModule):
+            targets = [getattr(Tensor, str(n.target), n.target) for n in module.graph.nodes if n.op.startswith("call_")]
+            if any(target in CALLS for target in targets):
+                report.kept.append(
+                    (name, "a graph of torch.fx, whose code is generated: swap the model, then trace it")
+                )
+            return None
+        if methods:
+            only_eager = methods == ("forward",) and hasattr(module, "config") and not lazy.methods(module)
+            return Role("attention" if only_eager else "watched", methods)
+        form = mlp.read(module)
+        if form is not None and unit_of(module._modules[form.act]):
+            return Role("gated")
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(reader.value(hook) for hook in hooks):
+            report.kept.append((name, "a hook calls an activation"))
+    return None
 
 
-def _gradient(function: str, mode: str, grad: str | None) -> str | None:
-    """Return the gradient asked for where the function has it, else its default."""
-    return grad if function in ("tanh", "sigmoid") and mode != "hard" else None
+def _shield(module: nn.Module, report: Swap, plan: dict[str, Role | None]) -> None:
+    """Let the children of a watched module that need no watching run without it."""
+    for child in module.children():
+        name = report._names[id(child)]
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            _shield(child, report, plan)
+        elif plan[name] is None and type(child) not in _CHEAP and _is_ordinary(child):
+            plan[name] = Role("shielded")
 
 
-def _swap_class(
-    result: Swap,
-    name: str,
-    module: nn.Module,
-    kind: type[Activation],
-    mode: str,
-    grad: str | None,
-    table: Table | str | None,
-) -> None:
-    old = type(module).__name__
-    new = kind(mode, grad=_gradient(kind.function, mode, grad), table=table)
-    values = {key: new.__dict__[key] for key in ("mode", "grad", "table")}
-    _assign(result, module, {"__class__": kind, **values})
-    result.replaced.append((name, old))
+def _is_ordinary(module: nn.Module) -> bool:
+    mine = "forward" in module.__dict__ or "_rarefy" in module.__dict__
+    return not mine and not isinstance(module, torch.jit.ScriptModule | fx.GraphModule | LazyModuleMixin)
 
 
-def _bound(function: str, options: dict[str, Any], grad: str | None) -> Callable[..., Any]:
-    """Our function with its options, taking what PyTorch's takes."""
-    chosen = {**options, "grad": _gradient(function, options["mode"], grad)}
-    ours = getattr(functional, function)
-
-    def call(input: torch.Tensor, inplace: bool = False, **more: Any) -> torch.Tensor:
-        if inplace:
-            return functional.in_place(ours, input, **chosen, **more)
-        result: torch.Tensor = ours(input, **chosen, **more)
-        return result
-
-    call.__name__ = call.__qualname__ = f"rarefy_{function}"
-    return call
-
-
-def _swap_attributes(result: Swap, name: str, module: nn.Module, options: dict[str, Any], grad: str | None) -> None:
-    for key, value in list(module.__dict__.items()):
-        if callable(value) and not isinstance(value, type) and _hashable(value) and value in _FUNCTIONS:
-            _assign(result, module, {key: _bound(_FUNCTIONS[value], options, grad)})
-            if "activation_relu_or_gelu" in module.__dict__:  # a fused path of nn.TransformerEncoderLayer
-                _assign(result, module, {"activation_relu_or_gelu": 0})
-            result.replaced.append((f"{name}.{key}" if name else key, _FUNCTIONS[value]))
+def _change(module: nn.Module, role: Role, watch: Watch, report: Swap) -> None:
+    """Give a module the class of a role; ``restore`` gives the one back that it had when it was swapped."""
+    kind = type(module)
+    if "_rarefy" in module.__dict__:
+        kind = kind.__mro__[1]
+    else:
+        report._changed.append((module, kind))
+    module.__dict__["_rarefy"] = watch
+    module.__class__ = class_of(kind, role)
+    if role.kind in ("watched", "attention"):
+        report.watched.append(watch.name)
+    elif role.kind in ("whole", "recurrent"):
+        watch.what = kind.__name__
+    elif role.kind == "gated":
+        watch.what = "gated unit"
 
 
-def _hashable(value: object) -> bool:
-    return getattr(value, "__hash__", None) is not None
-
-
-class _OneModule(fx.Tracer):
-    """Traces a module's own forward; its children stay calls."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _swap_calls(result: Swap, name: str, module: nn.Module, options: dict[str, Any], grad: str | None) -> None:
-    forward = type(module).forward
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    named = {*_METHODS, "silu", "gelu", "expit"} & set(code.co_names if code is not None else ())
-    if not named or type(module).__module__.startswith("torch.nn."):
-        return
-    if "forward" in module.__dict__:
-        result.kept.append((name, "its forward was replaced before"))
-        return
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        result.kept.append((name, f"{', '.join(sorted(named))} in a forward with default or variable arguments"))
-        return
-    try:
-        graph = _traced(module)
-    except Exception as error:  # whatever a stranger's forward does to a proxy
-        result.kept.append((name, f"{', '.join(sorted(named))} in a forward that fx cannot trace: {error}"))
-        return
-    functions = []
-    for node in graph.nodes:
-        function = _METHODS.get(node.target) if node.op == "call_method" else None
-        if node.op == "call_function" and _hashable(node.target):
-            function = _FUNCTIONS.get(node.target)
-        if function is not None:
-            node.op, node.target = "call_function", _bound(function, options, grad)
-            functions.append(function)
-    if not functions:
-        result.kept.append((name, f"{', '.join(sorted(named))} in forward, but no call that can be replaced"))
-        return
-    source = graph.python_code("self")
-    scope = dict(source.globals)
-    exec(source.src, scope)
-    _assign(result, module, {"forward": types.MethodType(scope["forward"], module)})
-    result.replaced.extend((name, f"{function} in forward") for function in functions)
-
-
-def _traced(module: nn.Module) -> fx.Graph:
-    """Return the graph of a forward that does not depend on the training flag; raises ValueError for one that does."""
-    training = module.training
-    try:
-        graphs = []
-        for flag in (True, False):
-            module.training = flag
-            graphs.append(_OneModule().trace(module))
-    finally:
-        module.training = training
-    if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
-        raise ValueError("it does other things in training than in evaluation")
-    return graphs[0]
+def _announce(module: Any, watch: Watch, example: Tensor | None) -> None:
+    """Tell of a module that is replaced as a whole, as far as the model's parameters say what it will be given."""
+    of = function_of(type(module))
+    function = watch.what if of is None else of(module)
+    if example is None:
+        watch.note(function, "")
+    else:
+        watch.takes(function, example)

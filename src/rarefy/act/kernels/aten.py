@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarefy.act.spec import formats, reference, subnormals
+from rarefy.act.kernels import wide as doubles
+from rarefy.act.spec import formats, oracle, reference, subnormals
 from rarefy.act.spec.formats import Format
 from rarefy.act.spec.quartic import LIMIT, begins
 from rarefy.act.spec.quartic import tanh as quartic_tanh
@@ -144,6 +145,8 @@ def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, devi
         array = np.array(_DOUBLES[what])
     elif what == "powers":  # 2^-n
         array = np.ldexp(1.0, -np.arange(1000))
+    elif what == "doubles":
+        array = doubles.constants()
     elif what == "scales":  # 2^(m - e), from the smallest exponent up
         array = np.ldexp(1.0, f.mantissa_bits + f.bias - np.arange(1, (f.last >> f.mantissa_bits) + 1))
     else:
@@ -207,6 +210,9 @@ def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     """Return the float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
+    if mode == "exact" and function not in oracle.TABLED:
+        numbers = constant("doubles", "", "", "fp32", "", str(x.device))
+        return keep_nan(x, doubles.exact(torch.where(is_number(x), x, 0.0), function, numbers))
     if mode == "exact":
         return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
     if mode == "hard":
@@ -220,10 +226,12 @@ def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def derived32(x: Tensor, function: str, tanh: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute mode ``ktanh`` of sigmoid, silu and gelu in float32 from a tanh; see :mod:`rarefy.act.spec.reference`."""
+    """Compute mode ``ktanh`` of all but tanh in float32 from a tanh; see :mod:`rarefy.act.spec.reference`."""
     h = x * 0.5
     if function == "sigmoid":
         return 0.5 + 0.5 * tanh(h)
+    if function == "quick_gelu":
+        return _limit(x, h * (1.0 + tanh(0.851 * x)))
     z = h if function == "silu" else x * (reference.GELU_A + reference.GELU_B * (x * x))
     return _limit(x, h * (1.0 + tanh(z)))
 

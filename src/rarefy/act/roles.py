@@ -1,0 +1,364 @@
+"""What modules of a swapped model become: classes of the same name that derive from their own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
+
+from rarefy.act import gated, mlp
+from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, is_plain, left
+from rarefy.act.recurrent import GRU, LSTM, GRUCell, LSTMCell
+
+
+def _gelu(module: Any) -> str:
+    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+
+
+#: Modules that are one function as a whole: which one, by the qualified name of the class.
+WHOLE: dict[str, Callable[[Any], str]] = {
+    "torch.nn.modules.activation.Tanh": lambda module: "tanh",
+    "torch.nn.modules.activation.Sigmoid": lambda module: "sigmoid",
+    "torch.nn.modules.activation.SiLU": lambda module: "silu",
+    "torch.nn.modules.activation.GELU": _gelu,
+    "torch.nn.modules.activation.Mish": lambda module: "mish",
+    "torch.nn.modules.activation.Hardswish": lambda module: "hardswish",
+    "torch.nn.modules.activation.ELU": lambda module: "elu" if module.alpha == 1.0 else "",
+    "torch.nn.modules.activation.Softplus": lambda module: (
+        "softplus" if (module.beta, module.threshold) == (1.0, 20.0) else ""
+    ),
+    "transformers.activations.GELUActivation": lambda module: "gelu",
+    "transformers.activations.GELUTanh": lambda module: "gelu_tanh",
+    "transformers.activations.NewGELUActivation": lambda module: "gelu_tanh",
+    "transformers.activations.FastGELUActivation": lambda module: "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": lambda module: "gelu_tanh",
+    "transformers.activations.SiLUActivation": lambda module: "silu",
+    "transformers.activations.QuickGELUActivation": lambda module: "quick_gelu",
+    "transformers.activations.MishActivation": lambda module: "mish",
+    "transformers.models.bloom.modeling_bloom.BloomGelu": lambda module: "gelu_tanh",
+    "timm.layers.activations.GELU": lambda module: "gelu",
+    "timm.layers.activations.GELUTanh": lambda module: "gelu_tanh",
+    "timm.layers.activations.QuickGELU": lambda module: "quick_gelu",
+    "timm.layers.activations.Mish": lambda module: "mish",
+    "timm.layers.activations.HardSwish": lambda module: "hardswish",
+    "timm.layers.activations.Swish": lambda module: "silu",
+    "timm.layers.activations.Sigmoid": lambda module: "sigmoid",
+    "timm.layers.activations.Tanh": lambda module: "tanh",
+}
+#: Modules of PyTorch that are replaced by one of ours with the same parameters.
+RECURRENT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
+#: Modules that take other paths under a mode, with other last places.
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+_MANY = 1 << 14  # elements from which a gated unit takes less time than its two halves, which have the same bits
+
+
+class Role(NamedTuple):
+    """What a module becomes: a kind ("" for none), the methods that change with it, and whether it is the whole."""
+
+    kind: str
+    methods: tuple[str, ...] = ("forward",)
+    checked: bool = False
+
+
+def function_of(kind: type[nn.Module]) -> Callable[[Any], str] | None:
+    """Return what tells the function that modules of a class are as a whole; None where they are none."""
+    each: Any
+    for each in kind.__mro__:
+        of = WHOLE.get(f"{each.__module__}.{each.__qualname__}")
+        if of is not None:
+            return of if "_rarefy_role" in vars(kind) or each.forward is kind.forward else None
+    return None
+
+
+def unit_of(act: Any) -> str:
+    """Return the function of a module whose product with a tensor is one call of ours, or "": its hooks must fire."""
+    which = function_of(type(act)) if "forward" not in act.__dict__ else None
+    function = "" if which is None or act._forward_hooks or act._forward_pre_hooks else which(act)
+    return function if function in gated.UNITS else ""
+
+
+@torch.no_grad()
+def agrees(module: nn.Module, function: str) -> bool:
+    """Tell whether a module computes a function, by trying it: another class may have the name."""
+    if next(module.children(), None) is not None or any(True for _ in module.parameters()):
+        return False
+    probe = torch.linspace(-9.0, 9.0, 257)
+    try:
+        given = type(module).forward(module, probe.clone())
+    except Exception:  # whatever a stranger's forward does: then it is no activation of one argument
+        return False
+    same = isinstance(given, Tensor) and given.shape == probe.shape
+    return same and torch.allclose(given, PYTORCH[function](probe), rtol=0.0, atol=1e-5)
+
+
+_classes: dict[tuple[type[nn.Module], Role], type[nn.Module]] = {}
+
+
+def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
+    """Return the class, of the same name, that modules of a class become in a role."""
+    if (kind, role) not in _classes:
+        made: dict[str, Any] = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+        made["_rarefy_role"], made["__reduce_ex__"] = role, _reduce
+        made["__prepare_scriptable__"] = _not_scripted
+        made["_rarefy"] = None  # of instances that are made of this class and not swapped
+        wrap = {
+            "whole": _whole,
+            "recurrent": _recurrent,
+            "shielded": _shielded,
+            "layer": _shielded,
+            "attention": _attention,
+            "gated": _gated,
+        }
+        for name in role.methods:
+            method = getattr(kind, name)
+            made[name] = functools.wraps(method)(wrap.get(role.kind, _watched)(kind, method))
+        if role.checked and "forward" not in made:
+            method = kind.forward
+            made["forward"] = functools.wraps(method)(_checked(kind, method))
+        if role.kind == "recurrent":
+            made["mode" if issubclass(kind, nn.RNNCellBase) else "activation_mode"] = property(
+                lambda self: self._rarefy.mode
+            )
+            made["table"] = property(lambda self: self._rarefy.table)
+        if role.kind == "layer":
+            made["activation"] = property(_layer_activation, _setter("activation"))
+            if issubclass(kind, nn.TransformerEncoderLayer):
+                made["activation_relu_or_gelu"] = property(_layer_fused, _setter("activation_relu_or_gelu"))
+        if issubclass(kind, nn.TransformerEncoder):
+            made["use_nested_tensor"] = property(_encoder_nested, _setter("use_nested_tensor"))
+        _classes[kind, role] = type(
+            kind.__name__, (RECURRENT.get(kind, kind) if role.kind == "recurrent" else kind,), made
+        )
+    return _classes[kind, role]
+
+
+def _not_scripted(self: Any) -> Any:
+    raise RuntimeError(
+        f"{type(self).__name__} is swapped by rarefy.act.swap and cannot be scripted: use torch.jit.trace, or restore()"
+        " the model first"
+    )
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """Let copies and pickles be made of the class that there was, and changed again."""
+    kind, role = type(self), type(self)._rarefy_role
+    original = next(each for each in kind.__mro__[1:] if "_rarefy_role" not in vars(each))
+    if role.kind == "recurrent":
+        original = next(theirs for theirs, ours in RECURRENT.items() if ours is original)
+    make, args, *rest = super(kind, self).__reduce_ex__(protocol)
+    return _rebuilt, (role, make, *(original if each is kind else each for each in args)), *rest
+
+
+def _rebuilt(role: Role, make: Callable[..., Any], *args: Any) -> Any:
+    module = make(*args)
+    module.__class__ = class_of(type(module), role)
+    return module
+
+
+def _under(watch: Watch | None, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a method under a watch, or under none, in the place of one that a caller is under."""
+    mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    outer = mode if isinstance(mode, Watch) else None
+    if outer is watch:
+        return method(*args, **kwargs)
+    if outer is not None:
+        _pop_mode()  # type: ignore[no-untyped-call]
+    if watch is not None:
+        _push_mode(watch)  # type: ignore[no-untyped-call]
+    try:
+        return method(*args, **kwargs)
+    finally:
+        if watch is not None:
+            _pop_mode()  # type: ignore[no-untyped-call]
+        if outer is not None:
+            _push_mode(outer)  # type: ignore[no-untyped-call]
+
+
+def _watched(kind: type[nn.Module], method: Callable[..., Any], lazy: bool = False) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = self._rarefy
+        if watch is None:
+            return method(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            with watch:
+                return method(self, *args, **kwargs)
+        if lazy and self.config._attn_implementation not in (None, "eager"):
+            return method(self, *args, **kwargs)
+        if fx._symbolic_trace.is_fx_symbolic_tracing():
+            with _recorded(watch, (*args, *kwargs.values())):
+                return _under(watch, method, self, *args, **kwargs)
+        if watch.unchecked and not torch._C._is_tracing():
+            with _check(self):
+                return _under(watch, method, self, *args, **kwargs)
+        return _under(watch, method, self, *args, **kwargs)
+
+    return call
+
+
+def _attention(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    """Watch an attention of ``transformers`` that calls tanh in its eager form alone, while it has that form."""
+    return _watched(kind, method, lazy=True)
+
+
+@contextlib.contextmanager
+def _recorded(watch: Watch, args: tuple[Any, ...]) -> Iterator[None]:
+    """Make activations of what ``torch.fx`` records in the block as methods of tensors: no mode is told of them."""
+    graph = next((arg.node.graph for arg in args if isinstance(arg, fx.Proxy)), None)
+    before = 0 if graph is None else len(graph.nodes)
+    yield
+    for node in [] if graph is None else list(graph.nodes)[before:]:
+        call = CALLS.get(getattr(Tensor, str(node.target), None)) if node.op == "call_method" else None
+        if call is not None:
+            node.op, node.target = "call_function", activation
+            table = watch.table and watch.table.text
+            node.args = (node.args[0], call.function, watch.mode, watch.gradient(call.function), table, call.in_place)
+
+
+def _checked(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = self._rarefy
+        if watch is None or torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        if self.training not in watch.unchecked or torch._C._is_tracing():
+            return method(self, *args, **kwargs)
+        with _check(self):
+            return _under(watch, method, self, *args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _check(module: Any) -> Iterator[None]:
+    """Ask in the block where calls come from, when a model runs for the first time in training or in evaluation."""
+    watch = module._rarefy
+    first = module.training in watch.unchecked and watch.report is not None
+    watch.unchecked.discard(module.training)
+    if first:
+        watch.report.checking = True
+    try:
+        yield
+    finally:
+        if first:
+            watch.report.checking = False
+
+
+def _shielded(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = self._rarefy
+        if watch is None or torch.compiler.is_compiling() or (watch.checking and kind not in FUSED):
+            return method(self, *args, **kwargs)
+        return _under(None, method, self, *args, **kwargs)
+
+    return call
+
+
+def _whole(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    which: Any = function_of(kind)
+
+    def compute(self: Any, x: Tensor, key: Hashable = None) -> Any:
+        watch, function, in_place = self._rarefy, which(self), self.__dict__.get("inplace", False)
+        taken = bool(function) and watch.takes(function, x)
+        if key is not None and function and not in_place:
+            watch.remember(key, function, taken)
+        return watch.compute(x, function, in_place) if taken else method(self, x)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = self._rarefy
+        if watch is None or len(args) + len(kwargs) != 1:
+            return method(self, *args, **kwargs)
+        (input,) = args or kwargs.values()  # whatever its name is
+        if torch.compiler.is_compiling():
+            return compute(self, input)
+        if is_plain(input) and not torch._C._len_torch_function_stack() and not self.__dict__.get("inplace", False):
+            key = (which(self), input.dtype)
+            ours = watch.ready.get(key, compute)
+            if ours is compute:
+                return compute(self, input, key)
+            return method(self, input) if ours is None else ours(input)
+        return _under(None, compute, self, input)
+
+    return call
+
+
+def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    def compute(self: Any, x: Any) -> Any:
+        form, watch, children = mlp.read(self), self._rarefy, self._modules
+        function = unit_of(children[form.act]) if form is not None and isinstance(x, Tensor) else ""
+        if form is None or not function or watch is None:
+            return method(self, x)
+        gate = children[form.gate](x)
+        up = children[form.up](x) if form.up else None
+        alike = gate.dtype in gated.DTYPES and (up is None or (up.shape == gate.shape and up.dtype == gate.dtype))
+        many = torch.compiler.is_compiling() or gate.numel() >= _MANY
+        if alike and many and not left(function, watch.mode, watch.table, gate):
+            watch.note(function, "")
+            return children[form.down](gated.UNITS[function](gate, up, watch.mode, table=watch.table))
+        if up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        return children[form.down](children[form.act](gate) * up)
+
+    def call(self: Any, x: Any) -> Any:
+        return compute(self, x) if torch.compiler.is_compiling() else _under(None, compute, self, x)
+
+    return call
+
+
+def _recurrent(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    ours = RECURRENT[kind].forward
+
+    def compute(self: Any, input: Any, hx: Any = None) -> Any:
+        watch, tensor = self._rarefy, getattr(input, "data", input)  # a packed sequence has data
+        taken = watch is not None and watch.takes(kind.__name__, tensor)
+        return (ours if taken else method)(self, input, hx)
+
+    def call(self: Any, input: Any, hx: Any = None) -> Any:
+        return compute(self, input, hx) if torch.compiler.is_compiling() else _under(None, compute, self, input, hx)
+
+    return call
+
+
+def _layer_activation(layer: Any) -> Any:
+    """Return the activation of a layer of PyTorch's transformers: a function as ours, a module as it is."""
+    if "activation" not in layer.__dict__:
+        return nn.Module.__getattr__(layer, "activation")
+    value = layer.__dict__["activation"]
+    call = CALLS.get(value)
+    if call is None or call.kept or layer._rarefy is None:
+        return value
+    return functools.partial(_layer_call, layer._rarefy, value, call.function)
+
+
+def _layer_call(watch: Watch, theirs: Callable[..., Tensor], function: str, x: Tensor) -> Tensor:
+    return watch.compute(x, function) if watch.takes(function, x) else theirs(x)
+
+
+def _layer_fused(layer: Any) -> int:
+    """Keep a layer out of PyTorch's fused path, which knows PyTorch's GELU alone, where GELU is ours."""
+    kind: int = layer.__dict__["activation_relu_or_gelu"]
+    if kind != 2 or layer._rarefy is None:
+        return kind
+    reason = left("gelu", layer._rarefy.mode, layer._rarefy.table, layer.linear1.weight)
+    if reason:
+        layer._rarefy.note("gelu", reason)
+    return kind if reason else 0
+
+
+def _encoder_nested(encoder: Any) -> bool:
+    """Keep nested tensors, which PyTorch's fused path is for, from layers that do not take it."""
+    wanted: bool = encoder.__dict__["use_nested_tensor"]
+    return wanted and all(getattr(layer, "activation_relu_or_gelu", 1) for layer in encoder.layers)
+
+
+def _setter(name: str) -> Callable[[Any, Any], None]:
+    return lambda module, value: module.__dict__.__setitem__(name, value)
