@@ -4,31 +4,145 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import pytest
 import torch
 
-from rarefy.act.kernels import aten, triton
+from rarefy.act import gradients
+from rarefy.act.kernels import aten, gpu, triton
 from rarefy.act.spec import oracle, reference
+from rarefy.act.spec.table import load
 
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # NumPy's, in the interpreter
+
+CPU = torch.device("cpu")
 SMALL = [dtype for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16]
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+FLOAT32 = sorted({*range(0, 2**31, 9_973), *(2**n + d for n in range(32) for d in (-1, 0, 1)), 0x7F800000, 0x7FFFFFFF})
 
 
+def every(dtype):
+    fmt = aten.FORMAT_OF[dtype]
+    return torch.from_numpy(fmt.all_bits().astype(fmt.dtype)).view(dtype)
+
+
+def floats():
+    """Float32 numbers of both signs: all exponents, the edges, what lies about powers of two, and NaN."""
+    u = np.array([u for u in FLOAT32 if u < 2**31], dtype=np.uint32)
+    return torch.from_numpy(np.concatenate([u, u | np.uint32(2**31)])).view(torch.float32)
+
+
+def run(kernel, *tensors):
+    y = torch.empty_like(tensors[-1])
+    kernel(*tensors, y)
+    return y
+
+
+def same(got, expected):
+    """Compare bits; one NaN is as good as another."""
+    assert got.dtype == expected.dtype
+    integer = INTEGER[got.element_size()]
+    wrong = (got.view(integer) != expected.view(integer)) & ~(got.float().isnan() & expected.float().isnan())
+    assert not wrong.any(), (int(wrong.sum()), got[wrong][:5], expected[wrong][:5])
+
+
+@pytest.fixture
+def long(monkeypatch):
+    """Long programs: the interpreter's time is one of programs."""
+    for size in gpu.BLOCK:
+        monkeypatch.setitem(gpu.BLOCK, size, 1 << 16)
+
+
+@pytest.mark.usefixtures("long")
 @pytest.mark.parametrize("dtype", SMALL, ids=str)
 @pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_every_input(function, mode, dtype):
-    fmt = aten.FORMAT_OF[dtype]
-    x = torch.from_numpy(fmt.all_bits().astype(fmt.dtype)).view(dtype)
-    got = triton.activation(x, function, mode)
-    integer = torch.int16 if fmt.bits == 16 else torch.uint8
+    x = every(dtype)
+    got = run(triton.forward(function, mode, dtype, "", CPU), x)
+    integer = INTEGER[got.element_size()]
     assert torch.equal(got.view(integer), aten.activation(x, function, mode).view(integer))
 
 
-def test_tables_tails_and_errors():
+@pytest.mark.usefixtures("long")
+@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+def test_float32(function, mode):
+    x = floats()
+    got = run(triton.forward(function, mode, torch.float32, "", CPU), x)
+    expected = aten.activation(x, function, mode)
+    same(got, expected)
+    assert torch.equal(got.isnan(), x.isnan())
+
+
+def cases(small):
+    """Yield every function, mode, form of gradient and dtype of which PyTorch has not one operator."""
+    for function in oracle.FUNCTIONS:
+        for mode in reference.MODES:
+            for grad in ("y", "x"):
+                if grad == "y" and gradients.resolve(function, mode, None) != "y":
+                    continue
+                for dtype in SMALL if small else [torch.float32]:
+                    if not gradients.is_one_operator(function, mode, grad, dtype):
+                        yield function, mode, grad, dtype
+
+
+@pytest.mark.usefixtures("long")
+@pytest.mark.parametrize(("function", "mode", "grad", "dtype"), list(cases(small=True)), ids=str)
+def test_every_gradient(function, mode, grad, dtype):
+    saved = every(dtype)
+    upstream = [torch.ones(saved.shape), torch.randn(saved.shape, generator=torch.Generator().manual_seed(0))]
+    if dtype.itemsize == 1:  # every pair
+        saved, upstream = saved.repeat(256), [every(dtype).float().repeat_interleave(256)]
+    kernel = triton.backward(function, mode, grad, dtype, CPU)
+    for given in (each.to(dtype) for each in upstream):
+        expected = gradients.backward(given, saved, function, mode, grad)
+        got = run(kernel, given, saved)
+        same(got, expected)
+
+
+@pytest.mark.usefixtures("long")
+@pytest.mark.parametrize(("function", "mode", "grad", "dtype"), list(cases(small=False)), ids=str)
+def test_float32_gradients(function, mode, grad, dtype):
+    saved = floats()
+    upstream = torch.randn(saved.shape, generator=torch.Generator().manual_seed(0))
+    got = run(triton.backward(function, mode, grad, dtype, CPU), upstream, saved)
+    expected = gradients.backward(upstream, saved, function, mode, grad)
+    if mode == "hard":
+        same(got, expected)
+    else:  # exp is another one
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-37, equal_nan=True)
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
+@pytest.mark.usefixtures("long")
+def test_tables():
     x = torch.randn(1027).bfloat16()
-    for name in ("tanh_bf16_monotone", "tanh_bf16_carry64", "tanh_bf16"):
-        got = triton.activation(x, "tanh", "ktanh", name)
-        assert torch.equal(got, aten.activation(x, "tanh", "ktanh", name))
-    assert triton.activation(x[:0], "tanh").numel() == 0
-    with pytest.raises(TypeError, match="at most 16 bits"):
-        triton.activation(torch.zeros(3), "tanh")
+    for name in ("tanh_bf16_monotone", "tanh_bf16_carry64", "tanh_bf16", "tanh_bf16_shifts"):
+        same(run(triton.forward("tanh", "ktanh", x.dtype, name, CPU), x), aten.activation(x, "tanh", "ktanh", name))
+    wide = load("tanh_bf16_monotone").to_format("fp32").to_json()
+    for function in oracle.FUNCTIONS:
+        x = floats()
+        got = run(triton.forward(function, "ktanh", x.dtype, wide, CPU), x)
+        same(got, aten.activation(x, function, "ktanh", wide))
+    segments = load("tanh_bf16_shifts").to_format("fp32").to_json()
+    assert triton.forward("tanh", "ktanh", torch.float32, segments, CPU) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.float32], ids=str)
+def test_tails_and_places(dtype):
+    forward = triton.forward("tanh", "hard", dtype, "", CPU)
+    backward = triton.backward("tanh", "hard", "x", dtype, CPU)
+    block = gpu.BLOCK[dtype.itemsize]
+    for n in (0, 1, 2, 41, block - 1, block, block + 1, 2 * block + 17):
+        for start in (0, 1):  # at a multiple of 16 bytes or not
+            x, upstream = (torch.randn(2 * block + 99).to(dtype)[start:] for _ in range(2))
+            room = torch.full(x.shape, 7.0).to(dtype)
+            forward(x[:n], room[:n])
+            same(room[:n], aten.activation(x[:n], "tanh", "hard"))
+            assert (room[n:].float() == 7.0).all()
+            backward(upstream[:n], x[:n], room[:n])
+            same(room[:n], gradients.backward(upstream[:n], x[:n], "tanh", "hard", "x"))
+            assert (room[n:].float() == 7.0).all()
+            forward(x[:n], x[:n])
+            assert (x[:n].float().abs() <= 1).all()
