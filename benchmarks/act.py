@@ -51,7 +51,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def bfloat16(ns: Times) -> str:
     """Every 16-bit function beside PyTorch's, in cache and in memory."""
     rows = [["memcpy", "", figure(ns["L2", B, "memcpy"]), figure(ns["DRAM", B, "memcpy"]), "", "", ""]]
-    for mode, function in [("hard", "tanh"), ("ktanh", "tanh"), *(("exact", f) for f in oracle.FUNCTIONS)]:
+    for mode, function in [("hard", "tanh"), ("ktanh", "tanh"), *(("exact", f) for f in oracle.TABLED)]:
         name = "HardTanh" if mode == "hard" else "K-TanH" if mode == "ktanh" else f"{NAMES[function]}, exact"
         theirs = "torch.hardtanh" if mode == "hard" else f"torch.{function}"
         ours = [ns[size, B, f"kernel {function} {mode}"] for size in ("L2", "DRAM")]
@@ -64,7 +64,7 @@ def bfloat16(ns: Times) -> str:
 def float32(ns: Times) -> str:
     """Every float32 function beside PyTorch's and SLEEF's."""
     rows = [["memcpy", *(figure(ns[size, F, "memcpy"]) for size in ("L2", "DRAM")), "", ""]]
-    entries = {"K-TanH": "kernel tanh ktanh"} | {f"{NAMES[f]}, exact": f"kernel {f} exact" for f in oracle.FUNCTIONS}
+    entries = {"K-TanH": "kernel tanh ktanh"} | {f"{NAMES[f]}, exact": f"kernel {f} exact" for f in oracle.TABLED}
     for name, entry in entries.items():
         theirs, ours = ns["L2", F, f"torch.{entry.split()[1]}"], [ns[size, F, entry] for size in ("L2", "DRAM")]
         rows += [[name, *map(figure, ours), figure(theirs), f"{theirs / ours[0]:.2f}"]]
@@ -80,7 +80,7 @@ def sentences(ns: Times) -> dict[str, str]:
         return ns[size, dtype, over] / ns[size, dtype, under]
 
     slower = {f: ratio(f"kernel {f} exact", f"torch.{f}", dtype=F) for f in ("sigmoid", "silu", "gelu")}
-    memory = {f: ratio(f"kernel {f} exact", "memcpy", "DRAM") for f in oracle.FUNCTIONS}
+    memory = {f: ratio(f"kernel {f} exact", "memcpy", "DRAM") for f in oracle.TABLED}
     extra = 100 * (ratio("kernel tanh exact", "kernel tanh ktanh") - 1)
     return {
         "memory": f"tanh {memory['tanh']:.1f} times, sigmoid, SiLU and GELU by tanh"

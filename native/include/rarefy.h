@@ -93,6 +93,33 @@ typedef void rarefy_act8(const uint8_t *x, uint8_t *y, int64_t n, const void *ta
 // "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": computed in double; they read no table.
 typedef void rarefy_act32(const uint32_t *x, uint32_t *y, int64_t n, const void *table, int32_t threads);
 
+// Gated units over rows of values: h = act(gate), out = h * up, each rounded once to the format. `act` and its table
+// are a kernel above for numbers of that format; gate and up begin a row every so many values (strides), out is without
+// gaps, and may be gate or up themselves. n values at a time, at most 1024, go through act and slope.
+// "gated_bf16", "gated_fp16": rarefy_gated16. "gated_fp32": rarefy_gated32.
+typedef void rarefy_gated16(const uint16_t *gate, const uint16_t *up, uint16_t *out, int64_t rows, int64_t columns,
+                            int64_t gate_stride, int64_t up_stride, rarefy_act16 *act, const void *table,
+                            int32_t threads);
+typedef void rarefy_gated32(const uint32_t *gate, const uint32_t *up, uint32_t *out, int64_t rows, int64_t columns,
+                            int64_t gate_stride, int64_t up_stride, rarefy_act32 *act, const void *table,
+                            int32_t threads);
+// act' as numbers of float32. "slope16": looked up in 65536 numbers. "slope_silu32", "slope_gelu32",
+// "slope_gelu_tanh32": computed within 1e-6; they read no table.
+typedef void rarefy_slope16(const uint16_t *x, float *y, int64_t n, const void *table, int32_t threads);
+typedef void rarefy_slope32(const uint32_t *x, float *y, int64_t n, const void *table, int32_t threads);
+// of_gate = (upstream * up) * act'(gate) in float32, rounded once; of_up = upstream * h. upstream is without gaps.
+// "gated_backward_bf16", "gated_backward_fp16", "gated_backward_fp32".
+typedef void rarefy_gated_backward16(const uint16_t *upstream, const uint16_t *gate, const uint16_t *up,
+                                     uint16_t *of_gate, uint16_t *of_up, int64_t rows, int64_t columns,
+                                     int64_t gate_stride, int64_t up_stride, int64_t of_gate_stride,
+                                     int64_t of_up_stride, rarefy_act16 *act, const void *table, rarefy_slope16 *slope,
+                                     const void *slopes, int32_t threads);
+typedef void rarefy_gated_backward32(const uint32_t *upstream, const uint32_t *gate, const uint32_t *up,
+                                     uint32_t *of_gate, uint32_t *of_up, int64_t rows, int64_t columns,
+                                     int64_t gate_stride, int64_t up_stride, int64_t of_gate_stride,
+                                     int64_t of_up_stride, rarefy_act32 *act, const void *table, rarefy_slope32 *slope,
+                                     const void *slopes, int32_t threads);
+
 // "fma_peak_f32": multiplies and adds between registers, and gives back how many floating-point operations that were.
 typedef int64_t rarefy_fma_peak_f32(int64_t repeats);
 

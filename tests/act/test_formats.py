@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
@@ -65,6 +68,18 @@ def _precise(function: str, x: float) -> mpmath.mpf:
         return v / (1 + mpmath.exp(-v))
     if function == "gelu":
         return v / 2 * mpmath.erfc(-v / mpmath.sqrt(2))
+    if function == "quick_gelu":
+        return v / (1 + mpmath.exp(-mpmath.mpf("1.702") * v))
+    if function == "mish":
+        return v * mpmath.tanh(mpmath.log1p(mpmath.exp(v)))
+    if function == "softplus":
+        return mpmath.log1p(mpmath.exp(v))
+    if function == "hardswish":
+        return v * min(max(v + 3, mpmath.mpf(0)), mpmath.mpf(6)) / 6
+    if function == "elu":
+        return v if v > 0 else mpmath.expm1(v)
+    if function == "exp":
+        return mpmath.exp(v)
     return v / (1 + mpmath.exp(-2 * mpmath.sqrt(2 / mpmath.pi) * (v + mpmath.mpf("0.044715") * v**3)))
 
 
@@ -87,7 +102,7 @@ def test_oracle_error_stays_below_its_bound(function):
     assert worst < oracle.RELATIVE_ERROR
 
 
-@pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh", "quick_gelu", "hardswish"])
 def test_ties_of_halved_subnormals_are_broken_by_the_second_term(function):
     bits = np.arange(1, 256, dtype=np.int64)
     both = np.concatenate([bits, bits | 0x8000])
@@ -105,15 +120,39 @@ def test_special_values(function, fmt):
     inf = fmt.last if fmt.infinities else None
     bits = fmt.all_bits()
     got, margin = oracle.rounded(function, fmt, bits)
-    assert margin > 0
+    assert margin > 0 or function == "hardswish"
     assert np.array_equal(got[fmt.is_nan(bits)], bits[fmt.is_nan(bits)])
-    half = int(fmt.encode(0.5))
-    assert got[0] == (half if function == "sigmoid" else 0)
-    assert got[fmt.sign] == (half if function == "sigmoid" else fmt.sign)
+    zero = {"sigmoid": 0.5, "softplus": math.log(2.0), "exp": 1.0}.get(function)
+    assert got[0] == (0 if zero is None else int(fmt.encode(zero)))
+    assert got[fmt.sign] == (fmt.sign if zero is None else int(fmt.encode(zero)))
     if inf is not None:
         assert got[inf] == (fmt.one if function in ("tanh", "sigmoid") else inf)
-        low = {"tanh": fmt.one | fmt.sign, "sigmoid": 0}.get(function, fmt.sign)
-        assert got[inf | fmt.sign] == low
+        low = dict.fromkeys(("tanh", "elu"), fmt.one | fmt.sign) | dict.fromkeys(("sigmoid", "softplus", "exp"), 0)
+        assert got[inf | fmt.sign] == low.get(function, fmt.sign)
+
+
+@pytest.mark.parametrize("fmt", SMALL, ids=lambda f: f.name)
+def test_hardswish_is_rounded_as_the_quotient_of_whole_numbers(fmt):
+    """Its ties are true ones, which float64 shows: here every result is compared in rational arithmetic."""
+    bits = fmt.all_bits()
+    bits = bits[np.isfinite(fmt.decode(bits))]
+    got = fmt.decode(oracle.rounded("hardswish", fmt, bits)[0])
+    assert np.isfinite(got).all()
+    last = fmt.last - 1 if fmt.infinities else fmt.last
+    values = [
+        Fraction(float(v))
+        for v in np.unique(fmt.decode(np.concatenate([np.arange(last + 1), fmt.sign + np.arange(last + 1)])))
+    ]
+    where = {value: i for i, value in enumerate(values)}
+    for x, y in zip(fmt.decode(bits), got, strict=True):
+        v = Fraction(float(x))
+        true, i = v * min(max(v + 3, Fraction(0)), Fraction(6)) / 6, where[Fraction(float(y))]
+        error = abs(values[i] - true)
+        for j in (i - 1, i + 1):
+            if 0 <= j < len(values):
+                other = abs(values[j] - true)
+                even = int(fmt.encode(float(values[i]))) % 2 == 0
+                assert error < other or (error == other and even)
 
 
 def test_rounding_agrees_with_torch_for_tanh():

@@ -6,11 +6,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rarefy import act, kernels
+from rarefy.act import gradients
 from rarefy.act.kernels import aten, launch
 from rarefy.act.spec import formats, oracle, reference
 
 SMALL = {dtype: fmt for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16}
 DTYPES = list(aten.FORMAT_OF)
+CASES = [(function, mode) for function in oracle.FUNCTIONS for mode in reference.modes(function)]
 PATHS = [None, "portable", "pytorch"]
 INTEGER = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
@@ -24,7 +26,9 @@ def call(function: str, x: Tensor, mode: str = "exact", **options: object) -> Te
 def theirs(function: str, x: Tensor) -> Tensor:
     if function == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    return getattr(F if function in ("silu", "gelu") else torch, function)(x)  # type: ignore[no-any-return]
+    if function == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return getattr(torch if function in ("tanh", "sigmoid", "exp") else F, function)(x)  # type: ignore[no-any-return]
 
 
 def everything(dtype: torch.dtype) -> Tensor:
@@ -52,8 +56,7 @@ def floats() -> Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", reference.MODES)
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize(("function", "mode"), CASES)
 def test_every_input_on_every_path(function, mode, path):
     for dtype, fmt in SMALL.items():
         x = everything(dtype)
@@ -75,7 +78,7 @@ def test_exact_is_correctly_rounded(function):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize("function", [function for function, mode in CASES if mode == "ktanh"])
 def test_float32_ktanh_and_hard_are_their_definition(function, path):
     x = floats()
     bits = x.view(torch.int32).numpy().view(np.uint32)
@@ -94,6 +97,7 @@ def test_float32_exact_keeps_its_bound(function, path):
         got = call(function, x)
     assert torch.isnan(got[~keep]).all()
     true = oracle.evaluate(function, x[keep].double().numpy())
+    true = np.where(true >= 2.0**128 - 2.0**103, np.inf, true)  # exp: no float32 is so large
     y = got[keep].double().numpy()
     finite = np.isfinite(true)
     assert np.array_equal(y[~finite], true[~finite])
@@ -132,7 +136,7 @@ def test_derived_functions_are_near():
 @pytest.mark.parametrize("function", oracle.FUNCTIONS)
 def test_shapes_and_layouts(function, dtype):
     base = (torch.randn(6, 10, 8, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
-    for mode in reference.MODES:
+    for mode in reference.modes(function):
         whole = call(function, base, mode)
         assert same(call(function, base.transpose(0, 2), mode), whole.transpose(0, 2))
         assert call(function, base.transpose(0, 2), mode).stride() == base.transpose(0, 2).stride()
@@ -147,20 +151,19 @@ def test_shapes_and_layouts(function, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_out_and_in_place(dtype):
     x = (torch.randn(7, 9) * 3).to(dtype)
-    for function in oracle.FUNCTIONS:
-        for mode in reference.MODES:
-            want = call(function, x, mode)
-            out = torch.empty_like(x)
-            assert call(function, x, mode, out=out) is out
-            assert same(out, want)
-            strided = torch.empty(9, 7, dtype=dtype).t()
-            assert same(call(function, x, mode, out=strided), want)
-            itself = x.clone()
-            version = itself._version
-            assert same(call(function, itself, mode, out=itself), want)
-            assert itself._version > version
-            room = torch.cat([x.reshape(-1), x.new_zeros(5)])
-            assert same(call(function, room[:63], mode, out=room[5:]), want.reshape(-1))
+    for function, mode in CASES:
+        want = call(function, x, mode)
+        out = torch.empty_like(x)
+        assert call(function, x, mode, out=out) is out
+        assert same(out, want)
+        strided = torch.empty(9, 7, dtype=dtype).t()
+        assert same(call(function, x, mode, out=strided), want)
+        itself = x.clone()
+        version = itself._version
+        assert same(call(function, itself, mode, out=itself), want)
+        assert itself._version > version
+        room = torch.cat([x.reshape(-1), x.new_zeros(5)])
+        assert same(call(function, room[:63], mode, out=room[5:]), want.reshape(-1))
 
 
 def test_negated_views():
@@ -193,6 +196,9 @@ def test_bad_arguments_are_named():
     x = torch.zeros(3, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="mode must be one of exact, ktanh, hard, got 'fast'"):
         act.tanh(x, "fast")
+    for function in ("mish", "softplus", "hardswish", "elu", "exp"):
+        with pytest.raises(ValueError, match=f"{function} has the mode \"exact\" alone, .* got 'ktanh'"):
+            call(function, x, "ktanh")
     with pytest.raises(ValueError, match='a table goes with mode="ktanh"'):
         act.tanh(x, table="tanh_bf16_monotone")
     with pytest.raises(ValueError, match="is for bf16, the input is fp16"):
@@ -233,8 +239,7 @@ def test_gradient_y_equals_pytorchs_bits(path):
         assert same(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("mode", ["exact", "ktanh"])
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize(("function", "mode"), [case for case in CASES if case[1] != "hard"])
 def test_gradients_against_float64(function, mode):
     """grad="x" is the derivative of the true function, whatever the mode; "y" follows the result's error."""
     for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 0.006)):
@@ -245,7 +250,7 @@ def test_gradients_against_float64(function, mode):
         call(function, ours, mode, grad="x").sum().backward()  # type: ignore[no-untyped-call]
         assert ours.grad is not None
         assert wide.grad is not None
-        assert (ours.grad.double() - wide.grad).abs().max() < bound
+        assert ((ours.grad.double() - wide.grad).abs() / wide.grad.abs().clamp(min=1.0)).max() < bound
         assert ours.grad.dtype == dtype
 
 
@@ -271,12 +276,11 @@ scripted = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:D
 
 
 @scripted
-@pytest.mark.parametrize("mode", reference.MODES)
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize(("function", "mode"), CASES)
 def test_forward_mode_equals_reverse_mode(function, mode):
     x = torch.linspace(-4.03, 4.01, 101)
     tangent = torch.randn(101, generator=torch.Generator().manual_seed(0))
-    for grad in ("y", "x") if function in ("tanh", "sigmoid") and mode != "hard" else ("x",):
+    for grad in gradients.forms(function, mode):
 
         def f(v: Tensor, grad: str = grad) -> Tensor:
             return call(function, v, mode, grad=grad)
@@ -308,7 +312,7 @@ def test_out_refuses_tangents():
 
 
 def test_hard_gradients():
-    for function in oracle.FUNCTIONS:
+    for function in (function for function, mode in CASES if mode == "hard"):
         x = torch.linspace(-4.03, 4.01, 311, dtype=torch.float32, requires_grad=True)
         (g,) = torch.autograd.grad(call(function, x, "hard").sum(), x)
         wide = x.detach().double().requires_grad_()
@@ -342,8 +346,7 @@ def flushing():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", reference.MODES)
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize(("function", "mode"), CASES)
 def test_flushing_subnormals_changes_no_bit(function, mode, path, flushing):
     launch._steps.clear()
     launch.ready.clear()

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from rarefy import act, kernels
 from rarefy.act.kernels import plain
-from rarefy.act.spec import oracle, reference
-from tests.act.test_functional import SMALL, bits_of, call, everything, floats, same
+from rarefy.act.spec import oracle
+from tests.act.test_functional import CASES, SMALL, bits_of, call, everything, floats, same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -32,8 +32,7 @@ def but_for_nan(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isnan(a.float()[nan]).all()) and torch.equal(bits_of(a)[~nan], bits_of(b)[~nan])
 
 
-@pytest.mark.parametrize("mode", reference.MODES)
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize(("function", "mode"), CASES)
 def test_the_form_without_bits_has_the_bits(function, mode):
     for dtype in SMALL:
         x = everything(dtype)

@@ -1,8 +1,34 @@
 """Cheap activation functions: K-TanH from one integer table, and correctly rounded ones at its speed."""
 
 from rarefy.act import functional
-from rarefy.act.functional import gelu, sigmoid, silu, tanh
-from rarefy.act.modules import GELU, LSTMCell, Sigmoid, SiLU, Tanh
+from rarefy.act.functional import (
+    elu,
+    exp,
+    gelu,
+    hardswish,
+    mish,
+    quick_gelu,
+    sigmoid,
+    silu,
+    softplus,
+    tanh,
+)
+from rarefy.act.gated import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from rarefy.act.modules import (
+    ELU,
+    GELU,
+    GeluAndMul,
+    GeluTanhAndMul,
+    Hardswish,
+    LSTMCell,
+    Mish,
+    QuickGELU,
+    Sigmoid,
+    SiLU,
+    SiluAndMul,
+    Softplus,
+    Tanh,
+)
 from rarefy.act.spec.formats import FORMATS, Format
 from rarefy.act.spec.table import (
     BitIndex,
@@ -19,28 +45,45 @@ from rarefy.act.spec.table import (
 from rarefy.act.swapping import Swap, swap
 
 __all__ = [
+    "ELU",
     "FORMATS",
     "GELU",
     "BitIndex",
     "CarryTable",
     "CutIndex",
     "Format",
+    "GeluAndMul",
+    "GeluTanhAndMul",
+    "Hardswish",
     "LSTMCell",
     "LinearTable",
+    "Mish",
     "MultiplyIndex",
+    "QuickGELU",
     "SegmentsTable",
     "ShiftTable",
     "SiLU",
     "Sigmoid",
+    "SiluAndMul",
+    "Softplus",
     "Swap",
     "Table",
     "Tanh",
+    "elu",
+    "exp",
     "functional",
     "gelu",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "hardswish",
     "list_tables",
     "load",
+    "mish",
+    "quick_gelu",
     "sigmoid",
     "silu",
+    "silu_and_mul",
+    "softplus",
     "swap",
     "tanh",
 ]

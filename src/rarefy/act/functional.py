@@ -1,9 +1,10 @@
-"""tanh, sigmoid, silu and gelu on tensors: native kernels on the CPU, Triton's on a GPU, plain PyTorch operators
-elsewhere, the same bits.
+"""tanh, sigmoid, silu, gelu and their kin on tensors: native kernels on the CPU, Triton's on a GPU, else PyTorch.
+
+The bits are the same on each.
 
 Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec.reference`. Error of
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
-last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.
+last place and 1.3e-7, all others are within 0.51 units.
 
 Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
 (but float32, where the fused form is slow or rounds otherwise, is one operator that runs the kernel).
@@ -58,7 +59,8 @@ def tanh(
 
     Args:
         x: a floating-point tensor of any shape and layout.
-        mode: "exact", "ktanh" (K-TanH, arXiv 1909.07729, or ``table``) or "hard" (HardTanh).
+        mode: "exact", "ktanh" (K-TanH, arXiv 1909.07729, or ``table``) or "hard" (HardTanh). ``mish``, ``softplus``,
+            ``hardswish``, ``elu`` and ``exp`` have "exact" alone.
         grad: "y" (1 - y^2, as PyTorch; the default) or "x" (from the input); in mode "hard" only "x".
         out: where to put the result, of the same shape and dtype; ``x`` itself computes in place. No gradient then.
         table: for mode "ktanh": a :class:`Table` of the input's format, or the name of a shipped one.
@@ -112,6 +114,91 @@ def gelu(
     return _call("gelu" if approximate == "none" else "gelu_tanh", x, mode, grad, out, table)
 
 
+def quick_gelu(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """Return x * sigmoid(1.702 x), QuickGELU; arguments and errors as :func:`tanh`, but ``grad`` is "x" alone.
+
+    Mode "ktanh" takes the table of tanh at 0.851 x, mode "hard" is that of :func:`gelu`.
+    """
+    return _call("quick_gelu", x, mode, grad, out, table)
+
+
+def mish(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """Return Mish (arXiv 1908.08681), x * tanh(log(1 + e^x)); as :func:`tanh`, but "exact" and ``grad`` "x" alone."""
+    return _call("mish", x, mode, grad, out, table)
+
+
+def softplus(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """Return log(1 + e^x), above 0; as :func:`tanh`, but "exact" and ``grad`` "x" alone.
+
+    It is the true function: PyTorch's gives x above its threshold, 20, where the two differ by 2e-9. PyTorch's ``beta``
+    is softplus(beta * x) / beta.
+    """
+    return _call("softplus", x, mode, grad, out, table)
+
+
+def hardswish(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """Return x * min(max(x + 3, 0), 6) / 6 (arXiv 1905.02244); as :func:`tanh`, but "exact" and ``grad`` "x" alone."""
+    return _call("hardswish", x, mode, grad, out, table)
+
+
+def elu(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """Return x where it is positive, else e^x - 1; as :func:`tanh`, but "exact" and ``grad`` "x" alone.
+
+    PyTorch's ``alpha`` is 1 here.
+    """
+    return _call("elu", x, mode, grad, out, table)
+
+
+def exp(
+    x: Tensor,
+    mode: str = "exact",
+    *,
+    grad: str | None = None,
+    out: Tensor | None = None,
+    table: Table | str | None = None,
+) -> Tensor:
+    """Return e^x, the exponent of softmax; as :func:`tanh`, but mode "exact" alone.
+
+    What is too large is infinity, or NaN in float8_e4m3fn, which has none.
+    """
+    return _call("exp", x, mode, grad, out, table)
+
+
 def _call(
     function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
 ) -> Tensor:
@@ -159,7 +246,7 @@ def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tens
     given = {key: value for key, value in given.items() if value is not None}
     if function == "gelu_tanh":
         given["approximate"] = "tanh"
-    public = {"tanh": tanh, "sigmoid": sigmoid, "silu": silu, "gelu": gelu, "gelu_tanh": gelu}[function]
+    public: Callable[..., Any] = gelu if function == "gelu_tanh" else globals()[function]
     result: Tensor = handle_torch_function(public, (x, out), x, mode, **given)
     return result
 

@@ -1,11 +1,12 @@
 """Gradients of the activation functions, in PyTorch operators.
 
-``grad="y"`` is the formula in the result, as PyTorch's own backward (tanh: 1 - y^2; sigmoid: y (1 - y)). With exact y
+``grad="y"`` is the formula in the result, as PyTorch's own backward (tanh: 1 - y^2; sigmoid: y (1 - y); exp: y). With
+exact y
 it equals PyTorch's bits. In bf16 it is 0 from |x| = 3.469 on, where y rounds to 1; with K-TanH's y it is biased
 upwards, since errors of y that cancel in the mean do not cancel in y^2.
 
 ``grad="x"`` is the derivative of the true function at the input, computed in float32 and rounded once: it neither
-vanishes early nor carries a bias. silu and gelu, which are not invertible, have this form alone. In mode ``hard`` it is
+vanishes early nor carries a bias. All functions but tanh, sigmoid and exp have this form alone. In mode ``hard`` it is
 the derivative of the piecewise linear function.
 """
 
@@ -23,15 +24,24 @@ _WIDE = (torch.bfloat16, torch.float16, torch.float32)
 _PYTORCH: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
     ("tanh", "y"): torch.ops.aten.tanh_backward,
     ("sigmoid", "y"): torch.ops.aten.sigmoid_backward,
+    ("exp", "y"): torch.mul,
     ("silu", "x"): torch.ops.aten.silu_backward,
     ("gelu", "x"): torch.ops.aten.gelu_backward,
     ("gelu_tanh", "x"): lambda upstream, x: torch.ops.aten.gelu_backward(upstream, x, approximate="tanh"),
+    ("mish", "x"): torch.ops.aten.mish_backward,
 }
+# operators of PyTorch that have no derivative of their own
+_ONCE = ("silu", "mish")
+
+
+def forms(function: str, mode: str) -> tuple[str, ...]:
+    """Return the forms of gradient that a function has in a mode, the default first."""
+    return ("y", "x") if function in ("tanh", "sigmoid", "exp") and mode != "hard" else ("x",)
 
 
 def resolve(function: str, mode: str, grad: str | None) -> str:
     """Tell which form of gradient ("y" or "x") is meant; None is "y" where there is one. Raises ValueError."""
-    possible = ("y", "x") if function in ("tanh", "sigmoid") and mode != "hard" else ("x",)
+    possible = forms(function, mode)
     if grad is None:
         return possible[0]
     if grad not in possible:
@@ -50,26 +60,41 @@ def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: st
     if saved.dtype not in _WIDE:  # 8-bit formats have no arithmetic
         return backward(upstream.float(), saved.float(), function, mode, grad).to(saved.dtype)
     if mode == "hard":
-        return (upstream * _hard(saved, function)).to(saved.dtype)
-    if function == "silu" and torch.is_grad_enabled():  # PyTorch's operator has no derivative of its own
-        gate = torch.sigmoid(saved)
-        return upstream * (gate * (1.0 + saved * (1.0 - gate)))
-    if (function, grad) in _PYTORCH:
+        return (upstream * hard(saved, function)).to(saved.dtype)
+    if (function, grad) in _PYTORCH and not (function in _ONCE and torch.is_grad_enabled()):
         result: Tensor = _PYTORCH[function, grad](upstream, saved)
         return result
-    x = saved.float()
+    return (upstream.float() * _slope(saved.float(), function)).to(saved.dtype)
+
+
+def _slope(x: Tensor, function: str) -> Tensor:
+    """Return the derivative of the true function where PyTorch has no operator for it, or none for the second."""
     if function == "tanh":
         # sech^2 x = 4 e / (1 + e)^2,  e = exp(-2 |x|)
         e = torch.exp(-2.0 * x.abs())
-        slope = 4.0 * e / (1.0 + e).square()
-    else:
+        return 4.0 * e / (1.0 + e).square()
+    if function == "sigmoid":
         # sigmoid(x) sigmoid(-x) = e / (1 + e)^2,  e = exp(-|x|)
         e = torch.exp(-x.abs())
-        slope = e / (1.0 + e).square()
-    return (upstream.float() * slope).to(saved.dtype)
+        return e / (1.0 + e).square()
+    if function in ("silu", "quick_gelu"):
+        # of x g(k x): g (1 + k x (1 - g))
+        z = x if function == "silu" else 1.702 * x
+        gate = torch.sigmoid(z)
+        return gate * (1.0 + z * (1.0 - gate))
+    if function == "mish":
+        # t + x sigmoid(x) (1 - t^2),  t = tanh(log(1 + e^x))
+        t = torch.tanh(torch.nn.functional.softplus(x))
+        return t + x * torch.sigmoid(x) * (1.0 - t * t)
+    if function == "hardswish":
+        return torch.where(x.abs() < 3.0, (2.0 * x + 3.0) / 6.0, (x > 0).float())
+    if function == "elu":
+        return torch.exp(x.clamp(max=0.0))
+    return torch.sigmoid(x) if function == "softplus" else torch.exp(x)
 
 
-def _hard(x: Tensor, function: str) -> Tensor:
+def hard(x: Tensor, function: str) -> Tensor:
+    """Return the derivative of mode ``hard`` in float32."""
     wide = x.float()
     if function == "tanh":
         return (wide.abs() < 1.0).float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rarefy.act import functional, gradients
+from rarefy.act import functional, gated, gradients
 from rarefy.act.kernels.aten import given_table
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
@@ -26,8 +26,7 @@ class Activation(nn.Module):
     def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
         """Set the three options; raises ValueError for those that no function takes."""
         given = given_table(table) if isinstance(table, str) else table
-        if mode not in reference.MODES:
-            raise ValueError(f"mode must be one of {', '.join(reference.MODES)}, got {mode!r}")
+        reference.check_mode(self.function, mode)
         if given is not None and mode != "ktanh":
             raise ValueError(f'a table goes with mode="ktanh", got mode={mode!r}')
         gradients.resolve(self.function, mode, grad)
@@ -47,31 +46,14 @@ class Activation(nn.Module):
         parts += [f"table={self.table.name!r}"] if self.table is not None else []
         return ", ".join(parts)
 
-
-class Tanh(Activation):
-    """:func:`rarefy.act.tanh` as a module."""
-
-    function = "tanh"
-
     def forward(self, x: Tensor) -> Tensor:
         """Take any shape and return the same."""
-        return functional.tanh(x, self.mode, grad=self.grad, table=self.table)
+        result: Tensor = getattr(functional, self.function)(x, self.mode, grad=self.grad, table=self.table)
+        return result
 
 
-class Sigmoid(Activation):
-    """:func:`rarefy.act.sigmoid` as a module."""
-
-    function = "sigmoid"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take any shape and return the same."""
-        return functional.sigmoid(x, self.mode, grad=self.grad, table=self.table)
-
-
-class SiLU(Activation):
-    """:func:`rarefy.act.silu` as a module; ``inplace`` writes the result over the input, as PyTorch's does."""
-
-    function = "silu"
+class InPlace(Activation):
+    """Those whose PyTorch module has ``inplace``: it writes the result over the input."""
 
     def __init__(
         self,
@@ -86,13 +68,62 @@ class SiLU(Activation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take any shape and return the same."""
-        if self.inplace:
-            return functional.in_place(functional.silu, x, mode=self.mode, grad=self.grad, table=self.table)
-        return functional.silu(x, self.mode, grad=self.grad, table=self.table)
+        if not self.inplace:
+            return super().forward(x)
+        function = getattr(functional, self.function)
+        return functional.in_place(function, x, mode=self.mode, grad=self.grad, table=self.table)
 
     def extra_repr(self) -> str:
         """Return the options that are not the default."""
         return super().extra_repr() + (", inplace=True" if self.inplace else "")
+
+
+class Tanh(Activation):
+    """:func:`rarefy.act.tanh` as a module."""
+
+    function = "tanh"
+
+
+class Sigmoid(Activation):
+    """:func:`rarefy.act.sigmoid` as a module."""
+
+    function = "sigmoid"
+
+
+class SiLU(InPlace):
+    """:func:`rarefy.act.silu` as a module."""
+
+    function = "silu"
+
+
+class Mish(InPlace):
+    """:func:`rarefy.act.mish` as a module."""
+
+    function = "mish"
+
+
+class Hardswish(InPlace):
+    """:func:`rarefy.act.hardswish` as a module."""
+
+    function = "hardswish"
+
+
+class ELU(InPlace):
+    """:func:`rarefy.act.elu` as a module."""
+
+    function = "elu"
+
+
+class Softplus(Activation):
+    """:func:`rarefy.act.softplus` as a module."""
+
+    function = "softplus"
+
+
+class QuickGELU(Activation):
+    """:func:`rarefy.act.quick_gelu` as a module."""
+
+    function = "quick_gelu"
 
 
 class GELU(Activation):
@@ -116,6 +147,32 @@ class GELU(Activation):
     def forward(self, x: Tensor) -> Tensor:
         """Take any shape and return the same."""
         return functional.gelu(x, self.mode, approximate=self.approximate, grad=self.grad, table=self.table)
+
+
+class Gated(Activation):
+    """What the modules of gated units share."""
+
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """Take [..., 2 d], the gate and then up, and return [..., d]; or the gate and ``up`` of one shape."""
+        return gated.UNITS[self.function](x, up, self.mode, grad=self.grad, table=self.table)
+
+
+class SiluAndMul(Gated):
+    """:func:`rarefy.act.silu_and_mul` as a module."""
+
+    function = "silu"
+
+
+class GeluAndMul(Gated):
+    """:func:`rarefy.act.gelu_and_mul` as a module."""
+
+    function = "gelu"
+
+
+class GeluTanhAndMul(Gated):
+    """:func:`rarefy.act.gelu_tanh_and_mul` as a module."""
+
+    function = "gelu_tanh"
 
 
 class LSTMCell(nn.LSTMCell):

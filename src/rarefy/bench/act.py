@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rarefy import act, kernels
 from rarefy.act.kernels import launch, native
-from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.act.spec.oracle import TABLED
 from rarefy.environment import provenance
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
@@ -118,7 +118,7 @@ def _kernels(peers: Peers, dtype: torch.dtype, x: Tensor, y: Tensor) -> dict[str
             peers.alive.append(steps)
             timers[entry] = peers.timer(*kernel, x, y)
 
-    for function in FUNCTIONS:
+    for function in TABLED:
         for mode in ("exact", "ktanh", "hard"):
             add(f"kernel {function} {mode}", launch.steps_of(function, mode, dtype))
     if dtype == torch.bfloat16:

@@ -67,7 +67,8 @@ def emit(
     else:
         lane = _datapath(table, nan)
     ports = _ports(fmt, lane, stages, handshake, lanes)
-    largest = error.largest(table) if table.function in oracle.FUNCTIONS else None
+    searchable = table.function in oracle.FUNCTIONS and (fmt.bits <= 16 or table.function != "exp")
+    largest = error.largest(table) if searchable else None
     given = {"style": style, "stages": stages, "handshake": handshake, "lanes": lanes, "nan": nan, "top": top}
     options = "".join(f", {key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key])
     command = command or f"rarefy.rtl.emit(table{options})"

@@ -12,7 +12,7 @@ from rarefy._files import write_atomically
 from rarefy.act import fit
 from rarefy.act.fit.quartic import fit_quartic
 from rarefy.act.spec import error, formats, oracle, quartic
-from rarefy.act.spec.oracle import FUNCTIONS
+from rarefy.act.spec.oracle import TABLED
 from rarefy.act.spec.table import BitIndex, SegmentsTable, ShiftTable, Table, load
 
 # The 32 rows (E, r, b) of arXiv 1909.07729, in the order of the 5-bit index, with its T1 = 0.25 and T2 = 3.75.
@@ -64,8 +64,8 @@ def _shifts(function: str, fmt: str) -> Callable[[], Table]:
 
 
 #: How each shipped table is made: the published one, K-TanH tables of our own, and one correctly rounded table for
-#: every function and format (``tanh_bf16`` in the form that the vector kernels run, the others as segments); and
-#: segments whose slopes are shifts, for hardware.
+#: every function of ``TABLED`` and format (``tanh_bf16`` in the form that the vector kernels run, the others as
+#: segments); and segments whose slopes are shifts, for hardware.
 BUILDERS: dict[str, Callable[[], Table]] = {
     "tanh_bf16_ktanh": published,
     "tanh_bf16_monotone": lambda: fit.fit_shift(monotone=True, name="tanh_bf16_monotone"),
@@ -77,7 +77,7 @@ BUILDERS: dict[str, Callable[[], Table]] = {
 } | {
     f"{function}_{fmt}": _segments(function, fmt)
     for fmt in ("bf16", "fp16", "e4m3fn", "e5m2")
-    for function in FUNCTIONS
+    for function in TABLED
     if (function, fmt) != ("tanh", "bf16")
 }
 BUILDERS |= {f"{function}_{fmt}_shifts": _shifts(function, fmt) for fmt in ("bf16", "fp16") for function in SHIFTS}

@@ -25,54 +25,52 @@ _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class Kernel:
-    """One Triton kernel with its table on one device.
+    """One Triton kernel with its tables on one device.
 
     Args:
-        jit: the function of Triton: pointers to the tensors' bits, the result's last, and to the table; sizes;
+        jit: the function of Triton: pointers to the tensors' bits, those of results last, and to the tables; sizes;
             constants; block.
         dtype: of the tensors.
-        rows: the table, on the device.
+        tables: on the device, one at least.
         constants: what the program is compiled for.
     """
 
-    def __init__(self, jit: Any, dtype: torch.dtype, rows: Tensor, constants: tuple[Any, ...]) -> None:
-        self.jit, self.rows, self.constants = jit, rows, constants
+    def __init__(self, jit: Any, dtype: torch.dtype, tables: tuple[Tensor, ...], constants: tuple[Any, ...]) -> None:
+        self.jit, self.tables, self.constants = jit, tables, constants
         self.integer, self.block = _INTEGER[dtype.itemsize], BLOCK[dtype.itemsize]
-        self.index = rows.get_device()  # -1 is the CPU, of Triton's interpreter
-        self.place = rows.data_ptr()
+        self.index = tables[0].get_device()  # -1 is the CPU, of Triton's interpreter
+        self.places = tuple(table.data_ptr() for table in tables)
         self.compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Compute the last tensor from the others; all dense, of one layout and size, on the kernel's device."""
-        n = tensors[0].numel()
-        self.launch(tensors, -(-n // self.block), n)
-
-    def launch(self, tensors: tuple[Tensor, ...], programs: int, *sizes: int) -> None:
-        """Run that many programs on the tensors, with the sizes that the kernel takes."""
-        if programs == 0:
-            return
         places = [tensor.data_ptr() for tensor in tensors]
         if any(place & 15 for place in places):
-            self._moved(tensors, programs, *sizes)
-        elif self.compiled is None:
-            refuse_capture(self.rows.device)
+            # in copies, which begin where the allocator has them: at a multiple of 512 bytes
+            copies = [tensor.clone() if tensor.data_ptr() & 15 else tensor for tensor in tensors]
+            self(*copies)
+            if copies[-1] is not tensors[-1]:
+                tensors[-1].copy_(copies[-1])
+            return
+        n = tensors[0].numel()
+        self.launch(tensors, places, -(-n // self.block), n)
+
+    def launch(self, tensors: tuple[Tensor, ...], places: list[int], programs: int, *sizes: int) -> None:
+        """Run programs on tensors that begin at these places, multiples of 16, with the sizes that the kernel takes."""
+        if programs == 0:
+            return
+        if self.compiled is None:
+            refuse_capture(self.tables[0].device)
             bits = (tensor.view(self.integer) for tensor in tensors)
             with torch.cuda.device(self.index):
                 self.compiled = self.jit[programs, 1, 1](
-                    *bits, self.rows, *sizes, *self.constants, self.block, **OPTIONS
+                    *bits, *self.tables, *sizes, *self.constants, self.block, **OPTIONS
                 )
         elif self.index == torch._C._cuda_getDevice():
-            self.compiled[programs, 1, 1](*places, self.place, *sizes, *self.constants, self.block)
+            self.compiled[programs, 1, 1](*places, *self.places, *sizes, *self.constants, self.block)
         else:
             with torch.cuda.device(self.index):
-                self.compiled[programs, 1, 1](*places, self.place, *sizes, *self.constants, self.block)
-
-    def _moved(self, tensors: tuple[Tensor, ...], programs: int, *sizes: int) -> None:
-        """Compute from and into copies, which begin where the allocator has them: at a multiple of 512 bytes."""
-        copies = tuple(tensor.clone() if tensor.data_ptr() & 15 else tensor for tensor in tensors)
-        self.launch(copies, programs, *sizes)
-        if copies[-1] is not tensors[-1]:
-            tensors[-1].copy_(copies[-1])
+                self.compiled[programs, 1, 1](*places, *self.places, *sizes, *self.constants, self.block)
 
 
 def refuse_capture(device: torch.device) -> None:

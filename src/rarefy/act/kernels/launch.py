@@ -92,6 +92,11 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
+def is_readable(x: Tensor) -> bool:
+    """Tell whether a native kernel may read ``x``."""
+    return x.device.type == "cpu" and is_direct(x)
+
+
 def is_direct(x: Tensor) -> bool:
     """Tell whether a kernel may read ``x``: a plain tensor or a parameter, on a device that has kernels."""
     return type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda") and is_plain(x)

@@ -42,18 +42,18 @@ def _map_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator, unused-ignore]
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     upstream, saved, y_pointer, rows, n: tl.int64,
-    slope: tl.constexpr, numbers: tl.constexpr, name: tl.constexpr, block: tl.constexpr,
+    derivative: tl.constexpr, numbers: tl.constexpr, name: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = upstream * slope(saved), in float32 and rounded once; masks as in :func:`_map_kernel`."""
+    """Compute y = upstream * derivative(saved), in float32 and rounded once; masks as in :func:`_map_kernel`."""
     start = tl.program_id(0).to(tl.int64) * block
     at = tl.arange(0, block)
     if start + block <= n:
-        y = decode(tl.load(upstream + start + at), name) * slope(tl.load(saved + start + at), rows, numbers)
+        y = decode(tl.load(upstream + start + at), name) * derivative(tl.load(saved + start + at), rows, numbers)
         tl.store(y_pointer + start + at, encode(y, name))
     else:
         inside = at < n - start
         x = tl.load(saved + start + at, inside, 0)
-        y = decode(tl.load(upstream + start + at, inside, 0), name) * slope(x, rows, numbers)
+        y = decode(tl.load(upstream + start + at, inside, 0), name) * derivative(x, rows, numbers)
         tl.store(y_pointer + start + at, encode(y, name), inside)
 
 
@@ -89,7 +89,8 @@ def _lookup(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Look the derivative of a short format's number up."""
     return tl.load(rows + (bits.to(tl.int32) & numbers[0]))
 
 
@@ -148,45 +149,51 @@ def _encode8(y, mantissa: tl.constexpr, bias: tl.constexpr, over: tl.constexpr):
     return (result | ((wide >> 24) & 0x80)).to(tl.uint8)
 
 
-def forward(function: str, mode: str, dtype: torch.dtype, table: str, device: torch.device) -> Kernel | None:
-    """Return the kernel ``(x, y)`` of a function; None for float32 tables of segments, which have none."""
+def parts(function: str, mode: str, dtype: torch.dtype, table: str) -> triton_float32.Parts | None:
+    """Return what computes a function on bits; None for float32 tables of segments, which no kernel reads."""
     fmt, given = FORMAT_OF[dtype], given_table(table)
     direct = reference.table_for(function, mode, fmt, given)
-    compute: Any = _lookup
-    numbers: tuple[Any, ...] = ((1 << fmt.bits) - 1,)
     if fmt.bits == 32:
         if mode == "ktanh" and not isinstance(direct or reference.core(fmt, given), ShiftTable):
             return None
-        compute, rows, numbers = triton_float32.forward(function, mode, given)
-    elif isinstance(direct, LinearTable) and direct.symmetry == "odd":
+        return triton_float32.forward(function, mode, given)
+    if isinstance(direct, LinearTable) and direct.symmetry == "odd":
         i = direct.index
-        compute, rows = _linear, np.array(direct.rows, dtype=np.int32)
         numbers = (i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below, fmt.last)
-    elif isinstance(direct, ShiftTable) and fmt.bits == 16:
-        compute = _shift
-        rows, numbers = triton_float32.shift_rows(direct)
-    else:
-        rows = reference.answers(function, mode, fmt, given).view(np.int16 if fmt.bits == 16 else np.uint8).copy()
-    return Kernel(_map_kernel, dtype, _on(rows, device), (compute, numbers))
+        return _linear, np.array(direct.rows, dtype=np.int32), numbers
+    if isinstance(direct, ShiftTable) and fmt.bits == 16:
+        return _shift, *triton_float32.shift_rows(direct)
+    answers = reference.answers(function, mode, fmt, given).view(np.int16 if fmt.bits == 16 else np.uint8).copy()
+    return _lookup, answers, ((1 << fmt.bits) - 1,)
+
+
+def forward(function: str, mode: str, dtype: torch.dtype, table: str, device: torch.device) -> Kernel | None:
+    """Return the kernel ``(x, y)`` of a function, or None as :func:`parts`."""
+    found = parts(function, mode, dtype, table)
+    if found is None:
+        return None
+    compute, rows, numbers = found
+    return Kernel(_map_kernel, dtype, (on(rows, device),), (compute, numbers))
 
 
 def backward(function: str, mode: str, grad: str, dtype: torch.dtype, device: torch.device) -> Kernel:
     """Return the kernel ``(upstream, saved, y)`` of a gradient."""
     fmt = FORMAT_OF[dtype]
     if fmt.bits == 32:
-        parts = (triton_float32.slope, (function, mode), fmt.name)
-        return Kernel(_gradient_kernel, dtype, _on(np.zeros(1, dtype=np.float32), device), parts)
+        constants = (triton_float32.slope, (function, mode), fmt.name)
+        return Kernel(_gradient_kernel, dtype, (on(np.zeros(1, dtype=np.float32), device),), constants)
     with subnormals.kept():
         saved = torch.from_numpy(fmt.decode(fmt.all_bits()).astype(np.float32))
         slopes = gradients.backward(torch.ones_like(saved), saved, function, mode, grad)
-    return Kernel(_gradient_kernel, dtype, slopes.to(device), (_slope, ((1 << fmt.bits) - 1,), fmt.name))
+    return Kernel(_gradient_kernel, dtype, (slopes.to(device),), (slope, ((1 << fmt.bits) - 1,), fmt.name))
 
 
-def _on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
+def on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return a table on a device; all there when this returns."""
     return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
 
 
 def probe(device: torch.device) -> None:
     """Compile and launch the smallest kernel; raises what Triton raises where it cannot."""
     x = torch.zeros(1, dtype=torch.uint8, device=device)
-    Kernel(_map_kernel, x.dtype, x, (_lookup, (0,)))(x, torch.empty_like(x))
+    Kernel(_map_kernel, x.dtype, (x,), (_lookup, (0,)))(x, torch.empty_like(x))

@@ -21,10 +21,13 @@ Parts = tuple[Any, npt.NDArray[Any], tuple[Any, ...]]
 
 _EXP = tl.constexpr(aten.DOUBLES["exp"])
 _TAIL = tl.constexpr(aten.DOUBLES["tail"])
+_LOG = tl.constexpr(aten.DOUBLES["log"])
+_QUICK = tl.constexpr(aten.DOUBLES["quick"][0])
 _CUBE = tl.constexpr(aten.DOUBLES["cube"])
 _LIMIT = tl.constexpr(quartic.LIMIT)
 _A = tl.constexpr(reference.GELU_A)
 _B = tl.constexpr(reference.GELU_B)
+_HARD = {"gelu_tanh": "gelu", "quick_gelu": "gelu"}  # one function in mode "hard"
 _NOTHING = np.zeros(1, dtype=np.int32)
 
 
@@ -34,13 +37,17 @@ def forward(function: str, mode: str, given: Table | None) -> Parts:
         return _tanh, np.concatenate([quartic.begins()[None], quartic.tanh().values()]), ()
     if mode == "exact":
         return _wide, _NOTHING, (function,)
-    # of one gelu here; the last constant says whether minus infinity gives -0
-    form, limit = "gelu" if function == "gelu_tanh" else function, function not in ("tanh", "sigmoid")
+    # the last constant says whether minus infinity gives -0
+    limit = function not in ("tanh", "sigmoid")
     if mode == "hard":
-        return _hard, _NOTHING, (form, limit)
+        return _hard, _NOTHING, (_HARD.get(function, function), limit)
     table = reference.table_for(function, mode, formats.FP32, given)
     rows, numbers = shift_rows(table or reference.core(formats.FP32, given))
-    return (_shift, rows, numbers) if table is not None else (_derived, rows, (*numbers, form, limit))
+    return (
+        (_shift, rows, numbers)
+        if table is not None
+        else (_derived, rows, (*numbers, "gelu" if function == "gelu_tanh" else function, limit))
+    )
 
 
 def shift_rows(table: Table) -> tuple[npt.NDArray[Any], tuple[int, ...]]:
@@ -97,16 +104,34 @@ def _tanh(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _exp_minus(a):  # type: ignore[no-untyped-def]
-    """e^-a in float64, for a >= 0."""
+def _exp_parts(a):  # type: ignore[no-untyped-def]
+    """e^r - 1 and 2^-n in float64, of which e^-a is made, for a >= 0."""
     a = tl.where(a < 690.0, a, 690.0)
     # e^-a = 2^-n e^r,  n = round(a / log 2), |r| <= log(2) / 2; a sum with 1.5 * 2^52 rounds
     n = (a * _EXP[0] + 6755399441055744.0) - 6755399441055744.0
     r = (n * _EXP[1] - a) + n * _EXP[2]
     p = r * _EXP[3] + _EXP[4]
-    for k in tl.static_range(5, 14):
+    for k in tl.static_range(5, 13):
         p = p * r + _EXP[k]
-    return p * ((1023 - n.to(tl.int64)) << 52).to(tl.float64, bitcast=True)
+    return p * r, ((1023 - n.to(tl.int64)) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _exp_minus(a):  # type: ignore[no-untyped-def]
+    """e^-a in float64, for a >= 0."""
+    least, scale = _exp_parts(a)
+    return (least + 1.0) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _log1p(e):  # type: ignore[no-untyped-def]
+    """log(1 + e) in float64, for 0 <= e <= 1."""
+    s = e / (2.0 + e)
+    square = s * s
+    p = square * _LOG[0] + _LOG[1]
+    for k in tl.static_range(2, 13):
+        p = p * square + _LOG[k]
+    return s * p
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -123,18 +148,42 @@ def _normal_tail(a):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _wide(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sigmoid, silu and both forms of gelu, in float64; see ``native/src/act_wide-inl.h``."""
+    """All but tanh, in float64; see ``native/src/act_wide-inl.h``."""
     function: tl.constexpr = numbers[0]
     x = bits.to(tl.float32, bitcast=True)
     wide = tl.where(x < -1000.0, -1000.0, x).to(tl.float64)
-    if function == "gelu":
-        tail = _normal_tail(tl.abs(wide))
+    a = tl.abs(wide)
+    if function == "hardswish":
+        inner = wide + 3.0
+        y = wide * tl.where(inner < 0.0, 0.0, tl.where(inner > 6.0, 6.0, inner)) / 6.0
+    elif function == "elu":
+        least, scale = _exp_parts(a)
+        # e^-a - 1 = 2^-n (e^r - 1) + (2^-n - 1)
+        y = tl.where(wide >= 0.0, wide, least * scale + (scale - 1.0))
+        y = tl.where(wide == 0.0, wide, y)
+    elif function == "mish":
+        # tanh(log(1 + e^x)) = w / (w + 2),  w = e^x (e^x + 2); over e^2x for positive x
+        e = _exp_minus(a)
+        w = tl.where(wide >= 0.0, 1.0 + 2.0 * e, e * (e + 2.0))
+        y = wide * (w / (w + 2.0 * tl.where(wide >= 0.0, e * e, 1.0)))
+    elif function == "softplus":
+        y = tl.where(wide < 0.0, 0.0, wide) + _log1p(_exp_minus(a))
+    elif function == "exp":
+        e = _exp_minus(a)
+        y = tl.where(wide >= 0.0, 1.0 / e, e)
+    elif function == "gelu":
+        tail = _normal_tail(a)
         y = wide * tl.where(wide < 0.0, tail, 1.0 - tail)
     else:
-        z = _CUBE[0] * (wide + _CUBE[1] * (wide * wide * wide)) if function == "gelu_tanh" else wide
+        z = wide
+        if function == "gelu_tanh":
+            z = _CUBE[0] * (wide + _CUBE[1] * (wide * wide * wide))
+        elif function == "quick_gelu":
+            z = _QUICK * wide
         e = _exp_minus(tl.abs(z))
-        gate = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
-        y = gate if function == "sigmoid" else wide * gate
+        y = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
+        if function != "sigmoid":
+            y = wide * y
     return _finish(bits, y.to(tl.float32), False)
 
 
@@ -144,7 +193,12 @@ def _derived(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
     function: tl.constexpr = numbers[7]
     x = bits.to(tl.float32, bitcast=True)
     h = x * 0.5
-    z = x * (_A + _B * (x * x)) if function == "gelu" else h
+    if function == "gelu":
+        z = x * (_A + _B * (x * x))
+    elif function == "quick_gelu":
+        z = 0.851 * x
+    else:
+        z = h
     t = _shift(z.to(tl.int32, bitcast=True), rows, numbers).to(tl.float32, bitcast=True)
     y = 0.5 + 0.5 * t if function == "sigmoid" else h * (1.0 + t)
     return _finish(bits, y, numbers[8])
@@ -172,18 +226,38 @@ def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
     function: tl.constexpr = numbers[0]
     mode: tl.constexpr = numbers[1]
     x = bits.to(tl.float32, bitcast=True)
-    if mode != "hard":
+    if mode == "hard":
+        if function == "tanh":
+            y = tl.where(tl.abs(x) < 1.0, 1.0, 0.0)
+        elif function == "sigmoid":
+            y = tl.where(tl.abs(x) < 3.0, 1.0 / 6.0, 0.0)
+        else:
+            # x (k x + 3) / 6 inside, so (2 k x + 3) / 6
+            k: tl.constexpr = 1.0 if function == "silu" else 1.702
+            inside = tl.div_rn((2.0 * k) * x + 3.0, 6.0)
+            y = tl.where(tl.abs(k * x) < 3.0, inside, tl.where(x > 0.0, 1.0, tl.where(x <= 0.0, 0.0, x)))
+    elif function == "hardswish":
+        inside = tl.div_rn(2.0 * x + 3.0, 6.0)
+        y = tl.where(tl.abs(x) < 3.0, inside, tl.where(x > 0.0, 1.0, 0.0))
+    elif function == "elu":
+        y = tl.exp(tl.where(x > 0.0, 0.0, x))
+    elif function == "exp":
+        y = tl.exp(x)
+    elif function == "softplus":
+        y = _gate(x)
+    elif function == "quick_gelu":
+        gate = _gate(1.702 * x)
+        y = gate * (1.0 + (1.702 * x) * (1.0 - gate))
+    else:
         # sech^2 x = 4 e / (1 + e)^2, e = exp(-2 |x|);  sigmoid(x) sigmoid(-x) = e / (1 + e)^2, e = exp(-|x|)
         e = tl.exp(tl.abs(x) * (-2.0 if function == "tanh" else -1.0))
         w = 1.0 + e
         y = tl.div_rn((4.0 if function == "tanh" else 1.0) * e, w * w)
-    elif function == "tanh":
-        y = tl.where(tl.abs(x) < 1.0, 1.0, 0.0)
-    elif function == "sigmoid":
-        y = tl.where(tl.abs(x) < 3.0, 1.0 / 6.0, 0.0)
-    else:
-        # x (k x + 3) / 6 inside, so (2 k x + 3) / 6
-        k: tl.constexpr = 1.0 if function == "silu" else 1.702
-        inside = tl.div_rn((2.0 * k) * x + 3.0, 6.0)
-        y = tl.where(tl.abs(k * x) < 3.0, inside, tl.where(x > 0.0, 1.0, tl.where(x <= 0.0, 0.0, x)))
     return y
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gate(x):  # type: ignore[no-untyped-def]
+    """The logistic function, which does not lose what is small."""
+    e = tl.exp(-tl.abs(x))
+    return tl.div_rn(tl.where(x < 0.0, e, 1.0), 1.0 + e)

@@ -3,19 +3,23 @@
 Modes:
 
 ``exact``
-    Correctly rounded for every input of a format of at most 16 bits, by a shipped :class:`~rarefy.act.Table`.
+    Correctly rounded for every input of a format of at most 16 bits: by a shipped :class:`~rarefy.act.Table`, or, for
+    the functions that have none, by float64, which is seen to be enough.
 ``ktanh``
     The paper (arXiv 1909.07729). tanh is the published table, or another; the others derive from it (section 3)::
 
         sigmoid(x) = 1/2 + 1/2 t(x/2)        silu(x) = x/2 * (1 + t(x/2))
         gelu(x)    = x/2 * (1 + t(z)),       z = x * (A + B * x^2),  A = sqrt(2/pi),  B = 0.044715 A
 
-    in float32, one rounded operation after another, with the argument of t and the result rounded to the format. A
-    table for sigmoid, silu or gelu itself is used directly. 8-bit formats compute in bf16 and round the result.
+    in float32, one rounded operation after another, with the argument of t and the result rounded to the format;
+    quick_gelu as gelu with z = 0.851 x. A table for the function itself is used directly. 8-bit formats compute in bf16
+    and round the result.
 ``hard``
     The control: min(max(x, -1), 1), relu6(x + 3) / 6, x * (relu6(x + 3) / 6), x * (relu6(1.702 x + 3) / 6), in float32.
 
-NaN stays as it is; silu and gelu of minus infinity are -0, their limit.
+mish, softplus, hardswish, elu and exp do not derive from tanh and have the mode ``exact`` alone.
+
+NaN stays as it is; silu, gelu, mish and hardswish of minus infinity are -0, their limit.
 """
 
 from __future__ import annotations
@@ -28,9 +32,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.act.spec import formats, subnormals
+from rarefy.act.spec import formats, oracle, subnormals
 from rarefy.act.spec.formats import Bits, Format
-from rarefy.act.spec.oracle import FUNCTIONS
 from rarefy.act.spec.table import Table, load
 
 MODES = ("exact", "ktanh", "hard")
@@ -43,10 +46,22 @@ GELU_B = float(np.float32(math.sqrt(2.0 / math.pi) * 0.044715))
 Floats = npt.NDArray[np.float32]
 
 
-def check(function: str, mode: str, fmt: Format, table: Table | None) -> None:
-    """Raise ValueError unless the mode is known and can use the table for the function and the format."""
+def modes(function: str) -> tuple[str, ...]:
+    """Return the modes that a function has."""
+    return MODES if function in _HARD else ("exact",)
+
+
+def check_mode(function: str, mode: str) -> None:
+    """Raise ValueError unless the function has the mode."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode not in modes(function):
+        raise ValueError(f'{function} has the mode "exact" alone, since it does not derive from tanh; got {mode!r}')
+
+
+def check(function: str, mode: str, fmt: Format, table: Table | None) -> None:
+    """Raise ValueError unless the function has the mode and can use the table for the format."""
+    check_mode(function, mode)
     if table is None:
         return
     if mode != "ktanh":
@@ -67,7 +82,7 @@ def table_for(function: str, mode: str, fmt: Format, given: Table | None) -> Tab
     """Return the one table that gives the answers directly, or None when they are derived or arithmetic."""
     check(function, mode, fmt, given)
     if mode == "exact" and fmt.bits <= 16:
-        return load(f"{function}_{fmt.name}")
+        return load(f"{function}_{fmt.name}") if function in oracle.TABLED else None
     if mode == "ktanh" and given is not None and given.function == function:
         return given
     if mode == "ktanh" and function == "tanh" and fmt.bits > 8:
@@ -92,6 +107,8 @@ def answers(function: str, mode: str, fmt: Format, given: Table | None = None) -
     result: npt.NDArray[Any]
     if table is not None:
         result = table.compute(bits)
+    elif mode == "exact":
+        result = oracle.rounded(function, fmt, bits)[0].astype(fmt.dtype)
     elif mode == "ktanh" and fmt.bits == 8:
         wide = answers(function, mode, formats.BF16)[formats.BF16.encode(fmt.decode(bits))]
         result = _narrow(fmt, bits, formats.BF16.decode(wide))
@@ -119,7 +136,7 @@ def compute(function: str, mode: str, fmt: Format, bits: npt.ArrayLike, given: T
                 return fmt.decode(tanh.compute(_round(fmt, z))).astype(np.float32)
 
             y = _derived(function, x, t)
-    if function in ("silu", "gelu", "gelu_tanh"):
+    if function not in ("tanh", "sigmoid"):
         y = np.where(np.isneginf(x), np.float32(-0.0), y)
     return _narrow(fmt, b, y.astype(np.float64))
 
@@ -142,6 +159,8 @@ def _derived(function: str, x: Floats, t: Callable[[Floats], Floats]) -> Floats:
         return half + half * t(h)
     if function == "silu":
         return h * (one + t(h))
+    if function == "quick_gelu":
+        return h * (one + t(np.float32(0.851) * x))
     z = x * (np.float32(GELU_A) + np.float32(GELU_B) * (x * x))
     return h * (one + t(z))
 
@@ -160,5 +179,5 @@ _HARD: dict[str, Callable[[Floats], Floats]] = {
     "silu": lambda x: x * (_relu6(x + np.float32(3.0)) / np.float32(6.0)),
     "gelu": _hard_gelu,
     "gelu_tanh": _hard_gelu,
+    "quick_gelu": _hard_gelu,
 }
-assert tuple(_HARD) == FUNCTIONS
