@@ -52,7 +52,7 @@ def _choose(x: Tensor, function: str, mode: str, table: str) -> Unit | None:
     backward = kernels.find(f"gated_backward_{fmt}", None, *_BACKWARD)
     wide = x.dtype == torch.float32
     slope = kernels.find(f"slope_{function}32" if wide else "slope16", None, *_SLOPE)
-    if act is None or forward is None or backward is None or slope is None or (wide and mode == "hard"):
+    if not isinstance(act, tuple) or forward is None or backward is None or slope is None or (wide and mode == "hard"):
         return None
     slopes = None if wide else lookup(function, "hard" if mode == "hard" else "exact", fmt)
     steps = launch.steps_of(function, mode, x.dtype, table)  # whose tables the kernel reads
