@@ -25,6 +25,7 @@ from torch import Tensor
 from rarefy import act, kernels
 from rarefy.act.kernels import launch, native
 from rarefy.act.spec.oracle import TABLED
+from rarefy.bench import gated
 from rarefy.environment import provenance
 
 #: Elements of 16 bits; float32 arrays have half as many. Two arrays of the size fit into that level on common CPUs.
@@ -164,17 +165,23 @@ def _calls(x: Tensor, y: Tensor, compiled: bool) -> dict[str, Timer]:
             fast = torch.compile(lambda v, o, f=function: o.copy_(f(v)), fullgraph=True)
             fast(x, y)
             calls[f"inductor {name}"] = lambda fast=fast: fast(x, y)  # type: ignore[misc]
+    return timers(calls)
+
+
+def timers(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timer]:
+    """Return what times each call, by entry."""
     return {entry: _python_timer(call) for entry, call in calls.items()}
 
 
-def _interleave(timers: dict[str, Timer], elements: int, rounds: int) -> dict[str, tuple[float, float]]:
+def interleave(entries: Mapping[str, Timer], elements: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Return the median and the least nanoseconds an element of every entry, measured in turn."""
     repeat = {}
-    for entry, timer in timers.items():
+    for entry, timer in entries.items():
         timer(1)
         repeat[entry] = max(1, int(_SLICE / max(timer(2) / 2, 1.0)))
-    samples: dict[str, list[float]] = {entry: [] for entry in timers}
+    samples: dict[str, list[float]] = {entry: [] for entry in entries}
     for _ in range(rounds):
-        for entry, timer in timers.items():
+        for entry, timer in entries.items():
             samples[entry].append(timer(repeat[entry]) / repeat[entry] / elements)
     return {entry: (statistics.median(values), min(values)) for entry, values in samples.items()}
 
@@ -193,12 +200,13 @@ def run(sizes: Sequence[str] = tuple(SIZES), rounds: int = 21, *, compiled: bool
                 n = SIZES[size] if dtype != torch.float32 else SIZES[size] // 2
                 x = (torch.randn(n, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
                 y = torch.zeros_like(x)
-                timers = _kernels(peers, dtype, x, y) | _calls(x, y, compiled and size == "L2")
-                times = _interleave(timers, n, rounds if size != "DRAM" else max(3, rounds // 3))
+                more = compiled and size == "L2"
+                entries = _kernels(peers, dtype, x, y) | _calls(x, y, more) | timers(gated.calls(x, more))
+                times = interleave(entries, n, rounds if size != "DRAM" else max(3, rounds // 3))
                 found += [Measured(size, str(dtype).removeprefix("torch."), e, *t) for e, t in times.items()]
         x = torch.randn(8).to(torch.bfloat16)
         small = {"torch.tanh": lambda: torch.tanh(x), "act.tanh": lambda: act.tanh(x), "act.silu": lambda: act.silu(x)}
-        times = _interleave({entry: _python_timer(call) for entry, call in small.items()}, 1, rounds)
+        times = interleave(timers(small), 1, rounds)
         return found + [Measured("call8", "bfloat16", e, *t) for e, t in times.items()]
     finally:
         torch.set_num_threads(threads)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rarefy.act.kernels import gpu
-from rarefy.act.spec import formats, reference, subnormals
+from rarefy.act.kernels import wide as doubles
+from rarefy.act.spec import formats, oracle, reference, subnormals
 from rarefy.act.spec.formats import Format
 from rarefy.act.spec.quartic import LIMIT, begins
 from rarefy.act.spec.quartic import tanh as quartic_tanh
@@ -146,6 +147,8 @@ def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, devi
         array = np.array(DOUBLES[what])
     elif what == "powers":  # 2^-n
         array = np.ldexp(1.0, -np.arange(1000))
+    elif what == "doubles":
+        array = doubles.constants()
     elif what == "scales":  # 2^(m - e), from the smallest exponent up
         array = np.ldexp(1.0, f.mantissa_bits + f.bias - np.arange(1, (f.last >> f.mantissa_bits) + 1))
     else:
@@ -209,6 +212,9 @@ def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     """Return the float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
+    if mode == "exact" and function not in oracle.TABLED:
+        numbers = constant("doubles", "", "", "fp32", "", str(x.device))
+        return keep_nan(x, doubles.exact(torch.where(is_number(x), x, 0.0), function, numbers))
     if mode == "exact":
         return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
     if mode == "hard":
@@ -280,9 +286,6 @@ DOUBLES = {
     ),
     # 2 sqrt(2/pi), and the share of the cube
     "cube": (1.5957691216057307118, 0.044715),
-    "quick": (1.702,),
-    # 2 / (2k + 1), highest first: log(1 + e) = s (2 + 2/3 s^2 + ...),  s = e / (2 + e)
-    "log": tuple(2 / (2 * k + 1) for k in range(12, -1, -1)),
 }
 
 
@@ -291,33 +294,17 @@ def _doubles(what: str, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wide(x: Tensor, function: str) -> Tensor:
-    """Mode ``exact`` of all but tanh in float32: computed in float64, rounded once more.
+    """Mode ``exact`` of sigmoid, silu and gelu in float32: computed in float64, rounded once more.
 
     One rounded operation after another as in ``native/src/act_wide-inl.h``, which says why: so the bits are the same.
     """
     wide = torch.where(x < -1000.0, -1000.0, x).double()
-    if function == "hardswish":
-        y = wide * (wide + 3.0).clamp(0.0, 6.0) / 6.0
-    elif function == "elu":
-        least, scale = _exp_parts(wide.abs())
-        # e^-a - 1 = 2^-n (e^r - 1) + (2^-n - 1)
-        y = torch.where(wide > 0.0, wide, torch.where(wide == 0.0, wide, least * scale + (scale - 1.0)))
-    elif function in ("mish", "softplus", "exp"):
-        e, positive = _exp_minus(wide.abs()), wide >= 0.0
-        if function == "mish":
-            # tanh(log(1 + e^x)) = w / (w + 2),  w = e^x (e^x + 2); over e^2x for positive x
-            w = torch.where(positive, 1.0 + 2.0 * e, e * (e + 2.0))
-            y = wide * (w / (w + 2.0 * torch.where(positive, e * e, 1.0)))
-        else:
-            y = wide.clamp(min=0.0) + _log1p(e) if function == "softplus" else torch.where(positive, 1.0 / e, e)
-    elif function == "gelu":
+    if function == "gelu":
         tail = _normal_tail(wide.abs())
         y = wide * torch.where(wide < 0.0, tail, 1.0 - tail)
     else:
         factor, share = _doubles("cube", x)
         z = factor * (wide + share * (wide * wide * wide)) if function == "gelu_tanh" else wide
-        if function == "quick_gelu":
-            z = _doubles("quick", x)[0] * wide
         e = _exp_minus(z.abs())
         gate = torch.where(z < 0.0, e, 1.0) / (1.0 + e)
         y = gate if function == "sigmoid" else wide * gate
@@ -326,22 +313,6 @@ def _wide(x: Tensor, function: str) -> Tensor:
 
 def _exp_minus(a: Tensor) -> Tensor:
     """e^-a in float64, for a >= 0."""
-    least, scale = _exp_parts(a)
-    return (least + 1.0) * scale
-
-
-def _log1p(e: Tensor) -> Tensor:
-    """log(1 + e) in float64, for 0 <= e <= 1."""
-    s = e / (2.0 + e)
-    square = s * s
-    p, *series = _doubles("log", e)
-    for c in series:
-        p = p * square + c
-    return s * p
-
-
-def _exp_parts(a: Tensor) -> tuple[Tensor, Tensor]:
-    """e^r - 1 and 2^-n in float64, of which e^-a is made, for a >= 0."""
     powers = constant("powers", "", "", "fp32", "", str(a.device))
     inverse, high, low, first, *series = _doubles("exp", a)
     a = torch.where(is_number(a), a, 0.0).clamp(max=690.0)
@@ -349,9 +320,9 @@ def _exp_parts(a: Tensor) -> tuple[Tensor, Tensor]:
     n = torch.round(a * inverse)
     r = (n * high - a) + n * low
     p = first
-    for c in series[:-1]:
+    for c in series:
         p = p * r + c
-    return p * r, powers[n.long()]
+    return p * powers[n.long()]
 
 
 def _normal_tail(a: Tensor) -> Tensor:

@@ -12,17 +12,15 @@ import numpy.typing as npt
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from rarefy.act.kernels import aten
+from rarefy.act.kernels import aten, wide
 from rarefy.act.spec import formats, quartic, reference
 from rarefy.act.spec.table import ShiftTable, Table
 
 #: What a kernel of one function is made of: the function on bits, the table that it reads, and its constants.
 Parts = tuple[Any, npt.NDArray[Any], tuple[Any, ...]]
 
-_EXP = tl.constexpr(aten.DOUBLES["exp"])
+_EXP, _LOG, _QUICK = tl.constexpr(wide.EXP), tl.constexpr(wide.LOG), tl.constexpr(1.702)
 _TAIL = tl.constexpr(aten.DOUBLES["tail"])
-_LOG = tl.constexpr(aten.DOUBLES["log"])
-_QUICK = tl.constexpr(aten.DOUBLES["quick"][0])
 _CUBE = tl.constexpr(aten.DOUBLES["cube"])
 _LIMIT = tl.constexpr(quartic.LIMIT)
 _A = tl.constexpr(reference.GELU_A)
@@ -148,42 +146,42 @@ def _normal_tail(a):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _wide(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    """All but tanh, in float64; see ``native/src/act_wide-inl.h``."""
+    """All but tanh, in float64; see ``native/src/act_wide-inl.h`` and :mod:`rarefy.act.kernels.wide`."""
     function: tl.constexpr = numbers[0]
     x = bits.to(tl.float32, bitcast=True)
-    wide = tl.where(x < -1000.0, -1000.0, x).to(tl.float64)
-    a = tl.abs(wide)
+    x64 = tl.where(x < -1000.0, -1000.0, x).to(tl.float64)
+    a = tl.abs(x64)
     if function == "hardswish":
-        inner = wide + 3.0
-        y = wide * tl.where(inner < 0.0, 0.0, tl.where(inner > 6.0, 6.0, inner)) / 6.0
+        inner = x64 + 3.0
+        y = x64 * tl.where(inner < 0.0, 0.0, tl.where(inner > 6.0, 6.0, inner)) / 6.0
     elif function == "elu":
         least, scale = _exp_parts(a)
         # e^-a - 1 = 2^-n (e^r - 1) + (2^-n - 1)
-        y = tl.where(wide >= 0.0, wide, least * scale + (scale - 1.0))
-        y = tl.where(wide == 0.0, wide, y)
+        y = tl.where(x64 >= 0.0, x64, least * scale + (scale - 1.0))
+        y = tl.where(x64 == 0.0, x64, y)
     elif function == "mish":
         # tanh(log(1 + e^x)) = w / (w + 2),  w = e^x (e^x + 2); over e^2x for positive x
         e = _exp_minus(a)
-        w = tl.where(wide >= 0.0, 1.0 + 2.0 * e, e * (e + 2.0))
-        y = wide * (w / (w + 2.0 * tl.where(wide >= 0.0, e * e, 1.0)))
+        w = tl.where(x64 >= 0.0, 1.0 + 2.0 * e, e * (e + 2.0))
+        y = x64 * (w / (w + 2.0 * tl.where(x64 >= 0.0, e * e, 1.0)))
     elif function == "softplus":
-        y = tl.where(wide < 0.0, 0.0, wide) + _log1p(_exp_minus(a))
+        y = tl.where(x64 < 0.0, 0.0, x64) + _log1p(_exp_minus(a))
     elif function == "exp":
         e = _exp_minus(a)
-        y = tl.where(wide >= 0.0, 1.0 / e, e)
+        y = tl.where(x64 >= 0.0, 1.0 / e, e)
     elif function == "gelu":
         tail = _normal_tail(a)
-        y = wide * tl.where(wide < 0.0, tail, 1.0 - tail)
+        y = x64 * tl.where(x64 < 0.0, tail, 1.0 - tail)
     else:
-        z = wide
+        z = x64
         if function == "gelu_tanh":
-            z = _CUBE[0] * (wide + _CUBE[1] * (wide * wide * wide))
+            z = _CUBE[0] * (x64 + _CUBE[1] * (x64 * x64 * x64))
         elif function == "quick_gelu":
-            z = _QUICK * wide
+            z = _QUICK * x64
         e = _exp_minus(tl.abs(z))
         y = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
         if function != "sigmoid":
-            y = wide * y
+            y = x64 * y
     return _finish(bits, y.to(tl.float32), False)
 
 
