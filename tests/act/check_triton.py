@@ -1,6 +1,8 @@
 """The Triton kernels in Triton's interpreter, on every input: ``make test-triton`` runs this file."""
 
 import os
+import subprocess
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -188,3 +190,55 @@ def test_gated_halves(shape, dtype):
     same(got, expected)
     unit(True, (upstream, *halves), gated.halves(found, None), "silu", "exact")
     same(found, gradient[0])
+
+
+COMPILED = """
+import re
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rarefy.act.kernels import gpu, triton_gated
+from rarefy.act.kernels import triton as forms
+
+KINDS = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.float32: "*fp32"}
+
+
+def program(kernel, tensors, sizes=1):
+    pointers = [KINDS[kernel.integer]] * tensors + [KINDS[table.dtype] for table in kernel.tables]
+    types = pointers + ["i64"] * sizes
+    constants = [*kernel.constants, kernel.block]
+    signature = dict(zip(kernel.jit.arg_names, types + ["constexpr"] * len(constants), strict=True))
+    fixed = {(len(types) + i,): value for i, value in enumerate(constants)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    source = ASTSource(kernel.jit, signature, fixed, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gpu.OPTIONS).asm["ptx"]
+
+
+cpu, found = torch.device("cpu"), []
+for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32):
+    for function, mode in (("tanh", "exact"), ("tanh", "ktanh"), ("gelu", "exact"), ("gelu", "hard")):
+        found.append((program(forms.forward(function, mode, dtype, "", cpu), 2), 1, 1))
+    found.append((program(forms.backward("tanh", "exact", "x", dtype, cpu), 3), 2, 1))
+for dtype in (torch.bfloat16, torch.float32):
+    for many in (False, True):
+        found.append((program(triton_gated.forward("gelu_tanh", "exact", dtype, "", cpu, many), 3, 3), 2, 1))
+        found.append((program(triton_gated.backward("gelu_tanh", "exact", dtype, "", cpu, many), 5, 5), 3, 2))
+for text, loads, stores in found:
+    assert len(re.findall(r"ld[.]global[.]v4[.]b32", text)) >= loads, text
+    assert len(re.findall(r"st[.]global[.]v4[.]b32", text)) >= stores, text
+    assert "fma.rn.f64" not in text, text
+    assert "div.full.f32" not in text, text
+print(len(found))
+"""
+
+
+@pytest.mark.slow
+def test_programs_for_a_gpu():
+    """They compile without one; they move 16 bytes at a time, and join and shorten nothing in float64 and division."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.stdout.strip() == "33", ended.stderr[-3000:]

@@ -51,7 +51,8 @@ def _slopes64(x: Tensor, function: str) -> Tensor:
     if function == "gelu":
         # Phi(x) + x phi(x)
         phi = torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
-        return 0.5 * torch.special.erfc(-x * math.sqrt(0.5)) + x * phi
+        tail: Tensor = torch.special.erfc(-x * math.sqrt(0.5))
+        return 0.5 * tail + x * phi
     z, inner = (x * (A + B * x * x), A + 3.0 * B * x * x) if function == "gelu_tanh" else (x, 1.0)
     # of x g(z): g + x g (1 - g) z'
     gate, rest = torch.sigmoid(z), torch.sigmoid(-z)
