@@ -231,6 +231,18 @@ def test_fit_segments_of_a_function_without_a_value_at_infinity(fmt):
     assert error.of(near, softsign).max_abs <= max(0.05, error.of(table, softsign).max_abs)
 
 
+@pytest.mark.parametrize("function", [f for f in oracle.FUNCTIONS if f not in oracle.TABLED])
+def test_fit_segments_of_functions_without_a_shipped_table(function):
+    for fmt in ("e4m3fn", "e5m2"):
+        table = fit.fit_segments(function, fmt)
+        assert error.of(table).misrounded == 0
+
+
+def test_the_largest_error_of_exp_in_float32_is_not_searched_for():
+    with pytest.raises(ValueError, match="exp in fp32 has no largest slope"):
+        error.largest(act.load("tanh_bf16_ktanh").to_format("fp32"), "exp")
+
+
 @pytest.mark.parametrize("fmt", ["e4m3fn", "e5m2"])
 def test_a_shift_table_with_a_row_an_input_is_correctly_rounded(fmt):
     table = fit.fit_shift(fmt=fmt, index=act.BitIndex(2, formats.get(fmt).mantissa_bits))

@@ -42,7 +42,7 @@ def lookup(function: str, mode: str, fmt: str) -> Tensor:
     f = formats.get(fmt)
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         x = torch.from_numpy(f.all_bits().astype(f.dtype)).view(DTYPE_OF[fmt])
-        found = gradients.hard(x, function) if mode == "hard" else _slopes64(x.double(), function)
+        found: Tensor = gradients.hard(x, function) if mode == "hard" else _slopes64(x.double(), function)
         return found.float()
 
 
