@@ -16,7 +16,8 @@ from torch import nn
 
 from rarefy import act, cost, kernels
 from rarefy._prices import Prices
-from rarefy.act.kernels import aten
+from rarefy.act import gradients
+from rarefy.act.kernels import aten, gpu, launch
 from rarefy.act.spec import reference
 from rarefy.data import fashion_mnist
 from rarefy.kernels import _thresholds_pytorch, thresholds
@@ -36,7 +37,16 @@ ACTIVATIONS = {
     "silu": act.silu,
     "gelu": act.gelu,
     "gelu_tanh": functools.partial(act.gelu, approximate="tanh"),
+    "quick_gelu": act.quick_gelu,
+    "mish": act.mish,
+    "softplus": act.softplus,
+    "hardswish": act.hardswish,
+    "elu": act.elu,
+    "exp": act.exp,
 }
+MODES = [(function, mode) for function in ACTIVATIONS for mode in reference.modes(function)]
+GATED = {"silu": act.silu_and_mul, "gelu": act.gelu_and_mul, "gelu_tanh": act.gelu_tanh_and_mul}
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 SMALL = [dtype for dtype, fmt in aten.FORMAT_OF.items() if fmt.bits <= 16]
 
 
@@ -338,37 +348,232 @@ def test_a_recipe_trains_resumes_and_finishes(tmp_path, monkeypatch, precision):
     assert json.loads((tmp_path / "environment.json").read_text())["device"].startswith("cuda")
 
 
-@pytest.mark.parametrize("dtype", SMALL, ids=str)
-@pytest.mark.parametrize("mode", reference.MODES)
-@pytest.mark.parametrize("function", ACTIVATIONS)
-def test_activations_have_the_bits_of_the_cpu(function, mode, dtype):
+def numbers(dtype):
+    """Every number of a short format; of float32 all exponents of both signs, infinities and NaN."""
     fmt = aten.FORMAT_OF[dtype]
-    x = torch.from_numpy(fmt.all_bits().astype(fmt.dtype)).view(dtype)
-    integer = torch.int16 if fmt.bits == 16 else torch.uint8
-    expected = ACTIVATIONS[function](x, mode=mode).view(integer)
-    assert torch.equal(ACTIVATIONS[function](x.cuda(), mode=mode).cpu().view(integer), expected)
-    from rarefy.act.kernels import triton
-
-    assert torch.equal(triton.activation(x.cuda(), function, mode).cpu().view(integer), expected)
+    bits = fmt.all_bits() if fmt.bits <= 16 else torch.arange(0, 2**32, 9973).numpy()
+    return torch.from_numpy(bits.astype(fmt.dtype)).view(dtype)
 
 
-@pytest.mark.parametrize("function", ACTIVATIONS)
-def test_float32_activations_are_those_of_the_cpu(function):
-    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 8
-    here, there = ACTIVATIONS[function](x), ACTIVATIONS[function](x.cuda()).cpu()
-    if function in ("tanh", "sigmoid", "silu"):
-        assert torch.equal(there, here)
-    else:  # of other roundings in float64: two units of the last place
-        torch.testing.assert_close(there, here, rtol=2.4e-7, atol=0.0)
+def same(there, here):
+    """Compare bits; one NaN is as good as another."""
+    there, integer = there.cpu(), INTEGER[here.element_size()]
+    wrong = (there.view(integer) != here.view(integer)) & ~(there.float().isnan() & here.float().isnan())
+    assert not wrong.any(), (int(wrong.sum()), there[wrong][:5], here[wrong][:5])
+
+
+def launches(step):
+    """The names of the kernels that a call launches."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
+@pytest.mark.parametrize(("function", "mode"), MODES)
+def test_activations_have_the_bits_of_the_cpu(function, mode, dtype):
+    x, call = numbers(dtype), functools.partial(ACTIVATIONS[function], mode=mode)
+    given = x.cuda()
+    same(call(given), call(x))
+    assert isinstance(launch.ready[function, mode, dtype, given.device, kernels.isa()], gpu.Kernel)
+    with kernels.forced("pytorch"):
+        same(call(given), call(x))
+
+
+@pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
+@pytest.mark.parametrize(("function", "mode"), MODES)
+def test_gradients_are_those_of_the_cpu(function, mode, dtype):
+    call = ACTIVATIONS[function]
+    for grad in gradients.forms(function, mode):
+        x = numbers(dtype)
+        upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        found = []
+        for device in ("cpu", "cuda"):
+            leaf = x.to(device, copy=True).requires_grad_()
+            result = call(leaf, mode, grad=grad)
+            found.append(torch.autograd.grad(result, leaf, upstream.to(device))[0].cpu())
+        here, there = found
+        if dtype.itemsize == 1 or (not gradients.is_one_operator(function, mode, grad, dtype) and dtype.itemsize == 2):
+            same(there, here)  # of slopes that are looked up
+        else:  # PyTorch's operators, and float32, whose exp is another
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(there, here, rtol=max(2 * eps, 2e-6), atol=2e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
+def test_one_launch_each_way(dtype):
+    x = torch.randn(4096, device="cuda").to(dtype)
+    for function, mode in MODES:
+        call = functools.partial(ACTIVATIONS[function], mode=mode)
+        assert len(launches(lambda call=call: call(x))) == 1, (function, mode)
+        leaf = x.clone().requires_grad_()
+        result, upstream = call(leaf), torch.ones_like(x)
+        back = functools.partial(torch.autograd.grad, result, leaf, upstream, retain_graph=True)
+        assert len(launches(back)) == 1, (function, mode, launches(back))
+
+
+@pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
+def test_layouts_tails_and_places(dtype):
+    x = torch.randn(7, 6, 33, 20).to(dtype)
+    views = [
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.permute(3, 1, 0, 2),
+        lambda t: t[:, ::2, 1:],
+        lambda t: t[:1].expand(3, -1, -1, -1),
+        lambda t: t.flatten()[1:],
+        lambda t: t.flatten()[:1023],
+        lambda t: t[0, 0, 0, 0],
+        lambda t: t[:0],
+    ]
+    for view in views:
+        here, there = view(x), view(x.cuda())
+        expected = act.silu(here)
+        got = act.silu(there)
+        same(got, expected)
+        assert (got.shape, got.stride()) == (expected.shape, expected.stride())
+        out = torch.empty_like(there)
+        assert act.silu(there, out=out) is out
+        same(out, expected)
+        leaf = there.clone().requires_grad_()
+        (found,) = torch.autograd.grad(act.silu(leaf, "hard"), leaf, torch.ones_like(leaf).expand_as(leaf))
+        same(found, gradients.backward(torch.ones_like(here), here, "silu", "hard", "x"))
+    place = x.cuda().flatten()
+    expected = act.tanh(x.flatten())
+    assert act.tanh(place, out=place) is place
+    same(place, expected)
+
+
+def test_more_than_2_to_the_31_elements():
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 5 * count:
+        pytest.skip("needs 11 GB")
+    x = torch.zeros(count, dtype=torch.uint8, device="cuda").view(torch.float8_e5m2)
+    x[-3:] = torch.tensor([1.0, -1.0, 0.5], device="cuda").to(x.dtype)
+    act.silu(x, out=x)
+    assert x[-4:].float().tolist() == [0.0, *act.silu(torch.tensor([1.0, -1.0, 0.5]).to(x.dtype)).float().tolist()]
+    assert int(x.view(torch.uint8)[:-3].count_nonzero()) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_activations_never_wait_for_the_gpu():
+    x = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    leaf = x.clone().requires_grad_()
+    act.silu(x, "hard")
+    act.silu(leaf, "hard").sum().backward()
+    act.silu_and_mul(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        act.silu(x, "hard")
+        act.silu(leaf, "hard").sum().backward()
+        act.silu_and_mul(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
+def test_activations_in_a_graph(dtype):
+    x = torch.randn(5000, device="cuda").to(dtype).requires_grad_()
+    upstream = torch.ones_like(x)
+
+    def step():
+        y = act.silu(x, "hard")
+        return y, torch.autograd.grad(y, x, upstream)[0], act.tanh(x.detach())
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        x.copy_(torch.randn(5000, device="cuda").to(dtype))
+    graph.replay()
+    for found, expected in zip(results, step(), strict=True):
+        same(found.detach(), expected.detach().cpu())
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_the_first_call_is_not_captured():
+    x = torch.randn(64, device="cuda").half()
+    gpu._forward.cache_clear()
+    launch.ready.clear()
+    with (
+        pytest.raises(RuntimeError, match="call it once before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        act.gelu(x)
+    same(act.gelu(x), act.gelu(x.cpu()))
+
+
+def test_transforms_of_activations():
+    x = torch.randn(5, 64, dtype=torch.float64).float().cuda()
+    for function in ACTIVATIONS.values():
+        assert torch.equal(torch.vmap(function)(x), function(x))
+        second = torch.func.grad(torch.func.grad(function))(x[0, 0])
+        leaf = x[0, 0].clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        (again,) = torch.autograd.grad(first, leaf)
+        torch.testing.assert_close(second, again)
+
+
+def test_activations_on_another_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = torch.randn(4096, device="cuda:1", dtype=torch.bfloat16)
+    for _ in range(2):  # compiled, and launched
+        same(act.silu(x), act.silu(x.cpu()))
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
-def test_a_compiled_activation_has_the_bits_of_the_eager_one():
-    x = torch.randn(1027, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
-    for function in ACTIVATIONS:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("function", "mode"), MODES)
+def test_a_compiled_activation_has_the_bits_of_the_eager_one(function, mode, dtype):
+    torch._dynamo.reset()
+    x, given = numbers(dtype).cuda(), functools.partial(ACTIVATIONS[function], mode=mode)
+    same(torch.compile(given, fullgraph=True)(x), given(x).cpu())
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_a_compiled_activation_under_cuda_graphs():
+    for dtype in (torch.bfloat16, torch.float32):
         torch._dynamo.reset()
-        given = ACTIVATIONS[function]
-        assert torch.equal(torch.compile(given, fullgraph=True)(x), given(x)), function
+        x = torch.randn(4096, device="cuda").to(dtype)
+        compiled = torch.compile(lambda x: act.silu(act.gelu(x) + 1.0), mode="reduce-overhead", fullgraph=True)
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            same(compiled(x).clone(), act.silu(act.gelu(x) + 1.0).cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("function", GATED)
+def test_gated_units_have_the_bits_of_the_cpu(function, mode, dtype):
+    call, gate = GATED[function], numbers(dtype)
+    generator = torch.Generator().manual_seed(0)
+    up, upstream = (torch.randn(gate.shape, generator=generator).to(dtype) for _ in range(2))
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device, copy=True).requires_grad_() for t in (gate, up)]
+        result = call(*leaves, mode)
+        found.append([result.detach(), *torch.autograd.grad(result, leaves, upstream.to(device))])
+    for here, there in zip(*found, strict=True):
+        same(there, here)
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+@pytest.mark.parametrize("width", [64, 2080, 26, 1])
+def test_gated_halves(width):
+    x = torch.randn(5, 3, 2 * width).bfloat16()
+    there, here = x.cuda().requires_grad_(), x.clone().requires_grad_()
+    results = [act.silu_and_mul(t) for t in (there, here)]
+    same(results[0].detach(), results[1].detach())
+    for result in results:
+        result.float().square().sum().backward()
+    same(there.grad, here.grad)
+    same(torch.compile(act.silu_and_mul, fullgraph=True)(x.cuda()), results[1].detach())
+    if width % 16 == 0:
+        assert len(launches(lambda: act.silu_and_mul(there.detach()))) == 1
 
 
 @pytest.mark.filterwarnings("ignore:the cost of", "ignore:LSTM with projections is not supported with oneDNN")

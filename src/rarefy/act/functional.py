@@ -1,13 +1,13 @@
-"""tanh, sigmoid, silu, gelu and their kin on tensors: native kernels on the CPU, elsewhere PyTorch, the same bits.
+"""tanh, sigmoid, silu, gelu and their kin on tensors: native kernels on the CPU, Triton's on a GPU, else PyTorch.
 
-(Where a compiler for a GPU fuses sums and products, float32 may differ in its last place.)
+The bits are the same on each.
 
 Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec.reference`. Error of
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
 last place and 1.3e-7, all others are within 0.51 units.
 
 Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
-(but exact float32 on the CPU, whose fused form is slow, is one operator that runs the kernel).
+(but float32, where the fused form is slow or rounds otherwise, is one operator that runs the kernel).
 So they are in ONNX, and in a graph of ``torch.export`` where no gradient is needed, which then needs no rarefy to run:
 in a form of their own, :mod:`rarefy.act.kernels.plain`. Otherwise they are one operator in what is exported or traced,
 ``rarefy::activation``.
@@ -18,12 +18,12 @@ The way of a call, the first of these that fits (:func:`_call`; below ``out`` th
 who calls                                             what computes
 ====================================================  ==================================================================
 torch.compile, torch.export (``_traced``)             plain operators; float32 and gradients of an export: our operator
-a plain tensor of a kind that was computed before     the native kernel, at once
+a plain tensor of a kind that was computed before     the kernel, at once
 a subclass or proxy with ``__torch_function__``       what that makes of the public function (``_overridden``)
-``out=`` (``_into``)                                  the native kernel into ``out``, or a copy of what follows
+``out=`` (``_into``)                                  the kernel into ``out``, or a copy of what follows
 vmap, grad, jvp; tangents of forward mode             ``operator.apply``, a function of autograd with both derivatives
 torch.onnx.export by tracing                          plain operators that ONNX has (``plain.activation``)
-a plain tensor without a gradient                     ``operator.forward``: the native kernel, or plain operators
+a plain tensor without a gradient                     ``operator.forward``: the kernel, or plain operators
 all others: a gradient, fake tensors, DTensor         ``rarefy::activation``, which calls ``operator.forward``
 ====================================================  ==================================================================
 """
@@ -206,7 +206,7 @@ def _call(
     if torch.compiler.is_compiling():
         return _traced(function, x, mode, grad, out, table)
     if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
-        kernel = launch.ready.get((function, mode, x.dtype, x.device.type, kernels.isa()))
+        kernel = launch.ready.get((function, mode, x.dtype, x.device, kernels.isa()))
         if kernel is not None and launch.is_plain(x) and x.is_contiguous() and not x.is_neg() and not launch.watched():
             if out is None:
                 y = torch.empty_like(x)
@@ -259,8 +259,8 @@ def _text(table: Table | str | None) -> str:
 
 def _check_memory(x: Tensor) -> None:
     """Raise ValueError for a tensor whose memory was freed: PyTorch's own operators would read it."""
-    if launch.is_readable(x) and not x.is_neg():
-        address(x)
+    if launch.is_direct(x) and not x.is_neg():
+        address(x, x.device.type)
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:
@@ -286,7 +286,7 @@ def _into(x: Tensor, function: str, mode: str, grad: str, table: str, out: Tenso
     )
     if tangents or (torch.is_grad_enabled() and (x.requires_grad or out.requires_grad)):
         raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
-    if not launch.watched() and launch.is_readable(x) and x.is_contiguous() and not x.is_neg() and launch.fits(x, out):
+    if not launch.watched() and launch.is_direct(x) and x.is_contiguous() and not x.is_neg() and launch.fits(x, out):
         kernel = launch.kernel_of(x, function, mode, table)
         if kernel is not None:
             launch.launch_into(kernel, x, out)
@@ -327,13 +327,13 @@ def _traced(
         _check_out(x, out)
     needs_gradient = x.requires_grad and torch.is_grad_enabled()
     dynamo, exporting = torch.compiler.is_dynamo_compiling(), torch.compiler.is_exporting()
-    # the fused form of float32 would cost far more than the kernel
-    slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
+    # of float32 the fused form would cost far more than the kernel; on a GPU it would round otherwise, too
+    whole = x.dtype == torch.float32 and (mode == "exact" or (x.is_cuda and function != "tanh"))
     result: Tensor
     kept = not dynamo and _kept.get()
     if exporting and not kept and (not needs_gradient or torch.onnx.is_in_onnx_export()):
         result = plain.activation(x, function, mode, text)
-    elif exporting or not dynamo or slow_fused:
+    elif exporting or not dynamo or whole:
         result = torch.ops.rarefy.activation(x, function, mode, direction, text)
     elif needs_gradient:
         result = operator.apply(x, function, mode, direction, text)

@@ -6,23 +6,25 @@ Every one is rounded once to the format (h too), products are made in float32, a
 (:mod:`rarefy.act.kernels.slopes`). So y has the bits of ``rarefy.act.silu(gate) * up``. Formats: bfloat16, float16,
 float32. The results are contiguous.
 
-Without a native kernel plain PyTorch operators give the same bits. torch.compile sees one operator on the CPU, and what
-it is made of elsewhere; exporters always see what it is made of.
+Without a native kernel plain PyTorch operators give the same bits. torch.compile sees one operator on the CPU and
+on a GPU, and what it is made of elsewhere; exporters always see what it is made of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rarefy.act import functional, gradients, operator
 from rarefy.act.kernels import gated as native
-from rarefy.act.kernels import launch
+from rarefy.act.kernels import gated_gpu, launch
 from rarefy.act.kernels.slopes import slopes
 from rarefy.act.spec import subnormals
 from rarefy.act.spec.table import Table
@@ -99,6 +101,12 @@ def _call(
     table: Table | str | None,
     out: Tensor | None,
 ) -> Tensor:
+    if table is None and grad is None and out is None and not torch.compiler.is_compiling():
+        ready = native.ready(function, x, up, mode) if type(x) is Tensor and type(up) in (Tensor, NoneType) else None
+        if ready is not None:
+            if torch.is_grad_enabled() and (x.requires_grad or (up is not None and up.requires_grad)):
+                return _Eager.apply(x, up, function, mode, "")  # type: ignore[no-untyped-call, no-any-return]
+            return native.forward_at_once(ready, x, up)
     text = "" if table is None else table if isinstance(table, str) else table.text
     if torch.compiler.is_compiling():
         return _traced(function, x, up, mode, grad, text, out)
@@ -113,13 +121,10 @@ def _call(
     _check_out(function, x, up, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, up, out)):
         raise RuntimeError("out= does not support gradients; use torch.no_grad() or leave it out")
-    if not launch.watched() and out.is_contiguous() and launch.is_readable(out):
+    if not launch.watched() and out.is_contiguous() and launch.is_direct(out):
         gate, other = halves(x.detach(), None if up is None else up.detach())
-        unit = native.unit_of(gate, other, function, mode, text)
-        if unit is not None and all(
-            _apart(t, out) or (t.data_ptr() == out.data_ptr() and t.is_contiguous()) for t in (gate, other)
-        ):
-            native.forward(unit, gate, other, out)
+        apart = all(_apart(t, out) or (t.data_ptr() == out.data_ptr() and t.is_contiguous()) for t in (gate, other))
+        if apart and _into(gate, other, function, mode, text, out):
             if not out.is_inference():
                 torch.autograd.graph.increment_version(out)
             return out
@@ -192,7 +197,9 @@ def _result(x: Tensor, up: Tensor | None, function: str, mode: str, table: str) 
         return result
     if (torch._C._is_tracing() and torch.onnx.is_in_onnx_export()) or type(x).__name__ == "DTensor":
         return _composed(x, up, function, mode, table)
-    if all(t is None or (type(t) is Tensor and not t.requires_grad) for t in (x, up)) and not launch.watched():
+    if all(t is None or type(t) in (Tensor, Parameter) for t in (x, up)) and not launch.watched():
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, up)):
+            return _Eager.apply(x, up, function, mode, table)  # type: ignore[no-untyped-call, no-any-return]
         return forward(x, up, function, mode, table)
     result = torch.ops.rarefy.gated(x, up, function, mode, table)
     return result
@@ -209,7 +216,7 @@ def _traced(
 ) -> Tensor:
     _validated(function, mode, grad, str(x.dtype), table)
     _check_shapes(function, x, up)
-    if x.device.type == "cpu" and not torch.compiler.is_exporting():
+    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_exporting():
         result: Tensor = torch.ops.rarefy.gated(x, up, function, mode, table)
     else:
         result = _composed(x, up, function, mode, table)
@@ -227,25 +234,45 @@ def _validated(function: str, mode: str, grad: str | None, dtype: str, table: st
 
 def forward(x: Tensor, up: Tensor | None, function: str, mode: str, table: str) -> Tensor:
     """Return the result of real data, without a gradient."""
-    gate, other = halves(x.detach(), None if up is None else up.detach())
-    unit = native.unit_of(gate, other, function, mode, table)
-    if unit is not None:
-        out = torch.empty(gate.shape, dtype=x.dtype)
-        native.forward(unit, gate, other, out)
-        return out
+    x, up = x.detach(), None if up is None else up.detach()
+    ready = native.ready(function, x, up, mode) if not table else None
+    if ready is not None:
+        return native.forward_at_once(ready, x, up)
+    gate, other = halves(x, up)
+    if gate.device.type in ("cpu", "cuda"):
+        out = torch.empty(gate.shape, dtype=x.dtype, device=x.device)
+        if _into(gate, other, function, mode, table, out):
+            return out
     with subnormals.kept():
         return (operator.forward(gate, function, mode, table) * other).contiguous()
+
+
+def _into(gate: Tensor, up: Tensor, function: str, mode: str, table: str, out: Tensor) -> bool:
+    """Compute a unit into contiguous ``out`` by one kernel; False, and nothing done, where there is none."""
+    unit = native.unit_of(gate, up, function, mode, table)
+    if unit is None:
+        return gated_gpu.forward(gate, up, function, mode, table, out)
+    native.forward(unit, gate, up, out)
+    return True
 
 
 def backward(upstream: Tensor, x: Tensor, up: Tensor | None, function: str, mode: str, table: str) -> list[Tensor]:
     """Return the gradient of ``x``, or those of the gate and of ``up``, of real data; without a second derivative."""
     upstream, x, up = upstream.detach(), x.detach(), None if up is None else up.detach()
+    ready = native.ready(function, x, up, mode) if not table and native.is_common(upstream) else None
+    if ready is not None:
+        return native.backward_at_once(ready, upstream, x, up)
     gate, other = halves(x, up)
     unit = native.unit_of(gate, other, function, mode, table)
     if unit is not None and launch.is_readable(upstream):
         found = [torch.empty(t.shape, dtype=t.dtype) for t in (x, up) if t is not None]
         native.backward(unit, upstream, gate, other, *halves(found[0], None if up is None else found[1]))
         return found
+    if gate.is_cuda:
+        found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, up) if t is not None]
+        results = halves(found[0], None if up is None else found[1])
+        if gated_gpu.backward(upstream, gate, other, function, mode, table, *results):
+            return found
     with subnormals.kept():
         wide = upstream.float()
         of_gate = wide * other.float() * slopes(gate, function, mode)
@@ -307,6 +334,22 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gated.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The unit for plain tensors: in much less time than an operator of its own takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, function: str, mode: str, table: str) -> Tensor:
+        _setup(ctx, (x, up, function, mode, table), x)
+        return forward(x, up, function, mode, table)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, up = ctx.saved_tensors
+        compute = _differentiable if torch.is_grad_enabled() else backward
+        found = compute(upstream[0], x, up, ctx.function, ctx.mode, ctx.table)
+        return found[0], found[1] if up is not None else None, None, None, None
 
 
 class _Gated(torch.autograd.Function):

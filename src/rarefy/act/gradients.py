@@ -50,6 +50,11 @@ def resolve(function: str, mode: str, grad: str | None) -> str:
     return grad
 
 
+def is_one_operator(function: str, mode: str, grad: str, dtype: torch.dtype) -> bool:
+    """Tell whether PyTorch has one operator for the gradient: then it runs at the memory's speed everywhere."""
+    return dtype in _WIDE and mode != "hard" and (function, grad) in _PYTORCH
+
+
 def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: str) -> Tensor:
     """Return the gradient of the input from that of the result; ``saved`` is the result for "y", the input for "x"."""
     if saved.dtype not in _WIDE:  # 8-bit formats have no arithmetic

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.act import gradients
-from rarefy.act.kernels import aten, launch, plain
+from rarefy.act.kernels import aten, gpu, launch, plain
 from rarefy.act.kernels.aten import FORMAT_OF, given_table
 from rarefy.act.spec import reference, subnormals
 
@@ -53,6 +53,22 @@ def forward(x: Tensor, function: str, mode: str, table: str) -> Tensor:
         return aten.activation(x, function, mode, table)
 
 
+def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: str) -> Tensor:
+    """Return :func:`rarefy.act.gradients.backward`: on a GPU in one launch, but where it is itself differentiated."""
+    if (
+        not torch.compiler.is_compiling()
+        and saved.is_cuda
+        and not torch.is_grad_enabled()
+        and not gradients.is_one_operator(function, mode, grad, saved.dtype)
+        and launch.is_direct(saved)
+        and launch.is_direct(upstream)
+        and not launch.watched()
+        and gpu.runs(saved.device)
+    ):
+        return gpu.backward(upstream, saved, function, mode, grad)
+    return gradients.backward(upstream, saved, function, mode, grad)
+
+
 @torch.library.custom_op("rarefy::activation", mutates_args=())
 def activation(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
     """Compute all functions, as one operator; ``table`` is "", the name of a shipped table, or a table's JSON."""
@@ -88,7 +104,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     (saved,) = ctx.saved_tensors
-    return gradients.backward(upstream, saved, ctx.function, ctx.mode, ctx.grad), None, None, None, None
+    return backward(upstream, saved, ctx.function, ctx.mode, ctx.grad), None, None, None, None
 
 
 activation.register_autograd(_backward, setup_context=_setup)

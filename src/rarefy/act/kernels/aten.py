@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rarefy.act.kernels import gpu
 from rarefy.act.kernels import wide as doubles
 from rarefy.act.spec import formats, oracle, reference, subnormals
 from rarefy.act.spec.formats import Format
@@ -134,6 +135,7 @@ def _untraced() -> Iterator[None]:
 
 @subnormals.kept()
 def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, device: str) -> Tensor:
+    gpu.refuse_capture(torch.device(device))
     f = formats.get(fmt)
     array: npt.NDArray[Any]
     if what in ("answers", "values"):
@@ -141,8 +143,8 @@ def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, devi
         array = values.view(np.int16 if f.bits == 16 else np.uint8).copy()
     elif what == "quartic":  # by rising segment: the rows begin with the last octave's but one
         array = np.roll(np.concatenate([begins()[None], quartic_tanh().values()]), 8, axis=1)
-    elif what in _DOUBLES:
-        array = np.array(_DOUBLES[what])
+    elif what in DOUBLES:
+        array = np.array(DOUBLES[what])
     elif what == "powers":  # 2^-n
         array = np.ldexp(1.0, -np.arange(1000))
     elif what == "doubles":
@@ -262,7 +264,7 @@ def keep_nan(x: Tensor, y: Tensor) -> Tensor:
 
 
 # As tensors of float64 and not as Python's numbers, which exporters write as float32.
-_DOUBLES = {
+DOUBLES = {
     # 1 / log 2, log 2 in two parts, and the series of e^r, highest power first
     "exp": (
         *(1.4426950408889634, 0.693147180369123816490, 1.90821492927058770002e-10),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from rarefy import kernels
-from rarefy.act.kernels import native
+from rarefy.act.kernels import gpu, native
 from rarefy.act.kernels.aten import FORMAT_OF, given_table
 from rarefy.act.spec import reference
 from rarefy.act.spec.quartic import tanh as quartic_tanh
@@ -17,12 +17,12 @@ from rarefy.kernels._memory import address
 
 _THREADED = 1 << 18  # elements from which a kernel uses more than one thread
 
-#: A ctypes function, and the address of the table that it reads.
-Kernel: TypeAlias = tuple[Any, int]
+#: A ctypes function and the address of the table that it reads; on a GPU, a kernel of Triton.
+Kernel: TypeAlias = tuple[Any, int] | gpu.Kernel
 
 _steps: dict[tuple[str, str, torch.dtype, str], native.KernelSteps | None] = {}
 #: The kernels that ran, by function, mode, dtype, device and instruction set; of tables of one's own none.
-ready: dict[tuple[str, str, torch.dtype, str, str | None], Kernel] = {}
+ready: dict[tuple[str, str, torch.dtype, torch.device, str | None], Kernel] = {}
 
 
 def steps_of(function: str, mode: str, dtype: torch.dtype, table: str = "") -> native.KernelSteps | None:
@@ -52,17 +52,24 @@ def _choose(function: str, mode: str, dtype: torch.dtype, table: str) -> native.
 
 def kernel_of(x: Tensor, function: str, mode: str, table: str) -> Kernel | None:
     """Return the kernel that may run here and read ``x``, laid out as it is or not; None where there is none."""
-    if not is_readable(x) or watched():
+    if not is_direct(x) or watched():
         return None
-    steps = steps_of(function, mode, x.dtype, table)
-    kernel = None if steps is None else steps.kernel()
+    kernel: Kernel | None
+    if x.is_cuda:
+        kernel = gpu.forward(x, function, mode, table)
+    else:
+        steps = steps_of(function, mode, x.dtype, table)
+        kernel = None if steps is None else steps.kernel()
     if kernel is not None and not table:
-        ready[function, mode, x.dtype, "cpu", kernels.isa()] = kernel
+        ready[function, mode, x.dtype, x.device, kernels.isa()] = kernel
     return kernel
 
 
 def launch(kernel: Kernel, x: Tensor, y: Tensor) -> None:
     """Run a kernel from one tensor to another; both have the same layout, without gaps."""
+    if not isinstance(kernel, tuple):
+        kernel(x, y)
+        return
     n = x.numel()
     kernel[0](address(x), address(y), n, kernel[1], 1 if n < _THREADED else torch.get_num_threads())
 
@@ -86,8 +93,13 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Tell whether a kernel may read ``x``: a plain tensor or a parameter."""
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and is_plain(x)
+    """Tell whether a native kernel may read ``x``."""
+    return x.device.type == "cpu" and is_direct(x)
+
+
+def is_direct(x: Tensor) -> bool:
+    """Tell whether a kernel may read ``x``: a plain tensor or a parameter, on a device that has kernels."""
+    return type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda") and is_plain(x)
 
 
 def fits(x: Tensor, out: Tensor) -> bool:

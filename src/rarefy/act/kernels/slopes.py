@@ -18,12 +18,12 @@ from rarefy.act.kernels.aten import DTYPE_OF, FORMAT_OF
 from rarefy.act.spec import formats, subnormals
 
 # of z = x (A + B x^2): twice those of rarefy.act.spec.reference, since gelu_tanh is x sigmoid(2 z) there
-_A = 2.0 * math.sqrt(2.0 / math.pi)
-_B = 0.044715 * _A
+A = 2.0 * math.sqrt(2.0 / math.pi)
+B = 0.044715 * A
 # e^r = 1 + r + r^2 P(r) for |r| <= log(2) / 2, highest power first (Cephes, expf)
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 # Phi(-a) = phi(a) t P(t),  t = 1 / (1 + p a), highest power first (Abramowitz and Stegun, 26.2.17)
-_TAIL = (1.330274429, -1.821255978, 1.781477937, -0.356563782, 0.319381530)
+TAIL = (1.330274429, -1.821255978, 1.781477937, -0.356563782, 0.319381530)
 
 
 def slopes(x: Tensor, function: str, mode: str) -> Tensor:
@@ -42,7 +42,7 @@ def lookup(function: str, mode: str, fmt: str) -> Tensor:
     f = formats.get(fmt)
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         x = torch.from_numpy(f.all_bits().astype(f.dtype)).view(DTYPE_OF[fmt])
-        found = gradients.hard(x, function) if mode == "hard" else _slopes64(x.double(), function)
+        found: Tensor = gradients.hard(x, function) if mode == "hard" else _slopes64(x.double(), function)
         return found.float()
 
 
@@ -51,8 +51,9 @@ def _slopes64(x: Tensor, function: str) -> Tensor:
     if function == "gelu":
         # Phi(x) + x phi(x)
         phi = torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
-        return 0.5 * torch.special.erfc(-x * math.sqrt(0.5)) + x * phi
-    z, inner = (x * (_A + _B * x * x), _A + 3.0 * _B * x * x) if function == "gelu_tanh" else (x, 1.0)
+        tail: Tensor = torch.special.erfc(-x * math.sqrt(0.5))
+        return 0.5 * tail + x * phi
+    z, inner = (x * (A + B * x * x), A + 3.0 * B * x * x) if function == "gelu_tanh" else (x, 1.0)
     # of x g(z): g + x g (1 - g) z'
     gate, rest = torch.sigmoid(z), torch.sigmoid(-z)
     return gate + x * (gate * rest * inner)
@@ -64,15 +65,15 @@ def _slopes32(x: Tensor, function: str) -> Tensor:
         a = x.abs()
         phi = _exp_minus(0.5 * (a * a)) * 0.3989422804
         t = 1.0 / (1.0 + 0.2316419 * a)
-        p = t * _TAIL[0] + _TAIL[1]
-        for c in _TAIL[2:]:
+        p = t * TAIL[0] + TAIL[1]
+        for c in TAIL[2:]:
             p = p * t + c
         tail = phi * (p * t)
         return torch.where(x < 0.0, tail, 1.0 - tail) + x * phi
     if function == "gelu_tanh":
         x = x.clamp(-10.0, 10.0)
         square = x * x
-        z, inner = x * (square * _B + _A), square * (3.0 * _B) + _A
+        z, inner = x * (square * B + A), square * (3.0 * B) + A
     else:
         x = z = x.clamp(-87.0, 87.0)
         inner = None
@@ -88,8 +89,8 @@ def _exp_minus(a: Tensor) -> Tensor:
     # e^-a = 2^-n e^r,  n = round(a / log 2); log 2 in two parts, the first of few bits
     n = torch.round(torch.where(a == a, a, 0.0) * 1.44269504)  # noqa: PLR0124
     r = (n * 0.693359375 - a) - n * 2.12194440e-4
-    p = r * _EXP[0] + _EXP[1]
-    for c in _EXP[2:]:
+    p = r * EXP[0] + EXP[1]
+    for c in EXP[2:]:
         p = p * r + c
     return (p * (r * r) + r + 1.0) * _power(n)
 

@@ -1,8 +1,8 @@
-"""Triton kernels of the 16-bit functions: integer operations on the tables, the same bits as everywhere.
+"""Triton kernels of the functions and their gradients: integer operations and lookups, the same bits as everywhere.
 
-``tanh`` exact in bf16 (64 lines) and K-TanH (32 rows of shifts) in bf16 and fp16 compute; every other function of a
-format of at most 16 bits is a lookup of its answers, which stay in the cache. Needs the package ``triton``, and a GPU
-or ``TRITON_INTERPRET=1``.
+``tanh`` exact in bf16 (64 lines) and K-TanH (32 rows of shifts) compute; every other function of a format of at most
+16 bits is a lookup of its answers, and its gradient of the slopes, which stay in the cache. float32 computes:
+:mod:`rarefy.act.kernels.triton_float32`. Needs the package ``triton``, and a GPU or ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -16,117 +16,184 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+from rarefy.act import gradients
+from rarefy.act.kernels import triton_float32
 from rarefy.act.kernels.aten import FORMAT_OF, given_table
-from rarefy.act.spec import reference
+from rarefy.act.kernels.gpu import Kernel
+from rarefy.act.spec import reference, subnormals
 from rarefy.act.spec.table import LinearTable, ShiftTable
 
-BLOCK = 1024
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator, unused-ignore]
+def _map_kernel(  # type: ignore[no-untyped-def]
+    x_pointer, y_pointer, rows, n: tl.int64, compute: tl.constexpr, numbers: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """Compute y = compute(x) on bits; all blocks but the last have no mask, so that they move 16 bytes at a time."""
+    start = tl.program_id(0).to(tl.int64) * block
+    at = tl.arange(0, block)
+    if start + block <= n:
+        tl.store(y_pointer + start + at, compute(tl.load(x_pointer + start + at), rows, numbers))
+    else:
+        inside = at < n - start
+        y = compute(tl.load(x_pointer + start + at, inside, 0), rows, numbers)
+        tl.store(y_pointer + start + at, y, inside)
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator, unused-ignore]
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    upstream, saved, y_pointer, rows, n: tl.int64,
+    derivative: tl.constexpr, numbers: tl.constexpr, name: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Compute y = upstream * derivative(saved), in float32 and rounded once; masks as in :func:`_map_kernel`."""
+    start = tl.program_id(0).to(tl.int64) * block
+    at = tl.arange(0, block)
+    if start + block <= n:
+        y = decode(tl.load(upstream + start + at), name) * derivative(tl.load(saved + start + at), rows, numbers)
+        tl.store(y_pointer + start + at, encode(y, name))
+    else:
+        inside = at < n - start
+        x = tl.load(saved + start + at, inside, 0)
+        y = decode(tl.load(upstream + start + at, inside, 0), name) * derivative(x, rows, numbers)
+        tl.store(y_pointer + start + at, encode(y, name), inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _linear_kernel(  # type: ignore[no-untyped-def]
-    x_pointer,
-    y_pointer,
-    rows_pointer,
-    n,
-    start: tl.constexpr,
-    length: tl.constexpr,
-    factor: tl.constexpr,
-    fraction: tl.constexpr,
-    offset: tl.constexpr,
-    identity: tl.constexpr,
-    last: tl.constexpr,
-    block: tl.constexpr,
-):
-    at = tl.program_id(0) * block + tl.arange(0, block)
-    x = tl.load(x_pointer + at, mask=at < n, other=0).to(tl.int32) & 0xFFFF
+def _linear(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    start: tl.constexpr = numbers[0]
+    length: tl.constexpr = numbers[1]
+    factor: tl.constexpr = numbers[2]
+    fraction: tl.constexpr = numbers[3]
+    offset: tl.constexpr = numbers[4]
+    identity: tl.constexpr = numbers[5]
+    last: tl.constexpr = numbers[6]
+    x = bits.to(tl.int32) & 0xFFFF
     u = x & 0x7FFF
     d = tl.minimum(tl.maximum(u - start, 0), length)
     t = (d * factor) >> 16
-    slope = tl.load(rows_pointer + 2 * t)
-    base = tl.load(rows_pointer + 2 * t + 1)
     # y = offset + (B + S d mod 2^16) / 2^f
-    y = offset + (((base + slope * d) & 0xFFFF) >> fraction)
+    y = offset + (((tl.load(rows + 2 * t + 1) + tl.load(rows + 2 * t) * d) & 0xFFFF) >> fraction)
     y = tl.where(u < identity, u, y) | (x & 0x8000)
-    tl.store(y_pointer + at, tl.where(u > last, x, y).to(tl.int16), mask=at < n)
+    return tl.where(u > last, x, y).to(tl.int16)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _shift_kernel(  # type: ignore[no-untyped-def]
-    x_pointer,
-    y_pointer,
-    rows_pointer,
-    n,
-    right: tl.constexpr,
-    row_mask: tl.constexpr,
-    mantissa: tl.constexpr,
-    identity: tl.constexpr,
-    saturate: tl.constexpr,
-    one: tl.constexpr,
-    last: tl.constexpr,
-    block: tl.constexpr,
-):
-    at = tl.program_id(0) * block + tl.arange(0, block)
-    x = tl.load(x_pointer + at, mask=at < n, other=0).to(tl.int32) & 0xFFFF
-    u = x & 0x7FFF
-    t = (u >> right) & row_mask
-    # y = (E, (M >> r) + b)
-    y = ((u & mantissa) >> tl.load(rows_pointer + 2 * t)) + tl.load(rows_pointer + 2 * t + 1)
-    y = tl.where(u < identity, u, y)
-    y = tl.where(u > saturate, one, y) | (x & 0x8000)
-    tl.store(y_pointer + at, tl.where(u > last, x, y).to(tl.int16), mask=at < n)
+def _shift(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = bits.to(tl.int32) & 0xFFFF
+    y = triton_float32.shift(x & 0x7FFF, rows, numbers) | (x & 0x8000)
+    return tl.where((x & 0x7FFF) > numbers[6], x, y).to(tl.int16)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _lookup_kernel(x_pointer, y_pointer, answers_pointer, n, mask: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * block + tl.arange(0, block)
-    x = tl.load(x_pointer + at, mask=at < n, other=0).to(tl.int32) & mask
-    tl.store(y_pointer + at, tl.load(answers_pointer + x), mask=at < n)
+def _lookup(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(rows + (bits.to(tl.int32) & numbers[0]))
 
 
-_tables: dict[tuple[str, str, str, str, str], tuple[Any, tuple[int, ...], Tensor]] = {}
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Look the derivative of a short format's number up."""
+    return tl.load(rows + (bits.to(tl.int32) & numbers[0]))
 
 
-def _plan(function: str, mode: str, dtype: torch.dtype, table: str, device: str) -> tuple[Any, tuple[int, ...], Tensor]:
-    """Return the kernel, its constants and its table on the device."""
-    fmt = FORMAT_OF[dtype]
-    if fmt.bits > 16:
-        raise TypeError(f"the Triton kernels take formats of at most 16 bits, got {fmt.name}")
-    key = (function, mode, fmt.name, table, device)
-    if key not in _tables:
-        given = given_table(table)
-        direct = reference.table_for(function, mode, fmt, given)
-        kernel: Any = _lookup_kernel
-        constants: tuple[int, ...] = ((1 << fmt.bits) - 1,)
-        values: npt.NDArray[Any] | None = None
-        if isinstance(direct, LinearTable) and direct.symmetry == "odd":
-            i = direct.index
-            kernel, values = _linear_kernel, np.array(direct.rows, dtype=np.int32)
-            constants = (i.start, i.length, i.factor, direct.fraction_bits, direct.offset)
-            constants += (direct.identity_below, fmt.last)
-        elif isinstance(direct, ShiftTable) and fmt.bits == 16:
-            right, m = fmt.mantissa_bits - direct.index.mantissa_bits, fmt.mantissa_bits
-            kernel, values = _shift_kernel, np.array([(r, (e << m) + b) for e, r, b in direct.rows], dtype=np.int32)
-            constants = (right, direct.index.rows - 1, fmt.mantissa_mask, direct.identity_below)
-            constants += (direct.saturate_above, fmt.one, fmt.last)
-        if values is None:
-            answers = reference.answers(function, mode, fmt, given)
-            values = answers.view(np.int16 if fmt.bits == 16 else np.uint8).copy()
-        _tables[key] = kernel, constants, torch.from_numpy(values).to(device)
-    return _tables[key]
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def decode(bits, name: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the numbers of bits as float32; 8-bit formats by way of the float16 that has their bits on top."""
+    if name == "fp32":
+        x = bits.to(tl.float32, bitcast=True)
+    elif name == "bf16":
+        x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif name == "fp16":
+        x = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    elif name == "e5m2":
+        x = (bits.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        wide = bits.to(tl.int16)
+        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        x = tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    return x
 
 
-def activation(x: Tensor, function: str, mode: str = "exact", table: str = "") -> Tensor:
-    """Compute ``function`` ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh") of every element, in bf16, fp16 or fp8.
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def encode(y, name: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the bits of float32 numbers in a format, rounded to nearest even; too large ones as PyTorch has them.
 
-    Same arguments and same bits as the operator ``rarefy::activation``; no gradient. Raises TypeError for float32.
+    Conversions to bf16 and to 8 bits are not Triton's, which are not the same on all devices.
     """
-    kernel, constants, values = _plan(function, mode, x.dtype, table, str(x.device))
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    integer = torch.int16 if x.element_size() == 2 else torch.uint8
-    n = x.numel()
-    if n:
-        grid = (triton.cdiv(n, BLOCK),)
-        kernel[grid](x.view(integer), y.view(integer), values, n, *constants, BLOCK)
-    return y
+    if name == "fp32":
+        bits = y.to(tl.int32, bitcast=True)
+    elif name == "bf16":
+        wide = y.to(tl.int32, bitcast=True)
+        rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
+        bits = tl.where((wide & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int16)
+    elif name == "fp16":
+        bits = y.to(tl.float16).to(tl.int16, bitcast=True)
+    elif name == "e5m2":
+        bits = _encode8(y, 2, 15, 0x7C)
+    else:
+        bits = _encode8(y, 3, 7, 0x7E)
+    return bits
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _encode8(y, mantissa: tl.constexpr, bias: tl.constexpr, over: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the bits of an 8-bit format; ``over`` are those of what is too large."""
+    wide = y.to(tl.int32, bitcast=True)
+    u = wide & 0x7FFFFFFF
+    cut: tl.constexpr = 23 - mantissa
+    normal = ((u + ((u >> cut) & 1) + ((1 << (cut - 1)) - 1)) >> cut) - ((127 - bias) << mantissa)
+    # a sum with 2^(24 - bias - mantissa) leaves a subnormal's bits last, rounded
+    magic: tl.constexpr = (127 + 24 - bias - mantissa) << 23
+    sum = u.to(tl.float32, bitcast=True) + tl.full(u.shape, magic, tl.int32).to(tl.float32, bitcast=True)
+    small = sum.to(tl.int32, bitcast=True) - magic
+    result = tl.where(u < ((128 - bias) << 23), small, tl.minimum(normal, over))
+    result = tl.where(u > 0x7F800000, 0x7F, result)
+    return (result | ((wide >> 24) & 0x80)).to(tl.uint8)
+
+
+def parts(function: str, mode: str, dtype: torch.dtype, table: str) -> triton_float32.Parts | None:
+    """Return what computes a function on bits; None for float32 tables of segments, which no kernel reads."""
+    fmt, given = FORMAT_OF[dtype], given_table(table)
+    direct = reference.table_for(function, mode, fmt, given)
+    if fmt.bits == 32:
+        if mode == "ktanh" and not isinstance(direct or reference.core(fmt, given), ShiftTable):
+            return None
+        return triton_float32.forward(function, mode, given)
+    if isinstance(direct, LinearTable) and direct.symmetry == "odd":
+        i = direct.index
+        numbers = (i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below, fmt.last)
+        return _linear, np.array(direct.rows, dtype=np.int32), numbers
+    if isinstance(direct, ShiftTable) and fmt.bits == 16:
+        return _shift, *triton_float32.shift_rows(direct)
+    answers = reference.answers(function, mode, fmt, given).view(np.int16 if fmt.bits == 16 else np.uint8).copy()
+    return _lookup, answers, ((1 << fmt.bits) - 1,)
+
+
+def forward(function: str, mode: str, dtype: torch.dtype, table: str, device: torch.device) -> Kernel | None:
+    """Return the kernel ``(x, y)`` of a function, or None as :func:`parts`."""
+    found = parts(function, mode, dtype, table)
+    if found is None:
+        return None
+    compute, rows, numbers = found
+    return Kernel(_map_kernel, dtype, (on(rows, device),), (compute, numbers))
+
+
+def backward(function: str, mode: str, grad: str, dtype: torch.dtype, device: torch.device) -> Kernel:
+    """Return the kernel ``(upstream, saved, y)`` of a gradient."""
+    fmt = FORMAT_OF[dtype]
+    if fmt.bits == 32:
+        constants = (triton_float32.slope, (function, mode), fmt.name)
+        return Kernel(_gradient_kernel, dtype, (on(np.zeros(1, dtype=np.float32), device),), constants)
+    with subnormals.kept():
+        saved = torch.from_numpy(fmt.decode(fmt.all_bits()).astype(np.float32))
+        slopes = gradients.backward(torch.ones_like(saved), saved, function, mode, grad)
+    return Kernel(_gradient_kernel, dtype, (slopes.to(device),), (slope, ((1 << fmt.bits) - 1,), fmt.name))
+
+
+def on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return a table on a device; all there when this returns."""
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+
+
+def probe(device: torch.device) -> None:
+    """Compile and launch the smallest kernel; raises what Triton raises where it cannot."""
+    x = torch.zeros(1, dtype=torch.uint8, device=device)
+    Kernel(_map_kernel, x.dtype, (x,), (_lookup, (0,)))(x, torch.empty_like(x))

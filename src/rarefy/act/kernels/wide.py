@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 # 1 / log 2, log 2 in two parts, and the series of e^r, highest power first, without its 1
-_EXP = (
+EXP = (
     *(1.4426950408889634, 0.693147180369123816490, 1.90821492927058770002e-10),
     *(1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0),
 )
 # log(1 + e) = s (2 + 2/3 s^2 + 2/5 s^4 ...),  s = e / (2 + e), highest power first
-_LOG = tuple(2 / (2 * k + 1) for k in range(12, -1, -1))
+LOG = tuple(2 / (2 * k + 1) for k in range(12, -1, -1))
 
 
 def constants() -> npt.NDArray[np.float64]:
     """Return the numbers that :func:`exact` reads, as one array: exporters write those of Python as float32."""
-    return np.concatenate([[1.702], _EXP, _LOG, np.ldexp(1.0, -np.arange(1000))])
+    return np.concatenate([[1.702], EXP, LOG, np.ldexp(1.0, -np.arange(1000))])
 
 
 def exact(x: Tensor, function: str, table: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def exact(x: Tensor, function: str, table: Tensor) -> Tensor:
 
 def _exp_parts(a: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """e^r - 1 and 2^-n of e^-a = 2^-n e^r, for a >= 0."""
-    inverse, high, low, first, *series = numbers[: len(_EXP)].unbind(0)
+    inverse, high, low, first, *series = numbers[: len(EXP)].unbind(0)
     a = a.clamp(max=690.0)
     # n = round(a / log 2), |r| <= log(2) / 2
     n = torch.round(a * inverse)
@@ -60,14 +60,14 @@ def _exp_parts(a: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     p = first
     for c in series:
         p = p * r + c
-    return p * r, numbers[len(_EXP) + len(_LOG) :][n.long()]
+    return p * r, numbers[len(EXP) + len(LOG) :][n.long()]
 
 
 def _log1p(e: Tensor, numbers: Tensor) -> Tensor:
     """log(1 + e), for 0 <= e <= 1."""
     s = e / (2.0 + e)
     square = s * s
-    p, *series = numbers[len(_EXP) : len(_EXP) + len(_LOG)].unbind(0)
+    p, *series = numbers[len(EXP) : len(EXP) + len(LOG)].unbind(0)
     for c in series:
         p = p * square + c
     return s * p
