@@ -107,10 +107,6 @@ extern "C" __attribute__((visibility("default"))) int32_t
 rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int32_t input_count,
                    const rarefy_buffer *written, int32_t output_count, int64_t batch, int32_t threads, double *seconds,
                    int64_t second_count, char *error, int64_t size) {
-    if (batch < 0 || threads < 1 || threads > MOST_THREADS)
-        return fail(error, size, "batch must be at least 0 and threads between 1 and 1024");
-    if (seconds && second_count != static_cast<int64_t>(program->steps.size()))
-        return fail(error, size, "there must be a number of seconds for each step");
     const auto sizes = [&](const std::vector<int32_t> &ports) {
         std::vector<int64_t> all;
         for (const int32_t port : ports) {
@@ -119,35 +115,22 @@ rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int
         }
         return all;
     };
-    std::string wrong = check_buffers(sizes(program->inputs), read, input_count, batch, "input");
-    if (wrong.empty()) wrong = check_buffers(sizes(program->outputs), written, output_count, batch, "output");
-    if (!wrong.empty()) return fail(error, size, wrong);
-    if (batch == 0) return 0;
-    if (seconds) threads = 1;
+    const Call call{read, input_count, written, output_count, batch, threads, seconds, second_count};
     try {
-        std::vector<const float *> inputs;
-        std::vector<float *> outputs;
-        for (int32_t i = 0; i < input_count; ++i) inputs.push_back(read[i].data);
-        for (int32_t i = 0; i < output_count; ++i) outputs.push_back(written[i].data);
-        const bool apart = rarefy_program::threads_own_images(batch, threads);
-        const Plan &plan = program->plan_for(batch, threads);
-        std::vector<Workspace> spaces;
-        for (int32_t i = 0; i < threads; ++i) {
-            spaces.push_back(take(*program, plan));
-            if (!spaces.back().memory) return 1;
-        }
+        const std::string wrong = check_call(call, static_cast<int64_t>(program->steps.size()), sizes(program->inputs),
+                                             sizes(program->outputs));
+        if (!wrong.empty()) return fail(error, size, wrong);
+        const Plan &plan = program->plan_for(batch, seconds ? 1 : threads);
         std::vector<std::vector<int64_t>> begins(static_cast<size_t>(threads),
                                                  std::vector<int64_t>(plan.values.size(), 0));
-        share_out(batch, threads, apart, [&](const Part &part, Barrier &barrier) {
-            const int32_t i = part.thread;
-            const Frame frame{program,           &plan,         begins[i].data(), spaces[apart ? i : 0].arena,
-                              spaces[i].scratch, inputs.data(), outputs.data(),   part.first_image,
-                              part.part,         part.parts};
-            Runner{frame, &begins[i], &barrier, seconds}.run_all(part.images);
-        });
-        program->pool.give(std::move(spaces));
+        const auto run = [&](const Part &part) {
+            std::vector<int64_t> &own = begins[part.thread];
+            const Frame frame{program,     &plan,        own.data(),       part.arena, part.scratch,
+                              part.inputs, part.outputs, part.first_image, part.part,  part.parts};
+            Runner{frame, &own, part.barrier, seconds}.run_all(part.images);
+        };
+        return share_out(call, program->pool, [&] { return take(*program, plan); }, run) ? 0 : 1;
     } catch (const std::bad_alloc &) {
         return 1;
     }
-    return 0;
 }

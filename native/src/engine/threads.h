@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "engine/program.h"
@@ -15,8 +15,19 @@
 
 namespace rarefy::engine {
 
-// So many times a waiting thread looks before it lets others run. Not measured apart.
-constexpr int32_t SPINS = 4000;
+// A number that threads wait for to change: they look at it for a while, and then sleep.
+class Round {
+ public:
+    int32_t now() const { return number_.load(std::memory_order_acquire); }
+    // Returns once the number is no longer what now() gave.
+    void wait(int32_t before);
+    void next();
+
+ private:
+    std::atomic<int32_t> number_{0}, sleeping_{0};
+    std::mutex mutex_;
+    std::condition_variable changed_;
+};
 
 // Where threads wait for one another.
 class Barrier {
@@ -24,19 +35,41 @@ class Barrier {
     explicit Barrier(int32_t count) : count_(count) {}
     void wait() {
         if (count_ == 1) return;
-        const int32_t round = round_.load(std::memory_order_relaxed);
-        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-            waiting_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
-            return;
-        }
-        for (int32_t spin = 0; round_.load(std::memory_order_acquire) == round; ++spin)
-            if (spin > SPINS) std::this_thread::yield();
+        const int32_t round = round_.now();
+        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 < count_) return round_.wait(round);
+        waiting_.store(0, std::memory_order_relaxed);
+        round_.next();
     }
 
  private:
     const int32_t count_;
-    std::atomic<int32_t> waiting_{0}, round_{0};
+    std::atomic<int32_t> waiting_{0};
+    Round round_;
+};
+
+struct Helper;
+
+// This thread and others, which are kept asleep for the next team when this one is done.
+class Team {
+ public:
+    // Of so many threads, or of fewer where the system gives no more.
+    explicit Team(int32_t count);
+    ~Team();
+    int32_t size() const { return static_cast<int32_t>(helpers_.size()) + 1; }
+
+    // Calls body(i) for i in [0, size()) at the same time, of 0 on this thread.
+    template <class F>
+    void run(const F &body) {
+        start([](const void *context, int32_t i) { (*static_cast<const F *>(context))(i); }, &body);
+        body(0);
+        finish();
+    }
+
+ private:
+    void start(void (*body)(const void *context, int32_t i), const void *context);
+    void finish();
+
+    std::vector<std::shared_ptr<Helper>> helpers_;
 };
 
 // Calls steps(stage, first image, images) for all stages and so many images: before a stage that takes several images
@@ -64,69 +97,60 @@ void over_images(int64_t group, int64_t at, int64_t images, const F &step) {
     for (int64_t i = 0; i < images; ++i) step(at + i, int64_t{1});
 }
 
-// Calls body(i) for i in [0, count) at the same time, each on a thread of its own; returns how many ran. Threads that
-// the system does not give are left out: body(i, n) learns how many there are.
-template <class F>
-void together(int32_t count, const F &body) {
-    std::atomic<int32_t> started{0};
-    std::vector<std::thread> helpers;
-    try {
-        for (int32_t i = 1; i < count; ++i) {
-            helpers.emplace_back([&, i] {
-                int32_t n;
-                while ((n = started.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
-                body(i, n);
-            });
-        }
-    } catch (const std::system_error &) {
-        // fewer do the work
-    }
-    const int32_t n = static_cast<int32_t>(helpers.size()) + 1;
-    started.store(n, std::memory_order_release);
-    body(0, n);
-    for (std::thread &helper : helpers) helper.join();
-}
+// The arguments of a run (rarefy_program_run).
+struct Call {
+    const rarefy_buffer *read;
+    int32_t input_count;
+    const rarefy_buffer *written;
+    int32_t output_count;
+    int64_t batch;
+    int32_t threads;
+    double *seconds;
+    int64_t second_count;
+};
 
 // What one thread does of a run: images of its own, or a part of every step on all of them.
 struct Part {
     int32_t thread;
+    float *arena, *scratch;  // the arena is its own, or that of all
+    const float *const *inputs;
+    float *const *outputs;
     int64_t first_image, images;
     int32_t part, parts;  // this thread among those that work on the same images
+    Barrier *barrier;     // of these
 };
 
-// Calls body(part, barrier) at the same time for so many threads, which have images of their own, or not.
-template <class F>
-void share_out(int64_t batch, int32_t threads, bool apart, const F &body) {
-    std::atomic<Barrier *> shared{nullptr};
-    std::unique_ptr<Barrier> barrier;
-    together(threads, [&](int32_t i, int32_t n) {
-        if (apart) {
-            Barrier alone(1);
-            const int64_t first = batch * i / n, last = batch * (i + 1) / n;
-            return body(Part{i, first, last - first, 0, 1}, alone);
-        }
-        if (i == 0) {
-            barrier = std::make_unique<Barrier>(n);
-            shared.store(barrier.get(), std::memory_order_release);
-        }
-        Barrier *all;
-        while (!(all = shared.load(std::memory_order_acquire))) std::this_thread::yield();
-        body(Part{i, 0, batch, i, n}, *all);
-    });
-}
+// An empty string, or what is wrong with a call of a program of so many steps, whose ports take so many numbers an
+// image.
+std::string check_call(const Call &call, int64_t steps, const std::vector<int64_t> &inputs,
+                       const std::vector<int64_t> &outputs);
 
-// An empty string, or which of the caller's buffers does not hold what ports of these sizes take.
-inline std::string check_buffers(const std::vector<int64_t> &sizes, const rarefy_buffer *buffers, int32_t count,
-                                 int64_t batch, const std::string &what) {
-    if (count != static_cast<int32_t>(sizes.size()))
-        return "there must be " + std::to_string(sizes.size()) + " " + what + "s, got " + std::to_string(count);
-    for (int32_t i = 0; i < count; ++i) {
-        const int64_t floats = buffers[i].floats;
-        if (floats < 0 || floats % sizes[i] || floats / sizes[i] != batch || (floats && !buffers[i].data))
-            return what + " " + std::to_string(i) + " must have " + std::to_string(sizes[i]) + " numbers for each of " +
-                   std::to_string(batch) + " images, got " + std::to_string(floats);
+// Calls body(part) at the same time for the parts of a checked call; take() gives a workspace of the pool. False where
+// there is no memory.
+template <class Take, class F>
+bool share_out(const Call &call, Pool &pool, const Take &take, const F &body) {
+    if (call.batch == 0) return true;
+    const int32_t threads = call.seconds ? 1 : call.threads;
+    const bool apart = rarefy_program::threads_own_images(call.batch, threads);
+    std::vector<Workspace> spaces;
+    std::vector<const float *> inputs;
+    std::vector<float *> outputs;
+    for (int32_t i = 0; i < threads; ++i) {
+        spaces.push_back(take());
+        if (!spaces.back().memory) return false;
     }
-    return "";
+    for (int32_t i = 0; i < call.input_count; ++i) inputs.push_back(call.read[i].data);
+    for (int32_t i = 0; i < call.output_count; ++i) outputs.push_back(call.written[i].data);
+    Team team(threads);
+    Barrier all(team.size()), alone(1);
+    team.run([&](int32_t i) {
+        const int32_t n = team.size();
+        const int64_t first = apart ? call.batch * i / n : 0, last = apart ? call.batch * (i + 1) / n : call.batch;
+        body(Part{i, spaces[apart ? i : 0].arena, spaces[i].scratch, inputs.data(), outputs.data(), first, last - first,
+                  apart ? 0 : i, apart ? 1 : n, apart ? &alone : &all});
+    });
+    pool.give(std::move(spaces));
+    return true;
 }
 
 }  // namespace rarefy::engine

@@ -152,10 +152,6 @@ RAREFY_API int32_t rarefy_int8_run(const rarefy_int8_program *program, const rar
                                    const rarefy_buffer *written, int32_t output_count, int64_t batch, int32_t threads,
                                    double *seconds, int64_t second_count, char *error, int64_t size) {
     using namespace rarefy::engine;
-    if (batch < 0 || threads < 1 || threads > MOST_THREADS)
-        return fail(error, size, "batch must be at least 0 and threads between 1 and 1024");
-    if (seconds && second_count != static_cast<int64_t>(program->graph.nodes.size()))
-        return fail(error, size, "there must be a number of seconds for each step");
     const auto sizes = [&](const std::vector<int32_t> &ports) {
         std::vector<int64_t> all;
         for (const int32_t port : ports) {
@@ -164,48 +160,37 @@ RAREFY_API int32_t rarefy_int8_run(const rarefy_int8_program *program, const rar
         }
         return all;
     };
-    std::string wrong = check_buffers(sizes(program->inputs), read, input_count, batch, "input");
-    if (wrong.empty()) wrong = check_buffers(sizes(program->outputs), written, output_count, batch, "output");
-    if (!wrong.empty()) return fail(error, size, wrong);
-    if (batch == 0) return 0;
-    if (seconds) threads = 1;
-    try {
-        std::vector<const float *> inputs;
-        std::vector<float *> outputs;
-        for (int32_t i = 0; i < input_count; ++i) inputs.push_back(read[i].data);
-        for (int32_t i = 0; i < output_count; ++i) outputs.push_back(written[i].data);
-        const bool apart = rarefy_program::threads_own_images(batch, threads);
-        std::vector<Workspace> spaces;
-        for (int32_t i = 0; i < threads; ++i) {
-            spaces.push_back(program->pool.take(program->scratch_bytes / 4, (program->arena_bytes + 3) / 4));
-            if (!spaces.back().memory) return 1;
-        }
-        share_out(batch, threads, apart, [&](const Part &part, Barrier &barrier) {
-            const rarefy::int8::Frame frame{program,
-                                            reinterpret_cast<uint8_t *>(spaces[apart ? part.thread : 0].arena),
-                                            reinterpret_cast<uint8_t *>(spaces[part.thread].scratch),
-                                            inputs.data(),
-                                            outputs.data(),
-                                            part.first_image,
-                                            part.part,
-                                            part.parts};
-            over_stages(program->stages, part.images, [&](const Stage &stage, int64_t at, int64_t images) {
-                for (int32_t i = stage.first; i < stage.last; ++i) {
-                    const auto &step = program->steps[i];
-                    over_images(stage.group, at, images, [&](int64_t first, int64_t some) {
-                        const double before = seconds ? thread_seconds() : 0.0;
-                        run_step(frame, step, first, some);
-                        if (seconds) seconds[step.source] += thread_seconds() - before;
-                        barrier.wait();
-                    });
-                }
-            });
+    const Call call{read, input_count, written, output_count, batch, threads, seconds, second_count};
+    const auto take = [&] { return program->pool.take(program->scratch_bytes / 4, (program->arena_bytes + 3) / 4); };
+    const auto run = [&](const Part &part) {
+        const rarefy::int8::Frame frame{program,
+                                        reinterpret_cast<uint8_t *>(part.arena),
+                                        reinterpret_cast<uint8_t *>(part.scratch),
+                                        part.inputs,
+                                        part.outputs,
+                                        part.first_image,
+                                        part.part,
+                                        part.parts};
+        over_stages(program->stages, part.images, [&](const Stage &stage, int64_t at, int64_t images) {
+            for (int32_t i = stage.first; i < stage.last; ++i) {
+                const auto &step = program->steps[i];
+                over_images(stage.group, at, images, [&](int64_t first, int64_t some) {
+                    const double before = seconds ? thread_seconds() : 0.0;
+                    run_step(frame, step, first, some);
+                    if (seconds) seconds[step.source] += thread_seconds() - before;
+                    part.barrier->wait();
+                });
+            }
         });
-        program->pool.give(std::move(spaces));
+    };
+    try {
+        const std::string wrong = check_call(call, static_cast<int64_t>(program->graph.nodes.size()),
+                                             sizes(program->inputs), sizes(program->outputs));
+        if (!wrong.empty()) return fail(error, size, wrong);
+        return share_out(call, program->pool, take, run) ? 0 : 1;
     } catch (const std::bad_alloc &) {
         return 1;
     }
-    return 0;
 }
 
 RAREFY_API void rarefy_int8_describe(const rarefy_int8_program *program, rarefy_program_info *info) {
