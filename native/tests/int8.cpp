@@ -245,7 +245,7 @@ class Network {
         c.weights = static_cast<int64_t>(weight.size());
         rarefy_int8_result r = any();
         r.rows = c.out_channels;
-        r.layout = one_of({0, 1, 2});
+        r.layout = one_of({0, 1, 2, 3});
         r.other = factor(255.0);
         Floats multipliers, biases;
         for (int64_t row = 0; row < r.rows; ++row) {
@@ -329,9 +329,10 @@ class Network {
 
 // What a program does with kernels of its instruction set: convolutions in each way that there is, and what else goes
 // by whole vectors.
-enum Way { SINGLE, BLOCKS, DENSE_VECTOR, SINGLE_VECTOR, BLOCK_VECTOR, STRIDE, TABLE, INPUT, OUTPUT, WAYS };
+enum Way { SINGLE, BLOCKS, DENSE, DENSE_VECTOR, SINGLE_VECTOR, BLOCK_VECTOR, STRIDE, TABLE, INPUT, OUTPUT, WAYS };
 const char *const WAY_NAMES[WAYS] = {"of single weights",
                                      "of blocks",
+                                     "of all weights",
                                      "of a vector and all weights",
                                      "of a vector and single weights",
                                      "of a vector and blocks",
@@ -349,13 +350,13 @@ struct Counts {
         has_blocks = program->kernels->rows[rarefy::int8::BLOCKS][1] != nullptr;
         for (const rarefy::int8::Step &s : program->steps) {
             const Kind kind = s.node.kind;
-            const bool blocks = s.layout == rarefy::int8::BLOCKS;
+            const bool blocks = s.layout == rarefy::int8::BLOCKS, dense = s.layout == rarefy::int8::DENSE;
             const auto whole = [&](int64_t n) { return n >= program->kernels->pixels; };
             const rarefy::int8::Shape &x = program->values[s.node.x >= 0 ? s.node.x : s.node.out].shape;
             const bool last = s.node.layout == RAREFY_CHANNELS_LAST && x.pixels() > 1 && whole(x.channels);
             if (s.copy) ran[STRIDE] += s.node.window.stride[1] == 2 && whole(s.node.window.out_w);
-            else if (kind == Kind::CONV && !s.vector) ++ran[blocks ? BLOCKS : SINGLE];
-            else if (kind == Kind::CONV) ++ran[s.dense ? DENSE_VECTOR : blocks ? BLOCK_VECTOR : SINGLE_VECTOR];
+            else if (kind == Kind::CONV && !s.vector) ++ran[dense ? DENSE : blocks ? BLOCKS : SINGLE];
+            else if (kind == Kind::CONV) ++ran[dense ? DENSE_VECTOR : blocks ? BLOCK_VECTOR : SINGLE_VECTOR];
             else if (kind == Kind::AFFINE) ran[TABLE] += whole(x.width);
             else if (kind == Kind::INPUT) ran[INPUT] += last;
             else if (kind == Kind::OUTPUT) ran[OUTPUT] += last;
@@ -401,7 +402,8 @@ int main(int argc, char **argv) {
                     static_cast<long long>(c.comparisons));
         for (int32_t way = 0; way < WAYS; ++way) {
             std::printf("%s %lld %s", way ? "," : "", static_cast<long long>(c.ran[way]), WAY_NAMES[way]);
-            expect(c.ran[way] || (way == BLOCKS && !c.has_blocks), isa + ": there were none " + WAY_NAMES[way]);
+            expect(c.ran[way] || ((way == BLOCKS || way == DENSE) && !c.has_blocks),
+                   isa + ": there were none " + WAY_NAMES[way]);
         }
         std::printf("\n");
     }

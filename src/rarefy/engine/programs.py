@@ -326,8 +326,8 @@ class Program:
         return data
 
 
-#: How an int8 convolution takes its weights: any four that are not zero, or those of four channels together.
-Layout = Literal["quads", "blocks"]
+#: How an int8 layer takes its weights: any four that are not zero, those of four channels together, or all of them.
+Layout = Literal["quads", "blocks", "dense"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 

@@ -55,9 +55,11 @@ inline I dot(I sum, I x, I w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
 struct Block : Weights {
     using Weights::Weights;
 };
-inline I add_blocks(I sum, const uint8_t *x, const int32_t *o, const Block &w) {
-    return dot(sum, bytes(x + o[0]), w.quad);
-}
+struct Pixels {
+    I x;
+    Pixels(const uint8_t *from, const int32_t *o) : x(bytes(from + o[0])) {}
+};
+inline I add_blocks(I sum, const Pixels &p, const Block &w) { return dot(sum, p.x, w.quad); }
 #else
 constexpr int PAIRS = 1, BLOCKS_AT_ONCE = 2;
 inline I widened(I sum, I pairs) {
@@ -68,10 +70,13 @@ struct Block {
     Weights first, second;
     explicit Block(const int8_t *w) : first(w), second(w + QUAD) {}
 };
-inline I add_blocks(I sum, const uint8_t *x, const int32_t *o, const Block &w) {
-    const I first = RAREFY_V(maddubs_epi16)(bytes(x + o[0]), w.first.quad);
-    const I second = RAREFY_V(maddubs_epi16)(bytes(x + o[1]), w.second.quad);
-    return widened(sum, RAREFY_V(add_epi16)(first, second));
+struct Pixels {
+    I first, second;
+    Pixels(const uint8_t *from, const int32_t *o) : first(bytes(from + o[0])), second(bytes(from + o[1])) {}
+};
+inline I add_blocks(I sum, const Pixels &p, const Block &w) {
+    return widened(sum, RAREFY_V(add_epi16)(RAREFY_V(maddubs_epi16)(p.first, w.first.quad),
+                                            RAREFY_V(maddubs_epi16)(p.second, w.second.quad)));
 }
 #endif
 
@@ -85,11 +90,8 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
     s.a[3] = dot(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23), w.quad);
 }
 
-// The same of pixels that are interleaved already: the sums' vectors are then B / 4 pixels after one another.
-inline __attribute__((always_inline)) void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
-    for (int i = 0; i < 4; ++i) s.a[i] = add_blocks(s.a[i], x + i * B, o, w);
-}
-// Into the order of the others.
+// The same of pixels that are interleaved already: the sums' vectors are then B / 4 pixels after one another. Into the
+// order of the others.
 inline __attribute__((always_inline)) void reorder(Sums &s) {
 #if defined(__AVX512BW__)
     const I even01 = _mm512_shuffle_i32x4(s.a[0], s.a[1], 0x88), odd01 = _mm512_shuffle_i32x4(s.a[0], s.a[1], 0xDD);
@@ -268,9 +270,11 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
 // What is interleaved is centred already.
 typedef Weights Block;
 constexpr int BLOCKS_AT_ONCE = 1;
-inline __attribute__((always_inline)) void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
-    for (int i = 0; i < 4; ++i) s.a[i] = times(s.a[i], bytes(x + o[0] + i * B), w.quad);
-}
+struct Pixels {
+    I x;
+    Pixels(const uint8_t *from, const int32_t *o) : x(bytes(from + o[0])) {}
+};
+inline int32x4_t add_blocks(int32x4_t sum, const Pixels &p, const Block &w) { return times(sum, p.x, w.quad); }
 // For 16 more of what is added up in four lanes.
 inline int32x4_t products(int32x4_t sum, I x, int8x16_t w) { return times(sum, centred(x), w); }
 #else
@@ -410,6 +414,10 @@ inline void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block 
     for (int i = 0; i < B; ++i)
         for (int k = 0; k < QUAD; ++k) s.a[i] += w.w[k] * x[o[0] + QUAD * i + k];
 }
+template <int R>
+inline void add_together(Sums (&s)[R], const uint8_t *x, const int32_t *o, const int8_t *w) {
+    for (int r = 0; r < R; ++r) add_blocks(s[r], x, o, Block(w + r * QUAD));
+}
 inline void reorder(Sums &) {}
 inline void put_interleaved(uint8_t *out, const I &a, const I &b, const I &c, const I &d) {
     for (int i = 0; i < B; ++i) {
@@ -464,4 +472,19 @@ inline void put_floats(const Results &r, float low, float high, float *out) {
     for (int i = 0; i < B; ++i) out[i] = clamped(r.t[i], low, high);
 }
 
+#endif
+
+#if !defined(RAREFY_NO_BLOCKS) && (defined(__AVX2__) || defined(RAREFY_NEON_BUILD))
+inline __attribute__((always_inline)) void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
+    for (int i = 0; i < 4; ++i) s.a[i] = add_blocks(s.a[i], Pixels(x + i * B, o), w);
+}
+// Blocks of R rows, each row's in turn, which share their pixels.
+template <int R>
+inline __attribute__((always_inline)) void add_together(Sums (&s)[R], const uint8_t *x, const int32_t *o,
+                                                        const int8_t *w) {
+    for (int i = 0; i < 4; ++i) {
+        const Pixels pixels(x + i * B, o);
+        for (int r = 0; r < R; ++r) s[r].a[i] = add_blocks(s[r].a[i], pixels, Block(w + r * QUAD * BLOCKS_AT_ONCE));
+    }
+}
 #endif

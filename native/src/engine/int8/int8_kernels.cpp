@@ -47,6 +47,16 @@ struct Blocks {
 };
 #endif
 
+// Makes bytes or floats of the sums of row r, for a vector of the tile's pixels from `at` on.
+inline __attribute__((always_inline)) void finish(const RowsCall &c, int64_t r, int64_t at, const Sums &s) {
+    Results result = results(s, c.multipliers[r], c.biases[r]);
+    if (c.residual) add_bytes(result, c.residual + r * c.residual_stride + at, c.other);
+    if (!c.y) return put_floats(result, c.low, c.high, c.floats + r * c.floats_stride + at);
+    I v = rounded(result, c.low, c.high);
+    if (c.mask) v = select(bytes(c.mask + at), v, byte(c.zero_point));
+    put(c.y + r * c.y_stride + at, v);
+}
+
 // Tiles of T vectors of pixels.
 template <class Quads, int T>
 void rows(const RowsCall *call) {
@@ -60,18 +70,49 @@ void rows(const RowsCall *call) {
         for (; o != end; o += Quads::OFFSETS, w += Quads::WIDTH) Quads::template add<T>(s, c.x, o, w);
         RAREFY_UNROLL for (int t = 0; t < T; ++t) {
             Quads::order(s[t]);
-            Results result = results(s[t], c.multipliers[r], c.biases[r]);
-            if (c.residual) add_bytes(result, c.residual + r * c.residual_stride + t * B, c.other);
-            if (!c.y) {
-                put_floats(result, c.low, c.high, c.floats + r * c.floats_stride + t * B);
-                continue;
-            }
-            I v = rounded(result, c.low, c.high);
-            if (c.mask) v = select(bytes(c.mask + t * B), v, byte(c.zero_point));
-            put(c.y + r * c.y_stride + t * B, v);
+            finish(c, r, t * B, s[t]);
         }
     }
 }
+
+#if !defined(RAREFY_NO_BLOCKS)
+// As many rows of sums at once as there are registers for.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int TOGETHER = 3;
+#else
+constexpr int TOGETHER = 4;
+#endif
+
+// Tiles of one vector of pixels, some rows at once.
+void dense_rows(const RowsCall *call) {
+    const RowsCall c = *call;
+    const int64_t *start = c.shared_starts;
+    for (int64_t row = -c.skipped; row < c.rows; row += TOGETHER, ++start) {
+        Sums s[TOGETHER], all[TOGETHER];
+        RAREFY_UNROLL for (int r = 0; r < TOGETHER; ++r) {
+            const int64_t there = row + r < 0 ? 0 : row + r < c.rows ? row + r : c.rows - 1;
+            s[r] = sums_of(c.first[there]);
+        }
+        const int32_t *o = c.shared_offsets + start[0] * BLOCKS_AT_ONCE,
+                      *end = c.shared_offsets + start[1] * BLOCKS_AT_ONCE;
+        const int8_t *w = c.shared + start[0] * Blocks::WIDTH * TOGETHER;
+        for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH * TOGETHER) add_together(s, c.x, o, w);
+        RAREFY_UNROLL for (int r = 0; r < TOGETHER; ++r) all[r] = s[r];
+        const int64_t last = c.rows - row < TOGETHER ? c.rows - row : TOGETHER;
+        for (int64_t r = row < 0 ? -row : 0; r < last; ++r) {
+            Sums own = all[r];
+            if (c.starts) {
+                o = c.offsets + c.starts[row + r] * BLOCKS_AT_ONCE;
+                end = c.offsets + c.starts[row + r + 1] * BLOCKS_AT_ONCE;
+                w = c.weights + c.starts[row + r] * Blocks::WIDTH;
+                for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH) add_blocks(own, c.x, o, Block(w));
+            }
+            reorder(own);
+            finish(c, row + r, 0, own);
+        }
+    }
+}
+#endif
 
 void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n) {
     const uint8_t *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
@@ -270,6 +311,8 @@ Kernels make() {
     put_tiles<Any>(k.rows[ANY]);
 #if !defined(RAREFY_NO_BLOCKS)
     put_tiles<Blocks>(k.rows[BLOCKS]);
+    k.rows[DENSE][1] = dense_rows;
+    k.together = TOGETHER;
 #endif
     k.interleave = interleave;
     k.every = every;

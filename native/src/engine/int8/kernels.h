@@ -19,10 +19,13 @@
 // turn the first bit of every pixel, which makes x - 128 of it (`centre`), and what a row's sums begin from is so much
 // larger that they come to the same, whatever the pixel.
 //
-// Where weights come in blocks of four channels at one kernel position, or are dense, the planes of four channels are
-// interleaved beforehand instead. With `pairs` two blocks are taken together, whose sums are added in 16 bits: what is
-// positive of their first pairs adds up to at most 128, and so on; a block whose own pairs add up to more is taken as
-// two, each with one weight of each pair.
+// Where weights come in blocks of four channels at one kernel position the planes of four channels are interleaved
+// beforehand instead. With `pairs` two blocks are taken together, whose sums are added in 16 bits: what is positive of
+// their first pairs adds up to at most 128, and so on; a block whose own pairs add up to more is taken as two, each
+// with one weight of each pair.
+//
+// Dense weights are such blocks, too, taken for some rows at once, which share the pixels; with `pairs`, what does not
+// fit in 16 bits with the others is left to each row's own blocks.
 #pragma once
 
 #include <stdint.h>
@@ -30,7 +33,7 @@
 namespace rarefy {
 namespace int8 {
 
-enum Layout { ANY, BLOCKS, LAYOUTS };
+enum Layout { ANY, BLOCKS, DENSE, LAYOUTS };
 enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, PAIR_LIMIT = 128, ROWS = 4, PART = 16 };
 
 // Rows of results for one tile of pixels.
@@ -38,8 +41,14 @@ struct RowsCall {
     const uint8_t *x;        // the tile's pixels in the first plane
     const int8_t *weights;   // four of each quad
     const int32_t *offsets;  // four of each quad, or of BLOCKS one
-    const int64_t *starts;   // first quad of every row, and the number of quads; of BLOCKS with pairs, of two
-    const int32_t *first;    // what each row's sums begin from
+    const int64_t *starts;   // first quad of every row, and the number of quads; of BLOCKS with pairs, of two. Null
+                             // where DENSE leaves none
+    // DENSE: of all rows of a group at once, each row's in turn; first of every group
+    const int8_t *shared;
+    const int32_t *shared_offsets;
+    const int64_t *shared_starts;
+    int64_t skipped;       // DENSE: rows of the first group before the first one
+    const int32_t *first;  // what each row's sums begin from
     int64_t rows;
     const float *multipliers, *biases;
     float low, high;
@@ -67,11 +76,12 @@ struct Combination {
 };
 
 struct Kernels {
-    int32_t pixels;  // of a vector
-    int32_t pairs;   // 1: the sums of pairs saturate
-    int32_t centre;  // the sums of rows and of dot are those of w (x - centre)
-    // for weights as they come, and in blocks, which not all have; for tiles of 1 .. MOST_TILE vectors, null where
-    // there is none
+    int32_t pixels;    // of a vector
+    int32_t pairs;     // 1: the sums of pairs saturate
+    int32_t together;  // DENSE: rows of a group
+    int32_t centre;    // the sums of rows and of dot are those of w (x - centre)
+    // for weights as they come, in blocks and dense, which not all have; for tiles of 1 .. MOST_TILE vectors, null
+    // where there is none
     Rows *rows[LAYOUTS][MOST_TILE + 1];
     // out[4 i + k] = planes[k][i], centred, for n pixels
     void (*interleave)(const uint8_t *const *planes, uint8_t *out, int64_t n);

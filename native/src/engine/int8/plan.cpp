@@ -115,7 +115,7 @@ class Planner {
             step.vector = of_vectors(program_.graph, n, step.group);
             step.layout = layouts_[i];
             if (in_place(n.window) && n.window.taps() > 1) program_.values[n.x].around = true;
-            if (!in_place(n.window) || (step.layout == BLOCKS && !step.vector)) step.node.x = copy(step);
+            if (!in_place(n.window) || (step.layout != ANY && !step.vector)) step.node.x = copy(step);
         }
         if (n.kind == Kind::INPUT) program_.inputs.push_back(static_cast<int32_t>(program_.steps.size()));
         if (n.kind == Kind::OUTPUT) program_.outputs.push_back(static_cast<int32_t>(program_.steps.size()));
@@ -141,7 +141,7 @@ class Planner {
         Value v =
             value_of({static_cast<int32_t>(std::min(channels, MOST_BYTES - 1)), w.out_h, w.out_w}, conv.group, sizes_);
         v.around = true;
-        v.interleaved = conv.layout == BLOCKS;
+        v.interleaved = conv.layout != ANY;
         v.zero_point = program_.values[conv.node.x].zero_point;
         for (size_t i = static_cast<size_t>(begun_); i < program_.steps.size(); ++i)
             if (program_.steps[i].copy && alike(program_.steps[i], step, v)) return program_.steps[i].node.out;

@@ -71,7 +71,7 @@ std::string check(const Graph &graph, const rarefy_int8_result *steps) {
 // What a thread needs beside the arena: a line of a vector's channels, of a pooling's sums, of a factor, or some rows
 // of results.
 int64_t scratch_of(const rarefy_int8_program &program) {
-    int64_t bytes = 16 * int64_t{MOST_TILE} * MOST_PIXELS * static_cast<int64_t>(sizeof(float));
+    int64_t bytes = SOME_ROWS * int64_t{MOST_TILE} * MOST_PIXELS * static_cast<int64_t>(sizeof(float));
     for (const Step &step : program.steps) {
         if (step.node.kind == Kind::POOL) {
             const Window &w = step.node.window;
@@ -199,8 +199,7 @@ RAREFY_API void rarefy_int8_describe(const rarefy_int8_program *program, rarefy_
     info->outputs = static_cast<int32_t>(program->outputs.size());
     info->steps = static_cast<int32_t>(program->graph.nodes.size());
     info->group = program->stages.back().group;
-    for (const Step &step : program->steps)
-        info->weight_bytes += step.weights.bytes() + static_cast<int64_t>(12 * step.multipliers.size());
+    for (const Step &step : program->steps) info->weight_bytes += step.weight_bytes();
     info->scratch_bytes = program->arena_bytes + program->scratch_bytes;
     std::snprintf(info->isa, sizeof info->isa, "%s", program->isa.c_str());
 }
@@ -219,16 +218,13 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     const std::vector<int32_t> &operands = graph.operands[i];
     put(graph.values[n.x >= 0 ? n.x : operands.empty() ? n.out : operands[0]], info->x_shape);
     if (n.kind != Kind::CONV) return 0;
-    info->weight_bytes = found->weights.bytes() + static_cast<int64_t>(12 * found->multipliers.size());
-    std::snprintf(info->kernel, sizeof info->kernel, "int8 %s",
-                  found->vector && found->dense ? "dense vector"
-                  : found->layout == BLOCKS     ? (found->vector ? "vector of blocks" : "blocks")
-                                                : (found->vector ? "vector" : "quads"));
+    info->weight_bytes = found->weight_bytes();
+    static const char *const NAMES[LAYOUTS][2] = {
+        {"quads", "vector"}, {"blocks", "vector of blocks"}, {"dense", "dense vector"}};
+    std::snprintf(info->kernel, sizeof info->kernel, "int8 %s", NAMES[found->layout][found->vector]);
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
-    info->stored = found->vector
-                       ? static_cast<int64_t>(found->weights.values.size())
-                       : static_cast<int64_t>(found->weights.offsets.size()) * (found->layout == BLOCKS ? QUAD : 1);
+    info->stored = static_cast<int64_t>(found->weights.values.size() + found->shared.values.size());
     const int64_t pixels = graph.values[n.out].pixels();
     info->macs = info->nonzeros * pixels;
     info->dense_macs = info->weights * pixels;

@@ -43,7 +43,8 @@ struct Value {
     int64_t margin() const { return gaps.rows * row() + gaps.columns; }
 };
 
-// The weights of a convolution that are not zero: as quads of every row, or of vectors as numbers for dot products.
+// The weights of a convolution: as quads of every row, as quads of groups of rows, or of vectors as numbers for dot
+// products. Those that are zero are left out, where they are not among others.
 struct Weights {
     std::vector<int8_t> values;
     std::vector<int32_t> offsets;  // of quads
@@ -60,6 +61,10 @@ struct Reach {
     bool operator==(const Reach &other) const { return low == other.low && high == other.high; }
 };
 
+// Rows of results that are first written elsewhere, since their planes are shorter than vectors are: whole groups, of
+// three rows or of four.
+enum { SOME_ROWS = 24 };
+
 struct Step {
     Node node;                   // with the values of the program, not of the builder
     int32_t source;              // the builder's step
@@ -68,16 +73,20 @@ struct Step {
     std::vector<int32_t> which;  // copy: the phases that are there, stride[1] * row + column
     Reach reach[2];              // copy: of the kernel
     std::vector<int32_t> operands;
-    rarefy_int8_result result;           // its pointers are not used
-    Layout layout = ANY;                 // conv
-    bool vector = false, dense = false;  // conv: by dot products, with all weights
-    Weights weights;
+    rarefy_int8_result result;   // its pointers are not used
+    Layout layout = ANY;         // conv
+    bool vector = false;         // conv: by dot products
+    Weights weights, shared;     // of DENSE, what the rows of a group share, and what is left of each
     std::vector<int32_t> first;  // conv: (what the kernels take from pixels - zero_x) * the sum of a row's weights
     std::vector<float> multipliers, biases;
     std::vector<uint8_t> table;
     std::vector<uint8_t> mask_one, mask_group;  // conv: pixels among the positions of one image and of a group's, where
                                                 // the gaps between them are read
     int64_t total_weights = 0, nonzeros = 0;
+
+    int64_t weight_bytes() const {
+        return weights.bytes() + shared.bytes() + 12 * static_cast<int64_t>(multipliers.size());
+    }
 };
 
 }  // namespace rarefy::int8
@@ -123,6 +132,20 @@ Tap tap_of(const Window &window, int axis, int32_t k);
 
 // The phases of x that a convolution's kernel meets, stride[1] * row + column, sorted.
 std::vector<int32_t> phases_of(const Window &window);
+
+// Where a phase of a channel lies among the planes of a copy.
+struct Planes {
+    int64_t channels, phases;
+    // Four channels at one position are a block, which are then the same phase; fewer make blocks with their phases.
+    bool by_phase;
+    Planes(int64_t all, int64_t of, bool interleaved)
+        : channels(all), phases(of), by_phase(interleaved && all % QUAD == 0) {}
+    int64_t plane(int64_t channel, int64_t phase) const {
+        return by_phase ? phase * channels + channel : channel * phases + phase;
+    }
+    int64_t channel(int64_t plane) const { return by_phase ? plane % channels : plane / phases; }
+    int64_t phase(int64_t plane) const { return by_phase ? plane / channels : plane % phases; }
+};
 
 // Whether a convolution reads the planes of x as they lie, without a copy.
 bool in_place(const Window &window);

@@ -75,9 +75,6 @@ void fill_gaps(const View &y, int64_t c, int64_t at, int64_t images) {
     }
 }
 
-// Rows of results that are first written elsewhere, since their planes are shorter than vectors are.
-enum { SOME_ROWS = 16 };
-
 void vector(const Frame &f, const Step &s, int64_t at) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const int64_t channels = x.value->shape.channels;
@@ -91,7 +88,7 @@ void vector(const Frame &f, const Step &s, int64_t at) {
     int32_t sums[ROWS];
     for (int64_t r = mine.from; r < mine.to; ++r) {
         const int64_t n = r % ROWS;
-        if (s.dense) {
+        if (s.layout == DENSE) {
             const int64_t count = s.weights.starts[1];
             if (n == 0 || r == mine.from) k.dots(line, s.weights.values.data() + (r - n) * count, count, sums);
         } else {
@@ -121,6 +118,8 @@ class Conv {
         mask_ = mask.empty() ? nullptr : mask.data();
         if (s.node.other_operand >= 0) residual_ = view(f, s.node.other_operand, at);
         if (y_.value->floats) floats_ = floats(f, y_);
+        call_.shared = s.shared.values.data();
+        call_.shared_offsets = s.shared.offsets.data();
         call_.weights = s.weights.values.data();
         call_.offsets = s.weights.offsets.data();
         call_.low = s.result.low;
@@ -160,8 +159,12 @@ class Conv {
 
     void call(Rows *kernel, int64_t position, int64_t from, int64_t to) {
         if (from >= to) return;
-        call_.x = x_.at + position * (s_.layout == BLOCKS ? QUAD : 1);
-        call_.starts = s_.weights.starts.data() + from;
+        call_.x = x_.at + position * (s_.layout == ANY ? 1 : QUAD);
+        call_.starts = s_.weights.starts.empty() ? nullptr : s_.weights.starts.data() + from;
+        if (s_.layout == DENSE) {
+            call_.shared_starts = s_.shared.starts.data() + from / kernels_.together;
+            call_.skipped = from % kernels_.together;
+        }
         call_.first = s_.first.data() + from;
         call_.rows = to - from;
         call_.multipliers = s_.multipliers.data() + from;
@@ -222,11 +225,11 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
 
 // What a phase of a stride sees of a plane of x, with zero points around it as far as the kernel reaches, in one of a
 // copy's planes, whose first pixel is at `first`.
-void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, int64_t plane, int64_t image,
-              uint8_t *first) {
+void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, const Planes &planes, int64_t plane,
+              int64_t image, uint8_t *first) {
     const Window &w = s.node.window;
-    const int64_t count = static_cast<int64_t>(s.which.size());
-    const int32_t phase = s.which[plane % count], first_y = phase / w.stride[1], first_x = phase % w.stride[1];
+    const int32_t phase = s.which[static_cast<size_t>(planes.phase(plane))], first_y = phase / w.stride[1],
+                  first_x = phase % w.stride[1];
     const int64_t columns = first_x < w.in_w ? (w.in_w - first_x - 1) / w.stride[1] + 1 : 0;
     const int64_t lines = first_y < w.in_h ? (w.in_h - first_y - 1) / w.stride[0] + 1 : 0;
     // what a kernel meets beyond the last pixel of the result may be pixels, too
@@ -235,18 +238,19 @@ void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, int
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
                   after = s.reach[0].high * to.row() + s.reach[1].high;
     std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
-    f.program->kernels->every(x.line(plane / count, image, first_y) + first_x, w.stride[0] * x.value->row(),
+    f.program->kernels->every(x.line(planes.channel(plane), image, first_y) + first_x, w.stride[0] * x.value->row(),
                               w.stride[1], first, to.row(), n, rows);
 }
 
 void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
     const Value &to = *y.value;
+    const int64_t count = static_cast<int64_t>(s.which.size());
+    const Planes order(x.value->shape.channels, count, to.interleaved);
     if (!to.interleaved) {
-        const int64_t count = static_cast<int64_t>(s.which.size());
         const Share mine(f, x.value->shape.channels);
         for (int64_t plane = mine.from * count; plane < mine.to * count; ++plane)
-            for (int64_t i = 0; i < images; ++i) phase_of(f, s, x, to, plane, i, y.line(plane, i, 0));
+            for (int64_t i = 0; i < images; ++i) phase_of(f, s, x, to, order, plane, i, y.line(plane, i, 0));
         return;
     }
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
@@ -263,7 +267,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
                     continue;
                 }
                 uint8_t *some = f.scratch + k * length;
-                phase_of(f, s, x, to, plane, i, some + before);
+                phase_of(f, s, x, to, order, plane, i, some + before);
                 planes[k] = some;
             }
             uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + (at % to.group + i) * to.image() - before);

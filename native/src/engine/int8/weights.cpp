@@ -87,16 +87,16 @@ class QuadMaker {
 
 // Where the kernel positions of a channel lie: in which of its phases, and how far from the pixel.
 struct Lines {
-    int32_t phases;
+    Planes planes;
     int64_t stride;
     int64_t row;
     std::vector<int32_t> phase;
     std::vector<Tap> down, along;
 
-    // x is the value that the kernels read.
-    Lines(const Window &w, const Value &x) : stride(x.stride), row(x.row()) {
+    // x is the value that the kernels read, of so many channels.
+    Lines(const Window &w, const Value &x, int64_t channels)
+        : planes(channels, static_cast<int64_t>(phases_of(w).size()), x.interleaved), stride(x.stride), row(x.row()) {
         const std::vector<int32_t> which = phases_of(w);
-        phases = static_cast<int32_t>(which.size());
         for (int32_t ky = 0; ky < w.kernel[0]; ++ky)
             for (int32_t kx = 0; kx < w.kernel[1]; ++kx) {
                 const Tap ty = tap_of(w, 0, ky), tx = tap_of(w, 1, kx);
@@ -123,7 +123,7 @@ std::vector<Tapped> taps_of(const engine::Matrix &m, const Lines &lines, const f
             const int32_t value = static_cast<int32_t>(weight[int64_t{c} * m.taps + k]);
             if (value)
                 all.push_back(
-                    {(first + c) * lines.phases + lines.phase[k], lines.down[k].shift, lines.along[k].shift, value});
+                    {lines.planes.plane(first + c, lines.phase[k]), lines.down[k].shift, lines.along[k].shift, value});
         }
     return all;
 }
@@ -152,20 +152,25 @@ class Loads {
     std::array<int32_t, QUAD> load_ = {};
 };
 
-// Weights in blocks of four planes at one shift; with pairs two blocks at a time, where two are left that may be added.
+// The weights of a row in blocks of four planes at one shift.
+std::vector<Quad> quads_of(const Lines &lines, const std::vector<Tapped> &taps) {
+    std::map<std::tuple<int64_t, int32_t, int32_t>, std::array<int8_t, QUAD>> blocks;
+    for (const Tapped &t : taps)
+        blocks[{t.plane / QUAD, t.rows, t.columns}][t.plane % QUAD] = static_cast<int8_t>(t.value);
+    std::vector<Quad> quads;
+    for (const auto &[at, w] : blocks) {
+        const auto [block, rows, columns] = at;
+        quads.push_back({static_cast<int32_t>(QUAD * (block * lines.stride + rows * lines.row + columns)), w});
+    }
+    return quads;
+}
+
+// Takes blocks one by one; with pairs two at a time, where two are left that may be added.
 class BlockMaker {
  public:
-    BlockMaker(const Lines &lines, bool pairs) : lines_(lines), pairs_(pairs) { out_.starts.push_back(0); }
+    explicit BlockMaker(bool pairs) : pairs_(pairs) { out_.starts.push_back(0); }
 
-    void row(const std::vector<Tapped> &taps) {
-        std::map<std::tuple<int64_t, int32_t, int32_t>, std::array<int8_t, QUAD>> blocks;
-        for (const Tapped &t : taps)
-            blocks[{t.plane / QUAD, t.rows, t.columns}][t.plane % QUAD] = static_cast<int8_t>(t.value);
-        std::vector<Quad> quads;
-        for (const auto &[at, w] : blocks) {
-            const auto [block, rows, columns] = at;
-            quads.push_back({static_cast<int32_t>(QUAD * (block * lines_.stride + rows * lines_.row + columns)), w});
-        }
+    void row(std::vector<Quad> quads) {
         if (pairs_) quads = in_twos(quads);
         for (const Quad &quad : quads) {
             out_.offsets.push_back(quad.offset);
@@ -212,9 +217,133 @@ class BlockMaker {
         return out;
     }
 
-    const Lines &lines_;
     const bool pairs_;
     Weights out_;
+};
+
+// Takes the blocks of some rows together, each for all of them. With pairs two at a time, chosen such that few rows
+// have weights that may not be added to the others of a pair; those are left to the row alone.
+class GroupMaker {
+ public:
+    explicit GroupMaker(bool pairs) : pairs_(pairs), own_(pairs) { shared_.starts.push_back(0); }
+
+    // The first `there` of these rows are rows of results.
+    void group(const std::vector<std::vector<Quad>> &rows, int32_t there) {
+        rows_ = rows.size();
+        // Where lines are shorter than a kernel is wide, several of its positions lie at one offset.
+        std::map<std::pair<int32_t, int32_t>, Shared> at;
+        for (size_t r = 0; r < rows_; ++r) {
+            std::map<int32_t, int32_t> times;
+            for (const Quad &quad : rows[r]) {
+                Shared &block = at[{quad.offset, times[quad.offset]++}];
+                block.offset = quad.offset;
+                block.w[r] = quad.w;
+            }
+        }
+        std::vector<Shared> all;
+        for (const auto &found : at) all.push_back(found.second);
+        left_.assign(rows_, {});
+        if (pairs_) all = in_twos(all);
+        const size_t batch = pairs_ ? 2 : 1;
+        for (size_t i = 0; i < all.size(); i += batch) {
+            for (size_t b = i; b < i + batch; ++b) shared_.offsets.push_back(all[b].offset);
+            for (size_t r = 0; r < rows_; ++r)
+                for (size_t b = i; b < i + batch; ++b)
+                    shared_.values.insert(shared_.values.end(), all[b].w[r].begin(), all[b].w[r].end());
+        }
+        shared_.starts.push_back(static_cast<int64_t>(shared_.offsets.size() / batch));
+        for (int32_t r = 0; r < there; ++r) own_.row(left_[static_cast<size_t>(r)]);
+    }
+
+    void make(Weights &shared, Weights &own) {
+        shared = std::move(shared_);
+        if (pairs_) own = own_.make();
+    }
+
+ private:
+    enum { MOST_ROWS = 4, TRIES = 32 };  // for the largest block that one fits with in all rows
+
+    struct Shared {
+        int32_t offset = 0;
+        std::array<std::array<int8_t, QUAD>, MOST_ROWS> w = {};
+    };
+    struct Loaded {
+        Shared block;
+        std::vector<Loads> loads;
+        int32_t most = 0;
+    };
+
+    // A block of which each row's pairs fit: the smaller weight of one that does not is left to the row.
+    Loaded loaded(const Shared &given) {
+        Loaded made{given, {}, 0};
+        for (size_t r = 0; r < rows_; ++r) {
+            std::array<int8_t, QUAD> &w = made.block.w[r], rest = {};
+            for (size_t k = 0; k < QUAD; k += 2) {
+                const bool fits = (w[k] < 0) != (w[k + 1] < 0) || std::abs(w[k] + w[k + 1]) <= PAIR_LIMIT;
+                const size_t smaller = k + (std::abs(w[k]) > std::abs(w[k + 1]));
+                if (!fits) std::swap(w[smaller], rest[smaller]);
+            }
+            leave(r, given.offset, rest);
+            made.loads.push_back(Loads({given.offset, w}));
+            made.most = std::max(made.most, made.loads.back().most());
+        }
+        return made;
+    }
+
+    void leave(size_t row, int32_t offset, const std::array<int8_t, QUAD> &w) {
+        if (w != std::array<int8_t, QUAD>{}) left_[row].push_back({offset, w});
+    }
+
+    // Rows in which two blocks do not fit.
+    static int32_t misfits(const Loaded &a, const Loaded &b) {
+        int32_t count = 0;
+        for (size_t r = 0; r < a.loads.size(); ++r) count += !a.loads[r].fits(b.loads[r]);
+        return count;
+    }
+
+    std::vector<Shared> in_twos(const std::vector<Shared> &blocks) {
+        std::vector<Loaded> all;
+        for (const Shared &block : blocks) all.push_back(loaded(block));
+        std::stable_sort(all.begin(), all.end(), [](const Loaded &a, const Loaded &b) { return a.most > b.most; });
+        std::vector<std::pair<Shared, Shared>> twos;
+        std::vector<uint8_t> taken(all.size(), 0);
+        for (size_t i = 0; i < all.size(); ++i) {
+            if (taken[i]) continue;
+            size_t best = i;
+            int32_t least = MOST_ROWS + 1, tries = 0;
+            for (size_t k = i + 1; k < all.size() && tries < TRIES && least > 0; ++k) {
+                if (taken[k]) continue;
+                // the first of those that are left for a half of the tries, then the smallest
+                if (tries++ == TRIES / 2) k = std::max(k, all.size() - TRIES / 2);
+                if (taken[k]) continue;
+                const int32_t count = misfits(all[i], all[k]);
+                if (count < least) best = k, least = count;
+            }
+            twos.push_back({all[i].block, {}});
+            Shared &second = twos.back().second;
+            second.offset = all[i].block.offset;
+            if (best == i) continue;
+            taken[best] = 1;
+            second = all[best].block;
+            for (size_t r = 0; r < rows_; ++r)
+                if (!all[i].loads[r].fits(all[best].loads[r])) {
+                    leave(r, second.offset, second.w[r]);
+                    second.w[r] = {};
+                }
+        }
+        // in the order of memory
+        std::sort(twos.begin(), twos.end(),
+                  [](const auto &a, const auto &b) { return a.first.offset < b.first.offset; });
+        std::vector<Shared> out;
+        for (const auto &two : twos) out.insert(out.end(), {two.first, two.second});
+        return out;
+    }
+
+    const bool pairs_;
+    size_t rows_ = 0;
+    Weights shared_;
+    BlockMaker own_;
+    std::vector<std::vector<Quad>> left_;  // of each row of a group
 };
 
 // Vectors with all their weights: PART of ROWS rows in turn, with zeros where there are no more; a row's length.
@@ -268,6 +397,8 @@ int64_t blocks_of(const engine::Matrix &m, const std::vector<float> &weight) {
 // A block takes this share of the time of four single weights, what interleaving takes among it: 0.63 in the first
 // layer of ResNet-50 on an AMD EPYC with AVX2. With VNNI and with NEON it was not measured.
 constexpr double BLOCK_COST = 0.65;
+// Above this density all weights together take less time than single ones.
+constexpr double DENSE_ABOVE = 0.45;
 // A block takes so many times the time of a single weight in a dot product: 1.01 cycles against 0.81 on the same
 // processor.
 constexpr double VECTOR_BLOCK_COST = 1.2;
@@ -284,9 +415,7 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.total_weights = static_cast<int64_t>(weight.size());
     step.nonzeros = std::count_if(weight.begin(), weight.end(), [](float v) { return v != 0.0f; });
     const int32_t channels = m.channels / m.groups, rows_a_group = m.rows / m.groups;
-    if (step.vector)
-        step.dense = static_cast<double>(step.nonzeros) > VECTOR_DENSE_ABOVE * static_cast<double>(step.total_weights);
-    const int32_t centre = step.vector && !step.dense ? 0 : program.kernels->centre;
+    const int32_t centre = step.vector && step.layout != DENSE ? 0 : program.kernels->centre;
     const int32_t zero = program.values[built.x].zero_point;
     for (int32_t row = 0; row < m.rows; ++row) {
         int32_t sum = 0;
@@ -295,22 +424,34 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
         step.first.push_back((centre - zero) * sum);
     }
     if (step.vector) {
-        step.weights = step.dense ? make_dense(m, weight) : make_vectors(m, weight, step.layout);
+        step.weights = step.layout == DENSE ? make_dense(m, weight) : make_vectors(m, weight, step.layout);
         return;
     }
-    const Lines lines(w, program.values[step.node.x]);
+    const Lines lines(w, program.values[step.node.x], m.channels);
+    const auto taps = [&](int32_t row) {
+        return taps_of(m, lines, weight.data() + int64_t{row} * channels * m.taps, row / rows_a_group * channels);
+    };
     if (step.layout == BLOCKS) {
-        BlockMaker maker(lines, program.kernels->pairs != 0);
-        for (int32_t row = 0; row < m.rows; ++row)
-            maker.row(taps_of(m, lines, weight.data() + int64_t{row} * channels * m.taps, 0));
+        BlockMaker maker(program.kernels->pairs != 0);
+        for (int32_t row = 0; row < m.rows; ++row) maker.row(quads_of(lines, taps(row)));
         step.weights = maker.make();
+        return;
+    }
+    if (step.layout == DENSE) {
+        GroupMaker maker(program.kernels->pairs != 0);
+        for (int32_t row = 0; row < m.rows; row += program.kernels->together) {
+            std::vector<std::vector<Quad>> rows(static_cast<size_t>(program.kernels->together));
+            for (int32_t r = row; r < std::min(m.rows, row + program.kernels->together); ++r)
+                rows[static_cast<size_t>(r - row)] = quads_of(lines, taps(r));
+            maker.group(rows, std::min(m.rows - row, program.kernels->together));
+        }
+        maker.make(step.shared, step.weights);
         return;
     }
     QuadMaker maker(program.kernels->pairs != 0);
     for (int32_t row = 0; row < m.rows; ++row) {
         std::vector<Entry> entries;
-        const float *from = weight.data() + int64_t{row} * channels * m.taps;
-        for (const Tapped &t : taps_of(m, lines, from, row / rows_a_group * channels))
+        for (const Tapped &t : taps(row))
             entries.push_back({static_cast<int32_t>(t.plane * lines.stride + t.rows * lines.row + t.columns), t.value});
         maker.row(entries);
     }
@@ -322,26 +463,24 @@ Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const 
     const engine::Matrix m = engine::matrix_of(graph, node);
     const bool vector = of_vectors(graph, node, group);
     if (m.groups > 1) return ANY;
-    if (!vector && !kernels.rows[BLOCKS][1]) return ANY;
+    if (!vector && !kernels.rows[DENSE][1]) return ANY;
     if (asked > 0) return static_cast<Layout>(asked - 1);
+    const double all = static_cast<double>(weight.size());
+    const double nonzeros = all - static_cast<double>(std::count(weight.begin(), weight.end(), 0.0f));
     if (vector) {
-        const auto zeros = std::count(weight.begin(), weight.end(), 0.0f);
-        const double nonzeros = static_cast<double>(weight.size()) - static_cast<double>(zeros);
+        if (nonzeros > VECTOR_DENSE_ABOVE * all) return DENSE;
         return static_cast<double>(blocks_of(m, weight)) * VECTOR_BLOCK_COST < nonzeros ? BLOCKS : ANY;
     }
+    if (nonzeros > DENSE_ABOVE * all) return DENSE;
     Value unplaced;
     unplaced.shape = {1, 1, 1};
-    const Lines lines(node.window, unplaced);
-    int64_t single = 0, blocks = 0;
-    for (int32_t row = 0; row < m.rows; ++row) {
-        const std::vector<Tapped> taps = taps_of(m, lines, weight.data() + int64_t{row} * m.channels * m.taps, 0);
-        single += static_cast<int64_t>(taps.size());
-        BlockMaker maker(lines, kernels.pairs != 0);
-        maker.row(taps);
-        blocks += static_cast<int64_t>(maker.make().offsets.size());
-    }
-    const double all = static_cast<double>((single + QUAD - 1) / QUAD);
-    return static_cast<double>(blocks) * BLOCK_COST < all ? BLOCKS : ANY;
+    unplaced.interleaved = true;
+    const Lines lines(node.window, unplaced, m.channels);
+    BlockMaker maker(kernels.pairs != 0);
+    for (int32_t row = 0; row < m.rows; ++row)
+        maker.row(quads_of(lines, taps_of(m, lines, weight.data() + int64_t{row} * m.channels * m.taps, 0)));
+    const double blocks = static_cast<double>(maker.make().offsets.size());
+    return blocks * BLOCK_COST < nonzeros / QUAD ? BLOCKS : ANY;
 }
 
 }  // namespace rarefy::int8
