@@ -1,8 +1,9 @@
 """Training by a recipe: ``rarefy train RECIPE`` runs :class:`Classification`."""
 
 try:
-    from rarefy.train.classification import Classification, TrainingDivergedError, TrainingInterruptedError
+    from rarefy.train.classification import Classification
     from rarefy.train.recipe import Recipe, load, parse
+    from rarefy.train.run import TrainingDivergedError, TrainingInterruptedError
 except ModuleNotFoundError as missing:
     if (missing.name or "").startswith("rarefy"):
         raise
