@@ -50,7 +50,7 @@ def test_it_is_the_published_network(layers):
         x = layer(x)[0] + (x if index else 0)
     values = x
 
-    y, _ = model.decoder.first(model.target_embedding(target))
+    y, _ = model.decoder.first(model.source_embedding(target))
     a, context = model.decoder.attention, torch.zeros(3, 4, 8, dtype=torch.float64)
     for b, t in itertools.product(range(3), range(4)):
         scores = [

@@ -172,7 +172,7 @@ class GNMT(nn.Module):
         super().__init__()
         self.padding = padding
         self.source_embedding = nn.Embedding(vocab_size, hidden_size, padding_idx=padding)
-        self.target_embedding = self.source_embedding
+        self.target_embedding: nn.Embedding | None = None  # None is the source's
         if not shared_embedding:
             self.target_embedding = nn.Embedding(vocab_size, hidden_size, padding_idx=padding)
         self.encoder = Encoder(hidden_size, num_layers, dropout, mode)
@@ -192,7 +192,8 @@ class GNMT(nn.Module):
         nn.init.zeros_(attention.bias)
         with torch.no_grad():
             for embedding in (self.source_embedding, self.target_embedding):
-                embedding.weight[self.padding] = 0
+                if embedding is not None:
+                    embedding.weight[self.padding] = 0
 
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
         """Read sentences: tokens (B, S), padded at the end, and how many each has, (B,), at least 1."""
@@ -209,7 +210,8 @@ class GNMT(nn.Module):
         Returns the logits of what follows each, (B, T, vocab_size), the new state, and what the attention looked at,
         (B, T, S).
         """
-        x, states, weights = self.decoder(self.target_embedding(target), memory, state)
+        embedding = self.source_embedding if self.target_embedding is None else self.target_embedding
+        x, states, weights = self.decoder(embedding(target), memory, state)
         return self.output(x), states, weights
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:

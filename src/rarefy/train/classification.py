@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rarefy.data import fashion_mnist
 from rarefy.train.batches import Batches, normalise
-from rarefy.train.recipe import build
+from rarefy.train.recipe import Data, build
 from rarefy.train.run import Run
 
 #: Test images at once.
@@ -22,6 +22,7 @@ class Classification(Run):
 
     def _load_data(self) -> None:
         data, schedule = self.recipe.data, self.recipe.schedule
+        assert isinstance(data, Data)
         with self.accelerator.main_process_first():
             loaded = fashion_mnist.load(data.folder)
         size = data.train_size or len(loaded.train_images)
@@ -64,9 +65,7 @@ class Classification(Run):
             with self.accelerator.accumulate(self.model):
                 output = self.model(self._to_device(x)).float()
                 loss = F.cross_entropy(output, y.to(self.accelerator.device), label_smoothing=smoothing)
-                self.accelerator.backward(loss)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self._step_on(loss)
             self._losses.append(loss.detach())
 
     def _to_device(self, x: Tensor) -> Tensor:

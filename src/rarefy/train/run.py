@@ -149,6 +149,23 @@ class Run(ABC):
     def _evaluate(self) -> dict[str, float]:
         """Return the metrics of the model as it is, over all processes: the same in each."""
 
+    def _beside(self) -> dict[str, str]:
+        """Return the files, by name, that the run needs besides its recipe to be resumed or used."""
+        return {}
+
+    def _results(self) -> dict[str, Any]:
+        """Return what else the summary holds of the finished model; called in the main process alone."""
+        return {}
+
+    def _step_on(self, loss: Tensor) -> None:
+        """Take the gradient of a micro-batch's loss, and after the last one of a step move."""
+        self.accelerator.backward(loss)
+        clip = self.recipe.optimizer.clip_norm
+        if clip is not None and self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.plain_model.parameters(), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     # Setting up
 
     def _build(self) -> None:
@@ -161,7 +178,7 @@ class Run(ABC):
         if options.get("target_ms") is not None:
             self.latency = options["latency"] = self._measure(model, options.get("block", 1))
         model = model.to(self.accelerator.device)
-        if recipe.channels_last:
+        if recipe.channels_last and any(p.dim() == 4 for p in model.parameters()):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sparsifier: Sparsifier | None = None
         if recipe.method.name != "dense":
@@ -212,6 +229,8 @@ class Run(ABC):
                 self.folder.write_json("environment.json", about)
                 if self.latency is not None:
                     self.latency.save(self.folder.path / LATENCY)
+                for name, text in self._beside().items():
+                    self.folder.write_text(name, text)
                 self.recorder.open(self.step)
                 if self.step == 0:
                     self._record(None)
@@ -390,6 +409,7 @@ class Run(ABC):
             "steps": self.step,
             "seconds": self.seconds,
             "measured_ms": self._measured_ms(),
+            **self._results(),
         }
         tensors = {key: tensor.contiguous() for key, tensor in self.plain_model.state_dict().items()}
         path = self.folder.path / "model.safetensors"
