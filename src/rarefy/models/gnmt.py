@@ -181,12 +181,17 @@ class GNMT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights from (-0.1, 0.1), as the reference does; an LSTM has one bias, so its second begins at 0."""
+        """Draw all weights anew, as the reference does: evenly from (-0.1, 0.1) at 1,024.
+
+        A narrower network draws from a wider range, so that sums of products keep their size. An LSTM needs one bias:
+        its second begins at 0.
+        """
+        bound = 0.1 * (1024 / self.output.in_features) ** 0.5
         for name, parameter in self.named_parameters():
             if "bias_hh" in name:
                 nn.init.zeros_(parameter)
             else:
-                nn.init.uniform_(parameter, -0.1, 0.1)
+                nn.init.uniform_(parameter, -bound, bound)
         attention = self.decoder.attention
         nn.init.constant_(attention.scale, attention.vector.numel() ** -0.5)
         nn.init.zeros_(attention.bias)
