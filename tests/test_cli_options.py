@@ -29,6 +29,8 @@ CALLS = {
     "rtl verify": ["tanh_e5m2"],
     "rtl synth": ["tanh_e5m2"],
     "rtl search": ["--error", "0.1"],
+    "translate": ["run"],
+    "data translation": ["--output", "pairs.tsv", "--no-fetch", "--packages", "packages"],
 }
 NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "text", "", "1" * 400]
 #: The options that name what is written.

@@ -15,8 +15,9 @@ from torch import nn
 from rarefy import models
 from rarefy.data import fashion_mnist
 from rarefy.sparse import base
-from rarefy.train import Classification, Recipe, TrainingInterruptedError, classification, parse
-from rarefy.train.classification import Progress
+from rarefy.train import Classification, Recipe, TrainingInterruptedError, parse
+from rarefy.train import run as run_module
+from rarefy.train.run import Progress
 
 TRAIN, TEST, SIZE, BATCH, EPOCHS = 160, 80, 12, 32, 3
 STEPS = TRAIN // BATCH * EPOCHS
@@ -37,7 +38,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion_mnist, "load", lambda folder=None: synthetic())
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(base, "ACTIONS", 5)
-    monkeypatch.setattr(classification, "RECORDS", 5)
+    monkeypatch.setattr(run_module, "RECORDS", 5)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()  # of a run that was stopped amid its accumulation
 

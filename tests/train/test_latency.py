@@ -20,9 +20,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The calls of engine.latency, whose table is a fixed one."""
     calls = []
 
-    def latency(model: nn.Module, example: Any, **options: Any) -> Latency:
+    def latency(model: nn.Module, example: tuple[Any, ...], **options: Any) -> Latency:
         assert not model.training
-        calls.append({"shape": tuple(example.shape), **options})
+        calls.append({"shape": tuple(example[0].shape), **options})
         sizes = {"0": 72, "3": 200 * 32, "5": 320}
         layers = [LayerLatency(name, n, (0.0, 0.5, 1.0), (0.0001, 0.0007, 0.0008)) for name, n in sizes.items()]
         return Latency(tuple(layers), 0.0006, "float32", (1, options["block"]), {})

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from rarefy.train.classification import Progress
 from rarefy.train.progress import watched
+from rarefy.train.run import Progress
 
 
 def seen(step: int, *, steps: int = 40, epoch: int = 10, pace: float = 1.0) -> Progress:
-    return Progress(step, steps, step / epoch, 1.25, 0.5 if step >= epoch else None, 0.875, step * pace)
+    metrics = {"test_accuracy": 0.5} if step >= epoch else {}
+    return Progress(step, steps, step / epoch, 1.25, 0.875, step * pace, metrics)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from rarefy.train import Classification, TrainingInterruptedError, classification
+from rarefy.train import Classification, TrainingInterruptedError
+from rarefy.train import run as run_module
+from rarefy.train.run import Progress
 from tests.train.runs import AUTOSPARSE, STEPS, outcome, recipe, records, run, stop_at, use_model, with_dropout
 
 pytestmark = pytest.mark.slow
@@ -59,7 +61,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     made = recipe(**AUTOSPARSE)
     run(made, tmp_path / "whole")
 
-    def crash(seen: classification.Progress) -> bool:
+    def crash(seen: Progress) -> bool:
         if seen.step == 8:
             raise OSError("no space left")
         return False
@@ -191,9 +193,9 @@ def test_the_best_checkpoint_stands_in_for_a_damaged_last(tmp_path: Path) -> Non
 
 
 def test_a_long_epoch_is_checkpointed_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classification, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
 
-    def crash(seen: classification.Progress) -> bool:
+    def crash(seen: Progress) -> bool:
         if seen.step == 4:
             raise OSError("crash")
         return False

@@ -13,7 +13,7 @@ import yaml
 
 from rarefy.cli import leave, main
 from rarefy.train import Classification, TrainingInterruptedError, classification
-from rarefy.train.classification import Progress
+from rarefy.train.run import Progress
 from tests.train.runs import AUTOSPARSE, STEPS, digest, plain, prepare, recipe, use_model, without_norm
 
 

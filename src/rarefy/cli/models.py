@@ -116,9 +116,11 @@ def _of_run(run: Path) -> tuple[nn.Module, tuple[int, ...]]:
     """A run's model, freshly initialised, and the shape of its inputs."""
     from rarefy import train
     from rarefy.data import fashion_mnist
-    from rarefy.train.recipe import build
+    from rarefy.train.recipe import Data, build
 
     recipe = train.load(run / "recipe.yaml")
+    if not isinstance(recipe.data, Data):
+        raise ValueError(f"{run} trained a translator, whose inputs are sentences: rarefy translate {run} runs it")
     shape = fashion_mnist.SHAPE
     return build(recipe.model, in_channels=shape[0], num_classes=len(fashion_mnist.CLASSES)), shape
 

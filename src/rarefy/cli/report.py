@@ -40,8 +40,8 @@ def print_summary(folder: Path, page: Path, baseline: Path | None) -> None:
     rows = [("report", str(page))]
     if summary is not None:
         rows[:0] = [
-            ("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"),
-            *([("of the baseline", f"{100 * dense['test_accuracy']:.2f} %")] if dense is not None else []),
+            *_quality(summary),
+            *([("of the baseline", _quality(dense)[0][1])] if dense is not None else []),
             ("sparsity", f"{100 * summary['sparsity']:.2f} %"),
             ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
             ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
@@ -52,6 +52,16 @@ def print_summary(folder: Path, page: Path, baseline: Path | None) -> None:
         ]
     for name, value in rows:
         print(f"{name:>16}  {value}")
+
+
+def _quality(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How well the model does its task, the most telling first."""
+    if "test_bleu" in summary:
+        return [
+            ("test BLEU", f"{summary['test_bleu']:.2f} ({summary['bleu_signature']})"),
+            ("perplexity", f"{summary['valid_perplexity']:.2f} on the validation set"),
+        ]
+    return [("test accuracy", f"{100 * summary['test_accuracy']:.2f} %")]
 
 
 def _latency(summary: dict[str, Any]) -> str:

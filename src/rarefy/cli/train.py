@@ -42,7 +42,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.baseline is not None:
         report.load(arguments.baseline)
     # Every process has looked at the folder before the main one writes: they meet when the data is loaded.
-    run = train.Classification(recipe, folder, resume=arguments.resume)
+    run = train.prepare(recipe, folder, resume=arguments.resume)
     if run.is_main:
         begun = f", from step {run.step} of {run.total_steps}" if run.step else ""
         about = f"training {recipe.model.name} with {recipe.method.name} into {folder}{begun}"

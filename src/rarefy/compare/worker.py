@@ -10,11 +10,10 @@ from typing import Any
 
 def train(plain: dict[str, Any], folder: Path) -> None:
     """Train the recipe into the folder, going on after its last checkpoint if there is one."""
-    from rarefy.train import Classification
-    from rarefy.train.recipe import parse
+    from rarefy.train import parse, prepare
 
     resume = (folder / "checkpoints" / "last.pt").is_file()
-    Classification(parse(plain), folder, resume=resume).train()
+    prepare(parse(plain), folder, resume=resume).train()
 
 
 def main() -> int:

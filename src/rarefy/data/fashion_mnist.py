@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rarefy.data.cache import cache_folder
+
 __all__ = ["CLASSES", "SHAPE", "DataNotFoundError", "FashionMNIST", "load"]
 
 #: What is on an image, by its label.
@@ -96,7 +98,7 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         if found is None:
             raise DataNotFoundError(f"{folder} does not hold Fashion-MNIST: it needs {_LISTING}")
         return _assemble(found)
-    cache = _cache_folder()
+    cache = cache_folder() / "fashion-mnist"
     found = _find(_SYSTEM_FOLDER) or _find(cache)
     if found is not None:
         return _assemble(found)
@@ -121,12 +123,6 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         f"folder and name it (--data FOLDER, or load(FOLDER)); install Debian's package (apt-get install {_PACKAGE}); "
         f"or let it be fetched, with a connection to a Debian mirror or to {_HOME}"
     )
-
-
-def _cache_folder() -> Path:
-    # The XDG base directory specification has an empty or relative value ignored.
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (root if root.is_absolute() else Path.home() / ".cache") / "rarefy" / "fashion-mnist"
 
 
 def _find(folder: Path) -> dict[str, Path] | None:

@@ -1,6 +1,7 @@
 """The networks that the published results are about, in plain PyTorch.
 
-Each is a function that builds it; :func:`create` builds one by its name, as a recipe gives it.
+Each image network is a function that builds it; :func:`create` builds one by its name, as a recipe gives it. GNMT is a
+class; :mod:`rarefy.models.search` translates with it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from torch import nn
 
 from rarefy._names import unknown
 from rarefy.models.cnn import fashion_cnn
+from rarefy.models.gnmt import GNMT
 from rarefy.models.mobilenet import mobilenet_v1
 from rarefy.models.resnet import resnet20, resnet50
 
-__all__ = ["create", "fashion_cnn", "mobilenet_v1", "names", "options", "resnet20", "resnet50"]
+__all__ = ["GNMT", "create", "fashion_cnn", "mobilenet_v1", "names", "options", "resnet20", "resnet50"]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     function.__name__: function for function in (fashion_cnn, mobilenet_v1, resnet20, resnet50)

@@ -86,6 +86,7 @@ def render(run: Run, baseline: Run | None = None) -> str:
         tiles=_tiles(run, baseline),
         training=_present(
             plots.accuracy(run, baseline),
+            plots.perplexity(run, baseline),
             plots.sparsity(run),
             plots.loss(run, baseline),
             plots.alpha(run),
@@ -152,6 +153,14 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
             final = "" if summary else " at its end"
             notes.append(f"{baseline_name(baseline)} {percent(baseline.test_accuracy)}{final}")
         tiles.append(Tile("Test accuracy", percent(run.test_accuracy), tuple(notes)))
+    if summary is not None and summary.test_bleu is not None:
+        other = baseline.summary.test_bleu if baseline and baseline.summary else None
+        against = f"{baseline_name(baseline)} {other:.2f}" if baseline and other is not None else ""
+        tiles.append(Tile("Test BLEU", f"{summary.test_bleu:.2f}", _noted("greedy, by sacreBLEU", against)))
+    if run.valid_perplexity is not None:
+        best = summary.best_valid_perplexity if summary else None
+        note = f"best epoch {best:.2f}" if best is not None else ""
+        tiles.append(Tile("Perplexity", f"{run.valid_perplexity:.2f}", _noted("of the validation set", note)))
     if not run.is_dense:
         tiles.append(Tile("Zero weights", percent(run.sparsity), _noted(verdict(run, "sparsity"))))
     ratio = run.inference_flops_ratio
@@ -230,6 +239,8 @@ def _comparison(run: Run, baseline: Run) -> Iterator[Comparison]:
     yield from shares("Test accuracy", run.test_accuracy, baseline.test_accuracy)
     if (b := baseline.summary) is None:
         return
+    yield from amounts("Test BLEU", a.test_bleu, b.test_bleu, number)
+    yield from amounts("Perplexity, validation set", a.valid_perplexity, b.valid_perplexity, number)
     yield from shares("Best epoch (picked on the test set)", a.best_test_accuracy, b.best_test_accuracy)
     yield from shares("Zero weights", a.sparsity or 0.0, b.sparsity or 0.0)
     yield from amounts("Parameters", a.parameters, b.parameters, whole)

@@ -72,6 +72,30 @@ def accuracy(run: Run, baseline: Run | None) -> Plot | None:
 
 
 @STYLE
+def perplexity(run: Run, baseline: Run | None) -> Plot | None:
+    """Perplexity on the validation set over the epochs."""
+    drawn = figure()
+    axes = drawn.subplots()
+    said: list[str] = []
+    lines = [] if baseline is None else [(baseline, label(baseline_name(baseline)), OTHER, "--")]
+    for source, name, colour, style in [*lines, (run, "this run", RUN, "-")]:
+        x, y = curve([record.epoch for record in source.evals], [record.valid_perplexity for record in source.evals])
+        if len(x):
+            marker = "o" if len(x) <= 30 else ""
+            axes.plot(x, y, style, color=colour, marker=marker, markersize=3.5, label=f"{name}: {y[-1]:.2f}")
+            said.append(f"{name} from {y[0]:.2f} to {y[-1]:.2f}")
+    if not said:
+        return None
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    epochs_axis(axes)
+    legend_above(axes)
+    caption = "Of a token, on the validation set; the axis is logarithmic."
+    return inline("Perplexity", caption, f"Perplexity over the epochs: {'; '.join(said)}.", drawn)
+
+
+@STYLE
 def sparsity(run: Run) -> Plot | None:
     """Sparsity and the inference FLOPs that remain, with the target and the controller's aim."""
     if run.is_dense:

@@ -50,12 +50,13 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation on the test set."""
+    """One evaluation: of a classifier on the test set, of a translator on the validation set."""
 
     step: int
     epoch: float
     test_accuracy: float | None
     test_loss: float | None
+    valid_perplexity: float | None
     sparsity: float | None
     inference_flops_ratio: float | None
 
@@ -77,11 +78,25 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A sentence of the test set, its translation, and what it should be."""
+
+    source: str
+    reference: str
+    translation: str
+
+
+@dataclass(frozen=True)
 class Summary:
-    """What a finished run reports."""
+    """What a finished run reports: of a classifier its accuracy, of a translator its perplexity and BLEU."""
 
     test_accuracy: float | None
     best_test_accuracy: float | None
+    valid_perplexity: float | None
+    best_valid_perplexity: float | None
+    test_bleu: float | None
+    bleu_signature: str | None
+    samples: tuple[Sample, ...]
     sparsity: float | None
     inference_flops_ratio: float | None
     training_flops_ratio: float | None
@@ -134,6 +149,14 @@ class Run:
         if self.summary is not None and self.summary.test_accuracy is not None:
             return self.summary.test_accuracy
         return next((record.test_accuracy for record in reversed(self.evals) if record.test_accuracy is not None), None)
+
+    @property
+    def valid_perplexity(self) -> float | None:
+        """The final perplexity on the validation set, or that of the last evaluation so far."""
+        if self.summary is not None and self.summary.valid_perplexity is not None:
+            return self.summary.valid_perplexity
+        values = (record.valid_perplexity for record in reversed(self.evals))
+        return next((value for value in values if value is not None), None)
 
     @property
     def sparsity(self) -> float | None:
@@ -263,7 +286,9 @@ def _layer(fields: _Fields) -> Layer:
 
 
 def _summary(fields: _Fields) -> Summary:
-    return fields.read(Summary, layers=tuple(_layer(layer) for layer in fields.objects("layers")))
+    layers = tuple(_layer(layer) for layer in fields.objects("layers"))
+    samples = tuple(sample.read(Sample) for sample in fields.objects("samples"))
+    return fields.read(Summary, layers=layers, samples=samples)
 
 
 def _histogram(fields: _Fields) -> Histogram:

@@ -107,6 +107,10 @@ def headline(run: Run, baseline: Run | None) -> str:
         parts.append(f"{percent(accuracy)} test accuracy")
         if baseline is not None and baseline.test_accuracy is not None and run.summary is not None:
             parts.append(against(accuracy - baseline.test_accuracy, baseline_name(baseline)))
+    if run.summary is not None and run.summary.test_bleu is not None:
+        parts.append(f"BLEU {run.summary.test_bleu:.2f} on the test set")
+    elif run.valid_perplexity is not None:
+        parts.append(f"perplexity {run.valid_perplexity:.2f} on the validation set")
     if run.is_dense and run.summary is not None:
         if run.summary.dense_flops is not None:
             parts.append(f"{short(run.summary.dense_flops)} inference FLOPs")

@@ -1,124 +1,28 @@
-"""Training an image classifier by a recipe, resumable to the bit."""
+"""Training an image classifier by a recipe."""
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from rarefy import cost, engine, sparse
-from rarefy._files import write_atomically
 from rarefy.data import fashion_mnist
-from rarefy.environment import environment
-from rarefy.latency import Latency
-from rarefy.sparse import Sparsifier
-from rarefy.train.batches import Batches, mixed_seed, normalise
-from rarefy.train.optimizer import learning_rate, make_optimizer
-from rarefy.train.recipe import Recipe, build, differences, load
-from rarefy.train.recorder import Recorder, histograms
-from rarefy.train.run_folder import RunFolder
-
-#: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
-CHECKPOINT_SECONDS = 600.0
-
-#: The file of the table of latencies that a run with target_ms lands by.
-LATENCY = "latency.json"
+from rarefy.train.batches import Batches, normalise
+from rarefy.train.recipe import Data, build
+from rarefy.train.run import Run
 
 #: Test images at once.
 EVALUATION_BATCH = 1000
 
-#: How often a run writes a training record when no sparsifier says.
-RECORDS = 125
 
-#: A run with a target keeps as best only what is at most this much denser than the target.
-BEST_SLACK = 1.02
+class Classification(Run):
+    """One run of a recipe that trains an image classifier; see :class:`~rarefy.train.run.Run`."""
 
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or a weight is no longer a finite number; the last checkpoint is from before."""
-
-
-class TrainingInterruptedError(RuntimeError):
-    """The run was asked to stop; its checkpoint is written."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What an observer sees after every optimizer step; loss, accuracy and sparsity are the ones last recorded."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float | None
-    accuracy: float | None
-    sparsity: float | None
-    seconds: float
-
-
-Observer = Callable[[Progress], bool | None]
-
-
-class Classification:
-    """One run of a recipe into a folder.
-
-    Args:
-        recipe: what to do.
-        folder: where to; nothing is written before :meth:`train`.
-        resume: go on after the last checkpoint in the folder, to the same bits as without the interruption (on the
-            same machine, with as many threads and processes).
-
-    Raises:
-        ValueError: something in the recipe that the data, the model or the method refuses; when resuming, another
-            recipe than the run's (only ``data.folder`` may differ), or a damaged checkpoint.
-        FileNotFoundError: no run to resume, or no data.
-    """
-
-    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
-        self.recipe = recipe
-        self.folder = RunFolder(folder)
-        state = self._checkpoint() if resume else None
-        self._resumed = state is not None
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        # As a plugin, since the environment would override a mere number of steps.
-        accumulation = GradientAccumulationPlugin(num_steps=recipe.schedule.accumulate)
-        precision = "no" if recipe.precision == "fp32" else recipe.precision
-        self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
-        if recipe.precision == "fp16" and self.accelerator.scaler is None:
-            raise ValueError(f"precision: fp16 does not run on {self.accelerator.device.type}; take bf16 or fp32")
-        self._load_data()
-        self._build()
-        self.step = 0
-        self.seconds = 0.0
-        self.best = -1.0
-        self._losses: list[Tensor] = []  # since the last record
-        if state is not None:
-            self._restore(state)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that writes."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return len(self.batches) * self.recipe.schedule.epochs
+    metric, larger_is_better = "test_accuracy", True
 
     def _load_data(self) -> None:
         data, schedule = self.recipe.data, self.recipe.schedule
+        assert isinstance(data, Data)
         with self.accelerator.main_process_first():
             loaded = fashion_mnist.load(data.folder)
         size = data.train_size or len(loaded.train_images)
@@ -138,50 +42,10 @@ class Classification:
         self.test_images, self.test_labels = normalise(loaded.test_images), loaded.test_labels
         self.classes = len(loaded.classes)
 
-    def _build(self) -> None:
-        recipe = self.recipe
-        torch.manual_seed(mixed_seed(recipe.seed))
-        model, example = self._make_model(), self.test_images[:1]
-        self.cost = cost.count(model, example)
-        self.latency: Latency | None = None
-        options = dict(recipe.method.options)
-        if options.get("target_ms") is not None:
-            self.latency = options["latency"] = self._measure(model, example, options.get("block", 1))
-        model = model.to(self.accelerator.device)
-        if recipe.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.sparsifier: Sparsifier | None = None
-        if recipe.method.name != "dense":
-            if options.get("target_flops") is not None:
-                options["example_input"] = example.to(self.accelerator.device)
-            self.sparsifier = sparse.create(recipe.method.name, model, total_steps=self.total_steps, **options)
-        self.plain_model = model
-        self.interval = max(1, self.total_steps // RECORDS) if self.sparsifier is None else self.sparsifier.interval
-        self.recorder = Recorder(self.folder, self.cost, self.sparsifier, len(self.batches))
-        optimizer = make_optimizer(recipe.optimizer, model)
-        if self.sparsifier is not None:
-            self.sparsifier.attach(optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-
-    def _measure(self, model: nn.Module, example: Tensor, block: int | Sequence[int]) -> Latency:
-        """What the engine takes by the weights that live: as measured when the run began, for all processes alike."""
-        measured, found = self.folder.path / LATENCY, list[Latency | None]([None])
-        if self._resumed and not measured.is_file():
-            raise FileNotFoundError(
-                f"{measured} is missing: a resumed run goes by the table of latencies that it began with; put the file "
-                "back, or begin a new run"
-            )
-        if self.is_main and self._resumed:
-            found = [Latency.load(measured)]
-        elif self.is_main:
-            found = [engine.latency(model, example, block=block)]
-        broadcast_object_list(found)
-        assert found[0] is not None
-        return found[0]
-
     def _make_model(self) -> nn.Module:
         """The recipe's model, for the images and the classes of the data."""
         name, example = self.recipe.model.name, self.test_images[:1]
+        self.example = (example,)
         model = build(self.recipe.model, in_channels=example.shape[1], num_classes=self.classes)
         try:
             with torch.no_grad():
@@ -195,234 +59,26 @@ class Classification:
             )
         return model
 
-    # Training
-
-    def train(self, observer: Observer | None = None) -> dict[str, Any]:
-        """Train to the end and write the results; gives what ``summary.json`` holds, in the main process.
-
-        ``observer`` is called after every step, and stops the run by returning True. A run that has finished before is
-        left alone.
-
-        Raises TrainingDivergedError on a loss that is not finite, TrainingInterruptedError when the observer stops it.
-        """
-        finished = self.folder.path / "summary.json"
-        if self.step == self.total_steps and finished.exists():
-            return dict(json.loads(finished.read_text())) if self.is_main else {}
-        try:
-            if self.is_main:
-                about = environment(self.accelerator.num_processes, str(self.accelerator.device))
-                self.folder.write_yaml("recipe.yaml", self.recipe.to_dict())
-                self.folder.write_json("environment.json", about)
-                if self.latency is not None:
-                    self.latency.save(self.folder.path / LATENCY)
-                self.recorder.open(self.step)
-                if self.step == 0:
-                    self._record(None)
-            self._loop(observer)
-            return self._finish()
-        finally:
-            self.recorder.close()
-
-    def _record(self, loss: float | None) -> None:
-        lr = self.recipe.optimizer.lr * self._lr()
-        self.recorder.train(self.step, loss=loss, learning_rate=lr, seconds=self.seconds)
-
-    def _lr(self) -> float:
-        warmup = self.recipe.schedule.warmup_epochs * len(self.batches)
-        return learning_rate(self.step, warmup, self.total_steps)
-
-    def _loop(self, observer: Observer | None) -> None:
-        steps = len(self.batches)
-        began, saved = time.monotonic() - self.seconds, time.monotonic()
-        loss, accuracy = None, None
-        for epoch in range(self.step // steps, self.recipe.schedule.epochs):
-            for micro_batches in self.batches.epoch(epoch, self.step - epoch * steps):
-                self._optimizer_step(micro_batches)
-                self.seconds = time.monotonic() - began
-                end_of_epoch = self.step == (epoch + 1) * steps
-                record = self.step % self.interval == 0 or end_of_epoch
-                if record:
-                    loss = self._mean_loss()
-                    if self.is_main:
-                        self._record(loss)
-                if end_of_epoch:
-                    accuracy = self._evaluate_and_record()
-                seen = Progress(
-                    self.step, self.total_steps, self.step / steps, loss, accuracy, self.recorder.sparsity, self.seconds
-                )
-                stop = self._agreed(observer is not None and bool(observer(seen)))
-                if stop or end_of_epoch or (record and time.monotonic() - saved > CHECKPOINT_SECONDS):
-                    self._save("last")
-                    saved = time.monotonic()
-                if stop and self.step < self.total_steps:
-                    raise TrainingInterruptedError(f"stopped after step {self.step} of {self.total_steps}")
-
-    def _optimizer_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-        self.model.train()
-        # Every step's randomness follows from the seed and the step, so a resumed run needs no generator state.
-        torch.manual_seed(mixed_seed(self.recipe.seed, self.step, self.accelerator.process_index))
-        factor = self._lr()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    def _learn(self, content: list[tuple[Tensor, Tensor]]) -> None:
         smoothing = self.recipe.schedule.label_smoothing
-        for x, y in micro_batches:
+        for x, y in content:
             with self.accelerator.accumulate(self.model):
                 output = self.model(self._to_device(x)).float()
                 loss = F.cross_entropy(output, y.to(self.accelerator.device), label_smoothing=smoothing)
-                self.accelerator.backward(loss)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self._step_on(loss)
             self._losses.append(loss.detach())
-        self.step += 1
-
-    def _mean_loss(self) -> float:
-        """Over the steps since the last record and over all processes, checked."""
-        loss: float = self._summed_losses().mean().item() / self.accelerator.num_processes
-        self._losses.clear()
-        self._check_finite(loss, "the loss")
-        return loss
-
-    def _summed_losses(self) -> Tensor:
-        """The losses since the last record, each summed over all processes."""
-        if not self._losses:
-            return torch.zeros(0)
-        losses: Tensor = self.accelerator.reduce(torch.stack(self._losses))
-        return losses
-
-    def _agreed(self, stop: bool) -> bool:
-        """Whether any process was asked to stop: all stop after the same step."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        return bool(self.accelerator.reduce(torch.tensor([float(stop)], device=self.accelerator.device)) > 0)
-
-    def _check_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            raise TrainingDivergedError(
-                f"{what} is {value} at step {self.step} (epoch {self.step / len(self.batches):.2f}); a lower "
-                f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or a warm-up (schedule.warmup_epochs) usually helps"
-            )
 
     def _to_device(self, x: Tensor) -> Tensor:
         kind = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         return x.to(self.accelerator.device, memory_format=kind)
 
-    @torch.no_grad()
-    def _evaluate(self) -> tuple[float, float]:
-        """(accuracy, loss) on the test images, over all processes."""
+    def _evaluate(self) -> dict[str, float]:
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        # The processes may have unequal numbers of batches, so each runs the model itself and not its DDP wrapper; the
-        # main process's running statistics count, as they do there.
-        model = self.plain_model.eval()
-        if world > 1:
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         images, labels = (torch.split(t, EVALUATION_BATCH)[rank::world] for t in (self.test_images, self.test_labels))
         for x, y in zip(images, labels, strict=True):
-            output, truth = model(self._to_device(x)).float(), y.to(device)
+            output, truth = self.plain_model(self._to_device(x)).float(), y.to(device)
             sums[0] += (output.argmax(1) == truth).sum()
             sums[1] += F.cross_entropy(output, truth, reduction="sum").double()
         accuracy, loss = (self.accelerator.reduce(sums) / len(self.test_images)).tolist()
-        self._check_finite(loss, "the test loss")
-        return accuracy, loss
-
-    def _evaluate_and_record(self) -> float:
-        accuracy, loss = self._evaluate()
-        if self.is_main:
-            self.recorder.evaluation(self.step, test_accuracy=accuracy, test_loss=loss)
-        if accuracy > self.best and self._within_budget():
-            self.best = accuracy
-            self._save("best")
-        return accuracy
-
-    def _within_budget(self) -> bool:
-        """True for a dense run, one without a target, and one that is about as sparse as its target asks."""
-        if self.sparsifier is None or self.sparsifier.budget is None:
-            return True
-        budget = self.sparsifier.budget
-        return budget.density([layer.live for layer in self.sparsifier.layers()]) <= BEST_SLACK * budget.goal
-
-    # Checkpoints and results
-
-    def _save(self, name: str) -> None:
-        for key, parameter in self.plain_model.named_parameters():
-            if not parameter.isfinite().all():
-                self._check_finite(math.nan, f"a number in {key}")
-        losses = self._summed_losses()
-        if not self.is_main:
-            return
-        scaler = self.accelerator.scaler
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "losses": losses,
-            "recipe": self.recipe.to_dict(),
-            "model": self.plain_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        self.folder.save(name, state)
-
-    def _checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, of this recipe; None for a run that ended before its first one."""
-        path, state = self.folder.path, self.folder.load("last")
-        if state is None and not (path / "recipe.yaml").is_file():
-            raise FileNotFoundError(f"there is no run in {path} to resume; without --resume it starts there")
-        old, new = state["recipe"] if state else load(path / "recipe.yaml").to_dict(), self.recipe.to_dict()
-        old["data"]["folder"] = new["data"]["folder"]  # the content of the data is checked, wherever it lies
-        changed = differences(old, new)
-        if changed:
-            raise ValueError(
-                f"{path} was started with another recipe, which differs in {', '.join(changed)}; resume with the same "
-                "one, or start a new run"
-            )
-        return state
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.sparsifier is not None:
-            self.sparsifier.load_state_dict(state["sparsifier"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        losses = state["losses"].to(self.accelerator.device)
-        self._losses = list(losses if self.is_main else torch.zeros_like(losses))
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-
-    def _finish(self) -> dict[str, Any]:
-        """Finalize the model, and write what the run came to."""
-        states = [] if self.sparsifier is None else self.sparsifier.layers()
-        magnitudes = [] if self.sparsifier is None else histograms(self.sparsifier)
-        if self.sparsifier is not None:
-            self.sparsifier.finalize()
-        accuracy, loss = self._evaluate()
-        if not self.is_main:
-            return {}
-        final = cost.count(self.plain_model, self._to_device(self.test_images[:1]))
-        summary = {
-            **self.recorder.summary(self.recipe, final, {state.name: state.threshold for state in states}),
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-            "best_test_accuracy": max(self.best, accuracy),
-            "steps": self.step,
-            "seconds": self.seconds,
-            "measured_ms": self._measured_ms(),
-        }
-        tensors = {key: tensor.contiguous() for key, tensor in self.plain_model.state_dict().items()}
-        path = self.folder.path / "model.safetensors"
-        data = save(tensors, metadata={"format": "pt"})
-        write_atomically(path, lambda p: p.write_bytes(data))
-        if magnitudes:
-            self.folder.write_json("histograms.json", {"layers": magnitudes})
-        self.folder.write_json("summary.json", summary)
-        return summary
-
-    def _measured_ms(self) -> float | None:
-        """Milliseconds of the engine for one image on this machine, in a run that had a target for them."""
-        if self.latency is None:
-            return None
-        example = self.test_images[:1]
-        model = copy.deepcopy(self.plain_model).cpu().eval()
-        return 1e3 * engine.compile(model, example, threads=1).seconds(example)
+        return {"test_accuracy": accuracy, "test_loss": loss}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,10 +12,16 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from rarefy.train.classification import Observer, Progress
+from rarefy.train.run import Observer, Progress
 
 #: A plain line is written after every epoch, and after so many seconds without one.
 SILENCE_SECONDS = 60.0
+
+#: The metrics that a line shows, and how.
+_METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "test_accuracy": ("accuracy", lambda share: f"{100 * share:5.2f} %"),
+    "valid_perplexity": ("perplexity", lambda value: f"{value:.2f}"),
+}
 
 
 def _status(seen: Progress) -> str:
@@ -24,8 +30,9 @@ def _status(seen: Progress) -> str:
         parts.append(f"loss {seen.loss:.3f}")
     if seen.sparsity is not None:
         parts.append(f"sparsity {100 * seen.sparsity:4.1f} %")
-    if seen.accuracy is not None:
-        parts.append(f"accuracy {100 * seen.accuracy:5.2f} %")
+    for name, (label, text) in _METRICS.items():
+        if name in seen.metrics:
+            parts.append(f"{label} {text(seen.metrics[name])}")
     return "  ".join(parts)
 
 

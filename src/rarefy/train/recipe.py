@@ -16,6 +16,7 @@ from torch import nn
 from rarefy import models, sparse
 from rarefy._names import unknown
 from rarefy._yaml import parse_yaml, read_yaml
+from rarefy.models import GNMT
 from rarefy.sparse.registry import METHODS
 
 
@@ -37,6 +38,31 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Translation:
+    """Parallel text that is learned from.
+
+    Attributes:
+        name: "translation".
+        folder: a folder of files in two languages, or a table: see :func:`rarefy.data.translation.load`.
+        languages: from which to which.
+        vocab_size: tokens of the byte-pair encoding of both.
+        longest: tokens of a sentence at most, with its end; training leaves longer pairs out.
+        train_size: only the first so many training pairs; null takes all.
+    """
+
+    name: str = "translation"
+    folder: str | None = None
+    languages: Sequence[str] = ("en", "de")
+    vocab_size: int = 8000
+    longest: int = 60
+    train_size: int | None = None
+
+
+#: What describes the data of each name.
+DATA: dict[str, type[Data] | type[Translation]] = {"fashion_mnist": Data, "translation": Translation}
+
+
+@dataclass(frozen=True)
 class Named:
     """Something chosen by name, and its own options."""
 
@@ -47,7 +73,7 @@ class Named:
 @dataclass(frozen=True)
 class Optimizer:
     """How the weights move. ``norm_weight_decay`` is the weight decay of vectors: norms' scales and all biases but
-    those of linear layers.
+    those of linear layers; ``clip_norm`` the largest norm of all gradients together, null for none.
     """
 
     name: str = "sgd"
@@ -56,6 +82,7 @@ class Optimizer:
     nesterov: bool = False
     weight_decay: float = 5e-4
     norm_weight_decay: float = 0.0
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +90,9 @@ class Schedule:
     """How long and how fast.
 
     Attributes:
-        epochs: passes over the training images.
-        batch_size: images an optimizer step, over all processes and accumulated micro-batches.
+        epochs: passes over the training data.
+        batch_size: images an optimizer step, over all processes and accumulated micro-batches; of sentences it counts
+            tokens, padding among them, on the longer side.
         accumulate: micro-batches an optimizer step.
         warmup_epochs: the learning rate rises linearly for so long, then falls to 0 on a half cosine.
         label_smoothing: in [0, 1).
@@ -84,7 +112,7 @@ class Recipe:
     name: str
     model: Named
     method: Named = field(default_factory=lambda: Named("dense"))
-    data: Data = field(default_factory=Data)
+    data: Data | Translation = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
@@ -178,9 +206,9 @@ def _named(plain: Any, where: str) -> Named:
         raise ValueError(f"{where} needs a name, such as `{where}: {{name: ...}}`, got {plain!r}")
     name = plain["name"]
     if where == "model":
-        _one_of("model.name", name, models.names())
-        kinds = typing.get_type_hints(getattr(models, name))
-        known = set(models.options(name))
+        _one_of("model.name", name, [*models.names(), "gnmt"])
+        kinds = typing.get_type_hints(GNMT.__init__ if name == "gnmt" else getattr(models, name))
+        known = set(kinds) - {"return", "vocab_size", "padding"}
     else:
         _one_of("method.name", name, ["dense", *sparse.list_methods()])
         kinds, known = {}, set()
@@ -219,6 +247,12 @@ _KINDS = {
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if where == "data":
+        name = value.get("name", Data.name) if isinstance(value, Mapping) else Data.name
+        if not isinstance(name, str):
+            raise ValueError(f"data.name must be text, got {name!r:.80}")
+        _one_of("data.name", name, sorted(DATA))
+        kind = DATA[name]
     if is_dataclass(kind):
         return _build(typing.cast(type[Any], kind), value, where)
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -259,8 +293,18 @@ def _check(recipe: Recipe) -> None:
         require(value is None or least <= value < math.inf, where, expected, value)
 
     schedule, optimizer, data = recipe.schedule, recipe.optimizer, recipe.data
-    _one_of("data.name", data.name, ["fashion_mnist"])
-    _one_of("data.augment", data.augment, ["none", "crop-flip"])
+    if isinstance(data, Translation):
+        require(recipe.model.name == "gnmt", "model.name", "gnmt for data.name: translation", recipe.model.name)
+        require(data.folder is not None, "data.folder", "a table or a folder of parallel text", data.folder)
+        languages = len(data.languages) == 2 and data.languages[0] != data.languages[1]
+        require(languages, "data.languages", "two, such as [en, de]", data.languages)
+        require(4 < data.vocab_size < 1 << 20, "data.vocab_size", "in (4, 2^20)", data.vocab_size)
+        fits = 2 <= data.longest <= schedule.batch_size // max(1, schedule.accumulate)
+        expected = "in [2, schedule.batch_size / accumulate], so that a sentence fits into a batch of tokens"
+        require(fits, "data.longest", expected, data.longest)
+    else:
+        require(recipe.model.name != "gnmt", "data.name", "translation for model.name: gnmt", data.name)
+        _one_of("data.augment", data.augment, ["none", "crop-flip"])
     _one_of("optimizer.name", optimizer.name, ["sgd", "adamw"])
     _one_of("precision", recipe.precision, ["fp32", "bf16", "fp16"])
     for key, number in (("seed", recipe.seed), ("schedule.epochs", schedule.epochs), ("threads", recipe.threads or 0)):
@@ -269,7 +313,7 @@ def _check(recipe: Recipe) -> None:
     folder = recipe.name not in ("", ".", "..") and not set(recipe.name) & set("/\\\0")
     require(folder, "name", "a folder's name", recipe.name)
     for option, value in recipe.model.options.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and option != "dropout"
         require(not number or 0 < value < math.inf, f"model.{option}", "above 0, and finite", value)
     at_least(1, "data.train_size", data.train_size)
     at_least(1, "schedule.epochs", schedule.epochs)
@@ -285,4 +329,6 @@ def _check(recipe: Recipe) -> None:
     require(nesterov, "optimizer.nesterov", "false without SGD's momentum", optimizer.nesterov)
     at_least(0.0, "optimizer.weight_decay", optimizer.weight_decay)
     at_least(0.0, "optimizer.norm_weight_decay", optimizer.norm_weight_decay)
+    clip = optimizer.clip_norm
+    require(clip is None or 0 < clip < math.inf, "optimizer.clip_norm", "above 0, and finite, or null", clip)
     at_least(1, "threads", recipe.threads)

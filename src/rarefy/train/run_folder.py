@@ -24,13 +24,17 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
 
+    def write_text(self, name: str, text: str) -> None:
+        """Replace the file ``name``."""
+        write_atomically(self.path / name, lambda p: p.write_text(text, encoding="utf-8"))
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace the file ``name``."""
-        write_atomically(self.path / name, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+        self.write_text(name, json.dumps(content, indent=1) + "\n")
 
     def write_yaml(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace the file ``name``."""
-        write_atomically(self.path / name, lambda p: p.write_text(yaml.safe_dump(dict(content), sort_keys=False)))
+        self.write_text(name, yaml.safe_dump(dict(content), sort_keys=False))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record to the metrics."""

@@ -1,0 +1,228 @@
+"""GNMT: Wu et al., Google's Neural Machine Translation System (arXiv 1609.08144), in the form that MLPerf made common.
+
+That form has the attention of Bahdanau et al. (arXiv 1409.0473), normalised (Luong et al.'s TensorFlow tutorial), from
+the first decoder layer to all of them, and residuals from the third layer of the encoder and of the decoder on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rarefy import act
+from rarefy.act.spec.reference import MODES
+
+#: What `mode` may be: PyTorch's own functions and LSTM, or those of :mod:`rarefy.act`.
+ACTIVATIONS = ("torch", *MODES)
+
+#: (h, c) of one layer, each (1, batch, hidden_size).
+LayerState = tuple[Tensor, Tensor]
+
+
+class Memory(NamedTuple):
+    """A source sentence as the decoder sees it, for a batch of B and at most S tokens.
+
+    Attributes:
+        values: what the encoder gives, (B, S, hidden_size).
+        keys: the values as the attention compares them, (B, S, hidden_size).
+        padding: which tokens are none, bool (B, S).
+
+    """
+
+    values: Tensor
+    keys: Tensor
+    padding: Tensor
+
+
+def _lstm(input_size: int, hidden_size: int, mode: str) -> nn.LSTM:
+    if mode == "torch":
+        return nn.LSTM(input_size, hidden_size, batch_first=True)
+    return act.LSTM(input_size, hidden_size, batch_first=True, mode=mode)
+
+
+def _reversed(x: Tensor, lengths: Tensor) -> Tensor:
+    """Turn the first ``lengths[b]`` of the steps of each sentence around; x (B, S, C), the padding stays last."""
+    steps = torch.arange(x.shape[1], device=x.device)
+    last = lengths.to(x.device).unsqueeze(1) - 1
+    order = torch.where(steps <= last, last - steps, steps)
+    return x.gather(1, order.unsqueeze(2).expand_as(x))
+
+
+class Encoder(nn.Module):
+    """Source tokens to one vector each: a bidirectional layer, then layers with residuals from the third on."""
+
+    def __init__(self, hidden_size: int, num_layers: int, dropout: float, mode: str) -> None:
+        super().__init__()
+        self.forwards = _lstm(hidden_size, hidden_size, mode)
+        self.backwards = _lstm(hidden_size, hidden_size, mode)
+        sizes = [2 * hidden_size] + [hidden_size] * (num_layers - 2)
+        self.layers = nn.ModuleList(_lstm(size, hidden_size, mode) for size in sizes[: num_layers - 1])
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Take embeddings (B, S, hidden_size) of sentences of these lengths, padded at the end; return the same shape.
+
+        What stands at the padding is of no use.
+        """
+        x = self.dropout(x)
+        ahead, _ = self.forwards(x)
+        back, _ = self.backwards(_reversed(x, lengths))
+        x = torch.cat([ahead, _reversed(back, lengths)], 2)
+        for index, layer in enumerate(self.layers):
+            y, _ = layer(self.dropout(x))
+            x = y if index == 0 else x + y
+        return x
+
+
+class Attention(nn.Module):
+    """Additive attention, normalised: score = g v/|v| . tanh(W q + U k + b), weights = softmax of the scores."""
+
+    def __init__(self, hidden_size: int, mode: str) -> None:
+        super().__init__()
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.vector = nn.Parameter(torch.empty(hidden_size))
+        self.scale = nn.Parameter(torch.empty(()))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.tanh: nn.Module = nn.Tanh() if mode == "torch" else act.Tanh(mode)
+
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
+        # (B, T, 1, H) + (B, 1, S, H)
+        mixed = self.query(x).unsqueeze(2) + (memory.keys + self.bias).unsqueeze(1)
+        direction = self.scale * self.vector / self.vector.norm()
+        scores = self.tanh(mixed) @ direction.to(mixed.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = scores.masked_fill(memory.padding.unsqueeze(1), -math.inf).softmax(2, dtype=wide).to(x.dtype)
+        return weights @ memory.values, weights
+
+
+class Decoder(nn.Module):
+    """Target tokens to the next ones: every layer sees the context of the first; residuals from the third on."""
+
+    def __init__(self, hidden_size: int, num_layers: int, dropout: float, mode: str) -> None:
+        super().__init__()
+        self.first = _lstm(hidden_size, hidden_size, mode)
+        self.attention = Attention(hidden_size, mode)
+        self.layers = nn.ModuleList(_lstm(2 * hidden_size, hidden_size, mode) for _ in range(num_layers - 1))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, memory: Memory, state: list[LayerState] | None
+    ) -> tuple[Tensor, list[LayerState], Tensor]:
+        """Take embeddings (B, T, hidden_size); return the same shape, the new states, and the weights (B, T, S)."""
+        begin: list[LayerState | None] = [None] * (1 + len(self.layers)) if state is None else list(state)
+        states: list[LayerState] = []
+        x, after = self.first(self.dropout(x), begin[0])
+        states.append(after)
+        context, weights = self.attention(x, memory)
+        for index, layer in enumerate(self.layers):
+            y, after = layer(self.dropout(torch.cat([x, context], 2)), begin[index + 1])
+            states.append(after)
+            x = y if index == 0 else x + y
+        return x, states, weights
+
+
+class GNMT(nn.Module):
+    """Translate tokens to tokens; see the module's docstring for which GNMT it is.
+
+    With 4 layers of 1,024, a vocabulary of 32,320 and one embedding for both languages it has 160,671,297 parameters.
+
+    Args:
+        vocab_size: tokens of each language.
+        hidden_size: width of the embeddings, of every LSTM and of the attention.
+        num_layers: LSTM layers of the encoder, and of the decoder; the encoder's first counts once. At least 2.
+        dropout: share of an LSTM's inputs that training leaves out, in [0, 1).
+        shared_embedding: whether both languages have one table of embeddings.
+        mode: "torch", or a mode of :mod:`rarefy.act` for tanh and sigmoid in every LSTM and in the attention.
+        padding: the token that is none.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 32320,
+        *,
+        hidden_size: int = 1024,
+        num_layers: int = 4,
+        dropout: float = 0.2,
+        shared_embedding: bool = True,
+        mode: str = "torch",
+        padding: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("vocab_size", vocab_size, 2),
+            ("hidden_size", hidden_size, 1),
+            ("num_layers", num_layers, 2),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        if mode not in ACTIVATIONS:
+            raise ValueError(f"mode must be one of {', '.join(ACTIVATIONS)}, got {mode!r}")
+        if not 0 <= padding < vocab_size:
+            raise ValueError(f"padding must be a token, 0 to {vocab_size - 1}, got {padding!r}")
+        super().__init__()
+        self.padding = padding
+        self.source_embedding = nn.Embedding(vocab_size, hidden_size, padding_idx=padding)
+        self.target_embedding: nn.Embedding | None = None  # None is the source's
+        if not shared_embedding:
+            self.target_embedding = nn.Embedding(vocab_size, hidden_size, padding_idx=padding)
+        self.encoder = Encoder(hidden_size, num_layers, dropout, mode)
+        self.decoder = Decoder(hidden_size, num_layers, dropout, mode)
+        self.output = nn.Linear(hidden_size, vocab_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the reference does: evenly from (-0.1, 0.1) at 1,024.
+
+        A narrower network draws from a wider range, so that sums of products keep their size. An LSTM needs one bias:
+        its second begins at 0.
+        """
+        bound = 0.1 * (1024 / self.output.in_features) ** 0.5
+        for name, parameter in self.named_parameters():
+            if "bias_hh" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+        attention = self.decoder.attention
+        nn.init.constant_(attention.scale, attention.vector.numel() ** -0.5)
+        nn.init.zeros_(attention.bias)
+        with torch.no_grad():
+            for embedding in (self.source_embedding, self.target_embedding):
+                if embedding is not None:
+                    embedding.weight[self.padding] = 0
+
+    def encode(self, source: Tensor, lengths: Tensor) -> Memory:
+        """Read sentences: tokens (B, S), padded at the end, and how many each has, (B,), at least 1."""
+        values = self.encoder(self.source_embedding(source), lengths)
+        steps = torch.arange(source.shape[1], device=source.device)
+        padding = steps >= lengths.to(source.device).unsqueeze(1)
+        return Memory(values, self.decoder.attention.key(values), padding)
+
+    def decode(
+        self, target: Tensor, memory: Memory, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState], Tensor]:
+        """Go on with tokens (B, T) from a state, None at the beginning.
+
+        Returns the logits of what follows each, (B, T, vocab_size), the new state, and what the attention looked at,
+        (B, T, S).
+        """
+        embedding = self.source_embedding if self.target_embedding is None else self.target_embedding
+        x, states, weights = self.decoder(embedding(target), memory, state)
+        return self.output(x), states, weights
+
+    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
+        """Return the logits (B, T, vocab_size) of what follows each token of ``target`` (B, T).
+
+        ``source`` (B, S) and ``lengths`` (B,) are as :meth:`encode` takes them.
+        """
+        logits, _, _ = self.decode(target, self.encode(source, lengths))
+        return logits

@@ -1,0 +1,158 @@
+"""Search for the best translation: greedy, and beams with the length and coverage penalties of GNMT (section 7)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.models.gnmt import GNMT, LayerState, Memory
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One translation.
+
+    Attributes:
+        tokens: without the begin and the end; cut at the longest length where no end came.
+        score: log P / lp + cp, equation 14 of arXiv 1609.08144, natural logarithm.
+
+    """
+
+    tokens: list[int]
+    score: float
+
+
+def length_penalty(length: int, alpha: float) -> float:
+    """Return lp = ((5 + length) / 6)^alpha; ``length`` counts the end."""
+    return float(((5.0 + length) / 6.0) ** alpha)
+
+
+def coverage_penalty(seen: Tensor, padding: Tensor, beta: float) -> Tensor:
+    """Return cp = beta * sum over source tokens of log(min(attention that each got, 1)).
+
+    ``seen`` is that sum of attention, (..., S), and ``padding`` bool (..., S); gives (...).
+    """
+    share = seen.clamp(min=torch.finfo(seen.dtype).tiny, max=1.0).log()
+    return beta * share.masked_fill(padding, 0.0).sum(-1)
+
+
+@torch.no_grad()
+def translate(
+    model: GNMT,
+    source: Tensor,
+    lengths: Tensor,
+    *,
+    begin: int,
+    end: int,
+    beam: int = 1,
+    longest: int | Tensor | None = None,
+    alpha: float = 0.6,
+    beta: float = 0.1,
+) -> list[Translation]:
+    """Translate a batch, all sentences at once; with a beam of 1 greedily.
+
+    Partial translations of one length compete by their log-probability, with those that end there, which leave the
+    beam; finished ones compete by equation 14. The search is over when nothing that is left could become better.
+
+    Args:
+        model: in evaluation mode, on the device of the sentences.
+        source: tokens (B, S), padded at the end.
+        lengths: how many tokens each sentence has, (B,), at least 1.
+        begin: the token that begins a translation.
+        end: the token that ends it.
+        beam: how many partial translations go on a step.
+        longest: tokens of a translation at most, the end among them; for all, or (B,). None is 10 + 1.5 S.
+        alpha: strength of the length penalty; 0 compares log-probabilities.
+        beta: strength of the coverage penalty.
+
+    Raises:
+        ValueError: a beam, a length or a shape that cannot be.
+
+    """
+    if source.ndim != 2 or lengths.shape != source.shape[:1]:
+        shapes = f"{tuple(source.shape)} and {tuple(lengths.shape)}"
+        raise ValueError(f"source must be (B, S) and lengths (B,), got {shapes}")
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
+    if source.shape[0] == 0:
+        return []
+    if int(lengths.min()) < 1:
+        raise ValueError("every sentence needs a token at least: leave the empty ones out")
+    if longest is None:
+        longest = (10 + 1.5 * lengths.float()).long()
+    limits = torch.as_tensor(longest, device=source.device).expand(len(source))
+    if int(limits.min()) < 1:
+        raise ValueError(f"longest must be at least 1, got {int(limits.min())}")
+    return _Search(model, source, lengths, limits, begin, end, beam, alpha, beta).run()
+
+
+class _Search:
+    """B sentences with K partial translations each, as B * K rows."""
+
+    def __init__(
+        self,
+        model: GNMT,
+        source: Tensor,
+        lengths: Tensor,
+        limits: Tensor,
+        begin: int,
+        end: int,
+        beam: int,
+        alpha: float,
+        beta: float,
+    ) -> None:
+        self.model, self.end, self.beam, self.alpha, self.beta = model, end, beam, alpha, beta
+        self.limits = limits.tolist()
+        memory = model.encode(source, lengths)
+        self.memory = Memory(*(part.repeat_interleave(beam, 0) for part in memory))
+        sentences, device = len(source), source.device
+        self.first = torch.arange(sentences, device=device).unsqueeze(1) * beam  # row of each sentence's first
+        self.token = torch.full((sentences * beam, 1), begin, device=device)
+        # at first all K are the same one: one counts
+        self.total = torch.full((sentences, beam), -math.inf, device=device)
+        self.total[:, 0] = 0.0
+        self.seen = torch.zeros(sentences * beam, source.shape[1], device=device)
+        self.said = torch.zeros(sentences * beam, 0, dtype=torch.long, device=device)
+        self.state: list[LayerState] | None = None
+        self.best: list[Translation | None] = [None] * sentences
+
+    def run(self) -> list[Translation]:
+        for length in range(1, max(self.limits) + 1):
+            self._step(length)
+            if all(self._is_over(sentence) for sentence in range(len(self.best))):
+                break
+        return [best for best in self.best if best is not None]
+
+    def _is_over(self, sentence: int) -> bool:
+        """Whether nothing partial can win: log P only falls, and the penalty that divides it is largest at the end."""
+        best = self.best[sentence]
+        hope = float(self.total[sentence].max()) / length_penalty(self.limits[sentence], self.alpha)
+        return best is not None and best.score >= hope
+
+    def _step(self, length: int) -> None:
+        logits, state, weights = self.model.decode(self.token, self.memory, self.state)
+        logp = logits[:, 0].float().log_softmax(1)
+        seen = self.seen + weights[:, 0].float()
+        sentences, beam, vocabulary = *self.total.shape, logp.shape[1]
+        score = self.total.unsqueeze(2) + logp.view(sentences, beam, vocabulary)
+        self.total, place = score.flatten(1).topk(beam, 1)
+        rows = (self.first + place // vocabulary).flatten()
+        self.token = (place % vocabulary).view(-1, 1)
+        self.state = [(h[:, rows], c[:, rows]) for h, c in state]
+        self.seen = seen[rows]
+        self.said = torch.cat([self.said[rows], self.token], 1)
+
+        ended = (self.token == self.end).view_as(self.total)
+        over = ended | torch.tensor([length == limit for limit in self.limits], device=ended.device).unsqueeze(1)
+        coverage = coverage_penalty(self.seen, self.memory.padding, self.beta).view_as(self.total)
+        final = self.total / length_penalty(length, self.alpha) + coverage
+        value, which = final.masked_fill(~over, -math.inf).max(1)
+        for sentence, (number, row) in enumerate(zip(value.tolist(), which.tolist(), strict=True)):
+            best = self.best[sentence]
+            if number > (-math.inf if best is None else best.score):
+                tokens = self.said[sentence * beam + row].tolist()
+                self.best[sentence] = Translation(tokens[:-1] if tokens[-1] == self.end else tokens, number)
+        self.total[over] = -math.inf

@@ -1,0 +1,225 @@
+"""Training a translator by a recipe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rarefy.data import translation
+from rarefy.data.translation import BEGIN, END, PADDING, Batch, Encoded, Pairs
+from rarefy.models import GNMT
+from rarefy.models.search import Translation as Found
+from rarefy.models.search import translate
+from rarefy.train.recipe import Translation as Data
+from rarefy.train.recipe import load
+from rarefy.train.run import Run
+from rarefy.train.token_batches import TokenBatches
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+#: The file of a run's byte-pair encoding.
+TOKENIZER = "tokenizer.json"
+
+#: Sentences that are translated at once, and how many of the test a summary shows.
+SEARCH_BATCH = 64
+SAMPLES = 8
+
+
+class Translation(Run):
+    """One run of a recipe that trains GNMT; see :class:`~rarefy.train.run.Run`.
+
+    The loss is the cross-entropy of a target token, over all tokens of an optimizer step alike.
+    """
+
+    metric, larger_is_better = "valid_perplexity", False
+    plain_model: GNMT
+
+    def _load_data(self) -> None:
+        data, schedule = self._data, self.recipe.schedule
+        assert data.folder is not None
+        first, second = data.languages
+        self.corpus = translation.load(data.folder, (first, second))
+        size = data.train_size or len(self.corpus.train)
+        if size > len(self.corpus.train):
+            raise ValueError(f"data.train_size must be at most {len(self.corpus.train)}, got {size}")
+        pairs = Pairs(self.corpus.train.source[:size], self.corpus.train.target[:size])
+        self.tokenizer = self._tokenizer(pairs)
+        world = self.accelerator.num_processes
+        encoded = Encoded(pairs, self.tokenizer)
+        self.batches = TokenBatches(
+            encoded,
+            batch_tokens=schedule.batch_size // (schedule.accumulate * world),
+            longest=data.longest,
+            accumulate=schedule.accumulate,
+            seed=self.recipe.seed,
+            rank=self.accelerator.process_index,
+            world=world,
+        )
+        # What a sentence costs is that of one of middling length.
+        order = np.argsort(encoded.lengths[1][self.batches.kept], kind="stable")
+        middle = encoded.batch([int(self.batches.kept[order[len(order) // 2]])])
+        self.example = (middle.source, middle.lengths, middle.target)
+        self._valid = Encoded(self.corpus.valid, self.tokenizer)
+
+    @property
+    def _data(self) -> Data:
+        assert isinstance(self.recipe.data, Data)
+        return self.recipe.data
+
+    def _tokenizer(self, pairs: Pairs) -> Tokenizer:
+        """The encoding that the run began with, or a new one: the main process's for all."""
+        from tokenizers import Tokenizer
+
+        text = [""]
+        if self.is_main:
+            path = self.folder.path / TOKENIZER
+            if self._resumed:
+                text = [_read(path)]
+            else:
+                text = [translation.train_tokenizer(pairs, self._data.vocab_size).to_str()]
+        broadcast_object_list(text)
+        return Tokenizer.from_str(text[0])
+
+    def _beside(self) -> dict[str, str]:
+        return {TOKENIZER: self.tokenizer.to_str()}
+
+    def _make_model(self) -> nn.Module:
+        return GNMT(self.tokenizer.get_vocab_size(), **self.recipe.model.options)
+
+    def _learn(self, content: tuple[list[Batch], int]) -> None:
+        batches, words = content
+        # Gradients are means over processes and micro-batches: times their number they are those of the sum.
+        share = self.accelerator.num_processes * len(batches) / words
+        for batch in batches:
+            with self.accelerator.accumulate(self.model):
+                total = self._loss(self.model, batch, self.recipe.schedule.label_smoothing)
+                self._step_on(total * share)
+            self._losses.append(total.detach() / batch.words)
+
+    def _loss(self, model: nn.Module, batch: Batch, smoothing: float = 0.0) -> Tensor:
+        """The sum over the batch's target tokens."""
+        device = self.accelerator.device
+        logits = model(batch.source.to(device), batch.lengths.to(device), batch.target.to(device)).float()
+        following = batch.following.to(device)
+        return F.cross_entropy(
+            logits.flatten(0, 1), following.flatten(), ignore_index=PADDING, label_smoothing=smoothing, reduction="sum"
+        )
+
+    def _evaluate(self) -> dict[str, float]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for batch in list(_in_order(self._valid))[rank::world]:
+            with self.accelerator.autocast():
+                sums[0] += self._loss(self.plain_model, batch).double()
+            sums[1] += batch.words
+        loss, words = self.accelerator.reduce(sums).tolist()
+        return {"valid_loss": loss / words, "valid_perplexity": math.exp(min(loss / words, 700.0))}
+
+    def _results(self) -> dict[str, Any]:
+        """BLEU of greedy translations of the test's sentences, by sacreBLEU, with its signature, and some of them."""
+        from sacrebleu.metrics.bleu import BLEU
+
+        test = self.corpus.test
+        with self.accelerator.autocast():
+            said = translate_texts(self.plain_model.eval(), self.tokenizer, test.source)
+        metric = BLEU()
+        score = metric.corpus_score(said, [test.target])
+        samples = [
+            {"source": source, "reference": reference, "translation": text}
+            for source, reference, text in list(zip(test.source, test.target, said, strict=True))[:SAMPLES]
+        ]
+        signature = str(metric.get_signature())
+        return {"test_bleu": score.score, "bleu_signature": signature, "samples": samples}
+
+
+def _in_order(data: Encoded, tokens: int = 4096) -> list[Batch]:
+    """All pairs in batches of about so many tokens, of one length together."""
+    sizes = np.maximum(*data.lengths) + 1
+    batches: list[Batch] = []
+    some: list[int] = []
+    for index in np.argsort(sizes, kind="stable"):
+        if some and (len(some) + 1) * sizes[index] > tokens:
+            batches.append(data.batch(some))
+            some = []
+        some.append(int(index))
+    return [*batches, data.batch(some)]
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: put the run's encoding back, or begin a new run")
+    return path.read_text(encoding="utf-8")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a run's encoding. Raises FileNotFoundError without the file, ValueError for one that is damaged."""
+    from tokenizers import Tokenizer
+
+    text = _read(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} is no encoding, or a damaged one: {error}") from None
+
+
+def translate_texts(model: GNMT, tokenizer: Tokenizer, texts: list[str], *, beam: int = 1, **options: Any) -> list[str]:
+    """Translate sentences, in evaluation mode; an empty one gives an empty one.
+
+    ``options`` are those of :func:`rarefy.models.search.translate`.
+    """
+    device = next(model.parameters()).device
+    ids = [each.ids for each in tokenizer.encode_batch(texts)]
+    order = sorted((index for index in range(len(texts)) if ids[index]), key=lambda index: len(ids[index]))
+    said = [""] * len(texts)
+    for begin in range(0, len(order), SEARCH_BATCH):
+        some = order[begin : begin + SEARCH_BATCH]
+        sentences = [[*ids[index], END] for index in some]
+        source = translation.padded(sentences).to(device)
+        lengths = torch.tensor([len(each) for each in sentences], device=device)
+        found: list[Found] = translate(model, source, lengths, begin=BEGIN, end=END, beam=beam, **options)
+        for index, each in zip(some, found, strict=True):
+            said[index] = tokenizer.decode(each.tokens)
+    return said
+
+
+class Translator:
+    """A trained run's model with its encoding: sentences in, sentences out."""
+
+    def __init__(self, model: GNMT, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def __call__(self, texts: list[str], *, beam: int = 1) -> list[str]:
+        """Translate sentences; see :func:`translate_texts`."""
+        return translate_texts(self.model, self.tokenizer, texts, beam=beam)
+
+
+def load_translator(run: Path) -> Translator:
+    """Load what a finished run made.
+
+    Raises FileNotFoundError for a folder without a finished run, ValueError for one of another task or damaged files.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise FileNotFoundError(f"there is no run in {run}: name the folder that rarefy train wrote")
+    recipe = load(run / "recipe.yaml")
+    if not isinstance(recipe.data, Data):
+        raise ValueError(f"{run} trained {recipe.model.name} on {recipe.data.name}: it does not translate")
+    weights = run / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing: the run is not finished; --resume goes on with it")
+    tokenizer = load_tokenizer(run / TOKENIZER)
+    model = GNMT(tokenizer.get_vocab_size(), **recipe.model.options)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights} does not fit the recipe beside it, or is damaged: {error!s:.200}") from error
+    return Translator(model, tokenizer)

@@ -1,0 +1,157 @@
+"""GNMT: its size, its arithmetic against a plain composition, and its search against trying everything."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from rarefy.models import GNMT
+from rarefy.models.search import length_penalty, translate
+
+LENGTHS = torch.tensor([5, 1, 3])
+
+
+def small(**options):
+    torch.manual_seed(3)
+    options = {"hidden_size": 8, "num_layers": 4, "dropout": 0.0, **options}
+    return GNMT(11, **options).double().eval()
+
+
+def sentences(vocab=11):
+    source = torch.randint(1, vocab, (3, 5), generator=torch.Generator().manual_seed(1))
+    return source.where(torch.arange(5) < LENGTHS.unsqueeze(1), 0)
+
+
+@torch.no_grad()
+def test_the_published_size():
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GNMT().parameters())
+        apart = sum(p.numel() for p in GNMT(shared_embedding=False).parameters())
+    assert count == 160_671_297
+    assert apart - count == 32320 * 1024
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_it_is_the_published_network(layers):
+    """Held against nn.LSTM over packed sentences, and attention in a loop over every query and key."""
+    model = small(num_layers=layers)
+    source, target = sentences(), torch.randint(1, 11, (3, 4))
+    x = model.source_embedding(source)
+    both = nn.LSTM(8, 8, bidirectional=True, batch_first=True).double()
+    for name, own in both.named_parameters():
+        layer = model.encoder.backwards if name.endswith("_reverse") else model.encoder.forwards
+        own.data = layer.get_parameter(name.removesuffix("_reverse"))
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    x, _ = pad_packed_sequence(both(packed)[0], batch_first=True)
+    for index, layer in enumerate(model.encoder.layers):
+        x = layer(x)[0] + (x if index else 0)
+    values = x
+
+    y, _ = model.decoder.first(model.source_embedding(target))
+    a, context = model.decoder.attention, torch.zeros(3, 4, 8, dtype=torch.float64)
+    for b, t in itertools.product(range(3), range(4)):
+        scores = [
+            a.scale * (a.vector / a.vector.norm()) @ torch.tanh(a.query(y[b, t]) + a.key(values[b, s]) + a.bias)
+            for s in range(LENGTHS[b])
+        ]
+        context[b, t] = torch.stack(scores).softmax(0) @ values[b, : LENGTHS[b]]
+    for index, layer in enumerate(model.decoder.layers):
+        y = layer(torch.cat([y, context], 2))[0] + (y if index else 0)
+    torch.testing.assert_close(model(source, LENGTHS, target), model.output(y), rtol=1e-12, atol=1e-12)
+
+
+def test_padding_changes_nothing():
+    model, source, target = small(), sentences(), torch.randint(1, 11, (3, 4))
+    wide = torch.cat([source, source.new_zeros(3, 2)], 1)
+    alone = torch.cat(
+        [model(source[b : b + 1, :n], LENGTHS[b : b + 1], target[b : b + 1]) for b, n in enumerate(LENGTHS)]
+    )
+    torch.testing.assert_close(model(wide, LENGTHS, target), alone, rtol=1e-12, atol=1e-12)
+
+
+def test_decoding_goes_on_from_its_state():
+    model, target = small(), torch.randint(1, 11, (3, 4))
+    memory = model.encode(sentences(), LENGTHS)
+    whole, _, _ = model.decode(target, memory)
+    state, parts = None, []
+    for step in range(4):
+        logits, state, _ = model.decode(target[:, step : step + 1], memory, state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+def everything(model, source, lengths, longest, alpha, beta):
+    """Equation 14 for every translation of at most ``longest`` tokens, by teacher forcing: the best one."""
+    memory, best = model.encode(source, lengths), (-math.inf, [])
+    words = [token for token in range(4) if token != 2]
+    for length in range(1, longest + 1):
+        for body in itertools.product(words, repeat=length - 1):
+            for last in [2, *words] if length == longest else [2]:
+                said = [*body, last]
+                logits, _, weights = model.decode(torch.tensor([[1, *said[:-1]]]), memory)
+                logp = logits[0].log_softmax(1)[torch.arange(length), said].sum().item()
+                seen = weights[0].sum(0).clamp(max=1)
+                score = logp / ((5 + length) / 6) ** alpha + beta * seen.log().sum().item()
+                best = max(best, (score, said[:-1] if last == 2 else said))
+    return best
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (0.6, 0.5)])
+def test_a_wide_beam_finds_the_best_of_all(alpha, beta):
+    torch.manual_seed(5)
+    model = GNMT(4, hidden_size=6, num_layers=2, dropout=0.0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(12)
+    source, lengths = torch.tensor([[1, 3, 2], [3, 1, 1]]), torch.tensor([3, 1])
+    found = translate(model, source, lengths, begin=1, end=2, beam=81, longest=4, alpha=alpha, beta=beta)
+    for b, translation in enumerate(found):
+        n = int(lengths[b])
+        score, tokens = everything(model, source[b : b + 1, :n], lengths[b : b + 1], 4, alpha, beta)
+        assert translation.tokens == tokens
+        assert translation.score == pytest.approx(score, abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_beam_of_one_takes_the_likeliest_word():
+    model = small().float()
+    found = translate(model, sentences(), LENGTHS, begin=1, end=2, longest=torch.tensor([6, 2, 4]))
+    memory = model.encode(sentences(), LENGTHS)
+    for b, (translation, limit) in enumerate(zip(found, (6, 2, 4), strict=True)):
+        said, total = [], 0.0
+        while len(said) < limit and 2 not in said:
+            logits, _, weights = model.decode(
+                torch.tensor([[1, *said]]), type(memory)(*(part[b : b + 1] for part in memory))
+            )
+            logp = logits[0, -1].log_softmax(0)
+            said.append(int(logp.argmax()))
+            total += float(logp.max())
+        seen = weights[0].sum(0)[: LENGTHS[b]].clamp(max=1).log().sum().item()
+        assert translation.tokens == [token for token in said if token != 2]
+        assert translation.score == pytest.approx(total / length_penalty(len(said), 0.6) + 0.1 * seen, abs=1e-4)
+
+
+def test_what_cannot_be_is_told():
+    for options, message in (
+        ({"num_layers": 1}, "num_layers must be a whole number of at least 2, got 1"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"mode": "exakt"}, "mode must be one of torch, exact"),
+        ({"hidden_size": 0}, "hidden_size must be"),
+        ({"padding": 99}, "padding must be a token, 0 to 10, got 99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(**options)
+    model = small()
+    for source, lengths, options, message in (
+        (sentences(), LENGTHS, {"beam": 0}, "beam must be at least 1"),
+        (sentences(), LENGTHS, {"longest": 0}, "longest must be at least 1"),
+        (sentences(), torch.tensor([5, 0, 3]), {}, "every sentence needs a token"),
+        (sentences()[0], LENGTHS, {}, r"source must be \(B, S\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            translate(model, source, lengths, begin=1, end=2, **options)
+    assert translate(model, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), begin=1, end=2) == []

@@ -1,0 +1,195 @@
+"""Training a translator: it learns, resumes to the bit, and says in words what it does not take."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("sacrebleu")
+
+from rarefy.cli.main import main
+from rarefy.data.translation import Pairs
+from rarefy.train import TrainingInterruptedError, parse, prepare
+from rarefy.train import run as run_module
+from rarefy.train.translation import TOKENIZER, load_translator
+from tests.processes import run_two
+from tests.train.runs import digest, stop_at
+
+NOUNS = {"dog": "Hund", "tree": "Baum", "table": "Tisch", "man": "Mann"}
+VERBS = {"sleeps": "schläft", "falls": "fällt", "stands": "steht"}
+PLACES = {"here": "hier", "there": "dort", "today": "heute"}
+CORPUS = [
+    (f"the {a} {b} {c}", f"der {x} {y} {z}")
+    for a, x in NOUNS.items()
+    for b, y in VERBS.items()
+    for c, z in PLACES.items()
+]
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A folder of parallel text whose three splits are the same: what is learned by heart is translated rightly."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(run_module, "RECORDS", 5)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        for language, texts in zip(("en", "de"), zip(*CORPUS, strict=True), strict=True):
+            (folder / f"{split}.{language}").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return folder
+
+
+def recipe(folder: Path, **changes):
+    plain = {
+        "name": "test",
+        "model": {"name": "gnmt", "hidden_size": 32, "num_layers": 2, "dropout": 0.0},
+        "data": {"name": "translation", "folder": str(folder), "vocab_size": 60, "longest": 20},
+        "optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.0, "clip_norm": 1.0},
+        "schedule": {"epochs": 2, "batch_size": 80},
+        "threads": 1,
+    }
+    for key, value in changes.items():
+        plain[key] = {**plain.get(key, {}), **value} if isinstance(value, dict) else value
+    return parse(plain)
+
+
+def weights(run):
+    return {name: digest(p) for name, p in run.plain_model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys, monkeypatch):
+    made = recipe(corpus, schedule={"epochs": 40})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made.to_dict()))
+    folder = tmp_path / "run"
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--run", str(folder), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["test_bleu"] == pytest.approx(100.0)
+    assert summary["valid_perplexity"] < 1.1
+    assert "version:" in summary["bleu_signature"]
+    page = (folder / "report.html").read_text()
+    assert "BLEU 100.00 on the test set" in page
+    assert CORPUS[0][1] in page
+
+    translator = load_translator(folder)
+    english, german = zip(*CORPUS, strict=True)
+    for beam in (1, 4):
+        assert tuple(translator(list(english), beam=beam)) == german
+    assert translator(["", english[3], "猫"], beam=2)[:2] == ["", german[3]]
+    text = tmp_path / "in.txt"
+    text.write_text(f"{english[5]}\n\n{english[0]}\n")
+    assert main(["translate", str(folder), str(text)]) == 0
+    assert capsys.readouterr().out == f"{german[5]}\n\n{german[0]}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(english[7].encode())))
+    assert main(["translate", str(folder), "--output", str(tmp_path / "out.txt"), "--beam", "1"]) == 0
+    assert (tmp_path / "out.txt").read_text() == f"{german[7]}\n"
+    text.write_bytes(b"fine\n\xff\n")
+    assert main(["translate", str(folder), str(text)]) == 1
+    assert "line 2: not UTF-8" in capsys.readouterr().err
+    assert main(["translate", str(folder), "--beam", "0"]) == 1
+    (folder / TOKENIZER).write_text("{}")
+    with pytest.raises(ValueError, match="is no encoding, or a damaged one"):
+        load_translator(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": {"name": "autosparse", "target": 0.8}, "schedule": {"accumulate": 2, "batch_size": 120}}]
+)
+def test_resuming_changes_no_bit(corpus, tmp_path, changes):
+    made = recipe(corpus, model={"dropout": 0.2}, **changes)
+    whole = prepare(made, tmp_path / "whole")
+    whole.train()
+    with pytest.raises(TrainingInterruptedError):
+        prepare(made, tmp_path / "pieces").train(stop_at(3))
+    rest = prepare(made, tmp_path / "pieces", resume=True)
+    assert rest.step == 3
+    rest.train()
+    assert weights(rest) == weights(whole)
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "pieces"))
+    assert one["valid_perplexity"] == other["valid_perplexity"]
+    assert one["samples"] == other["samples"]
+    if changes:
+        assert one["sparsity"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_micro_batches_weigh_their_tokens(corpus, tmp_path):
+    """One step over two micro-batches has the gradient of all its tokens at once."""
+    run = prepare(recipe(corpus, schedule={"accumulate": 2, "batch_size": 160}), tmp_path / "run")
+    batches, words = next(iter(run.batches.epoch(0)))
+    total = sum(run._loss(run.plain_model, batch) for batch in batches) / words
+    expected = torch.autograd.grad(total, list(run.plain_model.parameters()))
+    seen = {}
+    clip = run.accelerator.clip_grad_norm_
+
+    def keep(parameters, norm):
+        seen.update(enumerate(p.grad.clone() for p in run.plain_model.parameters()))
+        return clip(parameters, norm)
+
+    run.accelerator.clip_grad_norm_ = keep
+    run._optimizer_step((batches, words))
+    for index, gradient in enumerate(expected):
+        torch.testing.assert_close(seen[index], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(corpus, tmp_path):
+    run_two("tests.train.two_translators", tmp_path)
+    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert one["weights"] == other["weights"] == one["resumed"] == other["resumed"]
+    assert one["stopped"] == other["stopped"] == 3
+    assert other["summary"] == {}
+    # The same sentences a step, in one process: the sum of gradients is taken in another order.
+    alone = prepare(recipe(corpus, schedule={"batch_size": 160, "accumulate": 2}), tmp_path / "alone").train()
+    assert one["summary"]["valid_perplexity"] == pytest.approx(alone["valid_perplexity"], rel=1e-3)
+
+
+def test_one_token_sentences_and_long_ones(corpus, tmp_path):
+    for language, text in (("en", "dog\n" * 20), ("de", "Hund\n" * 20)):
+        (corpus / f"train.{language}").write_text(text)
+    long = " ".join(["dog"] * 200)
+    (corpus / "test.en").write_text(f"dog\n{long}\n")
+    (corpus / "test.de").write_text(f"Hund\n{long}\n")
+    summary = prepare(recipe(corpus), tmp_path / "run").train()
+    assert len(summary["samples"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"name": "fashion_cnn"}}, "model.name must be gnmt|option of model"),
+        ({"data": {"name": "fashion_mnist"}}, "unknown key in data"),
+        ({"data": {"folder": None}}, "data.folder must be a table or a folder"),
+        ({"data": {"languages": ["en"]}}, "data.languages must be two"),
+        ({"data": {"vocab_size": 3}}, r"data.vocab_size must be in \(4"),
+        ({"data": {"longest": 100}}, "data.longest must be in"),
+        ({"data": {"train_size": 1000}}, "data.train_size must be at most 36"),
+        ({"data": {"name": "translatoin"}}, "did you mean 'translation'"),
+        ({"model": {"mode": "exakt"}}, "mode must be one of torch"),
+        ({"optimizer": {"clip_norm": 0.0}}, "optimizer.clip_norm must be above 0"),
+        ({"schedule": {"batch_size": 40, "accumulate": 40}}, "data.longest must be in"),
+    ],
+)
+def test_what_is_refused(corpus, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(recipe(corpus, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_there_is_nothing_to_translate_with(corpus, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no run in"):
+        load_translator(tmp_path)
+    run = prepare(recipe(corpus), tmp_path / "run")
+    with pytest.raises(TrainingInterruptedError):
+        run.train(stop_at(2))
+    with pytest.raises(FileNotFoundError, match="the run is not finished"):
+        load_translator(tmp_path / "run")
+    (tmp_path / "run" / TOKENIZER).unlink()
+    with pytest.raises(FileNotFoundError, match=r"put the run.s encoding back"):
+        prepare(recipe(corpus), tmp_path / "run", resume=True)
+
+
+def test_pairs_have_a_length():
+    assert len(Pairs(["a"], ["b"])) == 1
