@@ -4,7 +4,7 @@
 
 Formats: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2. Modes: see :mod:`rarefy.act.spec.reference`. Error of
 ``mode="exact"``: none beyond correct rounding in formats of at most 16 bits; in float32 tanh is within 6 units of the
-last place and 1.3e-7, sigmoid, silu and gelu within 0.51 units.
+last place and 1.3e-7, sigmoid, silu and gelu within 1 unit.
 
 Under torch.compile the functions are traced as plain operators, which Inductor fuses with what stands around them
 (but exact float32 on the CPU, whose fused form is slow, is one operator that runs the kernel).
@@ -59,7 +59,8 @@ def tanh(
 
     Args:
         x: a floating-point tensor of any shape and layout.
-        mode: "exact", "ktanh" (K-TanH, arXiv 1909.07729, or ``table``) or "hard" (HardTanh).
+        mode: "exact", "fast" (float32 to a few units of the last place, the other formats as "exact"), "ktanh"
+            (K-TanH, arXiv 1909.07729, or ``table``) or "hard" (HardTanh).
         grad: "y" (1 - y^2, as PyTorch; the default) or "x" (from the input); in mode "hard" only "x".
         out: where to put the result, of the same shape and dtype; ``x`` itself computes in place. No gradient then.
         table: for mode "ktanh": a :class:`Table` of the input's format, or the name of a shipped one.
@@ -242,7 +243,7 @@ def _traced(
     needs_gradient = x.requires_grad and torch.is_grad_enabled()
     dynamo, exporting = torch.compiler.is_dynamo_compiling(), torch.compiler.is_exporting()
     # the fused form of float32 would cost far more than the kernel
-    slow_fused = x.dtype == torch.float32 and mode == "exact" and x.device.type == "cpu"
+    slow_fused = x.dtype == torch.float32 and mode in ("exact", "fast") and x.device.type == "cpu"
     result: Tensor
     kept = not dynamo and _kept.get()
     if exporting and not kept and (not needs_gradient or torch.onnx.is_in_onnx_export()):
