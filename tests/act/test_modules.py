@@ -30,7 +30,7 @@ def test_module_options():
     assert repr(act.Tanh("ktanh", table="tanh_bf16_monotone")) == "Tanh(mode='ktanh', table='tanh_bf16_monotone')"
     assert repr(act.Sigmoid(grad="x")) == "Sigmoid(mode='exact', grad='x')"
     with pytest.raises(ValueError, match="mode must be"):
-        act.Tanh("fast")
+        act.Tanh("swift")
     with pytest.raises(ValueError, match="a table goes with"):
         act.Tanh(table="tanh_bf16")
     with pytest.raises(ValueError, match="grad must be"):
@@ -170,7 +170,7 @@ def test_swap_twice_keeps_the_first():
 def test_swap_checks_its_options_before_it_changes_anything():
     net = nn.Sequential(nn.Tanh())
     with pytest.raises(ValueError, match="mode must be"):
-        act.swap(net, "fast")
+        act.swap(net, "swift")
     assert type(net[0]) is nn.Tanh
 
 
