@@ -1,6 +1,7 @@
 """The figures of the activation functions: ``python benchmarks/act.py`` writes results/act.csv.
 
-``python benchmarks/act.py --print`` prints the tables and figures of docs/results/activations.md from that file.
+``python benchmarks/act.py --csv results/act_avx2.csv`` does so on a machine without AVX-512, ``python benchmarks/act.py
+--print`` prints the tables and figures of docs/results/activations.md from both files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rarefy.act.spec import formats, oracle, reference
 from rarefy.cli import main
 
 RESULTS = Path(__file__).parents[1] / "results" / "act.csv"
+AVX2 = RESULTS.with_name("act_avx2.csv")
 B, F = "bfloat16", "float32"
 NAMES = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU by tanh"}
 LABELS = {"exact": "exact", "ktanh": "K-TanH", "hard": "HardTanh"}
@@ -62,15 +64,37 @@ def bfloat16(ns: Times) -> str:
 
 
 def float32(ns: Times) -> str:
-    """Every float32 function beside PyTorch's and SLEEF's."""
+    """The float32 functions that run on tables beside PyTorch's and SLEEF's."""
     rows = [["memcpy", *(figure(ns[size, F, "memcpy"]) for size in ("L2", "DRAM")), "", ""]]
-    entries = {"K-TanH": "kernel tanh ktanh"} | {f"{NAMES[f]}, exact": f"kernel {f} exact" for f in oracle.TABLED}
-    for name, entry in entries.items():
+    for name, entry in {"K-TanH": "kernel tanh ktanh", "tanh, exact": "kernel tanh exact"}.items():
         theirs, ours = ns["L2", F, f"torch.{entry.split()[1]}"], [ns[size, F, entry] for size in ("L2", "DRAM")]
         rows += [[name, *map(figure, ours), figure(theirs), f"{theirs / ours[0]:.2f}"]]
     for name, entry in {"tanh, SLEEF u35": "peer sleef_u35", "tanh, SLEEF u10": "peer sleef_u10"}.items():
         rows += [[name, *(figure(ns[size, F, entry]) for size in ("L2", "DRAM")), "", ""]]
     return table(["float32", "ns, L2", "ns, DRAM", "PyTorch's, L2", "ratio, L2"], rows)
+
+
+def without_avx512(ns: Times, dtype: str) -> str:
+    """What AVX2 gives of a format: modes "exact" and, in float32, "fast" beside PyTorch's functions."""
+    rows = [["memcpy", "", *(figure(ns[size, dtype, "memcpy"]) for size in ("L2", "DRAM")), *[""] * 4]]
+    for mode in ("exact", "fast") if dtype == F else ("exact",):
+        for function in oracle.TABLED:
+            bound = f"{reference.MAX_ULP[mode][function]:g} ulp" if dtype == F else "0.5 ulp"
+            ours = [ns[size, dtype, f"kernel {function} {mode}"] for size in ("L2", "DRAM")]
+            peers = [ns[size, dtype, f"torch.{function}"] for size in ("L2", "DRAM")]
+            ratios = [f"{peer / our:.2f}" for peer, our in zip(peers, ours, strict=True)]
+            rows += [[f"{NAMES[function]}, {mode}", bound, *map(figure, ours), *map(figure, peers), *ratios]]
+    head = [
+        f"{dtype}, AVX2",
+        "bound",
+        "ns, L2",
+        "ns, DRAM",
+        "PyTorch's, L2",
+        "PyTorch's, DRAM",
+        "ratio, L2",
+        "ratio, DRAM",
+    ]
+    return table(head, rows)
 
 
 def sentences(ns: Times) -> dict[str, str]:
@@ -79,7 +103,6 @@ def sentences(ns: Times) -> dict[str, str]:
     def ratio(over: str, under: str, size: str = "L2", dtype: str = B) -> float:
         return ns[size, dtype, over] / ns[size, dtype, under]
 
-    slower = {f: ratio(f"kernel {f} exact", f"torch.{f}", dtype=F) for f in ("sigmoid", "silu", "gelu")}
     memory = {f: ratio(f"kernel {f} exact", "memcpy", "DRAM") for f in oracle.TABLED}
     extra = 100 * (ratio("kernel tanh exact", "kernel tanh ktanh") - 1)
     return {
@@ -91,7 +114,6 @@ def sentences(ns: Times) -> dict[str, str]:
         "exact": f"{extra:.0f} % more than K-TanH",
         "gelu": f"{ratio('torch.gelu', 'kernel gelu exact'):.1f} times faster in cache and"
         f" {ratio('torch.gelu', 'kernel gelu exact', 'DRAM'):.1f} times in memory",
-        "float32": f"{slower['sigmoid']:.1f}, {slower['silu']:.1f} and {slower['gelu']:.1f} times",
         "call": f"{ns['call8', B, 'act.tanh'] / 1000:.1f} us on 8 elements,"
         f" {ns['call8', B, 'act.tanh'] / ns['call8', B, 'torch.tanh']:.1f} times that of `torch.tanh`",
         "avx2": f"{figure(ns['L2', B, 'kernel tanh exact avx2'])} ns"
@@ -108,6 +130,7 @@ def sentences(ns: Times) -> dict[str, str]:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--print"]:
         times = read()
-        print(bfloat16(times), float32(times), *sentences(times).values(), sep="\n\n")
+        tables = [without_avx512(read(AVX2), dtype) for dtype in (F, B, "float16")]
+        print(bfloat16(times), float32(times), *tables, *sentences(times).values(), sep="\n\n")
         sys.exit(0)
     sys.exit(main(["bench", "act", "--csv", str(RESULTS), *sys.argv[1:]]))

@@ -90,8 +90,11 @@ typedef struct {
 typedef void rarefy_act16(const uint16_t *x, uint16_t *y, int64_t n, const void *table, int32_t threads);
 typedef void rarefy_act8(const uint8_t *x, uint8_t *y, int64_t n, const void *table, int32_t threads);
 // "act_shift32": K-TanH of 32 rows in float32. "act_tanh32": tanh from a rarefy_quartic32.
-// "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": computed in double; they read no table.
-// So "act_quick_gelu32", "act_mish32", "act_softplus32", "act_hardswish32", "act_elu32" and "act_exp32".
+// "act_sigmoid32", "act_silu32", "act_gelu32", "act_gelu_tanh32": within one unit of the last place;
+// "act_sigmoid32_fast",
+//   "act_silu32_fast", "act_gelu32_fast": within a few. They read no table; a NaN comes back as a NaN.
+// "act_quick_gelu32", "act_mish32", "act_softplus32", "act_hardswish32", "act_elu32" and "act_exp32": computed in
+// double; they read no table.
 typedef void rarefy_act32(const uint32_t *x, uint32_t *y, int64_t n, const void *table, int32_t threads);
 
 // Gated units over rows of values: h = act(gate), out = h * up, each rounded once to the format. `act` and its table

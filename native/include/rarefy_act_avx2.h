@@ -136,5 +136,58 @@ struct TanhHard {
     Pair operator()(Pair x) const { return {finish(x.low), finish(x.high)}; }
 };
 
+// The entry of a table of 32 that the low five bits of `row` tell.
+inline __m256 entry(const float *table, __m256i row) {
+    const __m256 third = _mm256_castsi256_ps(_mm256_slli_epi32(row, 28));
+    const __m256 fourth = _mm256_castsi256_ps(_mm256_slli_epi32(row, 27));
+    const __m256 low = _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), row),
+                                        _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), row), third);
+    const __m256 high = _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 16), row),
+                                         _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 24), row), third);
+    return _mm256_blendv_ps(low, high, fourth);
+}
+inline __m256i entry(const uint32_t *table, __m256i row) {
+    return _mm256_castps_si256(entry(reinterpret_cast<const float *>(table), row));
+}
+inline __m256i all32(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
+
+// 8 lanes of float32; the table must stay. As the AVX-512 form.
+struct TanhShift32 {
+    const rarefy_shift32 &table;
+    __m256i magnitude = all32(0x7FFFFFFF), mantissa, low, high, one, last;
+    __m128i index_shift;
+
+    explicit TanhShift32(const rarefy_shift32 &t)
+        : table(t), mantissa(all32(t.mantissa_mask)), low(all32(t.identity_below)), high(all32(t.saturate_above)),
+          one(all32(t.one)), last(all32(t.last)), index_shift(_mm_cvtsi32_si128(static_cast<int>(t.index_shift))) {}
+
+    __m256i operator()(__m256i x) const {
+        const __m256i u = _mm256_and_si256(x, magnitude), row = _mm256_srl_epi32(u, index_shift);
+        __m256i y = _mm256_srlv_epi32(_mm256_and_si256(u, mantissa), entry(table.shift, row));
+        y = _mm256_add_epi32(y, entry(table.base, row));
+        y = _mm256_blendv_epi8(y, u, _mm256_cmpgt_epi32(low, u));
+        y = _mm256_blendv_epi8(y, one, _mm256_cmpgt_epi32(u, high));
+        y = _mm256_blendv_epi8(y, u, _mm256_cmpgt_epi32(u, last));
+        return _mm256_or_si256(y, _mm256_andnot_si256(magnitude, x));
+    }
+};
+
+// 8 lanes of float32; the table must stay. As the AVX-512 form.
+struct TanhQuartic32 {
+    const rarefy_quartic32 &table;
+    __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f), limit;
+
+    explicit TanhQuartic32(const rarefy_quartic32 &t) : table(t), limit(_mm256_set1_ps(t.limit)) {}
+
+    __m256i operator()(__m256i x) const {
+        const __m256 value = _mm256_castsi256_ps(x), a = _mm256_min_ps(limit, _mm256_andnot_ps(sign, value));
+        const __m256i row = _mm256_srli_epi32(_mm256_castps_si256(_mm256_add_ps(a, one)), 20);
+        const __m256 f = _mm256_sub_ps(a, entry(table.begin, row));
+        __m256 y = entry(table.coefficient[4], row);
+        for (int k = 3; k >= 0; --k) y = _mm256_fmadd_ps(y, f, entry(table.coefficient[k], row));
+        return _mm256_castps_si256(_mm256_or_ps(_mm256_andnot_ps(sign, y), _mm256_and_ps(sign, value)));
+    }
+};
+
 }  // namespace
 }  // namespace rarefy

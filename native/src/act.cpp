@@ -11,35 +11,7 @@ namespace rarefy {
 namespace RAREFY_ISA {
 namespace {
 
-// Neither was measured apart.
-constexpr int64_t CHUNK = 1 << 16;   // values a unit of work
-constexpr int64_t SERIAL = 1 << 18;  // below this many values a thread costs more than it saves
-
-template <class T>
-struct Job {
-    const T *x;
-    T *y;
-    int64_t n;
-    const void *table;
-};
-
-// Kernel `block` (a function over one span) as a kernel over chunks on several threads.
-template <class T, void block(const T *, T *, int64_t, const void *)>
-void over_chunks(const T *x, T *y, int64_t n, const void *table, int32_t threads) {
-    if (threads <= 1 || n < SERIAL) {
-        const DefaultMode mode;
-        block(x, y, n, table);
-        return;
-    }
-    Job<T> job{x, y, n, table};
-    auto chunk = [](void *context, int64_t index) {
-        const Job<T> &j = *static_cast<const Job<T> *>(context);
-        const DefaultMode mode;
-        const int64_t begin = index * CHUNK, size = j.n - begin < CHUNK ? j.n - begin : CHUNK;
-        block(j.x + begin, j.y + begin, size, j.table);
-    };
-    parallel_for(threads, (n + CHUNK - 1) / CHUNK, chunk, &job);
-}
+#include "chunks-inl.h"
 
 // Several in flight: the load of one lookup does not wait for the store of another.
 template <class T>
@@ -99,6 +71,30 @@ void tanh32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
     map32<4>(x, y, n, TanhQuartic32(*static_cast<const rarefy_quartic32 *>(table)));
 }
 
+#elif defined(__AVX2__)
+
+template <class F>
+void map32(const uint32_t *x, uint32_t *y, int64_t n, const F &f) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(y + i),
+                            f(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + i))));
+    if (i < n) {
+        const __m256i some =
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        const __m256i v = _mm256_maskload_epi32(reinterpret_cast<const int *>(x + i), some);
+        _mm256_maskstore_epi32(reinterpret_cast<int *>(y + i), some, f(v));
+    }
+}
+
+void shift32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
+    map32(x, y, n, TanhShift32(*static_cast<const rarefy_shift32 *>(table)));
+}
+
+void tanh32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
+    map32(x, y, n, TanhQuartic32(*static_cast<const rarefy_quartic32 *>(table)));
+}
+
 #else
 
 void shift32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
@@ -124,22 +120,7 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
-// a * b + c rounded once.
-inline float fma32(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-    return __builtin_fmaf(a, b, c);
-#else
-    // The product is exact in double. The sum is rounded to odd: then rounding it to float is the only rounding.
-    const double p = static_cast<double>(a) * static_cast<double>(b), d = static_cast<double>(c);
-    const double s = p + d, back = s - p, error = (p - (s - back)) + (d - back);
-    int64_t bits;
-    __builtin_memcpy(&bits, &s, sizeof bits);
-    if (error != 0.0 && !(bits & 1)) bits += (error > 0.0) == (s > 0.0) ? 1 : -1;
-    double odd;
-    __builtin_memcpy(&odd, &bits, sizeof odd);
-    return static_cast<float>(odd);
-#endif
-}
+#include "fused-inl.h"
 
 void tanh32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
     const rarefy_quartic32 &t = *static_cast<const rarefy_quartic32 *>(table);
@@ -149,7 +130,7 @@ void tanh32(const uint32_t *x, uint32_t *y, int64_t n, const void *table) {
         const uint32_t row = (as_bits(a + 1.0f) >> 20) & 31;
         const float f = a - t.begin[row];
         float v = t.coefficient[4][row];
-        for (int k = 3; k >= 0; --k) v = fma32(v, f, t.coefficient[k][row]);
+        for (int k = 3; k >= 0; --k) v = fused(v, f, t.coefficient[k][row]);
         y[i] = (x[i] & 0x80000000) | (as_bits(v) & 0x7FFFFFFF);
     }
 }
@@ -230,8 +211,6 @@ void lookup8(const uint8_t *x, uint8_t *y, int64_t n, const void *table) {
 constexpr auto lookup8 = lookup<uint8_t>;
 #endif
 
-#include "act_wide-inl.h"
-
 }  // namespace
 
 extern const rarefy_kernel act_kernels[] = {
@@ -248,10 +227,6 @@ extern const rarefy_kernel act_kernels[] = {
 #endif
     RAREFY_KERNEL("act_lut16", (over_chunks<uint16_t, lookup<uint16_t>>)),
     RAREFY_KERNEL("act_lut8", (over_chunks<uint8_t, lookup8>)),
-    RAREFY_KERNEL("act_sigmoid32", (over_chunks<uint32_t, wide<Wide::sigmoid>>)),
-    RAREFY_KERNEL("act_silu32", (over_chunks<uint32_t, wide<Wide::silu>>)),
-    RAREFY_KERNEL("act_gelu32", (over_chunks<uint32_t, wide<Wide::gelu>>)),
-    RAREFY_KERNEL("act_gelu_tanh32", (over_chunks<uint32_t, wide<Wide::gelu_tanh>>)),
     RAREFY_KERNEL("act_shift32", (over_chunks<uint32_t, shift32>)),
     RAREFY_KERNEL("act_tanh32", (over_chunks<uint32_t, tanh32>)),
 };

@@ -12,7 +12,8 @@
 #endif
 
 // Every source that holds kernels, and every instruction set they are built for, best first.
-#define RAREFY_SOURCES(X, isa) X(isa, thresholds) X(isa, act) X(isa, act_double) X(isa, gated) X(isa, cell) X(isa, peak)
+#define RAREFY_SOURCES(X, isa) \
+    X(isa, thresholds) X(isa, act) X(isa, act32) X(isa, act_double) X(isa, gated) X(isa, cell) X(isa, peak)
 #if defined(RAREFY_X86)
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)

@@ -22,6 +22,9 @@ def flat(text: str) -> str:
 def test_tables_are_those_of_the_results():
     assert flat(figures.bfloat16(TIMES)) in DOCS
     assert flat(figures.float32(TIMES)) in DOCS
+    without = figures.read(figures.AVX2)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert flat(figures.without_avx512(without, dtype)) in DOCS
 
 
 @pytest.mark.parametrize("name", figures.sentences(TIMES))
@@ -35,6 +38,14 @@ def test_every_target_but_the_stretch_is_met_by_the_results():
     missed = [target.claim for target in bench.targets(found) if not target.met]
     assert len(bench.targets(found)) == 14
     assert set(missed) <= {"silu exact, stretch: times torch, L2"}
+
+
+def test_float32_without_avx512_misses_what_the_docs_say():
+    found = [bench.Measured(*key, ns, ns) for key, ns in figures.read(figures.AVX2).items()]
+    judged = {target.claim: target.met for target in bench.targets(found) if " L2" in target.claim}
+    claims = {claim: met for claim, met in judged.items() if "exact: of torch's" in claim or " fast: " in claim}
+    assert len(claims) == 9
+    assert [claim for claim, met in claims.items() if not met] == ["float32 gelu exact: of torch's, L2"]
 
 
 def test_the_commands_in_the_docs_run_as_they_stand(tmp_path, monkeypatch, capsys):

@@ -168,7 +168,7 @@ def test_bad_arguments_are_named():
     for dtype in (torch.float64, torch.float8_e4m3fn, torch.int32):
         with pytest.raises(TypeError, match=r"takes bfloat16, .*; got"):
             act.silu_and_mul(x.to(dtype))
-    with pytest.raises(ValueError, match="mode must be one of exact, ktanh, hard"):
+    with pytest.raises(ValueError, match="mode must be one of exact, fast, ktanh, hard"):
         act.silu_and_mul(x, mode="fastest")
     with pytest.raises(ValueError, match='grad must be "x"'):
         act.silu_and_mul(x, grad="y")

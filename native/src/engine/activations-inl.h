@@ -4,10 +4,10 @@
 // brackets without fused multiply-adds, where these differ:
 //     sigmoid, tanh  2.6
 //     silu           3.2 from -88 on; below, its gate is denormal: off by 1.2e-43 at most
-//     gelu           5 (7.2) from -3 on, 5.7 (21) from -8 on, 10 (72) below, where it is less than 5e-15
+//     gelu           5.5 (7.2) from -3 on, 6 (21) from -8 on, 10.2 (72) below, where it is less than 5e-15
 //     gelu_tanh      2.8 (3) from -1 on, 11 (16) from -3 on, 18 (36) from -5 on, 64 (122) from -8 on, 153 (210) below
-// NaN stays NaN; x times a gate is NaN at minus infinity, as in PyTorch. Included by engine_kernels.cpp, after
-// vec-inl.h.
+// NaN stays NaN; x times a gate is NaN at minus infinity, as in PyTorch, but gelu is -0. Included by engine_kernels.cpp
+// and act32.cpp, after vec-inl.h.
 #pragma once
 
 // e^x comes multiplied by this: no x of interest underflows, and a quotient of such numbers is rounded once, also where
@@ -49,7 +49,7 @@ inline V gelu_tanh(V x) {
     return mul(x, gate(x, scaled(power(a, fma(mul(a, a), all(-0.0713548162726009f), all(-1.5957691216057307f))))));
 }
 
-// x Phi(x),  Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0. P/Q minimax by Remez's exchange on [0, 14.5], in 50 digits:
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|),  Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0. P/Q minimax by Remez's exchange on [0, 14.5], in 50 digits:
 // with the coefficients rounded to float32, 0.31 * 2^-24 of itself. Beyond, Phi(-a) is 0 in float32.
 inline V gelu(V x) {
     const V a = smaller(all(14.5f), absolute(x));
@@ -64,7 +64,7 @@ inline V gelu(V x) {
     q = fma(q, a, all(SCALE));
     const Power e = power(a, mul(a, all(-0.5f)));
     const V tail = div(mul(e.two, fma(p, e.less_one, p)), q);
-    return mul(x, where_less(x, all(0.0f), tail, sub(all(1.0f), tail)));
+    return fnma(a, tail, larger(all(-0.0f), x));
 }
 
 // tanh |x| = -m / (2 + m),  m = e^(-2 |x|) - 1, which does not cancel near 0

@@ -21,10 +21,13 @@ inline void store_some(float *p, uint32_t lanes, V v) { _mm512_mask_storeu_ps(p,
 inline V all(float a) { return _mm512_set1_ps(a); }
 inline V all_bits(uint32_t a) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a))); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V fms(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }    // a b - c
+inline V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V negative(V a) { return -a; }
 inline V absolute(V a) { return _mm512_abs_ps(a); }
 // The size of the one with the sign of the other.
 inline V with_sign(V size, V sign) { return _mm512_or_ps(absolute(size), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
@@ -53,6 +56,11 @@ inline V widen(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(i, 16));
 }
 inline float total(V v) { return _mm512_reduce_add_ps(v); }
+// The entry of a table that the low three bits of v shifted right tell.
+inline V pick(const float *table, V v, int shift) {
+    const __m512i row = _mm512_srli_epi32(_mm512_castps_si512(v), static_cast<unsigned>(shift));
+    return _mm512_permutexvar_ps(row, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
+}
 
 #elif defined(__AVX2__)
 
@@ -76,10 +84,13 @@ inline void store_some(float *p, uint32_t lanes, V v) {
 }
 inline V all(float a) { return _mm256_set1_ps(a); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V fms(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }
+inline V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+inline V negative(V a) { return -a; }
 inline V absolute(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline V with_sign(V size, V sign) { return _mm256_or_ps(absolute(size), _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
 inline V where_less(V x, V y, V a, V b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ)); }
@@ -104,6 +115,9 @@ inline float total(V v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline V pick(const float *table, V v, int shift) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), _mm256_srli_epi32(_mm256_castps_si256(v), shift));
 }
 
 #else
@@ -132,11 +146,33 @@ typedef uint32_t Mask;
 inline Mask mask_of(uint32_t lanes) { return lanes; }
 inline V load_masked(const float *p, Mask mask) { return mask == 15 ? loadu(p) : load_some(p, mask); }
 inline void store_masked(float *p, Mask mask, V v) { store_some(p, mask, v); }
+#if !defined(RAREFY_FUSED)
 inline V fma(V a, V b, V c) { return a * b + c; }
+#elif defined(__aarch64__)
+inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+#else
+#include "../fused-inl.h"
+inline V fma(V a, V b, V c) {
+    typedef double Wide __attribute__((vector_size(32)));
+    typedef uint64_t Words __attribute__((vector_size(32)));
+    const Wide s =
+        __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) + __builtin_convertvector(c, Wide);
+    // Two roundings are one where the first did not make a tie of the second; below 2^-126 there are other ties.
+    const Words bits = reinterpret_cast<Words>(s), one = {1, 1, 1, 1};
+    const auto tie = ((bits & 0x1FFFFFFF) == 0x10000000) | ((bits & 0x7FF0000000000000) - one < 0x380FFFFFFFFFFFFF);
+    V y = __builtin_convertvector(s, V);
+    if (__builtin_expect((tie[0] | tie[1] | tie[2] | tie[3]) != 0, 0))
+        for (int i = 0; i < L; ++i) y[i] = fused(a[i], b[i], c[i]);
+    return y;
+}
+#endif
+inline V fms(V a, V b, V c) { return fma(a, b, -c); }
+inline V fnma(V a, V b, V c) { return fma(-a, b, c); }
 inline V add(V a, V b) { return a + b; }
 inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }
 inline V div(V a, V b) { return a / b; }
+inline V negative(V a) { return -a; }
 inline V absolute(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) & 0x7FFFFFFFu); }
 inline V with_sign(V size, V sign) {
     return reinterpret_cast<V>((reinterpret_cast<Bits>(size) & 0x7FFFFFFFu) |
@@ -177,5 +213,9 @@ inline V widen(const uint16_t *p) {
     return v;
 }
 inline float total(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline V pick(const float *table, V v, int shift) {
+    const Bits row = reinterpret_cast<Bits>(v) >> shift & 7;
+    return V{table[row[0]], table[row[1]], table[row[2]], table[row[3]]};
+}
 
 #endif

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rarefy import act, kernels
 from rarefy.act.kernels import launch, native
+from rarefy.act.spec import reference
 from rarefy.act.spec.oracle import TABLED
 from rarefy.bench import gated
 from rarefy.environment import provenance
@@ -120,7 +121,7 @@ def _kernels(peers: Peers, dtype: torch.dtype, x: Tensor, y: Tensor) -> dict[str
             timers[entry] = peers.timer(*kernel, x, y)
 
     for function in TABLED:
-        for mode in ("exact", "ktanh", "hard"):
+        for mode in reference.MODES if dtype == torch.float32 else ("exact", "ktanh", "hard"):
             add(f"kernel {function} {mode}", launch.steps_of(function, mode, dtype))
     if dtype == torch.bfloat16:
         table = native.for_table(act.load("tanh_bf16"))
@@ -245,6 +246,26 @@ def targets(found: Sequence[Measured]) -> list[Target]:
         ("gelu exact: times torch, L2", ("L2", b, "torch.gelu"), ("L2", b, "kernel gelu exact"), 1.2, True),
         ("float32 tanh: times SLEEF u35, L2", ("L2", f, "peer sleef_u35"), ("L2", f, "kernel tanh exact"), 3, True),
         ("float32 tanh: times torch.tanh, L2", ("L2", f, "torch.tanh"), ("L2", f, "kernel tanh exact"), 20, True),
+        *(
+            (
+                f"float32 {name} exact: of torch's, L2",
+                ("L2", f, f"kernel {name} exact"),
+                ("L2", f, f"torch.{name}"),
+                1,
+                False,
+            )
+            for name in TABLED[1:]
+        ),
+        *(
+            (
+                f"float32 {name} fast: times torch, L2",
+                ("L2", f, f"torch.{name}"),
+                ("L2", f, f"kernel {name} fast"),
+                1.5,
+                True,
+            )
+            for name in TABLED
+        ),
         ("AVX2 tanh exact: times torch.tanh", ("L2", b, "torch.tanh"), ("L2", b, "kernel tanh exact avx2"), 3.5, True),
         ("portable tanh exact: times torch", ("L2", b, "torch.tanh"), ("L2", b, "kernel tanh exact portable"), 1, True),
         ("call on 8 elements: of torch.tanh's", ("call8", b, "act.tanh"), ("call8", b, "torch.tanh"), 5, False),

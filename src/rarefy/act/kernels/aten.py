@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rarefy.act.kernels import float32 as arithmetic
 from rarefy.act.kernels import gpu
 from rarefy.act.kernels import wide as doubles
 from rarefy.act.spec import formats, oracle, reference, subnormals
@@ -143,10 +144,10 @@ def _make_tensor(what: str, function: str, mode: str, fmt: str, table: str, devi
         array = values.view(np.int16 if f.bits == 16 else np.uint8).copy()
     elif what == "quartic":  # by rising segment: the rows begin with the last octave's but one
         array = np.roll(np.concatenate([begins()[None], quartic_tanh().values()]), 8, axis=1)
-    elif what in DOUBLES:
-        array = np.array(DOUBLES[what])
-    elif what == "powers":  # 2^-n
-        array = np.ldexp(1.0, -np.arange(1000))
+    elif what == "powers":
+        array = arithmetic.powers()
+    elif what == "tail":
+        array = arithmetic.tail()
     elif what == "doubles":
         array = doubles.constants()
     elif what == "scales":  # 2^(m - e), from the smallest exponent up
@@ -211,12 +212,9 @@ def _segments32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
 
 
 def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
-    """Return the float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
-    if mode == "exact" and function not in oracle.TABLED:
-        numbers = constant("doubles", "", "", "fp32", "", str(x.device))
-        return keep_nan(x, doubles.exact(torch.where(is_number(x), x, 0.0), function, numbers))
-    if mode == "exact":
-        return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
+    """Return the float32 form of :func:`activation`; modes "exact", "fast" and "hard" look at no bits."""
+    if mode in ("exact", "fast"):
+        return torch.copysign(tanh32(x), x) if function == "tanh" else _numbers32(x, function, mode)
     if mode == "hard":
         return hard32(x, function)
     how = plan(function, mode, "fp32", table)
@@ -263,78 +261,15 @@ def keep_nan(x: Tensor, y: Tensor) -> Tensor:
     return y * torch.where(is_number(x), 1.0, x)
 
 
-# As tensors of float64 and not as Python's numbers, which exporters write as float32.
-DOUBLES = {
-    # 1 / log 2, log 2 in two parts, and the series of e^r, highest power first
-    "exp": (
-        *(1.4426950408889634, 0.693147180369123816490, 1.90821492927058770002e-10),
-        *(1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0),
-    ),
-    # 1 / sqrt 2, how t becomes v, and P, highest power first; the first two times 2^30, since ONNX's optimizer takes
-    # a sum with 5e-9 for one with 0
-    "tail": (
-        *(0.70710678118654752440, 0.5714285714285714, 2.3333333333333335),
-        *(
-            -1.3699864756678088e-06 * 2**30,
-            -4.958619524137654e-09 * 2**30,
-            1.178517494810079e-05,
-            -8.69637313950795e-06,
-        ),
-        *(-5.441423160614242e-05, 0.00010088432153106273, 0.0001647629295146515, -0.0007047612834722094),
-        *(-0.00020530687348825638, 0.004319919601974832, -0.0017648133604631821, -0.03190743191119737),
-        *(0.019323643488389056, 0.58560210505031, -0.57487630161613),
-    ),
-    # 2 sqrt(2/pi), and the share of the cube
-    "cube": (1.5957691216057307118, 0.044715),
-}
-
-
-def _doubles(what: str, x: Tensor) -> tuple[Tensor, ...]:
-    return constant(what, "", "", "fp32", "", str(x.device)).unbind(0)
-
-
-def _wide(x: Tensor, function: str) -> Tensor:
-    """Mode ``exact`` of sigmoid, silu and gelu in float32: computed in float64, rounded once more.
-
-    One rounded operation after another as in ``native/src/act_wide-inl.h``, which says why: so the bits are the same.
-    """
-    wide = torch.where(x < -1000.0, -1000.0, x).double()
-    if function == "gelu":
-        tail = _normal_tail(wide.abs())
-        y = wide * torch.where(wide < 0.0, tail, 1.0 - tail)
-    else:
-        factor, share = _doubles("cube", x)
-        z = factor * (wide + share * (wide * wide * wide)) if function == "gelu_tanh" else wide
-        e = _exp_minus(z.abs())
-        gate = torch.where(z < 0.0, e, 1.0) / (1.0 + e)
-        y = gate if function == "sigmoid" else wide * gate
-    return keep_nan(x, y.float())
-
-
-def _exp_minus(a: Tensor) -> Tensor:
-    """e^-a in float64, for a >= 0."""
-    powers = constant("powers", "", "", "fp32", "", str(a.device))
-    inverse, high, low, first, *series = _doubles("exp", a)
-    a = torch.where(is_number(a), a, 0.0).clamp(max=690.0)
-    # e^-a = 2^-n e^r,  n = round(a / log 2), |r| <= log(2) / 2
-    n = torch.round(a * inverse)
-    r = (n * high - a) + n * low
-    p = first
-    for c in series:
-        p = p * r + c
-    return p * powers[n.long()]
-
-
-def _normal_tail(a: Tensor) -> Tensor:
-    """Phi(-a) in float64, for a >= 0."""
-    root, shift, scale, first, second, *series = _doubles("tail", a)
-    z = a.clamp(max=40.0) * root
-    t = 1.0 / (1.0 + 0.5 * z)
-    v = (t - shift) * scale
-    p = (first * v + second) / 2.0**30
-    for c in series:
-        p = p * v + c
-    return 0.5 * t * _exp_minus(z * z - p)
+def _numbers32(x: Tensor, function: str, mode: str) -> Tensor:
+    """Modes ``exact`` and ``fast`` in float32: of sigmoid, silu and gelu :mod:`rarefy.act.kernels.float32`."""
+    number = torch.where(is_number(x), x, 0.0)
+    if function not in oracle.TABLED:
+        return keep_nan(x, doubles.exact(number, function, constant("doubles", "", "", "fp32", "", str(x.device))))
+    table = constant("powers", "", "", "fp32", "", str(x.device))
+    if mode == "fast" and function != "gelu_tanh":
+        return keep_nan(x, arithmetic.fast(number, function, table))
+    return keep_nan(x, arithmetic.exact(number, function, table, constant("tail", "", "", "fp32", "", str(x.device))))
 
 
 def tanh32(x: Tensor) -> Tensor:
@@ -352,19 +287,5 @@ def tanh32(x: Tensor) -> Tensor:
     f = a - begins[row]
     y = coefficients[4][row]
     for k in (3, 2, 1, 0):
-        y = _fused(y, f, coefficients[k][row])
+        y = arithmetic.fused(y, f, coefficients[k][row])
     return keep_nan(x, y)
-
-
-def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return the float32 nearest to ``a * b + c``; see :func:`rarefy.act.spec.quartic.fused`."""
-    p, d = a.double() * b.double(), c.double()
-    s = p + d
-    back = s - p
-    error = (p - (s - back)) + (d - back)
-    near = s.float()
-    # where the sum is a tie of float32, what it lost decides: the other neighbour lies as far on the other side
-    mirror = s + (s - near)
-    other = mirror.float()
-    tie = (other.double() == mirror) & ((other - near) * error > 0)
-    return torch.where(tie, other, near)

@@ -15,7 +15,7 @@ from rarefy.act.spec import reference
 from rarefy.act.spec.quartic import tanh as quartic_tanh
 from rarefy.kernels._memory import address
 
-_THREADED = 1 << 18  # elements from which a kernel uses more than one thread
+_THREADED = 1 << 17  # elements from which a kernel may use more than one thread; it knows its own bound
 
 #: A ctypes function and the address of the table that it reads; on a GPU, a kernel of Triton.
 Kernel: TypeAlias = tuple[Any, int] | gpu.Kernel
@@ -39,13 +39,13 @@ def _choose(function: str, mode: str, dtype: torch.dtype, table: str) -> native.
     if fmt.bits > 16:
         if direct is not None:
             return native.for_table(direct)
-        if mode == "exact":
-            return native.quartic(quartic_tanh()) if function == "tanh" else native.wide(function)
+        if mode in ("exact", "fast"):
+            return native.quartic(quartic_tanh()) if function == "tanh" else native.float32(function, mode)
         return None
     answers = reference.answers(function, mode, fmt, given)
     if (function, mode) == ("tanh", "hard") and fmt.bits == 16:
         return native.hard(fmt.name, answers)
-    if mode == "exact" and fmt.name == "bf16" and function != "tanh":
+    if mode in ("exact", "fast") and fmt.name == "bf16" and function != "tanh":
         return native.gate(function, answers)
     return native.lookup(fmt.name, answers) if direct is None else native.for_table(direct, answers)
 

@@ -130,9 +130,12 @@ def gate(function: str, answers: npt.NDArray[Any]) -> KernelSteps:
     return lookup("bf16", answers, f"act_{function}_bf16")
 
 
-def wide(function: str) -> KernelSteps:
-    """Compute exact sigmoid, silu, gelu or gelu_tanh in float32, by float64; the kernels read no table."""
-    return KernelSteps(np.uint32, ((f"act_{function}32", _block(np.zeros(16, dtype=np.uint32))),))
+def float32(function: str, mode: str) -> KernelSteps:
+    """Compute mode "exact" or "fast" of all but tanh in float32; the kernels read no table."""
+    # what is exact in the others is fast enough
+    quick = mode == "fast" and function in ("sigmoid", "silu", "gelu")
+    name = f"act_{function}32_fast" if quick else f"act_{function}32"
+    return KernelSteps(np.uint32, ((name, _block(np.zeros(16, dtype=np.uint32))),))
 
 
 def hard16(fmt: str) -> Block:

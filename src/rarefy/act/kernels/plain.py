@@ -35,8 +35,14 @@ def _float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
         return _shift(x, function, mode, table)
     if plan == "segments":
         return _segments(x, function, mode, table)
-    if (function, mode) == ("tanh", "exact"):
+    if function == "tanh" and mode in ("exact", "fast"):
         return aten.tanh32(x) * torch.where(_negative(x), -1.0, 1.0)
+    if mode in ("exact", "fast") and function not in (
+        "sigmoid",
+        "softplus",
+        "exp",
+    ):  # of the sign of x; a choice may lose that of 0
+        return aten.float32(x, function, mode, table).abs() * torch.where(_negative(x), -1.0, 1.0)
     if mode == "ktanh":
         return aten.derived32(x, function, lambda z: _float32(z, "tanh", mode, table))
     return aten.float32(x, function, mode, table)

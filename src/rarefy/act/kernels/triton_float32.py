@@ -12,16 +12,20 @@ import numpy.typing as npt
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from rarefy.act.kernels import aten, wide
-from rarefy.act.spec import formats, quartic, reference
+from rarefy.act.kernels import float32 as arithmetic
+from rarefy.act.kernels import wide
+from rarefy.act.spec import formats, oracle, quartic, reference
 from rarefy.act.spec.table import ShiftTable, Table
 
 #: What a kernel of one function is made of: the function on bits, the table that it reads, and its constants.
 Parts = tuple[Any, npt.NDArray[Any], tuple[Any, ...]]
 
-_EXP, _LOG, _QUICK = tl.constexpr(wide.EXP), tl.constexpr(wide.LOG), tl.constexpr(1.702)
-_TAIL = tl.constexpr(aten.DOUBLES["tail"])
-_CUBE = tl.constexpr(aten.DOUBLES["cube"])
+_EXP, _LOG, _SLOPE = tl.constexpr(wide.EXP), tl.constexpr(wide.LOG), tl.constexpr(1.702)
+_LOG2E, _SERIES, _QUICK = (tl.constexpr(each) for each in (arithmetic._LOG2E, arithmetic._SERIES, arithmetic._QUICK))
+_LOG2, _REST = tl.constexpr(arithmetic._LOG2), tl.constexpr(arithmetic._LOG2_REST)
+_HIGH, _LOW = tl.constexpr(arithmetic._LOG2_HIGH), tl.constexpr(arithmetic._LOG2_LOW)
+_CUBE, _P, _Q = (tl.constexpr(each) for each in (arithmetic._CUBE, arithmetic._P, arithmetic._Q))
+_UP, _DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 _LIMIT = tl.constexpr(quartic.LIMIT)
 _A = tl.constexpr(reference.GELU_A)
 _B = tl.constexpr(reference.GELU_B)
@@ -31,10 +35,13 @@ _NOTHING = np.zeros(1, dtype=np.int32)
 
 def forward(function: str, mode: str, given: Table | None) -> Parts:
     """Return the parts of a function; raises TypeError for tables of segments."""
-    if mode == "exact" and function == "tanh":
+    if mode in ("exact", "fast") and function == "tanh":
         return _tanh, np.concatenate([quartic.begins()[None], quartic.tanh().values()]), ()
-    if mode == "exact":
-        return _wide, _NOTHING, (function,)
+    if mode == "fast" and function in ("sigmoid", "silu", "gelu"):
+        return _fast, _NOTHING, (function,)
+    if mode in ("exact", "fast"):
+        tail = arithmetic.tail() if function == "gelu" else _NOTHING
+        return (_exact if function in oracle.TABLED else _wide), tail, (function,)
     # the last constant says whether minus infinity gives -0
     limit = function not in ("tanh", "sigmoid")
     if mode == "hard":
@@ -133,20 +140,138 @@ def _log1p(e):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _normal_tail(a):  # type: ignore[no-untyped-def]
-    """Phi(-a) in float64, for a >= 0."""
-    z = tl.where(a < 40.0, a, 40.0) * _TAIL[0]
-    t = 1.0 / (1.0 + 0.5 * z)
-    v = (t - _TAIL[1]) * _TAIL[2]
-    p = (_TAIL[3] * v + _TAIL[4]) / 1073741824.0
-    for k in tl.static_range(5, 18):
-        p = p * v + _TAIL[k]
-    return 0.5 * t * _exp_minus(z * z - p)
+def _round(x, by: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return x by, which is not rounded before, to the nearest whole number: a sum with 1.5 * 2^23 rounds."""
+    return tl.fma(x, by, 12582912.0) - 12582912.0
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _power(n, scale: tl.constexpr):  # type: ignore[no-untyped-def]
+    """2^(n + scale), a normal number."""
+    return ((n.to(tl.int32) + (scale + 127)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _horner(x, numbers: tl.constexpr, count: tl.constexpr):  # type: ignore[no-untyped-def]
+    s = tl.fma(x, numbers[0], numbers[1])
+    for k in tl.static_range(2, count):
+        s = tl.fma(s, x, numbers[k])
+    return s
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _exponential(z, less, scale: tl.constexpr):  # type: ignore[no-untyped-def]
+    """e^(z + less) = power (1 + high + low + square series), power times 2^scale."""
+    n = _round(z, _LOG2E)
+    high = tl.fma(-n, _LOG2, z)  # not rounded
+    low = tl.fma(n, _REST, less)
+    r = high + low
+    return _power(n, scale), high, low, r * r, _horner(r, _SERIES, 5)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gate(power, high, low, square, series):  # type: ignore[no-untyped-def]
+    """-2^64 / (1 + e^z) = gate (1 + more)."""
+    r = tl.fma(square, series, high)
+    high = 1.0 + r
+    low = ((1.0 - high) + r) + low
+    whole = power * high
+    large, small = tl.where(whole < _DOWN, _DOWN, whole), tl.where(whole > _DOWN, _DOWN, whole)
+    total = large + small
+    left = tl.fma(power, low, (large - total) + small)
+    gate = tl.div_rn(-1.0, total)
+    return gate, tl.fma(gate, left, tl.fma(gate, total, 1.0))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _exact(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sigmoid, silu and both forms of gelu; see :func:`rarefy.act.kernels.float32.exact`."""
+    function: tl.constexpr = numbers[0]
+    x = bits.to(tl.float32, bitcast=True)
+    if function == "gelu":
+        y = _exact_gelu(x, rows)
+    elif function == "gelu_tanh":
+        inside = tl.where(x < -11.0, -11.0, tl.where(x > 6.0, 6.0, x))
+        square = inside * inside
+        less = tl.fma(inside, inside, -square)
+        factor = tl.fma(square, _CUBE[2], _CUBE[0])
+        rest = tl.fma(less, _CUBE[2], tl.fma(square, _CUBE[3], _CUBE[1]))
+        more = tl.fma(square, _CUBE[2], _CUBE[0] - factor) + rest
+        z = inside * factor
+        lost = tl.fma(inside, more, tl.fma(inside, factor, -z))
+        power, high, low, squared, series = _exponential(z, lost, -64)
+        gate, more = _gate(power, high, low, squared, series)
+        y = tl.where(x > 6.0, x, tl.fma(inside, gate, inside * (gate * more)) * -_DOWN)
+    else:
+        inside = tl.where(x < -120.0, -120.0, tl.where(x > 25.0, 25.0, x))
+        power, high, low, squared, series = _exponential(-inside, 0.0, -64)
+        gate, more = _gate(power, high, low, squared, series)
+        if function == "sigmoid":
+            y = tl.fma(gate, more, gate) * -_DOWN
+        else:
+            y = tl.where(x > 25.0, x, tl.fma(inside, gate, inside * (gate * more)) * -_DOWN)
+    return _finish(bits, y, False)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _exact_gelu(x, rows):  # type: ignore[no-untyped-def]
+    a = tl.where(tl.abs(x) < 14.5, tl.abs(x), 14.5)
+    half = a * -0.5
+    z = a * half
+    e_power, e_high, e_low, square, series = _exponential(z, tl.fma(a, half, -z), 64)
+    # the segment: two for each doubling of a + 1
+    row = rows + (((a + 1.0).to(tl.int32, bitcast=True) >> 22) - 254)
+    d = a - tl.load(row)
+    p = tl.load(row + 72)
+    for k in tl.static_range(8, 1, -1):
+        p = tl.fma(p, d, tl.load(row + 8 * k))
+    begin = tl.load(row + 8)
+    t = tl.fma(p, d, begin)
+    t_less = tl.fma(-p, d, t - begin)
+    high = tl.fma(e_high, t, t)
+    lost = tl.fma(-e_high, t, high - t) + tl.fma(e_high, t_less, t_less)
+    low = tl.fma(-tl.fma(square, series, e_low), t, lost)
+    power = e_power * _DOWN
+    rest = tl.fma(-power, high, 1.0)
+    left = tl.fma(power, low, tl.fma(-power, high, 1.0 - rest))
+    negative = x < 0.0
+    part = a * tl.where(negative, low, left)
+    y = tl.fma(tl.where(x < -15.0, -15.0, x), tl.where(negative, high, rest), part)
+    return y * tl.where(negative, power, 1.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _quick_power(a, b):  # type: ignore[no-untyped-def]
+    """2^64 2^n and e^r - 1 of e^(a b) = 2^n e^r."""
+    n = _round(a * b, _LOG2E)
+    r = tl.fma(n, _LOW, tl.fma(a, b, n * -_HIGH))
+    return _power(n, 64), tl.fma(r * r, _horner(r, _QUICK, 5), r)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _fast(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mode "fast" of sigmoid, silu and gelu; see :func:`rarefy.act.kernels.float32.fast`."""
+    function: tl.constexpr = numbers[0]
+    x = bits.to(tl.float32, bitcast=True)
+    if function == "gelu":
+        a = tl.where(tl.abs(x) < 14.5, tl.abs(x), 14.5)
+        p, q = _horner(a, _P, 5), _horner(a, _Q, 6)
+        two, less_one = _quick_power(a, a * -0.5)
+        tail = tl.div_rn(two * tl.fma(p, less_one, p), q)
+        y = tl.fma(-a, tail, tl.where(x < -1.0, -1.0, x) * tl.where(x > 0.0, 1.0, 0.0))
+    else:
+        a = tl.where(tl.abs(x) < 104.0, tl.abs(x), 104.0)
+        two, less_one = _quick_power(a, -1.0)
+        e = tl.fma(two, less_one, two)
+        y = tl.div_rn(tl.where(x < 0.0, e, _UP), _UP + e)
+        if function == "silu":
+            y = tl.where(x < -200.0, -200.0, x) * y
+    return _finish(bits, y, False)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _wide(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    """All but tanh, in float64; see ``native/src/act_wide-inl.h`` and :mod:`rarefy.act.kernels.wide`."""
+    """quick_gelu, mish, softplus, hardswish, elu and exp, in float64; see :mod:`rarefy.act.kernels.wide`."""
     function: tl.constexpr = numbers[0]
     x = bits.to(tl.float32, bitcast=True)
     x64 = tl.where(x < -1000.0, -1000.0, x).to(tl.float64)
@@ -169,19 +294,10 @@ def _wide(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
     elif function == "exp":
         e = _exp_minus(a)
         y = tl.where(x64 >= 0.0, 1.0 / e, e)
-    elif function == "gelu":
-        tail = _normal_tail(a)
-        y = x64 * tl.where(x64 < 0.0, tail, 1.0 - tail)
     else:
-        z = x64
-        if function == "gelu_tanh":
-            z = _CUBE[0] * (x64 + _CUBE[1] * (x64 * x64 * x64))
-        elif function == "quick_gelu":
-            z = _QUICK * x64
+        z = _SLOPE * x64
         e = _exp_minus(tl.abs(z))
-        y = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
-        if function != "sigmoid":
-            y = x64 * y
+        y = x64 * (tl.where(z < 0.0, e, 1.0) / (1.0 + e))
     return _finish(bits, y.to(tl.float32), False)
 
 
@@ -242,9 +358,9 @@ def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
     elif function == "exp":
         y = tl.exp(x)
     elif function == "softplus":
-        y = _gate(x)
+        y = _logistic(x)
     elif function == "quick_gelu":
-        gate = _gate(1.702 * x)
+        gate = _logistic(1.702 * x)
         y = gate * (1.0 + (1.702 * x) * (1.0 - gate))
     else:
         # sech^2 x = 4 e / (1 + e)^2, e = exp(-2 |x|);  sigmoid(x) sigmoid(-x) = e / (1 + e)^2, e = exp(-|x|)
@@ -255,7 +371,7 @@ def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _gate(x):  # type: ignore[no-untyped-def]
+def _logistic(x):  # type: ignore[no-untyped-def]
     """The logistic function, which does not lose what is small."""
     e = tl.exp(-tl.abs(x))
     return tl.div_rn(tl.where(x < 0.0, e, 1.0), 1.0 + e)
