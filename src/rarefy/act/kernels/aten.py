@@ -212,7 +212,7 @@ def float32(x: Tensor, function: str, mode: str, table: str) -> Tensor:
     """Return the float32 form of :func:`activation`; modes "exact" and "hard" look at no bits."""
     if mode == "exact" and function not in oracle.TABLED:
         numbers = constant("doubles", "", "", "fp32", "", str(x.device))
-        return keep_nan(x, doubles.exact(torch.where(is_number(x), x, 0.0), function, numbers))
+        return keep_nan(x, doubles.exact(x, function, numbers))
     if mode == "exact":
         return torch.copysign(tanh32(x), x) if function == "tanh" else _wide(x, function)
     if mode == "hard":

@@ -63,6 +63,62 @@ def _choose(x: Tensor, function: str, mode: str, table: str) -> Unit | None:
     )
 
 
+def ready(function: str, x: Tensor, up: Tensor | None, mode: str) -> Unit | None:
+    """Return the kernels where they ran before and the tensors need no look but this: contiguous, without a transform.
+
+    The way of common calls: what it refuses, an odd last dimension too, is looked at in full.
+    """
+    unit = _units.get((function, mode, x.dtype, "", kernels.isa()))
+    if unit is None or not is_common(x) or launch.watched():
+        return None
+    if up is None:
+        return unit if x.ndim and x.shape[-1] % 2 == 0 else None
+    return unit if up.dtype is x.dtype and up.shape == x.shape and is_common(up) else None
+
+
+def is_common(x: Tensor) -> bool:
+    """Tell whether numbers lie in memory one after another, on the CPU; there is at least one."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and launch.is_plain(x)
+        and x.is_contiguous()
+        and not x.is_neg()
+        and x.data_ptr() != 0
+    )
+
+
+def _places(x: Tensor, up: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Where the gate and up of contiguous tensors begin, and (rows, columns, stride)."""
+    if up is not None:
+        return x.data_ptr(), up.data_ptr(), 1, x.numel(), x.numel()
+    columns = x.shape[-1] // 2
+    begin, rows = x.data_ptr(), x.numel() // (2 * columns)
+    return begin, begin + columns * x.element_size(), rows, columns, 2 * columns
+
+
+def forward_at_once(unit: Unit, x: Tensor, up: Tensor | None) -> Tensor:
+    """Compute the unit of tensors that :func:`ready` took."""
+    shape = x.shape if up is not None else (*x.shape[:-1], x.shape[-1] // 2)
+    out = torch.empty(shape, dtype=x.dtype)
+    gate, other, rows, columns, stride = _places(x, up)
+    threads = torch.get_num_threads()
+    unit.forward(gate, other, out.data_ptr(), rows, columns, stride, stride, unit.act, unit.act_table, threads)
+    return out
+
+
+def backward_at_once(unit: Unit, upstream: Tensor, x: Tensor, up: Tensor | None) -> list[Tensor]:
+    """Compute the gradients of tensors that :func:`ready` took; ``upstream`` is as common as they are."""
+    found = [torch.empty(t.shape, dtype=t.dtype) for t in (x, up) if t is not None]
+    gate, other, rows, columns, stride = _places(x, up)
+    of_gate, of_up, *_ = _places(found[0], None if up is None else found[1])
+    unit.backward(
+        *(upstream.data_ptr(), gate, other, of_gate, of_up, rows, columns, stride, stride, stride, stride),
+        *(unit.act, unit.act_table, unit.slope, unit.slope_table, torch.get_num_threads()),
+    )
+    return found
+
+
 def rows_of(x: Tensor, columns: int) -> Tensor:
     """Return the tensor as rows of so many values without gaps in a row, copied where it does not lie so."""
     rows = x.resolve_neg().reshape(-1, columns)
