@@ -15,7 +15,10 @@ from rarefy import act
 from tests.act.test_functional import same
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*side effects:UserWarning"
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:.*side effects:UserWarning",
+    "ignore:The PyTorch API of nested tensors:UserWarning",
 )
 
 
@@ -380,6 +383,7 @@ def test_copies_and_pickles_stay_swapped(mode):
     cell = nn.LSTMCell(8, 8).bfloat16()
     act.swap(cell, "ktanh")
     assert same(pickle.loads(pickle.dumps(cell))(x)[0], cell(x)[0])
+    assert not torch.equal(cell(x)[0], act.LSTMCell(8, 8).bfloat16()(x)[0])
     assert type(cell).__name__ == "LSTMCell"
 
 
@@ -490,11 +494,11 @@ def test_what_is_left_is_told():
     assert "tanhshrink computes its tanh inside PyTorch" in reasons
     assert "there is no tanh of float64 here" in reasons
 
-    parts = {"lstm": nn.LSTM(4, 4), "gru": nn.GRUCell(4, 4), "glu": nn.GLU(), "elu": nn.ELU(0.5), "mish": nn.Mish()}
+    parts = {"rnn": nn.RNN(4, 4), "cell": nn.RNNCell(4, 4), "glu": nn.GLU(), "elu": nn.ELU(0.5), "mish": nn.Mish()}
     report = act.swap(nn.ModuleDict(parts), "ktanh")
     kept = dict(report.kept)
-    assert set(kept) == {"lstm", "gru", "glu", "elu", "mish"}
-    assert all("inside PyTorch" in kept[name] for name in ("lstm", "gru", "glu"))
+    assert set(kept) == {"rnn", "cell", "glu", "elu", "mish"}
+    assert all("inside PyTorch" in kept[name] for name in ("rnn", "cell", "glu"))
     assert "arguments" in kept["elu"]
     assert kept["mish"] == 'mish has no mode "ktanh"'
     report = act.swap(nn.ModuleDict({"rnn": nn.RNN(4, 4), "relu": nn.RNN(4, 4, nonlinearity="relu")}))
@@ -502,20 +506,49 @@ def test_what_is_left_is_told():
 
 
 def test_float32_keeps_pytorchs_function_where_it_is_faster():
-    from rarefy.act import interception
+    model = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+    x = torch.randn(4, 8)
+    before = model(x)
+    report = act.swap(model)
+    assert torch.equal(model(x), before)
+    assert not report.replaced
+    assert report.kept == [("1", "PyTorch's silu of float32 is faster and about as exact")]
+    model.bfloat16()
+    assert same(model(x.bfloat16()), act.silu(model[0](x.bfloat16())))
+    assert report.replaced == [("1", "SiLU")]
 
-    for function in ("gelu", "silu"):
-        model = nn.Sequential(nn.Linear(8, 8), nn.GELU() if function == "gelu" else nn.SiLU())
-        x = torch.randn(4, 8)
-        before = model(x)
-        report = act.swap(model)
-        slower = function in interception._SLOWER
-        assert torch.equal(model(x), before) or not slower
-        assert [bool(report.replaced), bool(report.kept)] == [not slower, slower]
-        model.bfloat16()
-        model(x.bfloat16())
-        assert [name for name, _ in report.replaced] == ["1"]
-        assert torch.allclose(model.float()(x), before, atol=1e-2)
+
+@pytest.mark.parametrize("make", [nn.Tanh, lambda: Holding(torch.tanh)])
+def test_float32_of_many_numbers_is_ours_where_that_is_faster(make):
+    model, many = make(), torch.randn(8192)
+    report = act.swap(model)
+    for _ in range(3):
+        assert same(model(many), act.tanh(many))
+        assert torch.equal(model(many[:9]), torch.tanh(many[:9]))
+    assert len(report.replaced) == 1
+    assert report.kept == [("", "PyTorch's tanh of float32 of few numbers is faster and about as exact")]
+
+
+def test_recurrent_layers_are_ours():
+    for kind, ours in ((nn.LSTM, act.LSTM), (nn.GRU, act.GRU), (nn.LSTMCell, act.LSTMCell), (nn.GRUCell, act.GRUCell)):
+        for mode in ("exact", "hard"):
+            layer, want = kind(16, 16).bfloat16(), ours(16, 16).bfloat16()
+            want.load_state_dict(layer.state_dict())
+            setattr(want, "mode" if kind in (nn.LSTMCell, nn.GRUCell) else "activation_mode", mode)
+            x = torch.randn(80, 16).bfloat16()
+            report = act.swap(layer, mode)
+            first, second = (each[0] if isinstance(each, tuple) else each for each in (layer(x), want(x)))
+            assert same(first, second)
+            assert report.replaced == [("", kind.__name__)]
+            first.sum().backward()
+            report.restore()
+            assert type(layer) is kind
+    assert dict(act.swap(nn.LSTM(4, 4)).kept) == {"": "PyTorch's LSTM of float32 is faster and about as exact"}
+    cell, x = nn.LSTMCell(4, 4).bfloat16(), torch.randn(2, 4).bfloat16()
+    before = cell(x)[0]
+    report = act.swap(cell)
+    assert torch.equal(cell(x)[0], before)
+    assert report.kept == [("", "PyTorch's LSTMCell of few numbers is faster")]
 
 
 def test_a_table_of_another_format_is_not_used():
@@ -623,7 +656,6 @@ def test_the_fused_path_of_a_layer_stays_where_gelu_is_pytorchs(monkeypatch):
     x, calls = torch.randn(2, 3, 8), []
     fused = torch._transformer_encoder_layer_fwd
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *a: calls.append(1) or fused(*a))
-    monkeypatch.setattr("rarefy.act.interception._SLOWER", frozenset(("gelu",)))
     report = act.swap(layer)
     with torch.no_grad():
         layer(x)
@@ -673,8 +705,8 @@ def test_gated_perceptrons_are_one_unit(kind, activation, monkeypatch):
     plain, x = copy.deepcopy(model), torch.randn(100, 8).bfloat16()
     act.swap(plain.act_fn)
     calls = []
-    unit = gated.forward
-    monkeypatch.setattr(gated, "forward", lambda *a: calls.append(1) or unit(*a))
+    for name, unit in list(gated.UNITS.items()):
+        monkeypatch.setitem(gated.UNITS, name, lambda *a, unit=unit, **k: calls.append(1) or unit(*a, **k))
     report = act.swap(model)
     fired = []
     for child in (model.down_proj, model.up_proj, model.gate_proj):
@@ -723,3 +755,74 @@ def test_distributed_data_parallel(tmp_path):
     want(x).sum().backward()
     for a, b in zip(net.parameters(), want.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_an_encoder_of_padded_sequences():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    with torch.no_grad():
+        before = encoder(x, src_key_padding_mask=padding)
+        report = act.swap(encoder, "hard")
+        for _ in range(2):
+            after = encoder(x, src_key_padding_mask=padding)
+            assert not torch.allclose(after[~padding], before[~padding], atol=1e-4)
+        assert [what for _, what in report.replaced] == ["gelu called"] * 2
+        report.restore()
+        assert torch.equal(encoder(x, src_key_padding_mask=padding), before)
+
+
+def test_unusual_modules():
+    class Static(nn.Module):
+        forward = staticmethod(torch.tanh)
+
+    class Raising(nn.Module):
+        @property
+        def bad(self):
+            raise RuntimeError
+
+        def __getattr__(self, name):
+            if name == "worse":
+                raise KeyError(name)
+            return super().__getattr__(name)
+
+        def forward(self, x):
+            return x.tanh()
+
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LazyLinear(8)
+
+        def forward(self, x):
+            return torch.tanh(self.layer(x))
+
+    x = torch.randn(2, 8)
+    for model in (Static(), Raising(), nn.Tanh()):
+        report = act.swap(model, "hard")
+        for _ in range(2):
+            assert same(model(x), act.tanh(x, "hard"))
+        report.restore()
+    upsample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), model)
+    act.swap(upsample, "hard").restore()
+    assert upsample[0].mode == "nearest"
+    lazy = Lazy()
+    report = act.swap(lazy, "hard")
+    for _ in range(2):
+        assert same(lazy(x), act.tanh(lazy.layer(x), "hard"))
+    report.restore()
+    assert (type(lazy), type(lazy.layer)) == (Lazy, nn.Linear)
+
+
+def test_transforms_of_functions_and_scripting():
+    net, want, x = nets()
+    act.swap(net, "hard")
+    parameters = dict(net.named_parameters())
+    by_row = torch.vmap(lambda row: torch.func.functional_call(net.body, {}, (row,)))(x)
+    assert torch.allclose(by_row, act.silu(want.body[:3](x), "hard"), atol=1e-6)
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(parameters)
+    want(x).sum().backward()
+    for name, parameter in want.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-6)
+    with pytest.raises(RuntimeError, match="restore"):
+        torch.jit.script(net)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 
 from rarefy.act import gated, mlp
-from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, is_plain, left
+from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, is_plain, key_of, left
 from rarefy.act.recurrent import GRU, LSTM, GRUCell, LSTMCell
 
 
@@ -281,7 +281,7 @@ def _whole(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
         if torch.compiler.is_compiling():
             return compute(self, input)
         if is_plain(input) and not torch._C._len_torch_function_stack() and not self.__dict__.get("inplace", False):
-            key = (which(self), input.dtype)
+            key = key_of(which(self), input)
             ours = watch.ready.get(key, compute)
             if ours is compute:
                 return compute(self, input, key)
@@ -348,7 +348,7 @@ def _layer_fused(layer: Any) -> int:
     kind: int = layer.__dict__["activation_relu_or_gelu"]
     if kind != 2 or layer._rarefy is None:
         return kind
-    reason = left("gelu", layer._rarefy.mode, layer._rarefy.table, layer.linear1.weight)
+    reason = left("gelu", layer._rarefy.mode, layer._rarefy.table, layer.linear1.weight, True)
     if reason:
         layer._rarefy.note("gelu", reason)
     return kind if reason else 0

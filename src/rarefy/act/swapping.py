@@ -246,4 +246,4 @@ def _announce(module: Any, watch: Watch, example: Tensor | None) -> None:
     if example is None:
         watch.note(function, "")
     else:
-        watch.takes(function, example)
+        watch.takes(function, example, many=True)
