@@ -125,8 +125,8 @@ test-sanitize: $(NATIVE)/cases.bin
 	for kind in address,undefined thread; do \
 	  folder=$(NATIVE)/$${kind%%,*} && \
 	  cmake -S . -B $$folder $(NATIVE_CMAKE) -DRAREFY_SANITIZE=$$kind && \
-	  cmake --build $$folder --target exhaustive engine gated int8 && \
-	  $$folder/exhaustive $(NATIVE)/cases.bin && $$folder/gated && $$folder/engine && $$folder/int8 || exit 1; \
+	  cmake --build $$folder --target exhaustive engine gated int8 cell && \
+	  $$folder/exhaustive $(NATIVE)/cases.bin && $$folder/gated && $$folder/engine && $$folder/int8 && $$folder/cell || exit 1; \
 	done
 
 # Changed engine programs with right checksums, under sanitizers; about an hour. What it found goes to results/fuzz.csv.
@@ -139,10 +139,11 @@ fuzz: $(STAMP)
 test-neon: $(NATIVE)/cases.bin
 	cmake -S . -B $(NATIVE)/aarch64 $(NATIVE_CMAKE) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	cmake --build $(NATIVE)/aarch64 --target exhaustive engine gated int8
+	cmake --build $(NATIVE)/aarch64 --target exhaustive engine gated int8 cell
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/exhaustive $(NATIVE)/cases.bin
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/gated
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/engine 50
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/cell
 	for cpu in max neoverse-n1 cortex-a57; do \
 	  qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/int8 150 || exit 1; \
 	done
@@ -155,17 +156,18 @@ test-avx512: $(NATIVE)/cases.bin
 	$(EMULATOR)/bin/pip install -q bochscpu-python==0.4.0
 	$(CC) -O1 -shared -fPIC -o $(NATIVE)/bochscpu.so native/tests/bochscpu.c
 	cmake -S . -B $(NATIVE)/static $(NATIVE_CMAKE) -DCMAKE_EXE_LINKER_FLAGS=-static
-	cmake --build $(NATIVE)/static --target exhaustive engine gated int8
+	cmake --build $(NATIVE)/static --target exhaustive engine gated int8 cell
 	$(EMULATED)/int8 150 avx512_vbmi2 avx512 avx_vnni avx2 portable
 	$(EMULATED)/gated few
 	$(EMULATED)/engine 50 kernels
+	$(EMULATED)/cell
 	$(EMULATED)/exhaustive $(NATIVE)/cases.bin
 
 # The Triton kernels, in Triton's interpreter: no GPU needed, but the package.
 .PHONY: test-triton
 test-triton: $(STAMP)
 	$(BIN)/pip install -q triton
-	$(BIN)/pytest -q tests/act/check_triton.py tests/kernels/check_triton_thresholds.py
+	$(BIN)/pytest -q tests/act/check_triton.py tests/act/check_triton_cells.py tests/kernels/check_triton_thresholds.py
 
 # Units in Verilator, on all inputs; it compiles C++, so it needs make, g++ and perl.
 .PHONY: test-verilator

@@ -3,8 +3,8 @@
     python benchmarks/act_lstm.py --kind LSTM --size large --threads 1    # a part: its rows of the file are replaced
     python benchmarks/act_lstm.py --print                     # the table of docs/results/activations.md
 
-All entries of a part run in turns, short ones several times a turn; the median of the turns counts. A token is one step of one sequence. Training is
-forward, backward and the gradients of the input and of all weights.
+All entries of a part run in turns, short ones several times a turn; the median of the turns counts. A token is one
+step of one sequence. Training is forward, backward and the gradients of the input and of all weights.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def run(kind: str, size: str, threads: int, seconds: float) -> None:
     part = {"size": size, "threads": str(threads), "kind": kind}
     rows: list[Any] = [row for row in results.read(NAME) if any(row[key] != part[key] for key in part)]
     about = results.provenance()
+    about.pop("threads")
     for (phase, dtype, label), median in measure(entries(kind, size), seconds).items():
         rate = steps * batch / median
         row = {**part, "phase": phase, "dtype": dtype, "entry": label}

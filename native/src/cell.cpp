@@ -53,6 +53,7 @@ inline uint16_t narrow<uint16_t>(float a) {  // to the nearest, ties to even; a 
     return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
 }
 
+// L numbers as float.
 inline V values(const float *p) { return loadu(p); }
 inline V values(const uint16_t *p) { return widen(p); }
 
@@ -149,7 +150,7 @@ inline int64_t place(int64_t gate) {
     return G == 4 && gate >= 2 ? 5 - gate : gate;
 }
 
-// Panels of L units: packed[unit / L][k][gate's place][unit % L], units beyond the last 0.
+// Panels of L units: packed[unit / L][k][gate's place][unit % L]; in the lanes beyond the last unit it comes again.
 template <class S, int G>
 void pack_forward(const rarefy_recurrent &op, float *packed) {
     const int64_t H = op.hidden;
@@ -304,7 +305,7 @@ struct Job {
     const rarefy_recurrent_gradients *gradients;
     const float *packed;  // null: the products come from the weights as they are
     float *state;
-    int64_t share;  // rows a thread
+    int64_t share;  // rows of a range
 
     int64_t offset(int64_t step) const { return op.offsets == nullptr ? step * op.batch : op.offsets[step]; }
     int64_t size(int64_t step) const { return offset(step + 1) - offset(step); }
@@ -451,18 +452,20 @@ void backward_rows(const Job<S> &job, int64_t begin, int64_t end) {
 
 // ---- calls
 
-// Runs `body` for the ranges of rows of all threads.
+// Runs `body` over ranges of rows on all threads: two a thread where they are long, so that no thread waits long for
+// one that started late.
 template <class S, void body(const Job<S> &, int64_t, int64_t)>
 void over_rows(Job<S> &job) {
-    const int64_t threads = job.op.threads < 1 ? 1 : job.op.threads;
-    job.share = (job.op.batch + threads - 1) / threads;
-    if (job.share == 0) return;
+    const int64_t batch = job.op.batch, threads = job.op.threads < 1 ? 1 : job.op.threads;
+    if (batch == 0) return;
+    const int64_t ranges = threads > 1 && batch >= 32 * threads ? 2 * threads : threads;
+    job.share = (batch + ranges - 1) / ranges;
     auto range = [](void *context, int64_t index) {
         const Job<S> &j = *static_cast<const Job<S> *>(context);
         const DefaultMode mode;
         body(j, index * j.share, least((index + 1) * j.share, j.op.batch));
     };
-    parallel_for(static_cast<int32_t>(threads), (job.op.batch + job.share - 1) / job.share, range, &job);
+    parallel_for(static_cast<int32_t>(threads), (batch + job.share - 1) / job.share, range, &job);
 }
 
 template <class S, int G>

@@ -8,7 +8,9 @@ tensors of at most 16 bits are on a GPU, gradients of gates are rounded to the f
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -163,6 +165,13 @@ def previous(y: Tensor, h: Tensor, offsets: Tensor | None, reverse: bool) -> Ten
     return torch.cat([part for step in (parts[::-1] if reverse else parts) for part in step])
 
 
+def _before(rows: Tensor, first: Tensor, begin: int, end: int) -> Tensor:
+    """Return a step's state before it: that of the step before it, rows begin to end, and of sequences that begin."""
+    known = min(first.shape[0], end - begin)
+    before = rows[begin : begin + known]
+    return before if known == first.shape[0] else torch.cat([before, first[known:]])
+
+
 def _widened(weight: Tensor) -> Tensor:
     """Return a weight as the products of all steps take it: in float32 on the CPU, where other products are slow."""
     return weight.float() if weight.device.type == "cpu" else weight
@@ -182,6 +191,27 @@ def _sigmoid_slope(y: Tensor, hard: bool) -> Tensor:
 
 def _tanh_slope(y: Tensor, hard: bool) -> Tensor:
     return (y.abs() < 1).float() if hard else 1.0 - y * y
+
+
+def _triton(like: Tensor) -> Any:
+    """Return the module of Triton's kernels where they may run on such a tensor, else None."""
+    if like.device.type != "cuda" or like.dtype == torch.float32 or kernels.isa() == "pytorch":
+        return None
+    return _probed(like.device)
+
+
+@functools.cache
+def _probed(device: torch.device) -> Any:
+    try:
+        from rarefy.act.kernels import cells_triton
+
+        cells_triton.probe(device)
+    except ImportError:
+        return None
+    except Exception as error:  # a device that is too old, no C compiler: Triton has an exception for each
+        warnings.warn(f"Triton does not run on {device}, so LSTM and GRU run in PyTorch: {error}", stacklevel=2)
+        return None
+    return cells_triton
 
 
 # ---- LSTM
@@ -219,8 +249,14 @@ def lstm(
         return y, h, c, kept[0], kept[1]
     wide = _widened(weight).t()
     out = None if projection is None else _widened(projection).t()
+    fused = _triton(h) if projection is None else None
+    products = products if fused is None else products.contiguous()
     for begin, end in _steps(rows, h.shape[0], offsets, reverse):
         n = end - begin
+        if fused is not None:
+            some = (kept[0][begin:end], kept[1][begin:end]) if keep else None
+            fused.lstm_forward(products[begin:end], _product(h[:n], wide), c, h, y[begin:end], some, *gates)
+            continue
         a = (products[begin:end] + _product(h[:n], wide)).to(h.dtype)
         s, g = gates.sigmoid(a), gates.tanh(a[:, 2 * hidden : 3 * hidden])
         i, f, o = s[:, :hidden], s[:, hidden : 2 * hidden], s[:, 3 * hidden :]
@@ -273,21 +309,26 @@ def lstm_backward(
         return d, totals, carry, dc
     carry = torch.clone(carry)
     wide, out = _widened(weight), None if projection is None else _widened(projection)
+    fused = _triton(c) if projection is None else None
+    c, dc = c.contiguous(), dc.contiguous()
     steps = _steps(rows, batch, offsets, reverse)
     for index in range(len(steps) - 1, -1, -1):
         begin, end = steps[index]
         n = end - begin
         up = carry[:n] if dy is None else carry[:n] + dy[begin:end].float()
-        i, f, g, o = gates[begin:end].float().chunk(4, 1)
-        t = cells[begin:end, hidden:].float()
-        before = c[:n].float()
+        before = c[:n]
         if index > 0:
-            first, last = steps[index - 1]
-            known = min(n, last - first)
-            before = torch.cat([cells[first : first + known, :hidden].float(), before[known:]])
+            before = _before(cells[:, :hidden], before, *steps[index - 1])
+        if fused is not None:
+            fused.lstm_backward(up, before, gates[begin:end], cells[begin:end], dc, d[begin:end], hard)
+            carry[:n] = _product(d[begin:end], wide)
+            continue
         if out is not None:
             totals[begin:end] = up
             up = _product(up, out)
+        i, f, g, o = gates[begin:end].float().chunk(4, 1)
+        t = cells[begin:end, hidden:].float()
+        before = before.float()
         inner = dc[:n] + up * o * _tanh_slope(t, hard)
         parts = [inner * g * _sigmoid_slope(i, hard), inner * before * _sigmoid_slope(f, hard)]
         parts += [inner * i * _tanh_slope(g, hard), up * t * _sigmoid_slope(o, hard)]
@@ -336,9 +377,15 @@ def gru(
         call = _described(products, weight, added, h, None, offsets, reverse, chosen, (y, kept, None), scratch)
         kernel(ctypes.byref(call))
         return y, h, kept
-    wide = _widened(weight).t()
+    wide, fused = _widened(weight).t(), _triton(h)
+    if fused is not None:
+        products, added = products.contiguous(), h.new_zeros(hidden).float() if added is None else added.contiguous()
     for begin, end in _steps(rows, h.shape[0], offsets, reverse):
         n = end - begin
+        if fused is not None:
+            some = kept[begin:end] if keep else None
+            fused.gru_forward(products[begin:end], _product(h[:n], wide), added, h, y[begin:end], some, *gates)
+            continue
         x, p = products[begin:end].float(), _product(h[:n], wide)
         inner = p[:, 2 * hidden :] if added is None else p[:, 2 * hidden :] + added
         s = gates.sigmoid((x[:, : 2 * hidden] + p[:, : 2 * hidden]).to(h.dtype))
@@ -381,18 +428,21 @@ def gru_backward(
         call = _described(None, weight, None, h, None, offsets, reverse, (_Gate(), _Gate()), (y, gates, None), scratch)
         kernel(ctypes.byref(call), ctypes.byref(_gradients(dy, dh, d, through, carry, None, hard)))
         return d, through, carry
-    wide = _widened(weight)
+    wide, fused, h = _widened(weight), _triton(h), h.contiguous()
     steps = _steps(rows, batch, offsets, reverse)
     for index in range(len(steps) - 1, -1, -1):
         begin, end = steps[index]
         n = end - begin
         up = carry[:n] if dy is None else carry[:n] + dy[begin:end].float()
-        r, z, fresh, inner = gates[begin:end].float().chunk(4, 1)
-        before = h[:n].float()
+        before = h[:n]
         if index > 0:
-            first, last = steps[index - 1]
-            known = min(n, last - first)
-            before = torch.cat([y[first : first + known].float(), before[known:]])
+            before = _before(y, before, *steps[index - 1])
+        if fused is not None:
+            fused.gru_backward(up, before, gates[begin:end], d[begin:end], through[begin:end], carry, hard)
+            carry[:n] += _product(through[begin:end], wide)
+            continue
+        r, z, fresh, inner = gates[begin:end].float().chunk(4, 1)
+        before = before.float()
         dn = up * (1.0 - z) * _tanh_slope(fresh, hard)
         dr = dn * inner * _sigmoid_slope(r, hard)
         dz = up * (before - fresh) * _sigmoid_slope(z, hard)

@@ -263,9 +263,9 @@ def keep_nan(x: Tensor, y: Tensor) -> Tensor:
 
 def _numbers32(x: Tensor, function: str, mode: str) -> Tensor:
     """Modes ``exact`` and ``fast`` in float32: of sigmoid, silu and gelu :mod:`rarefy.act.kernels.float32`."""
-    number = torch.where(is_number(x), x, 0.0)
     if function not in oracle.TABLED:
-        return keep_nan(x, doubles.exact(number, function, constant("doubles", "", "", "fp32", "", str(x.device))))
+        return keep_nan(x, doubles.exact(x, function, constant("doubles", "", "", "fp32", "", str(x.device))))
+    number = torch.where(is_number(x), x, 0.0)
     table = constant("powers", "", "", "fp32", "", str(x.device))
     if mode == "fast" and function != "gelu_tanh":
         return keep_nan(x, arithmetic.fast(number, function, table))
