@@ -74,7 +74,7 @@ def against(rows: Rows, reference: str) -> str:
     columns = [[target] for target in targets] + ([targets] if len(targets) > 1 else [])
     titles = [*(f"{100 * float(target):g} %" for target in targets), "all"][: len(columns)]
     lines = [["method", *titles], ["---"] * (len(columns) + 1)]
-    for label in dict.fromkeys(row["label"] for row in rows):
+    for label in dict.fromkeys(row["label"] for row in rows if row["target"]):
         if label == reference:
             continue
         line = [label]
@@ -114,6 +114,8 @@ def main() -> None:
         ("blocks", "AutoSparse"),
     ):
         rows = read(name)
+        if name == "blocks":
+            print(table(rows, [None]), end="\n\n")
         for target in sorted({float(row["target"]) for row in rows if row["target"]}, reverse=True):
             print(table(rows, [target]), end="\n\n")
         print(against(rows, reference), end="\n\n")
