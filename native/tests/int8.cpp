@@ -347,7 +347,7 @@ struct Counts {
 
     void add(const rarefy_int8_program *program) {
         using rarefy::engine::Kind;
-        has_blocks = program->kernels->rows[rarefy::int8::BLOCKS][1] != nullptr;
+        has_blocks = program->kernels->rows[rarefy::int8::BLOCKS][rarefy::int8::QUARTERS] != nullptr;
         for (const rarefy::int8::Step &s : program->steps) {
             const Kind kind = s.node.kind;
             const bool blocks = s.layout == rarefy::int8::BLOCKS, dense = s.layout == rarefy::int8::DENSE;

@@ -24,7 +24,12 @@ inline I bytes(const void *p) { return RAREFY_W(loadu)(reinterpret_cast<const I 
 inline void put(void *p, I v) { RAREFY_W(storeu)(reinterpret_cast<I *>(p), v); }
 inline I word(int32_t a) { return RAREFY_V(set1_epi32)(a); }
 inline I byte(uint8_t a) { return RAREFY_V(set1_epi8)(static_cast<char>(a)); }
+inline I larger(I a, I b) { return RAREFY_V(max_epu8)(a, b); }
+#if defined(__AVX512BW__)
 inline I select(I mask, I a, I b) { return RAREFY_W(or)(RAREFY_W (and)(mask, a), RAREFY_W(andnot)(mask, b)); }
+#else
+inline I select(I mask, I a, I b) { return _mm256_blendv_epi8(b, a, mask); }
+#endif
 
 // Sums of B pixels of one row.
 struct Sums {
@@ -90,25 +95,6 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
     s.a[3] = dot(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23), w.quad);
 }
 
-// The same of pixels that are interleaved already: the sums' vectors are then B / 4 pixels after one another. Into the
-// order of the others.
-inline __attribute__((always_inline)) void reorder(Sums &s) {
-#if defined(__AVX512BW__)
-    const I even01 = _mm512_shuffle_i32x4(s.a[0], s.a[1], 0x88), odd01 = _mm512_shuffle_i32x4(s.a[0], s.a[1], 0xDD);
-    const I even23 = _mm512_shuffle_i32x4(s.a[2], s.a[3], 0x88), odd23 = _mm512_shuffle_i32x4(s.a[2], s.a[3], 0xDD);
-    s.a[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-    s.a[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-    s.a[2] = _mm512_shuffle_i32x4(even01, even23, 0xDD);
-    s.a[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xDD);
-#else
-    const Sums v = s;
-    for (int i = 0; i < 2; ++i) {
-        s.a[2 * i] = _mm256_permute2x128_si256(v.a[i], v.a[2 + i], 0x20);
-        s.a[2 * i + 1] = _mm256_permute2x128_si256(v.a[i], v.a[2 + i], 0x31);
-    }
-#endif
-}
-
 // 4 B bytes, the pixels of four planes in turn.
 inline void put_interleaved(uint8_t *out, I a, I b, I c, I d) {
     const I low_ab = RAREFY_V(unpacklo_epi8)(a, b), high_ab = RAREFY_V(unpackhi_epi8)(a, b);
@@ -116,9 +102,12 @@ inline void put_interleaved(uint8_t *out, I a, I b, I c, I d) {
     const I v[4] = {RAREFY_V(unpacklo_epi16)(low_ab, low_cd), RAREFY_V(unpackhi_epi16)(low_ab, low_cd),
                     RAREFY_V(unpacklo_epi16)(high_ab, high_cd), RAREFY_V(unpackhi_epi16)(high_ab, high_cd)};
 #if defined(__AVX512BW__)
-    Sums s = {{v[0], v[1], v[2], v[3]}};
-    reorder(s);  // that of four times four is its own inverse
-    for (int i = 0; i < 4; ++i) put(out + i * B, s.a[i]);
+    const I even01 = _mm512_shuffle_i32x4(v[0], v[1], 0x88), odd01 = _mm512_shuffle_i32x4(v[0], v[1], 0xDD);
+    const I even23 = _mm512_shuffle_i32x4(v[2], v[3], 0x88), odd23 = _mm512_shuffle_i32x4(v[2], v[3], 0xDD);
+    put(out, _mm512_shuffle_i32x4(even01, even23, 0x88));
+    put(out + B, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+    put(out + 2 * B, _mm512_shuffle_i32x4(even01, even23, 0xDD));
+    put(out + 3 * B, _mm512_shuffle_i32x4(odd01, odd23, 0xDD));
 #else
     for (int i = 0; i < 2; ++i) {
         put(out + i * B, _mm256_permute2x128_si256(v[2 * i], v[2 * i + 1], 0x20));
@@ -184,6 +173,11 @@ class Table {
 };
 #endif
 
+// Between which numbers results are, and bytes.
+struct Ends {
+    float low, high;
+    I least, most;
+};
 // The results of B pixels before they are rounded, in the order of the sums.
 struct Results {
     F t[4];
@@ -195,7 +189,20 @@ inline __attribute__((always_inline)) Results results(const Sums &s, float multi
     for (int i = 0; i < 4; ++i) r.t[i] = RAREFY_V(add_ps)(RAREFY_V(mul_ps)(number(s.a[i]), all(multiplier)), all(bias));
     return r;
 }
+// IN_LINE: the sums' vectors are B / 4 pixels after one another.
+template <bool IN_LINE>
 inline __attribute__((always_inline)) void add_bytes(Results &r, const uint8_t *from, float factor) {
+    if (IN_LINE) {
+        for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512BW__)
+            const I x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i * B / 4)));
+#else
+            const I x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from + i * B / 4)));
+#endif
+            r.t[i] = RAREFY_V(add_ps)(r.t[i], RAREFY_V(mul_ps)(number(x), all(factor)));
+        }
+        return;
+    }
     const I zero = RAREFY_W(setzero)(), v = bytes(from);
     const I low = RAREFY_V(unpacklo_epi8)(v, zero), high = RAREFY_V(unpackhi_epi8)(v, zero);
     const I x[4] = {RAREFY_V(unpacklo_epi16)(low, zero), RAREFY_V(unpackhi_epi16)(low, zero),
@@ -203,13 +210,27 @@ inline __attribute__((always_inline)) void add_bytes(Results &r, const uint8_t *
     for (int i = 0; i < 4; ++i) r.t[i] = RAREFY_V(add_ps)(r.t[i], RAREFY_V(mul_ps)(number(x[i]), all(factor)));
 }
 inline F clamped(F t, float low, float high) { return RAREFY_V(min_ps)(RAREFY_V(max_ps)(t, all(low)), all(high)); }
-inline __attribute__((always_inline)) I rounded(const Results &r, float low, float high) {
+template <bool IN_LINE>
+inline __attribute__((always_inline)) I rounded(const Results &r, const Ends &ends, bool bounded) {
     I i[4];
-    for (int k = 0; k < 4; ++k) i[k] = RAREFY_V(cvtps_epi32)(RAREFY_V(min_ps)(r.t[k], all(high)));
-    const I v = RAREFY_V(packus_epi16)(RAREFY_V(packs_epi32)(i[0], i[1]), RAREFY_V(packs_epi32)(i[2], i[3]));
-    return RAREFY_V(max_epu8)(v, byte(static_cast<uint8_t>(low)));  // what is below all numbers has become 0
+    // what is below all numbers becomes 0, and so would what is above them
+    for (int k = 0; k < 4; ++k)
+        i[k] = RAREFY_V(cvtps_epi32)(bounded ? r.t[k] : RAREFY_V(min_ps)(r.t[k], all(ends.high)));
+    I v = RAREFY_V(packus_epi16)(RAREFY_V(packs_epi32)(i[0], i[1]), RAREFY_V(packs_epi32)(i[2], i[3]));
+#if defined(__AVX512BW__)
+    const I order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    if (IN_LINE) v = _mm512_permutexvar_epi32(order, v);
+#else
+    if (IN_LINE) v = _mm256_permutevar8x32_epi32(v, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+#endif
+    return larger(RAREFY_V(min_epu8)(v, ends.most), ends.least);
 }
+template <bool IN_LINE>
 inline void put_floats(const Results &r, float low, float high, float *out) {
+    if (IN_LINE) {
+        for (int k = 0; k < 4; ++k) RAREFY_V(storeu_ps)(out + k * B / 4, clamped(r.t[k], low, high));
+        return;
+    }
     alignas(64) float lanes[4][B / 4];
     for (int k = 0; k < 4; ++k) RAREFY_V(store_ps)(lanes[k], clamped(r.t[k], low, high));
     for (int i = 0; i < B; ++i) out[i] = lanes[i / 4 % 4][i / 16 * 4 + i % 4];
@@ -225,6 +246,7 @@ typedef uint8x16_t I;
 inline I bytes(const void *p) { return vld1q_u8(static_cast<const uint8_t *>(p)); }
 inline void put(void *p, I v) { vst1q_u8(static_cast<uint8_t *>(p), v); }
 inline I byte(uint8_t a) { return vdupq_n_u8(a); }
+inline I larger(I a, I b) { return vmaxq_u8(a, b); }
 inline I select(I mask, I a, I b) { return vbslq_u8(mask, a, b); }
 inline uint16x8_t low_half(I x) { return vmovl_u8(vget_low_u8(x)); }
 inline uint16x8_t high_half(I x) { return vmovl_high_u8(x); }
@@ -307,7 +329,6 @@ inline int32x4_t products(int32x4_t sum, I x, int8x16_t w) {
     return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(high), vget_low_s16(w_high)), high, w_high);
 }
 #endif
-inline void reorder(Sums &) {}
 inline void put_interleaved(uint8_t *out, I a, I b, I c, I d) {
     const uint8x16x4_t all = {{centred(a), centred(b), centred(c), centred(d)}};
     vst4q_u8(out, all);
@@ -331,6 +352,11 @@ class Table {
     uint8x16x4_t t_[4];
 };
 
+// Between which numbers results are, and bytes.
+struct Ends {
+    float low, high;
+    I least, most;
+};
 struct Results {
     float32x4_t t[4];
 };
@@ -340,6 +366,7 @@ inline __attribute__((always_inline)) Results results(const Sums &s, float multi
         r.t[i] = vaddq_f32(vmulq_f32(vcvtq_f32_s32(s.a[i]), vdupq_n_f32(multiplier)), vdupq_n_f32(bias));
     return r;
 }
+template <bool>
 inline __attribute__((always_inline)) void add_bytes(Results &r, const uint8_t *from, float factor) {
     const I v = bytes(from);
     const uint16x8_t low = low_half(v), high = high_half(v);
@@ -353,13 +380,15 @@ inline float32x4_t clamped(float32x4_t t, float low, float high) {
     const float32x4_t above = vbslq_f32(vcgtq_f32(t, least), t, least);
     return vbslq_f32(vcltq_f32(above, most), above, most);
 }
-inline __attribute__((always_inline)) I rounded(const Results &r, float low, float high) {
+template <bool>
+inline __attribute__((always_inline)) I rounded(const Results &r, const Ends &ends, bool) {
     int16x8_t half[2];
     for (int i = 0; i < 2; ++i)
-        half[i] = vuzp1q_s16(vreinterpretq_s16_s32(vcvtnq_s32_f32(clamped(r.t[2 * i], low, high))),
-                             vreinterpretq_s16_s32(vcvtnq_s32_f32(clamped(r.t[2 * i + 1], low, high))));
+        half[i] = vuzp1q_s16(vreinterpretq_s16_s32(vcvtnq_s32_f32(clamped(r.t[2 * i], ends.low, ends.high))),
+                             vreinterpretq_s16_s32(vcvtnq_s32_f32(clamped(r.t[2 * i + 1], ends.low, ends.high))));
     return vuzp1q_u8(vreinterpretq_u8_s16(half[0]), vreinterpretq_u8_s16(half[1]));
 }
+template <bool>
 inline void put_floats(const Results &r, float low, float high, float *out) {
     for (int i = 0; i < 4; ++i) vst1q_f32(out + 4 * i, clamped(r.t[i], low, high));
 }
@@ -380,6 +409,11 @@ inline void put(void *p, const I &v) { __builtin_memcpy(p, v.x, B); }
 inline I byte(uint8_t a) {
     I v;
     __builtin_memset(v.x, a, B);
+    return v;
+}
+inline I larger(const I &a, const I &b) {
+    I v;
+    for (int i = 0; i < B; ++i) v.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
     return v;
 }
 inline I select(const I &mask, const I &a, const I &b) {
@@ -410,15 +444,15 @@ inline void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
 }
 typedef Weights Block;
 constexpr int BLOCKS_AT_ONCE = 1;
+template <int N>
 inline void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
-    for (int i = 0; i < B; ++i)
+    for (int i = 0; i < N * B / QUARTERS; ++i)
         for (int k = 0; k < QUAD; ++k) s.a[i] += w.w[k] * x[o[0] + QUAD * i + k];
 }
-template <int R>
+template <int N, int R>
 inline void add_together(Sums (&s)[R], const uint8_t *x, const int32_t *o, const int8_t *w) {
-    for (int r = 0; r < R; ++r) add_blocks(s[r], x, o, Block(w + r * QUAD));
+    for (int r = 0; r < R; ++r) add_blocks<N>(s[r], x, o, Block(w + r * QUAD));
 }
-inline void reorder(Sums &) {}
 inline void put_interleaved(uint8_t *out, const I &a, const I &b, const I &c, const I &d) {
     for (int i = 0; i < B; ++i) {
         out[4 * i] = a.x[i];
@@ -442,6 +476,11 @@ struct Table {
         return v;
     }
 };
+// Between which numbers results are, and bytes.
+struct Ends {
+    float low, high;
+    I least, most;
+};
 struct Results {
     float t[B];
 };
@@ -450,6 +489,7 @@ inline Results results(const Sums &s, float multiplier, float bias) {
     for (int i = 0; i < B; ++i) r.t[i] = static_cast<float>(s.a[i]) * multiplier + bias;
     return r;
 }
+template <bool>
 inline void add_bytes(Results &r, const uint8_t *from, float factor) {
     for (int i = 0; i < B; ++i) r.t[i] = r.t[i] + static_cast<float>(from[i]) * factor;
 }
@@ -457,17 +497,19 @@ inline float clamped(float t, float low, float high) {
     const float above = t > low ? t : low;
     return above < high ? above : high;
 }
-inline I rounded(const Results &r, float low, float high) {
+template <bool>
+inline I rounded(const Results &r, const Ends &ends, bool) {
     I v;
     for (int i = 0; i < B; ++i) {
         // the last bits of 1.5 * 2^23 + t are the whole number nearest to t
-        const float t = clamped(r.t[i], low, high) + 12582912.0f;
+        const float t = clamped(r.t[i], ends.low, ends.high) + 12582912.0f;
         uint32_t bits;
         __builtin_memcpy(&bits, &t, 4);
         v.x[i] = static_cast<uint8_t>(bits);
     }
     return v;
 }
+template <bool>
 inline void put_floats(const Results &r, float low, float high, float *out) {
     for (int i = 0; i < B; ++i) out[i] = clamped(r.t[i], low, high);
 }
@@ -475,14 +517,16 @@ inline void put_floats(const Results &r, float low, float high, float *out) {
 #endif
 
 #if !defined(RAREFY_NO_BLOCKS) && (defined(__AVX2__) || defined(RAREFY_NEON_BUILD))
+// N quarters of the pixels, which are interleaved: the sums' vectors are B / 4 pixels after one another.
+template <int N>
 inline __attribute__((always_inline)) void add_blocks(Sums &s, const uint8_t *x, const int32_t *o, const Block &w) {
-    for (int i = 0; i < 4; ++i) s.a[i] = add_blocks(s.a[i], Pixels(x + i * B, o), w);
+    for (int i = 0; i < N; ++i) s.a[i] = add_blocks(s.a[i], Pixels(x + i * B, o), w);
 }
-// Blocks of R rows, each row's in turn, which share their pixels.
-template <int R>
+// The same with blocks of R rows, each row's in turn, which share their pixels.
+template <int N, int R>
 inline __attribute__((always_inline)) void add_together(Sums (&s)[R], const uint8_t *x, const int32_t *o,
                                                         const int8_t *w) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < N; ++i) {
         const Pixels pixels(x + i * B, o);
         for (int r = 0; r < R; ++r) s[r].a[i] = add_blocks(s[r].a[i], pixels, Block(w + r * QUAD * BLOCKS_AT_ONCE));
     }

@@ -3,6 +3,8 @@
 
 #include <stddef.h>
 
+#include <utility>
+
 #include "isa.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -23,55 +25,64 @@ using namespace int8;
 
 // The sums of a row over any four weights at a time, whose pixels lie in planes of their own.
 struct Any {
-    static constexpr int OFFSETS = QUAD, WIDTH = QUAD, SCALE = 1;
-    template <int T>
+    static constexpr int OFFSETS = QUAD, WIDTH = QUAD;
+    static constexpr bool IN_LINE = false;
+    template <int N, int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
         const Weights weights(w);
         RAREFY_UNROLL for (int t = 0; t < T; ++t) RAREFY_ISA::add(s[t], x + t * B, o, weights);
     }
-    static void order(Sums &) {}
 };
 
 #if !defined(RAREFY_NO_BLOCKS)
 // The sums over blocks of four channels, whose pixels are interleaved.
 struct Blocks {
-    static constexpr int OFFSETS = BLOCKS_AT_ONCE, WIDTH = QUAD * BLOCKS_AT_ONCE, SCALE = QUAD;
-    template <int T>
+    static constexpr int OFFSETS = BLOCKS_AT_ONCE, WIDTH = QUAD * BLOCKS_AT_ONCE;
+    static constexpr bool IN_LINE = true;
+    template <int N, int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
+        constexpr int LAST = T - 1;
         const Block weights(w);
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) add_blocks(s[t], x + t * B * SCALE, o, weights);
+        RAREFY_UNROLL for (int t = 0; t < LAST; ++t) add_blocks<QUARTERS>(s[t], x + t * B * QUAD, o, weights);
+        add_blocks<N - QUARTERS * LAST>(s[LAST], x + LAST * B * QUAD, o, weights);
     }
-    static void order(Sums &s) { reorder(s); }
 };
 #endif
 
+inline Ends ends_of(const RowsCall &c) {
+    const bool bytes = c.y != nullptr;  // low and high are then from 0 to 255
+    return {c.low, c.high, byte(bytes ? static_cast<uint8_t>(c.low) : 0),
+            byte(bytes ? static_cast<uint8_t>(c.high) : 0)};
+}
+
 // Makes bytes or floats of the sums of row r, for a vector of the tile's pixels from `at` on.
-inline __attribute__((always_inline)) void finish(const RowsCall &c, int64_t r, int64_t at, const Sums &s) {
+template <bool IN_LINE>
+inline __attribute__((always_inline)) void finish(const RowsCall &c, const Ends &ends, int64_t r, int64_t at,
+                                                  const Sums &s) {
     Results result = results(s, c.multipliers[r], c.biases[r]);
-    if (c.residual) add_bytes(result, c.residual + r * c.residual_stride + at, c.other);
-    if (!c.y) return put_floats(result, c.low, c.high, c.floats + r * c.floats_stride + at);
-    I v = rounded(result, c.low, c.high);
+    if (c.residual) add_bytes<IN_LINE>(result, c.residual + r * c.residual_stride + at, c.other);
+    if (!c.y) return put_floats<IN_LINE>(result, c.low, c.high, c.floats + r * c.floats_stride + at);
+    I v = rounded<IN_LINE>(result, ends, c.bounded);
     if (c.mask) v = select(bytes(c.mask + at), v, byte(c.zero_point));
     put(c.y + r * c.y_stride + at, v);
 }
 
-// Tiles of T vectors of pixels.
-template <class Quads, int T>
+// Tiles of N quarters of vectors of pixels.
+template <class Quads, int N>
 void rows(const RowsCall *call) {
-    const RowsCall c = *call;
+    constexpr int T = (N + QUARTERS - 1) / QUARTERS;
+    const RowsCall &c = *call;
+    const Ends ends = ends_of(c);
     for (int64_t r = 0; r < c.rows; ++r) {
         Sums s[T];
         RAREFY_UNROLL for (int t = 0; t < T; ++t) s[t] = sums_of(c.first[r]);
         const int32_t *o = c.offsets + c.starts[r] * Quads::OFFSETS,
                       *end = c.offsets + c.starts[r + 1] * Quads::OFFSETS;
         const int8_t *w = c.weights + c.starts[r] * Quads::WIDTH;
-        for (; o != end; o += Quads::OFFSETS, w += Quads::WIDTH) Quads::template add<T>(s, c.x, o, w);
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) {
-            Quads::order(s[t]);
-            finish(c, r, t * B, s[t]);
-        }
+        for (; o != end; o += Quads::OFFSETS, w += Quads::WIDTH) Quads::template add<N>(s, c.x, o, w);
+        RAREFY_UNROLL for (int t = 0; t < T; ++t) finish<Quads::IN_LINE>(c, ends, r, t * B, s[t]);
     }
 }
 
@@ -83,9 +94,11 @@ constexpr int TOGETHER = 3;
 constexpr int TOGETHER = 4;
 #endif
 
-// Tiles of one vector of pixels, some rows at once.
+// The same of N quarters of one vector, some rows at once.
+template <int N>
 void dense_rows(const RowsCall *call) {
-    const RowsCall c = *call;
+    const RowsCall &c = *call;
+    const Ends ends = ends_of(c);
     const int64_t *start = c.shared_starts;
     for (int64_t row = -c.skipped; row < c.rows; row += TOGETHER, ++start) {
         Sums s[TOGETHER], all[TOGETHER];
@@ -96,19 +109,18 @@ void dense_rows(const RowsCall *call) {
         const int32_t *o = c.shared_offsets + start[0] * BLOCKS_AT_ONCE,
                       *end = c.shared_offsets + start[1] * BLOCKS_AT_ONCE;
         const int8_t *w = c.shared + start[0] * Blocks::WIDTH * TOGETHER;
-        for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH * TOGETHER) add_together(s, c.x, o, w);
+        for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH * TOGETHER) add_together<N>(s, c.x, o, w);
         RAREFY_UNROLL for (int r = 0; r < TOGETHER; ++r) all[r] = s[r];
         const int64_t last = c.rows - row < TOGETHER ? c.rows - row : TOGETHER;
         for (int64_t r = row < 0 ? -row : 0; r < last; ++r) {
-            Sums own = all[r];
+            Sums own[1] = {all[r]};
             if (c.starts) {
                 o = c.offsets + c.starts[row + r] * BLOCKS_AT_ONCE;
                 end = c.offsets + c.starts[row + r + 1] * BLOCKS_AT_ONCE;
                 w = c.weights + c.starts[row + r] * Blocks::WIDTH;
-                for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH) add_blocks(own, c.x, o, Block(w));
+                for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH) Blocks::add<N>(own, c.x, o, w);
             }
-            reorder(own);
-            finish(c, row + r, 0, own);
+            finish<Blocks::IN_LINE>(c, ends, row + r, 0, own[0]);
         }
     }
 }
@@ -157,8 +169,18 @@ void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t
     }
 }
 
-void larger(uint8_t *__restrict to, const uint8_t *__restrict from, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to[i] > from[i] ? to[i] : from[i];
+void largest(const uint8_t *const *from, int64_t count, uint8_t *__restrict to, int64_t n) {
+    const auto some = [=](int64_t i) {
+        I most = bytes(from[0] + i);
+        for (int64_t k = 1; k < count; ++k) most = larger(most, bytes(from[k] + i));
+        put(to + i, most);
+    };
+    for (int64_t i = 0; i + B <= n; i += B) some(i);
+    if (n >= B) return n % B ? some(n - B) : void();
+    for (int64_t i = 0; i < n; ++i) {
+        to[i] = from[0][i];
+        for (int64_t k = 1; k < count; ++k) to[i] = to[i] > from[k][i] ? to[i] : from[k][i];
+    }
 }
 
 // The whole number nearest to t between low and high, which are from 0 to 255: the last bits of 1.5 * 2^23 + t.
@@ -294,29 +316,36 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
 }
 #endif
 
-template <class Quads>
-void put_tiles(Rows **tiles) {
-    tiles[1] = rows<Quads, 1>;
-    tiles[2] = rows<Quads, 2>;
-#if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)  // 32 registers
-    tiles[4] = rows<Quads, 4>;
+#if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)
+constexpr bool MANY_REGISTERS = true;  // 32
+#else
+constexpr bool MANY_REGISTERS = false;
 #endif
+
+#if !defined(RAREFY_NO_BLOCKS)
+template <int... N>
+void put_quarters(Kernels &k, std::integer_sequence<int, N...>) {
+    ((k.rows[BLOCKS][N + 1] = rows<Blocks, N + 1>), ...);
+    ((k.rows[DENSE][N % QUARTERS + 1] = dense_rows<N % QUARTERS + 1>), ...);
 }
+#endif
 
 Kernels make() {
     Kernels k = {};
     k.pixels = B;
     k.pairs = PAIRS;
     k.centre = CENTRE;
-    put_tiles<Any>(k.rows[ANY]);
+    k.rows[ANY][QUARTERS] = rows<Any, QUARTERS>;
+    k.rows[ANY][2 * QUARTERS] = rows<Any, 2 * QUARTERS>;
+    if constexpr (MANY_REGISTERS) k.rows[ANY][4 * QUARTERS] = rows<Any, 4 * QUARTERS>;
 #if !defined(RAREFY_NO_BLOCKS)
-    put_tiles<Blocks>(k.rows[BLOCKS]);
-    k.rows[DENSE][1] = dense_rows;
+    put_quarters(k, std::make_integer_sequence<int, 2 * QUARTERS>());
+    if constexpr (MANY_REGISTERS) k.rows[BLOCKS][4 * QUARTERS] = rows<Blocks, 4 * QUARTERS>;
     k.together = TOGETHER;
 #endif
     k.interleave = interleave;
     k.every = every;
-    k.larger = larger;
+    k.largest = largest;
     k.quantize = quantize;
     k.add = rarefy::RAREFY_ISA::add;
     k.multiply = multiply;

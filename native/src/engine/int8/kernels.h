@@ -34,7 +34,7 @@ namespace rarefy {
 namespace int8 {
 
 enum Layout { ANY, BLOCKS, DENSE, LAYOUTS };
-enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, PAIR_LIMIT = 128, ROWS = 4, PART = 16 };
+enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, QUARTERS = 4, PAIR_LIMIT = 128, ROWS = 4, PART = 16 };
 
 // Rows of results for one tile of pixels.
 struct RowsCall {
@@ -52,7 +52,8 @@ struct RowsCall {
     int64_t rows;
     const float *multipliers, *biases;
     float low, high;
-    uint8_t *y;  // at the tile; null for floats
+    int32_t bounded;  // 1: what is rounded is less than 2^31
+    uint8_t *y;       // at the tile; null for floats
     int64_t y_stride;
     float *floats;
     int64_t floats_stride;
@@ -80,17 +81,17 @@ struct Kernels {
     int32_t pairs;     // 1: the sums of pairs saturate
     int32_t together;  // DENSE: rows of a group
     int32_t centre;    // the sums of rows and of dot are those of w (x - centre)
-    // for weights as they come, in blocks and dense, which not all have; for tiles of 1 .. MOST_TILE vectors, null
-    // where there is none
-    Rows *rows[LAYOUTS][MOST_TILE + 1];
+    // for weights as they come, in blocks and dense, which not all have; for tiles of so many quarters of a vector,
+    // null where there is none: single weights take whole vectors
+    Rows *rows[LAYOUTS][QUARTERS * MOST_TILE + 1];
     // out[4 i + k] = planes[k][i], centred, for n pixels
     void (*interleave)(const uint8_t *const *planes, uint8_t *out, int64_t n);
     // out[r * out_line + i] = x[r * x_line + step * i] for n pixels of so many lines; up to 16 bytes from a line's
     // last pixel on are read
     void (*every)(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n,
                   int64_t lines);
-    // to[i] = the larger one of to[i] and from[i] for n of them
-    void (*larger)(uint8_t *to, const uint8_t *from, int64_t n);
+    // to[i] = the largest one of from[0 .. count - 1][i] for n of them
+    void (*largest)(const uint8_t *const *from, int64_t count, uint8_t *to, int64_t n);
     void (*quantize)(const float *x, uint8_t *out, int64_t n, const Factors *factors);
     void (*add)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);
     void (*multiply)(const uint8_t *x, const uint8_t *y, uint8_t *out, int64_t n, const Combination *how);

@@ -75,7 +75,8 @@ int64_t scratch_of(const rarefy_int8_program &program) {
     for (const Step &step : program.steps) {
         if (step.node.kind == Kind::POOL) {
             const Window &w = step.node.window;
-            bytes = std::max({bytes, 4 * pool_line(w), 2 * pool_rows(w) * pool_line(w) + MOST_PIXELS});
+            bytes =
+                std::max({bytes, 4 * pool_line(w), pool_pointers(w) + 2 * pool_rows(w) * pool_line(w) + MOST_PIXELS});
         }
         if (step.node.kind == Kind::BINARY) bytes = std::max<int64_t>(bytes, program.values[step.node.out].shape.width);
         if (step.copy) bytes = std::max(bytes, QUAD * (program.values[step.node.out].stride + 128));

@@ -79,6 +79,7 @@ struct Step {
     Weights weights, shared;     // of DENSE, what the rows of a group share, and what is left of each
     std::vector<int32_t> first;  // conv: (what the kernels take from pixels - zero_x) * the sum of a row's weights
     std::vector<float> multipliers, biases;
+    bool bounded = true;  // conv: what is rounded is less than 2^31
     std::vector<uint8_t> table;
     std::vector<uint8_t> mask_one, mask_group;  // conv: pixels among the positions of one image and of a group's, where
                                                 // the gaps between them are read
@@ -154,6 +155,11 @@ bool in_place(const Window &window);
 inline int64_t pool_line(const Window &w) {
     const int64_t reach = int64_t{w.out_w - 1} * w.stride[1] + int64_t{w.kernel[1] - 1} * w.dilation[1] + 1;
     return reach > int64_t{w.left} + w.in_w ? reach : int64_t{w.left} + w.in_w;
+}
+
+// Bytes of a pointer to each row or column of a pooling's window.
+inline int64_t pool_pointers(const Window &w) {
+    return 8 * int64_t{w.kernel[0] > w.kernel[1] ? w.kernel[0] : w.kernel[1]};
 }
 
 // How many such lines maxima are taken of at a time: as many as a cache keeps.

@@ -124,6 +124,7 @@ class Conv {
         call_.offsets = s.weights.offsets.data();
         call_.low = s.result.low;
         call_.high = s.result.high;
+        call_.bounded = s.bounded;
         call_.other = s.result.other;
         call_.zero_point = y_.value->zero_point;
         call_.y_stride = call_.floats_stride = y_.value->stride;
@@ -144,11 +145,12 @@ class Conv {
  private:
     template <class F>
     void tiles(const F &body) const {
-        const int64_t pixels = kernels_.pixels, vectors = (positions_ + pixels - 1) / pixels;
-        for (int64_t v = 0, count; v < vectors; v += count) {
-            count = MOST_TILE;
-            while (count > vectors - v || !kernels_.rows[s_.layout][count]) --count;
-            body(v * pixels, kernels_.rows[s_.layout][count], std::min(count * pixels, positions_ - v * pixels));
+        const int64_t pixels = kernels_.pixels / QUARTERS, least = s_.layout == ANY ? QUARTERS : 1;
+        const int64_t quarters = (positions_ + least * pixels - 1) / (least * pixels) * least;
+        for (int64_t q = 0, count; q < quarters; q += count) {
+            count = QUARTERS * MOST_TILE;
+            while (count > quarters - q || !kernels_.rows[s_.layout][count]) --count;
+            body(q * pixels, kernels_.rows[s_.layout][count], std::min(count * pixels, positions_ - q * pixels));
         }
     }
 
@@ -378,16 +380,20 @@ void maximum(const Frame &f, const Step &s, const View &x, int64_t c, int64_t im
     const Window &w = s.node.window;
     const Kernels &k = *f.program->kernels;
     const int64_t length = pool_line(w), some = pool_rows(w), size = some * length;
-    uint8_t *down = f.scratch, *most = down + size;
+    const uint8_t **from = reinterpret_cast<const uint8_t **>(f.scratch);
+    uint8_t *down = f.scratch + pool_pointers(w), *most = down + size;
+    std::memset(down, 0, static_cast<size_t>(size));
     for (int64_t first = 0; first < w.out_h; first += some) {
         const int64_t rows = std::min(some, w.out_h - first);
-        std::memset(down, 0, static_cast<size_t>(size));
-        for (int64_t row = 0; row < rows; ++row)
-            over_window(w, x, c, image, first + row,
-                        [&](const uint8_t *from) { k.larger(down + row * length + w.left, from, w.in_w); });
-        std::memcpy(most, down, static_cast<size_t>(size));
-        for (int64_t column = 1; column < w.kernel[1]; ++column)
-            k.larger(most, down + column * w.dilation[1], size - column * w.dilation[1]);
+        for (int64_t row = 0; row < rows; ++row) {
+            int64_t count = 0;
+            over_window(w, x, c, image, first + row, [&](const uint8_t *line) { from[count++] = line; });
+            uint8_t *to = down + row * length + w.left;
+            if (count > 0) k.largest(from, count, to, w.in_w);
+            else std::memset(to, 0, static_cast<size_t>(w.in_w));
+        }
+        for (int64_t column = 0; column < w.kernel[1]; ++column) from[column] = down + column * w.dilation[1];
+        k.largest(from, w.kernel[1], most, size - int64_t{w.kernel[1] - 1} * w.dilation[1]);
         k.every(most, length, w.stride[1], y.line(c, image, first), y.value->row(), w.out_w, rows);
     }
 }

@@ -418,10 +418,16 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     const int32_t centre = step.vector && step.layout != DENSE ? 0 : program.kernels->centre;
     const int32_t zero = program.values[built.x].zero_point;
     for (int32_t row = 0; row < m.rows; ++row) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < int64_t{channels} * m.taps; ++i)
-            sum += static_cast<int32_t>(weight[row * int64_t{channels} * m.taps + i]);
+        int32_t sum = 0, sizes = 0;
+        for (int64_t i = 0; i < int64_t{channels} * m.taps; ++i) {
+            const int32_t w = static_cast<int32_t>(weight[row * int64_t{channels} * m.taps + i]);
+            sum += w;
+            sizes += std::abs(w);
+        }
         step.first.push_back((centre - zero) * sum);
+        const double most = 255.0 * sizes * std::abs(double{step.multipliers[row]}) +
+                            std::abs(double{step.biases[row]}) + 255.0 * std::abs(double{step.result.other});
+        step.bounded &= most < 1e9;
     }
     if (step.vector) {
         step.weights = step.layout == DENSE ? make_dense(m, weight) : make_vectors(m, weight, step.layout);
@@ -463,7 +469,7 @@ Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const 
     const engine::Matrix m = engine::matrix_of(graph, node);
     const bool vector = of_vectors(graph, node, group);
     if (m.groups > 1) return ANY;
-    if (!vector && !kernels.rows[DENSE][1]) return ANY;
+    if (!vector && !kernels.rows[DENSE][QUARTERS]) return ANY;
     if (asked > 0) return static_cast<Layout>(asked - 1);
     const double all = static_cast<double>(weight.size());
     const double nonzeros = all - static_cast<double>(std::count(weight.begin(), weight.end(), 0.0f));
