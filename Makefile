@@ -157,7 +157,7 @@ test-avx512: $(NATIVE)/cases.bin
 	cmake -S . -B $(NATIVE)/static $(NATIVE_CMAKE) -DCMAKE_EXE_LINKER_FLAGS=-static
 	cmake --build $(NATIVE)/static --target exhaustive engine gated int8
 	$(EMULATED)/int8 150 avx512_vbmi2 avx512 avx_vnni avx2 portable
-	$(EMULATED)/gated
+	$(EMULATED)/gated few
 	$(EMULATED)/engine 50 kernels
 	$(EMULATED)/exhaustive $(NATIVE)/cases.bin
 

@@ -2,14 +2,16 @@
 
 One block of a vision tower as SigLIP's (1152 wide, 16 heads, 729 tokens, tanh-GELU MLP of 4304) and one MLP as Llama's
 (2048 to 8192, SiLU and a gate, 256 tokens), with PyTorch's activations and with those of rarefy.act; random weights.
-Both forms run in turn; the medians, also of one form's time over the other's in a round, and the errors against the
-same weights in float64 go to results/act-blocks.csv.
+Both forms run in turn on one thread, by its processor time, since the turns of others are not theirs. The medians, also
+of one form's time over the other's in a round, and the errors against the same weights in float64 go to
+results/act-blocks.csv; ``--print`` prints the table of docs/results/activations.md from that file.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -93,10 +95,10 @@ def build() -> dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]]:
 
 
 @torch.no_grad()
-def measure(rounds: int, threads: int) -> list[dict[str, object]]:
+def measure(rounds: int) -> list[dict[str, object]]:
     """One row a form of a block: milliseconds and root mean square error, relative to that of the result."""
-    torch.set_num_threads(threads)
-    about = provenance(f"python benchmarks/act_blocks.py --rounds {rounds} --threads {threads}")
+    torch.set_num_threads(1)
+    about = provenance(f"python benchmarks/act_blocks.py --rounds {rounds}")
     rows: list[dict[str, object]] = []
     for block, (before, after, shape) in build().items():
         x = torch.randn(shape).bfloat16()
@@ -109,9 +111,9 @@ def measure(rounds: int, threads: int) -> list[dict[str, object]]:
         }
         for _ in range(rounds):
             for name, form in forms.items():
-                begin = time.perf_counter()
+                begin = time.thread_time()
                 form(x)
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.thread_time() - begin)
         pairs = {name: zip(seconds["PyTorch"], times, strict=True) for name, times in seconds.items()}
         faster = {name: statistics.median(one / other for one, other in each) for name, each in pairs.items()}
         for name in forms:
@@ -122,7 +124,6 @@ def measure(rounds: int, threads: int) -> list[dict[str, object]]:
                     "ms": f"{1000 * statistics.median(seconds[name]):.5g}",
                     "times_faster": f"{faster[name]:.4f}",
                     "relative_error": f"{error[name]:.4e}",
-                    "threads": threads,
                     "rounds": rounds,
                     **about,
                 }
@@ -130,19 +131,25 @@ def measure(rounds: int, threads: int) -> list[dict[str, object]]:
     return rows
 
 
+def table() -> str:
+    """One row a block and form."""
+    lines = ["| bfloat16 | activations | ms | times as fast | relative error |", "| --- | --- | --- | --- | --- |"]
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            kept = (row[key] for key in ("block", "activations", "ms", "times_faster", "relative_error"))
+            lines.append(f"| {' | '.join(kept)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write the rows and print what they say."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="how often each runs (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (default: 1)")
+    parser.add_argument("--print", action="store_true", help="print the table of the stored results")
     options = parser.parse_args()
-    rows = measure(options.rounds, options.threads)
-    write_csv(RESULTS, rows)
-    for row in rows:
-        print(
-            f"{row['block']:13s} {row['activations']:11s} {row['ms']:>8} ms, {row['times_faster']} times as fast,"
-            f" error {row['relative_error']}"
-        )
+    if not options.print:
+        write_csv(RESULTS, measure(options.rounds))
+    print(table())
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def test_special_values(function, fmt):
         assert got[inf | fmt.sign] == low.get(function, fmt.sign)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", SMALL, ids=lambda f: f.name)
 def test_hardswish_is_rounded_as_the_quotient_of_whole_numbers(fmt):
     """Its ties are true ones, which float64 shows: here every result is compared in rational arithmetic."""

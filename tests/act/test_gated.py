@@ -1,10 +1,12 @@
 """Gated units: their bits, shapes, gradients, and what watches operators."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks import act_blocks, act_gated
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -335,3 +337,9 @@ def test_the_result_is_the_model_of_pytorch():
     gate, up = x.chunk(2, -1)
     assert torch.allclose(act.silu_and_mul(x), F.silu(gate) * up, atol=1e-5)
     assert torch.allclose(act.gelu_and_mul(x), F.gelu(gate) * up, atol=1e-5)
+
+
+def test_tables_in_the_docs_are_those_of_the_results():
+    docs = " ".join((Path(__file__).parents[2] / "docs" / "results" / "activations.md").read_text().split())
+    for figures in (act_gated, act_blocks):
+        assert " ".join(figures.table().split()) in docs

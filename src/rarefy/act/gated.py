@@ -277,9 +277,9 @@ def backward(upstream: Tensor, x: Tensor, up: Tensor | None, function: str, mode
         wide = upstream.float()
         of_gate = wide * other.float() * slopes(gate, function, mode)
         of_up = wide * operator.forward(gate, function, mode, table).float()
-    if up is None:
-        return [torch.cat((of_gate, of_up), -1).to(x.dtype)]
-    return [of_gate.to(x.dtype).contiguous(), of_up.to(x.dtype).contiguous()]
+        if up is None:
+            return [torch.cat((of_gate, of_up), -1).to(x.dtype)]
+        return [of_gate.to(x.dtype).contiguous(), of_up.to(x.dtype).contiguous()]
 
 
 def _differentiable(

@@ -23,11 +23,11 @@ def calls(gate: Tensor, compiled: bool) -> dict[str, Callable[[], object]]:
     """
     up, upstream, out = torch.randn_like(gate), torch.randn_like(gate), torch.empty_like(gate)
     source = torch.zeros(gate.numel() * 5 // 2, dtype=gate.dtype)
-    copy, begins = torch.zeros_like(source), source.data_ptr()
+    copy = torch.zeros_like(source)
 
     def memcpy(arrays: int) -> Callable[[], object]:
         size = arrays * gate.numel() * gate.element_size() // 2
-        return lambda: ctypes.memmove(copy.data_ptr(), begins, size)
+        return lambda: ctypes.memmove(copy.data_ptr(), source.data_ptr(), size)
 
     found: dict[str, Callable[[], object]] = {
         "memcpy of 3 arrays": memcpy(3),

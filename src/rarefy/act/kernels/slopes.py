@@ -42,8 +42,9 @@ def lookup(function: str, mode: str, fmt: str) -> Tensor:
     f = formats.get(fmt)
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         x = torch.from_numpy(f.all_bits().astype(f.dtype)).view(DTYPE_OF[fmt])
-        found: Tensor = gradients.hard(x, function) if mode == "hard" else _slopes64(x.double(), function)
-        return found.float()
+        if mode == "hard":
+            return gradients.hard(x, function)
+        return _slopes64(x.double(), function).float()
 
 
 def _slopes64(x: Tensor, function: str) -> Tensor:
@@ -51,8 +52,8 @@ def _slopes64(x: Tensor, function: str) -> Tensor:
     if function == "gelu":
         # Phi(x) + x phi(x)
         phi = torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
-        tail: Tensor = torch.special.erfc(-x * math.sqrt(0.5))
-        return 0.5 * tail + x * phi
+        below: Tensor = torch.special.erfc(-x * math.sqrt(0.5))
+        return 0.5 * below + x * phi
     z, inner = (x * (A + B * x * x), A + 3.0 * B * x * x) if function == "gelu_tanh" else (x, 1.0)
     # of x g(z): g + x g (1 - g) z'
     gate, rest = torch.sigmoid(z), torch.sigmoid(-z)

@@ -26,7 +26,7 @@ def constants() -> npt.NDArray[np.float64]:
 
 
 def exact(x: Tensor, function: str, table: Tensor) -> Tensor:
-    """Compute a function of numbers, not of NaN; ``table`` is :func:`constants` on the device of ``x``."""
+    """Compute a function, of NaN any number; ``table`` is :func:`constants` on the device of ``x``."""
     wide = torch.where(x < -1000.0, -1000.0, x).double()  # minus infinity: a finite number gives its limit
     if function == "hardswish":
         return (wide * (wide + 3.0).clamp(0.0, 6.0) / 6.0).float()
@@ -43,8 +43,8 @@ def exact(x: Tensor, function: str, table: Tensor) -> Tensor:
     elif function == "softplus":
         y = wide.clamp(min=0.0) + _log1p(e, numbers)
     elif function == "elu":
-        # e^-a - 1 = 2^-n (e^r - 1) + (2^-n - 1); zero keeps its sign
-        y = torch.where(wide > 0.0, wide, torch.where(wide == 0.0, wide, less_one * power + (power - 1.0)))
+        # e^-a - 1 = 2^-n (e^r - 1) + (2^-n - 1); the second of two, since onnxruntime's first loses the sign of 0
+        y = torch.where(wide < 0.0, less_one * power + (power - 1.0), wide)
     else:
         y = torch.where(positive, 1.0 / e, e)
     return y.float()
@@ -53,7 +53,7 @@ def exact(x: Tensor, function: str, table: Tensor) -> Tensor:
 def _exp_parts(a: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """e^r - 1 and 2^-n of e^-a = 2^-n e^r, for a >= 0."""
     inverse, high, low, first, *series = numbers[: len(EXP)].unbind(0)
-    a = a.clamp(max=690.0)
+    a = torch.where(a == a, a, 0.0).clamp(max=690.0)  # noqa: PLR0124 - not NaN, which is no index
     # n = round(a / log 2), |r| <= log(2) / 2
     n = torch.round(a * inverse)
     r = (n * high - a) + n * low
