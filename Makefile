@@ -169,6 +169,12 @@ test-triton: $(STAMP)
 	$(BIN)/pip install -q triton
 	$(BIN)/pytest -q tests/act/check_triton.py tests/act/check_triton_cells.py tests/kernels/check_triton_thresholds.py
 
+# The kernel package for Hugging Face's kernels, from its folder: no network needed, but the package.
+.PHONY: test-kernel-package
+test-kernel-package: $(STAMP)
+	$(BIN)/pip install -q kernels
+	$(BIN)/pytest -q tests/act/test_kernel_package.py
+
 # Units in Verilator, on all inputs; it compiles C++, so it needs make, g++ and perl.
 .PHONY: test-verilator
 test-verilator: $(STAMP)
@@ -195,6 +201,11 @@ rtl-figures: $(STAMP) $(TOOLS)
 .PHONY: test-gpu
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -n 8 tests/check_gpu.py
+
+# The memory's speed of every activation on a GPU: two minutes, results/act-gpu.csv.
+.PHONY: bench-act-gpu
+bench-act-gpu: $(STAMP)
+	$(BIN)/python benchmarks/act_gpu.py
 
 # What every method adds to a training step on a GPU: four minutes, results/gpu.csv.
 .PHONY: bench-gpu

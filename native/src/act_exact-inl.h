@@ -68,7 +68,7 @@ inline V gelu_tanh(V x) {
     return gated(x, inside, 6.0f, gate_of(exponential<-64>(z, fma(inside, more, fms(inside, factor, z)))));
 }
 
-// Phi(-a) e^(a^2/2) for 0 <= a <= 14.5 as polynomials in a - centre, two for each doubling of a + 1; row 6 begins at 0.
+// Phi(-a) e^(a^2/2) for 0 <= a <= 14.4 as polynomials in a - centre, two for each doubling of a + 1; row 6 begins at 0.
 // The centres are where the values are floats, nearly.
 constexpr float TAIL_CENTRE[8] = {1.51953125f, 2.4921875f,  3.921875f,    5.9375f,
                                   9.125f,      12.9406252f, 0.228515625f, 0.740234375f};
@@ -92,8 +92,8 @@ constexpr float TAIL[9][8] = {
      -0.0022397663f, -0.00129962456f}};
 
 inline V gelu(V x) {
-    const V a = smaller(all(14.5f), absolute(x)), half = mul(a, all(-0.5f)), z = mul(a, half);
-    const Exponential e = exponential<64>(z, fms(a, half, z));
+    const V a = smaller(all(14.4f), absolute(x)), half = mul(a, all(-0.5f)), z = mul(a, half);
+    const Exponential e = exponential<24>(z, fms(a, half, z));
     const V row = add(a, all(1.0f)), d = sub(a, pick(TAIL_CENTRE, row, 22));
     V p = pick(TAIL[8], row, 22);
     for (int k = 7; k >= 1; --k) p = fma(p, d, pick(TAIL[k], row, 22));
@@ -101,11 +101,8 @@ inline V gelu(V x) {
     // Phi(-a) = power (high - low)
     const V high = fma(e.high, t, t), lost = add(fnma(e.high, t, sub(high, t)), fma(e.high, t_less, t_less));
     const V low = fnma(fma(e.square, e.series, e.low), t, lost);
-    // Phi(a) = rest + left
-    const V power = mul(e.power, all(0x1p-64f)), rest = fnma(power, high, all(1.0f));
-    const V left = fma(power, low, fnma(power, high, sub(all(1.0f), rest)));
-    // x times the one or the other; a and not x where x could be infinite and the rest 0
-    const V zero = all(0.0f), part = mul(a, where_less(x, zero, low, left));
-    const V y = fma(larger(all(-15.0f), x), where_less(x, zero, high, rest), part);
-    return mul(y, where_less(x, zero, power, all(1.0f)));
+    // 2^24 (max(x, 0) - a Phi(-a)), and what that rounds away
+    const V factor = mul(a, e.power), most = mul(larger(all(-0.0f), x), all(0x1p24f)), y = fnma(factor, high, most);
+    const V less = fnma(factor, low, fms(factor, high, sub(most, y)));
+    return where_less(all(14.0f), x, x, mul(sub(y, less), all(0x1p-24f)));
 }

@@ -49,8 +49,9 @@ inline V gelu_tanh(V x) {
     return mul(x, gate(x, scaled(power(a, fma(mul(a, a), all(-0.0713548162726009f), all(-1.5957691216057307f))))));
 }
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|),  Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0. P/Q minimax by Remez's exchange on [0, 14.5], in 50 digits:
-// with the coefficients rounded to float32, 0.31 * 2^-24 of itself. Beyond, Phi(-a) is 0 in float32.
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|),  Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0. P/Q minimax by Remez's exchange
+// on [0, 14.5], in 50 digits: with the coefficients rounded to float32, 0.31 * 2^-24 of itself. Beyond, Phi(-a) is 0 in
+// float32.
 inline V gelu(V x) {
     const V a = smaller(all(14.5f), absolute(x));
     V p = fma(all(0.0041165836f), a, all(0.040635083f));

@@ -1,5 +1,6 @@
-// One vector of L float32 lanes, for each instruction set. Included by engine_kernels.cpp only, in an unnamed
-// namespace.
+// One vector of L float32 lanes, for each instruction set. Included by engine_kernels.cpp and act32.cpp only, in an
+// unnamed namespace. With RAREFY_FUSED an fma rounds once everywhere: the same bits on every machine, at a price where
+// there is no instruction for it.
 #pragma once
 
 // L: float32 lanes of a vector, and V its type. ACCUMULATORS: vectors of sums that a kernel keeps in registers at most,
@@ -152,6 +153,10 @@ inline V fma(V a, V b, V c) { return a * b + c; }
 inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 #else
 #include "../fused-inl.h"
+__attribute__((noinline, cold)) V fma_by_lanes(V a, V b, V c) {
+    for (int i = 0; i < L; ++i) c[i] = fused(a[i], b[i], c[i]);
+    return c;
+}
 inline V fma(V a, V b, V c) {
     typedef double Wide __attribute__((vector_size(32)));
     typedef uint64_t Words __attribute__((vector_size(32)));
@@ -160,10 +165,8 @@ inline V fma(V a, V b, V c) {
     // Two roundings are one where the first did not make a tie of the second; below 2^-126 there are other ties.
     const Words bits = reinterpret_cast<Words>(s), one = {1, 1, 1, 1};
     const auto tie = ((bits & 0x1FFFFFFF) == 0x10000000) | ((bits & 0x7FF0000000000000) - one < 0x380FFFFFFFFFFFFF);
-    V y = __builtin_convertvector(s, V);
-    if (__builtin_expect((tie[0] | tie[1] | tie[2] | tie[3]) != 0, 0))
-        for (int i = 0; i < L; ++i) y[i] = fused(a[i], b[i], c[i]);
-    return y;
+    if (__builtin_expect((tie[0] | tie[1] | tie[2] | tie[3]) != 0, 0)) return fma_by_lanes(a, b, c);
+    return __builtin_convertvector(s, V);
 }
 #endif
 inline V fms(V a, V b, V c) { return fma(a, b, -c); }

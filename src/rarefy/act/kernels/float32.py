@@ -150,10 +150,10 @@ def exact(x: Tensor, function: str, table: Tensor, tails: Tensor) -> Tensor:
 
 
 def _gelu(x: Tensor, table: Tensor, tails: Tensor) -> Tensor:
-    a = x.abs().clamp(max=14.5)
+    a = x.abs().clamp(max=float(_F(14.4)))
     half = a * -0.5
     z = a * half
-    e = _exponential(z, fused(a, half, -z), 64, table)
+    e = _exponential(z, fused(a, half, -z), 24, table)
     # the segment, without the bits of w: two for each doubling of it
     w = a + 1.0
     octave = torch.where(w >= 8.0, 3.0, torch.where(w >= 4.0, 2.0, torch.where(w >= 2.0, 1.0, 0.0)))
@@ -170,13 +170,15 @@ def _gelu(x: Tensor, table: Tensor, tails: Tensor) -> Tensor:
     high = fused(e.high, t, t)
     lost = fused(-e.high, t, high - t) + fused(e.high, t_less, t_less)
     low = fused(-fused(e.square, e.series, e.low), t, lost)
-    power = e.power * 2.0**-64
-    rest = fused(-power, high, 1.0)
-    left = fused(power, low, fused(-power, high, 1.0 - rest))
-    negative = x < 0
-    part = a * torch.where(negative, low, left)
-    y = fused(torch.where(x < -15.0, -15.0, x), torch.where(negative, high, rest), part)
-    return y * torch.where(negative, power, 1.0)
+    factor, most = a * e.power, _not_below_zero(x) * 2.0**24
+    y = fused(-factor, high, most)
+    less = fused(-factor, low, fused(factor, high, y - most))
+    return torch.where(x > 14.0, x, (y - less) * 2.0**-24)
+
+
+def _not_below_zero(x: Tensor) -> Tensor:
+    """max(x, 0) with the sign of x, by a product: a choice in onnxruntime may lose the sign of 0."""
+    return torch.where(x < -1.0, -1.0, x) * torch.where(x > 0.0, 1.0, 0.0)
 
 
 _QUICK = tuple(
@@ -207,8 +209,7 @@ def fast(x: Tensor, function: str, table: Tensor) -> Tensor:
         p, q = _horner(a, *_P), _horner(a, *_Q)
         two, less_one = _quick_power(a, a * -0.5, table)
         tail = two * fused(p, less_one, p) / q
-        # max(x, 0) with the sign of x, by a product: a choice in onnxruntime may lose the sign of 0
-        return fused(-a, tail, torch.where(x < -1.0, -1.0, x) * torch.where(x > 0.0, 1.0, 0.0))
+        return fused(-a, tail, _not_below_zero(x))
     two, less_one = _quick_power(x.abs().clamp(max=104.0), -1.0, table)
     e = fused(two, less_one, two)
     gate = torch.where(x < 0, e, scale) / (scale + e)

@@ -25,6 +25,7 @@ _LOG2E, _SERIES, _QUICK = (tl.constexpr(each) for each in (arithmetic._LOG2E, ar
 _LOG2, _REST = tl.constexpr(arithmetic._LOG2), tl.constexpr(arithmetic._LOG2_REST)
 _HIGH, _LOW = tl.constexpr(arithmetic._LOG2_HIGH), tl.constexpr(arithmetic._LOG2_LOW)
 _CUBE, _P, _Q = (tl.constexpr(each) for each in (arithmetic._CUBE, arithmetic._P, arithmetic._Q))
+_FAR = tl.constexpr(float(np.float32(14.4)))
 _UP, _DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 _LIMIT = tl.constexpr(quartic.LIMIT)
 _A = tl.constexpr(reference.GELU_A)
@@ -215,10 +216,10 @@ def _exact(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _exact_gelu(x, rows):  # type: ignore[no-untyped-def]
-    a = tl.where(tl.abs(x) < 14.5, tl.abs(x), 14.5)
+    a = tl.where(tl.abs(x) < _FAR, tl.abs(x), _FAR)
     half = a * -0.5
     z = a * half
-    e_power, e_high, e_low, square, series = _exponential(z, tl.fma(a, half, -z), 64)
+    e_power, e_high, e_low, square, series = _exponential(z, tl.fma(a, half, -z), 24)
     # the segment: two for each doubling of a + 1
     row = rows + (((a + 1.0).to(tl.int32, bitcast=True) >> 22) - 254)
     d = a - tl.load(row)
@@ -231,13 +232,16 @@ def _exact_gelu(x, rows):  # type: ignore[no-untyped-def]
     high = tl.fma(e_high, t, t)
     lost = tl.fma(-e_high, t, high - t) + tl.fma(e_high, t_less, t_less)
     low = tl.fma(-tl.fma(square, series, e_low), t, lost)
-    power = e_power * _DOWN
-    rest = tl.fma(-power, high, 1.0)
-    left = tl.fma(power, low, tl.fma(-power, high, 1.0 - rest))
-    negative = x < 0.0
-    part = a * tl.where(negative, low, left)
-    y = tl.fma(tl.where(x < -15.0, -15.0, x), tl.where(negative, high, rest), part)
-    return y * tl.where(negative, power, 1.0)
+    factor, most = a * e_power, _not_below_zero(x) * 16777216.0
+    y = tl.fma(-factor, high, most)
+    less = tl.fma(-factor, low, tl.fma(factor, high, y - most))
+    return tl.where(x > 14.0, x, (y - less) * (1.0 / 16777216.0))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _not_below_zero(x):  # type: ignore[no-untyped-def]
+    """max(x, 0) with the sign of x."""
+    return tl.where(x < -1.0, -1.0, x) * tl.where(x > 0.0, 1.0, 0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -258,7 +262,7 @@ def _fast(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
         p, q = _horner(a, _P, 5), _horner(a, _Q, 6)
         two, less_one = _quick_power(a, a * -0.5)
         tail = tl.div_rn(two * tl.fma(p, less_one, p), q)
-        y = tl.fma(-a, tail, tl.where(x < -1.0, -1.0, x) * tl.where(x > 0.0, 1.0, 0.0))
+        y = tl.fma(-a, tail, _not_below_zero(x))
     else:
         a = tl.where(tl.abs(x) < 104.0, tl.abs(x), 104.0)
         two, less_one = _quick_power(a, -1.0)
