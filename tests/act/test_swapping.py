@@ -729,6 +729,18 @@ def test_gated_perceptrons_are_one_unit(kind, activation, monkeypatch):
     assert "act" in fired
 
 
+@pytest.mark.parametrize("kind", [Unit, Halves])
+def test_gated_perceptrons_are_recorded_and_compiled(kind):
+    model, x = kind().bfloat16().requires_grad_(False), torch.randn(100, 8).bfloat16()
+    act.swap(model, "hard")
+    y = model(x)
+    assert same(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+    torch._dynamo.reset()
+    assert same(torch.export.export(model, (x,)).module()(x), y)
+    assert same(torch.jit.trace(model, (x,))(x), y)
+    assert same(torch.fx.symbolic_trace(model)(x), y)
+
+
 def test_a_perceptron_that_is_written_otherwise_is_no_unit():
     class Other(Unit):
         def forward(self, x):
