@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -838,3 +839,38 @@ def test_transforms_of_functions_and_scripting():
         assert torch.allclose(gradients[name], parameter.grad, atol=1e-6)
     with pytest.raises(RuntimeError, match="restore"):
         torch.jit.script(net)
+
+
+def eager_attention_forward(x):
+    return torch.tanh(x)
+
+
+INTERFACES = {"sdpa": torch.relu}
+
+
+class Attention(nn.Module):
+    """Chooses its form as the attentions of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(_attn_implementation="sdpa")
+
+    def forward(self, x):
+        modes.append(_get_current_function_mode())
+        interface = INTERFACES.get(self.config._attn_implementation, eager_attention_forward)
+        return interface(x)
+
+
+modes: list[object] = []
+
+
+def test_attention_is_watched_in_the_form_that_calls_tanh():
+    attention, x = Attention(), torch.randn(8).bfloat16()
+    model = nn.Sequential(attention)
+    act.swap(model, "hard")
+    model(x)
+    modes.clear()
+    assert same(model(x), torch.relu(x))
+    attention.config._attn_implementation = "eager"
+    assert same(model(x), act.tanh(x, "hard"))
+    assert [mode is not None for mode in modes] == [False, True]
