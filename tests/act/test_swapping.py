@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -729,6 +730,18 @@ def test_gated_perceptrons_are_one_unit(kind, activation, monkeypatch):
     assert "act" in fired
 
 
+@pytest.mark.parametrize("kind", [Unit, Halves])
+def test_gated_perceptrons_are_recorded_and_compiled(kind):
+    model, x = kind().bfloat16().requires_grad_(False), torch.randn(100, 8).bfloat16()
+    act.swap(model, "hard")
+    y = model(x)
+    assert same(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+    torch._dynamo.reset()
+    assert same(torch.export.export(model, (x,)).module()(x), y)
+    assert same(torch.jit.trace(model, (x,))(x), y)
+    assert same(torch.fx.symbolic_trace(model)(x), y)
+
+
 def test_a_perceptron_that_is_written_otherwise_is_no_unit():
     class Other(Unit):
         def forward(self, x):
@@ -826,3 +839,38 @@ def test_transforms_of_functions_and_scripting():
         assert torch.allclose(gradients[name], parameter.grad, atol=1e-6)
     with pytest.raises(RuntimeError, match="restore"):
         torch.jit.script(net)
+
+
+def eager_attention_forward(x):
+    return torch.tanh(x)
+
+
+INTERFACES = {"sdpa": torch.relu}
+
+
+class Attention(nn.Module):
+    """Chooses its form as the attentions of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(_attn_implementation="sdpa")
+
+    def forward(self, x):
+        modes.append(_get_current_function_mode())
+        interface = INTERFACES.get(self.config._attn_implementation, eager_attention_forward)
+        return interface(x)
+
+
+modes: list[object] = []
+
+
+def test_attention_is_watched_in_the_form_that_calls_tanh():
+    attention, x = Attention(), torch.randn(8).bfloat16()
+    model = nn.Sequential(attention)
+    act.swap(model, "hard")
+    model(x)
+    modes.clear()
+    assert same(model(x), torch.relu(x))
+    attention.config._attn_implementation = "eager"
+    assert same(model(x), act.tanh(x, "hard"))
+    assert [mode is not None for mode in modes] == [False, True]

@@ -38,13 +38,14 @@ class Mlp(NamedTuple):
 
 def read(module: nn.Module) -> Mlp | None:
     """Return how a module is such a perceptron, or None."""
-    found = _read(type(module).forward)
+    found = form_of(type(module).forward)
     names = () if found is None else (found.gate, found.up or found.gate, found.act, found.down)
     return found if names and all(name in module._modules for name in names) else None
 
 
 @cache
-def _read(forward: Callable[..., Any]) -> Mlp | None:
+def form_of(forward: Callable[..., Any]) -> Mlp | None:
+    """Return how a forward is written, or None where it is no such perceptron's."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError, SyntaxError):  # there is no source to be had

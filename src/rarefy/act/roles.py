@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 
 from rarefy.act import gated, mlp
@@ -81,10 +82,11 @@ def function_of(kind: type[nn.Module]) -> Callable[[Any], str] | None:
     return None
 
 
-def unit_of(act: Any) -> str:
+def unit_of(act: Any, which: Callable[[Any], str] | None) -> str:
     """Return the function of a module whose product with a tensor is one call of ours, or "": its hooks must fire."""
-    which = function_of(type(act)) if "forward" not in act.__dict__ else None
-    function = "" if which is None or act._forward_hooks or act._forward_pre_hooks else which(act)
+    if which is None or "forward" in act.__dict__ or act._forward_hooks or act._forward_pre_hooks:
+        return ""
+    function = which(act)
     return function if function in gated.UNITS else ""
 
 
@@ -126,6 +128,9 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
         if role.checked and "forward" not in made:
             method = kind.forward
             made["forward"] = functools.wraps(method)(_checked(kind, method))
+        if role.kind == "whole":
+            which: Any = function_of(kind)
+            made["_rarefy_which"] = staticmethod(which)
         if role.kind == "recurrent":
             made["mode" if issubclass(kind, nn.RNNCellBase) else "activation_mode"] = property(
                 lambda self: self._rarefy.mode
@@ -193,7 +198,7 @@ def _watched(kind: type[nn.Module], method: Callable[..., Any], lazy: bool = Fal
         if torch.compiler.is_compiling():
             with watch:
                 return method(self, *args, **kwargs)
-        if lazy and self.config._attn_implementation not in (None, "eager"):
+        if lazy and getattr(self.config, "_attn_implementation", None) not in (None, "eager"):
             return method(self, *args, **kwargs)
         if fx._symbolic_trace.is_fx_symbolic_tracing():
             with _recorded(watch, (*args, *kwargs.values())):
@@ -292,10 +297,16 @@ def _whole(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
 
 
 def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    form: Any = mlp.form_of(method)
+
     def compute(self: Any, x: Any) -> Any:
-        form, watch, children = mlp.read(self), self._rarefy, self._modules
-        function = unit_of(children[form.act]) if form is not None and isinstance(x, Tensor) else ""
-        if form is None or not function or watch is None:
+        watch, children = self._rarefy, self._modules
+        tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()  # shapes are tensors there
+        if watch is None or tracing or not isinstance(x, Tensor):
+            return method(self, x)
+        act = children[form.act]
+        function = unit_of(act, getattr(type(act), "_rarefy_which", None))
+        if not function:
             return method(self, x)
         gate = children[form.gate](x)
         up = children[form.up](x) if form.up else None
@@ -306,7 +317,7 @@ def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
             return children[form.down](gated.UNITS[function](gate, up, watch.mode, table=watch.table))
         if up is None:
             gate, up = gate.chunk(2, dim=-1)
-        return children[form.down](children[form.act](gate) * up)
+        return children[form.down](act(gate) * up)
 
     def call(self: Any, x: Any) -> Any:
         return compute(self, x) if torch.compiler.is_compiling() else _under(None, compute, self, x)
@@ -318,7 +329,7 @@ def _recurrent(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..
     ours = RECURRENT[kind].forward
 
     def compute(self: Any, input: Any, hx: Any = None) -> Any:
-        watch, tensor = self._rarefy, getattr(input, "data", input)  # a packed sequence has data
+        watch, tensor = self._rarefy, input.data if isinstance(input, PackedSequence) else input
         taken = watch is not None and watch.takes(kind.__name__, tensor)
         return (ours if taken else method)(self, input, hx)
 

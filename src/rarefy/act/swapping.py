@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -185,12 +186,12 @@ def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Sw
         if isinstance(activation, nn.Module):
             return Role("layer")
         if reader.value(activation):
-            return Role("layer") if activation in CALLS else Role("watched")
+            return Role("layer") if isinstance(activation, Hashable) and activation in CALLS else Role("watched")
     else:
         methods = reader.methods(module)
         if isinstance(module, fx.GraphModule):
             targets = [getattr(Tensor, str(n.target), n.target) for n in module.graph.nodes if n.op.startswith("call_")]
-            if any(target in CALLS for target in targets):
+            if any(isinstance(target, Hashable) and target in CALLS for target in targets):
                 report.kept.append(
                     (name, "a graph of torch.fx, whose code is generated: swap the model, then trace it")
                 )
@@ -199,7 +200,8 @@ def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Sw
             only_eager = methods == ("forward",) and hasattr(module, "config") and not lazy.methods(module)
             return Role("attention" if only_eager else "watched", methods)
         form = mlp.read(module)
-        if form is not None and unit_of(module._modules[form.act]):
+        act = module._modules[form.act] if form is not None else None
+        if act is not None and unit_of(act, function_of(type(act))):
             return Role("gated")
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(reader.value(hook) for hook in hooks):
