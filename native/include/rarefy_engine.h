@@ -129,6 +129,9 @@ typedef struct {
     int32_t threads;  // the number of threads to choose for; 1 to 1024
     double
         tune_seconds;  // at most about so much time for measuring; 0 chooses by rule, with the same result every time
+    // NULL, or a program for the same isa, batch and threads: a layer like one that was measured for it takes the same
+    // kernel, not measured again. It is not needed afterwards. int8 has no use for it.
+    const rarefy_program *measured;
 } rarefy_options;
 
 // Plans and measures. The builder is left as it was and is still to be freed.
