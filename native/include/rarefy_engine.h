@@ -2,8 +2,8 @@
 //
 // A *builder* takes the steps of a network one after the other; rarefy_builder_finish plans memory, chooses a kernel
 // for every step by measuring, and gives a *program*. A program never changes: any number of threads may run it at the
-// same time; the scratch memory of a run comes from a pool that the program keeps. Threads that a run began are kept for
-// the next one, whichever program it is of; there is no other global state.
+// same time; the scratch memory of a run comes from a pool that the program keeps. Threads that a run began are kept
+// for the next one, whichever program it is of; there is no other global state.
 //
 // Values. A value is what a step makes: channels x height x width float32 numbers for every image of a batch, whose
 // size is chosen at each run. One-dimensional signals have height 1; vectors have height and width 1. How a value lies
@@ -129,6 +129,9 @@ typedef struct {
     int32_t threads;  // the number of threads to choose for; 1 to 1024
     double
         tune_seconds;  // at most about so much time for measuring; 0 chooses by rule, with the same result every time
+    // NULL, or a program for the same isa, batch and threads: a layer like one that was measured for it takes the same
+    // kernel, not measured again. It is not needed afterwards. int8 has no use for it.
+    const rarefy_program *measured;
 } rarefy_options;
 
 // Plans and measures. The builder is left as it was and is still to be freed.

@@ -58,7 +58,7 @@ struct Builder {
         return id;
     }
     Program finish(const char *isa, int32_t batch = 1, int32_t threads = 1, double seconds = 0.0) {
-        const rarefy_options options = {isa, batch, threads, seconds};
+        const rarefy_options options = {isa, batch, threads, seconds, nullptr};
         Program p(rarefy_builder_finish(b, &options, error, 256), rarefy_program_free);
         expect(p != nullptr, error);
         return p;

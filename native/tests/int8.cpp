@@ -80,7 +80,7 @@ class Network {
     }
 
     Program finish(const std::string &isa, int32_t batch, int32_t threads) const {
-        const rarefy_options options = {isa.c_str(), batch, threads, 0.0};
+        const rarefy_options options = {isa.c_str(), batch, threads, 0.0, nullptr};
         char error[256] = "";
         Program p(
             rarefy_int8_finish(builder_, results_.data(), static_cast<int64_t>(results_.size()), &options, error, 256),

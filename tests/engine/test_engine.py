@@ -11,8 +11,10 @@ from torch import nn
 
 from rarefy import engine, kernels
 from rarefy.engine import compiler, measure, profile
+from rarefy.engine.building import NativeSegment, Options
 from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner
+from rarefy.engine.lowering import lower
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Layer
@@ -142,6 +144,21 @@ def test_a_forced_instruction_set_is_what_runs():
             compiled = compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0)
         assert compiled.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
         assert {step.isa for step in compiled.steps()} <= {isa, None}
+
+
+def test_a_layer_is_measured_once():
+    plan = optimize(capture(thinned(UNet()), (IMAGE,)))
+    shapes, _ = measure.walk(plan, (IMAGE,), timed=False)
+    options = Options("measure", "float32", 1, 0.05, shapes, len(IMAGE))
+    (whole,) = lower(plan, options).items
+    left = plan.steps[4].output
+    parts = lower(plan, options, {left}, dict.fromkeys(whole.steps, whole.program)).items
+    known = {step.name: step for step in whole.program.steps()}
+    again = [step for part in parts if isinstance(part, NativeSegment) for step in part.program.steps()]
+    assert any(step.tuned_seconds for step in again)
+    for step in again:
+        if step.name in known and step.name != left and step.tuned_seconds:
+            assert (step.kernel, step.tuned_seconds) == (known[step.name].kernel, known[step.name].tuned_seconds)
 
 
 def test_nothing_that_loses_is_chosen(monkeypatch):

@@ -373,6 +373,16 @@ def other_weights(header):
     fields["weight"] = fields["bias"]
 
 
+def fewer_bits(header):
+    mask = item_of(header, "Conv")["fields"]["weight"]["tensor"]["mask"]
+    mask[1] -= 1
+
+
+def other_bits(header):
+    weight = item_of(header, "Conv")["fields"]["weight"]["tensor"]
+    weight["mask"] = [weight["place"][0], weight["mask"][1]]
+
+
 def other_scales(header):
     fields = item_of(header, "Conv")["fields"]
     fields["weight_scale"]["shape"] = [3, 4]
@@ -386,11 +396,23 @@ def a_report_of_none(header):
     header["report"]["quantization"]["layers"][0]["sqnr_db"] = "loud"
 
 
+@pytest.mark.parametrize("choose", ["torch", "native"])
+def test_zeros_of_int8_weights_take_a_bit(tmp_path, choose):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(300, 200)).eval(), torch.randn(8, 300)
+    with torch.no_grad():
+        model[0].weight[torch.rand(200, 300) < 0.9] = 0.0
+    made = engine.compile(model, x, precision="int8", calibration=[x], choose=choose, error_budget=1.0)
+    engine.save(made, tmp_path / "a.engine")
+    assert (tmp_path / "a.engine").stat().st_size < 300 * 200 * (1 / 8 + 0.1) + 8192
+    assert torch.equal(engine.load(tmp_path / "a.engine")(x), made(x))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(no_meaning, wrong_zero_point, wrong_scale, plain, other_table, other_weights, other_scales, more_operands),
-        a_report_of_none,
+        *(fewer_bits, other_bits, a_report_of_none),
     ],
 )
 @pytest.mark.parametrize("choose", ["torch", "native"])

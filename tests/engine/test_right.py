@@ -169,6 +169,27 @@ def test_a_wrong_engine_names_the_step(monkeypatch):
             engine.compile(model, IMAGE, choose=choose)
 
 
+def test_a_large_batch_is_compared_by_the_engine(monkeypatch):
+    compared = []
+
+    def differs(plan, model, tried):
+        compared.append(len(tried.inputs[0]))
+        return plan_differs(plan, model, tried)
+
+    plan_differs = verify.plan_differs
+    monkeypatch.setattr(verify, "plan_differs", differs)
+    model = f(lambda a, x: a(x), nn.Conv2d(3, 4, 3)).eval()
+    engine.compile(model, IMAGE[:1].repeat(5, 1, 1, 1), choose="native")
+    assert compared == [2, 1]
+    # what is traced is another model at a batch of 5, and at no smaller one
+    model = f(lambda a, x: a(x) if torch.compiler.is_exporting() or len(x) < 5 else 2 * a(x), nn.Conv2d(3, 4, 3)).eval()
+    compared.clear()
+    with pytest.raises(engine.CaptureError, match="something else when it is traced"):
+        engine.compile(model, IMAGE[:1].repeat(5, 1, 1, 1), choose="native")
+    assert compared == [2, 1, 5, 5]
+    assert engine.compile(model, IMAGE[:1].repeat(4, 1, 1, 1), choose="native").batch is None
+
+
 def test_rounding_that_a_network_magnifies_is_no_error():
     # a difference of nearly equal numbers, a thousand times as large
     model = f(lambda a, x: (a(x) + 1e4 - 1e4) * 1e3, nn.Conv2d(3, 4, 3)).eval()

@@ -35,6 +35,9 @@ constexpr int32_t DEPTHWISE_TILES[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
 // made and ENOUGH_SECONDS are spent.
 constexpr int32_t MOST_RUNS = 12, LEAST_RUNS = 4;
 constexpr double ENOUGH_SECONDS = 1e-3;
+// It runs no more once it took so many times the time of the fastest of its kind: at first, and afterwards, when it may
+// be of any kind.
+constexpr double LOST_AT_FIRST = 3.0, LOST = 1.3;
 // A step may take so many times its even share of the time that is left.
 constexpr double SHARES = 2.0;
 constexpr double NEVER = 1e30;  // seconds of what was not measured
@@ -146,8 +149,10 @@ class Measurer {
             space_.arena[i] = static_cast<float>(noise() % 2001) * 1e-3f - 1.0f;
     }
 
-    // Seconds of one image under this config; weights are left in the step. 0 where the config cannot be.
-    double seconds(Step &step, const Matrix &m, const Entries &entries, const Config &config) {
+    // Seconds of one image under this config, the least of some runs, or of few where others took clearly less: one of
+    // its kind, and one of any. Weights are left in the step.
+    double seconds(Step &step, const Matrix &m, const Entries &entries, const Config &config, double of_kind,
+                   double of_any) {
         step.config = config;
         step.tiling_one = step.tiling_group = nullptr;
         if (config.tiled()) {
@@ -170,8 +175,11 @@ class Measurer {
             const double before = thread_seconds();
             run_step(frame, step, 0, step.group);
             const double took = thread_seconds() - before;
-            if (i) best = std::min(best, took);  // the first run fetches weights and code
             all += took;
+            if (took > LOST_AT_FIRST * of_kind * step.group) return took / step.group;
+            if (!i) continue;  // the first run fetches weights and code
+            best = std::min(best, took);
+            if (best > LOST * of_any * step.group) break;
         }
         return best / step.group;
     }
@@ -194,8 +202,9 @@ struct Found {
 class Search {
  public:
     Search(Measurer &measurer, const rarefy_program &program, Step &step, const Matrix &m, const Entries &entries,
-           double deadline)
-        : measurer_(measurer), program_(program), step_(step), m_(m), entries_(entries), deadline_(deadline) {}
+           double deadline, double other)
+        : measurer_(measurer), program_(program), step_(step), m_(m), entries_(entries), deadline_(deadline),
+          other_(other) {}
 
     Found run(Config start, bool thorough) {
         consider(start, KILOBYTES);
@@ -240,7 +249,8 @@ class Search {
             if (std::memcmp(&known, &c, sizeof c) == 0) return;
         if (!tried_.empty() && thread_seconds() > deadline_) return;
         tried_.push_back(c);
-        const double seconds = measurer_.seconds(step_, m_, entries_, c);
+        const double seconds =
+            measurer_.seconds(step_, m_, entries_, c, best_.seconds, std::min(best_.seconds, other_));
         if (seconds < best_.seconds) {
             best_ = {c, seconds};
             kilobytes_ = kilobytes;
@@ -253,6 +263,7 @@ class Search {
     const Matrix &m_;
     const Entries &entries_;
     const double deadline_;
+    const double other_;  // seconds of the fastest config of another kind
     Found best_;
     int32_t kilobytes_ = KILOBYTES;
     std::vector<Config> tried_;
@@ -261,7 +272,7 @@ class Search {
 // Steps of the same shape and about the same number of weights are measured once.
 std::string signature(const rarefy_program &program, const Step &step, const Matrix &m) {
     Node n = step.node;
-    n.x = program.plan.values[n.x].place == Place::INPUT;
+    n.x = reads_in_place(program, step) ? 2 : program.plan.values[n.x].place == Place::INPUT;
     n.other_operand = n.other_operand >= 0;
     n.out = 0;
     std::string key(reinterpret_cast<const char *>(&n), sizeof n);
@@ -282,10 +293,15 @@ bool worth_trying(const Step &step, const Matrix &m, double density, bool sparse
 // Chooses the config of one convolution after the other.
 class Chooser {
  public:
-    Chooser(rarefy_program &program, const Graph &graph, double seconds)
+    Chooser(rarefy_program &program, const Graph &graph, double seconds, const rarefy_program *measured)
         : program_(program), graph_(graph), begin_(thread_seconds()), end_(begin_ + seconds) {
         for (const Step &step : program.steps) left_ += step.node.kind == Kind::CONV;
         if (seconds > 0.0) measurer_ = std::make_unique<Measurer>(program);
+        if (!measured || measured->isa != program.isa) return;
+        for (const Step &step : measured->steps)
+            if (step.tuned_seconds > 0.0)
+                known_.emplace(signature(*measured, step, matrix_of(measured->graph, step.node)),
+                               Measured{step.config, step.tuned_seconds, step.dense_seconds});
     }
 
     // Chooses the config of a step and makes its weights; an empty string, or what cannot be.
@@ -349,7 +365,8 @@ class Chooser {
             const Entries entries = entries_of(m, weights.data(), !sparse);
             const bool thorough =
                 sparse ? density < SPARSE_SEARCHED_BELOW : density > DENSE_SEARCHED_ABOVE || best.seconds == NEVER;
-            const Found one = Search(*measurer_, program_, step, m, entries, deadline).run(start, thorough);
+            const Found one =
+                Search(*measurer_, program_, step, m, entries, deadline, best.seconds).run(start, thorough);
             if (!sparse) step.dense_seconds = one.seconds;
             if (one.seconds < best.seconds * (sparse ? 1.0 : DENSE_MUST_TAKE)) best = one;
         }
@@ -366,8 +383,8 @@ class Chooser {
 
 }  // namespace
 
-std::string choose(rarefy_program &program, const Graph &graph, double seconds) {
-    Chooser chooser(program, graph, seconds);
+std::string choose(rarefy_program &program, const Graph &graph, double seconds, const rarefy_program *measured) {
+    Chooser chooser(program, graph, seconds, measured);
     for (size_t i = 0; i < program.steps.size(); ++i) {
         if (program.steps[i].node.kind != Kind::CONV) continue;
         const std::string wrong = chooser.choose_one(program.steps[i], graph.weights[i]);

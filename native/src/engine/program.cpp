@@ -122,7 +122,7 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
             program->steps[i].scale = Array<float>(graph.scale[i]);
             program->steps[i].shift = Array<float>(graph.shift[i]);
         }
-        const std::string wrong = choose(*program, graph, options->tune_seconds);
+        const std::string wrong = choose(*program, graph, options->tune_seconds, options->measured);
         if (!wrong.empty()) return refuse(wrong);
         finish_program(*program);
         return program.release();

@@ -221,8 +221,9 @@ enum : int64_t {
 };
 enum : int32_t { MOST_THREADS = 1024 };
 
-// Chooses the config of every convolution and makes its weights; an empty string, or what cannot be.
-std::string choose(rarefy_program &program, const Graph &graph, double seconds);
+// Chooses the config of every convolution and makes its weights; an empty string, or what cannot be. Where measuring,
+// layers like those of a program that is not null take their configs.
+std::string choose(rarefy_program &program, const Graph &graph, double seconds, const rarefy_program *measured);
 
 // Steps from graph and plan; configs and weights are still missing.
 void make_steps(rarefy_program &program);

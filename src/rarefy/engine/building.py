@@ -128,10 +128,11 @@ class CannotError(Exception):
 
 @dataclass
 class Building:
-    """A program that is being built."""
+    """A program that is being built; ``measured`` are programs whose kernels its steps take, by what the steps make."""
 
     plan: Plan
     options: Options
+    measured: Mapping[str, Program] = field(default_factory=dict)
     builder: Builder = field(default_factory=Builder)
     inputs: dict[tuple[str, int], SegmentPort] = field(default_factory=dict)
     ids: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -186,7 +187,10 @@ class Building:
 
     def _program(self, batch: int) -> Program:
         """The program of the steps, its kernels chosen for so many samples."""
-        return self.builder.finish(batch=batch, threads=self.options.threads, tune_seconds=self._tune_seconds())
+        measured = next((self.measured[step.output] for step in self.steps if step.output in self.measured), None)
+        return self.builder.finish(
+            batch=batch, threads=self.options.threads, tune_seconds=self._tune_seconds(), measured=measured
+        )
 
     def _tune_seconds(self) -> float:
         """Give this program's share of the time to measure in."""

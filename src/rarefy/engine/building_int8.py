@@ -51,12 +51,12 @@ class Int8Segment(NativeSegment):
 
 def again(source: Plan, options: Options) -> Int8Segment:
     """The segment of a plan all of whose steps one int8 program computes. Raises ValueError for another."""
-    plan = replace(source, steps=tuple(map(unpacked, source.steps)))
-    steps = [step for step in plan.steps if not isinstance(step, Quantize)]
-    quantizers = {step.output: step for step in plan.steps if isinstance(step, Quantize)}
-    building = Int8Building(plan, options, quantizers=quantizers)
-    for step in steps:
-        reason = building.add(step)
+    quantizers = {step.output: step for step in source.steps if isinstance(step, Quantize)}
+    building = Int8Building(source, options, quantizers=quantizers)
+    for step in source.steps:
+        if isinstance(step, Quantize):
+            continue
+        reason = building.add(unpacked(step))  # one after the other: all in float32 would be four times the memory
         if reason is not None:
             raise ValueError(f"{step.name} does not go into an int8 program: {reason}")
     return building.finish()
@@ -74,6 +74,13 @@ class Int8Building(Building):
     layers: dict[str, int] = field(default_factory=dict)  # where in them those of layers are
     makes: list[SegmentPort] = field(default_factory=list)
     chosen: dict[str, Layout] = field(default_factory=dict)  # how layers take their weights, once the program is made
+
+    def add(self, step: Step) -> str | None:
+        """Add a step, which is kept with packed weights; gives the reason if it cannot be."""
+        reason = super().add(step)
+        if reason is None:
+            self.steps[-1] = packed(step)
+        return reason
 
     def _add(self, step: Step) -> tuple[int | None, int]:
         values = self.plan.values
@@ -140,7 +147,7 @@ class Int8Building(Building):
             inputs=segment.reads,
             outputs=segment.makes,
             single=False,
-            steps=tuple(map(packed, steps)),
+            steps=steps,
             values={name: value for name, value in self.plan.values.items() if name in known},
             constants={},
             batch=self.plan.batch,

@@ -77,15 +77,25 @@ def compile(
     inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
     # A step may draw random numbers; what autocast would make of the layers is not the model.
     with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        plan, trials, better, quantization = prepare(model, inputs, precision, calibration, error_budget)
-        engine = build(better, inputs, threads, precision, choose, tune_seconds, model)
-        for tried in trials:
-            if precision == "float32":
-                verify.check(engine, plan, model, tried)
-            else:  # rounded numbers do not give the model's results: PyTorch's with the same rounding
-                verify.check(engine, better, None, verify.plan_trial(better, tried.inputs))
-    engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=quantization)
+        prepared = prepare(model, inputs, precision, calibration, error_budget, later=precision == "float32")
+        engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, model)
+        try:
+            _check(engine, prepared, model, precision)
+        except verify.PlanError as error:
+            prepared = prepare(model, inputs, precision, calibration, error_budget, fixed_because=str(error))
+            engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, model)
+            _check(engine, prepared, model, precision)
+    engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=prepared.quantization)
     return engine
+
+
+def _check(engine: Engine, prepared: Prepared, model: nn.Module, precision: Precision) -> None:
+    """Raise EngineError for an engine that is wrong, PlanError for one whose plan is."""
+    for tried in prepared.trials:
+        if precision == "float32":
+            verify.check(engine, prepared.plan, model, tried)
+        else:  # rounded numbers do not give the model's results: PyTorch's with the same rounding
+            verify.check(engine, prepared.better, None, verify.plan_trial(prepared.better, tried.inputs))
 
 
 class Prepared(NamedTuple):
@@ -103,11 +113,18 @@ def prepare(
     precision: Precision,
     calibration: Iterable[Tensor | Sequence[Tensor]] | None,
     error_budget: float,
+    *,
+    later: bool = False,
+    fixed_because: str | None = None,
 ) -> Prepared:
-    """Capture, rewrite and quantise; arguments as those of :func:`compile`."""
+    """Capture, rewrite and quantise; arguments as those of :func:`compile`.
+
+    With ``later`` a plan of any batch size is compared with the model at small ones alone: the engine will be at the
+    example's. Where ``fixed_because`` says why, it is for the batch size of the inputs alone.
+    """
     quantized = precision == "int8" and pt2e.is_quantized(model)
     _check_calibration(precision, calibration, error_budget, quantized)
-    plan, trials = _captured(model, inputs)
+    plan, trials = _captured(model, inputs, later, fixed_because)
     better, quantization = optimize(plan), None
     if quantized:
         better, quantization = pt2e.read(better)
@@ -116,13 +133,15 @@ def prepare(
     return Prepared(plan, trials, _stored(better, precision), quantization)
 
 
-def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[verify.Trial]]:
-    """The plan, which computes what the model does at the batch sizes tried, and what was tried.
+def _captured(
+    model: nn.Module, inputs: tuple[Tensor, ...], later: bool, fixed_because: str | None
+) -> tuple[Plan, list[verify.Trial]]:
+    """The plan, which computes what the model does at the batch sizes tried, and what the engine is to be tried on.
 
     A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
-    plan = capture(model, inputs)
+    plan = capture(model, inputs, fixed_because)
     try:
         example = verify.trial(model, inputs)
     except Exception as error:  # whatever the model raises
@@ -132,8 +151,12 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Plan, list[
     if plan.batch is None:
         batch = inputs[0].shape[0]
         other = verify.trial(model, inputs, 2 if batch == 1 else 1)
+        several = verify.trial(model, inputs, 2) if later and batch > 2 else None
         trials = [example] if other is None else [example, other]
-        wrong = next((found for each in trials if (found := verify.plan_differs(plan, model, each))), None)
+        wrong = next(
+            (found for each in (several or example, *trials[1:]) if (found := verify.plan_differs(plan, model, each))),
+            None,
+        )
         refused = other is None and batch == 1
         if wrong is None and not refused:
             return plan, trials

@@ -17,7 +17,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -76,13 +76,18 @@ class _Writer:
         return place
 
     def tensor(self, tensor: Tensor) -> _Json:
-        """A tensor as JSON, its numbers in a blob."""
+        """A tensor as JSON, its numbers in a blob; or those that are not zero, and a bit for each in another."""
         last = tensor.dim() == 4 and not tensor.is_contiguous()
         numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         name = str(tensor.dtype).removeprefix("torch.")
         if name not in _DTYPES:
             raise ValueError(f"a tensor of {tensor.dtype} cannot be saved")
-        return {"shape": list(tensor.shape), "dtype": name, "place": self.add(numbers.data), "last": last}
+        about = {"shape": list(tensor.shape), "dtype": name, "last": last}
+        if tensor.dtype is torch.int8:  # weights of layers on bytes, which are copied when they are read
+            mask, kept = np.packbits(numbers != 0), numbers[numbers != 0]
+            if len(mask) + len(kept) < len(numbers):
+                return {**about, "place": self.add(kept.data), "mask": self.add(mask.data)}
+        return {**about, "place": self.add(numbers.data)}
 
     def value(self, value: Any) -> _Json:
         """An argument or a field of a step as JSON. Raises ValueError for what has no such form."""
@@ -298,6 +303,20 @@ def _report(about: Mapping[str, Any]) -> Report:
     return Report(**{**about, "quantization": None if given is None else Quantization.from_dict(given)})
 
 
+def _spread(
+    numbers: np.ndarray[Any, np.dtype[np.uint8]], mask: np.ndarray[Any, np.dtype[np.uint8]], size: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """So many bytes: those given where a bit is set, zeros elsewhere."""
+    if size < 0 or len(mask) != -(-size // 8):
+        raise ValueError(f"{len(mask)} bytes of bits are for a tensor of {size} bytes")
+    there = np.unpackbits(mask, count=size).astype(bool)
+    if there.sum() != len(numbers):
+        raise ValueError(f"{there.sum()} bits are set for {len(numbers)} bytes")
+    found = np.zeros(size, np.uint8)
+    found[there] = numbers
+    return found
+
+
 class _Reader:
     """Makes an engine of a header and the blobs behind it; raises whatever comes of a header that is not right."""
 
@@ -372,8 +391,10 @@ class _Reader:
 
     def _tensor(self, about: _Json) -> Tensor:
         dtype, shape = _DTYPES[about["dtype"]], _sizes(about["shape"])
-        numbers = self._blob(about["place"])
-        if math.prod(shape) * dtype.itemsize != len(numbers):
+        numbers, size = self._blob(about["place"]), math.prod(shape) * dtype.itemsize
+        if "mask" in about:
+            numbers = _spread(numbers, self._blob(about["mask"]), size)
+        if size != len(numbers):
             raise ValueError(f"a tensor of the shape {shape} has {len(numbers)} bytes")
         tensor = torch.from_numpy(numbers).view(dtype).reshape(shape)
         return tensor.contiguous(memory_format=torch.channels_last) if about["last"] else tensor
@@ -383,16 +404,19 @@ class _Reader:
 
     def _int8(self, about: _Json) -> Sequence[Item]:
         """The int8 program, made again; without the native engine its steps, which PyTorch runs."""
-        items = [self._item(each) for each in about["steps"]]
+        items: list[Int8] = []
         meanings: dict[str, Quantized | None] = {}
-        for item in items:
+        native = programs.available()
+        for each in about["steps"]:
+            item = self._item(each)
             if not isinstance(item, Int8):
                 raise ValueError("a step of an int8 program is none on bytes")
             names = (*item.inputs, item.output)
             for name, of in zip(names, _meanings(item), strict=True):
                 if meanings.setdefault(name, of) != of:
                     raise ValueError(f"the bytes of {name} mean two things")
-        if not programs.available():
+            items.append(replace(item, step=int8.packed(item.step)) if native else item)
+        if not native:
             return items
         made = {name for item in items for name in uses(item)[1]}
         values = {
@@ -408,7 +432,7 @@ class _Reader:
             inputs=tuple(dict.fromkeys(name for item in items for name in uses(item)[0] if name not in made)),
             outputs=tuple(map(_text, about["outputs"])),
             single=False,
-            steps=tuple(int8.packed(item.step) for item in items if isinstance(item, Int8)),
+            steps=tuple(item.step for item in items),
             values=values,
             constants={},
             batch=about["batch"],

@@ -12,7 +12,7 @@ from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Operator, Plan, Quantize, Step
-from rarefy.engine.programs import NativeError
+from rarefy.engine.programs import NativeError, Program
 
 #: What an engine runs one after the other.
 Item: TypeAlias = NativeSegment | PackedConv | Eager | Step | Int8
@@ -31,18 +31,21 @@ class Lowered:
     reasons: Mapping[str, str]
 
 
-def lower(plan: Plan, options: Options, leave: Collection[str] = ()) -> Lowered:
+def lower(
+    plan: Plan, options: Options, leave: Collection[str] = (), measured: Mapping[str, Program] | None = None
+) -> Lowered:
     """Make programs of all that the native engine can run, but of the steps that make the values in ``leave``.
 
+    Layers take the kernels that were chosen for them in ``measured``: programs, by what their steps make.
     A program reads bytes from the float32 numbers that they are made of: a Quantize step runs in PyTorch only where a
     step reads its bytes that runs there, too.
     """
-    return _Lowering(plan, options, leave).run()
+    return _Lowering(plan, options, leave, measured or {}).run()
 
 
 class _Lowering:
-    def __init__(self, plan: Plan, options: Options, leave: Collection[str]) -> None:
-        self.plan, self.options, self.leave = plan, options, leave
+    def __init__(self, plan: Plan, options: Options, leave: Collection[str], measured: Mapping[str, Program]) -> None:
+        self.plan, self.options, self.leave, self.measured = plan, options, leave, measured
         self.items: list[Item] = []
         self.reasons: dict[str, str] = {}
         self.quantizers: dict[str, Quantize] = {}
@@ -79,7 +82,7 @@ class _Lowering:
         self.building = (
             Int8Building(self.plan, self.options, quantizers=self.quantizers)
             if kind is Int8Building
-            else Building(self.plan, self.options)
+            else Building(self.plan, self.options, self.measured)
         )
         return self.building.add(step)
 
@@ -91,8 +94,10 @@ class _Lowering:
         try:
             self.items.append(building.finish())
         except NativeError as error:
-            for step in building.steps:
-                self._in_torch(item(self.plan, step), str(error))
+            own = {step.output for step in building.steps}  # which may be kept in another form there
+            for step in self.plan.steps:
+                if step.output in own:
+                    self._in_torch(item(self.plan, step), str(error))
 
     def _in_torch(self, runnable: Step | Int8, reason: str) -> None:
         for name in runnable.inputs:

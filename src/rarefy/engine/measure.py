@@ -24,10 +24,11 @@ from rarefy.engine.reference import bind, items, run_step
 _ROUNDS = 5
 _LEAST_ROUNDS = 2
 _RACE_SECONDS = 2.0  # after the least rounds, no more are begun when the ways have run for so long
+_LONG_SECONDS = 0.2  # of a network: so long a run needs none before it that is not counted
 _LEAST_SECONDS = 0.002  # of one measurement of a layer
 _ENOUGH_SECONDS = 0.02  # of one measurement: so long a run is not repeated, nor is one before it that is not counted
-#: A way that took so many times as long as the fastest so far runs no further rounds.
-_LOST = 1.5
+#: A way that took so many times as long as the fastest so far runs no further rounds; one whose runs are long.
+_LOST, _LOST_LONG = 1.5, 1.1
 #: A layer is given to PyTorch where that takes at most this share of our time: the way there and back costs, too.
 _CLEARLY_FASTER = 0.9
 #: What the model itself is called among the ways, and the share of the best other's time that it must stay below: what
@@ -133,7 +134,9 @@ def choose(
         dense = in_torch(plan, "PyTorch is faster")
         ways |= {"PyTorch": dense, "PyTorch, oneDNN": _by_onednn(dense, options.shapes)}
         if slow := slower_than_torch(native, plan, inputs, layers):
-            ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow), options.shapes)
+            segments = [item for item in native.items if isinstance(item, NativeSegment)]
+            measured = {name: segment.program for segment in segments for name in segment.steps}
+            ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow, measured), options.shapes)
     if model is not None:
         ways[EAGER] = in_eager(plan, model)
     dense_seconds = sum(facts.torch_seconds or 0.0 for facts in layers.values()) * samples(inputs[0].shape)
@@ -207,7 +210,10 @@ def slower_than_torch(
     native: Lowered, plan: Plan, inputs: Sequence[Tensor], layers: Mapping[str, LayerFacts]
 ) -> set[str]:
     """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
-    times = [took for took, _ in runner(native.items, plan).timed(inputs, _LEAST_ROUNDS)]
+    timed = runner(native.items, plan).timed
+    times = [took for took, _ in timed(inputs, 1)]
+    if sum(took.sum() for took in times) < _LONG_SECONDS:
+        times = [took for took, _ in timed(inputs, _LEAST_ROUNDS)]
     saved: dict[str, float] = {}
     for item, took in zip(native.items, times, strict=True):
         if isinstance(item, NativeSegment):
@@ -224,9 +230,9 @@ def race(
 ) -> dict[str, float]:
     """Seconds of each way, the least of some rounds in which each runs once, after one that is not counted.
 
-    Those that are far behind run no more: twice as far after the round that is not counted as after one that is. Those
-    that would be, for what they are known to take at ``least``, do not run at all; the first one always does. Where
-    rounds are long there are fewer.
+    Where runs are long the first counts, too. Those that are far behind run no more: twice as far after a round that is
+    not counted. Those that would be, for what they are known to take at ``least``, do not run at all; the first one
+    always does. Where rounds are long there are fewer.
     """
     clock = seconds_of(threads)
     times: dict[str, list[float]] = {}
@@ -242,14 +248,15 @@ def race(
         if not times or least.get(name, 0.0) <= 2 * _LOST * min(map(min, times.values())):
             times[name] = [run(name, 1)]
     racing = list(times)
+    uncounted = int(min(map(min, times.values())) < _LONG_SECONDS)
     for done in range(1, _ROUNDS + 1):
-        best = {name: min(times[name][min(done - 1, 1) :]) for name in racing}
-        lost = (_LOST if done > 1 else 2 * _LOST) * min(best.values())
+        best = {name: min(times[name][min(done - 1, uncounted) :]) for name in racing}
+        lost = (_LOST_LONG if not uncounted else _LOST if done > 1 else 2 * _LOST) * min(best.values())
         racing = [name for name in racing if best[name] <= lost]
-        enough = done > _LEAST_ROUNDS and sum(map(sum, times.values())) > _RACE_SECONDS
+        enough = done - uncounted >= _LEAST_ROUNDS and sum(map(sum, times.values())) > _RACE_SECONDS
         if len(racing) == 1 or enough:
             break
         for name in racing:
             # What takes microseconds runs many times, or its first runs decide.
             times[name].append(run(name, min(50, 1 + int(_LEAST_SECONDS / max(times[name][0], 1e-6)))))
-    return {name: min(each[1:] or each) for name, each in times.items()}
+    return {name: min(each[uncounted:] or each) for name, each in times.items()}

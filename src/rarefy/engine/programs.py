@@ -67,7 +67,13 @@ class _Pool(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = (("isa", _TEXT), ("batch", _INT32), ("threads", _INT32), ("tune_seconds", ctypes.c_double))
+    _fields_ = (
+        ("isa", _TEXT),
+        ("batch", _INT32),
+        ("threads", _INT32),
+        ("tune_seconds", ctypes.c_double),
+        ("measured", _POINTER),
+    )
 
 
 class _Buffer(ctypes.Structure):
@@ -523,9 +529,12 @@ class Builder:
         _call("builder_shape", self._address, x, ctypes.byref(shape))
         return (shape[0], shape[1], shape[2])
 
-    def finish(self, *, batch: int, threads: int, tune_seconds: float) -> Program:
-        """The program, its kernels chosen for this batch size and number of threads."""
-        options = _Options(isa(), batch, threads, tune_seconds)
+    def finish(self, *, batch: int, threads: int, tune_seconds: float, measured: Program | None = None) -> Program:
+        """The program, its kernels chosen for this batch size and number of threads.
+
+        Layers like those of ``measured``, which was made for the same, take its kernels.
+        """
+        options = _Options(isa(), batch, threads, tune_seconds, None if measured is None else measured._address)
         return Program(_call("builder_finish", self._address, ctypes.byref(options)))
 
     def finish_int8(self, results: Sequence[Result], *, batch: int, threads: int) -> Int8Program:
@@ -542,7 +551,7 @@ class Builder:
                 for r, (multipliers, biases) in zip(results, own, strict=True)
             )
         )
-        options = _Options(isa(whole=True), batch, threads, 0.0)
+        options = _Options(isa(whole=True), batch, threads, 0.0, None)
         return Int8Program(_call("int8_finish", self._address, given, len(results), ctypes.byref(options)))
 
     def _add(self, function: str, *arguments: Any, name: str) -> int:

@@ -35,6 +35,10 @@ class EngineError(ValueError):
     """An engine that does not compute what its model does; the message names the first step that differs."""
 
 
+class PlanError(ValueError):
+    """A plan for any batch size that does not compute what its model does at this one; the message says so."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Inputs, and what the model makes of them."""
@@ -91,12 +95,19 @@ def plan_differs(plan: Plan, model: nn.Module, tried: Trial) -> str | None:
 
 
 def check(engine: Engine, plan: Plan, model: nn.Module | None, tried: Trial) -> None:
-    """Raise EngineError where the engine differs from what was tried, of the plan and, where given, of the model."""
+    """Raise EngineError where the engine differs from what was tried, of the plan and, where given, of the model.
+
+    Raises PlanError where it is the plan, for any batch size, that differs from the model.
+    """
     with _seeded():
         outputs = engine(*tried.inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     found = _difference(plan, outputs, tried, lambda: None if model is None else _wide(model, tried))
-    if found is None or (step := _first_different(engine, plan, tried)) is None:
+    if found is None:
+        return
+    if model is not None and plan.batch is None and plan_differs(plan, model, tried):
+        raise PlanError(f"it does something else for a batch of {tried.inputs[0].shape[0]} than for others")
+    if (step := _first_different(engine, plan, tried)) is None:
         return
     raise EngineError(
         f"the engine does not compute what the model does for inputs of the shapes "

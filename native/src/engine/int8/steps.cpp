@@ -9,6 +9,9 @@ namespace rarefy::int8 {
 
 namespace {
 
+// The fewest positions of a band. Not measured apart.
+constexpr int64_t BAND_PIXELS = 6 * MOST_PIXELS;
+
 // Where a value's pixels of the images from `image` on are.
 struct View {
     const Value *value;
@@ -34,8 +37,13 @@ float *floats(const Frame &f, const View &v) {
 // This thread's share of count things.
 struct Share {
     int64_t from, to;
+    Share(int64_t from_, int64_t to_) : from(from_), to(to_) {}
     Share(const Frame &f, int64_t count) : from(count * f.part / f.parts), to(count * (f.part + 1) / f.parts) {}
 };
+
+// Threads that share large planes have bands of positions, whole lines of a cache, as they have of the steps before and
+// behind, so that most of what one reads it has written itself; otherwise, and of small planes, channels.
+bool in_bands(const Frame &f, int64_t positions) { return f.parts > 1 && positions >= BAND_PIXELS * f.parts; }
 
 float clamped(float t, float low, float high) {
     const float above = t > low ? t : low;
@@ -113,7 +121,7 @@ class Conv {
  public:
     Conv(const Frame &f, const Step &s, int64_t at, int64_t images)
         : f_(f), s_(s), kernels_(*f.program->kernels), x_(view(f, s.node.x, at)), y_(view(f, s.node.out, at)),
-          positions_(y_.value->positions(images)) {
+          positions_(y_.value->positions(images)), last_((positions_ + kernels_.pixels - 1) / kernels_.pixels) {
         const std::vector<uint8_t> &mask = images == 1 ? s.mask_one : s.mask_group;
         mask_ = mask.empty() ? nullptr : mask.data();
         if (s.node.other_operand >= 0) residual_ = view(f, s.node.other_operand, at);
@@ -128,6 +136,19 @@ class Conv {
         call_.other = s.result.other;
         call_.zero_point = y_.value->zero_point;
         call_.y_stride = call_.floats_stride = y_.value->stride;
+    }
+
+    // All rows of this thread's band, the last of which also writes what is between the planes.
+    bool band() {
+        const Share mine(f_, (positions_ + MOST_PIXELS - 1) / MOST_PIXELS);
+        const int64_t vectors = MOST_PIXELS / kernels_.pixels, rows = y_.value->shape.channels;
+        first_ = mine.from * vectors;
+        last_ = std::min(last_, mine.to * vectors);
+        tiles([&](int64_t position, Rows *kernel, int64_t) {
+            put_results(position, 0);
+            call(kernel, position, 0, rows);
+        });
+        return f_.part + 1 == f_.parts;
     }
 
     void rows(int64_t from, int64_t to) {
@@ -145,12 +166,13 @@ class Conv {
  private:
     template <class F>
     void tiles(const F &body) const {
-        const int64_t pixels = kernels_.pixels / QUARTERS, least = s_.layout == ANY ? QUARTERS : 1;
-        const int64_t quarters = (positions_ + least * pixels - 1) / (least * pixels) * least;
-        for (int64_t q = 0, count; q < quarters; q += count) {
+        const int64_t quarter = kernels_.pixels / QUARTERS, least = s_.layout == ANY ? QUARTERS : 1;
+        const int64_t all = (positions_ + least * quarter - 1) / (least * quarter) * least;
+        const int64_t end = std::min(all, last_ * QUARTERS);
+        for (int64_t q = first_ * QUARTERS, count; q < end; q += count) {
             count = QUARTERS * MOST_TILE;
-            while (count > quarters - q || !kernels_.rows[s_.layout][count]) --count;
-            body(q * pixels, kernels_.rows[s_.layout][count], std::min(count * pixels, positions_ - q * pixels));
+            while (count > end - q || !kernels_.rows[s_.layout][count]) --count;
+            body(q * quarter, kernels_.rows[s_.layout][count], std::min(count * quarter, positions_ - q * quarter));
         }
     }
 
@@ -207,6 +229,7 @@ class Conv {
     const Kernels &kernels_;
     const View x_, y_;
     const int64_t positions_;
+    int64_t first_ = 0, last_;  // vectors of them
     View residual_ = {nullptr, nullptr};
     const uint8_t *mask_;
     float *floats_ = nullptr;
@@ -219,10 +242,11 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
         return;
     }
     const View y = view(f, s.node.out, at);
-    const Share mine(f, y.value->shape.channels);
-    Conv(f, s, at, images).rows(mine.from, mine.to);
-    if (!y.value->floats)
-        for (int64_t r = mine.from; r < mine.to; ++r) surround(y, r, at, images);
+    Share rows(f, y.value->shape.channels);
+    Conv conv(f, s, at, images);
+    if (!in_bands(f, y.value->positions(images))) conv.rows(rows.from, rows.to);
+    else rows = {0, conv.band() ? y.value->shape.channels : 0};
+    for (int64_t r = rows.from; r < rows.to && !y.value->floats; ++r) surround(y, r, at, images);
 }
 
 // What a phase of a stride sees of a plane of x, with zero points around it as far as the kernel reaches, in one of a
@@ -257,7 +281,9 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
     }
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
                   after = s.reach[0].high * to.row() + s.reach[1].high, length = before + to.positions(1) + after;
-    const Share mine(f, (to.shape.channels + QUAD - 1) / QUAD);
+    const bool bands = in_place(s.node.window) && in_bands(f, to.positions(1));
+    const Share all(0, (to.shape.channels + QUAD - 1) / QUAD), mine = bands ? all : Share(f, all.to);
+    const Share band = bands ? Share(f, length) : Share(0, length);
     for (int64_t block = mine.from; block < mine.to; ++block) {
         for (int64_t i = 0; i < images; ++i) {
             const uint8_t *planes[QUAD];
@@ -265,7 +291,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
                 // what stands in the place of a plane that is not there meets no weights
                 const int64_t plane = std::min<int64_t>(block * QUAD + k, to.shape.channels - 1);
                 if (in_place(s.node.window)) {
-                    planes[k] = x.line(plane, i, 0) - before;
+                    planes[k] = x.line(plane, i, 0) - before + band.from;
                     continue;
                 }
                 uint8_t *some = f.scratch + k * length;
@@ -273,7 +299,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
                 planes[k] = some;
             }
             uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + (at % to.group + i) * to.image() - before);
-            f.program->kernels->interleave(planes, out, length);
+            f.program->kernels->interleave(planes, out + QUAD * band.from, band.to - band.from);
         }
     }
 }
