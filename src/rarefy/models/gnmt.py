@@ -12,12 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rarefy import act
-from rarefy.act.spec.reference import MODES
-
-#: What `mode` may be: PyTorch's own functions and LSTM, or those of :mod:`rarefy.act`.
-ACTIVATIONS = ("torch", *MODES)
-
 #: (h, c) of one layer, each (1, batch, hidden_size).
 LayerState = tuple[Tensor, Tensor]
 
@@ -40,6 +34,8 @@ class Memory(NamedTuple):
 def _lstm(input_size: int, hidden_size: int, mode: str) -> nn.LSTM:
     if mode == "torch":
         return nn.LSTM(input_size, hidden_size, batch_first=True)
+    from rarefy import act  # late, since it takes a second to import
+
     return act.LSTM(input_size, hidden_size, batch_first=True, mode=mode)
 
 
@@ -87,7 +83,11 @@ class Attention(nn.Module):
         self.vector = nn.Parameter(torch.empty(hidden_size))
         self.scale = nn.Parameter(torch.empty(()))
         self.bias = nn.Parameter(torch.empty(hidden_size))
-        self.tanh: nn.Module = nn.Tanh() if mode == "torch" else act.Tanh(mode)
+        self.tanh: nn.Module = nn.Tanh()
+        if mode != "torch":
+            from rarefy import act
+
+            self.tanh = act.Tanh(mode)
 
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
@@ -165,8 +165,11 @@ class GNMT(nn.Module):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        if mode not in ACTIVATIONS:
-            raise ValueError(f"mode must be one of {', '.join(ACTIVATIONS)}, got {mode!r}")
+        if mode != "torch":
+            from rarefy.act.spec.reference import MODES
+
+            if mode not in MODES:
+                raise ValueError(f"mode must be one of torch, {', '.join(MODES)}, got {mode!r}")
         if not 0 <= padding < vocab_size:
             raise ValueError(f"padding must be a token, 0 to {vocab_size - 1}, got {padding!r}")
         super().__init__()

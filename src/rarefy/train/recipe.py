@@ -52,7 +52,7 @@ class Translation:
 
     name: str = "translation"
     folder: str | None = None
-    languages: Sequence[str] = ("en", "de")
+    languages: Sequence[str] = field(default_factory=lambda: ["en", "de"])
     vocab_size: int = 8000
     longest: int = 60
     train_size: int | None = None
