@@ -22,7 +22,7 @@ HALF, ALL = 6, 12
 TOGETHER = 10
 
 #: Cases that grow weights, which are 0 until their next step; a layer's share of a FLOPs budget may rise by one.
-GROWING = {"set", "rigl", "snfs", "mest", "mest-soft", "granet", "acdc", "gmp-flops", "gmp-ms"}
+GROWING = {"set", "set-block", "rigl", "snfs", "mest", "mest-soft", "granet", "acdc", "gmp-flops", "gmp-ms"}
 
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
