@@ -12,7 +12,7 @@ from rarefy import sparse
 from rarefy.sparse.masks import block_expand, block_sum
 from rarefy.sparse.registry import METHODS
 from tests.sparse.by_hand import ByHand
-from tests.sparse.methods import Run, assert_equal
+from tests.sparse.methods import Run, assert_equal, batch
 
 BLOCKS = [(8, 4), (2, 2), (1, 4), (4, 1)]
 
@@ -193,3 +193,20 @@ def test_blocks_take_a_network_without_changing_its_dense_weights():
     for name, mask in run.sparsifier.live_masks().items():
         assert whole_blocks(mask, (2, 4)), name
         assert (dense[name][~mask] != 0).any()
+
+
+def test_thresholds_of_large_blocks_follow_the_curve():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2))
+    model.extend([nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(288, 8)])
+    options = {"target": 0.9, "total_steps": 120, "block": (8, 4), "exclude": ["0"]}
+    sparsifier = sparse.create("autosparse", model, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sparsifier.attach(optimizer)
+    for step in range(96):
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        # At first all blocks are of one size, and the thresholds pass most of them at once where nothing steers them.
+        assert 0.7 < (1.0 - sparsifier.sparsity()) / sparsifier.aim() < 1.4, step

@@ -22,6 +22,11 @@ Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) tim
 and a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. So what moves s moves that of
 blocks by 1 / sqrt(n) of it: the loss, which otherwise holds them against the pressure at half as much density again;
 and the trim, which then swings about the target and can mask a layer for good.
+
+Blocks of more than four weights are of one size at first, to 13 % in blocks of 32, and the pressure takes T past most
+of them between two measurements, where they stay. So they are steered: with each measurement s moves by the share
+``1 - 2 / sqrt(n)`` of what brings the density to the curve, and the pressure is at most ``2 / sqrt(n)`` of its
+greatest.
 """
 
 from __future__ import annotations
@@ -53,11 +58,14 @@ from rarefy.sparse.masks import (
     top_k,
     within_budget,
 )
-from rarefy.sparse.shards import total
+from rarefy.sparse.shards import shared_group, total
 
 #: The most that s moves in one optimizer step, a factor of 1.2 on a small threshold: the gradient of s is a sum over a
 #: layer and can be huge while alpha is near 1.
 MAX_MOVE = 0.2
+
+#: The most that all s are shifted by at once.
+MOST_SHIFT = 0.5
 
 #: The most that pressure takes off log|s| in one step: the weights could not follow more, and ran away. In a very short
 #: run it is this much over the whole run instead, to have an effect at all.
@@ -73,6 +81,10 @@ START = 0.12
 #: How many times its own size the run must be able to move a layer's weights for the whole soft threshold. Training
 #: from scratch has 3 to 60, AdamW at 1e-4 over 500 steps 0.3, SGD with momentum at 0.01 up to 1.5.
 FREE = 2.0
+
+
+#: The pace, as a share of that of single weights, below which blocks are steered: that of four weights.
+STEERED = 0.5
 
 
 class ThresholdFunction(NamedTuple):
@@ -111,9 +123,9 @@ THRESHOLD_FUNCTIONS = {
 }
 
 
-def trim(error: float, gain: float = 0.3, limit: float = 0.5) -> float:
+def trim(error: float, gain: float = 0.3) -> float:
     """The common shift of all s that answers this error of the density: up when too dense."""
-    return min(max(-gain * error, -limit), limit)
+    return min(max(-gain * error, -MOST_SHIFT), MOST_SHIFT)
 
 
 @dataclass(eq=False, repr=False)
@@ -167,6 +179,7 @@ class SoftThreshold(Targeted, Latent):
         super().__post_init__()
         self._pace = 1.0 / math.sqrt(math.prod(self._block))  # of s, as a share of that of single weights
         self.own_rate = self.threshold_lr * self._pace
+        self._steered = max(0.0, 1.0 - self._pace / STEERED)  # the share of the way to the curve
         self._pressure_yields = self.pressure is None and self.budget is None
         if self.pressure is None:
             self.pressure = self._default_pressure()
@@ -341,10 +354,10 @@ class SoftThreshold(Targeted, Latent):
         parameters = [bucket.own["s"].detach() for bucket in self._buckets]
         self._limit(parameters)
         if self.budget is None or self._density > self._rest():
-            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1.
-            # It only raises thresholds: s above 0 is the trim's doing.
+            # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1; no
+            # more than a part of it where steered. It only raises thresholds: s above 0 is the trim's doing.
             assert self.pressure is not None
-            share = (1.0 + math.cos(math.pi * self.progress)) / self.total_steps
+            share = min(1.0 + math.cos(math.pi * self.progress), 2.0 * (1.0 - self._steered)) / self.total_steps
             self._press(parameters, min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps)))
         error = None
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
@@ -425,6 +438,9 @@ class SoftThreshold(Targeted, Latent):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self._rest():
             self._shift(self._pace * trim(log_error(self._density, self._rest())))
+        elif self._steered and self.budget.aim(self.progress) < 1.0:
+            gap = self._gap(self.budget.aim(self.progress))
+            self._shift(self._steered * min(max(gap, -MOST_SHIFT), MOST_SHIFT))
         return log_error(self._density, self.budget.aim(self.progress))
 
     def _shift(self, by: float) -> None:
@@ -441,11 +457,27 @@ class SoftThreshold(Targeted, Latent):
             scores.append(self._g.inverse(magnitude) - s.double())
         return scores
 
+    def _blocks(self, scores: list[Tensor], density: float, least: Sequence[int]) -> list[Tensor]:
+        """The blocks that live when a common shift of s gives the network this density, and so many in each layer."""
+        assert self.budget is not None
+        prices = [each.of_blocks(math.prod(self._block)) for each in self.budget.prices]
+        return within_budget(scores, prices, self.budget.available_at(density), least, self._shards())
+
+    def _gap(self, density: float) -> float:
+        """The common shift of s that gives the network this density, but for the floors."""
+        scores = self._scores()
+        pairs = zip(scores, self._blocks(scores, density, [0] * len(scores)), strict=True)
+        least = torch.cat([torch.where(live, score, torch.inf).flatten() for score, live in pairs])
+        least = least.amin() if least.numel() else least.new_full((), torch.inf)
+        group = shared_group(self._shards())
+        if group is not None:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+        return float(least)
+
     def _select(self) -> list[Tensor]:
         """The masks that a common shift of s gives, cut exactly at the budget."""
         assert self.budget is not None
-        prices = [each.of_blocks(math.prod(self._block)) for each in self.budget.prices]
-        masks = within_budget(self._scores(), prices, self.budget.available, self._least_blocks(), self._shards())
+        masks = self._blocks(self._scores(), self.budget.goal, self._least_blocks())
         return [block_expand(mask, self._block) for mask in masks]
 
     def _move(self, layer: Layer, mask: Tensor) -> None:
