@@ -77,6 +77,7 @@ def test_what_is_refused(tmp_path):
         ("a\nb\nc\nd\ne\nf\n", r"train.de has a line|train.en has a line 6 but .*train.de ends before it"),
         ("a\nb\n", r"train.de has a line 3 but .*train.en ends before it"),
         ("\n\n\n\n\n", "train of .* holds no pair"),
+        ("", r"train.de has a line 1 but .*train.en ends before it"),
     ):
         (tmp_path / "train.en").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -113,6 +114,8 @@ def test_tokens_come_back_as_text(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert translation.UNKNOWN in tokenizer.encode("猫 sleeps").ids
     assert translation.train_tokenizer(Pairs(ENGLISH, GERMAN), 60).to_str() == tokenizer.to_str()
+    ids = translation.read_tokenizer(tokenizer.to_str()).encode("the </s> dog <pad>").ids
+    assert not {translation.END, translation.PADDING} & set(ids)
     with pytest.raises(ValueError, match="vocab_size must be more than 4"):
         translation.train_tokenizer(Pairs(ENGLISH, GERMAN), 4)
 

@@ -80,6 +80,11 @@ def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys,
         assert tuple(translator(list(english), beam=beam)) == german
     assert translator(["", english[3], "猫"], beam=2)[:2] == ["", german[3]]
     text = tmp_path / "in.txt"
+    text.write_text("  ")
+    assert main(["translate", str(folder), str(text)]) == 0
+    assert capsys.readouterr().out == "\n"
+    assert main(["translate", str(folder), str(tmp_path / "nothing")]) == 1
+    assert "there is no text file" in capsys.readouterr().err
     text.write_text(f"{english[5]}\n\n{english[0]}\n")
     assert main(["translate", str(folder), str(text)]) == 0
     assert capsys.readouterr().out == f"{german[5]}\n\n{german[0]}\n"
@@ -176,6 +181,13 @@ def test_what_is_refused(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(recipe(corpus, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_comparisons_are_refused(corpus, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(corpus).to_dict()))
+    (tmp_path / "c.yaml").write_text("recipe: r.yaml\nseeds: 1\ntargets: [0.9]\nmethods: {R: {name: rigl}}\n")
+    assert main(["compare", str(tmp_path / "c.yaml"), "--run", str(tmp_path / "runs")]) == 1
+    assert "which a translator has not" in capsys.readouterr().err
 
 
 def test_there_is_nothing_to_translate_with(corpus, tmp_path):

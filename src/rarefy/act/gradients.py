@@ -79,7 +79,8 @@ def _slope(x: Tensor, function: str) -> Tensor:
         return e / (1.0 + e).square()
     if function in ("silu", "quick_gelu"):
         # of x g(k x): g (1 + k x (1 - g))
-        z = x if function == "silu" else 1.702 * x
+        # its limits are reached long before; of an infinite z the product is none
+        z = (x if function == "silu" else 1.702 * x).clamp(-1e4, 1e4)
         gate = torch.sigmoid(z)
         return gate * (1.0 + z * (1.0 - gate))
     if function == "mish":

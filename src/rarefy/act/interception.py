@@ -80,6 +80,11 @@ for _name in ("tanh", "sigmoid", "silu", "gelu"):
     for _packet, _in_place in ((getattr(torch.ops.aten, _name), False), (getattr(torch.ops.aten, _name + "_"), True)):
         CALLS[_packet] = CALLS[_packet.default] = Call(_name, _in_place)
     CALLS[getattr(torch.ops.aten, _name).out] = Call(_name)
+for _name in ("mish", "softplus", "hardswish", "elu"):
+    CALLS[getattr(torch.ops.aten, _name)] = CALLS[getattr(torch.ops.aten, _name).default] = Call(_name)
+    if _name != "softplus":
+        _packet = getattr(torch.ops.aten, _name + "_")
+        CALLS[_packet] = CALLS[_packet.default] = Call(_name, True)
 
 #: Names by which code may mean one of them.
 NAMES = frozenset(name for call in CALLS.values() for name in (call.function, call.function + "_", "expit"))

@@ -28,12 +28,17 @@ _ONE = re.compile(
 
 
 class Mlp(NamedTuple):
-    """The names of the children; ``up`` is "" where ``gate`` gives both halves side by side."""
+    """The names of the children; ``up`` is "" where ``gate`` gives both halves side by side.
+
+    ``up_first`` says which of the two is called first, ``argument`` is the name of the forward's.
+    """
 
     gate: str
     up: str
     act: str
     down: str
+    up_first: bool
+    argument: str
 
 
 def read(module: nn.Module) -> Mlp | None:
@@ -61,4 +66,6 @@ def form_of(forward: Callable[..., Any]) -> Mlp | None:
     names = match.groupdict()
     act, gate = names["act"] or names["act2"], names["gate"] or names["gate2"]
     up = names.get("up") or names.get("up2") or ""
-    return Mlp(gate, up, act, names["down"]) if argument in (names["x"], names.get("x2")) else None
+    if argument not in (names["x"], names.get("x2")):
+        return None
+    return Mlp(gate, up, act, names["down"], bool(names.get("up2")), argument)

@@ -68,6 +68,10 @@ def _not_scripted(module: nn.Module) -> RuntimeError:
     )
 
 
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the products of the input, of all steps at once: in float32 on the CPU, else in the format."""
     if x.device.type == "cpu":
@@ -112,7 +116,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Run a layer, in the dtype of autocast where that is on."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = _is_autocast(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     if not torch.compiler.is_compiling():  # the operator checks as well, when it runs
         operator.check_dtype("tanh", dtype, *how)
@@ -149,7 +153,7 @@ class _Layers(nn.RNNBase):
     def _all_layers(self, x: Tensor, states: Tensors, offsets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Return y [rows, directions * size] of the last layer and the last states, of x [rows, input]."""
         for name, state in zip("hc", states, strict=False):
-            if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if state.dtype != x.dtype and not _is_autocast(x.device.type):
                 raise ValueError(f"the input is {x.dtype}, {name}_0 of hx is {state.dtype}: use .to({x.dtype})")
         how = (self.activation_mode, _text(self.table))
         last: list[tuple[Tensor, ...]] = []
@@ -332,7 +336,7 @@ class _Cell(nn.RNNCellBase):
                     f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         for t in (x, *states):
-            if t.dtype != self.weight_ih.dtype and not torch.is_autocast_enabled(x.device.type):
+            if t.dtype != self.weight_ih.dtype and not _is_autocast(x.device.type):
                 raise ValueError(
                     f"input and hx must be of the weights' dtype {self.weight_ih.dtype}, got {t.dtype}: convert it with"
                     f" .to({self.weight_ih.dtype})"

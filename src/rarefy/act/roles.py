@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 
@@ -82,9 +84,16 @@ def function_of(kind: type[nn.Module]) -> Callable[[Any], str] | None:
     return None
 
 
+def entry_of(module: nn.Module) -> str:
+    """Return the method to change where a module's forward is to change: a forward that is no plain function stays."""
+    plain = inspect.isfunction(inspect.getattr_static(type(module), "forward", None))
+    return "forward" if plain and "forward" not in module.__dict__ else "__call__"
+
+
 def unit_of(act: Any, which: Callable[[Any], str] | None) -> str:
     """Return the function of a module whose product with a tensor is one call of ours, or "": its hooks must fire."""
-    if which is None or "forward" in act.__dict__ or act._forward_hooks or act._forward_pre_hooks:
+    hooks = (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
+    if which is None or "forward" in act.__dict__ or any(hooks) or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return ""
     function = which(act)
     return function if function in gated.UNITS else ""
@@ -95,7 +104,7 @@ def agrees(module: nn.Module, function: str) -> bool:
     """Tell whether a module computes a function, by trying it: another class may have the name."""
     if next(module.children(), None) is not None or any(True for _ in module.parameters()):
         return False
-    probe = torch.linspace(-9.0, 9.0, 257)
+    probe = torch.linspace(-9.0, 9.0, 257, device="cpu", dtype=torch.float32)
     try:
         given = type(module).forward(module, probe.clone())
     except Exception:  # whatever a stranger's forward does: then it is no activation of one argument
@@ -247,8 +256,8 @@ def _checked(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[...,
 def _check(module: Any) -> Iterator[None]:
     """Ask in the block where calls come from, when a model runs for the first time in training or in evaluation."""
     watch = module._rarefy
-    first = module.training in watch.unchecked and watch.report is not None
-    watch.unchecked.discard(module.training)
+    training = module.training
+    first = training in watch.unchecked and watch.report is not None
     if first:
         watch.report.checking = True
     try:
@@ -256,6 +265,7 @@ def _check(module: Any) -> Iterator[None]:
     finally:
         if first:
             watch.report.checking = False
+    watch.unchecked.discard(training)  # a run that failed has not shown all
 
 
 def _shielded(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -308,8 +318,9 @@ def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
         function = unit_of(act, getattr(type(act), "_rarefy_which", None))
         if not function:
             return method(self, x)
+        up = children[form.up](x) if form.up_first else None
         gate = children[form.gate](x)
-        up = children[form.up](x) if form.up else None
+        up = children[form.up](x) if form.up and not form.up_first else up
         alike = gate.dtype in gated.DTYPES and (up is None or (up.shape == gate.shape and up.dtype == gate.dtype))
         many = torch.compiler.is_compiling() or gate.numel() >= _MANY
         if alike and many and not left(function, watch.mode, watch.table, gate):
@@ -319,8 +330,13 @@ def _gated(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., A
             gate, up = gate.chunk(2, dim=-1)
         return children[form.down](act(gate) * up)
 
-    def call(self: Any, x: Any) -> Any:
-        return compute(self, x) if torch.compiler.is_compiling() else _under(None, compute, self, x)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and list(kwargs) == [form.argument]:
+            args, kwargs = tuple(kwargs.values()), {}
+        run = compute if len(args) == 1 and not kwargs else method
+        if torch.compiler.is_compiling():
+            return run(self, *args, **kwargs)
+        return _under(None, run, self, *args, **kwargs)
 
     return call
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -18,11 +16,13 @@ from rarefy.act import mlp
 from rarefy.act.interception import CALLS, Watch
 from rarefy.act.modules import Tanh
 from rarefy.act.reading import Reader, is_foreign
-from rarefy.act.roles import FUSED, RECURRENT, Role, agrees, class_of, function_of, unit_of
+from rarefy.act.roles import FUSED, RECURRENT, Role, agrees, class_of, entry_of, function_of, unit_of
 from rarefy.act.spec.table import Table
 
 #: Modules of PyTorch that compute activations which are not replaced.
 _KEPT = (nn.RNNBase, nn.RNNCellBase, nn.GLU, nn.Tanhshrink)
+#: The frames in which a module runs its own code.
+_ENTRIES = ("forward", "_call_impl", "_wrapped_call_impl")
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 #: Modules of one call of PyTorch, for which shielding costs what a watch does.
 _CHEAP = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Identity, nn.Flatten)
@@ -54,7 +54,7 @@ class Swap:
         while self._changed:
             module, kind = self._changed.pop()
             if "_rarefy_role" in vars(type(module)):  # a lazy module has changed its class itself
-                module.__class__ = kind
+                object.__setattr__(module, "__class__", kind)
             del module.__dict__["_rarefy"]
         self.replaced.clear()
         self.watched.clear()
@@ -82,12 +82,12 @@ class Swap:
             owner = frame.f_locals.get(first[0]) if first else None
             if isinstance(owner, nn.Module) and id(owner) in self._names:
                 role = getattr(type(owner), "_rarefy_role", Role(""))
-                if role.kind in ("", "shielded"):
-                    entry = "__call__" if "forward" in owner.__dict__ else "forward"
-                    fresh = Watch(self._names[id(owner)], watch.mode, watch.grad, watch.table, self)
-                    _change(owner, Role("watched", (entry,)), fresh, self)
-                own: Watch = owner.__dict__["_rarefy"]
-                return own
+                if frame.f_code.co_name in (*_ENTRIES, *role.methods):
+                    if role.kind in ("", "shielded"):
+                        fresh = Watch(self._names[id(owner)], watch.mode, watch.grad, watch.table, self)
+                        _change(owner, Role("watched", (entry_of(owner),)), fresh, self)
+                    own: Watch = owner.__dict__["_rarefy"]
+                    return own
             frame = frame.f_back
         return watch
 
@@ -137,7 +137,7 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
         if plan[name] is None and type(module) in FUSED and _is_ordinary(module):
             plan[name] = Role("shielded")
     checked = _is_ordinary(model) and not all(is_foreign(type(module)) for module in modules.values())
-    checked = checked and (plan[""] is None or "__call__" not in plan[""].methods)
+    checked = checked and entry_of(model) == "forward" and (plan[""] is None or "__call__" not in plan[""].methods)
     if checked:
         plan[""] = (plan[""] or Role("", ()))._replace(checked=True)
     if reader.saw_scripted:
@@ -148,12 +148,16 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
             if scripted.methods(module)
         ]
     example = next((p for p in model.parameters() if p.is_floating_point()), None)
-    for name, role in plan.items():
-        if role is not None:
-            watch = Watch(name, mode, grad, options.table, report)
-            _change(modules[name], role, watch, report)
-            if role.kind in ("whole", "recurrent"):
-                _announce(modules[name], watch, example)
+    try:
+        for name, role in plan.items():
+            if role is not None:
+                watch = Watch(name, mode, grad, options.table, report)
+                _change(modules[name], role, watch, report)
+                if role.kind in ("whole", "recurrent"):
+                    _announce(modules[name], watch, example)
+    except BaseException:  # such as of a class that does not let others derive from it
+        report.restore()
+        raise
     if checked:
         model.__dict__["_rarefy"].unchecked.update((True, False))
     return report
@@ -170,7 +174,7 @@ def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Sw
     elif "forward" in module.__dict__:
         if whole is not None or reader.value(module.__dict__["forward"]) or reader.methods(module):
             return Role("watched", ("__call__",))
-    elif isinstance(inspect.getattr_static(kind, "forward", None), staticmethod | functools.partialmethod):
+    elif entry_of(module) == "__call__":
         if reader.value(kind.forward):
             return Role("watched", ("__call__",))
     elif whole is not None and not whole(module):
@@ -232,7 +236,7 @@ def _change(module: nn.Module, role: Role, watch: Watch, report: Swap) -> None:
     else:
         report._changed.append((module, kind))
     module.__dict__["_rarefy"] = watch
-    module.__class__ = class_of(kind, role)
+    object.__setattr__(module, "__class__", class_of(kind, role))
     if role.kind in ("watched", "attention"):
         report.watched.append(watch.name)
     elif role.kind in ("whole", "recurrent"):

@@ -37,15 +37,18 @@ def _translate(arguments: argparse.Namespace) -> int:
     check_file(arguments.output, "--output")
     translator = load_translator(arguments.run)
     where = "standard input" if arguments.input is None else str(arguments.input)
+    if arguments.input is not None and not arguments.input.is_file():
+        raise FileNotFoundError(f"there is no text file {where}")
     content = sys.stdin.buffer.read() if arguments.input is None else arguments.input.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{where}, line {line}: not UTF-8 text") from None
-    lines = [line.strip() for line in text.split("\n")]
+    lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
+    lines = [line.strip() for line in lines]
     said = translator(lines, beam=arguments.beam)
     result = "".join(f"{line}\n" for line in said)
     if arguments.json:

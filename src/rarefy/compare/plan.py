@@ -139,6 +139,8 @@ def _comparison(
             aim = {} if target is None else {BUDGETS[budget]: target}
             for seed in range(_count(method.get("seeds", seeds), label)):
                 parsed = parse({**base, "method": {**options, **aim}, "seed": base["seed"] + seed})
+                if parsed.data.name == "translation":
+                    raise ValueError(f"{name} compares by test accuracy, which a translator has not: rarefy train it")
                 jobs.append(Job(str(label), target, seed, parsed, budget))
     folders = [job.folder for job in jobs]
     if len(set(folders)) < len(folders):

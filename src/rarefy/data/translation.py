@@ -115,6 +115,7 @@ def _file(folder: Path, name: str, language: str) -> Path | None:
 
 def _folder(folder: Path, split: str, languages: tuple[str, str]) -> Pairs:
     rows: list[tuple[str, str]] = []
+    there = False
     for group in _NAMES[split]:
         for name in group:
             one, other = (_file(folder, name, language) for language in languages)
@@ -124,8 +125,9 @@ def _folder(folder: Path, split: str, languages: tuple[str, str]) -> Pairs:
                 raise FileNotFoundError(
                     f"{one or other} has no counterpart {name}.{languages[0] if one is None else languages[1]}"
                 )
+            there = True
             rows += _parallel(one, other)
-        if rows:
+        if there:
             return _pairs(rows, f"{split} of {folder}")
     wanted = " or ".join(f"{group[0]}.{languages[0]}" for group in _NAMES[split])
     raise FileNotFoundError(f"{folder} has no text for {split}: it needs {wanted}, and the same in {languages[1]}")
@@ -173,6 +175,22 @@ def train_tokenizer(pairs: Pairs, vocab_size: int = 8000) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=list(SPECIAL), limit_alphabet=200, show_progress=False
     )
     tokenizer.train_from_iterator((text for side in (pairs.source, pairs.target) for text in side), trainer)
+    return _of_text(tokenizer)
+
+
+def read_tokenizer(text: str) -> Tokenizer:
+    """Return the encoding that :meth:`Tokenizer.to_str` gave. Raises ValueError for another text."""
+    from tokenizers import Tokenizer
+
+    try:
+        return _of_text(Tokenizer.from_str(text))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"no encoding, or a damaged one: {error}") from None
+
+
+def _of_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Let the names of the special tokens in a text be text; a tokenizer does not remember that."""
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

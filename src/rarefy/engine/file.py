@@ -209,14 +209,14 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
         if size < _HEAD.size:
             raise ValueError(_damaged(path, "it is too short"))
         data = np.memmap(file, np.uint8, "c") if mmap else _copied(path, file, size)
-    magic, version, _, whole, length, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    magic, version, reserved, whole, length, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
     if magic != _MAGIC:
         raise ValueError(f"{path} is not an engine: engine.save(engine, path) writes one")
     if version != VERSION:
         raise ValueError(f"{path} has version {version} of the format, this rarefy reads {VERSION}: compile it again")
     if whole != size or length % _ALIGNMENT or _HEAD.size + length > size:
         raise ValueError(_damaged(path, f"it has {size} bytes and should have {whole}"))
-    if hashlib.sha256(data[_HEAD.size :].data).digest() != digest:
+    if reserved or hashlib.sha256(data[_HEAD.size :].data).digest() != digest:
         raise ValueError(_damaged(path, "its checksum is wrong"))
     try:
         header = json.loads(data[_HEAD.size : _HEAD.size + length].tobytes())

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def fraction(name: str, value: Any, *, zero: bool = True, one: bool = True, percent: bool = False) -> None:
     """Raise ValueError unless the value is a number in [0, 1], without the ends that are said to be out.
@@ -41,7 +43,8 @@ def whole(name: str, value: Any, *, least: int = 1, what: str = "number") -> int
 def block(name: str, value: Any) -> tuple[int, int]:
     """How many outputs and inputs a block has, given as both, or as the inputs alone. Raises ValueError otherwise."""
     pair = tuple(value) if isinstance(value, (list, tuple)) else (1, value)
-    if len(pair) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in pair):
+    number = (int, np.integer)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, number) or n < 1 for n in pair):
         raise ValueError(
             f"{name} must be a positive whole number of inputs, such as 4, or of outputs and of inputs, such as "
             f"(8, 4), got {_shown(value)}"

@@ -204,7 +204,7 @@ class Run(ABC):
         if self.is_main and self._resumed:
             found = [Latency.load(measured)]
         elif self.is_main:
-            found = [engine.latency(model, self.example, block=block)]
+            found = [engine.latency(model.eval(), self.example, block=block)]
         broadcast_object_list(found)
         assert found[0] is not None
         return found[0]

@@ -78,8 +78,6 @@ class Translation(Run):
 
     def _tokenizer(self, pairs: Pairs) -> Tokenizer:
         """The encoding that the run began with, or a new one: the main process's for all."""
-        from tokenizers import Tokenizer
-
         text = [""]
         if self.is_main:
             path = self.folder.path / TOKENIZER
@@ -88,7 +86,7 @@ class Translation(Run):
             else:
                 text = [translation.train_tokenizer(pairs, self._data.vocab_size).to_str()]
         broadcast_object_list(text)
-        return Tokenizer.from_str(text[0])
+        return translation.read_tokenizer(text[0])
 
     def _beside(self) -> dict[str, str]:
         return {TOKENIZER: self.tokenizer.to_str()}
@@ -163,13 +161,11 @@ def _read(path: Path) -> str:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a run's encoding. Raises FileNotFoundError without the file, ValueError for one that is damaged."""
-    from tokenizers import Tokenizer
-
     text = _read(path)
     try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{path} is no encoding, or a damaged one: {error}") from None
+        return translation.read_tokenizer(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
 
 
 def translate_texts(model: GNMT, tokenizer: Tokenizer, texts: list[str], *, beam: int = 1, **options: Any) -> list[str]:
