@@ -1,4 +1,4 @@
-// One vector of L float32 lanes, for each instruction set. Included by engine_kernels.cpp and act32.cpp only, in an
+// One vector of L float32 lanes, for each instruction set. Included by sources of kernels only, in an
 // unnamed namespace. With RAREFY_FUSED an fma rounds once everywhere: the same bits on every machine, at a price where
 // there is no instruction for it.
 #pragma once
