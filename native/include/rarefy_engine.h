@@ -118,6 +118,17 @@ int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t fact
                                 const char *name, char *error, int64_t size);
 // (channels, height, width) as a vector of channels * height * width, in that order.
 int32_t rarefy_builder_flatten(rarefy_builder *builder, int32_t x, const char *name, char *error, int64_t size);
+// An LSTM's cell: gates is a vector of 4 n channels, in PyTorch's order i, f, g, o, before their activations; c one of
+// n. sigmoid(f) c + sigmoid(i) tanh(g)
+int32_t rarefy_builder_lstm_cell(rarefy_builder *builder, int32_t gates, int32_t c, const char *name, char *error,
+                                 int64_t size);
+// Its result, of the same gates and of the new cell: sigmoid(o) tanh(c).
+int32_t rarefy_builder_lstm_hidden(rarefy_builder *builder, int32_t gates, int32_t c, const char *name, char *error,
+                                   int64_t size);
+// A GRU's result: x and h are vectors of 3 n channels, in PyTorch's order r, z, n, the products of the input and of the
+// state with their weights, biases added; state is one of n.  z state + (1 - z) tanh(x_n + sigmoid(x_r + h_r) h_n)
+int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_t state, const char *name, char *error,
+                           int64_t size);
 // Makes a value a result of the program; returns 0.
 int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error, int64_t size);
 // The shape of a value: channels, height, width. Returns 0.
@@ -153,6 +164,14 @@ typedef struct {
 int32_t rarefy_program_run(const rarefy_program *program, const rarefy_buffer *inputs, int32_t input_count,
                            const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int32_t threads,
                            double *seconds, int64_t second_count, char *error, int64_t size);
+
+// Runs a program that is one step of a recurrence so many times. Its first input and output are those of all `steps`
+// steps, one after another, or with `reverse` the other way round; every further output is the same further input of
+// the step that runs next, and what it is after the last comes back. Otherwise as rarefy_program_run.
+int32_t rarefy_program_run_steps(const rarefy_program *program, const rarefy_buffer *inputs, int32_t input_count,
+                                 const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int64_t steps,
+                                 int32_t reverse, int32_t threads, double *seconds, int64_t second_count, char *error,
+                                 int64_t size);
 
 typedef struct {
     int32_t inputs, outputs, steps;

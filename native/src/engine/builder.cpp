@@ -114,6 +114,29 @@ std::string infer_flatten(const Shape &x, Shape *out) {
     return "";
 }
 
+// Gates of some number of channels for each of a state's: vectors.
+std::string infer_gates(const Graph &graph, int32_t id, int32_t gates, const Shape &state) {
+    if (!known(graph, id)) return no_value(id);
+    const Shape &x = graph.values[id];
+    if (state.pixels() == 1 && x.pixels() == 1 && int64_t{gates} * state.channels == x.channels) return "";
+    return "gates must be a vector of " + std::to_string(gates) + " channels for each of the state's, got " + text(x) +
+           " for " + text(state);
+}
+
+std::string infer_lstm(const Graph &graph, const Node &n, Shape *out) {
+    if (!known(graph, n.other_operand)) return no_value(n.other_operand);
+    *out = graph.values[n.other_operand];
+    return infer_gates(graph, n.x, 4, *out);
+}
+
+std::string infer_gru(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
+    if (operands.size() != 1) return "a GRU has one state";
+    if (!known(graph, operands[0])) return no_value(operands[0]);
+    *out = graph.values[operands[0]];
+    const std::string wrong = infer_gates(graph, n.x, 3, *out);
+    return wrong.empty() ? infer_gates(graph, n.other_operand, 3, *out) : wrong;
+}
+
 // The shape that the kind of node makes of x, which is in *out already.
 std::string infer_kind(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
     const Shape x = *out;
@@ -125,6 +148,9 @@ std::string infer_kind(const Graph &graph, const Node &n, const std::vector<int3
         case Kind::CONCAT: return infer_concat(graph, operands, out);
         case Kind::UPSAMPLE: return infer_upsample(n, x, out);
         case Kind::FLATTEN: return infer_flatten(x, out);
+        case Kind::LSTM_CELL:
+        case Kind::LSTM_HIDDEN: return infer_lstm(graph, n, out);
+        case Kind::GRU: return infer_gru(graph, n, operands, out);
         default: return "";
     }
 }
@@ -318,6 +344,21 @@ RAREFY_API int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, i
 RAREFY_API int32_t rarefy_builder_flatten(rarefy_builder *builder, int32_t x, const char *name, char *error,
                                           int64_t size) {
     return append(builder, node_of(Kind::FLATTEN, x), name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_lstm_cell(rarefy_builder *builder, int32_t gates, int32_t c, const char *name,
+                                            char *error, int64_t size) {
+    return append(builder, node_of(Kind::LSTM_CELL, gates, c), name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_lstm_hidden(rarefy_builder *builder, int32_t gates, int32_t c, const char *name,
+                                              char *error, int64_t size) {
+    return append(builder, node_of(Kind::LSTM_HIDDEN, gates, c), name, error, size);
+}
+
+RAREFY_API int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_t state, const char *name,
+                                      char *error, int64_t size) {
+    return append(builder, node_of(Kind::GRU, x, h), name, error, size, {state});
 }
 
 RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error,

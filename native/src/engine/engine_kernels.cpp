@@ -394,6 +394,30 @@ void activate(int32_t activation, const float *x, float *out, int64_t n) {
     }
 }
 
+// ---- gates
+
+void lstm_cell(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n) {
+    over(n, [=](int64_t k, uint32_t lanes) {
+        const auto at = [=](const float *p) { return load_some(p + k, lanes); };
+        store_some(out + k, lanes, fma(sigmoid(at(f)), at(c), mul(sigmoid(at(i)), tanh(at(g)))));
+    });
+}
+
+void lstm_hidden(const float *o, const float *c, float *out, int64_t n) {
+    over(n, [=](int64_t k, uint32_t lanes) {
+        store_some(out + k, lanes, mul(sigmoid(load_some(o + k, lanes)), tanh(load_some(c + k, lanes))));
+    });
+}
+
+void gru(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n) {
+    over(n, [=](int64_t k, uint32_t lanes) {
+        const auto at = [=](const float *p) { return load_some(p + k, lanes); };
+        const V r = sigmoid(add(at(x[0]), at(h[0]))), z = sigmoid(add(at(x[1]), at(h[1])));
+        const V fresh = tanh(fma(r, at(h[2]), at(x[2])));
+        store_some(out + k, lanes, fma(sub(at(state), fresh), z, fresh));
+    });
+}
+
 // ---- the table
 
 template <int R, int T>
@@ -431,6 +455,9 @@ Kernels make() {
     k.multiply = multiply_rows;
     k.affine = affine;
     k.sum = sum;
+    k.lstm_cell = lstm_cell;
+    k.lstm_hidden = lstm_hidden;
+    k.gru = gru;
     k.activate = activate;
     return k;
 }

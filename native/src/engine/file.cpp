@@ -16,7 +16,7 @@ namespace rarefy::engine {
 namespace {
 
 constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
-constexpr uint32_t VERSION = 2;
+constexpr uint32_t VERSION = 3;
 
 struct Header {
     char magic[8];
@@ -181,10 +181,11 @@ bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 // Whether a node has the fields of its kind alone: all others are as a builder leaves them.
 bool plain(const Node &n) {
     const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY,
-               port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT;
-    Node only = node_of(n.kind, n.x, conv || binary ? n.other_operand : -1);
+               port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT, gru = n.kind == Kind::GRU,
+               gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru;
+    Node only = node_of(n.kind, n.x, conv || binary || gates ? n.other_operand : -1);
     only.out = n.out;
-    if (n.kind == Kind::CONCAT) only.operands = n.operands;
+    if (n.kind == Kind::CONCAT || gru) only.operands = n.operands;
     only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h,
     only.window.out_w = n.window.out_w;
     if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;

@@ -155,6 +155,11 @@ struct Kernels {
     void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*affine)(const float *x, float scale, float shift, float *out, int64_t n, float low, float high);
     float (*sum)(const float *x, int64_t n);
+    // sigmoid(f) c + sigmoid(i) tanh(g); sigmoid(o) tanh(c); z state + (1 - z) tanh(x_n + r h_n), r and z the sigmoid
+    // of x + h.
+    void (*lstm_cell)(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n);
+    void (*lstm_hidden)(const float *o, const float *c, float *out, int64_t n);
+    void (*gru)(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n);
     // An activation of enum rarefy_activation that is no clamp, in place or not.
     void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
 };

@@ -40,6 +40,9 @@ const char *kind_name(const Graph &graph, const Node &node) {
         case Kind::CONCAT: return "concat";
         case Kind::UPSAMPLE: return "upsample";
         case Kind::FLATTEN: return "flatten";
+        case Kind::LSTM_CELL: return "lstm cell";
+        case Kind::LSTM_HIDDEN: return "lstm hidden";
+        case Kind::GRU: return "gru";
         default: return "output";
     }
 }
@@ -72,6 +75,7 @@ void make_steps(rarefy_program &program) {
         step.group = program.plan.groups[i];
         step.config = {};
         int32_t channel = 0, before = 0;
+        if (step.node.kind == Kind::GRU) step.operands = g.operands[i];
         for (const int32_t k : program.plan.copied[i]) {
             for (; before < k; ++before) channel += g.values[g.operands[i][before]].channels;
             step.operands.push_back(g.operands[i][k]);

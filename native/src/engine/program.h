@@ -24,6 +24,9 @@ enum class Kind : int32_t {
     CONCAT,
     UPSAMPLE,
     FLATTEN,
+    LSTM_CELL,
+    LSTM_HIDDEN,
+    GRU,
     OUTPUT,
     KINDS
 };
@@ -40,7 +43,8 @@ struct Shape {
 // A step as the builder was told: integers alone, as they stand in a file.
 struct Node {
     Kind kind;
-    int32_t x, other_operand, out;  // values; -1: none. other_operand: CONV: the residual; BINARY: y
+    int32_t x, other_operand, out;  // values; -1: none. other_operand: CONV: the residual; BINARY: y;
+                                    // LSTM_*: c; GRU: the products of the state
     int32_t activation, layout;     // enums of rarefy_engine.h
     int32_t out_channels;           // CONV
     int32_t average;                // POOL: 0 for the maximum
@@ -49,14 +53,14 @@ struct Node {
     Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
     int32_t bottom, right;          // padding
     int32_t groups, storage, choice;
-    int32_t operands;  // CONCAT: number of them
+    int32_t operands;  // CONCAT: number of them; GRU: the state
 };
 
 struct Graph {
     std::vector<Shape> values;
     std::vector<Node> nodes;
     std::vector<std::string> names;                // of the nodes
-    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT
+    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT or GRU
     std::vector<std::vector<float>> weights;       // of CONV: as given; empty in a program
     std::vector<std::vector<float>> bias;          // of CONV
     std::vector<std::vector<float>> scale, shift;  // of AFFINE

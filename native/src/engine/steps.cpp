@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #include "engine/program.h"
@@ -320,6 +321,42 @@ void flatten(const Frame &f, const Step &s, int64_t at, int64_t images) {
                 y.at[(c * in.pixels() + p) * y.stride + i] = x.at[c * x.stride + i * in.pixels() + p];
 }
 
+// Calls f(first channel, numbers) for spans of a state's channels that lie one after another in all values alike.
+template <class F>
+void over_spans(const Frame &f, int64_t channels, int64_t images, std::initializer_list<View> views, const F &span) {
+    const Share mine(f, channels);
+    const bool dense = std::all_of(views.begin(), views.end(), [=](const View &v) { return v.stride == images; });
+    if (dense) return span(mine.from, (mine.to - mine.from) * images);
+    for (int64_t c = mine.from; c < mine.to; ++c) span(c, images);
+}
+
+void lstm(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const Kernels &k = *f.program->kernels;
+    const View gates = view(f, s.node.x, at), c = view(f, s.node.other_operand, at), y = view(f, s.node.out, at);
+    const int64_t n = f.plan->values[s.node.out].shape.channels;
+    over_spans(f, n, images, {gates, c, y}, [&](int64_t unit, int64_t count) {
+        const auto gate = [&](int64_t i) { return gates.at + (i * n + unit) * gates.stride; };
+        const float *state = c.at + unit * c.stride;
+        float *out = y.at + unit * y.stride;
+        if (s.node.kind == Kind::LSTM_CELL) k.lstm_cell(gate(0), gate(1), gate(2), state, out, count);
+        else k.lstm_hidden(gate(3), state, out, count);
+    });
+}
+
+void gru(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const View x = view(f, s.node.x, at), h = view(f, s.node.other_operand, at), state = view(f, s.operands[0], at),
+               y = view(f, s.node.out, at);
+    const int64_t n = f.plan->values[s.node.out].shape.channels;
+    over_spans(f, n, images, {x, h, state, y}, [&](int64_t unit, int64_t count) {
+        const float *xs[3], *hs[3];
+        for (int64_t i = 0; i < 3; ++i) {
+            xs[i] = x.at + (i * n + unit) * x.stride;
+            hs[i] = h.at + (i * n + unit) * h.stride;
+        }
+        f.program->kernels->gru(xs, hs, state.at + unit * state.stride, y.at + unit * y.stride, count);
+    });
+}
+
 // Between the caller's layout and ours.
 void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const bool input = s.node.kind == Kind::INPUT;
@@ -403,6 +440,9 @@ void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
         case Kind::CONCAT: return concat(f, s, at, images);
         case Kind::UPSAMPLE: return upsample(f, s, at, images);
         case Kind::FLATTEN: return flatten(f, s, at, images);
+        case Kind::LSTM_CELL:
+        case Kind::LSTM_HIDDEN: return lstm(f, s, at, images);
+        case Kind::GRU: return gru(f, s, at, images);
         default: return port(f, s, at, images);
     }
 }

@@ -18,7 +18,10 @@ from rarefy.engine.plan import (
     Conv,
     Flatten,
     GlobalAverage,
+    GRUGates,
     Linear,
+    LSTMCell,
+    LSTMHidden,
     Plan,
     Pool,
     Quantized,
@@ -246,6 +249,8 @@ class Building:
             case Flatten():
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return None, self.builder.flatten(x, name=name)
+            case LSTMCell() | GRUGates():
+                return None, self._gates(step)
         raise CannotError(f"there is no native {step.kind}")
 
     def _conv(self, step: Conv, x: int, residual: int = -1) -> int:
@@ -265,6 +270,18 @@ class Building:
             choice=self.options.choice,
             name=step.output,
         )
+
+    def _gates(self, step: LSTMCell | GRUGates) -> int:
+        check_mode(step.mode)
+        if any(len(self._shape(name)) != 1 for name in step.inputs):
+            raise CannotError("its state is no vector")
+        values = self._values(step.inputs, CHANNELS_FIRST)
+        match step:
+            case LSTMHidden():
+                return self.builder.lstm_hidden(*values, name=step.output)
+            case LSTMCell():
+                return self.builder.lstm_cell(*values, name=step.output)
+        return self.builder.gru(*values, name=step.output)
 
     def _pool(self, step: Pool, x: int) -> int:
         sizes = self._shape(step.input)[1:]
@@ -342,6 +359,12 @@ class Building:
         """What a value is known by: vectors have one layout."""
         vector = len(self._shape(name)) == 1 or self.layouts.get(name, 0) is None
         return name, CHANNELS_FIRST if vector else layout
+
+
+def check_mode(mode: str) -> None:
+    """Raise CannotError for a mode of activation functions that native programs do not have."""
+    if mode not in ("exact", "fast"):
+        raise CannotError(f'native gates are of mode "exact", not {mode!r}')
 
 
 def samples(shape: Sequence[int]) -> int:

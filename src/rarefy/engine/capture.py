@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import operators, reference
+from rarefy.engine import operators, recurrent, reference
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 
 _OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -89,7 +89,7 @@ def _export(
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    result: ExportedProgram = program.run_decompositions({})
+    result: ExportedProgram = program.run_decompositions(recurrent.decompositions())
     return result
 
 
@@ -163,6 +163,9 @@ class _Graph:
         self.scales: dict[str, Tensor] = {}  # of the output channels of weights that come as whole numbers
         self.aliases: dict[str, fx.Node] = {}
         self.operands: dict[str, str] = {}  # what a node reads in place of its first argument
+        self.results: dict[str, tuple[str, ...]] = {}  # of nodes with several, where each is a value of the plan
+        self.roots: dict[str, fx.Node] = {}  # what a reshaped node has the numbers of
+        self.forms: dict[str, dict[str, fx.Node]] = {}  # the nodes with the numbers of a root, by their shapes
         self.inputs: list[str] = []
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
@@ -202,13 +205,13 @@ class _Graph:
                 result = node.args[0]
             elif node.op == "call_function" and not self._vanishes(node):
                 steps += self._laid_out(node, operand)
-                steps.append(self._step(node))
+                steps += self._recurrent(node, values) or [self._step(node)]
             if isinstance(node.meta.get("val"), Tensor):
                 value = node.meta["val"]
                 rows = str(tuple(value.shape[:-1]))
                 values[node.name] = Value(operators.sample_shape(node, self.batch), value.dtype, rows)
         outputs, single = self._outputs(result)
-        read = {name for step in steps if isinstance(step, Operator) for name in step.inputs} | {*outputs}
+        read = {name for step in steps for name in step.inputs} | {*outputs}
         return Plan(
             inputs=tuple(self.inputs),
             outputs=outputs,
@@ -233,12 +236,19 @@ class _Graph:
         copied = target in ("aten.contiguous.default", "aten.clone.default") and (
             isinstance(first, fx.Node) and first.name in self.constants
         )
+        if self._has_been(node):
+            return True
         if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(first, fx.Node) and not copied:
             self.aliases[node.name] = first
             return True
         if node.target is operator.getitem:
             made, index = node.args
             assert isinstance(made, fx.Node)
+            if made.name in self.results:
+                value = self.results[made.name][cast(int, index)]
+                if value != node.name:
+                    self.aliases[node.name] = next(user for user in made.users if user.name == value)
+                return True
             if isinstance(made.meta["val"], Tensor):  # a batch normalisation, whose step gives the tensor alone
                 self.aliases[node.name] = made
                 return True
@@ -262,6 +272,21 @@ class _Graph:
             self.sources[node.name] = self.sources.get(node.all_input_nodes[0].name, "")
         return True
 
+    def _has_been(self, node: fx.Node) -> bool:
+        """Whether reshapes come back to a shape that the same numbers had before: then it is the tensor of then."""
+        if not operators.keeps_order(node):
+            return False
+        x = cast(fx.Node, node.args[0])
+        if x.name in self.constants:
+            return False
+        root = self.roots.get(x.name, x)
+        forms = self.forms.setdefault(root.name, {_size(root): root})
+        first = forms.setdefault(_size(node), node)
+        self.roots[node.name] = root
+        if first is not node:
+            self.aliases[node.name] = first
+        return first is not node
+
     def _note_scale(self, node: fx.Node) -> None:
         """Remember by what scales a constant was dequantised: the zero points of weights are 0."""
         given: list[Any] = [self.constants[a.name] if isinstance(a, fx.Node) else a for a in node.args]
@@ -281,13 +306,26 @@ class _Graph:
             handler = operators.handler(str(node.target))
             float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
             if handler is not None and (float32 or "batch_norm" in str(node.target)):
-                call = operators.Call(node, _arguments(node), self.constants, self.sources, self.batch, self.scales)
-                step = handler(call)
+                step = handler(self._call(node))
                 if step is not None:
                     if not float32:
                         node.meta["val"] = node.meta["val"][0]
                     return step
         return self._operator(node)
+
+    def _recurrent(self, node: fx.Node, values: dict[str, Value]) -> Sequence[Step]:
+        """The steps of a recurrent layer; none for another node."""
+        if not isinstance(node.target, OpOverload):
+            return ()
+        found = recurrent.steps_of(self._call(node))
+        if found is None:
+            return ()
+        self.results |= {node.name: found.results} if found.results else {}
+        values.update({name: values[like] for name, like in found.like.items()})
+        return found.steps
+
+    def _call(self, node: fx.Node) -> operators.Call:
+        return operators.Call(node, _arguments(node), self.constants, self.sources, self.batch, self.scales)
 
     def _laid_out(self, node: fx.Node, operand: Any) -> list[Operator]:
         """What lays the operand out in memory as in the graph, for an operator that depends on it; it reads that then.
@@ -351,6 +389,10 @@ class _Graph:
                 "module that takes the tensors out"
             )
         return tuple(node.name for node in result), single
+
+
+def _size(node: fx.Node) -> str:
+    return str(tuple(node.meta["val"].shape))
 
 
 def _is_whole(node: fx.Node) -> bool:

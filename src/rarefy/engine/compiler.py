@@ -19,10 +19,10 @@ from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report, plain
 from rarefy.engine.execute import torch_threads
 from rarefy.engine.int8 import Int8
-from rarefy.engine.lowering import Item, lower
+from rarefy.engine.lowering import Item, lower, uses
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.passes import optimize
-from rarefy.engine.plan import Layer, Plan, Step, tensors
+from rarefy.engine.plan import Conv, Linear, Plan, Recurrence, Step, tensors
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
 
@@ -192,9 +192,7 @@ def build(
         found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model, native_alone)
     own = _Copies()
     items = tuple(own.item(item) for item in found.lowered.items)
-    read = {name for item in items if not isinstance(item, (NativeSegment, Eager)) for name in item.inputs} | {
-        *plan.outputs
-    }
+    read = {name for item in items for name in uses(item)[0]} | {*plan.outputs}
     native = [item.program.facts for item in items if isinstance(item, NativeSegment)]
     left = [tensor for item in items for tensor in _weights(item)]
     return Engine(
@@ -341,7 +339,9 @@ def _stored(plan: Plan, precision: str) -> Plan:
 
 def _rounded(step: Step) -> Step:
     """The step with its weights rounded to bfloat16."""
-    return replace(step, weight=step.weight.bfloat16().float()) if isinstance(step, Layer) else step
+    if not isinstance(step, (Conv, Linear, Recurrence)):
+        return step
+    return replace(step, weight=step.weight.bfloat16().float())
 
 
 def _choose(

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.act import operator
 from rarefy.engine.building import NativeSegment
+from rarefy.engine.building_recurrent import RecurrentSegment
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Conv, Operator, Ref, Step, tensors
+from rarefy.engine.plan import Conv, Operator, Recurrence, Ref, Step, tensors
 from rarefy.engine.reference import resolve, run_step
 
 #: Whose operators a file may name.
@@ -70,6 +72,8 @@ def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapp
 
 
 def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(item, RecurrentSegment):
+        return {item.output: _recurrent(item, [values[name] for name in item.reads])}
     if isinstance(item, NativeSegment):
         xs = [values[port.value] for port in item.inputs]
         batches = {tuple(x.shape[: x.dim() - len(port.shape)]) for x, port in zip(xs, item.inputs, strict=True)}
@@ -88,10 +92,40 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
     step = item.step if isinstance(item, (PackedConv, Int8)) else item
     if isinstance(step, Conv):
         check_conv(step, tuple(values[step.input].shape))
+    if isinstance(step, Recurrence):
+        check_recurrence(step, [values[name] for name in step.inputs])
     if isinstance(step, Operator) and not step.target.startswith("python."):
         _check_axes(step, values)
     bare = _without_numbers(step)
     return {item.output: run_step(replace(item, step=bare) if isinstance(item, Int8) else bare, values)}
+
+
+def _recurrent(item: RecurrentSegment, given: list[Tensor]) -> tuple[Tensor, ...]:
+    """What a program of a recurrence makes."""
+    for x, port in zip(given, item.inputs, strict=True):
+        if x.dtype is not torch.float32 or tuple(x.shape[1:]) != port.shape:
+            raise ValueError("its inputs have other shapes")
+    products, *states = (tuple(x.shape) for x in given)
+    item.check(products, states)
+    rows = [products[0], *(state[0] for state in states)]
+    return tuple(torch.empty(count, *port.shape, device="meta") for count, port in zip(rows, item.outputs, strict=True))
+
+
+def check_recurrence(step: Recurrence, given: Sequence[Tensor]) -> None:
+    """Raise ValueError for a recurrence whose weights and operands do not fit together, or that has no such gates."""
+    products, *states = given
+    gates = {1: 3, 2: 4}.get(len(states), 0)
+    batch, hidden = states[0].shape if states and states[0].dim() == 2 else (0, 0)
+    expected = [(gates * hidden, hidden), *((batch, hidden) for _ in states)]
+    found = [tuple(x.shape) for x in (step.weight, *states)]
+    steps = products.dim() == 2 and products.shape[1] == gates * hidden and batch and products.shape[0] % batch == 0
+    floats = all(x.dtype is torch.float32 for x in (*given, step.weight, *(() if step.bias is None else (step.bias,))))
+    biased = step.bias is None or (gates == 3 and tuple(step.bias.shape) == (hidden,))
+    if not (gates and hidden and steps and floats and biased) or found != expected:
+        raise ValueError(f"weights of {found[0]} do not fit products of {tuple(products.shape)} and {found[1:]}")
+    if not isinstance(step.reverse, bool):
+        raise ValueError("its direction is none")
+    operator.check_dtype("tanh", torch.float32, step.mode, step.table)
 
 
 def check_conv(step: Conv, shape: tuple[int, ...]) -> None:

@@ -143,8 +143,7 @@ class _Source:
         return result
 
     def _variable(self, name: str) -> str:
-        self.variables[name] = f"v{len(self.variables)}"
-        return self.variables[name]
+        return self.variables.setdefault(name, f"v{len(self.variables)}")  # a model may give a value twice
 
     def _name(self, kind: str, value: Any) -> str:
         name = f"{kind}{len(self.known)}"

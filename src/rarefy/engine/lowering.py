@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from rarefy.engine.building import Building, NativeSegment, Options
+from rarefy.engine.building import Building, CannotError, NativeSegment, Options
 from rarefy.engine.building_int8 import Int8Building
+from rarefy.engine.building_recurrent import recurrent
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Operator, Plan, Quantize, Step
+from rarefy.engine.plan import Operator, Plan, Quantize, Recurrence, Step
 from rarefy.engine.programs import NativeError, Program
 
 #: What an engine runs one after the other.
@@ -73,6 +74,8 @@ class _Lowering:
             return "PyTorch alone has it"
         if step.output in self.leave:
             return "PyTorch is faster"
+        if isinstance(step, Recurrence):
+            return self._add_recurrence(step)
         kind = Int8Building if isinstance(runnable, Int8) else Building
         if type(self.building) is kind and self.building.steps:
             if self.building.add(step) is None:
@@ -85,6 +88,18 @@ class _Lowering:
             else Building(self.plan, self.options, self.measured)
         )
         return self.building.add(step)
+
+    def _add_recurrence(self, step: Recurrence) -> str | None:
+        """Add a program of its own; gives the reason if it cannot be."""
+        try:
+            segment = recurrent(self.plan, step, self.options, self.measured)
+        except CannotError as error:
+            return str(error)
+        self._flush()
+        for name in step.inputs:
+            self._quantize(name)
+        self.items.append(segment)
+        return None
 
     def _flush(self) -> None:
         """Finish the program that is being built, where there is one."""

@@ -117,6 +117,32 @@ IDENTITIES = frozenset(
 )
 
 
+_RESHAPES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unsqueeze.default"),
+        *("squeeze.default", "squeeze.dim", "squeeze.dims"),
+    )
+)
+
+
+def keeps_order(node: fx.Node) -> bool:
+    """Whether a node gives all numbers of its first argument, a tensor, in their order, in another shape at most."""
+    target, x = str(node.target), node.args[0] if node.args else None
+    if target in _RESHAPES:
+        return isinstance(x, fx.Node)
+    if target not in ("aten.select.int", "aten.transpose.int") or not isinstance(x, fx.Node):
+        return False
+    single = [str(size) == "1" for size in x.meta["val"].shape]
+    axes = [int(cast(int, axis)) % len(single) for axis in node.args[1 : 2 + (target == "aten.transpose.int")]]
+    if target == "aten.select.int":
+        return single[axes[0]]
+    order = list(range(len(single)))
+    order[axes[0]], order[axes[1]] = axes[1], axes[0]
+    moved = [axis for axis in order if not single[axis]]
+    return moved == sorted(moved)
+
+
 def handler(target: str) -> Handler | None:
     """What makes a step of this operator, if anything does; it gives None where this call of it stays an operator."""
     return _HANDLERS.get(target)

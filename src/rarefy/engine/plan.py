@@ -246,6 +246,86 @@ class Flatten(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class LSTMCell(Step):
+    """``sigmoid(f) state + sigmoid(i) tanh(g)``: (B, n), of gates (B, 4 n) in PyTorch's order i, f, g, o.
+
+    ``mode`` and ``table`` say how the activations are computed, as ``rarefy::activation`` has them; so in all steps of
+    recurrent layers.
+    """
+
+    gates: str
+    state: str
+    mode: str
+    table: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.gates, self.state)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "lstm cell"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LSTMHidden(LSTMCell):
+    """``sigmoid(o) tanh(state)``: (B, n), of the gates that :class:`LSTMCell` reads and of what it makes."""
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "lstm hidden"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GRUGates(Step):
+    """``z state + (1 - z) tanh(x_n + r h_n)``, r and z the sigmoid of x + h: (B, n), of products (B, 3 n).
+
+    ``x`` and ``h`` are those of the input and of the state with their weights, biases added, in PyTorch's order r, z,
+    n.
+    """
+
+    x: str
+    h: str
+    state: str
+    mode: str
+    table: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.x, self.h, self.state)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "gru"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recurrence(Step):
+    """One layer of an LSTM or, where there is one state, of a GRU over a sequence, in one direction.
+
+    Its value is a tuple: y (steps B, n), and each of the states (B, n), h and c, after the last step. ``products``
+    (steps B, 4 n or 3 n) are those of the input with its weights, one step after another; ``weight`` is (4 n or 3 n,
+    n) float32; ``bias`` (n,) is that of a GRU's third gate.
+    """
+
+    products: str
+    states: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor | None = None
+    reverse: bool
+    mode: str
+    table: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.products, *self.states)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "gru" if len(self.states) == 1 else "lstm"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Quantize(Step):
     """The bytes nearest to float32 numbers, by the quantisation of the value that it makes."""
 
@@ -300,7 +380,10 @@ class Operator(Step):
 
 
 #: The steps that a native kernel may compute.
-NATIVE = (Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten)
+NATIVE = (
+    *(Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
+    *(LSTMCell, LSTMHidden, GRUGates, Recurrence),
+)
 #: The steps on quantised values alone, and those into and out of them.
 INT8 = (Quantize, Dequantize, Table)
 #: The steps with weights.

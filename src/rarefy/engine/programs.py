@@ -144,6 +144,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_concat": (_INT32, (_POINTER, ctypes.POINTER(_INT32), _INT32, _TEXT), True),
     "builder_upsample": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
     "builder_flatten": (_INT32, (_POINTER, _INT32, _TEXT), True),
+    "builder_lstm_cell": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
+    "builder_lstm_hidden": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
+    "builder_gru": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
     "builder_output": (_INT32, (_POINTER, _INT32, _INT32), True),
     "builder_shape": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_Int32x3)), True),
     "builder_finish": (_POINTER, (_POINTER, ctypes.POINTER(_Options)), True),
@@ -151,6 +154,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "program_run": (
         _INT32,
         (_POINTER, _BUFFERS, _INT32, _BUFFERS, _INT32, _INT64, _INT32, _POINTER, _INT64),
+        True,
+    ),
+    "program_run_steps": (
+        _INT32,
+        (_POINTER, _BUFFERS, _INT32, _BUFFERS, _INT32, _INT64, _INT64, _INT32, _INT32, _POINTER, _INT64),
         True,
     ),
     "program_describe": (None, (_POINTER, ctypes.POINTER(_ProgramInfo)), False),
@@ -304,15 +312,27 @@ class Program:
         Raises NativeError where a tensor has not ``batch`` times the numbers of its port, and for a number of threads
         outside 1 to 1024; MemoryError without memory for the scratch.
         """
-        for number in (batch, threads):
-            if not 0 <= number < 1 << 31:
-                raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
-        if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
-            raise NativeError("seconds must be contiguous float64")
-        read, written = _buffers(inputs), _buffers(outputs)
-        clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
-        ports = (read, len(inputs), written, len(outputs))
+        ports, clock = _ports(inputs, outputs, batch, threads, seconds)
         if _call(f"{self._kind}_run", self._address, *ports, batch, threads, *clock):
+            raise MemoryError(f"no memory for the scratch of a batch of {batch}")
+
+    def run_steps(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        batch: int,
+        threads: int,
+        seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
+        *,
+        steps: int,
+        reverse: bool,
+    ) -> None:
+        """Run a program that is one step of a recurrence, so many times; see ``rarefy_program_run_steps``.
+
+        The first input and output are those of all steps, the others are states. Otherwise as :meth:`run`.
+        """
+        ports, clock = _ports(inputs, outputs, batch, threads, seconds)
+        if _call("program_run_steps", self._address, *ports, batch, steps, reverse, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
     def ports(self, *, outputs: bool) -> list[tuple[tuple[int, int, int], int]]:
@@ -366,6 +386,23 @@ class Int8Program(Program):
     def __reduce__(self) -> tuple[Any, ...]:
         """Raise TypeError: a copy would hold the same address."""
         raise TypeError("an int8 program cannot be copied or pickled: copy the segment, which makes it again")
+
+
+def _ports(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    batch: int,
+    threads: int,
+    seconds: np.ndarray[Any, np.dtype[np.float64]] | None,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Inputs and outputs, and the clock, as the functions that run a program take them."""
+    for number in (batch, threads):
+        if not 0 <= number < 1 << 31:
+            raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
+    if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
+        raise NativeError("seconds must be contiguous float64")
+    clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
+    return (_buffers(inputs), len(inputs), _buffers(outputs), len(outputs)), clock
 
 
 def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
@@ -518,6 +555,18 @@ class Builder:
     def flatten(self, x: int, *, name: str) -> int:
         """All numbers as a vector."""
         return self._add("flatten", x, name=name)
+
+    def lstm_cell(self, gates: int, c: int, *, name: str) -> int:
+        """An LSTM's new cell, of the gates before their activations and the cell before."""
+        return self._add("lstm_cell", gates, c, name=name)
+
+    def lstm_hidden(self, gates: int, c: int, *, name: str) -> int:
+        """An LSTM's result, of the same gates and the new cell."""
+        return self._add("lstm_hidden", gates, c, name=name)
+
+    def gru(self, x: int, h: int, state: int, *, name: str) -> int:
+        """A GRU's result, of the products of input and state with their weights, and the state before."""
+        return self._add("gru", x, h, state, name=name)
 
     def output(self, x: int, layout: int) -> None:
         """Make a value a result."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, activate, symmetric_padding
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
@@ -23,10 +24,14 @@ from rarefy.engine.plan import (
     Conv,
     Flatten,
     GlobalAverage,
+    GRUGates,
     Linear,
+    LSTMCell,
+    LSTMHidden,
     Operator,
     Plan,
     Pool,
+    Recurrence,
     Ref,
     Step,
     Upsample,
@@ -121,6 +126,14 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_global_average, step)
         case Concat():
             return torch.cat, ([Ref(name) for name in step.operands], 1), {}
+        case LSTMHidden():
+            compute = functools.partial(_lstm_hidden, step)
+        case LSTMCell():
+            compute = functools.partial(_lstm_cell, step)
+        case GRUGates():
+            compute = functools.partial(_gru_gates, step)
+        case Recurrence():
+            compute = functools.partial(_recurrence, step)
         case Upsample():
             compute = functools.partial(F.interpolate, scale_factor=tuple(map(float, step.factor)))
         case Flatten():
@@ -194,6 +207,40 @@ def _pool(step: Pool, x: Tensor) -> Tensor:
 
 def _global_average(step: GlobalAverage, x: Tensor) -> Tensor:
     return x.mean(tuple(range(2, x.dim())), keepdim=step.keepdim)
+
+
+def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:
+    if step.mode == "exact":
+        return torch.sigmoid(x) if function == "sigmoid" else torch.tanh(x)
+    result: Tensor = resolve("rarefy.activation.default")(x, function, step.mode, "y", step.table)
+    return result
+
+
+def _lstm_cell(step: LSTMCell, gates: Tensor, c: Tensor) -> Tensor:
+    i, f, g, _ = gates.chunk(4, -1)
+    kept, taken = (_activated(x, "sigmoid", step) for x in (f, i))
+    return kept * c + taken * _activated(g, "tanh", step)
+
+
+def _lstm_hidden(step: LSTMHidden, gates: Tensor, c: Tensor) -> Tensor:
+    return _activated(gates.chunk(4, -1)[3], "sigmoid", step) * _activated(c, "tanh", step)
+
+
+def _gru_gates(step: GRUGates, x: Tensor, h: Tensor, state: Tensor) -> Tensor:
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), h.chunk(3, -1)
+    r, z = _activated(x_r + h_r, "sigmoid", step), _activated(x_z + h_z, "sigmoid", step)
+    fresh = _activated(torch.addcmul(x_n, r, h_n), "tanh", step)
+    return (state - fresh) * z + fresh
+
+
+def _recurrence(step: Recurrence, products: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    how = (None, step.reverse, step.mode, step.table)
+    extra = None if step.kind == "lstm" else step.bias  # a projection, which it has not, or a bias
+    if products.is_meta:
+        result = resolve(f"rarefy.{step.kind}.default")(products, step.weight, extra, *states, *how, False)
+        return tuple(result[: 1 + len(states)])
+    run: Callable[..., tuple[Tensor, ...]] = run_lstm if step.kind == "lstm" else run_gru
+    return run(products, step.weight, extra, *states, *how)
 
 
 def _given(argument: Any, values: Mapping[str, Any]) -> Any:
