@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 #include "isa.h"
+#include "parallel.h"
 #include "rarefy_engine.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -418,6 +419,45 @@ void gru(const float *const x[3], const float *const h[3], const float *state, f
     });
 }
 
+// ---- additive attention
+
+// scores[b][t] = sum over h of vector[h] tanh(keys[b][t][h] + queries[b][h])
+struct Additive {
+    const float *keys, *queries, *vector;
+    float *scores;
+    int64_t tokens, width;
+};
+
+// Of N tokens at once: a tanh alone would wait for itself.
+template <int N>
+inline void additive_tokens(const Additive &a, int64_t row, int64_t token) {
+    const float *keys = a.keys + (row * a.tokens + token) * a.width, *query = a.queries + row * a.width;
+    V sum[N];
+    RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] = all(0.0f);
+    const auto add_span = [&](int64_t i, const auto &at) {
+        const V q = at(query + i), v = at(a.vector + i);
+        RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] = fma(v, tanh(add(at(keys + t * a.width + i), q)), sum[t]);
+    };
+    int64_t i = 0;
+    for (; i + L <= a.width; i += L) add_span(i, [](const float *p) { return loadu(p); });
+    if (i < a.width) add_span(i, [&](const float *p) { return load_some(p, low_lanes(a.width - i)); });
+    RAREFY_UNROLL for (int t = 0; t < N; ++t) a.scores[row * a.tokens + token + t] = total(sum[t]);
+}
+
+void additive_row(void *context, int64_t row) {
+    const Additive &a = *static_cast<const Additive *>(context);
+    int64_t token = 0;
+    for (; token + 4 <= a.tokens; token += 4) additive_tokens<4>(a, row, token);
+    for (; token < a.tokens; ++token) additive_tokens<1>(a, row, token);
+}
+
+void additive_scores(const float *keys, const float *queries, const float *vector, float *scores, int64_t rows,
+                     int64_t tokens, int64_t width, int32_t threads) {
+    Additive call{keys, queries, vector, scores, tokens, width};
+    constexpr int64_t SERIAL = 1 << 16;  // numbers up to which one thread is enough: not measured apart
+    parallel_for(rows * tokens * width < SERIAL ? 1 : threads, rows, additive_row, &call);
+}
+
 // ---- the table
 
 template <int R, int T>
@@ -469,7 +509,8 @@ const Kernels *engine_functions() {
 
 }  // namespace
 
-extern const rarefy_kernel engine_kernels[] = {RAREFY_KERNEL("engine", engine_functions)};
+extern const rarefy_kernel engine_kernels[] = {RAREFY_KERNEL("engine", engine_functions),
+                                               RAREFY_KERNEL("additive_scores", additive_scores)};
 extern const int64_t engine_kernel_count = sizeof engine_kernels / sizeof *engine_kernels;
 
 }  // namespace RAREFY_ISA

@@ -39,7 +39,7 @@ def _lstm(input_size: int, hidden_size: int, mode: str) -> nn.LSTM:
     return act.LSTM(input_size, hidden_size, batch_first=True, mode=mode)
 
 
-def _reversed(x: Tensor, lengths: Tensor) -> Tensor:
+def reversed_steps(x: Tensor, lengths: Tensor) -> Tensor:
     """Turn the first ``lengths[b]`` of the steps of each sentence around; x (B, S, C), the padding stays last."""
     steps = torch.arange(x.shape[1], device=x.device)
     last = lengths.to(x.device).unsqueeze(1) - 1
@@ -65,8 +65,8 @@ class Encoder(nn.Module):
         """
         x = self.dropout(x)
         ahead, _ = self.forwards(x)
-        back, _ = self.backwards(_reversed(x, lengths))
-        x = torch.cat([ahead, _reversed(back, lengths)], 2)
+        back, _ = self.backwards(reversed_steps(x, lengths))
+        x = torch.cat([ahead, reversed_steps(back, lengths)], 2)
         for index, layer in enumerate(self.layers):
             y, _ = layer(self.dropout(x))
             x = y if index == 0 else x + y

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rarefy.models.gnmt import GNMT, LayerState, Memory
+from rarefy.models.gnmt import LayerState, Memory
+
+
+class Network(Protocol):
+    """What a search needs of a network, as :class:`rarefy.models.GNMT` has it."""
+
+    def encode(self, source: Tensor, lengths: Tensor) -> Memory:
+        """Read sentences (B, S) of lengths (B,)."""
+
+    def decode(
+        self, target: Tensor, memory: Memory, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState], Tensor]:
+        """Go on with tokens (B, 1): logits (B, 1, vocab_size), the new state, and the attention (B, 1, S)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ def coverage_penalty(seen: Tensor, padding: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def translate(
-    model: GNMT,
+    model: Network,
     source: Tensor,
     lengths: Tensor,
     *,
@@ -58,7 +71,8 @@ def translate(
     beam; finished ones compete by equation 14. The search is over when nothing that is left could become better.
 
     Args:
-        model: in evaluation mode, on the device of the sentences.
+        model: a GNMT in evaluation mode, on the device of the sentences; or, on the CPU, a
+            :class:`rarefy.models.compiled.CompiledGNMT`.
         source: tokens (B, S), padded at the end.
         lengths: how many tokens each sentence has, (B,), at least 1.
         begin: the token that begins a translation.
@@ -94,7 +108,7 @@ class _Search:
 
     def __init__(
         self,
-        model: GNMT,
+        model: Network,
         source: Tensor,
         lengths: Tensor,
         limits: Tensor,
@@ -137,7 +151,7 @@ class _Search:
         logp = logits[:, 0].float().log_softmax(1)
         seen = self.seen + weights[:, 0].float()
         sentences, beam, vocabulary = *self.total.shape, logp.shape[1]
-        score = self.total.unsqueeze(2) + logp.view(sentences, beam, vocabulary)
+        score = logp.view(sentences, beam, vocabulary).add_(self.total.unsqueeze(2))  # large: in its own memory
         self.total, place = score.flatten(1).topk(beam, 1)
         rows = (self.first + place // vocabulary).flatten()
         self.token = (place % vocabulary).view(-1, 1)

@@ -27,6 +27,8 @@ from rarefy.train.token_batches import TokenBatches
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from rarefy.models.compiled import CompiledGNMT
+
 #: The file of a run's byte-pair encoding.
 TOKENIZER = "tokenizer.json"
 
@@ -168,12 +170,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"{path} is {error}") from None
 
 
-def translate_texts(model: GNMT, tokenizer: Tokenizer, texts: list[str], *, beam: int = 1, **options: Any) -> list[str]:
+def translate_texts(
+    model: GNMT | CompiledGNMT, tokenizer: Tokenizer, texts: list[str], *, beam: int = 1, **options: Any
+) -> list[str]:
     """Translate sentences, in evaluation mode; an empty one gives an empty one.
 
     ``options`` are those of :func:`rarefy.models.search.translate`.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if isinstance(model, GNMT) else torch.device("cpu")
     ids = [each.ids for each in tokenizer.encode_batch(texts)]
     order = sorted((index for index in range(len(texts)) if ids[index]), key=lambda index: len(ids[index]))
     said = [""] * len(texts)
@@ -191,8 +195,14 @@ def translate_texts(model: GNMT, tokenizer: Tokenizer, texts: list[str], *, beam
 class Translator:
     """A trained run's model with its encoding: sentences in, sentences out."""
 
-    def __init__(self, model: GNMT, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model: GNMT | CompiledGNMT, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval() if isinstance(model, GNMT) else model, tokenizer
+
+    def compiled(self) -> Translator:
+        """Return one that runs on the engine; see :class:`rarefy.models.compiled.CompiledGNMT`."""
+        from rarefy.models.compiled import CompiledGNMT  # late: training has no use for the engine
+
+        return self if isinstance(self.model, CompiledGNMT) else Translator(CompiledGNMT(self.model), self.tokenizer)
 
     def __call__(self, texts: list[str], *, beam: int = 1) -> list[str]:
         """Translate sentences; see :func:`translate_texts`."""
