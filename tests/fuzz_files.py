@@ -24,8 +24,22 @@ from tests.engine.networks import UNet, Vision, thinned
 RESULTS = Path("results/fuzz.csv")
 
 
+class _LSTM(nn.LSTM):
+    """Gives the last state alone, so that it is a tensor."""
+
+    def forward(self, x):
+        return super().forward(x)[1][1]
+
+
+class _GRU(nn.GRU):
+    """The same."""
+
+    def forward(self, x):
+        return super().forward(x)[1]
+
+
 def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
-    """Convolutions in bands, depthwise ones, a concatenation, pools, transformers; sparse and dense."""
+    """Convolutions in bands, depthwise ones, a concatenation, pools, transformers, recurrences; sparse and dense."""
     banded = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.MaxPool2d(2)
     )
@@ -33,6 +47,7 @@ def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
     return [
         *((thinned(UNet()), (3, 16, 16)), (thinned(Vision()), (3, 16, 16)), (thinned(banded), (3, 32, 32))),
         *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (3, 16, 16))),
+        *((thinned(kind(8, 16, 2, batch_first=True)), (t, 8)) for kind in (_LSTM, _GRU) for t in (1, 4)),
     ]
 
 

@@ -13,6 +13,9 @@ def thinned(model: nn.Module, density: float = 0.15) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             module.weight.data = sparse(module.weight.data, density)
+        if isinstance(module, nn.RNNBase):
+            for weight in (each for each in module.parameters() if each.dim() == 2):
+                weight.data = sparse(weight.data, density)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
