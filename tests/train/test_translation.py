@@ -78,6 +78,7 @@ def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys,
     english, german = zip(*CORPUS, strict=True)
     for beam in (1, 4):
         assert tuple(translator(list(english), beam=beam)) == german
+        assert tuple(translator.compiled()(list(english), beam=beam)) == german
     assert translator(["", english[3], "猫"], beam=2)[:2] == ["", german[3]]
     text = tmp_path / "in.txt"
     text.write_text("  ")
@@ -87,6 +88,8 @@ def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys,
     assert "there is no text file" in capsys.readouterr().err
     text.write_text(f"{english[5]}\n\n{english[0]}\n")
     assert main(["translate", str(folder), str(text)]) == 0
+    assert capsys.readouterr().out == f"{german[5]}\n\n{german[0]}\n"
+    assert main(["translate", str(folder), str(text), "--engine"]) == 0
     assert capsys.readouterr().out == f"{german[5]}\n\n{german[0]}\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(english[7].encode())))
     assert main(["translate", str(folder), "--output", str(tmp_path / "out.txt"), "--beam", "1"]) == 0
