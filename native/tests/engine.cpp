@@ -391,6 +391,57 @@ void groups(const char *isa) {
     }
 }
 
+// Gates of an LSTM and of a GRU, and the LSTM's over some steps, against double; every size leaves lanes over.
+void recurrences(const char *isa) {
+    const int32_t n = 11, steps = 3;
+    const auto sigmoid = [](double v) { return 1.0 / (1.0 + std::exp(-v)); };
+    for (const int32_t batch : {1, 3, 16}) {
+        Builder b;
+        const int32_t x = b.input(4 * n, 1, 1), h = b.input(n, 1, 1), c = b.input(n, 1, 1);
+        const int32_t gates = b.check(rarefy_builder_binary(b.b, x, x, 0, RAREFY_NONE, "twice", b.error, 256));
+        const int32_t cell = b.check(rarefy_builder_lstm_cell(b.b, gates, c, "cell", b.error, 256));
+        const int32_t hidden = b.check(rarefy_builder_lstm_hidden(b.b, gates, cell, "hidden", b.error, 256));
+        const int32_t mixed = b.check(rarefy_builder_binary(b.b, hidden, h, 0, RAREFY_NONE, "mixed", b.error, 256));
+        for (const int32_t value : {mixed, mixed, cell}) b.output(value);
+        const Program p = b.finish(isa, batch);
+        Floats xs = numbers(int64_t{steps} * batch * 4 * n), h0 = numbers(int64_t{batch} * n),
+               c0 = numbers(int64_t{batch} * n);
+        Floats ys(static_cast<size_t>(steps * batch * n)), h1(h0.size()), c1(c0.size()), wanted, hs = h0, cs = c0;
+        for (int32_t step = 0; step < steps; ++step)
+            for (int32_t i = 0; i < batch; ++i)
+                for (int32_t u = 0; u < n; ++u) {
+                    const float *g = xs.data() + (step * batch + i) * 4 * n + u;
+                    const int32_t at = i * n + u;
+                    cs[at] = static_cast<float>(sigmoid(2.0 * g[n]) * cs[at] +
+                                                sigmoid(2.0 * g[0]) * std::tanh(2.0 * g[2 * n]));
+                    hs[at] += static_cast<float>(sigmoid(2.0 * g[3 * n]) * std::tanh(cs[at]));
+                    wanted.push_back(hs[at]);
+                }
+        const auto size = [](const Floats &v) { return static_cast<int64_t>(v.size()); };
+        const rarefy_buffer in[] = {{xs.data(), size(xs)}, {h0.data(), size(h0)}, {c0.data(), size(c0)}};
+        const rarefy_buffer out[] = {{ys.data(), size(ys)}, {h1.data(), size(h1)}, {c1.data(), size(c1)}};
+        expect(rarefy_program_run_steps(p.get(), in, 3, out, 3, batch, steps, 0, 1, nullptr, 0, b.error, 256) == 0,
+               b.error);
+        expect(close(ys, wanted, 1e-5) && close(h1, hs, 1e-5) && close(c1, cs, 1e-5), "an LSTM");
+
+        Builder other;
+        const int32_t from_x = other.input(3 * n, 1, 1), from_h = other.input(3 * n, 1, 1),
+                      state = other.input(n, 1, 1);
+        other.output(other.check(rarefy_builder_gru(other.b, from_x, from_h, state, "gru", other.error, 256)));
+        const Floats a = numbers(int64_t{batch} * 3 * n), w = numbers(int64_t{batch} * 3 * n);
+        Floats expected;
+        for (int32_t i = 0; i < batch; ++i)
+            for (int32_t u = 0; u < n; ++u) {
+                const float *p1 = a.data() + i * 3 * n + u, *p2 = w.data() + i * 3 * n + u;
+                const double r = sigmoid(double{p1[0]} + p2[0]), z = sigmoid(double{p1[n]} + p2[n]);
+                const double fresh = std::tanh(p1[2 * n] + r * p2[2 * n]);
+                expected.push_back(static_cast<float>((h0[i * n + u] - fresh) * z + fresh));
+            }
+        expect(close(run(other.finish(isa, batch).get(), {a, w, h0}, int64_t{batch} * n, batch, 2), expected, 1e-5),
+               "a GRU");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -404,6 +455,7 @@ int main(int argc, char **argv) {
     for (const std::string &isa : isas) {
         for (int64_t i = 0; i < cases; ++i) conv_case(isa.c_str(), i);
         activations(isa.c_str());
+        recurrences(isa.c_str());
         if (all) {
             threads(isa);
             groups(isa.c_str());
