@@ -205,7 +205,12 @@ def test_what_is_native():
     given = inputs(thin, 2, 4, True)
     compiled = engine.compile(thin, given, 1, choose="native")
     assert {"lstm cell", "lstm hidden"} <= {*kinds(compiled)}
-    assert [row.kind for row in compiled.profile(*given, rounds=1).rows].count("lstm cell") == 1
+    rows = compiled.profile(*given, rounds=1).rows
+    assert [row.kind for row in rows].count("lstm cell") == 1
+    (row,) = (row for row in rows if row.name == "layer.weight_hh_l0")
+    assert row.density == thin.layer.weight_hh_l0.count_nonzero().item() / thin.layer.weight_hh_l0.numel()
+    (facts,) = (step.facts for step in compiled.steps() if step.name == "layer.weight_hh_l0")
+    assert facts.dense_macs == 4 * 4 * HIDDEN * HIDDEN
 
 
 @pytest.mark.parametrize("steps", [1, 5])

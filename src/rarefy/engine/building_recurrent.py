@@ -80,10 +80,10 @@ def recurrent(plan: Plan, step: Recurrence, options: Options, measured: Mapping[
         name=step.output,
     )
     if lstm:
-        cell = builder.lstm_cell(gates, states[1], name=step.output)
-        after = [builder.lstm_hidden(gates, cell, name=step.output), cell]
+        cell = builder.lstm_cell(gates, states[1], name=f"{step.name} cell")
+        after = [builder.lstm_hidden(gates, cell, name=f"{step.name} hidden"), cell]
     else:
-        after = [builder.gru(products, gates, states[0], name=step.output)]
+        after = [builder.gru(products, gates, states[0], name=f"{step.name} gates")]
     for value in (after[0], *after):  # y is h of every step
         builder.output(value, CHANNELS_FIRST)
     layers = sum(isinstance(each, (Layer, Recurrence)) for each in plan.steps)

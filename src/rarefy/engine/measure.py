@@ -18,7 +18,7 @@ from rarefy.engine.execute import Runner
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, Lowered, lower
 from rarefy.engine.onednn import PackedConv, packed
-from rarefy.engine.plan import Conv, Layer, Plan, Step
+from rarefy.engine.plan import Conv, Layer, Plan, Recurrence
 from rarefy.engine.reference import bind, items, run_step
 
 _ROUNDS = 5
@@ -100,7 +100,11 @@ def walk(
                 known[look] = took if took > _ENOUGH_SECONDS else _time(step, values)
                 if other is not None:
                     known[look] = min(known[look], _time(other, values))
-            layers[step.output] = _facts(step, result, samples(inputs[0].shape), known.get(look))
+            # every weight is used once for each place of the output channel that it belongs to
+            places = result.numel() // len(step.weight)
+            layers[step.output] = _facts(step.weight, places, samples(inputs[0].shape), known.get(look))
+        if isinstance(step, Recurrence):  # once for each row of every step
+            layers[step.output] = _facts(step.weight, len(result[0]), samples(inputs[0].shape), None)
         if isinstance(result, Tensor):
             shapes[step.output] = tuple(result.shape)
         for name in freed:
@@ -197,13 +201,11 @@ def _time(item: Layer | PackedConv, values: dict[str, Any]) -> float:
     return median(took)
 
 
-def _facts(step: Step, result: Tensor, samples: int, seconds: float | None) -> LayerFacts:
-    assert isinstance(step, Layer)
-    weights, nonzeros = step.weight.numel(), int(step.weight.count_nonzero())
-    # Every weight is used once for each place of the output channel that it belongs to.
-    places = result.numel() // len(step.weight) // samples
-    each = None if seconds is None else seconds / samples
-    return LayerFacts(weights, nonzeros, nonzeros * places, weights * places, each)
+def _facts(weight: Tensor, places: int, samples: int, seconds: float | None) -> LayerFacts:
+    """Facts of weights that are each used so many times, in so many seconds."""
+    weights, nonzeros, each = weight.numel(), int(weight.count_nonzero()), places // samples
+    took = None if seconds is None else seconds / samples
+    return LayerFacts(weights, nonzeros, nonzeros * each, weights * each, took)
 
 
 def slower_than_torch(
