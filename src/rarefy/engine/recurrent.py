@@ -3,7 +3,7 @@
 Every LSTM and GRU of a graph, PyTorch's and those of :mod:`rarefy.act`, becomes ``rarefy::lstm`` or ``rarefy::gru``:
 the product of the input with its weights, for all steps at once, is an ordinary linear layer before it. Of one step the
 product with the state is a linear layer, too, and the gates are steps of the plan; several are a :class:`Recurrence`.
-What is not covered stays an operator that PyTorch runs: packed sequences, projections, other dtypes than float32.
+What is not covered stays an operator that PyTorch runs: projections, other dtypes than float32.
 """
 
 from __future__ import annotations
