@@ -13,6 +13,7 @@ from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner
+from rarefy.engine.onnx_int8 import serialized
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import GRUGates, Linear, LSTMCell, LSTMHidden, Operator, Recurrence
 from rarefy.engine.programs import CHANNELS_FIRST, Builder, NativeError, available
@@ -256,6 +257,21 @@ def test_several_threads_give_the_same():
         for some in (given, tuple(x[:1] for x in given)):  # of one sample the rows of each step are shared out
             for a, b in zip(shared(*some), alone(*some), strict=True):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_what_measuring_chooses(steps):
+    model = made("lstm", "random")
+    given = inputs(model, 2, steps, True)
+    close(engine.compile(model, given, 1, tune_seconds=0.05)(*given), wide(model, given))
+
+
+def test_onnx_in_int8_is_refused():
+    pytest.importorskip("onnx")
+    model = Cell(nn.LSTMCell(INPUTS, HIDDEN)).eval()
+    given = tuple(torch.randn(2, size) for size in (INPUTS, HIDDEN, HIDDEN))
+    with pytest.raises(ValueError, match="is of a recurrent layer, which has no form in ONNX in int8"):
+        serialized(optimize(capture(model, given)))
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -33,12 +33,15 @@ from rarefy.engine.plan import (
     Dequantize,
     Flatten,
     GlobalAverage,
+    GRUGates,
     Linear,
+    LSTMCell,
     Operator,
     Plan,
     Pool,
     Quantize,
     Quantized,
+    Recurrence,
     Step,
     Table,
     Upsample,
@@ -178,6 +181,11 @@ class _Graph:
                 raise ValueError(
                     f"{step.name} runs PyTorch's {step.target}, which has no form in ONNX in int8: save_onnx writes "
                     "the model in float32"
+                )
+            case LSTMCell() | GRUGates() | Recurrence(), _:
+                raise ValueError(
+                    f"{step.name} is of a recurrent layer, which has no form in ONNX in int8: save_onnx writes the "
+                    "model in float32"
                 )
             case Quantize(), Int8(result=Quantized() as of):
                 self._node("QuantizeLinear", [step.input, *self._meaning(step.output, of)], step.output)
