@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.engine.building import CannotError, NativeSegment, Options, SegmentPort, check_mode
 from rarefy.engine.plan import Layer, Plan, Recurrence
-from rarefy.engine.programs import CHANNELS_FIRST, Builder, NativeError, Program
+from rarefy.engine.programs import CHANNELS_FIRST, Builder, Program
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +62,7 @@ class RecurrentSegment(NativeSegment):
 
 
 def recurrent(plan: Plan, step: Recurrence, options: Options, measured: Mapping[str, Program]) -> RecurrentSegment:
-    """The program of a recurrence. Raises CannotError where there is none, or none that is of use."""
+    """The program of a recurrence. Raises CannotError or NativeError where there is none, or none that is of use."""
     check_mode(step.mode)
     batch, hidden = options.shapes[step.states[0]]
     builder, count = Builder(), len(step.weight)
@@ -87,15 +87,12 @@ def recurrent(plan: Plan, step: Recurrence, options: Options, measured: Mapping[
     for value in (after[0], *after):  # y is h of every step
         builder.output(value, CHANNELS_FIRST)
     layers = sum(isinstance(each, (Layer, Recurrence)) for each in plan.steps)
-    try:
-        program = builder.finish(
-            batch=max(1, batch),
-            threads=options.threads,
-            tune_seconds=options.tune_seconds / layers,
-            measured=measured.get(step.output),
-        )
-    except NativeError as error:
-        raise CannotError(str(error)) from None
+    program = builder.finish(
+        batch=max(1, batch),
+        threads=options.threads,
+        tune_seconds=options.tune_seconds / layers,
+        measured=measured.get(step.output),
+    )
     if options.choice == "measure" and not any(each.kernel.startswith("sparse") for each in program.steps()):
         raise CannotError("few of its weights are zero: rarefy's kernel for dense ones runs it")
     names = (step.products, *step.states)

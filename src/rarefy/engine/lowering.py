@@ -93,7 +93,7 @@ class _Lowering:
         """Add a program of its own; gives the reason if it cannot be."""
         try:
             segment = recurrent(self.plan, step, self.options, self.measured)
-        except CannotError as error:
+        except (CannotError, NativeError) as error:
             return str(error)
         self._flush()
         for name in step.inputs:
