@@ -173,7 +173,7 @@ def forward(function: str, mode: str, dtype: torch.dtype, table: str, device: to
     if found is None:
         return None
     compute, rows, numbers = found
-    return Kernel(_map_kernel, dtype, (on(rows, device),), (compute, numbers))
+    return Kernel(_map_kernel, dtype, device, (on(rows, device),), (compute, numbers))
 
 
 def backward(function: str, mode: str, grad: str, dtype: torch.dtype, device: torch.device) -> Kernel:
@@ -181,11 +181,11 @@ def backward(function: str, mode: str, grad: str, dtype: torch.dtype, device: to
     fmt = FORMAT_OF[dtype]
     if fmt.bits == 32:
         constants = (triton_float32.slope, (function, mode), fmt.name)
-        return Kernel(_gradient_kernel, dtype, (on(np.zeros(1, dtype=np.float32), device),), constants)
+        return Kernel(_gradient_kernel, dtype, device, (on(np.zeros(1, dtype=np.float32), device),), constants)
     with subnormals.kept():
         saved = torch.from_numpy(fmt.decode(fmt.all_bits()).astype(np.float32))
         slopes = gradients.backward(torch.ones_like(saved), saved, function, mode, grad)
-    return Kernel(_gradient_kernel, dtype, (slopes.to(device),), (slope, ((1 << fmt.bits) - 1,), fmt.name))
+    return Kernel(_gradient_kernel, dtype, device, (slopes.to(device),), (slope, ((1 << fmt.bits) - 1,), fmt.name))
 
 
 def on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -196,4 +196,4 @@ def on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
 def probe(device: torch.device) -> None:
     """Compile and launch the smallest kernel; raises what Triton raises where it cannot."""
     x = torch.zeros(1, dtype=torch.uint8, device=device)
-    Kernel(_map_kernel, x.dtype, (x,), (_lookup, (0,)))(x, torch.empty_like(x))
+    Kernel(_map_kernel, x.dtype, device, (x,), (_lookup, (0,)))(x, torch.empty_like(x))

@@ -139,7 +139,7 @@ def forward(
     if found is None:
         return None
     compute, rows, numbers = found
-    return Kernel(_forward_kernel, dtype, (on(rows, device),), (compute, numbers, FORMAT_OF[dtype].name, many))
+    return Kernel(_forward_kernel, dtype, device, (on(rows, device),), (compute, numbers, FORMAT_OF[dtype].name, many))
 
 
 def backward(
@@ -161,4 +161,4 @@ def backward(
     else:
         derivative, constants = _slope32, (function,)
     tables = (on(rows, device), values.to(device))
-    return Kernel(_backward_kernel, dtype, tables, (compute, numbers, derivative, constants, fmt.name, many))
+    return Kernel(_backward_kernel, dtype, device, tables, (compute, numbers, derivative, constants, fmt.name, many))
