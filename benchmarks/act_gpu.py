@@ -5,8 +5,9 @@
 Forward, and forward and backward, of every function and mode in bfloat16, and of the mode "exact" in the other formats;
 eager, replayed from a CUDA graph, and, forward in the mode "exact" of bfloat16 and float32, compiled; gated units
 against PyTorch's function and a product. In each round every way of one row runs in turn. GB/s are the bytes that have
-to move by the median time. ``host_us`` is what an eager call of 1,024 elements costs the host. It is made to take some
-two minutes, and writes results/act-gpu.csv.
+to move by the median time. ``host_us`` is what an eager call of 1,024 elements costs the host. LSTM and GRU stand
+against torch.nn's, by cuDNN, in milliseconds. It is made to take some two minutes, and writes results/act-gpu.csv and
+results/act-gpu-lstm.csv.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ FUNCTIONS: dict[str, tuple[Call, Call]] = {
     "exp": (act.exp, torch.exp),
 }
 MOST_USED = ("tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
+COMPILED = ("silu", "gelu", "gelu_tanh")
 UNITS: dict[str, tuple[Call, Call]] = {
     "silu_and_mul": (act.silu_and_mul, F.silu),
     "gelu_and_mul": (act.gelu_and_mul, F.gelu),
@@ -80,7 +82,11 @@ def host(way: Call) -> float:
 
 def captured(way: Call) -> Call:
     """The same as a replay of a CUDA graph."""
-    way()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # autograd remembers the stream
+        way()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         way()
@@ -97,7 +103,7 @@ def compare(function: str, mode: str, x: Tensor, ours: Call, theirs: Call | None
 
     small = x[:1024].clone()
     rows = []
-    compiled = mode == "exact" and x.dtype in (torch.bfloat16, torch.float32) and function in MOST_USED
+    compiled = mode == "exact" and x.dtype in (torch.bfloat16, torch.float32) and function in COMPILED
     for what, wrap, arrays in (("forward", lambda call: lambda: call(x), 2), ("forward and backward", trained, 5)):
         ways = {"copy": lambda: target.copy_(x), "eager": wrap(ours)}
         ways["graph"] = captured(ways["eager"])
@@ -130,12 +136,50 @@ def units(name: str, dtype: torch.dtype, elements: int, rounds: int) -> dict[str
     half = x[:, :8192].contiguous()
     ways: dict[str, Call] = {"copy": lambda: torch.empty_like(half).copy_(half), "eager": lambda: ours(x)}
     ways["graph"] = captured(ways["eager"])
-    for way, call in (("compiled", ours), ("torch_compiled", composed)):
-        ways[way] = functools.partial(torch.compile(call), x)
+    if dtype == torch.bfloat16:
+        for way, call in (("compiled", ours), ("torch_compiled", composed)):
+            ways[way] = functools.partial(torch.compile(call), x)
     ways["torch"] = lambda: composed(x)
     taken = dict(zip(ways, microseconds(list(ways.values()), rounds), strict=True))
     speeds = {f"{way}_gbs": round((2 if way == "copy" else 3) * half.nbytes / us / 1e3, 1) for way, us in taken.items()}
     return {"function": name, "mode": "exact", "format": FORMAT_OF[dtype].name, "what": "forward", **speeds}
+
+
+#: input and hidden size, batch, steps
+RECURRENT = {"large": (1024, 128, 32), "small": (256, 32, 32)}
+
+
+def inferred(layer: Any, x: Tensor) -> Any:
+    """Forward alone."""
+    with torch.no_grad():
+        return layer(x)
+
+
+def trained(layer: Any, x: Tensor) -> Any:
+    """Forward, and the gradients of the input and of all weights."""
+    return torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
+
+
+def recurrent(kind: str, size: str, dtype: torch.dtype, mode: str, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one layer: ours and PyTorch's, eager and replayed."""
+    width, batch, steps = RECURRENT[size]
+    layers = {
+        "": getattr(act, kind)(width, width, mode=mode, device="cuda", dtype=dtype),
+        "torch_": getattr(torch.nn, kind)(width, width, device="cuda", dtype=dtype),
+    }
+    x = torch.randn(steps, batch, width, device="cuda", dtype=dtype).requires_grad_()
+    rows = []
+    for what in ("forward", "forward and backward"):
+        ways: dict[str, Call] = {}
+        for name, layer in layers.items():
+            call = functools.partial(inferred if what == "forward" else trained, layer, x)
+            ways[f"{name}ms"] = call
+            ways[f"{name}graph_ms"] = captured(call)
+        taken = zip(ways, microseconds(list(ways.values()), rounds), strict=True)
+        name = str(dtype).removeprefix("torch.")
+        row = {"kind": kind, "width": width, "batch": batch, "steps": steps, "mode": mode, "dtype": name, "what": what}
+        rows.append({**row, **{way: round(us / 1e3, 3) for way, us in taken}})
+    return rows
 
 
 COLUMNS = [
@@ -151,6 +195,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken (default: 15)")
     given = parser.parse_args()
     about = {"gpu": torch.cuda.get_device_name(), **results.provenance()}
+    layers: list[dict[str, Any]] = []
+    for kind in ("LSTM", "GRU"):
+        for size in RECURRENT:
+            for dtype in (torch.bfloat16, torch.float32):
+                for mode in ("exact", "ktanh") if dtype == torch.bfloat16 else ("exact",):
+                    layers += recurrent(kind, size, dtype, mode, given.rounds)
+                    for row in layers[-2:]:
+                        print(*(f"{value:>10}" for value in row.values()), flush=True)
+    results.write("act-gpu-lstm", [{**row, **about} for row in layers])
     rows: list[dict[str, Any]] = []
     x = torch.randn(given.elements, device="cuda", dtype=torch.bfloat16)
     cases = [(function, mode, x.dtype) for function in FUNCTIONS for mode in reference.modes(function)]

@@ -602,3 +602,55 @@ def test_packed_sequences_cost_what_they_cost_on_the_cpu():
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 16), torch.tensor([5, 3, 1]), batch_first=True)
     model = torch.nn.LSTM(16, 8, 2)
     assert cost.count(model, packed).layers == cost.count(model.cuda(), packed).layers
+
+
+@pytest.mark.parametrize("mode", ["exact", "ktanh", "hard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_are_those_of_the_cpu(kind, dtype, mode):
+    torch.manual_seed(0)
+    layer = getattr(act, kind)(24, 37, 2, mode=mode, dtype=dtype, bidirectional=True)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 24).to(dtype) for n in (9, 7, 7, 2)])
+    found = {}
+    for device in ("cpu", "cuda"):
+        moved = getattr(act, kind)(24, 37, 2, mode=mode, dtype=dtype, bidirectional=True).to(device)
+        moved.load_state_dict(layer.state_dict())
+        x = packed.data.to(device).requires_grad_()
+        y, after = moved(torch.nn.utils.rnn.PackedSequence(x, packed.batch_sizes))
+        states = after if isinstance(after, tuple) else (after,)
+        sum((each.float() ** 2).sum() for each in (y.data, *states)).backward()
+        found[device] = [y.data, *states, x.grad, *(p.grad for p in moved.parameters())]
+    bound = 2**-14 if dtype == torch.float32 else 2**-4 if dtype == torch.bfloat16 else 2**-7
+    for on_cpu, on_gpu in zip(found["cpu"], found["cuda"], strict=True):
+        assert on_gpu.dtype == on_cpu.dtype
+        far = (on_gpu.cpu().float() - on_cpu.float()).abs().max()
+        assert far <= bound * (1 + on_cpu.float().abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_recurrent_layer_is_captured(kind, dtype):
+    torch.manual_seed(0)
+    layer = getattr(act, kind)(16, 32, dtype=dtype, device="cuda")
+    x, other = (torch.randn(5, 4, 16, device="cuda", dtype=dtype) for _ in range(2))
+    place = x.clone().requires_grad_()
+
+    def step():
+        y = layer(place)[0]
+        return y, *torch.autograd.grad(y.float().square().sum(), [place, *layer.parameters()])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for content in (x, other):
+        with torch.no_grad():
+            place.copy_(content)
+        graph.replay()
+        replayed = [each.detach().clone() for each in captured]
+        for one, again in zip(replayed, step(), strict=True):
+            assert torch.equal(one, again.detach())

@@ -77,12 +77,13 @@ class Translation(Run):
         return self.recipe.data
 
     def _tokenizer(self, pairs: Pairs) -> Tokenizer:
-        """The encoding that the run began with, or a new one: the main process's for all."""
+        """The encoding that the run began with, the recipe's, or a new one: the main process's for all."""
         text = [""]
         if self.is_main:
-            path = self.folder.path / TOKENIZER
             if self._resumed:
-                text = [_read(path)]
+                text = [load_tokenizer(self.folder.path / TOKENIZER).to_str()]
+            elif self._data.tokenizer is not None:
+                text = [load_tokenizer(Path(self._data.tokenizer)).to_str()]
             else:
                 text = [translation.train_tokenizer(pairs, self._data.vocab_size).to_str()]
         broadcast_object_list(text)
@@ -155,7 +156,7 @@ def _in_order(data: Encoded, tokens: int = 4096) -> list[Batch]:
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: put the run's encoding back, or begin a new run")
+        raise FileNotFoundError(f"{path} is missing: put the encoding back, or begin a new run without it")
     return path.read_text(encoding="utf-8")
 
 

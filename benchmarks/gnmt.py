@@ -1,0 +1,155 @@
+"""GNMT by mode of its activations and by sparsity, in bfloat16: results/gnmt.csv.
+
+    rarefy data translation --output ende.tsv
+    python benchmarks/gnmt.py --corpus ende.tsv [--folder runs/gnmt] [--at-once 15] [--only exact-0 ...]
+
+Dense in the modes exact, ktanh and hard, and AutoSparse at 80 and 90 % in mode exact, three seeds each: the same
+network, encoding, data and steps; runs of one seed begin at the same weights. Every run is one of ``rarefy train`` in a
+process of its own, so many at once; what was cut off goes on where it was when the command is given again, and what is
+finished is kept. A row is an evaluation; the last of a run has the BLEU of the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import results
+
+MODES = ("exact", "ktanh", "hard")
+SPARSITIES = (0.8, 0.9)
+SEEDS = (0, 1, 2)
+
+
+def recipe(mode: str, target: float | None, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Return the recipe of one run."""
+    options = {"hidden_size": given.width, "num_layers": given.layers, "dropout": 0.2}
+    data = {"folder": str(given.corpus.resolve()), "longest": given.longest, "train_size": given.pairs}
+    if given.tokenizer is not None:
+        data["tokenizer"] = str(given.tokenizer.resolve())
+    return {
+        "name": "gnmt",
+        "model": {"name": "gnmt", "mode": mode, **options},
+        "method": {"name": "dense"} if target is None else {"name": "autosparse", "target": target},
+        "data": {"name": "translation", **data},
+        "optimizer": {"name": "adamw", "lr": given.lr, "weight_decay": 0.0, "clip_norm": 1.0},
+        "schedule": {
+            "epochs": given.epochs,
+            "batch_size": given.tokens,
+            "warmup_epochs": 0.5,
+            "label_smoothing": 0.1,
+        },
+        "seed": seed,
+        "precision": "bf16",
+    }
+
+
+def runs(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the recipes by name: those of a seed together, so that what is cut off is still paired."""
+    found = {}
+    for seed in SEEDS[: given.seeds]:
+        for mode in MODES:
+            found[f"{mode}-0-{seed}"] = recipe(mode, None, seed, given)
+        for target in SPARSITIES:
+            found[f"exact-{100 * target:.0f}-{seed}"] = recipe("exact", target, seed, given)
+    return {name: run for name, run in found.items() if not given.only or name.rpartition("-")[0] in given.only}
+
+
+def rows(name: str, folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the evaluations of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    mode, sparsity, seed = name.rsplit("-", 2)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if record["event"] == "eval"]
+    machine = environment.get("gpu") or environment["cpu"]
+    found = []
+    for record in evaluations:
+        last = record is evaluations[-1]
+        found.append(
+            {
+                "mode": mode,
+                "target": f"{int(sparsity) / 100:g}",
+                "seed": seed,
+                "step": record["step"],
+                "valid_perplexity": f"{record['valid_perplexity']:.4f}",
+                "sparsity": f"{summary['sparsity']:.4f}" if last else "",
+                "test_bleu": f"{summary['test_bleu']:.2f}" if last else "",
+                "training_flops": f"{summary['training_flops_ratio']:.3f}" if last else "",
+                "seconds": f"{summary['seconds']:.0f}" if last else "",
+                "signature": summary["bleu_signature"] if last else "",
+                "device": machine,
+                **about,
+            }
+        )
+    return found
+
+
+def train(names: dict[str, dict[str, Any]], folder: Path, at_once: int) -> None:
+    """Run what is not finished, so many processes at once; raises RuntimeError if one failed."""
+    waiting = [name for name in names if not (folder / name / "summary.json").exists()]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            name = waiting.pop(0)
+            place = folder / name
+            file = folder / f"{name}.yaml"
+            file.write_text(yaml.safe_dump(names[name], sort_keys=False))
+            command = [sys.executable, "-m", "rarefy", "train", str(file), "--run", str(place)]
+            command += ["--resume"] if (place / "recipe.yaml").exists() else []
+            print(shlex.join(command), flush=True)
+            with (folder / f"{name}.log").open("ab") as log:
+                running[name] = subprocess.Popen(command, stdout=log, stderr=log)
+        time.sleep(0.5)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                failed += [name] if process.returncode else []
+                print(name, "failed, see its .log" if process.returncode else "done", flush=True)
+    if failed:
+        raise RuntimeError(f"these runs failed: {', '.join(failed)}; their .log files say why")
+
+
+def main() -> None:
+    """Train, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("runs/gnmt"), help="of the runs (default: runs/gnmt)")
+    parser.add_argument("--tokenizer", type=Path, help="an encoding, in place of a new one for each run")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--longest", type=int, default=40, help="tokens of a sentence at most (default: 40)")
+    parser.add_argument("--pairs", type=int, help="only the first so many")
+    parser.add_argument("--tokens", type=int, default=8000, help="of a batch (default: 8000)")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--at-once", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--only", nargs="*", help="runs, such as ktanh-0 or exact-90; left out, all")
+    parser.add_argument("--collect", action="store_true", help="train nothing; write what is finished")
+    parser.add_argument("--name", default="gnmt", help="of the results' file (default: gnmt)")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    names = runs(given)
+    try:
+        if not given.collect:
+            train(names, given.folder, given.at_once)
+    finally:
+        about = results.provenance()
+        finished = [name for name in names if (given.folder / name / "summary.json").exists()]
+        kept = [row for name in finished for row in rows(name, given.folder / name, about)]
+        if kept:
+            print(results.write(given.name, kept))
+
+
+if __name__ == "__main__":
+    main()
