@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def rows(name: str, folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]
 def train(names: dict[str, dict[str, Any]], folder: Path, at_once: int) -> None:
     """Run what is not finished, so many processes at once; raises RuntimeError if one failed."""
     waiting = [name for name in names if not (folder / name / "summary.json").exists()]
+    share = str(max(1, (os.cpu_count() or 1) // at_once))
+    threads = {"OMP_NUM_THREADS": share, "RAYON_NUM_THREADS": share}  # of PyTorch, and of the encoding
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed = []
     while waiting or running:
@@ -108,7 +111,7 @@ def train(names: dict[str, dict[str, Any]], folder: Path, at_once: int) -> None:
             command += ["--resume"] if (place / "recipe.yaml").exists() else []
             print(shlex.join(command), flush=True)
             with (folder / f"{name}.log").open("ab") as log:
-                running[name] = subprocess.Popen(command, stdout=log, stderr=log)
+                running[name] = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **threads})
         time.sleep(0.5)
         for name, process in list(running.items()):
             if process.poll() is not None:

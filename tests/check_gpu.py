@@ -365,7 +365,8 @@ def same(there, here):
 def launches(step):
     """The names of the kernels that a call launches."""
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both, acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
@@ -397,9 +398,9 @@ def test_gradients_are_those_of_the_cpu(function, mode, dtype):
         here, there = found
         if dtype.itemsize == 1 or (not gradients.is_one_operator(function, mode, grad, dtype) and dtype.itemsize == 2):
             same(there, here)  # of slopes that are looked up
-        else:  # PyTorch's operators, and float32, whose exp is another
+        else:  # PyTorch's operators, which round more than once on a GPU, and float32, whose exp is another
             eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(there, here, rtol=max(2 * eps, 2e-6), atol=2e-7, equal_nan=True)
+            torch.testing.assert_close(there, here, rtol=max(8 * eps, 1e-5), atol=4e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
@@ -472,6 +473,7 @@ def test_activations_never_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
 def test_activations_in_a_graph(dtype):
     x = torch.randn(5000, device="cuda").to(dtype).requires_grad_()
@@ -615,7 +617,7 @@ def test_recurrent_layers_are_those_of_the_cpu(kind, dtype, mode):
     for device in ("cpu", "cuda"):
         moved = getattr(act, kind)(24, 37, 2, mode=mode, dtype=dtype, bidirectional=True).to(device)
         moved.load_state_dict(layer.state_dict())
-        x = packed.data.to(device).requires_grad_()
+        x = packed.data.to(device, copy=True).requires_grad_()
         y, after = moved(torch.nn.utils.rnn.PackedSequence(x, packed.batch_sizes))
         states = after if isinstance(after, tuple) else (after,)
         sum((each.float() ** 2).sum() for each in (y.data, *states)).backward()
@@ -627,6 +629,7 @@ def test_recurrent_layers_are_those_of_the_cpu(kind, dtype, mode):
         assert far <= bound * (1 + on_cpu.float().abs().max())
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_a_recurrent_layer_is_captured(kind, dtype):
