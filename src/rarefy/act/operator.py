@@ -111,22 +111,15 @@ activation.register_autograd(_backward, setup_context=_setup)
 
 
 class _Activation(torch.autograd.Function):
-    """The function for torch.compile, which traces through it on the CPU, and for the transforms of torch.func.
-
-    On a GPU the operator stays one: of PyTorch's operators Inductor makes a kernel of other bits, which joins products
-    and sums, and a slower one, whose lookups are by 64 bits.
-    """
+    """The function for torch.compile, which traces through it, and for the transforms of torch.func."""
 
     generate_vmap_rule = False
 
     @staticmethod
     def forward(x: Tensor, function: str, mode: str, grad: str, table: str) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return forward(x, function, mode, table)
-        if x.is_cuda:
-            result: Tensor = torch.ops.rarefy.activation(x, function, mode, grad, table)
-            return result
-        return aten.activation(x, function, mode, table)
+        if torch.compiler.is_compiling():
+            return aten.activation(x, function, mode, table)
+        return forward(x, function, mode, table)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
