@@ -64,33 +64,29 @@ def runs(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {name: run for name, run in found.items() if not given.only or name.rpartition("-")[0] in given.only}
 
 
-def rows(name: str, folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the evaluations of a finished run."""
-    summary = json.loads((folder / "summary.json").read_text())
+def rows(name: str, folder: Path, recipe: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the evaluations of a run; of what is not finished, without what it came to."""
     environment = json.loads((folder / "environment.json").read_text())
+    finished = folder / "summary.json"
+    summary = json.loads(finished.read_text()) if finished.exists() else {}
     mode, sparsity, seed = name.rsplit("-", 2)
+    options, data = recipe["model"], recipe["data"]
+    network = f"{options['num_layers']} x {options['hidden_size']}"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [record for record in records if record["event"] == "eval"]
-    machine = environment.get("gpu") or environment["cpu"]
+
+    def last(key: str, form: str) -> str:
+        ended = record is evaluations[-1] and key in summary
+        return format(summary[key], form) if ended else ""
+
     found = []
     for record in evaluations:
-        last = record is evaluations[-1]
-        found.append(
-            {
-                "mode": mode,
-                "target": f"{int(sparsity) / 100:g}",
-                "seed": seed,
-                "step": record["step"],
-                "valid_perplexity": f"{record['valid_perplexity']:.4f}",
-                "sparsity": f"{summary['sparsity']:.4f}" if last else "",
-                "test_bleu": f"{summary['test_bleu']:.2f}" if last else "",
-                "training_flops": f"{summary['training_flops_ratio']:.3f}" if last else "",
-                "seconds": f"{summary['seconds']:.0f}" if last else "",
-                "signature": summary["bleu_signature"] if last else "",
-                "device": machine,
-                **about,
-            }
-        )
+        row = {"network": network, "longest": data["longest"], "mode": mode, "target": f"{int(sparsity) / 100:g}"}
+        row |= {"seed": seed, "step": record["step"], "valid_perplexity": f"{record['valid_perplexity']:.4f}"}
+        row |= {"sparsity": f"{record.get('sparsity') or 0.0:.4f}", "test_bleu": last("test_bleu", ".2f")}
+        row |= {"training_flops": last("training_flops_ratio", ".3f"), "seconds": last("seconds", ".0f")}
+        row |= {"signature": last("bleu_signature", ""), "device": environment.get("gpu") or environment["cpu"]}
+        found.append({**row, **about})
     return found
 
 
@@ -138,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--at-once", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--only", nargs="*", help="runs, such as ktanh-0 or exact-90; left out, all")
-    parser.add_argument("--collect", action="store_true", help="train nothing; write what is finished")
+    parser.add_argument("--collect", action="store_true", help="train nothing; write what there is")
     parser.add_argument("--name", default="gnmt", help="of the results' file (default: gnmt)")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -148,10 +144,13 @@ def main() -> None:
             train(names, given.folder, given.at_once)
     finally:
         about = results.provenance()
-        finished = [name for name in names if (given.folder / name / "summary.json").exists()]
-        kept = [row for name in finished for row in rows(name, given.folder / name, about)]
-        if kept:
-            print(results.write(given.name, kept))
+        begun = [name for name in names if (given.folder / name / "metrics.jsonl").exists()]
+        made = [row for name in begun for row in rows(name, given.folder / name, names[name], about)]
+        key = ("network", "longest", "mode", "target", "seed", "device")
+        again = {tuple(str(row[each]) for each in key) for row in made}
+        kept: list[Any] = [row for row in results.read(given.name) if tuple(row[each] for each in key) not in again]
+        if made:
+            print(results.write(given.name, [*kept, *made]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ from the soft threshold (1: training from scratch) to the hard one (0). Nor can 
 the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
 of the method's own.
 
+The loss answers the pressure through the optimizer's steps of s. SGD's are as large as the sum of gradients that they
+follow; those of Adam are the learning rate, whatever the gradient, and those of a warm-up are small. Where they are
+less than the pressure's, the density would be at the goal before the weights have learned anything, so the exponent
+above is ``min(shrink, answer)``, ``answer = (largest |step of s| by the optimizer) / (largest by the pressure)``.
+
 Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) times less than |W|: all lie close about T,
 and a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. So what moves s moves that of
 blocks by 1 / sqrt(n) of it: the loss, which otherwise holds them against the pressure at half as much density again;
@@ -270,7 +275,7 @@ class SoftThreshold(Targeted, Latent):
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
         bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
-        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower"], self.granularity))
+        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower", "answered"], self.granularity))
         weight, count = bucket.kept["latent"], len(bucket.layers)
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
         bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
@@ -282,6 +287,7 @@ class SoftThreshold(Targeted, Latent):
         bucket.kept["lowest"] = bucket.own["s"].detach() - MAX_FALL
         bucket.kept["previous"] = bucket.own["s"].detach().clone()
         bucket.kept["lower"] = torch.zeros_like(bucket.kept["previous"])
+        bucket.kept["answered"] = torch.zeros_like(bucket.kept["previous"])
 
     def _root_mean_square(self, bucket: Bucket, weight: Tensor) -> Tensor:
         sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
@@ -353,15 +359,16 @@ class SoftThreshold(Targeted, Latent):
     def _update(self) -> None:
         parameters = [bucket.own["s"].detach() for bucket in self._buckets]
         self._limit(parameters)
+        measured = self.steps % self.interval == 0 or self.steps == self.total_steps
+        if measured:
+            self._see_answers(parameters)
         if self.budget is None or self._density > self._rest():
             # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1; no
             # more than a part of it where steered. It only raises thresholds: s above 0 is the trim's doing.
             assert self.pressure is not None
             share = min(1.0 + math.cos(math.pi * self.progress), 2.0 * (1.0 - self._steered)) / self.total_steps
             self._press(parameters, min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps)))
-        error = None
-        if self.steps % self.interval == 0 or self.steps == self.total_steps:
-            error = self._measure()
+        error = self._measure() if measured else None
         torch._foreach_copy_([bucket.kept["previous"] for bucket in self._buckets], parameters)
         self._steer(error)
 
@@ -406,8 +413,18 @@ class SoftThreshold(Targeted, Latent):
         reach = kept["moved"] * self.total_steps / kept["scale"].clamp(min=1e-30)
         kept["shrink"].copy_((reach / FREE).square().clamp(max=1.0))
 
+    def _see_answers(self, parameters: list[Tensor]) -> None:
+        """See how far the optimizer has moved each s, as a share of what the pressure does at its greatest."""
+        if self.budget is None or not self.pressure:
+            return
+        pressed = min(2.0 * self.pressure / self.total_steps, max(MAX_DECAY, LEAST_REACH / self.total_steps))
+        for bucket, s in zip(self._buckets, parameters, strict=True):
+            kept = bucket.kept
+            answer = (s - kept["previous"]).abs() / (pressed * s.abs()).clamp(min=1e-30)
+            kept["answered"].copy_(torch.fmax(kept["answered"], answer.clamp(max=1.0)))  # NaN leaves it as it is
+
     def _rest(self) -> float:
-        """The density at which the pressure rests: the goal, and the curve to it where the weights cannot follow."""
+        """The density at which the pressure rests: the goal, and the curve to it where loss or weights are too slow."""
         assert self.budget is not None
         return float(self.budget.goal**self._freedom * self.budget.aim(self.progress) ** (1.0 - self._freedom))
 
@@ -432,7 +449,11 @@ class SoftThreshold(Targeted, Latent):
         if self.budget is None:
             return None
         self._density = self.budget.density(live)
-        self._freedom = statistics.fmean(value for bucket in self._buckets for value in bucket.kept["shrink"].tolist())
+        shrink, answered = (
+            statistics.fmean(value for bucket in self._buckets for value in bucket.kept[name].tolist())
+            for name in ("shrink", "answered")
+        )
+        self._freedom = min(shrink, answered)
         if self.steps == self.total_steps:
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
