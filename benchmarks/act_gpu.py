@@ -1,6 +1,7 @@
 """Activation functions on a GPU: the memory's speed that each reaches, beside PyTorch's own function and a copy.
 
     python benchmarks/act_gpu.py [--elements 268435456] [--rounds 15]
+    python benchmarks/act_gpu.py --print      # the tables of docs/results/activations.md
 
 Forward, and forward and backward, of every function and mode in bfloat16, and of the mode "exact" in the other formats;
 eager, replayed from a CUDA graph, and, forward in the mode "exact" of bfloat16 and float32, compiled; gated units
@@ -191,12 +192,49 @@ COLUMNS = [
 ]
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """Return rows of cells, the head first, as a table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+
+def tables() -> str:
+    """Return what was measured as shares of a copy's speed, and of cuDNN's time."""
+    lines = [["", "format", "mode", "forward", "PyTorch's", "with gradient", "PyTorch's", "host, µs", "PyTorch's"]]
+    both: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in results.read("act-gpu"):
+        both.setdefault((row["function"], row["format"], row["mode"]), {})[row["what"]] = row
+
+    def share(row: dict[str, str], way: str) -> str:
+        return f"{float(row[way]) / float(row['copy_gbs']):.2f}" if row.get(way) else ""
+
+    for (function, form, mode), found in both.items():
+        ahead, back = found["forward"], found.get("forward and backward", {})
+        cells = [
+            share(ahead, "eager_gbs"),
+            share(ahead, "torch_gbs"),
+            share(back, "graph_gbs"),
+            share(back, "torch_gbs"),
+        ]
+        hosts = [f"{float(ahead[key]):.0f}" if ahead[key] else "" for key in ("host_us", "torch_host_us")]
+        lines.append([f"`{function}`", form, mode, *cells, *hosts])
+    layers = [["", "dtype", "mode", "what", "eager", "cuDNN", "graph", "cuDNN"]]
+    for row in results.read("act-gpu-lstm"):
+        name = f"{row['kind']}, {row['width']} wide, batch {row['batch']}, {row['steps']} steps"
+        times = [f"{float(row[key]):.2f}" for key in ("ms", "torch_ms", "graph_ms", "torch_graph_ms")]
+        layers.append([name, row["dtype"], row["mode"], row["what"], *times])
+    return f"{markdown(lines)}\n\n{markdown(layers)}"
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 28, help="of the input (default: 2^28)")
     parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken (default: 15)")
+    parser.add_argument("--print", action="store_true", help="print the tables from the files")
     given = parser.parse_args()
+    if given.print:
+        print(tables())
+        return
     about = {"gpu": torch.cuda.get_device_name(), **results.provenance()}
     layers: list[dict[str, Any]] = []
     for kind in ("LSTM", "GRU"):
