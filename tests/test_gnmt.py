@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from rarefy import cost
 from rarefy.models import GNMT
 from rarefy.models.search import length_penalty, translate
 
@@ -23,6 +24,15 @@ def small(**options):
 def sentences(vocab=11):
     source = torch.randint(1, vocab, (3, 5), generator=torch.Generator().manual_seed(1))
     return source.where(torch.arange(5) < LENGTHS.unsqueeze(1), 0)
+
+
+def test_every_mode_costs_the_same():
+    counted = [
+        cost.count(GNMT(60, hidden_size=16, mode=mode), (sentences(), LENGTHS, sentences()), "rigl")
+        for mode in ("torch", "exact", "ktanh")
+    ]
+    assert counted[0].dense > 0
+    assert counted[0] == counted[1] == counted[2]
 
 
 @torch.no_grad()
