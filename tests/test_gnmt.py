@@ -145,6 +145,27 @@ def test_a_beam_of_one_takes_the_likeliest_word():
         assert translation.score == pytest.approx(total / length_penalty(len(said), 0.6) + 0.1 * seen, abs=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("beam", [1, 3])
+def test_who_is_done_leaves(beam, monkeypatch):
+    """Sentences of very unequal limits find what each finds alone, and the last is not decoded among the others."""
+    model, limits = small(), torch.tensor([30, 2, 3, 1, 2])
+    source, lengths = torch.randint(3, 11, (5, 5)), torch.tensor([5, 2, 3, 1, 4])
+    alone = [
+        translate(
+            model, source[b : b + 1, :n], lengths[b : b + 1], begin=1, end=2, beam=beam, longest=limits[b : b + 1]
+        )
+        for b, n in enumerate(lengths)
+    ]
+    rows, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda token, *rest: rows.append(len(token)) or decode(token, *rest))
+    found = translate(model, source, lengths, begin=1, end=2, beam=beam, longest=limits)
+    assert [each.tokens for each in found] == [each.tokens for (each,) in alone]
+    assert [each.score for each in found] == pytest.approx([each.score for (each,) in alone], abs=1e-4)
+    assert rows[0] == 5 * beam
+    assert rows[3:] == [beam] * len(rows[3:])
+
+
 def test_what_cannot_be_is_told():
     for options, message in (
         ({"num_layers": 1}, "num_layers must be a whole number of at least 2, got 1"),

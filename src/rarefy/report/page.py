@@ -94,6 +94,7 @@ def render(run: Run, baseline: Run | None = None) -> str:
             plots.work(run),
         ),
         by_layer=_present(plots.densities(run), plots.flops(run)),
+        attentions=plots.attentions(run),
         histograms=histograms,
         histograms_left_out=len(run.histograms) - len(histograms),
         layers=layers,
