@@ -105,6 +105,9 @@ class Summary:
     best_valid_perplexity: float | None
     test_bleu: float | None
     bleu_signature: str | None
+    activation_share: float | None
+    activation_seconds: float | None
+    batch_seconds: float | None
     samples: tuple[Sample, ...]
     sparsity: float | None
     inference_flops_ratio: float | None

@@ -19,6 +19,7 @@ from rarefy.data.translation import BEGIN, END, PADDING, Batch, Encoded, Pairs
 from rarefy.models import GNMT
 from rarefy.models.search import Translation as Found
 from rarefy.models.search import translate
+from rarefy.train import activation_share
 from rarefy.train.recipe import Translation as Data
 from rarefy.train.recipe import load
 from rarefy.train.run import Run
@@ -160,7 +161,17 @@ class Translation(Run):
             for source, reference, text in list(zip(test.source, test.target, said, strict=True))[:SAMPLES]
         ]
         signature = str(metric.get_signature())
-        return {"test_bleu": score.score, "bleu_signature": signature, "samples": samples}
+        return {"test_bleu": score.score, "bleu_signature": signature, "samples": samples, **self._activation_share()}
+
+    def _activation_share(self) -> dict[str, float]:
+        """What tanh and sigmoid take of a batch's forward and backward pass, on the run's device."""
+        model = self.plain_model.train()
+        (batch, *_), _ = next(self.batches.epoch(0))
+        with self.accelerator.autocast():
+            measured = activation_share.measure(model, lambda: self._loss(model, batch))
+        model.eval()
+        seconds = {"activation_seconds": measured.activations, "batch_seconds": measured.batch}
+        return {"activation_share": measured.share, **seconds}
 
 
 @torch.no_grad()
@@ -255,10 +266,19 @@ def _groups(lengths: list[int]) -> list[list[int]]:
 
 
 class Translator:
-    """A trained run's model with its encoding: sentences in, sentences out."""
+    """A trained run's model with its encoding: sentences in, sentences out.
 
-    def __init__(self, model: GNMT, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    Attributes:
+        longest: tokens of the longest sentence, with its end, that the model may have learned from.
+
+    """
+
+    def __init__(self, model: GNMT, tokenizer: Tokenizer, longest: int) -> None:
+        self.model, self.tokenizer, self.longest = model.eval(), tokenizer, longest
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Return how many tokens each sentence has, with its end."""
+        return [len(each.ids) + 1 for each in self.tokenizer.encode_batch(texts)]
 
     def __call__(self, texts: list[str], *, beam: int = 1) -> list[str]:
         """Translate sentences; see :func:`translate_texts`."""
@@ -284,4 +304,4 @@ def load_translator(run: Path) -> Translator:
         model.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{weights} does not fit the recipe beside it, or is damaged: {error!s:.200}") from error
-    return Translator(model, tokenizer)
+    return Translator(model, tokenizer, recipe.data.longest)
