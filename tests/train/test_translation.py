@@ -77,7 +77,7 @@ def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys,
     assert "BLEU 100.00 on the test set" in page
     assert CORPUS[0][1] in page
     assert summary["bleu_signature"] in page
-    assert "tanh and sigmoid by themselves" in page
+    assert "tanh and sigmoid timed by themselves" in page
     assert page.count("Attention of a translation") == 3
     drawn = json.loads((folder / "attention.json").read_text())["sentences"]
     assert "".join(drawn[0]["source"]).replace("\u2581", " ").strip() == f"{CORPUS[0][0]}</s>"

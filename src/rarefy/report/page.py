@@ -166,9 +166,9 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
         measured = ""
         if summary.activation_seconds is not None and summary.batch_seconds is not None:
             alone, batch = (milliseconds(1e3 * t) for t in (summary.activation_seconds, summary.batch_seconds))
-            measured = f"of a batch, {alone} of {batch}"
-        how = "tanh and sigmoid by themselves, over forward and backward"
-        tiles.append(Tile("Activations", percent(summary.activation_share), _noted(measured, how)))
+            measured = f"{alone} of {batch}, forward and backward"
+        how = "tanh and sigmoid timed by themselves"
+        tiles.append(Tile("Activations", percent(summary.activation_share), _noted(how, measured)))
     if not run.is_dense:
         tiles.append(Tile("Zero weights", percent(run.sparsity), _noted(verdict(run, "sparsity"))))
     ratio = run.inference_flops_ratio
