@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,13 @@ def test_what_a_page_names_is_there(page):
     targets = re.findall(r"^([a-z0-9-]+):|^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)
     known = {name for one, more in targets for name in (one, *more.split())}
     assert set(re.findall(r"`make ([a-z0-9-]+)`", text)) <= known
+
+
+def test_the_table_of_training_translators_is_that_of_the_results():
+    command = [sys.executable, "benchmarks/translation_training.py", "--print"]
+    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert table.count("\n") == 7
+    assert table in (DOCS / "guides" / "translation.md").read_text()
 
 
 def test_every_page_is_in_the_navigation():
