@@ -11,10 +11,12 @@ decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
 A soft threshold takes T from every weight, and counts on training to give it back. Where the optimizer cannot move the
 weights that far, as in fine-tuning at a small learning rate, it takes less::
 
-    W^ = sign(W) (|W| - shrink T)  for |W| > T, else 0
+    W^ = sign(W) (|W| - soft T)  for |W| > T, else 0
+    soft = shrink where a normalisation stands to give the scale back, else 0
     shrink = min(1, (reach / FREE)^2),   reach = steps * (largest mean |step| of a layer's weights) / (their first size)
 
-from the soft threshold (1: training from scratch) to the hard one (0). Nor can the loss hold against the pressure then:
+from the soft threshold (1: training from scratch) to the hard one (0). Without a normalisation, as in an LSTM, what a
+soft threshold takes does not come back at all. Nor can the loss hold against the pressure then:
 the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
 of the method's own.
 
@@ -128,6 +130,17 @@ THRESHOLD_FUNCTIONS = {
 }
 
 
+def is_restored(model: nn.Module, key: str) -> bool:
+    """Tell whether the network gives back the scale that a soft threshold takes from a parameter: by a normalisation.
+
+    The gates of recurrent layers have none, whatever stands around them.
+    """
+    owner = model.get_submodule(key.rpartition(".")[0])
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+        return False
+    return any("Norm" in type(module).__name__ for module in model.modules())
+
+
 def trim(error: float, gain: float = 0.3) -> float:
     """The common shift of all s that answers this error of the density: up when too dense."""
     return min(max(-gain * error, -MOST_SHIFT), MOST_SHIFT)
@@ -235,13 +248,13 @@ class SoftThreshold(Targeted, Latent):
         return self._g.forward(bucket.own["s"].detach()) * self._rows_of(bucket, bucket.kept["awake"])
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
-        """W^ = sign(W) (|W| - shrink T) for |W| > T, else 0; for blocks W (1 - shrink T/B), B the mean |W|."""
+        """W^ = sign(W) (|W| - soft T) for |W| > T, else 0; for blocks W (1 - soft T/B), B the mean |W|."""
         used = bucket.flat()
         single = self._block == (1, 1)
-        rows = zip(bucket.views(used), bucket.views(weight), self._shaped(bucket), bucket.kept["shrink"], strict=True)
-        for out, w, t, shrink in rows:
+        rows = zip(bucket.views(used), bucket.views(weight), self._shaped(bucket), bucket.kept["soft"], strict=True)
+        for out, w, t, soft in rows:
             size = self._magnitude(w)
-            kept = w - (shrink * t).copysign(w) if single else w * (1.0 - shrink * t / size.clamp(min=1e-30))
+            kept = w - (soft * t).copysign(w) if single else w * (1.0 - soft * t / size.clamp(min=1e-30))
             out.copy_(torch.where(size <= t, 0.0, kept))
         return used
 
@@ -274,7 +287,7 @@ class SoftThreshold(Targeted, Latent):
         """See :class:`Sparsifier`."""
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
-        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
+        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink", "restored", "soft"], "layer")
         bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower", "answered"], self.granularity))
         weight, count = bucket.kept["latent"], len(bucket.layers)
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
@@ -282,6 +295,9 @@ class SoftThreshold(Targeted, Latent):
         bucket.kept["moved"] = torch.zeros(count, device=bucket.device)
         # What no optimizer holds does not move.
         bucket.kept["shrink"] = torch.full((count,), 0.0 if bucket.optimizer is None else 1.0, device=bucket.device)
+        restored = [float(is_restored(self.model, layer.key)) for layer in bucket.layers]
+        bucket.kept["restored"] = torch.tensor(restored, device=bucket.device)
+        bucket.kept["soft"] = bucket.kept["shrink"] * bucket.kept["restored"]
         first = self._first(bucket.kept["scale"])
         bucket.own["s"] = nn.Parameter(self._rows_of(bucket, first).clone())
         bucket.kept["lowest"] = bucket.own["s"].detach() - MAX_FALL
@@ -352,7 +368,7 @@ class SoftThreshold(Targeted, Latent):
             return
         if not bucket.dense:
             bucket.scatter(bucket.kept["latent"], bucket.weights())
-        self._kernel(bucket).after(self.threshold(bucket), bucket.kept["shrink"])
+        self._kernel(bucket).after(self.threshold(bucket), bucket.kept["soft"])
 
     # After them
 
@@ -412,6 +428,7 @@ class SoftThreshold(Targeted, Latent):
         kept["lowest"].copy_(torch.where(rows, self._rows_of(bucket, first) - MAX_FALL, kept["lowest"]))
         reach = kept["moved"] * self.total_steps / kept["scale"].clamp(min=1e-30)
         kept["shrink"].copy_((reach / FREE).square().clamp(max=1.0))
+        kept["soft"].copy_(kept["shrink"] * kept["restored"])
 
     def _see_answers(self, parameters: list[Tensor]) -> None:
         """See how far the optimizer has moved each s, as a share of what the pressure does at its greatest."""
