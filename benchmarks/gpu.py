@@ -1,6 +1,6 @@
 """What every method adds to a training step on a GPU: dense and sparse steps of the same network in turn.
 
-    python benchmarks/gpu.py [--only METHOD ...] [--seconds 1.5] [--csv PATH] [--commit ID]
+    python benchmarks/gpu.py [--only METHOD ...] [--seconds 1.5] [--csv PATH]
 
 ResNet-50 at 224x224 in bfloat16 and channels_last, batches of 256 and 64, eager and compiled (one compilation serves
 every method, since the model stays plain), and ResNet-20 for AutoSparse. A ratio is the median over blocks of steps
@@ -135,7 +135,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=sparse.list_methods(), help="methods")
     parser.add_argument("--seconds", type=float, default=1.2, help="how long to measure each method in each case")
     parser.add_argument("--csv", type=Path, default=results.FOLDER / "gpu.csv")
-    parser.add_argument("--commit", help="of the code, where there is no git")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of finalizing early, of layers that stay dense
     torch.backends.cudnn.benchmark = True
@@ -150,7 +149,7 @@ def main() -> None:
     about = {
         **environment.describe(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": arguments.commit or results.commit(),
+        "commit": results.commit(),
     }
     rows = []
     for name, _, compiled, build, shape, classes, methods in cases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,12 @@ FOLDER = Path(__file__).parent.parent / "results"
 
 
 def commit() -> str:
-    """The commit of the working tree, "-dirty" behind it where something but the results was changed."""
+    """The commit of the working tree, "-dirty" behind it where something but the results was changed.
+
+    Where there is no git, RAREFY_COMMIT says it.
+    """
+    if "RAREFY_COMMIT" in os.environ:
+        return os.environ["RAREFY_COMMIT"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(FOLDER.parent), *arguments]

@@ -177,7 +177,9 @@ def test_forward_and_backward_in_a_cuda_graph(case):
             eager.train(1)
             for a, b in zip(captured.plain.parameters(), eager.plain.parameters(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    assert accuracy(finish(captured, norm=False).cpu()) > 0.6
+    eager.train(STEPS - 5)
+    found, expected = (accuracy(finish(run, norm=False).cpu()) for run in (captured, eager))
+    assert found > expected - 0.1
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
@@ -365,10 +367,11 @@ def same(there, here):
 def launches(step):
     """The names of the kernels that a call launches."""
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both, acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
@@ -397,9 +400,9 @@ def test_gradients_are_those_of_the_cpu(function, mode, dtype):
         here, there = found
         if dtype.itemsize == 1 or (not gradients.is_one_operator(function, mode, grad, dtype) and dtype.itemsize == 2):
             same(there, here)  # of slopes that are looked up
-        else:  # PyTorch's operators, and float32, whose exp is another
+        else:  # PyTorch's operators, which round more than once on a GPU, and float32, whose exp is another
             eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(there, here, rtol=max(2 * eps, 2e-6), atol=2e-7, equal_nan=True)
+            torch.testing.assert_close(there, here, rtol=max(16 * eps, 1e-5), atol=4e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", aten.FORMAT_OF, ids=str)
@@ -472,6 +475,7 @@ def test_activations_never_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
 def test_activations_in_a_graph(dtype):
     x = torch.randn(5000, device="cuda").to(dtype).requires_grad_()
@@ -602,3 +606,58 @@ def test_packed_sequences_cost_what_they_cost_on_the_cpu():
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 16), torch.tensor([5, 3, 1]), batch_first=True)
     model = torch.nn.LSTM(16, 8, 2)
     assert cost.count(model, packed).layers == cost.count(model.cuda(), packed).layers
+
+
+@pytest.mark.parametrize("mode", ["exact", "ktanh", "hard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_are_those_of_the_cpu(kind, dtype, mode):
+    torch.manual_seed(0)
+    layer = getattr(act, kind)(24, 37, 2, mode=mode, dtype=dtype, bidirectional=True)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 24).to(dtype) for n in (9, 7, 7, 2)])
+    found = {}
+    for device in ("cpu", "cuda"):
+        moved = getattr(act, kind)(24, 37, 2, mode=mode, dtype=dtype, bidirectional=True).to(device)
+        moved.load_state_dict(layer.state_dict())
+        x = packed.data.to(device, copy=True).requires_grad_()
+        y, after = moved(torch.nn.utils.rnn.PackedSequence(x, packed.batch_sizes))
+        states = after if isinstance(after, tuple) else (after,)
+        sum((each.float() ** 2).sum() for each in (y.data, *states)).backward()
+        found[device] = [y.data, *states, x.grad, *(p.grad for p in moved.parameters())]
+    bound = 2**-14 if dtype == torch.float32 else 2**-4 if dtype == torch.bfloat16 else 2**-7
+    if mode == "hard" and dtype != torch.float32:  # its slopes jump, so a last place decides
+        bound = 0.25
+    for on_cpu, on_gpu in zip(found["cpu"], found["cuda"], strict=True):
+        assert on_gpu.dtype == on_cpu.dtype
+        far = (on_gpu.cpu().float() - on_cpu.float()).abs().max()
+        assert far <= bound * (1 + on_cpu.float().abs().max())
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_recurrent_layer_is_captured(kind, dtype):
+    torch.manual_seed(0)
+    layer = getattr(act, kind)(16, 32, dtype=dtype, device="cuda")
+    x, other = (torch.randn(5, 4, 16, device="cuda", dtype=dtype) for _ in range(2))
+    place = x.clone().requires_grad_()
+
+    def step():
+        y = layer(place)[0]
+        return y, *torch.autograd.grad(y.float().square().sum(), [place, *layer.parameters()])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for content in (x, other):
+        with torch.no_grad():
+            place.copy_(content)
+        graph.replay()
+        replayed = [each.detach().clone() for each in captured]
+        for one, again in zip(replayed, step(), strict=True):
+            assert torch.equal(one, again.detach())

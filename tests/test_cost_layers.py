@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from rarefy import cost
+from rarefy import act, cost
 from rarefy._names import layer_name
 from rarefy.cost import Cost
 
@@ -61,6 +61,9 @@ class TestRecurrent:
             (nn.LSTM, {"num_layers": 2, "proj_size": 4, "bidirectional": True, "bias": False}),
             (nn.GRU, {"num_layers": 3, "bidirectional": True}),
             (nn.RNN, {"nonlinearity": "relu"}),
+            (act.LSTM, {"num_layers": 2, "bidirectional": True}),
+            (act.LSTM, {"proj_size": 4, "bias": False, "mode": "hard"}),
+            (act.GRU, {"num_layers": 2, "bias": False}),
         ],
     )
     @pytest.mark.parametrize("batch", [1, 3])
@@ -79,7 +82,10 @@ class TestRecurrent:
         assert {layer.kind for layer in counted.layers} == {kind.__name__, "Linear"}
         assert counted.uncounted == {}
 
-    @pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+    @pytest.mark.parametrize(
+        ("cell", "gates"),
+        [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1), (act.LSTMCell, 4), (act.GRUCell, 3)],
+    )
     def test_cells(self, cell: type[nn.RNNCellBase], gates: int) -> None:
         counted = cost.count(cell(E, 8), torch.zeros(2, E))  # type: ignore[call-arg, arg-type]
         assert dense(counted) == {"weight_ih": gates * 8 * E, "weight_hh": gates * 8 * 8}

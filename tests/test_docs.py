@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,24 @@ def test_what_a_page_names_is_there(page):
     targets = re.findall(r"^([a-z0-9-]+):|^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)
     known = {name for one, more in targets for name in (one, *more.split())}
     assert set(re.findall(r"`make ([a-z0-9-]+)`", text)) <= known
+
+
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [
+        ("translation_training.py --print", "guides/translation.md"),
+        ("gnmt.py --print", "results/translation.md"),
+        ("gnmt.py --print --name gnmt-made-up", "results/translation.md"),
+        ("act_gpu.py --print", "results/activations.md"),
+    ],
+)
+def test_a_table_is_that_of_the_results(script, page):
+    command = [sys.executable, *f"benchmarks/{script}".split()]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    text = (DOCS / page).read_text()
+    for table in printed.split("\n\n"):
+        assert table.count("\n") >= 4
+        assert table.strip() in text
 
 
 def test_every_page_is_in_the_navigation():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from rarefy import cost
 from rarefy.models import GNMT
 from rarefy.models.search import length_penalty, translate
 
@@ -23,6 +24,15 @@ def small(**options):
 def sentences(vocab=11):
     source = torch.randint(1, vocab, (3, 5), generator=torch.Generator().manual_seed(1))
     return source.where(torch.arange(5) < LENGTHS.unsqueeze(1), 0)
+
+
+def test_every_mode_costs_the_same():
+    counted = [
+        cost.count(GNMT(60, hidden_size=16, mode=mode), (sentences(), LENGTHS, sentences()), "rigl")
+        for mode in ("torch", "exact", "ktanh")
+    ]
+    assert counted[0].dense > 0
+    assert counted[0] == counted[1] == counted[2]
 
 
 @torch.no_grad()
@@ -133,6 +143,27 @@ def test_a_beam_of_one_takes_the_likeliest_word():
         seen = weights[0].sum(0)[: LENGTHS[b]].clamp(max=1).log().sum().item()
         assert translation.tokens == [token for token in said if token != 2]
         assert translation.score == pytest.approx(total / length_penalty(len(said), 0.6) + 0.1 * seen, abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beam", [1, 3])
+def test_who_is_done_leaves(beam, monkeypatch):
+    """Sentences of very unequal limits find what each finds alone, and the last is not decoded among the others."""
+    model, limits = small(), torch.tensor([30, 2, 3, 1, 2])
+    source, lengths = torch.randint(3, 11, (5, 5)), torch.tensor([5, 2, 3, 1, 4])
+    alone = [
+        translate(
+            model, source[b : b + 1, :n], lengths[b : b + 1], begin=1, end=2, beam=beam, longest=limits[b : b + 1]
+        )
+        for b, n in enumerate(lengths)
+    ]
+    rows, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda token, *rest: rows.append(len(token)) or decode(token, *rest))
+    found = translate(model, source, lengths, begin=1, end=2, beam=beam, longest=limits)
+    assert [each.tokens for each in found] == [each.tokens for (each,) in alone]
+    assert [each.score for each in found] == pytest.approx([each.score for (each,) in alone], abs=1e-4)
+    assert rows[0] == 5 * beam
+    assert rows[3:] == [beam] * len(rows[3:])
 
 
 def test_what_cannot_be_is_told():

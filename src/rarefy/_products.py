@@ -35,6 +35,8 @@ _MATRIX_PRODUCTS = {
     **dict.fromkeys((aten.addmm, aten.addmv, aten.addbmm, aten.baddbmm, aten._addmm_activation), 1),
 }
 _CONVOLUTIONS = (aten.convolution, aten.convolution_overrideable)
+#: Recurrent layers of rarefy.act, whose weights, and projection if any, follow the products with the input.
+_RECURRENT = {"rarefy::lstm": 2, "rarefy::gru": 1}
 #: How many matrices of the hidden size a recurrent cell has one upon the other, by cuDNN's number of its kind.
 _GATES = (1, 1, 4, 3)
 #: What is opaque of PyTorch's own: fused for other machines than those above, or where attention cannot be told not to.
@@ -106,6 +108,10 @@ def _products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs
     if operator is aten.mkldnn_rnn_layer:
         rows = args[0].shape[:2].numel()
         return [_Product(rows * weight.numel(), rows * len(weight), ((weight, rows),)) for weight in args[1:3]]
+    if _name(func) in _RECURRENT:
+        rows, weights = len(args[0]), args[1 : 1 + _RECURRENT[_name(func)]]
+        kept = [weight for weight in weights if weight is not None]
+        return [_Product(rows * weight.numel(), rows * len(weight), ((weight, rows),)) for weight in kept]
     if operator is aten._cudnn_rnn:
         weights, per_layer, mode, hidden, projected, lengths = args[1], args[2], *args[6:9], args[14]
         # Packed samples come as all their steps, one below the other.

@@ -19,12 +19,13 @@ from tests.act.test_recurrent import flat, gradients, near, ours
 def fused(monkeypatch):
     """Let tensors on the CPU, without native kernels, take Triton's way; ``fused["on"]`` turns it off."""
     how = {"on": True}
-    monkeypatch.setattr(cells, "_triton", lambda like: cells_triton if how["on"] else None)
+    monkeypatch.setattr(cells, "_triton", lambda like, gates=None: cells_triton if how["on"] else None)
+    monkeypatch.setattr(cells, "gradient_dtype", lambda like: like.dtype)  # as on a GPU
     return how
 
 
 @pytest.mark.parametrize("mode", ["exact", "ktanh", "hard"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_steps_are_those_of_pytorch(fused, kind, dtype, mode):
     torch.manual_seed(0)
@@ -43,7 +44,10 @@ def test_steps_are_those_of_pytorch(fused, kind, dtype, mode):
                 found[on] = [y, *after]
                 found[on] += gradients(module, x, states, weights, ours)
             outputs = 1 + len(states)
-            assert all(torch.equal(a, b) for a, b in zip(found[True][:outputs], found[False][:outputs], strict=True))
+            # the interpreter's fma, which exact functions of float32 take, rounds twice
+            bound = 2**-21 if (dtype, mode) == (torch.float32, "exact") else 0.0
+            for a, b in zip(found[True][:outputs], found[False][:outputs], strict=True):
+                near(a, b, bound)
             for a, b in zip(found[True][outputs:], found[False][outputs:], strict=True):
                 near(a, b, 2**-8)
 

@@ -202,6 +202,26 @@ def test_a_run_with_little_in_it(make_run: MakeRun, tmp_path: Path) -> None:
     assert "Unfinished, at epoch 0.1 of 1: nothing measured yet." in render(load(folder))
 
 
+def test_attention_is_drawn_cell_by_cell(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", model="small", dense=True)
+    assert "looked at" not in render(load(folder))
+    weights = [[0.9, 0.1, 0.0], [0.004, 0.2, 0.8]]
+    pieces = {"source": ["\u2581<b>", "og", "</s>"], "target": ["\u2581Hund", "</s>"], "weights": weights}
+    (folder / "attention.json").write_text(json.dumps({"sentences": [pieces]}))
+    html = render(load(folder))
+    shown = Page(html)
+    assert not shown.open
+    assert "What the decoder looked at" in shown.text
+    assert "Sentence 1<" in html
+    (drawn,) = (tag for tag in shown.all("svg") if "Attention" in (tag["aria-label"] or ""))
+    alt = "Attention of a translation: \u2581Hund looks most at \u2581<b>; </s> looks most at </s>."
+    assert drawn["aria-label"] == alt
+    alphas = [float(alpha) for alpha in re.findall(r"fill: var\(--run, #3f7fd6\); opacity: ([\d.]+)", html)]
+    assert alphas == pytest.approx([0.9, 0.1, 0.2, 0.8])
+    for word in ("\u2581<b>", "og", "\u2581Hund"):
+        assert word in shown.text
+
+
 def test_a_diverged_run_is_shown(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", model="small", epochs=2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -152,11 +152,18 @@ def test_a_broken_file_is_named_with_its_place(folder: Path) -> None:
             r"layers\[1\]: n counts need n \+ 1 rising edges",
         ),
         ("histograms.json", lambda h: h["layers"][1]["edges"].reverse(), r"rising edges"),
+        ("attention.json", lambda a: a["sentences"][0]["weights"].pop(), r"weights must be a list of 2 rows"),
+        ("attention.json", lambda a: a["sentences"][0]["weights"][1].pop(), r"weights must have 3 numbers in each row"),
+        ("attention.json", lambda a: a["sentences"][0].update(source=[1]), r"source must be a list of texts"),
+        ("attention.json", lambda a: a["sentences"][0].update(target=[], weights=[]), r"must have a piece at least"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(
     folder: Path, file: str, edit: Callable[[Any], object], message: str
 ) -> None:
+    sentence = {"source": ["a", "b", "</s>"], "target": ["c", "</s>"], "weights": [[0.5, 0.5, 0], [0, 0, 1]]}
+    (folder / "attention.json").write_text(json.dumps({"sentences": [sentence]}))
+    assert load(folder).attentions[0].weights == ((0.5, 0.5, 0), (0, 0, 1))
     change(folder / file, edit)
     with pytest.raises(RunError, match=message):
         load(folder)

@@ -10,11 +10,13 @@ import torch
 pytest.importorskip("tokenizers")
 pytest.importorskip("sacrebleu")
 
+from rarefy.cli import translate as command
 from rarefy.cli.main import main
 from rarefy.data.translation import Pairs
-from rarefy.train import TrainingInterruptedError, parse, prepare
+from rarefy.models import GNMT
+from rarefy.train import TrainingInterruptedError, activation_share, parse, prepare
 from rarefy.train import run as run_module
-from rarefy.train.translation import TOKENIZER, load_translator
+from rarefy.train.translation import TOKENIZER, _groups, load_translator
 from tests.processes import run_two
 from tests.train.runs import digest, stop_at
 
@@ -70,9 +72,19 @@ def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys,
     assert summary["test_bleu"] == pytest.approx(100.0)
     assert summary["valid_perplexity"] < 1.1
     assert "version:" in summary["bleu_signature"]
+    assert 0 < summary["activation_share"] == summary["activation_seconds"] / summary["batch_seconds"]
     page = (folder / "report.html").read_text()
     assert "BLEU 100.00 on the test set" in page
     assert CORPUS[0][1] in page
+    assert summary["bleu_signature"] in page
+    assert "tanh and sigmoid timed by themselves" in page
+    assert page.count("Attention of a translation") == 3
+    drawn = json.loads((folder / "attention.json").read_text())["sentences"]
+    assert "".join(drawn[0]["source"]).replace("\u2581", " ").strip() == f"{CORPUS[0][0]}</s>"
+    assert "".join(drawn[0]["target"]).replace("\u2581", " ").strip() == f"{CORPUS[0][1]}</s>"
+    for each in drawn:
+        assert [len(row) for row in each["weights"]] == [len(each["source"])] * len(each["target"])
+        assert [sum(row) for row in each["weights"]] == pytest.approx([1.0] * len(each["target"]), abs=0.01)
 
     translator = load_translator(folder)
     english, german = zip(*CORPUS, strict=True)
@@ -96,7 +108,15 @@ def test_it_learns_by_heart_and_the_command_translates(corpus, tmp_path, capsys,
     assert (tmp_path / "out.txt").read_text() == f"{german[7]}\n"
     text.write_bytes(b"fine\n\xff\n")
     assert main(["translate", str(folder), str(text)]) == 1
-    assert "line 2: not UTF-8" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert (out, "line 2: not UTF-8" in err) == ("", True)  # of a file, before the first line is translated
+    content = f"\ufeff{english[1]}\r\n \r\n{' '.join(english[:5])}\n{english[2]}".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert main(["translate", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] + out.splitlines()[3:] == [german[1], "", german[2]]
+    assert "line 3: " in err
+    assert "the run learned from up to 20 (data.longest)" in err
     assert main(["translate", str(folder), "--beam", "0"]) == 1
     (folder / TOKENIZER).write_text("{}")
     with pytest.raises(ValueError, match="is no encoding, or a damaged one"):
@@ -204,6 +224,64 @@ def test_there_is_nothing_to_translate_with(corpus, tmp_path):
     (tmp_path / "run" / TOKENIZER).unlink()
     with pytest.raises(FileNotFoundError, match=r"put the run.s encoding back"):
         prepare(recipe(corpus), tmp_path / "run", resume=True)
+
+
+class InPieces(io.BytesIO):
+    """A pipe of which each reading gives what was written at once."""
+
+    def __init__(self, *pieces):
+        self.pieces = [*pieces, b""]
+
+    def read1(self, size=-1):
+        return self.pieces.pop(0)
+
+
+def test_lines_come_as_they_are_there():
+    said = "é".encode()
+    pipe = InPieces(b"a\nb", b"c\r\n", said[:1], said[1:] + b"\n\n", b"end")
+    assert list(command._lines(pipe, "x")) == [["a"], ["bc"], ["é", ""], ["end"]]
+    assert list(command._lines(InPieces(b""), "x")) == []
+    lines = command._lines(InPieces(b"a\nb\n", b"c\n\xff\n"), "x")
+    assert [next(lines), next(lines)] == [["a", "b"], ["c"]]
+    with pytest.raises(ValueError, match="x, line 4: not UTF-8 text"):
+        next(lines)
+
+
+def test_a_long_sentence_is_searched_for_alone():
+    groups = _groups([5, 0, 3000, *[4] * 70, 2000])
+    assert groups == [[*range(3, 67)], [67, 68, 69, 70, 71, 72, 0], [73], [2]]
+
+
+@pytest.mark.parametrize("mode", ["torch", "ktanh"])
+def test_the_activations_of_a_batch(mode, monkeypatch):
+    """Five numbers for each hidden one of five LSTMs, one for each of a pair of tokens: each kind as often as it is."""
+    model = GNMT(9, hidden_size=6, num_layers=2, mode=mode)
+    source, target = torch.ones(3, 5, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)
+    seen = []
+    monkeypatch.setattr(activation_share, "_call", lambda name, tanh, shape, *rest: seen.append((name, tuple(shape))))
+    kinds = activation_share._kinds(model, lambda: model(source, torch.tensor([5, 5, 5]), target).sum())
+    counts = dict(zip(seen, [count for _, count in kinds], strict=True))
+    encoder, decoder = {("sigmoid", (3, 5, 18)): 3, ("tanh", (3, 5, 12)): 3}, {("sigmoid", (3, 4, 18)): 2}
+    assert counts == {**encoder, **decoder, ("tanh", (3, 4, 12)): 2, ("tanh", (3, 4, 5, 6)): 1}
+    monkeypatch.undo()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    measured = activation_share.measure(model, lambda: model(source, torch.tensor([5, 5, 5]), target).sum())
+    assert measured.activations > 0
+    assert measured.batch > 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_16_bits_are_refused_where_the_lstm_has_them_not(corpus, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("could not create a primitive descriptor for the LSTM")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", fails)
+    with pytest.raises(ValueError, match=r"LSTM does not run in precision: bf16 on this cpu .*take model.mode: exact"):
+        prepare(recipe(corpus, precision="bf16"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_pairs_have_a_length():

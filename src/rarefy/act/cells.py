@@ -1,8 +1,8 @@
 """The recurrence of one layer of an LSTM or a GRU in one direction: native kernels, or PyTorch operators step by step.
 
 Rows are those of all steps, one step after another. What is stored is in the format of h: activated gates, c, tanh(c)
-and h, each rounded once as it is computed. Sums of products with the weights, and all gradients, are float32; where
-tensors of at most 16 bits are on a GPU, gradients of gates are rounded to the format for the products with them.
+and h, each rounded once as it is computed. Sums of products with the weights, and all gradients, are float32; but on a
+GPU the gradients of gates, which products and sums take, are rounded to the format.
 """
 
 from __future__ import annotations
@@ -193,11 +193,17 @@ def _tanh_slope(y: Tensor, hard: bool) -> Tensor:
     return (y.abs() < 1).float() if hard else 1.0 - y * y
 
 
-def _triton(like: Tensor) -> Any:
-    """Return the module of Triton's kernels where they may run on such a tensor, else None."""
-    if like.device.type != "cuda" or like.dtype == torch.float32 or kernels.isa() == "pytorch":
+def gradient_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of gradients of gates of such a tensor."""
+    return torch.float32 if like.device.type == "cpu" else like.dtype
+
+
+def _triton(like: Tensor, gates: Gates | None = None) -> Any:
+    """Return the module of Triton's kernels where they may run on such a tensor, with these gates, else None."""
+    if like.device.type != "cuda" or kernels.isa() == "pytorch":
         return None
-    return _probed(like.device)
+    module = _probed(like.device)
+    return None if module is None or (gates is not None and not module.runs(*gates, like.dtype)) else module
 
 
 @functools.cache
@@ -247,16 +253,14 @@ def lstm(
         call = _described(products, weight, None, h, c, offsets, reverse, chosen, (y, *kept), scratch)
         kernel(ctypes.byref(call))
         return y, h, c, kept[0], kept[1]
+    fused = _triton(h, gates) if projection is None else None
+    if fused is not None:
+        fused.lstm(products, weight, c, h, y, kept, _steps(rows, h.shape[0], offsets, reverse), *gates)
+        return y, h, c, kept[0], kept[1]
     wide = _widened(weight).t()
     out = None if projection is None else _widened(projection).t()
-    fused = _triton(h) if projection is None else None
-    products = products if fused is None else products.contiguous()
     for begin, end in _steps(rows, h.shape[0], offsets, reverse):
         n = end - begin
-        if fused is not None:
-            some = (kept[0][begin:end], kept[1][begin:end]) if keep else None
-            fused.lstm_forward(products[begin:end], _product(h[:n], wide), c, h, y[begin:end], some, *gates)
-            continue
         a = (products[begin:end] + _product(h[:n], wide)).to(h.dtype)
         s, g = gates.sigmoid(a), gates.tanh(a[:, 2 * hidden : 3 * hidden])
         i, f, o = s[:, :hidden], s[:, hidden : 2 * hidden], s[:, 3 * hidden :]
@@ -285,12 +289,14 @@ def lstm_backward(
     reverse: bool,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients, in float32, of the products, of h before a projection (no rows without), of h and of c.
+    """Return the gradients of the products, of h before a projection (no rows without), of h and of c.
+
+    They are float32, but for the first: see :func:`gradient_dtype`.
 
     ``dy``, ``dh`` and ``dc`` are those of what :func:`lstm` gives; c is the one before the first step.
     """
     rows, (batch, hidden), size = gates.shape[0], c.shape, weight.shape[1]
-    d = torch.empty(rows, 4 * hidden, dtype=torch.float32, device=c.device)
+    d = torch.empty(rows, 4 * hidden, dtype=gradient_dtype(c), device=c.device)
     carry = torch.zeros(batch, size, device=c.device) if dh is None else dh.float()
     dc = torch.zeros(batch, hidden, device=c.device) if dc is None else torch.clone(dc.float())
     totals = torch.empty(0 if projection is None else rows, size, dtype=torch.float32, device=c.device)
@@ -307,11 +313,14 @@ def lstm_backward(
         )
         kernel(ctypes.byref(call), ctypes.byref(_gradients(dy, dh, d, None, carry, dc, hard)))
         return d, totals, carry, dc
-    carry = torch.clone(carry)
-    wide, out = _widened(weight), None if projection is None else _widened(projection)
-    fused = _triton(c) if projection is None else None
+    carry = torch.clone(carry, memory_format=torch.contiguous_format)
     c, dc = c.contiguous(), dc.contiguous()
     steps = _steps(rows, batch, offsets, reverse)
+    fused = _triton(c) if projection is None else None
+    if fused is not None:
+        fused.lstm_backward(dy, carry, weight, c, gates, cells, dc, d, steps, hard)
+        return d, totals, carry, dc
+    wide, out = _widened(weight), None if projection is None else _widened(projection)
     for index in range(len(steps) - 1, -1, -1):
         begin, end = steps[index]
         n = end - begin
@@ -319,10 +328,6 @@ def lstm_backward(
         before = c[:n]
         if index > 0:
             before = _before(cells[:, :hidden], before, *steps[index - 1])
-        if fused is not None:
-            fused.lstm_backward(up, before, gates[begin:end], cells[begin:end], dc, d[begin:end], hard)
-            carry[:n] = _product(d[begin:end], wide)
-            continue
         if out is not None:
             totals[begin:end] = up
             up = _product(up, out)
@@ -377,15 +382,15 @@ def gru(
         call = _described(products, weight, added, h, None, offsets, reverse, chosen, (y, kept, None), scratch)
         kernel(ctypes.byref(call))
         return y, h, kept
-    wide, fused = _widened(weight).t(), _triton(h)
+    steps = _steps(rows, h.shape[0], offsets, reverse)
+    fused = _triton(h, gates)
     if fused is not None:
-        products, added = products.contiguous(), h.new_zeros(hidden).float() if added is None else added.contiguous()
-    for begin, end in _steps(rows, h.shape[0], offsets, reverse):
+        flat = torch.zeros(hidden, device=h.device) if added is None else added
+        fused.gru(products, weight, flat, h, y, kept, steps, *gates)
+        return y, h, kept
+    wide = _widened(weight).t()
+    for begin, end in steps:
         n = end - begin
-        if fused is not None:
-            some = kept[begin:end] if keep else None
-            fused.gru_forward(products[begin:end], _product(h[:n], wide), added, h, y[begin:end], some, *gates)
-            continue
         x, p = products[begin:end].float(), _product(h[:n], wide)
         inner = p[:, 2 * hidden :] if added is None else p[:, 2 * hidden :] + added
         s = gates.sigmoid((x[:, : 2 * hidden] + p[:, : 2 * hidden]).to(h.dtype))
@@ -411,13 +416,17 @@ def gru_backward(
     reverse: bool,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients, in float32, of the products of the input and of the hidden state, and of h.
+    """Return the gradients of the products of the input and of the hidden state, and in float32 of h.
+
+    The first two are as :func:`gradient_dtype` says.
 
     ``dy`` and ``dh`` are those of what :func:`gru` gives; h is the one before the first step.
     """
     rows, (batch, hidden) = gates.shape[0], h.shape
-    d, through = (torch.empty(rows, 3 * hidden, dtype=torch.float32, device=h.device) for _ in range(2))
-    carry = torch.zeros(batch, hidden, device=h.device) if dh is None else torch.clone(dh.float())
+    d, through = (torch.empty(rows, 3 * hidden, dtype=gradient_dtype(h), device=h.device) for _ in range(2))
+    carry = torch.zeros(batch, hidden, device=h.device)
+    if dh is not None:
+        carry.copy_(dh)
     tensors = (dy, dh, weight, h, y, gates, offsets)
     kernel = _native("gru_backward", h.dtype, tensors, ctypes.c_void_p, ctypes.c_void_p)
     if kernel is not None:
@@ -428,8 +437,12 @@ def gru_backward(
         call = _described(None, weight, None, h, None, offsets, reverse, (_Gate(), _Gate()), (y, gates, None), scratch)
         kernel(ctypes.byref(call), ctypes.byref(_gradients(dy, dh, d, through, carry, None, hard)))
         return d, through, carry
-    wide, fused, h = _widened(weight), _triton(h), h.contiguous()
+    h, fused = h.contiguous(), _triton(h)
     steps = _steps(rows, batch, offsets, reverse)
+    if fused is not None:
+        fused.gru_backward(dy, carry, weight, h, y, gates, d, through, steps, hard)
+        return d, through, carry
+    wide = _widened(weight)
     for index in range(len(steps) - 1, -1, -1):
         begin, end = steps[index]
         n = end - begin
@@ -437,10 +450,6 @@ def gru_backward(
         before = h[:n]
         if index > 0:
             before = _before(y, before, *steps[index - 1])
-        if fused is not None:
-            fused.gru_backward(up, before, gates[begin:end], d[begin:end], through[begin:end], carry, hard)
-            carry[:n] += _product(through[begin:end], wide)
-            continue
         r, z, fresh, inner = gates[begin:end].float().chunk(4, 1)
         before = before.float()
         dn = up * (1.0 - z) * _tanh_slope(fresh, hard)
@@ -458,7 +467,7 @@ def gru_backward(
 def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of a weight, d^T x, in the format of x: one product over all rows."""
     if x.device.type == "cpu":
-        return (d.t() @ x.float()).to(x.dtype)
+        return (d.float().t() @ x.float()).to(x.dtype)
     return d.to(x.dtype).t() @ x
 
 

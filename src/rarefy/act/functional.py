@@ -327,9 +327,10 @@ def _traced(
     if out is not None:
         _check_out(x, out)
     needs_gradient = x.requires_grad and torch.is_grad_enabled()
-    dynamo, exporting = torch.compiler.is_dynamo_compiling(), torch.compiler.is_exporting()
-    # of float32 the fused form would cost far more than the kernel; on a GPU it would round otherwise, too
-    whole = x.dtype == torch.float32 and (mode in ("exact", "fast") or (x.is_cuda and function != "tanh"))
+    dynamo, exporting = torch.compiler.is_dynamo_compiling(), launch.exporting()
+    # of float32 the fused form would cost far more than the kernel; on a GPU it would also round otherwise, since
+    # Inductor joins products and sums there
+    whole = x.is_cuda or (x.dtype == torch.float32 and mode in ("exact", "fast"))
     result: Tensor
     kept = not dynamo and _kept.get()
     if exporting and not kept and (not needs_gradient or torch.onnx.is_in_onnx_export()):

@@ -216,7 +216,7 @@ def _traced(
 ) -> Tensor:
     _validated(function, mode, grad, str(x.dtype), table)
     _check_shapes(function, x, up)
-    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_exporting():
+    if x.device.type in ("cpu", "cuda") and not launch.exporting():
         result: Tensor = torch.ops.rarefy.gated(x, up, function, mode, table)
     else:
         result = _composed(x, up, function, mode, table)

@@ -121,7 +121,7 @@ def _lstm_backward(
     reverse: bool,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of products (float32), weight, projection (without rows if there is none), h and c."""
+    """Return the gradients of products, weight, projection (without rows if there is none), h and c."""
     with torch._C._DisableAutocast():
         d, totals, dh_0, dc_0 = cells.lstm_backward(
             dy, dh, dc, weight, projection, c, gates, kept, offsets, reverse, hard
@@ -153,7 +153,7 @@ def _lstm_backward_fake(
     reverse: bool,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = gates.new_empty(gates.shape, dtype=torch.float32)
+    d = gates.new_empty(gates.shape, dtype=cells.gradient_dtype(gates))
     d_projection = weight.new_empty(0 if projection is None else projection.shape[0], c.shape[1])
     return d, weight.new_empty(weight.shape), d_projection, h.new_empty(h.shape), c.new_empty(c.shape)
 
@@ -238,7 +238,7 @@ def _gru_backward(
     reverse: bool,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of products (float32), weight, bias and h."""
+    """Return the gradients of products, weight, bias and h."""
     with torch._C._DisableAutocast():
         d, through, dh_0 = cells.gru_backward(dy, dh, weight, h, y, gates, offsets, reverse, hard)
         d_weight = cells.weight_gradient(through, cells.previous(y, h, offsets, reverse))
@@ -262,7 +262,7 @@ def _gru_backward_fake(
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, hidden = y.shape
-    d = y.new_empty(rows, 3 * hidden, dtype=torch.float32)
+    d = y.new_empty(rows, 3 * hidden, dtype=cells.gradient_dtype(y))
     return d, weight.new_empty(weight.shape), h.new_empty(hidden), h.new_empty(h.shape)
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from rarefy.cli import options
 from rarefy.cli.outputs import check_file
+
+if TYPE_CHECKING:
+    from rarefy.train.translation import Translator
+
+#: Bytes that are read, and so translated, at once at most: about a thousand sentences.
+AT_ONCE = 1 << 16
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,7 +25,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     translate = commands.add_parser(
         "translate",
         help="translate text by a trained run",
-        description="Translate a text line by line, from a file or standard input, by the model of a finished run.",
+        description="Translate a text line by line, from a file or standard input, by the model of a finished run. "
+        "Translations come in the order of the lines, as soon as what was read together is done.",
         epilog="example: echo 'The file does not exist.' | rarefy translate runs/gnmt",
     )
     translate.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that trained gnmt")
@@ -41,26 +51,37 @@ def _translate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--beam must be in [1, 1000], got {arguments.beam}")
     check_file(arguments.output, "--output")
     translator = load_translator(arguments.run)
-    where = "standard input" if arguments.input is None else str(arguments.input)
-    if arguments.input is not None and not arguments.input.is_file():
-        raise FileNotFoundError(f"there is no text file {where}")
-    content = sys.stdin.buffer.read() if arguments.input is None else arguments.input.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{where}, line {line}: not UTF-8 text") from None
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    lines = [line.strip() for line in lines]
     if arguments.engine:
         translator = translator.compiled()
-    said = translator(lines, beam=arguments.beam)
-    result = "".join(f"{line}\n" for line in said)
+    if arguments.input is None:
+        if sys.stdin.isatty():
+            print("a line, Enter, its translation; Ctrl-D ends", file=sys.stderr, flush=True)
+        pieces = _lines(cast("io.BufferedIOBase", sys.stdin.buffer), "standard input")
+    elif arguments.input.is_file():
+        content, where = arguments.input.read_bytes(), str(arguments.input)
+        list(_lines(io.BytesIO(content), where))  # all of it can be read, before the first is translated
+        pieces = _lines(io.BytesIO(content), where)
+    else:
+        raise FileNotFoundError(f"there is no text file {arguments.input}")
+    streams = arguments.output is None and not arguments.json
+    pairs: list[tuple[str, str]] = []
+    done = 0
+    for lines in pieces:
+        _tell_long(translator, lines, done)
+        said = translator(lines, beam=arguments.beam)
+        done += len(lines)
+        if streams:
+            sys.stdout.write("".join(f"{line}\n" for line in said))
+            sys.stdout.flush()
+        else:
+            pairs += zip(lines, said, strict=True)
+            _tell_done(done)
+    if streams:
+        return 0
+    result = "".join(f"{line}\n" for _, line in pairs)
     if arguments.json:
-        pairs = [{"source": a, "translation": b} for a, b in zip(lines, said, strict=True)]
-        result = json.dumps(pairs, ensure_ascii=False) + "\n"
+        plain = [{"source": a, "translation": b} for a, b in pairs]
+        result = json.dumps(plain, ensure_ascii=False) + "\n"
     if arguments.output is None:
         sys.stdout.write(result)
     else:
@@ -68,3 +89,50 @@ def _translate(arguments: argparse.Namespace) -> int:
 
         write_atomically(arguments.output, lambda path: path.write_text(result, encoding="utf-8"))
     return 0
+
+
+def _lines(file: io.BufferedIOBase, where: str) -> Iterator[list[str]]:
+    """Give lines as they come, those that are there together in one list, without their ends and outer spaces.
+
+    Raises ValueError, with the line's number, for what is not UTF-8.
+    """
+    rest, number = b"", 0
+    while True:
+        content = file.read1(AT_ONCE)
+        *whole, rest = (rest + content).split(b"\n")
+        if not content and rest:
+            whole = [rest]
+        lines = []
+        for line in whole:
+            number += 1
+            try:
+                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            except UnicodeDecodeError:
+                if lines:
+                    yield lines
+                raise ValueError(f"{where}, line {number}: not UTF-8 text") from None
+        if lines:
+            yield lines
+        if not content:
+            return
+
+
+def _tell_long(translator: Translator, lines: list[str], before: int) -> None:
+    """Say on standard error which lines are longer than all that the run learned from: they come out badly."""
+    longest, lengths = translator.longest, translator.lengths(lines)
+    long = [index for index, length in enumerate(lengths) if length > longest]
+    if long:
+        others = f" and {len(long) - 1} more" if len(long) > 1 else ""
+        first, tokens = before + long[0] + 1, lengths[long[0]]
+        print(
+            f"line {first}{others}: {tokens} tokens, and the run learned from up to {longest}"
+            " (data.longest): one sentence a line is translated better",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _tell_done(done: int) -> None:
+    """Say how far it is where a person looks and nothing else is to be seen."""
+    if sys.stderr.isatty():
+        print(f"{done:,} lines", file=sys.stderr, flush=True)

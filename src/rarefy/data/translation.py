@@ -179,13 +179,20 @@ def train_tokenizer(pairs: Pairs, vocab_size: int = 8000) -> Tokenizer:
 
 
 def read_tokenizer(text: str) -> Tokenizer:
-    """Return the encoding that :meth:`Tokenizer.to_str` gave. Raises ValueError for another text."""
+    """Return the encoding that :meth:`Tokenizer.to_str` gave.
+
+    Raises ValueError for another text, and for an encoding that does not begin with :data:`SPECIAL`.
+    """
     from tokenizers import Tokenizer
 
     try:
-        return _of_text(Tokenizer.from_str(text))
+        tokenizer = _of_text(Tokenizer.from_str(text))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"no encoding, or a damaged one: {error}") from None
+    first = tuple(tokenizer.id_to_token(index) for index in range(len(SPECIAL)))
+    if first != SPECIAL:
+        raise ValueError(f"an encoding whose first tokens are {first}, not {SPECIAL}: take one that a run made")
+    return tokenizer
 
 
 def _of_text(tokenizer: Tokenizer) -> Tokenizer:

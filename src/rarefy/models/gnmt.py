@@ -92,7 +92,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
         # (B, T, 1, H) + (B, 1, S, H)
-        mixed = self.query(x).unsqueeze(2) + (memory.keys + self.bias).unsqueeze(1)
+        keys = memory.keys + self.bias.to(memory.keys.dtype)  # under autocast the parameter is the wider
+        mixed = self.query(x).unsqueeze(2) + keys.unsqueeze(1)
         direction = self.scale * self.vector / self.vector.norm()
         scores = self.tanh(mixed) @ direction.to(mixed.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -104,7 +104,10 @@ def translate(
 
 
 class _Search:
-    """B sentences with K partial translations each, as B * K rows."""
+    """B sentences with K partial translations each, as B * K rows.
+
+    Sentences whose search is over leave when they are half of the rows, so that a long one is soon by itself.
+    """
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class _Search:
         beta: float,
     ) -> None:
         self.model, self.end, self.beam, self.alpha, self.beta = model, end, beam, alpha, beta
-        self.limits = limits.tolist()
+        self.limits: list[int] = limits.tolist()
         memory = model.encode(source, lengths)
         self.memory = Memory(*(part.repeat_interleave(beam, 0) for part in memory))
         sentences, device = len(source), source.device
@@ -130,24 +133,44 @@ class _Search:
         self.total[:, 0] = 0.0
         self.seen = torch.zeros(sentences * beam, source.shape[1], device=device)
         self.said = torch.zeros(sentences * beam, 0, dtype=torch.long, device=device)
-        self.state: list[LayerState] | None = None
+        self.state: list[LayerState] = []
         self.best: list[Translation | None] = [None] * sentences
+        self.numbers = list(range(sentences))  # of those that are searched for still
 
     def run(self) -> list[Translation]:
         for length in range(1, max(self.limits) + 1):
             self._step(length)
-            if all(self._is_over(sentence) for sentence in range(len(self.best))):
+            open_ = self._open()
+            if not open_:
                 break
+            if 2 * len(open_) <= len(self.numbers):
+                self._keep(open_)
         return [best for best in self.best if best is not None]
 
-    def _is_over(self, sentence: int) -> bool:
-        """Whether nothing partial can win: log P only falls, and the penalty that divides it is largest at the end."""
-        best = self.best[sentence]
-        hope = float(self.total[sentence].max()) / length_penalty(self.limits[sentence], self.alpha)
-        return best is not None and best.score >= hope
+    def _open(self) -> list[int]:
+        """Return the places of those of which something partial can still win.
+
+        log P only falls, and the penalty that divides it is largest at the end.
+        """
+        found = []
+        for place, total in enumerate(self.total.amax(1).tolist()):
+            best, hope = self.best[self.numbers[place]], total / length_penalty(self.limits[place], self.alpha)
+            if best is None or best.score < hope:
+                found.append(place)
+        return found
+
+    def _keep(self, places: list[int]) -> None:
+        """Go on with the sentences at these places alone."""
+        chosen = torch.tensor(places, device=self.total.device)
+        rows = (self.first[chosen] + torch.arange(self.beam, device=chosen.device)).flatten()
+        self.memory = Memory(*(part[rows] for part in self.memory))
+        self.token, self.seen, self.said = self.token[rows], self.seen[rows], self.said[rows]
+        self.state = [(h[:, rows], c[:, rows]) for h, c in self.state]
+        self.total, self.first = self.total[chosen], self.first[: len(places)]
+        self.limits, self.numbers = ([each[place] for place in places] for each in (self.limits, self.numbers))
 
     def _step(self, length: int) -> None:
-        logits, state, weights = self.model.decode(self.token, self.memory, self.state)
+        logits, state, weights = self.model.decode(self.token, self.memory, self.state or None)
         logp = logits[:, 0].float().log_softmax(1)
         seen = self.seen + weights[:, 0].float()
         sentences, beam, vocabulary = *self.total.shape, logp.shape[1]
@@ -164,9 +187,10 @@ class _Search:
         coverage = coverage_penalty(self.seen, self.memory.padding, self.beta).view_as(self.total)
         final = self.total / length_penalty(length, self.alpha) + coverage
         value, which = final.masked_fill(~over, -math.inf).max(1)
-        for sentence, (number, row) in enumerate(zip(value.tolist(), which.tolist(), strict=True)):
+        for index, (number, row) in enumerate(zip(value.tolist(), which.tolist(), strict=True)):
+            sentence = self.numbers[index]
             best = self.best[sentence]
             if number > (-math.inf if best is None else best.score):
-                tokens = self.said[sentence * beam + row].tolist()
+                tokens = self.said[index * beam + row].tolist()
                 self.best[sentence] = Translation(tokens[:-1] if tokens[-1] == self.end else tokens, number)
         self.total[over] = -math.inf

@@ -94,6 +94,7 @@ def render(run: Run, baseline: Run | None = None) -> str:
             plots.work(run),
         ),
         by_layer=_present(plots.densities(run), plots.flops(run)),
+        attentions=plots.attentions(run),
         histograms=histograms,
         histograms_left_out=len(run.histograms) - len(histograms),
         layers=layers,
@@ -161,6 +162,13 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
         best = summary.best_valid_perplexity if summary else None
         note = f"best epoch {best:.2f}" if best is not None else ""
         tiles.append(Tile("Perplexity", f"{run.valid_perplexity:.2f}", _noted("of the validation set", note)))
+    if summary is not None and summary.activation_share is not None:
+        measured = ""
+        if summary.activation_seconds is not None and summary.batch_seconds is not None:
+            alone, batch = (milliseconds(1e3 * t) for t in (summary.activation_seconds, summary.batch_seconds))
+            measured = f"{alone} of {batch}, forward and backward"
+        how = "tanh and sigmoid timed by themselves"
+        tiles.append(Tile("Activations", percent(summary.activation_share), _noted(how, measured)))
     if not run.is_dense:
         tiles.append(Tile("Zero weights", percent(run.sparsity), _noted(verdict(run, "sparsity"))))
     ratio = run.inference_flops_ratio

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from rarefy.report.figure import (
     AIM,
     FAINT,
+    GRID,
     INK,
     OTHER,
     RUN,
@@ -26,7 +29,7 @@ from rarefy.report.figure import (
     legend_above,
     percent_axis,
 )
-from rarefy.report.run import Histogram, Run
+from rarefy.report.run import Attention, Histogram, Run
 from rarefy.report.wording import baseline_name, number, percent, short
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 #: So many layers have a line of their own in a legend, and so many a histogram.
 NAMED_LINES = 8
 HISTOGRAMS = 12
+
+#: A weight of the attention below which its cell stays empty.
+FAINTEST = 0.01
 
 #: From so many evaluations on the first ones may lie under the axis of the accuracy.
 CLIPPED_EPOCHS = 12
@@ -88,6 +94,7 @@ def perplexity(run: Run, baseline: Run | None) -> Plot | None:
         return None
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
     axes.yaxis.set_minor_formatter("{x:g}")
     epochs_axis(axes)
     legend_above(axes)
@@ -158,7 +165,8 @@ def loss(run: Run, baseline: Run | None) -> Plot | None:
         return None
     epochs_axis(axes)
     legend_above(axes)
-    caption = "In training, with its moving mean in bold, and on the test set."
+    tested = ", and on the test set" if len(x) else ""
+    caption = f"In training, with its moving mean in bold{tested}."
     return inline("Loss", caption, f"Loss over the epochs: {'; '.join(said)}.", drawn)
 
 
@@ -343,3 +351,39 @@ def _histogram(histogram: Histogram) -> Plot:
     axes.tick_params(labelsize=10)
     axes.set_title(label(histogram.name, 28), fontsize=11, color=INK, loc="left")
     return inline(histogram.name, "", f"{alt}.", drawn)
+
+
+def attentions(run: Run) -> list[Plot]:
+    """What the decoder looked at as it said translations."""
+    return [_attention(attention, number) for number, attention in enumerate(run.attentions, start=1)]
+
+
+@STYLE
+def _attention(attention: Attention, number: int) -> Plot:
+    weights = np.clip(np.array(attention.weights), 0.0, 1.0)
+    rows, columns = weights.shape
+    drawn = figure(height=95 + 15 * rows)
+    axes = drawn.subplots()
+    # Each cell is a rectangle: in the page's colour, and sharp at any size. The faintest are left out.
+    for row, column in np.argwhere(weights >= FAINTEST):
+        cell = (column - 0.5, row - 0.5), 1.0, 1.0
+        axes.add_patch(Rectangle(*cell, facecolor=RUN, alpha=float(weights[row, column]), linewidth=0))
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_xticks(range(columns), [label(piece, 14) for piece in attention.source], rotation=60, ha="left")
+    axes.set_yticks(range(rows), [label(piece, 14) for piece in attention.target])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=9.5)
+    axes.grid(visible=False)
+    axes.hlines(np.arange(rows + 1) - 0.5, -0.5, columns - 0.5, color=GRID, linewidth=0.3)
+    axes.vlines(np.arange(columns + 1) - 0.5, -0.5, rows - 0.5, color=GRID, linewidth=0.3)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    pairs = [(attention.target[row], attention.source[int(weights[row].argmax())]) for row in range(rows)]
+    alt = "; ".join(f"{said} looks most at {seen}" for said, seen in pairs)
+    return inline(f"Sentence {number}", _text(attention.source), f"Attention of a translation: {alt}.", drawn)
+
+
+def _text(pieces: Sequence[str]) -> str:
+    """The sentence that byte-pair pieces make, without the end."""
+    return "".join(pieces[:-1]).replace("\u2581", " ").strip()

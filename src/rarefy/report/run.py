@@ -1,8 +1,8 @@
 """Reading the folder that a training run leaves behind.
 
 ``recipe.yaml`` and ``metrics.jsonl`` make a folder a run; ``summary.json`` is there once it has finished, and
-``environment.json`` and ``histograms.json`` where there was something to write. Shares (sparsity, density, accuracy,
-FLOPs ratios) are in [0, 1].
+``environment.json``, ``histograms.json`` and ``attention.json`` where there was something to write. Shares (sparsity,
+density, accuracy, FLOPs ratios) are in [0, 1].
 """
 
 from __future__ import annotations
@@ -87,6 +87,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What the decoder looked at as it said a translation: of each of T pieces, how much at each of S of the source."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a finished run reports: of a classifier its accuracy, of a translator its perplexity and BLEU."""
 
@@ -96,6 +105,9 @@ class Summary:
     best_valid_perplexity: float | None
     test_bleu: float | None
     bleu_signature: str | None
+    activation_share: float | None
+    activation_seconds: float | None
+    batch_seconds: float | None
     samples: tuple[Sample, ...]
     sparsity: float | None
     inference_flops_ratio: float | None
@@ -142,6 +154,7 @@ class Run:
     evals: tuple[EvalRecord, ...]
     summary: Summary | None
     histograms: tuple[Histogram, ...]
+    attentions: tuple[Attention, ...]
 
     @property
     def test_accuracy(self) -> float | None:
@@ -255,6 +268,21 @@ class _Fields:
             return tuple(float(x) for x in value)
         raise RunError(f"{self.where}: {key} must be a list of numbers, got {value!r:.80}")
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.value.get(key)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise RunError(f"{self.where}: {key} must be a list of texts, got {value!r:.80}")
+
+    def rows(self, key: str, count: int, width: int) -> tuple[tuple[float, ...], ...]:
+        value = self.value.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise RunError(f"{self.where}: {key} must be a list of {count} rows, got {value!r:.80}")
+        rows = tuple(_Fields({key: row}, self.where).numbers(key) for row in value)
+        if any(len(row) != width for row in rows):
+            raise RunError(f"{self.where}: {key} must have {width} numbers in each row, got {value!r:.80}")
+        return rows
+
     def objects(self, key: str) -> list[_Fields]:
         value = self.value.get(key)
         if value is None:
@@ -298,6 +326,13 @@ def _histogram(fields: _Fields) -> Histogram:
             f"{fields.where}: n counts need n + 1 rising edges, got {len(counts)} counts and {len(edges)} edges"
         )
     return fields.read(Histogram, edges=edges, counts=counts)
+
+
+def _attention(fields: _Fields) -> Attention:
+    source, target = fields.texts("source"), fields.texts("target")
+    if not source or not target:
+        raise RunError(f"{fields.where}: source and target must have a piece at least")
+    return Attention(source, target, fields.rows("weights", len(target), len(source)))
 
 
 def _json(path: Path) -> _Fields | None:
@@ -371,6 +406,7 @@ def load(run: Path) -> Run:
     if summary is None and not train and not evals:
         raise RunError(f"{run} has no records yet: report again once the run has logged its first step")
     histograms = _json(run / "histograms.json")
+    attentions = _json(run / "attention.json")
     environment = _json(run / "environment.json")
 
     method = recipe.get("method")
@@ -403,4 +439,5 @@ def load(run: Path) -> Run:
         evals=evals,
         summary=_summary(summary) if summary else None,
         histograms=tuple(_histogram(item) for item in histograms.objects("layers")) if histograms else (),
+        attentions=tuple(_attention(item) for item in attentions.objects("sentences")) if attentions else (),
     )

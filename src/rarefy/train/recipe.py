@@ -46,6 +46,7 @@ class Translation:
         folder: a folder of files in two languages, or a table: see :func:`rarefy.data.translation.load`.
         languages: from which to which.
         vocab_size: tokens of the byte-pair encoding of both.
+        tokenizer: the file of an encoding, such as another run's tokenizer.json, in place of a new one.
         longest: tokens of a sentence at most, with its end; training leaves longer pairs out.
         train_size: only the first so many training pairs; null takes all.
     """
@@ -54,6 +55,7 @@ class Translation:
     folder: str | None = None
     languages: Sequence[str] = field(default_factory=lambda: ["en", "de"])
     vocab_size: int = 8000
+    tokenizer: str | None = None
     longest: int = 60
     train_size: int | None = None
 

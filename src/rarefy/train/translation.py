@@ -19,6 +19,7 @@ from rarefy.data.translation import BEGIN, END, PADDING, Batch, Encoded, Pairs
 from rarefy.models import GNMT
 from rarefy.models.search import Translation as Found
 from rarefy.models.search import translate
+from rarefy.train import activation_share
 from rarefy.train.recipe import Translation as Data
 from rarefy.train.recipe import load
 from rarefy.train.run import Run
@@ -32,9 +33,15 @@ if TYPE_CHECKING:
 #: The file of a run's byte-pair encoding.
 TOKENIZER = "tokenizer.json"
 
-#: Sentences that are translated at once, and how many of the test a summary shows.
-SEARCH_BATCH = 64
+#: The file of what the attention looked at in some translations.
+ATTENTION = "attention.json"
+
+#: Sentences, and tokens of them with their padding, that are translated at once at most: a long one waits for none.
+SEARCH_BATCH, SEARCH_TOKENS = 64, 4096
+
+#: Sentences of the test that a summary shows, and of how many pieces at most the attention is drawn, of how many.
 SAMPLES = 8
+LEGIBLE, DRAWN = 24, 3
 
 
 class Translation(Run):
@@ -79,12 +86,13 @@ class Translation(Run):
         return self.recipe.data
 
     def _tokenizer(self, pairs: Pairs) -> Tokenizer:
-        """The encoding that the run began with, or a new one: the main process's for all."""
+        """The encoding that the run began with, the recipe's, or a new one: the main process's for all."""
         text = [""]
         if self.is_main:
-            path = self.folder.path / TOKENIZER
             if self._resumed:
-                text = [_read(path)]
+                text = [load_tokenizer(self.folder.path / TOKENIZER).to_str()]
+            elif self._data.tokenizer is not None:
+                text = [load_tokenizer(Path(self._data.tokenizer)).to_str()]
             else:
                 text = [translation.train_tokenizer(pairs, self._data.vocab_size).to_str()]
         broadcast_object_list(text)
@@ -94,7 +102,17 @@ class Translation(Run):
         return {TOKENIZER: self.tokenizer.to_str()}
 
     def _make_model(self) -> nn.Module:
-        return GNMT(self.tokenizer.get_vocab_size(), **self.recipe.model.options)
+        options, device = self.recipe.model.options, self.accelerator.device
+        if self.recipe.precision != "fp32" and options.get("mode", "torch") == "torch":
+            try:
+                with torch.no_grad(), self.accelerator.autocast():
+                    nn.LSTM(1, 1, device=device)(torch.zeros(1, 1, 1, device=device))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"PyTorch's LSTM does not run in precision: {self.recipe.precision} on this "
+                    f"{device.type} ({error!s:.40}...): take model.mode: exact, or precision: fp32"
+                ) from error
+        return GNMT(self.tokenizer.get_vocab_size(), **options)
 
     def _learn(self, content: tuple[list[Batch], int]) -> None:
         batches, words = content
@@ -126,12 +144,19 @@ class Translation(Run):
         return {"valid_loss": loss / words, "valid_perplexity": math.exp(min(loss / words, 700.0))}
 
     def _results(self) -> dict[str, Any]:
-        """BLEU of greedy translations of the test's sentences, by sacreBLEU, with its signature, and some of them."""
+        """BLEU of greedy translations of the test's sentences, by sacreBLEU, with its signature, and some of them.
+
+        What the attention of some looked at goes into a file of its own.
+        """
         from sacrebleu.metrics.bleu import BLEU
 
-        test = self.corpus.test
+        test, model = self.corpus.test, self.plain_model.eval()
+        ids = [each.ids for each in self.tokenizer.encode_batch(test.source)]
         with self.accelerator.autocast():
-            said = translate_texts(self.plain_model.eval(), self.tokenizer, test.source)
+            found = _search(model, ids)
+            drawn = attentions(model, self.tokenizer, ids, found)
+        self.folder.write_json(ATTENTION, {"sentences": drawn})
+        said = [self.tokenizer.decode(tokens) for tokens in found]
         metric = BLEU()
         score = metric.corpus_score(said, [test.target])
         samples = [
@@ -139,7 +164,44 @@ class Translation(Run):
             for source, reference, text in list(zip(test.source, test.target, said, strict=True))[:SAMPLES]
         ]
         signature = str(metric.get_signature())
-        return {"test_bleu": score.score, "bleu_signature": signature, "samples": samples}
+        return {"test_bleu": score.score, "bleu_signature": signature, "samples": samples, **self._activation_share()}
+
+    def _activation_share(self) -> dict[str, float]:
+        """What tanh and sigmoid take of a batch's forward and backward pass, on the run's device."""
+        model = self.plain_model.train()
+        (batch, *_), _ = next(self.batches.epoch(0))
+        with self.accelerator.autocast():
+            measured = activation_share.measure(model, lambda: self._loss(model, batch))
+        model.eval()
+        seconds = {"activation_seconds": measured.activations, "batch_seconds": measured.batch}
+        return {"activation_share": measured.share, **seconds}
+
+
+@torch.no_grad()
+def attentions(
+    model: GNMT, tokenizer: Tokenizer, sources: list[list[int]], targets: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Return what the decoder looks at as it says translations, of the first sentences that a picture has room for.
+
+    Each has the pieces of its source, with the end, and of its target, with the end if it is said, cut where a picture
+    ends; and weights[target][source] in [0, 1], of which a row sums to 1.
+    """
+    fits = [index for index, source in enumerate(sources) if 1 <= len(source) < LEGIBLE]
+    device, found = next(model.parameters()).device, []
+    for index in sorted(fits, key=lambda i: len(sources[i]) < LEGIBLE // 4)[:DRAWN]:  # the shortest show little
+        source = [*sources[index], END]
+        memory = model.encode(torch.tensor([source], device=device), torch.tensor([len(source)], device=device))
+        told = torch.tensor([[BEGIN, *targets[index]]], device=device)
+        logits, _, weights = model.decode(told, memory)
+        said = [*targets[index], *([END] if int(logits[0, -1].argmax()) == END else [])][:LEGIBLE]
+        found.append(
+            {
+                "source": [tokenizer.id_to_token(token) for token in source],
+                "target": [tokenizer.id_to_token(token) for token in said],
+                "weights": [[round(weight, 4) for weight in row] for row in weights[0, : len(said)].tolist()],
+            }
+        )
+    return [each for each in found if each["target"]]
 
 
 def _in_order(data: Encoded, tokens: int = 4096) -> list[Batch]:
@@ -157,7 +219,7 @@ def _in_order(data: Encoded, tokens: int = 4096) -> list[Batch]:
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: put the run's encoding back, or begin a new run")
+        raise FileNotFoundError(f"{path} is missing: put the encoding back, or begin a new run without it")
     return path.read_text(encoding="utf-8")
 
 
@@ -177,32 +239,61 @@ def translate_texts(
 
     ``options`` are those of :func:`rarefy.models.search.translate`.
     """
-    device = next(model.parameters()).device if isinstance(model, GNMT) else torch.device("cpu")
     ids = [each.ids for each in tokenizer.encode_batch(texts)]
-    order = sorted((index for index in range(len(texts)) if ids[index]), key=lambda index: len(ids[index]))
-    said = [""] * len(texts)
-    for begin in range(0, len(order), SEARCH_BATCH):
-        some = order[begin : begin + SEARCH_BATCH]
+    return [tokenizer.decode(tokens) for tokens in _search(model, ids, beam=beam, **options)]
+
+
+def _search(model: GNMT | CompiledGNMT, ids: list[list[int]], **options: Any) -> list[list[int]]:
+    """The tokens of the best translations of sentences without their ends; none for an empty one."""
+    device = next(model.parameters()).device if isinstance(model, GNMT) else torch.device("cpu")
+    said: list[list[int]] = [[] for _ in ids]
+    many = 8 if device.type == "cuda" else 1  # sentences that a GPU searches in the time of one
+    for some in _groups([len(each) for each in ids], many * SEARCH_BATCH, many * SEARCH_TOKENS):
         sentences = [[*ids[index], END] for index in some]
         source = translation.padded(sentences).to(device)
         lengths = torch.tensor([len(each) for each in sentences], device=device)
-        found: list[Found] = translate(model, source, lengths, begin=BEGIN, end=END, beam=beam, **options)
+        found: list[Found] = translate(model, source, lengths, begin=BEGIN, end=END, **options)
         for index, each in zip(some, found, strict=True):
-            said[index] = tokenizer.decode(each.tokens)
+            said[index] = each.tokens
     return said
 
 
-class Translator:
-    """A trained run's model with its encoding: sentences in, sentences out."""
+def _groups(lengths: list[int], most: int, tokens: int) -> list[list[int]]:
+    """The indices of sentences of some length, about equally long ones together, so many and so many tokens at once."""
+    groups: list[list[int]] = []
+    for index in sorted((index for index, length in enumerate(lengths) if length), key=lengths.__getitem__):
+        last = groups[-1] if groups else []
+        fits = len(last) < most and (len(last) + 1) * (lengths[index] + 1) <= tokens
+        if last and fits:
+            last.append(index)
+        else:
+            groups.append([index])
+    return groups
 
-    def __init__(self, model: GNMT | CompiledGNMT, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.eval() if isinstance(model, GNMT) else model, tokenizer
+
+class Translator:
+    """A trained run's model with its encoding: sentences in, sentences out.
+
+    Attributes:
+        longest: tokens of the longest sentence, with its end, that the model may have learned from.
+
+    """
+
+    def __init__(self, model: GNMT | CompiledGNMT, tokenizer: Tokenizer, longest: int) -> None:
+        self.model = model.eval() if isinstance(model, GNMT) else model
+        self.tokenizer, self.longest = tokenizer, longest
 
     def compiled(self) -> Translator:
         """Return one that runs on the engine; see :class:`rarefy.models.compiled.CompiledGNMT`."""
         from rarefy.models.compiled import CompiledGNMT  # late: training has no use for the engine
 
-        return self if isinstance(self.model, CompiledGNMT) else Translator(CompiledGNMT(self.model), self.tokenizer)
+        if isinstance(self.model, CompiledGNMT):
+            return self
+        return Translator(CompiledGNMT(self.model), self.tokenizer, self.longest)
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Return how many tokens each sentence has, with its end."""
+        return [len(each.ids) + 1 for each in self.tokenizer.encode_batch(texts)]
 
     def __call__(self, texts: list[str], *, beam: int = 1) -> list[str]:
         """Translate sentences; see :func:`translate_texts`."""
@@ -228,4 +319,4 @@ def load_translator(run: Path) -> Translator:
         model.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{weights} does not fit the recipe beside it, or is damaged: {error!s:.200}") from error
-    return Translator(model, tokenizer)
+    return Translator(model, tokenizer, recipe.data.longest)

@@ -241,9 +241,14 @@ def hard32(x: Tensor, function: str) -> Tensor:
     if function == "tanh":
         return x.clamp(-1.0, 1.0)
     if function == "sigmoid":
-        return (x + 3.0).clamp(0.0, 6.0) / 6.0
+        return _sixth((x + 3.0).clamp(0.0, 6.0))
     inner = x if function == "silu" else 1.702 * x
-    return _limit(x, x * ((inner + 3.0).clamp(0.0, 6.0) / 6.0))
+    return _limit(x, x * _sixth((inner + 3.0).clamp(0.0, 6.0)))
+
+
+def _sixth(x: Tensor) -> Tensor:
+    # by a number PyTorch multiplies with its reciprocal on a GPU, which rounds twice
+    return x / (torch.full((), 6.0, device=x.device) if x.is_cuda else 6.0)
 
 
 def _limit(x: Tensor, y: Tensor) -> Tensor:

@@ -30,15 +30,27 @@ class Kernel:
     Args:
         jit: the function of Triton: pointers to the tensors' bits, those of results last, and to the tables; sizes;
             constants; block.
-        dtype: of the tensors.
-        tables: on the device, one at least.
+        dtype: of the tensors; None takes them as they are, which may be of several.
+        device: of the tensors.
+        tables: on the device.
         constants: what the program is compiled for.
+        block: elements of a program; left out, what moves most.
     """
 
-    def __init__(self, jit: Any, dtype: torch.dtype, tables: tuple[Tensor, ...], constants: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        jit: Any,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        tables: tuple[Tensor, ...],
+        constants: tuple[Any, ...],
+        block: int | None = None,
+    ) -> None:
         self.jit, self.tables, self.constants = jit, tables, constants
-        self.integer, self.block = _INTEGER[dtype.itemsize], BLOCK[dtype.itemsize]
-        self.index = tables[0].get_device()  # -1 is the CPU, of Triton's interpreter
+        self.integer = None if dtype is None else _INTEGER[dtype.itemsize]
+        self.block = BLOCK[4 if dtype is None else dtype.itemsize] if block is None else block
+        self.device = device
+        self.index = -1 if device.index is None else device.index  # -1 is the CPU, of Triton's interpreter
         self.places = tuple(table.data_ptr() for table in tables)
         self.compiled: Any = None
 
@@ -60,8 +72,8 @@ class Kernel:
         if programs == 0:
             return
         if self.compiled is None:
-            refuse_capture(self.tables[0].device)
-            bits = (tensor.view(self.integer) for tensor in tensors)
+            refuse_capture(self.device)
+            bits = tensors if self.integer is None else tuple(tensor.view(self.integer) for tensor in tensors)
             with torch.cuda.device(self.index):
                 self.compiled = self.jit[programs, 1, 1](
                     *bits, *self.tables, *sizes, *self.constants, self.block, **OPTIONS

@@ -133,3 +133,11 @@ def watched() -> bool:
 def in_forward_mode() -> bool:
     """Tell whether tensors may carry tangents of forward-mode differentiation."""
     return forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """Tell whether torch.export traces.
+
+    ``torch.compiler.is_exporting`` is not what torch.compile reads: before PyTorch 2.13 it says yes there, too.
+    """
+    return torch.compiler._is_exporting_flag

@@ -1,7 +1,7 @@
-"""Triton kernels of the functions and their gradients: integer operations and lookups, the same bits as everywhere.
+"""Triton kernels of the functions and their gradients, the same bits as everywhere.
 
-``tanh`` exact in bf16 (64 lines) and K-TanH (32 rows of shifts) compute; every other function of a format of at most
-16 bits is a lookup of its answers, and its gradient of the slopes, which stay in the cache. float32 computes:
+A function of a format of at most 16 bits is a lookup of its answers, and its gradient of the slopes: they stay in the
+cache, where reading them is faster than the integer operations of K-TanH. float32 computes:
 :mod:`rarefy.act.kernels.triton_float32`. Needs the package ``triton``, and a GPU or ``TRITON_INTERPRET=1``.
 """
 
@@ -21,7 +21,10 @@ from rarefy.act.kernels import triton_float32
 from rarefy.act.kernels.aten import FORMAT_OF, given_table
 from rarefy.act.kernels.gpu import Kernel
 from rarefy.act.spec import reference, subnormals
-from rarefy.act.spec.table import LinearTable, ShiftTable
+from rarefy.act.spec.table import ShiftTable
+
+#: The bits that this version of PyTorch makes of a number too large for float8_e4m3fn: 448, or NaN.
+_OVER = tl.constexpr(int(torch.tensor(1e6).to(torch.float8_e4m3fn).view(torch.uint8)))
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -58,39 +61,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _linear(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    start: tl.constexpr = numbers[0]
-    length: tl.constexpr = numbers[1]
-    factor: tl.constexpr = numbers[2]
-    fraction: tl.constexpr = numbers[3]
-    offset: tl.constexpr = numbers[4]
-    identity: tl.constexpr = numbers[5]
-    last: tl.constexpr = numbers[6]
-    x = bits.to(tl.int32) & 0xFFFF
-    u = x & 0x7FFF
-    d = tl.minimum(tl.maximum(u - start, 0), length)
-    t = (d * factor) >> 16
-    # y = offset + (B + S d mod 2^16) / 2^f
-    y = offset + (((tl.load(rows + 2 * t + 1) + tl.load(rows + 2 * t) * d) & 0xFFFF) >> fraction)
-    y = tl.where(u < identity, u, y) | (x & 0x8000)
-    return tl.where(u > last, x, y).to(tl.int16)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _shift(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    x = bits.to(tl.int32) & 0xFFFF
-    y = triton_float32.shift(x & 0x7FFF, rows, numbers) | (x & 0x8000)
-    return tl.where((x & 0x7FFF) > numbers[6], x, y).to(tl.int16)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _lookup(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.load(rows + (bits.to(tl.int32) & numbers[0]))
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Look the derivative of a short format's number up."""
+def lookup(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Look up what belongs to a short format's bits."""
     return tl.load(rows + (bits.to(tl.int32) & numbers[0]))
 
 
@@ -129,7 +101,7 @@ def encode(y, name: tl.constexpr):  # type: ignore[no-untyped-def]
     elif name == "e5m2":
         bits = _encode8(y, 2, 15, 0x7C)
     else:
-        bits = _encode8(y, 3, 7, 0x7E)
+        bits = _encode8(y, 3, 7, _OVER)
     return bits
 
 
@@ -152,19 +124,13 @@ def _encode8(y, mantissa: tl.constexpr, bias: tl.constexpr, over: tl.constexpr):
 def parts(function: str, mode: str, dtype: torch.dtype, table: str) -> triton_float32.Parts | None:
     """Return what computes a function on bits; None for float32 tables of segments, which no kernel reads."""
     fmt, given = FORMAT_OF[dtype], given_table(table)
-    direct = reference.table_for(function, mode, fmt, given)
     if fmt.bits == 32:
+        direct = reference.table_for(function, mode, fmt, given)
         if mode == "ktanh" and not isinstance(direct or reference.core(fmt, given), ShiftTable):
             return None
         return triton_float32.forward(function, mode, given)
-    if isinstance(direct, LinearTable) and direct.symmetry == "odd":
-        i = direct.index
-        numbers = (i.start, i.length, i.factor, direct.fraction_bits, direct.offset, direct.identity_below, fmt.last)
-        return _linear, np.array(direct.rows, dtype=np.int32), numbers
-    if isinstance(direct, ShiftTable) and fmt.bits == 16:
-        return _shift, *triton_float32.shift_rows(direct)
     answers = reference.answers(function, mode, fmt, given).view(np.int16 if fmt.bits == 16 else np.uint8).copy()
-    return _lookup, answers, ((1 << fmt.bits) - 1,)
+    return lookup, answers, ((1 << fmt.bits) - 1,)
 
 
 def forward(function: str, mode: str, dtype: torch.dtype, table: str, device: torch.device) -> Kernel | None:
@@ -173,7 +139,7 @@ def forward(function: str, mode: str, dtype: torch.dtype, table: str, device: to
     if found is None:
         return None
     compute, rows, numbers = found
-    return Kernel(_map_kernel, dtype, (on(rows, device),), (compute, numbers))
+    return Kernel(_map_kernel, dtype, device, (on(rows, device),), (compute, numbers))
 
 
 def backward(function: str, mode: str, grad: str, dtype: torch.dtype, device: torch.device) -> Kernel:
@@ -181,11 +147,11 @@ def backward(function: str, mode: str, grad: str, dtype: torch.dtype, device: to
     fmt = FORMAT_OF[dtype]
     if fmt.bits == 32:
         constants = (triton_float32.slope, (function, mode), fmt.name)
-        return Kernel(_gradient_kernel, dtype, (on(np.zeros(1, dtype=np.float32), device),), constants)
+        return Kernel(_gradient_kernel, dtype, device, (on(np.zeros(1, dtype=np.float32), device),), constants)
     with subnormals.kept():
         saved = torch.from_numpy(fmt.decode(fmt.all_bits()).astype(np.float32))
         slopes = gradients.backward(torch.ones_like(saved), saved, function, mode, grad)
-    return Kernel(_gradient_kernel, dtype, (slopes.to(device),), (slope, ((1 << fmt.bits) - 1,), fmt.name))
+    return Kernel(_gradient_kernel, dtype, device, (slopes.to(device),), (lookup, ((1 << fmt.bits) - 1,), fmt.name))
 
 
 def on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -196,4 +162,4 @@ def on(rows: npt.NDArray[Any], device: torch.device) -> Tensor:
 def probe(device: torch.device) -> None:
     """Compile and launch the smallest kernel; raises what Triton raises where it cannot."""
     x = torch.zeros(1, dtype=torch.uint8, device=device)
-    Kernel(_map_kernel, x.dtype, (x,), (_lookup, (0,)))(x, torch.empty_like(x))
+    Kernel(_map_kernel, x.dtype, device, (x,), (lookup, (0,)))(x, torch.empty_like(x))

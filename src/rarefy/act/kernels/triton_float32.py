@@ -364,8 +364,10 @@ def slope(bits, rows, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
     elif function == "softplus":
         y = _logistic(x)
     elif function == "quick_gelu":
-        gate = _logistic(1.702 * x)
-        y = gate * (1.0 + (1.702 * x) * (1.0 - gate))
+        z = 1.702 * x
+        z = tl.where(z < -1e4, -1e4, tl.where(z > 1e4, 1e4, z))  # as in rarefy.act.gradients
+        gate = _logistic(z)
+        y = gate * (1.0 + z * (1.0 - gate))
     else:
         # sech^2 x = 4 e / (1 + e)^2, e = exp(-2 |x|);  sigmoid(x) sigmoid(-x) = e / (1 + e)^2, e = exp(-|x|)
         e = tl.exp(tl.abs(x) * (-2.0 if function == "tanh" else -1.0))

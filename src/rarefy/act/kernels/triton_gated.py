@@ -16,7 +16,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from rarefy.act.kernels import slopes, triton_float32
 from rarefy.act.kernels.aten import FORMAT_OF
 from rarefy.act.kernels.gpu import Kernel
-from rarefy.act.kernels.triton import decode, encode, on, parts, slope
+from rarefy.act.kernels.triton import decode, encode, lookup, on, parts
 
 _A, _B = tl.constexpr(slopes.A), tl.constexpr(slopes.B)
 _EXP, _TAIL = tl.constexpr(slopes.EXP), tl.constexpr(slopes.TAIL)
@@ -139,7 +139,7 @@ def forward(
     if found is None:
         return None
     compute, rows, numbers = found
-    return Kernel(_forward_kernel, dtype, (on(rows, device),), (compute, numbers, FORMAT_OF[dtype].name, many))
+    return Kernel(_forward_kernel, dtype, device, (on(rows, device),), (compute, numbers, FORMAT_OF[dtype].name, many))
 
 
 def backward(
@@ -151,7 +151,7 @@ def backward(
         return None
     compute, rows, numbers = found
     fmt = FORMAT_OF[dtype]
-    derivative: Any = slope
+    derivative: Any = lookup
     constants: tuple[Any, ...] = ((1 << fmt.bits) - 1,)
     values = torch.from_numpy(np.zeros(1, dtype=np.float32))
     if fmt.bits == 16:
@@ -161,4 +161,4 @@ def backward(
     else:
         derivative, constants = _slope32, (function,)
     tables = (on(rows, device), values.to(device))
-    return Kernel(_backward_kernel, dtype, tables, (compute, numbers, derivative, constants, fmt.name, many))
+    return Kernel(_backward_kernel, dtype, device, tables, (compute, numbers, derivative, constants, fmt.name, many))

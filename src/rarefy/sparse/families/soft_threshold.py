@@ -11,12 +11,19 @@ decay d with ``pressure = sum over steps of lr * d / (1 - momentum)``.
 A soft threshold takes T from every weight, and counts on training to give it back. Where the optimizer cannot move the
 weights that far, as in fine-tuning at a small learning rate, it takes less::
 
-    W^ = sign(W) (|W| - shrink T)  for |W| > T, else 0
+    W^ = sign(W) (|W| - soft T)  for |W| > T, else 0
+    soft = shrink where a normalisation stands to give the scale back, else 0
     shrink = min(1, (reach / FREE)^2),   reach = steps * (largest mean |step| of a layer's weights) / (their first size)
 
-from the soft threshold (1: training from scratch) to the hard one (0). Nor can the loss hold against the pressure then:
+from the soft threshold (1: training from scratch) to the hard one (0). Without a normalisation, as in an LSTM, what a
+soft threshold takes does not come back at all. Nor can the loss hold against the pressure then:
 the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
 of the method's own.
+
+The loss answers the pressure through the optimizer's steps of s. SGD's are as large as the sum of gradients that they
+follow; those of Adam are the learning rate, whatever the gradient, and those of a warm-up are small. Where they are
+less than the pressure's, the density would be at the goal before the weights have learned anything, so the exponent
+above is ``min(shrink, answer)``, ``answer = (largest |step of s| by the optimizer) / (largest by the pressure)``.
 
 Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) times less than |W|: all lie close about T,
 and a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. So what moves s moves that of
@@ -121,6 +128,17 @@ THRESHOLD_FUNCTIONS = {
     "exp": ThresholdFunction(torch.exp, _log, lambda t: t),
     "softplus": ThresholdFunction(F.softplus, _softplus_inverse, lambda t: -torch.expm1(-t)),
 }
+
+
+def is_restored(model: nn.Module, key: str) -> bool:
+    """Tell whether the network gives back the scale that a soft threshold takes from a parameter: by a normalisation.
+
+    The gates of recurrent layers have none, whatever stands around them.
+    """
+    owner = model.get_submodule(key.rpartition(".")[0])
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+        return False
+    return any("Norm" in type(module).__name__ for module in model.modules())
 
 
 def trim(error: float, gain: float = 0.3) -> float:
@@ -230,13 +248,13 @@ class SoftThreshold(Targeted, Latent):
         return self._g.forward(bucket.own["s"].detach()) * self._rows_of(bucket, bucket.kept["awake"])
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
-        """W^ = sign(W) (|W| - shrink T) for |W| > T, else 0; for blocks W (1 - shrink T/B), B the mean |W|."""
+        """W^ = sign(W) (|W| - soft T) for |W| > T, else 0; for blocks W (1 - soft T/B), B the mean |W|."""
         used = bucket.flat()
         single = self._block == (1, 1)
-        rows = zip(bucket.views(used), bucket.views(weight), self._shaped(bucket), bucket.kept["shrink"], strict=True)
-        for out, w, t, shrink in rows:
+        rows = zip(bucket.views(used), bucket.views(weight), self._shaped(bucket), bucket.kept["soft"], strict=True)
+        for out, w, t, soft in rows:
             size = self._magnitude(w)
-            kept = w - (shrink * t).copysign(w) if single else w * (1.0 - shrink * t / size.clamp(min=1e-30))
+            kept = w - (soft * t).copysign(w) if single else w * (1.0 - soft * t / size.clamp(min=1e-30))
             out.copy_(torch.where(size <= t, 0.0, kept))
         return used
 
@@ -269,19 +287,23 @@ class SoftThreshold(Targeted, Latent):
         """See :class:`Sparsifier`."""
         channels = self.granularity == "channel"
         bucket.rows = [shape[0] if channels else 1 for shape in bucket.shapes]
-        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink"], "layer")
-        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower"], self.granularity))
+        bucket.per = dict.fromkeys(["scale", "awake", "moved", "shrink", "restored", "soft"], "layer")
+        bucket.per.update(dict.fromkeys(["s", "lowest", "previous", "lower", "answered"], self.granularity))
         weight, count = bucket.kept["latent"], len(bucket.layers)
         bucket.kept["scale"] = self._root_mean_square(bucket, weight)
         bucket.kept["awake"] = (bucket.kept["scale"] > 0.0).float()
         bucket.kept["moved"] = torch.zeros(count, device=bucket.device)
         # What no optimizer holds does not move.
         bucket.kept["shrink"] = torch.full((count,), 0.0 if bucket.optimizer is None else 1.0, device=bucket.device)
+        restored = [float(is_restored(self.model, layer.key)) for layer in bucket.layers]
+        bucket.kept["restored"] = torch.tensor(restored, device=bucket.device)
+        bucket.kept["soft"] = bucket.kept["shrink"] * bucket.kept["restored"]
         first = self._first(bucket.kept["scale"])
         bucket.own["s"] = nn.Parameter(self._rows_of(bucket, first).clone())
         bucket.kept["lowest"] = bucket.own["s"].detach() - MAX_FALL
         bucket.kept["previous"] = bucket.own["s"].detach().clone()
         bucket.kept["lower"] = torch.zeros_like(bucket.kept["previous"])
+        bucket.kept["answered"] = torch.zeros_like(bucket.kept["previous"])
 
     def _root_mean_square(self, bucket: Bucket, weight: Tensor) -> Tensor:
         sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
@@ -346,22 +368,23 @@ class SoftThreshold(Targeted, Latent):
             return
         if not bucket.dense:
             bucket.scatter(bucket.kept["latent"], bucket.weights())
-        self._kernel(bucket).after(self.threshold(bucket), bucket.kept["shrink"])
+        self._kernel(bucket).after(self.threshold(bucket), bucket.kept["soft"])
 
     # After them
 
     def _update(self) -> None:
         parameters = [bucket.own["s"].detach() for bucket in self._buckets]
         self._limit(parameters)
+        measured = self.steps % self.interval == 0 or self.steps == self.total_steps
+        if measured:
+            self._see_answers(parameters)
         if self.budget is None or self._density > self._rest():
             # ds/dstep = -pressure * (1 + cos(pi p)) / total_steps * s: the shape of a cosine learning rate, mean 1; no
             # more than a part of it where steered. It only raises thresholds: s above 0 is the trim's doing.
             assert self.pressure is not None
             share = min(1.0 + math.cos(math.pi * self.progress), 2.0 * (1.0 - self._steered)) / self.total_steps
             self._press(parameters, min(self.pressure * share, max(MAX_DECAY, LEAST_REACH / self.total_steps)))
-        error = None
-        if self.steps % self.interval == 0 or self.steps == self.total_steps:
-            error = self._measure()
+        error = self._measure() if measured else None
         torch._foreach_copy_([bucket.kept["previous"] for bucket in self._buckets], parameters)
         self._steer(error)
 
@@ -405,9 +428,20 @@ class SoftThreshold(Targeted, Latent):
         kept["lowest"].copy_(torch.where(rows, self._rows_of(bucket, first) - MAX_FALL, kept["lowest"]))
         reach = kept["moved"] * self.total_steps / kept["scale"].clamp(min=1e-30)
         kept["shrink"].copy_((reach / FREE).square().clamp(max=1.0))
+        kept["soft"].copy_(kept["shrink"] * kept["restored"])
+
+    def _see_answers(self, parameters: list[Tensor]) -> None:
+        """See how far the optimizer has moved each s, as a share of what the pressure does at its greatest."""
+        if self.budget is None or not self.pressure:
+            return
+        pressed = min(2.0 * self.pressure / self.total_steps, max(MAX_DECAY, LEAST_REACH / self.total_steps))
+        for bucket, s in zip(self._buckets, parameters, strict=True):
+            kept = bucket.kept
+            answer = (s - kept["previous"]).abs() / (pressed * s.abs()).clamp(min=1e-30)
+            kept["answered"].copy_(torch.fmax(kept["answered"], answer.clamp(max=1.0)))  # NaN leaves it as it is
 
     def _rest(self) -> float:
-        """The density at which the pressure rests: the goal, and the curve to it where the weights cannot follow."""
+        """The density at which the pressure rests: the goal, and the curve to it where loss or weights are too slow."""
         assert self.budget is not None
         return float(self.budget.goal**self._freedom * self.budget.aim(self.progress) ** (1.0 - self._freedom))
 
@@ -432,7 +466,11 @@ class SoftThreshold(Targeted, Latent):
         if self.budget is None:
             return None
         self._density = self.budget.density(live)
-        self._freedom = statistics.fmean(value for bucket in self._buckets for value in bucket.kept["shrink"].tolist())
+        shrink, answered = (
+            statistics.fmean(value for bucket in self._buckets for value in bucket.kept[name].tolist())
+            for name in ("shrink", "answered")
+        )
+        self._freedom = min(shrink, answered)
         if self.steps == self.total_steps:
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
