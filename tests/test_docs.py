@@ -62,6 +62,7 @@ def test_what_a_page_names_is_there(page):
 @pytest.mark.parametrize(
     ("script", "page"),
     [
+        ("translation.py --print", "guides/translation.md"),
         ("translation_training.py --print", "guides/translation.md"),
         ("gnmt.py --print", "results/translation.md"),
         ("gnmt.py --print --name gnmt-made-up", "results/translation.md"),
