@@ -12,7 +12,7 @@ pytest.importorskip("sacrebleu")
 
 from rarefy.cli import translate as command
 from rarefy.cli.main import main
-from rarefy.data.translation import Pairs
+from rarefy.data.translation import Pairs, train_tokenizer
 from rarefy.models import GNMT
 from rarefy.train import TrainingInterruptedError, activation_share, parse, prepare
 from rarefy.train import run as run_module
@@ -222,7 +222,7 @@ def test_there_is_nothing_to_translate_with(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match="the run is not finished"):
         load_translator(tmp_path / "run")
     (tmp_path / "run" / TOKENIZER).unlink()
-    with pytest.raises(FileNotFoundError, match=r"put the run.s encoding back"):
+    with pytest.raises(FileNotFoundError, match=r"put the encoding back"):
         prepare(recipe(corpus), tmp_path / "run", resume=True)
 
 
@@ -247,8 +247,27 @@ def test_lines_come_as_they_are_there():
         next(lines)
 
 
+def test_a_run_takes_the_encoding_of_another(corpus, tmp_path):
+    given = tmp_path / "given.json"
+    encoding = train_tokenizer(Pairs(["dog man"], ["Hund Mann"]), 30).to_str()
+    given.write_text(encoding, encoding="utf-8")
+    made = recipe(corpus, data={"tokenizer": str(given)})
+    run = prepare(made, tmp_path / "run")
+    assert run.tokenizer.to_str() == encoding
+    assert run.plain_model.source_embedding.num_embeddings == run.tokenizer.get_vocab_size()
+    given.write_text("{}")
+    with pytest.raises(ValueError, match=f"{given} is no encoding"):
+        prepare(made, tmp_path / "other")
+    foreign = json.loads(encoding)
+    foreign["added_tokens"], vocabulary = [], foreign["model"]["vocab"]
+    foreign["model"]["vocab"] = {token.replace("<pad>", "pad"): number for token, number in vocabulary.items()}
+    given.write_text(json.dumps(foreign))
+    with pytest.raises(ValueError, match="whose first tokens are .*take one that a run made"):
+        prepare(made, tmp_path / "other")
+
+
 def test_a_long_sentence_is_searched_for_alone():
-    groups = _groups([5, 0, 3000, *[4] * 70, 2000])
+    groups = _groups([5, 0, 3000, *[4] * 70, 2000], 64, 4096)
     assert groups == [[*range(3, 67)], [67, 68, 69, 70, 71, 72, 0], [73], [2]]
 
 
