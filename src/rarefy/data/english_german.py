@@ -123,17 +123,12 @@ def _package_files(folder: Path) -> list[Path]:
 
 
 def _fetch(folder: Path) -> None:
-    """Get what is missing; the descriptions come with the lists of packages, which are private ones for their sake."""
-    debs, wheels = folder / "deb", folder / "whl"
-    for each in (debs, wheels):
-        each.mkdir(parents=True, exist_ok=True)
-    apt = debian.apt(folder, languages="de,en")
+    """Get what is missing; the descriptions of packages come with the lists of them."""
+    wheels = folder / "whl"
+    wheels.mkdir(parents=True, exist_ok=True)
     if _descriptions(folder, "de") is None:
-        debian.run([*apt, "update"], folder)
-    have = debian.found(debs)
-    missing = [name for name in _names() if name not in have]
-    if missing:
-        debian.run([*apt, "download", *missing], debs)
+        debian.update(folder, languages="de,en")
+    debian.download(_names(), folder)
     if not list(wheels.glob("*.whl")):
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
         debian.run([*pip, "--python-version", "3.14", "--platform", "any", _WHEEL], wheels)
