@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rarefy.data import pictures
 from rarefy.data.images import Images
-from rarefy.data.pictures import Augmentation
+from rarefy.data.pictures import Augmentation, Pixels
 
 #: So many pictures in a row that cannot be read are not damage of theirs.
 HOPELESS = 100
@@ -66,7 +66,7 @@ class Pictures(Dataset[Batch]):
             for index in range(first, first + (1 if seed is None else HOPELESS)):
                 place = index % len(self.images)
                 try:
-                    made[len(labels)] = np.asarray(self._picture(self.images.read(place), seed))
+                    made[len(labels)] = self._picture(self.images.read(place), seed)
                 except Exception as error:  # there is no end to what a decoder stumbles over in a damaged picture
                     damaged.append((self.images.name(place), reason(error)))
                     continue
@@ -74,7 +74,7 @@ class Pictures(Dataset[Batch]):
                 break
         return Batch(torch.from_numpy(made[: len(labels)]), torch.tensor(labels, dtype=torch.int64), damaged)
 
-    def _picture(self, data: bytes, seed: int | None) -> Image.Image:
+    def _picture(self, data: bytes, seed: int | None) -> Pixels:
         if seed is None or self.augmentation is None:
             return pictures.for_evaluation(data, self.size, self.crop)
         return pictures.for_training(data, self.size, self.augmentation, random.Random(seed))

@@ -1,4 +1,4 @@
-"""Encoded pictures as networks want them: decoded by Pillow, cut, scaled, and augmented in training.
+"""Encoded pictures as networks want them: decoded by Pillow, cut, scaled by PyTorch, and augmented in training.
 
 The random resized crop is that of Szegedy et al. (arXiv 1409.4842), as torchvision draws it. What is random comes from
 a generator that the caller gives, so that a picture is a function of its bytes and of that alone.
@@ -15,7 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
+
+#: (height, width, 3) of red, green and blue.
+Pixels = NDArray[np.uint8]
 
 #: Left, top, right and bottom in pixels.
 Box = tuple[float, float, float, float]
@@ -49,21 +55,23 @@ class Augmentation:
     jitter: float = 0.0
 
 
-def for_training(data: bytes, size: int, how: Augmentation, dice: random.Random) -> Image.Image:
-    """Decode a picture and augment it: RGB, ``size`` x ``size`` pixels. Raises whatever a damaged one leads to."""
-    image = _view(data, size, lambda width, height: random_crop(width, height, how.scale, dice))
+def for_training(data: bytes, size: int, how: Augmentation, dice: random.Random) -> Pixels:
+    """Decode a picture and augment it: (size, size, 3). Raises whatever a damaged one leads to."""
+    pixels = _view(data, size, lambda width, height: random_crop(width, height, how.scale, dice))
     if how.flip and dice.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if how.jitter:
-        kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-        dice.shuffle(kinds)
-        for kind in kinds:
-            image = kind(image).enhance(dice.uniform(max(0.0, 1 - how.jitter), 1 + how.jitter))
-    return image
+        pixels = pixels[:, ::-1]
+    if not how.jitter:
+        return pixels
+    image = Image.fromarray(pixels)
+    kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    dice.shuffle(kinds)
+    for kind in kinds:
+        image = kind(image).enhance(dice.uniform(1 - how.jitter, 1 + how.jitter))
+    return np.asarray(image)
 
 
-def for_evaluation(data: bytes, size: int, crop: float) -> Image.Image:
-    """Decode the square in the middle whose side is ``crop`` of the picture's shorter one; otherwise as in training."""
+def for_evaluation(data: bytes, size: int, crop: float) -> Pixels:
+    """Decode the square in the middle whose side is ``crop`` of the picture's shorter one: (size, size, 3)."""
 
     def middle(width: int, height: int) -> Box:
         side = crop * min(width, height)
@@ -106,8 +114,8 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, int]]:
         yield image, _orientation(image)
 
 
-def _view(data: bytes, size: int, choose: Callable[[int, int], Box]) -> Image.Image:
-    """Decode what ``choose`` names of a picture of that width and height, scaled to ``size`` x ``size``, in RGB."""
+def _view(data: bytes, size: int, choose: Callable[[int, int], Box]) -> Pixels:
+    """Decode what ``choose`` names of a picture of that width and height, scaled: (size, size, 3)."""
     with _opened(data) as (opened, turn):
         width, height = opened.size if turn < 5 else opened.size[::-1]
         left, top, right, bottom = choose(width, height)
@@ -118,8 +126,15 @@ def _view(data: bytes, size: int, choose: Callable[[int, int], Box]) -> Image.Im
     if turn in _TURNS:
         image = image.transpose(_TURNS[turn])
     across, down = image.width / width, image.height / height
-    box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
-    return image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0)
+    left, top = min(round(left * across), image.width - 1), min(round(top * down), image.height - 1)
+    right, bottom = max(round(right * across), left + 1), max(round(bottom * down), top + 1)
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    coarser = min(box[2] - left, box[3] - top) // (2 * size)
+    part = image.reduce(coarser, box) if coarser > 1 else image.crop(box)
+    # PyTorch scales bytes faster than Pillow does, by the same filter.
+    pixels = torch.from_numpy(np.array(part)[None]).permute(0, 3, 1, 2)
+    scaled = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()
 
 
 def _orientation(image: Image.Image) -> int:
