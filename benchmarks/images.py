@@ -3,8 +3,9 @@
 The pictures are the photographs of Debian's package mate-backgrounds, fetched once: tiles of 500 x 375 pixels, about
 what ImageNet has, at quality 95 from the photographs at 1,000 and at 1,500 pixels of width, and the photographs as they
 are. Each set is decoded alone (Pillow, to RGB), loaded for training at 224 pixels (random crop, mirror, normalise) by a
-plain DataLoader whose dataset is written with Pillow as people write it, and by rarefy: all in this process, on one
-thread, in turn; medians over the rounds. ``--print`` prints the table of docs/guides/images.md from the file.
+plain DataLoader whose dataset is written with Pillow as people write it, and by rarefy, which also leaves the bytes to a
+device that normalises: all in this process, on one thread, in turn; medians over the rounds. ``--print`` prints the
+table of docs/guides/images.md from the file.
 """
 
 from __future__ import annotations
@@ -118,20 +119,23 @@ def loops(root: Path) -> dict[str, Callable[[], int]]:
     def rarefy() -> int:
         return sum(len(y) for ((_, y),) in ours.epoch(next(epochs)))
 
-    return {"decoding alone": decode, "plain DataLoader": load, "rarefy": rarefy}
+    def as_bytes() -> int:
+        return sum(len(batch.labels) for batch in ours.bytes_of(next(epochs)))
+
+    return {"decoding alone": decode, "plain DataLoader": load, "rarefy": rarefy, "rarefy, bytes": as_bytes}
 
 
 def table() -> str:
     """One row a set of pictures."""
-    lines = ["| pictures | decoding alone | plain DataLoader | rarefy | of decoding alone | of the plain one |"]
+    lines = ["| pictures | decoding alone | plain DataLoader | rarefy | rarefy, bytes | to the plain one |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     rows = results.read("images")
     for name in dict.fromkeys(row["pictures"] for row in rows):
         speed = {row["entry"]: float(row["per_second"]) for row in rows if row["pictures"] == name}
-        alone, plain, ours = (speed[entry] for entry in ("decoding alone", "plain DataLoader", "rarefy"))
+        alone, plain, ours, left = speed.values()
         count = next(row for row in rows if row["pictures"] == name)
         about = f"{count['number']} of {name}, {float(count['kilobytes']):.0f} kB each"
-        lines.append(f"| {about} | {alone:.0f} | {plain:.0f} | {ours:.0f} | {ours / alone:.2f} | {ours / plain:.2f} |")
+        lines.append(f"| {about} | {alone:.0f} | {plain:.0f} | {ours:.0f} | {left:.0f} | {ours / plain:.2f} |")
     return "\n".join(lines)
 
 

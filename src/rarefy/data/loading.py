@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rarefy.data import pictures
 from rarefy.data.images import Images
-from rarefy.data.pictures import Augmentation, Pixels
+from rarefy.data.pictures import Augmentation
 
 #: So many pictures in a row that cannot be read are not damage of theirs.
 HOPELESS = 100
@@ -30,7 +29,7 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures (B, size, size, 3) uint8, labels (B,) int64, and what was found damaged: its path and why."""
+    """Pictures (B, 3, size, size) uint8, labels (B,) int64, and what was found damaged: its path and why."""
 
     images: Tensor
     labels: Tensor
@@ -58,7 +57,7 @@ class Pictures(Dataset[Batch]):
 
     def __getitem__(self, request: Request) -> Batch:
         """Make a batch; of too many pictures in a row that cannot be read it has fewer pictures than asked for."""
-        made = np.empty((len(request.indices), self.size, self.size, 3), np.uint8)
+        made = torch.empty(len(request.indices), 3, self.size, self.size, dtype=torch.uint8)
         labels: list[int] = []
         damaged: list[tuple[str, str]] = []
         for row, first in enumerate(request.indices):
@@ -72,9 +71,9 @@ class Pictures(Dataset[Batch]):
                     continue
                 labels.append(int(self.images.labels[place]))
                 break
-        return Batch(torch.from_numpy(made[: len(labels)]), torch.tensor(labels, dtype=torch.int64), damaged)
+        return Batch(made[: len(labels)], torch.tensor(labels, dtype=torch.int64), damaged)
 
-    def _picture(self, data: bytes, seed: int | None) -> Pixels:
+    def _picture(self, data: bytes, seed: int | None) -> Tensor:
         if seed is None or self.augmentation is None:
             return pictures.for_evaluation(data, self.size, self.crop)
         return pictures.for_training(data, self.size, self.augmentation, random.Random(seed))

@@ -23,7 +23,7 @@ _JPEG = (
 
 
 def photograph(drawings: Tensor, strength: float = 1.0, *, generator: Generator) -> Tensor:
-    """Photograph drawings: (B, S, S) or (B, S, S, 3) uint8, dark on light, to (B, 3, S, S) float32 in [0, 1].
+    """Photograph drawings: (B, 3, S, S) uint8, dark on light, to (B, 3, S, S) float32 in [0, 1].
 
     Args:
         drawings: their side S is a multiple of 8.
@@ -36,13 +36,13 @@ def photograph(drawings: Tensor, strength: float = 1.0, *, generator: Generator)
         ValueError: a side that is no multiple of 8, or a strength that is not above 0.
 
     """
-    side = drawings.shape[1]
-    if side % 8 or drawings.shape[2] != side:
-        raise ValueError(f"drawings must be square, with a side that 8 divides, got {tuple(drawings.shape[1:3])}")
+    side = drawings.shape[2]
+    if side % 8 or drawings.shape[3] != side:
+        raise ValueError(f"drawings must be square, with a side that 8 divides, got {tuple(drawings.shape[2:])}")
     if not 0 < strength < math.inf:
         raise ValueError(f"strength must be above 0, and finite, got {strength}")
-    light = drawings.float() if drawings.dim() == 3 else drawings.float().mean(3)
-    return _Photographs(len(drawings), side, strength, generator, drawings.device).of(1 - light.unsqueeze(1) / 255)
+    ink = 1 - drawings.float().mean(1, keepdim=True) / 255
+    return _Photographs(len(drawings), side, strength, generator, drawings.device).of(ink)
 
 
 class _Photographs:

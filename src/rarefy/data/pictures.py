@@ -17,11 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
-
-#: (height, width, 3) of red, green and blue.
-Pixels = NDArray[np.uint8]
+from torch import Tensor
 
 #: Left, top, right and bottom in pixels.
 Box = tuple[float, float, float, float]
@@ -55,23 +52,23 @@ class Augmentation:
     jitter: float = 0.0
 
 
-def for_training(data: bytes, size: int, how: Augmentation, dice: random.Random) -> Pixels:
-    """Decode a picture and augment it: (size, size, 3). Raises whatever a damaged one leads to."""
+def for_training(data: bytes, size: int, how: Augmentation, dice: random.Random) -> Tensor:
+    """Decode a picture and augment it: (3, size, size) uint8. Raises whatever a damaged one leads to."""
     pixels = _view(data, size, lambda width, height: random_crop(width, height, how.scale, dice))
     if how.flip and dice.random() < 0.5:
-        pixels = pixels[:, ::-1]
+        pixels = pixels.flip(2)
     if not how.jitter:
         return pixels
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     dice.shuffle(kinds)
     for kind in kinds:
         image = kind(image).enhance(dice.uniform(1 - how.jitter, 1 + how.jitter))
-    return np.asarray(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def for_evaluation(data: bytes, size: int, crop: float) -> Pixels:
-    """Decode the square in the middle whose side is ``crop`` of the picture's shorter one: (size, size, 3)."""
+def for_evaluation(data: bytes, size: int, crop: float) -> Tensor:
+    """Decode the square in the middle whose side is ``crop`` of the picture's shorter one: (3, size, size) uint8."""
 
     def middle(width: int, height: int) -> Box:
         side = crop * min(width, height)
@@ -114,8 +111,8 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, int]]:
         yield image, _orientation(image)
 
 
-def _view(data: bytes, size: int, choose: Callable[[int, int], Box]) -> Pixels:
-    """Decode what ``choose`` names of a picture of that width and height, scaled: (size, size, 3)."""
+def _view(data: bytes, size: int, choose: Callable[[int, int], Box]) -> Tensor:
+    """Decode what ``choose`` names of a picture of that width and height, scaled: (3, size, size) uint8."""
     with _opened(data) as (opened, turn):
         width, height = opened.size if turn < 5 else opened.size[::-1]
         left, top, right, bottom = choose(width, height)
@@ -133,8 +130,7 @@ def _view(data: bytes, size: int, choose: Callable[[int, int], Box]) -> Pixels:
     part = image.reduce(coarser, box) if coarser > 1 else image.crop(box)
     # PyTorch scales bytes faster than Pillow does, by the same filter.
     pixels = torch.from_numpy(np.array(part)[None]).permute(0, 3, 1, 2)
-    scaled = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _orientation(image: Image.Image) -> int:

@@ -27,14 +27,12 @@ Told = Callable[[list[tuple[str, str]]], None]
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8, or (B, 3, H, W) in [0, 1] -> (B, 3, H, W) float32 of mean 0 and variance 1."""
-    mean, std = (torch.tensor(each, device=images.device) for each in (MEAN, STD))
-    if images.dtype != torch.uint8:
-        return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    # In place and by whole rows, which takes a processor a tenth of the time.
-    rows, width = images.flatten(0, 1).flatten(1).float(), images.shape[2]
-    rows.mul_((1 / (255 * std)).repeat(width)).sub_((mean / std).repeat(width))
-    return rows.view(images.shape).permute(0, 3, 1, 2)
+    """(B, 3, H, W), uint8 or in [0, 1] -> float32 of mean 0 and variance 1."""
+    whole = 255.0 if images.dtype == torch.uint8 else 1.0
+    mean, std = (torch.tensor(each, device=images.device).view(3, 1) for each in (MEAN, STD))
+    # By whole planes and in place: a processor takes ten times as long for bytes times a column of numbers.
+    planes = images.flatten(2).to(torch.float32, copy=True).sub_(whole * mean)
+    return planes.mul_(1 / (whole * std)).view_as(images)
 
 
 class ImageBatches:
@@ -100,6 +98,15 @@ class ImageBatches:
 
         Each is (B, 3, size, size) float32 and (B,) int64, or with mixup (B, classes) float32.
         """
+        batches = self.bytes_of(epoch, first)
+        for step in range(first, len(self)):
+            yield [
+                self._finished(next(batches), mixed_seed(self.seed, epoch, step, self.rank, micro))
+                for micro in range(self.accumulate)
+            ]
+
+    def bytes_of(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The micro-batches of :meth:`epoch`, one after another, as the workers make them: what a device gets."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
 
         def requests() -> Iterator[Request]:
@@ -109,12 +116,7 @@ class ImageBatches:
                     indices = part.tolist()
                     yield Request(indices, [mixed_seed(self.seed, epoch, index) for index in indices])
 
-        batches: Iterator[Batch] = self._load(requests())
-        for step in range(first, len(self)):
-            yield [
-                self._finished(next(batches), mixed_seed(self.seed, epoch, step, self.rank, micro))
-                for micro in range(self.accumulate)
-            ]
+        return self._load(requests())
 
     def _finished(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
         self.tell(batch.damaged)
