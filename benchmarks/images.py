@@ -2,10 +2,10 @@
 
 The pictures are the photographs of Debian's package mate-backgrounds, fetched once: tiles of 500 x 375 pixels, about
 what ImageNet has, at quality 95 from the photographs at 1,000 and at 1,500 pixels of width, and the photographs as they
-are. Each set is decoded alone (Pillow, to RGB), and loaded for training at 224 pixels (random crop, mirror, normalise) by
-a plain DataLoader whose dataset is written with Pillow as people write it, by rarefy, and by rarefy without what a device
-does, which gets bytes and normalises them: all in this process, on one thread, in turn; medians over the rounds.
-``--print`` prints the table of docs/guides/images.md from the file.
+are. Each set is decoded alone (Pillow, to RGB), and loaded for training at 224 pixels (random crop, mirror, normalise):
+by a plain DataLoader whose dataset is written with Pillow as people write it, by rarefy, and by rarefy up to the bytes
+that a device gets and normalises. All in this process, on one thread, in turn; medians over the rounds. ``--print``
+prints the table of docs/guides/images.md from the file.
 """
 
 from __future__ import annotations
