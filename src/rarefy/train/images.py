@@ -76,7 +76,8 @@ class ImageClassification(Classification):
         for path, why in damaged:
             if path not in self._damaged:
                 self._damaged.add(path)
-                _LOG.warning("%s is damaged (%s): training takes the next picture for it", path, why)
+                _LOG.warning("%s is damaged (%s) and was not used", path, why)
+                self.folder.path.mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
                 with (self.folder.path / DAMAGED).open("a", encoding="utf-8") as file:
                     file.write(json.dumps([path, why]) + "\n")
 
