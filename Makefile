@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml CMakeLists.txt requirements.txt $(shell find native -type f) $(shell find src -type d -not -name __pycache__)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q -e '.[train,translation,export,rtl,integrations,docs,dev]'
+	$(BIN)/pip install -q -e '.[train,images,translation,export,rtl,integrations,docs,dev]'
 	$(BIN)/pip install -q --no-deps timm==1.0.31  # see zoo, below
 	touch $@
 

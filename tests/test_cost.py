@@ -114,6 +114,11 @@ class TestPublishedInference:
         assert counted.pooling == 50_176
         assert counted.parameters == 4_209_088
 
+    def test_resnet18(self) -> None:
+        counted = cost.count(without_zeros(models.resnet18()), torch.zeros(1, 3, 224, 224))
+        assert counted.dense - counted.pooling == 1_814_073_344
+        assert counted.parameters == counted.nonzeros == 11_678_912
+
     def test_fashion_cnn(self) -> None:
         counted = cost.count(models.fashion_cnn(), torch.zeros(1, 1, 28, 28))
         assert counted.dense - counted.pooling == 2_978_112

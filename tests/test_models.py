@@ -22,6 +22,7 @@ def parameters(model: nn.Module) -> int:
         (models.resnet20(), (3, 32, 32), 10, 272_474),
         (models.resnet20(in_channels=1), (1, 28, 28), 10, 272_186),
         (models.resnet20(7, width=8, stem_stride=2), (3, 32, 32), 7, 67_672 + 2 * 392 + 231),
+        (models.resnet18(), (3, 64, 64), 1000, 11_689_512),
         (models.resnet50(12), (3, 64, 64), 12, 25_557_032 - 2049 * 988),
         (models.mobilenet_v1(), (3, 64, 64), 1000, 4_231_976),
         (models.mobilenet_v1(5, width=0.1), (3, 64, 64), 5, 35_813 + 2 * 1098 + 515),
@@ -53,6 +54,22 @@ def test_resnet50_has_the_names_and_shapes_of_torchvision() -> None:
     assert state["layer3.0.conv2.weight"].shape == (256, 256, 3, 3)
     assert state["layer4.2.bn3.running_var"].shape == (2048,)
     assert state["fc.weight"].shape == (1000, 2048)
+
+
+def test_resnet18_has_the_names_of_torchvision() -> None:
+    state = models.resnet18().state_dict()
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = ["conv1.weight", *(f"bn1.{key}" for key in norm)]
+    for stage in range(1, 5):
+        for block in range(2):
+            place = f"layer{stage}.{block}"
+            for number in (1, 2):
+                expected += [f"{place}.conv{number}.weight", *(f"{place}.bn{number}.{key}" for key in norm)]
+            if stage > 1 and block == 0:
+                expected += [f"{place}.downsample.0.weight", *(f"{place}.downsample.1.{key}" for key in norm)]
+    assert list(state) == [*expected, "fc.weight", "fc.bias"]
+    assert len(state) == 122
+    assert state["layer4.0.downsample.0.weight"].shape == (512, 256, 1, 1)
 
 
 def test_resnet50_strides_in_the_3x3_convolution() -> None:
@@ -91,7 +108,22 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 def test_create_passes_its_options_on() -> None:
     model = models.create("resnet20", num_classes=3, width=4, in_channels=1, stem_stride=2)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
-    assert models.names() == ("fashion_cnn", "mobilenet_v1", "resnet20", "resnet50")
+    assert models.names() == ("fashion_cnn", "mobilenet_v1", "resnet18", "resnet20", "resnet50")
+
+
+def test_networks_of_others_by_name() -> None:
+    assert models.options("tests.train.networks:small") == ("num_classes", "width")
+    assert models.options("tests.train.networks:any_options") == ("**",)
+    given = {"num_classes": 7, "in_channels": 3}
+    assert models.fitting("resnet20", **given) == given
+    assert models.fitting("resnet50", **given) == models.fitting("tests.train.networks:small", **given)
+    assert models.fitting("tests.train.networks:any_options", **given) == {"num_classes": 7}
+    assert models.fitting("tests.train.networks:two_classes", **given) == {}
+    assert models.fitting("timm:resnet18", **given) == {"num_classes": 7, "in_chans": 3}
+    model = models.create("tests.train.networks:small", num_classes=5, width=4)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 5)
+    assert models.is_reference("timm:resnet18")
+    assert not models.is_reference("resnet18")
 
 
 def test_errors_name_the_nearest_right_one() -> None:

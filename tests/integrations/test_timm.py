@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rarefy import sparse
+from rarefy import models, sparse
 
 pytestmark = pytest.mark.slow
 
@@ -112,3 +112,18 @@ def test_resume_is_bit_equal(timm, method, opt):
     train(*resumed[:3], range(STEPS // 2, STEPS))
     for (name, a), b in zip(whole[0].named_parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_network_by_its_name(timm):
+    model = models.create("timm:resnet18", **models.fitting("timm:resnet18", num_classes=5, in_channels=1))
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 5)
+    with pytest.raises(ValueError, match="unknown model of timm: 'resnet_18'; did you mean 'resnet18'?"):
+        models.create("timm:resnet_18")
+    with pytest.raises(ValueError, match="timm:resnet18 cannot be called with .*'no_such_option': 1"):
+        models.create("timm:resnet18", no_such_option=1)
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="timm:resnet18 needs timm: pip install timm"):
+        models.create("timm:resnet18")

@@ -92,12 +92,7 @@ def calibration(file: Path | None, source: Source, example: Tensor) -> list[Tens
     if file is None:
         if source.run is None:
             raise ValueError("--precision int8 needs --calibration FILE.npy: some hundred examples of what it will see")
-        from rarefy.data import fashion_mnist
-        from rarefy.train.batches import normalise
-
-        images = fashion_mnist.load().train_images
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_CALIBRATION]
-        return list(torch.split(normalise(images[chosen]), _BATCH))
+        return list(torch.split(_pictures_of(source.run, _CALIBRATION), _BATCH))
     try:
         examples = torch.from_numpy(np.load(file, allow_pickle=False))
     except (ValueError, TypeError) as error:
@@ -116,13 +111,40 @@ def _of_run(run: Path) -> tuple[nn.Module, tuple[int, ...]]:
     """A run's model, freshly initialised, and the shape of its inputs."""
     from rarefy import train
     from rarefy.data import fashion_mnist
-    from rarefy.train.recipe import Data, build
+    from rarefy.train.recipe import Data, Images, build
 
     recipe = train.load(run / "recipe.yaml")
-    if not isinstance(recipe.data, Data):
+    if isinstance(recipe.data, Data):
+        shape, classes = fashion_mnist.SHAPE, len(fashion_mnist.CLASSES)
+    elif isinstance(recipe.data, Images):
+        from rarefy.train.images import class_names
+
+        shape, classes = (3, recipe.data.size, recipe.data.size), len(class_names(run))
+    else:
         raise ValueError(f"{run} trained a translator, whose inputs are sentences: rarefy translate {run} runs it")
-    shape = fashion_mnist.SHAPE
-    return build(recipe.model, in_channels=shape[0], num_classes=len(fashion_mnist.CLASSES)), shape
+    return build(recipe.model, in_channels=shape[0], num_classes=classes), shape
+
+
+def _pictures_of(run: Path, number: int) -> Tensor:
+    """So many pictures of a run's training data, as its model sees them in evaluation."""
+    import torch
+
+    from rarefy import train
+    from rarefy.data import fashion_mnist
+    from rarefy.train.batches import normalise
+    from rarefy.train.recipe import Images
+
+    recipe, dice = train.load(run / "recipe.yaml"), torch.Generator().manual_seed(0)
+    if isinstance(recipe.data, Images):
+        from rarefy.data import images
+        from rarefy.train.image_batches import HeldOut
+
+        assert recipe.data.folder is not None
+        found = images.find(recipe.data.folder, "train")
+        chosen = torch.randperm(len(found), generator=dice)[:number].tolist()
+        return torch.cat([pictures for pictures, _ in HeldOut(found, recipe.data, only=chosen)])
+    grey = fashion_mnist.load().train_images
+    return normalise(grey[torch.randperm(len(grey), generator=dice)[:number]])
 
 
 def input_shape(text: str) -> tuple[int, ...]:

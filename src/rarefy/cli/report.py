@@ -61,7 +61,8 @@ def _quality(summary: dict[str, Any]) -> list[tuple[str, str]]:
             ("test BLEU", f"{summary['test_bleu']:.2f} ({summary['bleu_signature']})"),
             ("perplexity", f"{summary['valid_perplexity']:.2f} on the validation set"),
         ]
-    return [("test accuracy", f"{100 * summary['test_accuracy']:.2f} %")]
+    top5 = [("top-5 accuracy", f"{100 * summary['test_top5']:.2f} %")] if "test_top5" in summary else []
+    return [("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"), *top5]
 
 
 def _latency(summary: dict[str, Any]) -> str:

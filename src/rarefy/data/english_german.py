@@ -16,7 +16,6 @@ import html
 import json
 import os
 import re
-import subprocess
 import sys
 import unicodedata
 import xml.etree.ElementTree as ET
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy._files import write_atomically
+from rarefy.data import debian
 
 #: Packages whose messages are in a gettext catalogue, with English as the key.
 CATALOGUES = (
@@ -103,7 +103,7 @@ def build(folder: Path, out: Path, *, fetch: bool = True) -> dict[str, Any]:
             source: {"found": raw[source], "kept": len(some), "licence": LICENCES[source.split(":")[0]]}
             for source, some in sorted(kept.items(), key=lambda item: -len(item[1]))
         },
-        "packages": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _package_files(folder)},
+        "packages": {path.name: debian.sha256(path) for path in _package_files(folder)},
     }
     beside = out.with_name(out.name + ".manifest.json")
     write_atomically(beside, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8"))
@@ -122,48 +122,27 @@ def _package_files(folder: Path) -> list[Path]:
     return [*sorted((folder / "deb").glob("*.deb")), *sorted((folder / "whl").glob("*.whl"))]
 
 
-def _run(command: Sequence[str], folder: Path) -> bytes:
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{command[0]} is not on this machine: the corpus is built on Debian") from None
-    if done.returncode != 0:
-        said = " ".join(done.stderr.decode(errors="replace").split())
-        raise FileNotFoundError(f"{' '.join(command[:6])} ... failed, so the corpus has no source: {said}")
-    return done.stdout
-
-
 def _fetch(folder: Path) -> None:
-    """Get what is missing; the lists of packages are the machine's own where they serve, else private ones."""
-    debs, wheels, lists = folder / "deb", folder / "whl", folder / "lists"
-    for each in (debs, wheels, lists / "partial", folder / "cache"):
-        each.mkdir(parents=True, exist_ok=True)
-    # As root, apt would hand the download to a user who cannot write into a private folder; for others nothing changes.
-    apt = ["apt-get", "-o", "APT::Sandbox::User=root", "-o", f"Dir::State::lists={lists.resolve()}"]
-    apt += ["-o", f"Dir::Cache={(folder / 'cache').resolve()}", "-o", "Acquire::Languages=de,en"]
+    """Get what is missing; the descriptions of packages come with the lists of them."""
+    wheels = folder / "whl"
+    wheels.mkdir(parents=True, exist_ok=True)
     if _descriptions(folder, "de") is None:
-        _run([*apt, "update"], folder)
-    have = {path.name.split("_")[0] for path in debs.glob("*.deb")}
-    missing = [name for name in _names() if name not in have]
-    if missing:
-        _run([*apt, "download", *missing], debs)
+        debian.update(folder, languages="de,en")
+    debian.download(_names(), folder)
     if not list(wheels.glob("*.whl")):
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-        _run([*pip, "--python-version", "3.14", "--platform", "any", _WHEEL], wheels)
+        debian.run([*pip, "--python-version", "3.14", "--platform", "any", _WHEEL], wheels)
 
 
 def _unpacked(folder: Path) -> dict[str, str]:
     """The folder of each package, unpacked once. Raises FileNotFoundError with the names of those that lack."""
-    found = {path.name.split("_")[0]: path for path in (folder / "deb").glob("*.deb")}
-    missing = [name for name in _names() if name not in found]
-    if missing:
-        raise FileNotFoundError(f"{folder / 'deb'} lacks the packages {', '.join(missing)}")
+    found = debian.require(_names(), folder / "deb")
     places = {}
     for name in _names():
         place, beside = folder / "unpacked" / name, folder / "unpacked" / f"{name}.partial"
         if not place.is_dir():
             beside.mkdir(parents=True, exist_ok=True)
-            _run(["dpkg-deb", "-x", str(found[name].resolve()), str(beside.resolve())], folder)
+            debian.run(["dpkg-deb", "-x", str(found[name].resolve()), str(beside.resolve())], folder)
             beside.rename(place)
         places[name] = str(place)
     return places
@@ -404,7 +383,9 @@ def _package_descriptions(folder: Path) -> Iterator[Pair]:
         found = _descriptions(folder, language)
         if found is None:
             raise FileNotFoundError(f"{folder / 'lists'} lacks Debian's index Translation-{language}")
-        text = _run(["/usr/lib/apt/apt-helper", "cat-file", str(found.resolve())], folder).decode(errors="replace")
+        text = debian.run(["/usr/lib/apt/apt-helper", "cat-file", str(found.resolve())], folder).decode(
+            errors="replace"
+        )
         descriptions = {}
         for stanza in text.split("\n\n"):
             match = _STANZA.search(stanza)

@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-20 for small images and ResNet-50 v1.5 for ImageNet.
+"""Residual networks: ResNet-20 for small images, ResNet-18 and ResNet-50 v1.5 for ImageNet.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (CVPR 2016, arXiv 1512.03385). Wherever the
 shape changes the shortcut is a 1x1 convolution (the paper's option B): then every layer of these networks is a
@@ -85,6 +85,16 @@ def _resnet(
     return initialise(nn.Sequential(layers))
 
 
+def _large_stem() -> dict[str, nn.Module]:
+    """Make what comes before the stages in networks for ImageNet: a quarter of the resolution, 64 channels."""
+    return {
+        "conv1": conv(3, 64, 7, 2),
+        "bn1": nn.BatchNorm2d(64),
+        "relu": nn.ReLU(inplace=True),
+        "maxpool": nn.MaxPool2d(3, 2, padding=1),
+    }
+
+
 def resnet20(num_classes: int = 10, *, width: int = 16, in_channels: int = 3, stem_stride: int = 1) -> nn.Sequential:
     """ResNet-20 for small images (section 4.2 of the paper): (B, in_channels, H, W) -> (B, num_classes).
 
@@ -99,16 +109,18 @@ def resnet20(num_classes: int = 10, *, width: int = 16, in_channels: int = 3, st
     return _resnet(stem, BasicBlock, (3, 3, 3), width, num_classes)
 
 
+def resnet18(num_classes: int = 1000) -> nn.Sequential:
+    """ResNet-18: (B, 3, 224, 224) -> (B, num_classes); 11,678,912 weights (11,689,512 parameters).
+
+    1,814,073,344 MACs. Its `state_dict` has torchvision's names and shapes.
+    """
+    return _resnet(_large_stem(), BasicBlock, (2, 2, 2, 2), 64, num_classes)
+
+
 def resnet50(num_classes: int = 1000) -> nn.Sequential:
     """ResNet-50 v1.5: (B, 3, 224, 224) -> (B, num_classes).
 
     25,502,912 weights (25,557,032 parameters) and 4,089,184,256 MACs. Its `state_dict` has torchvision's names and
     shapes, so that torchvision's checkpoints load.
     """
-    stem: dict[str, nn.Module] = {
-        "conv1": conv(3, 64, 7, 2),
-        "bn1": nn.BatchNorm2d(64),
-        "relu": nn.ReLU(inplace=True),
-        "maxpool": nn.MaxPool2d(3, 2, padding=1),
-    }
-    return _resnet(stem, Bottleneck, (3, 4, 6, 3), 64, num_classes)
+    return _resnet(_large_stem(), Bottleneck, (3, 4, 6, 3), 64, num_classes)

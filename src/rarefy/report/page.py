@@ -148,6 +148,8 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
     summary = run.summary
     if run.test_accuracy is not None:
         notes = []
+        if summary and summary.test_top5 is not None:
+            notes.append(f"among the first five {percent(summary.test_top5)}")
         if summary and summary.best_test_accuracy is not None:
             notes.append(f"best epoch, picked on the test set, {percent(summary.best_test_accuracy)}")
         if baseline and baseline.test_accuracy is not None:
@@ -249,6 +251,7 @@ def _comparison(run: Run, baseline: Run) -> Iterator[Comparison]:
         return
     yield from amounts("Test BLEU", a.test_bleu, b.test_bleu, number)
     yield from amounts("Perplexity, validation set", a.valid_perplexity, b.valid_perplexity, number)
+    yield from shares("Among the first five", a.test_top5, b.test_top5)
     yield from shares("Best epoch (picked on the test set)", a.best_test_accuracy, b.best_test_accuracy)
     yield from shares("Zero weights", a.sparsity or 0.0, b.sparsity or 0.0)
     yield from amounts("Parameters", a.parameters, b.parameters, whole)

@@ -101,6 +101,7 @@ class Summary:
 
     test_accuracy: float | None
     best_test_accuracy: float | None
+    test_top5: float | None
     valid_perplexity: float | None
     best_valid_perplexity: float | None
     test_bleu: float | None

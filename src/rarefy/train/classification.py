@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +16,17 @@ from rarefy.train.run import Run
 #: Test images at once.
 EVALUATION_BATCH = 1000
 
+#: With more than twice as many classes, how often the right one is among the first so many is told, too.
+FIRST = 5
+
 
 class Classification(Run):
     """One run of a recipe that trains an image classifier; see :class:`~rarefy.train.run.Run`."""
 
     metric, larger_is_better = "test_accuracy", True
+    #: How many classes there are, and one image as the model sees it, on the CPU; set with the data.
+    classes: int
+    one_image: Tensor
 
     def _load_data(self) -> None:
         data, schedule = self.recipe.data, self.recipe.schedule
@@ -39,19 +47,25 @@ class Classification(Run):
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        self.test_images, self.test_labels = normalise(loaded.test_images), loaded.test_labels
+        self._images, self._labels = normalise(loaded.test_images), loaded.test_labels
         self.classes = len(loaded.classes)
+        self.one_image = self._images[:1]
 
     def _make_model(self) -> nn.Module:
         """The recipe's model, for the images and the classes of the data."""
-        name, example = self.recipe.model.name, self.test_images[:1]
+        name, example = self.recipe.model.name, self.one_image
         self.example = (example,)
         model = build(self.recipe.model, in_channels=example.shape[1], num_classes=self.classes)
         try:
             with torch.no_grad():
-                outputs = model.eval()(example).shape[1:]
+                output = model.eval()(example)
         except RuntimeError as error:
             raise ValueError(f"{name} does not take images of shape {tuple(example.shape[1:])}: {error}") from error
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{name} must give a tensor (B, classes), got {type(output).__name__}: wrap it in one that does"
+            )
+        outputs = output.shape[1:]
         if outputs != (self.classes,):
             raise ValueError(
                 f"{name} gives {tuple(outputs)} numbers an image, but {self.recipe.data.name} has {self.classes} "
@@ -72,13 +86,24 @@ class Classification(Run):
         kind = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         return x.to(self.accelerator.device, memory_format=kind)
 
+    def _held_out(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Give this process's share of what is evaluated on, in batches of images and labels."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        images, labels = (torch.split(t, EVALUATION_BATCH)[rank::world] for t in (self._images, self._labels))
+        return zip(images, labels, strict=True)
+
     def _evaluate(self) -> dict[str, float]:
-        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        images, labels = (torch.split(t, EVALUATION_BATCH)[rank::world] for t in (self.test_images, self.test_labels))
-        for x, y in zip(images, labels, strict=True):
+        device = self.accelerator.device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        for x, y in self._held_out():
             output, truth = self.plain_model(self._to_device(x)).float(), y.to(device)
-            sums[0] += (output.argmax(1) == truth).sum()
-            sums[1] += F.cross_entropy(output, truth, reduction="sum").double()
-        accuracy, loss = (self.accelerator.reduce(sums) / len(self.test_images)).tolist()
-        return {"test_accuracy": accuracy, "test_loss": loss}
+            best = output.topk(min(FIRST, self.classes), dim=1).indices == truth.unsqueeze(1)
+            sums[0] += best[:, 0].sum()
+            sums[1] += best.sum()
+            sums[2] += F.cross_entropy(output, truth, reduction="sum").double()
+            sums[3] += len(truth)
+        right, among, loss, total = self.accelerator.reduce(sums).tolist()
+        if not total:
+            raise ValueError("none of the pictures that are evaluated on can be read: rarefy data check says why")
+        top = {f"test_top{FIRST}": among / total} if self.classes > 2 * FIRST else {}
+        return {"test_accuracy": right / total, **top, "test_loss": loss / total}

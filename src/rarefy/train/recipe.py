@@ -6,7 +6,7 @@ import contextlib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,37 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Pictures by class, on disk.
+
+    Attributes:
+        name: "images".
+        folder: class folders, tar shards or a data set of Hugging Face's; see :mod:`rarefy.data.images`.
+        held_out: the split that is evaluated on, "val" or another one's name.
+        size: side in pixels of what the network sees.
+        crop: in evaluation, the share of a picture's shorter side that is seen.
+        augment: "crop-flip" (random crops, half of them mirrored), "crop", or "none": what evaluation sees.
+        scale: least and most share of the area that a random crop has.
+        jitter: by how much at most brightness, contrast and saturation are changed, as a share.
+        mixup: both parameters of the beta distribution that two pictures are mixed by; 0 mixes none.
+        photograph: strength of the synthetic photographs that are made of drawings; 0 makes none.
+        workers: processes that decode; null takes one for each core.
+    """
+
+    name: str = "images"
+    folder: str | None = None
+    held_out: str = "val"
+    size: int = 224
+    crop: float = 0.875
+    augment: str = "crop-flip"
+    scale: Sequence[float] = field(default_factory=lambda: [0.08, 1.0])
+    jitter: float = 0.0
+    mixup: float = 0.0
+    photograph: float = 0.0
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
 class Translation:
     """Parallel text that is learned from.
 
@@ -61,7 +92,11 @@ class Translation:
 
 
 #: What describes the data of each name.
-DATA: dict[str, type[Data] | type[Translation]] = {"fashion_mnist": Data, "translation": Translation}
+DATA: dict[str, type[Data] | type[Images] | type[Translation]] = {
+    "fashion_mnist": Data,
+    "images": Images,
+    "translation": Translation,
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +149,7 @@ class Recipe:
     name: str
     model: Named
     method: Named = field(default_factory=lambda: Named("dense"))
-    data: Data | Translation = field(default_factory=Data)
+    data: Data | Images | Translation = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
@@ -155,8 +190,8 @@ def parse(plain: Mapping[str, Any]) -> Recipe:
 
 def build(model: Named, **fitting: int) -> nn.Module:
     """A recipe's model, freshly initialised; ``fitting`` are options that the data gives where the recipe does not."""
-    known = models.options(model.name)
-    return models.create(model.name, **{**{k: v for k, v in fitting.items() if k in known}, **model.options})
+    taken = models.fitting(model.name, **fitting)
+    return models.create(model.name, **{**taken, **model.options})
 
 
 def _set(plain: dict[str, Any], change: str) -> None:
@@ -207,6 +242,13 @@ def _named(plain: Any, where: str) -> Named:
     if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
         raise ValueError(f"{where} needs a name, such as `{where}: {{name: ...}}`, got {plain!r}")
     name = plain["name"]
+    if where == "model" and ":" in name:
+        # Its module is imported when the model is made: reading a recipe runs no code of others.
+        if not models.is_reference(name):
+            raise ValueError(
+                f"model.name must be a network of rarefy's, timm:NAME or package.module:function, got {name!r:.80}"
+            )
+        return Named(name, {str(key): value for key, value in plain.items() if key != "name"})
     if where == "model":
         _one_of("model.name", name, [*models.names(), "gnmt"])
         kinds = typing.get_type_hints(GNMT.__init__ if name == "gnmt" else getattr(models, name))
@@ -306,7 +348,13 @@ def _check(recipe: Recipe) -> None:
         require(fits, "data.longest", expected, data.longest)
     else:
         require(recipe.model.name != "gnmt", "data.name", "translation for model.name: gnmt", data.name)
+    if isinstance(data, Data):
         _one_of("data.augment", data.augment, ["none", "crop-flip"])
+        at_least(1, "data.train_size", data.train_size)
+    if isinstance(data, Images):
+        _check_images(data, require)
+    if isinstance(data, Translation):
+        at_least(1, "data.train_size", data.train_size)
     _one_of("optimizer.name", optimizer.name, ["sgd", "adamw"])
     _one_of("precision", recipe.precision, ["fp32", "bf16", "fp16"])
     for key, number in (("seed", recipe.seed), ("schedule.epochs", schedule.epochs), ("threads", recipe.threads or 0)):
@@ -314,10 +362,9 @@ def _check(recipe: Recipe) -> None:
     require(schedule.batch_size < 1 << 31, "schedule.batch_size", "below 2^31", schedule.batch_size)
     folder = recipe.name not in ("", ".", "..") and not set(recipe.name) & set("/\\\0")
     require(folder, "name", "a folder's name", recipe.name)
-    for option, value in recipe.model.options.items():
+    for option, value in () if ":" in recipe.model.name else recipe.model.options.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and option != "dropout"
         require(not number or 0 < value < math.inf, f"model.{option}", "above 0, and finite", value)
-    at_least(1, "data.train_size", data.train_size)
     at_least(1, "schedule.epochs", schedule.epochs)
     at_least(1, "schedule.batch_size", schedule.batch_size)
     fits = schedule.accumulate >= 1 and schedule.batch_size % schedule.accumulate == 0
@@ -334,3 +381,21 @@ def _check(recipe: Recipe) -> None:
     clip = optimizer.clip_norm
     require(clip is None or 0 < clip < math.inf, "optimizer.clip_norm", "above 0, and finite, or null", clip)
     at_least(1, "threads", recipe.threads)
+
+
+def _check_images(data: Images, require: Callable[[bool, str, str, object], None]) -> None:
+    require(data.folder is not None, "data.folder", "a folder with train and val", data.folder)
+    place = data.held_out not in ("", ".", "..", "train") and not set(data.held_out) & set("/\\\0*?[]")
+    require(place, "data.held_out", "a split to evaluate on, such as val", data.held_out)
+    require(1 <= data.size <= 4096, "data.size", "in [1, 4096]", data.size)
+    require(0 < data.crop <= 1, "data.crop", "in (0, 1]", data.crop)
+    _one_of("data.augment", data.augment, ["none", "crop", "crop-flip"])
+    shares = len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[-1] <= 1
+    require(shares, "data.scale", "two shares such as [0.08, 1.0]", data.scale)
+    require(0 <= data.jitter <= 1, "data.jitter", "in [0, 1]", data.jitter)
+    require(0 <= data.mixup < math.inf, "data.mixup", "at least 0, and finite", data.mixup)
+    require(0 <= data.photograph < math.inf, "data.photograph", "at least 0, and finite", data.photograph)
+    eights = not data.photograph or data.size % 8 == 0
+    require(eights, "data.size", "a multiple of 8 for photographs", data.size)
+    workers = data.workers is None or 0 <= data.workers <= 1024
+    require(workers, "data.workers", "in [0, 1024], or null", data.workers)

@@ -15,7 +15,7 @@ from rarefy.train.run_folder import RunFolder
 
 _SCALARS = (
     *("loss", "learning_rate", "alpha", "sparsity", "inference_flops_ratio", "latency_ms", "test_accuracy"),
-    "test_loss",
+    *("test_top5", "test_loss"),
 )
 
 

@@ -87,7 +87,7 @@ class Run(ABC):
 
     Raises:
         ValueError: something in the recipe that the data, the model or the method refuses; when resuming, another
-            recipe than the run's (only ``data.folder`` may differ), or a damaged checkpoint.
+            recipe than the run's (only ``data.folder`` and ``data.workers`` may differ), or a damaged checkpoint.
         FileNotFoundError: no run to resume, or no data.
     """
 
@@ -371,7 +371,8 @@ class Run(ABC):
         if state is None and not (path / "recipe.yaml").is_file():
             raise FileNotFoundError(f"there is no run in {path} to resume; without --resume it starts there")
         old, new = state["recipe"] if state else load(path / "recipe.yaml").to_dict(), self.recipe.to_dict()
-        old["data"]["folder"] = new["data"]["folder"]  # the content of the data is checked, wherever it lies
+        for free in {"folder", "workers"} & new["data"].keys():  # the content of the data is checked, wherever it lies
+            old["data"][free] = new["data"][free]
         changed = differences(old, new)
         if changed:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rarefy.train.classification import Classification
-from rarefy.train.recipe import Recipe
+from rarefy.train.recipe import Images, Recipe
 from rarefy.train.run import Run
 
 
@@ -14,6 +14,14 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
 
     Raises ImportError, saying what to install, where the task needs a library that is not there.
     """
+    if isinstance(recipe.data, Images):
+        try:
+            from rarefy.train.images import ImageClassification
+        except ModuleNotFoundError as missing:
+            if missing.name != "PIL":
+                raise
+            raise ImportError("pictures need Pillow: pip install 'rarefy[images]'") from missing
+        return ImageClassification(recipe, folder, resume=resume)
     if recipe.data.name != "translation":
         return Classification(recipe, folder, resume=resume)
     try:

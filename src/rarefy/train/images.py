@@ -1,0 +1,105 @@
+"""Training a classifier of pictures on disk by a recipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.data import images
+from rarefy.train.classification import Classification
+from rarefy.train.image_batches import HeldOut, ImageBatches
+from rarefy.train.recipe import Images as Data
+
+#: The files of a run that say what it trained on, and which pictures were found damaged.
+ABOUT, DAMAGED = "data.json", "damaged.jsonl"
+
+_LOG = logging.getLogger("rarefy")
+
+
+class ImageClassification(Classification):
+    """One run of a recipe that trains on pictures on disk; see :class:`~rarefy.train.run.Run`.
+
+    A damaged picture is logged once, with its path, and stands in ``damaged.jsonl``; the summary has their number.
+    """
+
+    def _load_data(self) -> None:
+        data, schedule = self._data, self.recipe.schedule
+        assert data.folder is not None
+        train, held_out = images.load(data.folder, data.held_out)
+        self.class_names = train.classes
+        self.classes = len(train.classes)
+        self._about = {"classes": list(train.classes), "train": len(train), "held_out": len(held_out)}
+        self._damaged = {line[0] for line in _lines(self.folder.path / DAMAGED)} if self._resumed else set()
+        if self._resumed:
+            self._compare_with(self.folder.path / ABOUT)
+        world = self.accelerator.num_processes
+        share: dict[str, Any] = {
+            "rank": self.accelerator.process_index,
+            "world": world,
+            "local": int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+            "device": self.accelerator.device,
+            "tell": self._tell,
+        }
+        self.batches = ImageBatches(
+            train,
+            data,
+            classes=self.classes,
+            batch_size=schedule.batch_size,
+            accumulate=schedule.accumulate,
+            seed=self.recipe.seed,
+            **share,
+        )
+        self._held = HeldOut(held_out, data, **share)
+        self.one_image = torch.zeros(1, 3, data.size, data.size)
+
+    @property
+    def _data(self) -> Data:
+        assert isinstance(self.recipe.data, Data)
+        return self.recipe.data
+
+    def _compare_with(self, path: Path) -> None:
+        """Refuse other pictures than the run began with: the order of an epoch follows from their number."""
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self._about:
+            raise ValueError(
+                f"the pictures in {self._data.folder} are not those that the run began with ({path} says what they "
+                "were): bring them back, or start a new run"
+            )
+
+    def _tell(self, damaged: list[tuple[str, str]]) -> None:
+        for path, why in damaged:
+            if path not in self._damaged:
+                self._damaged.add(path)
+                _LOG.warning("%s is damaged (%s) and was not used", path, why)
+                self.folder.path.mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
+                with (self.folder.path / DAMAGED).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([path, why]) + "\n")
+
+    def _held_out(self) -> Iterable[tuple[Tensor, Tensor]]:
+        return self._held
+
+    def _beside(self) -> dict[str, str]:
+        return {ABOUT: json.dumps(self._about, indent=1) + "\n"}
+
+    def _results(self) -> dict[str, Any]:
+        return {"damaged_pictures": len({line[0] for line in _lines(self.folder.path / DAMAGED)})}
+
+
+def _lines(path: Path) -> list[Any]:
+    """Read what was found damaged; a last line that a crash cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def class_names(run: Path) -> list[str]:
+    """Give the names of the classes that a run tells apart. Raises FileNotFoundError where the run does not say."""
+    path = run / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it says which classes the run tells apart; put it back")
+    return list(json.loads(path.read_text(encoding="utf-8"))["classes"])
