@@ -73,8 +73,9 @@ typedef struct {
 } rarefy_index;
 typedef void rarefy_sparse_index(const rarefy_index *op);
 
-// "sparse_live": the places of a mask's bytes that are not 0; `place` has room for 8 more. Returns how many.
-typedef int64_t rarefy_sparse_live(const uint8_t *mask, int64_t n, int32_t *place);
+// "sparse_live_f32": the places of the weights that are not 0 or whose byte in the mask is not (which may be null);
+// `place` has room for one more, or is null. Returns how many.
+typedef int64_t rarefy_sparse_live_f32(const float *weight, const uint8_t *mask, int64_t n, int32_t *place);
 
 // "sparse_count_f32": counts[0] = how many weights are not 0, counts[1] = how many of those at the places.
 typedef void rarefy_sparse_count_f32(const float *weight, int64_t n, const int32_t *place, int64_t entries,

@@ -24,6 +24,8 @@ namespace {
 
 constexpr int MOST = RAREFY_TILE;  // vectors of a tile
 constexpr int B = 8;               // positions and channels of a block that is transposed at once
+constexpr int LINE = 16;           // floats of a cache line
+constexpr int AHEAD = 32;          // rows that are fetched ahead, by hand: they are too many streams for the machine
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -78,6 +80,7 @@ void pack_run(const float *from, int64_t step, int64_t n, int64_t channels, int6
             float *out[B];
             RAREFY_UNROLL for (int i = 0; i < B; ++i) x[i] = p + i < n ? from + (p + i) * step + c : ZEROS;
             RAREFY_UNROLL for (int i = 0; i < B; ++i) out[i] = to + (c + i) * plane + p;
+            if (c % LINE == 0) RAREFY_UNROLL for (int i = 0; i < B; ++i) __builtin_prefetch(x[i] + AHEAD * step, 0, 2);
             transpose(x, out);
         }
         for (; c < channels; ++c)
@@ -107,6 +110,7 @@ void unpack_run(const float *from, int64_t row, int64_t n, int64_t channels, flo
             float *y[B];
             RAREFY_UNROLL for (int i = 0; i < B; ++i) sums[i] = from + (c + i) * row + p;
             RAREFY_UNROLL for (int i = 0; i < B; ++i) y[i] = p + i < n ? to + (p + i) * step + c : waste;
+            if (c % LINE == 0) RAREFY_UNROLL for (int i = 0; i < B; ++i) __builtin_prefetch(y[i] + AHEAD * step, 1, 2);
             transpose(sums, y);
         }
         for (; c < channels; ++c)
@@ -404,21 +408,20 @@ void backward(const rarefy_layer_step *op) {
 
 // ---- which weights live
 
-// The live weights, in the order of their memory.
-int64_t live(const uint8_t *mask, int64_t n, int32_t *place) {
-    int64_t count = 0, i = 0;
-    for (; i + 8 <= n; i += 8) {
-        uint64_t word = 0;
-        __builtin_memcpy(&word, mask + i, sizeof word);
-        if (word == 0) continue;
-        for (int k = 0; k < 8; ++k) {  // written without a branch, kept where it lives
-            place[count] = static_cast<int32_t>(i) + k;
-            count += mask[i + k] != 0;
-        }
+// The live weights, in the order of their memory; without `place` only how many there are.
+template <bool MASK, bool WRITE>
+int64_t live_of(const float *weight, const uint8_t *mask, int64_t n, int32_t *place) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (WRITE) place[count] = static_cast<int32_t>(i);  // without a branch: the next one overwrites it
+        count += (weight[i] != 0.0f) | (MASK && mask[i] != 0);
     }
-    for (; i < n; ++i)
-        if (mask[i]) place[count++] = static_cast<int32_t>(i);
     return count;
+}
+
+int64_t live(const float *weight, const uint8_t *mask, int64_t n, int32_t *place) {
+    if (place) return mask ? live_of<true, true>(weight, mask, n, place) : live_of<false, true>(weight, mask, n, place);
+    return mask ? live_of<true, false>(weight, mask, n, place) : live_of<false, false>(weight, mask, n, place);
 }
 
 // Rows of each block in the order of their number of entries, most first; `next` becomes where each row's begin.
@@ -504,7 +507,7 @@ int64_t lanes() { return L; }
 
 extern const rarefy_kernel training_kernels[] = {
     RAREFY_KERNEL("sparse_forward_f32", forward), RAREFY_KERNEL("sparse_backward_f32", backward),
-    RAREFY_KERNEL("sparse_index", index),         RAREFY_KERNEL("sparse_live", live),
+    RAREFY_KERNEL("sparse_index", index),         RAREFY_KERNEL("sparse_live_f32", live),
     RAREFY_KERNEL("sparse_count_f32", count),     RAREFY_KERNEL("sparse_lanes", lanes),
 };
 extern const int64_t training_kernel_count = sizeof training_kernels / sizeof *training_kernels;

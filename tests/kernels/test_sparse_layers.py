@@ -64,7 +64,7 @@ def check(layer, density, memory, with_bias=True):
         form = (lambda t: rows(t, last)) if flat else (lambda t: t)
         sizes = ((1, 1), (1, 1)) if flat else ((height, width), (kernel, kernel))
         shape = Shape(outputs, inputs, *sizes[0], sizes[1], (stride,) * 2, (padding,) * 2, (dilation,) * 2, flat)
-        places = sparse_layers.live_places((weight != 0).contiguous(memory_format=memory))
+        places = sparse_layers.live_places(weight)
         assert sparse_layers.count(weight, places) == (len(places), len(places))
         index = Index(sparse_layers.grid(shape), places, last)
         y = torch.full_like(g, torch.nan)
@@ -91,17 +91,27 @@ def test_one_weight_of_a_last_row(isa):
     shape = Shape(64, 32, 10, 10, (3, 3), (1, 1), (1, 1))
     weight = torch.zeros(64, 32, 3, 3)
     weight[63, 31, 2, 2] = 2.0
-    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(weight != 0), False)
+    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(weight), False)
     x, y = torch.randn(2, 32, 10, 10), torch.full((2, 64, 10, 10), torch.nan)
     index.forward(x, weight, None, y)
     assert len(index) == 1
     assert torch.equal(y, F.conv2d(x, weight, padding=1))
 
 
+def test_places_are_those_of_the_mask_too(isa):
+    weight = torch.zeros(3, 5)
+    weight[0, 2], weight[2, 4] = -1.0, torch.nan
+    mask = torch.zeros(5, 3, dtype=torch.bool).t()
+    mask[1, 0] = mask[2, 4] = True
+    assert sparse_layers.live_places(weight, mask).tolist() == [2, 5, 14]
+    assert sparse_layers.count(weight, torch.tensor([2, 5], dtype=torch.int32)) == (2, 1)
+    assert sparse_layers.live_places(torch.zeros(2, 2)).tolist() == []
+
+
 def test_threads_change_no_more_than_the_rounding():
     layer = torch.randn(24, 16, 3, 3) * (torch.rand(24, 16, 3, 3) < 0.2)
     shape = Shape(24, 16, 9, 9, (3, 3), (2, 2), (1, 1))
-    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(layer != 0), False)
+    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(layer), False)
     x, g = torch.randn(5, 16, 9, 9), torch.randn(5, 24, 5, 5)
     found = []
     before = torch.get_num_threads()
@@ -123,7 +133,7 @@ def test_threads_change_no_more_than_the_rounding():
 def test_nan_and_infinity_stay_where_they_are():
     shape = Shape(4, 8, flat=True)
     weight = torch.eye(4, 8)
-    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(weight != 0), False)
+    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(weight), False)
     x = torch.zeros(3, 8)
     x[0, 1], x[2, 3] = torch.nan, torch.inf
     y = torch.empty(3, 4)
@@ -142,9 +152,7 @@ def test_a_layer_without_a_grid_is_refused(shape):
 def test_the_matrix_may_be_smaller_than_a_vector_or_a_block():
     for outputs, inputs, batch in [(1, 1, 1), (3, 2, 5), (9, 17, 31), (300, 700, 1)]:
         weight = torch.randn(outputs, inputs) * (torch.rand(outputs, inputs) < 0.5)
-        index = Index(
-            sparse_layers.grid(Shape(outputs, inputs, flat=True)), sparse_layers.live_places(weight != 0), False
-        )
+        index = Index(sparse_layers.grid(Shape(outputs, inputs, flat=True)), sparse_layers.live_places(weight), False)
         x, y = torch.randn(batch, inputs), torch.full((batch, outputs), torch.nan)
         index.forward(x.t()[None, :, None, :], weight, None, y.t()[None, :, None, :])
         torch.testing.assert_close(y, x @ weight.t(), rtol=1e-5, atol=1e-5)

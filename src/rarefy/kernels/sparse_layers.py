@@ -22,8 +22,8 @@ _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 MOST_VECTORS = 12
 #: Vectors of a tile: more load fewer weights and indices, fewer leave more of a tile in the first cache.
 TILE = 8
-#: Bytes of the planes that a block of a tile reads: they stay in the first cache.
-CACHE = 32 << 10
+#: Bytes of the planes that a block of a tile reads: they stay in the first cache, beside what else goes through it.
+CACHE = 24 << 10
 
 
 @dataclass(frozen=True)
@@ -229,11 +229,16 @@ def _grid(shape: Shape, lanes: int) -> Grid:
     return Grid(shape, lanes)
 
 
-def live_places(mask: Tensor) -> Tensor:
-    """Where a boolean mask is set, in the order of its memory, as int32, (live,)."""
-    place = torch.empty(mask.numel() + 8, dtype=torch.int32)
-    count = find("sparse_live", _INT64, _POINTER, _INT64, _POINTER)(address(mask), mask.numel(), address(place))
-    return place[:count].clone()
+def live_places(weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Where a weight is not 0, or a boolean mask is set; in the order of the weight's memory, as int32, (live,)."""
+    if mask is not None and mask.stride() != weight.stride():
+        mask = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+    kernel = find("sparse_live_f32", _INT64, _POINTER, _POINTER, _INT64, _POINTER)
+    given = address(weight), None if mask is None else address(mask), weight.numel()
+    count = kernel(*given, None)
+    places = torch.empty(count + 1, dtype=torch.int32)
+    kernel(*given, address(places))
+    return places[:count]
 
 
 def count(weight: Tensor, places: Tensor) -> tuple[int, int]:

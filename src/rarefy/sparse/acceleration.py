@@ -236,11 +236,7 @@ class _Layer:
             stale = nonzero < (1.0 - SLACK) * len(known)
         if stale:
             self._forget()
-            live = torch.empty_like(weight, dtype=torch.bool)
-            torch.ne(weight, 0.0, out=live)
-            if mask is not None:
-                live |= mask
-            self.places, self.seen = sparse_layers.live_places(live), seen
+            self.places, self.seen = sparse_layers.live_places(weight, mask), seen
         return True
 
     def _forget(self) -> None:
