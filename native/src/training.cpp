@@ -179,6 +179,13 @@ struct Tile {
     float *products;
 };
 
+// Rows come in no order of memory that the machine would see.
+inline int64_t next_row(const Tile &t, int64_t i) { return t.rows[i + 1 < t.count ? 2 * i + 2 : 2 * i]; }
+template <int T>
+inline void fetch(const float *row) {
+    RAREFY_UNROLL for (int v = 0; v < T * L; v += LINE) __builtin_prefetch(row + v);
+}
+
 // sums[row] (+)= sum over entries of w * planes[offset].
 template <int T>
 void add_rows(const Tile &t) {
@@ -196,6 +203,7 @@ void add_rows(const Tile &t) {
             if (entries == 0) return;  // the rows with the most entries come first
             RAREFY_UNROLL for (int v = 0; v < T; ++v) a[v] = loadu(to + v * L);
         }
+        fetch<T>(t.sums + next_row(t, i) * t.sums_row);
         for (const float *const stop = w + entries; w != stop; ++w, ++offset) {
             const V weight = all(*w);
             const float *x = planes + *offset;
@@ -235,6 +243,7 @@ void multiply_rows(const Tile &t) {
         const float *from = t.others + row * t.others_row;
         V y[T];
         RAREFY_UNROLL for (int v = 0; v < T; ++v) y[v] = loadu(from + v * L);
+        fetch<T>(t.others + next_row(t, i) * t.others_row);
         int32_t k = 0;
         for (; k + 4 <= entries; k += 4) {
             V a[4];

@@ -23,7 +23,7 @@ MOST_VECTORS = 12
 #: Vectors of a tile: more load fewer weights and indices, fewer leave more of a tile in the first cache.
 TILE = 8
 #: Bytes of the planes that a block of a tile reads: they stay in the first cache, beside what else goes through it.
-CACHE = 24 << 10
+CACHE = 32 << 10
 
 
 @dataclass(frozen=True)
