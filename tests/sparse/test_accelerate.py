@@ -381,6 +381,23 @@ def test_pytorch_alone_after_it_was_forced():
     assert count(handle) == 0
 
 
+def test_other_kernels_after_they_were_forced():
+    model, _, handle = accelerated()
+    x = torch.randn(2, 8, 6, 6)
+    expected = model(x)
+    expected.sum().backward()
+    first = model[0].weight.grad.clone()
+    for isa in sorted({k.isa for k in kernels.table() if k.supported and k.name == "sparse_lanes"}):
+        with kernels.forced(isa):
+            y = model(x)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        model.zero_grad()
+        y.sum().backward()  # by the best kernels again, whose vectors may be longer
+        live = model[0].weight != 0
+        torch.testing.assert_close(model[0].weight.grad[live], first[live], rtol=1e-4, atol=1e-4)
+    handle.restore()
+
+
 def losses(case, steps=30, adam=False, accelerate=False):
     run = Run(case, total_steps=steps, adam=adam)
     handle = sparse.accelerate(run.sparsifier) if accelerate else None

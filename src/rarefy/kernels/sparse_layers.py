@@ -83,7 +83,7 @@ class Grid:
     """
 
     def __init__(self, shape: Shape, lanes: int) -> None:
-        self.shape = shape
+        self.shape, self.lanes = shape, lanes
         out_height, out_width = shape.out
         down, across = (
             _Axis(*args)
@@ -214,14 +214,15 @@ class _IndexCall(ctypes.Structure):
     ]
 
 
-def available() -> bool:
-    """Whether there is a native library with the kernels."""
-    return find("sparse_forward_f32", None, _POINTER) is not None
+def lanes() -> int:
+    """Return how many floats a vector of the kernels has that run now; 0 without kernels."""
+    kernel = find("sparse_lanes", _INT64)
+    return 0 if kernel is None else kernel()
 
 
 def grid(shape: Shape) -> Grid:
     """Return the grid of a shape for the vectors of the kernels that run; raises ValueError as :class:`Grid`."""
-    return _grid(shape, find("sparse_lanes", _INT64)())
+    return _grid(shape, lanes())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -250,7 +251,7 @@ def count(weight: Tensor, places: Tensor) -> tuple[int, int]:
 
 
 class Index:
-    """Which weights of a layer live, in the order in which the kernels come by them.
+    """Which weights of a layer live, in the order in which the kernels come by them; for those of the grid's vectors.
 
     Args:
         grid: of the layer.
@@ -324,8 +325,7 @@ class Index:
         return step
 
     def _scratch(self, step: _Step, planes: int, rows: int) -> Tensor:
-        lanes = find("sparse_lanes", _INT64)()
-        step.scratch_size = planes + rows * (MOST_VECTORS * lanes + 16) + 16
+        step.scratch_size = planes + rows * (MOST_VECTORS * self.grid.lanes + 16) + 16
         scratch = torch.empty(step.slices * step.scratch_size + 16)
         step.scratch = -(-scratch.data_ptr() // 64) * 64
         return scratch

@@ -29,7 +29,7 @@ from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.layers import Layer
 
-#: Denser layers are not timed: no product of any layer was faster at this density (benchmarks/sparse_steps.py).
+#: Denser layers are not timed: what some products gain there is little (benchmarks/sparse_steps.py).
 DENSEST = 0.6
 #: A product that was slower is timed again once the density is this part of that at which it was.
 AGAIN = 0.8
@@ -194,7 +194,7 @@ def accelerate(sparsifier: Sparsifier) -> Acceleration:
     """
     if not isinstance(sparsifier, Sparsifier):
         raise TypeError(f"accelerate() takes a sparsifier, got {type(sparsifier).__name__}: accelerate(sparsifier)")
-    if not sparse_layers.available():
+    if not sparse_layers.lanes():
         raise RuntimeError("accelerate() needs rarefy's native library, which is not here: `rarefy info` says why")
     if sparsifier._acceleration is not None:
         sparsifier._acceleration.restore()
@@ -215,7 +215,7 @@ class _Layer:
         self.layer, self.owner = layer, weakref.ref(owner)
         self.places: Tensor | None = None
         self.seen: object = None
-        self.indices: dict[Shape, Index | None] = {}
+        self.indices: dict[tuple[Shape, int], Index | None] = {}
         self.choices: dict[object, dict[str, Choice]] = {}
 
     def refresh(self, weight: Tensor, channels_last: bool, choices: Mapping[str, Choice]) -> bool:
@@ -245,15 +245,16 @@ class _Layer:
 
     def index(self, shape: Shape, channels_last: bool) -> Index | None:
         """The index for a shape, None where there is none."""
-        if shape not in self.indices:
+        key = (shape, sparse_layers.lanes())
+        if key not in self.indices:
             assert self.places is not None
             try:
                 grid = sparse_layers.grid(shape)
                 fits = grid.largest < 2**31
-                self.indices[shape] = Index(grid, self.places, channels_last) if fits else None
+                self.indices[key] = Index(grid, self.places, channels_last) if fits else None
             except ValueError:  # more padding than the kernel reaches over
-                self.indices[shape] = None
-        return self.indices[shape]
+                self.indices[key] = None
+        return self.indices[key]
 
     def choices_for(self, shape: tuple[int, ...], memory: torch.memory_format) -> dict[str, Choice]:
         """The choices for inputs of a shape, by the product."""
@@ -403,7 +404,8 @@ class _Products(torch.autograd.Function):
         call: _Call = ctx.call
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not _is_plain(g):  # a second derivative is wanted, or g is of another kind
+        # A second derivative is wanted, g is of another kind, or the kernels are others than those of the index.
+        if torch.is_grad_enabled() or not _is_plain(g) or sparse_layers.lanes() != call.index.grid.lanes:
             to_x, to_weight = call.dense_backward(g, x, weight, (of_x, of_weight))
         else:
             owner = call.layer.owner()
@@ -432,7 +434,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _undisturbed() -> bool:
     """Whether nobody else takes part in calls of PyTorch now: no transform, mode, trace or cast."""
     return (
-        sparse_layers.available()
+        sparse_layers.lanes() > 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_function_stack() == 0
         and _get_current_dispatch_mode() is None
