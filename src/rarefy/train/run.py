@@ -194,7 +194,7 @@ class Run(ABC):
         optimizer = make_optimizer(recipe.optimizer, model)
         if self.sparsifier is not None:
             self.sparsifier.attach(optimizer)
-        self.acceleration = None
+        self.acceleration: sparse.Acceleration | None = None
         if recipe.accelerate and self.sparsifier is not None:
             self.acceleration = sparse.accelerate(self.sparsifier)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
