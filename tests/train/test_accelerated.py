@@ -28,19 +28,17 @@ def test_a_run_says_what_it_saved(tmp_path: Path) -> None:
     found = run(recipe(method=METHOD, accelerate=True), tmp_path / "accelerated")
     assert dense["seconds_saved"] is None
     assert found["seconds_saved"] > 0.0
-    assert found["seconds_saved"] % 2.0 == 0.0  # two seconds a product
     assert found["training_flops_ratio"] == dense["training_flops_ratio"]
     assert found["test_accuracy"] == pytest.approx(dense["test_accuracy"], abs=0.1)
     assert "saved by sparse steps" in report.write(tmp_path / "accelerated").read_text()
     assert "saved by sparse steps" not in report.write(tmp_path / "plain").read_text()
-    assert torch.nn.Linear.forward is acceleration._linear_forward
 
 
 def test_a_resumed_run_adds_up(tmp_path: Path) -> None:
     made = recipe(method=METHOD, accelerate=True)
     whole = run(made, tmp_path / "whole")
     pieces = run(made, tmp_path / "pieces", [4])
-    assert pieces["seconds_saved"] == pytest.approx(whole["seconds_saved"])
+    assert pieces["seconds_saved"] == pytest.approx(whole["seconds_saved"], rel=0.01)
 
 
 @pytest.mark.parametrize("changes", [{"method": {"name": "dense"}}, {"method": METHOD, "precision": "bf16"}])

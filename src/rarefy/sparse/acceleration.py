@@ -37,6 +37,8 @@ AGAIN = 0.8
 STALE = 0.5
 #: Places of weights that have become 0 are dropped once they are more than this share.
 SLACK = 0.1
+#: Over so many calls of a layer what its indices cost is averaged.
+MEMORY = 10
 #: How often each function is timed, and after how many seconds no more.
 ROUNDS, ENOUGH = 3, 0.3
 
@@ -91,6 +93,10 @@ class Choice:
             self.dense_from = density
             self.sparse_from = min(self.sparse_from, AGAIN * density) if density else -1.0
 
+    def gain(self, density: float) -> float:
+        """Seconds that the sparse kernel saves at this density, as far as is known."""
+        return self._gain if density <= self.sparse_from else 0.0
+
     def sparse(self, density: float) -> bool:
         """Whether the sparse kernel computes the product at this density; counts what it saves."""
         if density > self.sparse_from:
@@ -133,8 +139,8 @@ class Acceleration:
 
     @property
     def seconds_saved(self) -> float:
-        """Sum over all sparse products of what PyTorch's functions took longer when both were timed."""
-        return sum(choice.seconds_saved for choice in self._all())
+        """What PyTorch's functions would have taken longer for all sparse products, less what the indices took."""
+        return sum(choice.seconds_saved for choice in self._all()) - sum(layer.spent for layer in self._layers)
 
     def _all(self) -> Iterator[Choice]:
         for layer in self._layers:
@@ -217,27 +223,46 @@ class _Layer:
         self.seen: object = None
         self.indices: dict[tuple[Shape, int], Index | None] = {}
         self.choices: dict[object, dict[str, Choice]] = {}
+        self.spent = 0.0  # seconds, on indices
+        self.upkeep = 0.0  # of that, a call now
 
-    def refresh(self, weight: Tensor, channels_last: bool, choices: Mapping[str, Choice]) -> bool:
-        """Know where the weights live; False where they are too many for any product to be sparse."""
+    def refresh(self, weight: Tensor, channels_last: bool, choices: Mapping[str, Choice], graded: list[bool]) -> bool:
+        """Know where the weights live; False where no product is to be sparse.
+
+        ``graded`` says whether gradients of the input and of the weight are wanted.
+        """
         owner = self.owner()
         if owner is None or not owner.active:
             return False
         known = _NOWHERE if self.places is None else self.places
         nonzero, inside = sparse_layers.count(weight, known)
-        wanted = PRODUCTS[:2] if owner.dense_gradients() else PRODUCTS
-        if not any(choices[product].possible(nonzero / weight.numel()) for product in wanted):
+        needed = [True, graded[0], graded[1] and not owner.dense_gradients()]
+        wanted = [product for product, need in zip(PRODUCTS, needed, strict=True) if need]
+        density = nonzero / weight.numel()
+        if not any(choices[product].possible(density) for product in wanted):
             self._forget()
             return False
+        self.upkeep *= 1.0 - 1.0 / MEMORY
         mask = owner.mask_of(self.layer)
         seen = (channels_last, None if mask is None else (mask.data_ptr(), mask._version))
         stale = self.places is None or inside < nonzero or seen != self.seen
         if mask is None and not stale:
             stale = nonzero < (1.0 - SLACK) * len(known)
         if stale:
+            # Where masks change in every step the indices may cost more than the zeros save.
+            timed = not any(choices[product].open(density) for product in wanted)
+            if timed and self.upkeep > sum(choices[product].gain(density) for product in wanted):
+                self._forget()
+                return False
+            began = time.perf_counter()
             self._forget()
             self.places, self.seen = sparse_layers.live_places(weight, mask), seen
+            self._spend(time.perf_counter() - began)
         return True
+
+    def _spend(self, seconds: float) -> None:
+        self.spent += seconds
+        self.upkeep += seconds / MEMORY
 
     def _forget(self) -> None:
         self.places = None
@@ -248,12 +273,14 @@ class _Layer:
         key = (shape, sparse_layers.lanes())
         if key not in self.indices:
             assert self.places is not None
+            began = time.perf_counter()
             try:
                 grid = sparse_layers.grid(shape)
                 fits = grid.largest < 2**31
                 self.indices[key] = Index(grid, self.places, channels_last) if fits else None
             except ValueError:  # more padding than the kernel reaches over
                 self.indices[key] = None
+            self._spend(time.perf_counter() - began)
         return self.indices[key]
 
     def choices_for(self, shape: tuple[int, ...], memory: torch.memory_format) -> dict[str, Choice]:
@@ -475,7 +502,8 @@ def _compute(
         stride, padding, dilation = geometry
         shape = Shape(outputs, inputs, *size, kernel, stride, padding, (1, 1) if flat else dilation, flat)
     choices = layer.choices_for(tuple(x.shape), memory)
-    if not layer.refresh(weight.detach(), channels_last, choices):
+    graded = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
+    if not layer.refresh(weight.detach(), channels_last, choices, graded):
         return None
     index = layer.index(shape, channels_last)
     if index is None:
