@@ -125,8 +125,8 @@ test-sanitize: $(NATIVE)/cases.bin
 	for kind in address,undefined thread; do \
 	  folder=$(NATIVE)/$${kind%%,*} && \
 	  cmake -S . -B $$folder $(NATIVE_CMAKE) -DRAREFY_SANITIZE=$$kind && \
-	  cmake --build $$folder --target exhaustive engine gated int8 cell && \
-	  $$folder/exhaustive $(NATIVE)/cases.bin && $$folder/gated && $$folder/engine && $$folder/int8 && $$folder/cell || exit 1; \
+	  cmake --build $$folder --target exhaustive engine gated int8 cell training && \
+	  $$folder/exhaustive $(NATIVE)/cases.bin && $$folder/gated && $$folder/engine && $$folder/int8 && $$folder/cell && $$folder/training || exit 1; \
 	done
 
 # Changed engine programs with right checksums, under sanitizers; about an hour. What it found goes to results/fuzz.csv.
@@ -139,11 +139,12 @@ fuzz: $(STAMP)
 test-neon: $(NATIVE)/cases.bin
 	cmake -S . -B $(NATIVE)/aarch64 $(NATIVE_CMAKE) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	cmake --build $(NATIVE)/aarch64 --target exhaustive engine gated int8 cell
+	cmake --build $(NATIVE)/aarch64 --target exhaustive engine gated int8 cell training
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/exhaustive $(NATIVE)/cases.bin
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/gated
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/engine 50
 	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/cell
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/training
 	for cpu in max neoverse-n1 cortex-a57; do \
 	  qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/int8 150 || exit 1; \
 	done
@@ -156,11 +157,12 @@ test-avx512: $(NATIVE)/cases.bin
 	$(EMULATOR)/bin/pip install -q bochscpu-python==0.4.0
 	$(CC) -O1 -shared -fPIC -o $(NATIVE)/bochscpu.so native/tests/bochscpu.c
 	cmake -S . -B $(NATIVE)/static $(NATIVE_CMAKE) -DCMAKE_EXE_LINKER_FLAGS=-static
-	cmake --build $(NATIVE)/static --target exhaustive engine gated int8 cell
+	cmake --build $(NATIVE)/static --target exhaustive engine gated int8 cell training
 	$(EMULATED)/int8 150 avx512_vbmi2 avx512 avx_vnni avx2 portable
 	$(EMULATED)/gated few
 	$(EMULATED)/engine 50 kernels
 	$(EMULATED)/cell
+	$(EMULATED)/training
 	$(EMULATED)/exhaustive $(NATIVE)/cases.bin
 
 # The Triton kernels, in Triton's interpreter: no GPU needed, but the package.

@@ -38,7 +38,7 @@
     extern const int64_t source##_kernel_count;    \
     }
 #define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
-#define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine)
+#define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine) RAREFY_DECLARE(isa, training)
 #define RAREFY_DECLARE_INT8(isa) RAREFY_DECLARE(isa, int8)
 RAREFY_ISAS(RAREFY_DECLARE_ISA)
 RAREFY_ENGINE_ISAS(RAREFY_DECLARE_ENGINE)
@@ -85,7 +85,7 @@ std::vector<rarefy_kernel> collect() {
     };
 #define RAREFY_ADD(isa, source) add(rarefy::isa::source##_kernels, rarefy::isa::source##_kernel_count);
 #define RAREFY_ADD_ISA(isa) RAREFY_SOURCES(RAREFY_ADD, isa)
-#define RAREFY_ADD_ENGINE(isa) RAREFY_ADD(isa, engine)
+#define RAREFY_ADD_ENGINE(isa) RAREFY_ADD(isa, engine) RAREFY_ADD(isa, training)
 #define RAREFY_ADD_INT8(isa) RAREFY_ADD(isa, int8)
     RAREFY_ISAS(RAREFY_ADD_ISA)
     RAREFY_ENGINE_ISAS(RAREFY_ADD_ENGINE)

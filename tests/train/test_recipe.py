@@ -37,6 +37,7 @@ def test_the_round_trip_with_every_key_set() -> None:
             "precision": "bf16",
             "channels_last": False,
             "threads": 2,
+            "accelerate": False,
         }
     )
     assert parse(recipe.to_dict()) == recipe

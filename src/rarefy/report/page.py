@@ -194,7 +194,9 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
         tiles.append(Tile("Parameters" if run.is_dense else "Parameters left", whole(kept), (note,)))
     if summary.seconds is not None:
         steps = f"measured, {whole(summary.steps)} steps" if summary.steps is not None else "measured"
-        tiles.append(Tile("Training time", duration(summary.seconds), (steps,)))
+        saved = summary.seconds_saved
+        by_zeros = f"about {duration(saved)} saved by sparse steps" if saved is not None else ""
+        tiles.append(Tile("Training time", duration(summary.seconds), _noted(steps, by_zeros)))
     return tiles
 
 

@@ -121,6 +121,7 @@ class Summary:
     measured_ms: float | None
     convention: str | None
     seconds: float | None
+    seconds_saved: float | None
     epochs: float | None
     steps: int | None
     seed: int | None

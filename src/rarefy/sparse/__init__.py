@@ -1,5 +1,6 @@
 """Which weights live while a network trains: one method a file, all under the contract of :class:`Sparsifier`."""
 
+from rarefy.sparse.acceleration import Acceleration, Choice, accelerate
 from rarefy.sparse.base import Info, LayerState, Sparsifier
 from rarefy.sparse.families.latent import Latent, Projected
 from rarefy.sparse.families.learned import Learned
@@ -38,7 +39,9 @@ __all__ = [
     "SNFS",
     "ST3",
     "STR",
+    "Acceleration",
     "AutoSparse",
+    "Choice",
     "ContinuousSparsification",
     "Feather",
     "GraNet",
@@ -56,6 +59,7 @@ __all__ = [
     "Static",
     "TopK",
     "TopKAST",
+    "accelerate",
     "create",
     "list_methods",
     "names",

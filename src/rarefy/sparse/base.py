@@ -20,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from rarefy.sparse.companion import Companion
 from rarefy.sparse.layers import Layer, local, resolve, select_layers, unwrapped
 from rarefy.sparse.masks import count_all, write_sparse
 from rarefy.sparse.shards import Shard, reshard, total
+
+if TYPE_CHECKING:
+    from rarefy.sparse.acceleration import Acceleration
 
 #: finalize() warns where it changes the density by more than this share of it.
 CUT = 0.05
@@ -190,6 +193,7 @@ class Sparsifier(ABC):
         self._initial: list[Tensor] | None = None
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._copied: dict[str, Any] | None = None
+        self._acceleration: Acceleration | None = None
         self._told: set[str] = set()
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _LIVING.add(self)
@@ -198,7 +202,15 @@ class Sparsifier(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which goes with the copied model and is attached to nothing."""
         copied = self.state_dict() if self._shown and not self._finalized else None
-        return {**vars(self), "_parts": [], "_buckets": [], "_places": {}, "_known": None, "_copied": copied}
+        return {
+            **vars(self),
+            "_parts": [],
+            "_buckets": [],
+            "_places": {},
+            "_known": None,
+            "_copied": copied,
+            "_acceleration": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See :meth:`__getstate__`."""
@@ -276,6 +288,11 @@ class Sparsifier(ABC):
     def weight_grad_density(self, density: float) -> float:
         """Share of a layer's weights whose gradient is needed, when this share of them is live."""
         return density
+
+    def reads_masked_gradients(self) -> bool:
+        """Whether the next step needs the gradient of any weight that is masked."""
+        few = 1e-6
+        return self.weight_grad_density(few) > few
 
     def _thresholds(self) -> list[float] | None:
         """The threshold on the magnitudes of each layer, if there is one."""

@@ -144,7 +144,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. ``precision`` is "fp32", or "bf16" or "fp16" (autocast); ``threads`` null leaves it to PyTorch."""
+    """A run. ``precision`` is "fp32", or "bf16" or "fp16" (autocast); ``threads`` null leaves it to PyTorch;
+    ``accelerate`` lets sparse layers run on kernels that pass over the zeros, on the CPU: see
+    :func:`rarefy.sparse.accelerate`.
+    """
 
     name: str
     model: Named
@@ -156,6 +159,7 @@ class Recipe:
     precision: str = "fp32"
     channels_last: bool = True
     threads: int | None = None
+    accelerate: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As it would stand in a file, every default written out."""
@@ -381,6 +385,8 @@ def _check(recipe: Recipe) -> None:
     clip = optimizer.clip_norm
     require(clip is None or 0 < clip < math.inf, "optimizer.clip_norm", "above 0, and finite, or null", clip)
     at_least(1, "threads", recipe.threads)
+    sparse_steps = not recipe.accelerate or (recipe.method.name != "dense" and recipe.precision == "fp32")
+    require(sparse_steps, "accelerate", "false for the method dense, and without precision: fp32", recipe.accelerate)
 
 
 def _check_images(data: Images, require: Callable[[bool, str, str, object], None]) -> None:

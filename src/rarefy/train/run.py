@@ -104,10 +104,13 @@ class Run(ABC):
         self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
         if recipe.precision == "fp16" and self.accelerator.scaler is None:
             raise ValueError(f"precision: fp16 does not run on {self.accelerator.device.type}; take bf16 or fp32")
+        if recipe.accelerate and self.accelerator.device.type != "cpu":
+            raise ValueError(f"accelerate: true is for the CPU, and this run is on {self.accelerator.device.type}")
         self._load_data()
         self._build()
         self.step = 0
         self.seconds = 0.0
+        self.seconds_saved = 0.0  # before a checkpoint that the run went on from
         self.best: float | None = None
         self._losses: list[Tensor] = []  # since the last record
         if state is not None:
@@ -191,6 +194,9 @@ class Run(ABC):
         optimizer = make_optimizer(recipe.optimizer, model)
         if self.sparsifier is not None:
             self.sparsifier.attach(optimizer)
+        self.acceleration: sparse.Acceleration | None = None
+        if recipe.accelerate and self.sparsifier is not None:
+            self.acceleration = sparse.accelerate(self.sparsifier)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _measure(self, model: nn.Module, block: int | Sequence[int]) -> Latency:
@@ -355,6 +361,7 @@ class Run(ABC):
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "seconds_saved": self._seconds_saved(),
             "best": self.best,
             "losses": losses,
             "recipe": self.recipe.to_dict(),
@@ -391,11 +398,15 @@ class Run(ABC):
         losses = state["losses"].to(self.accelerator.device)
         self._losses = list(losses if self.is_main else torch.zeros_like(losses))
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.seconds_saved = state["seconds_saved"] or 0.0
 
     def _finish(self) -> dict[str, Any]:
         """Finalize the model, and write what the run came to."""
         states = [] if self.sparsifier is None else self.sparsifier.layers()
         magnitudes = [] if self.sparsifier is None else histograms(self.sparsifier)
+        saved = self._seconds_saved()
+        if self.acceleration is not None:
+            self.acceleration.restore()
         if self.sparsifier is not None:
             self.sparsifier.finalize()
         metrics = self._checked_metrics()
@@ -409,6 +420,7 @@ class Run(ABC):
             f"best_{self.metric}": last if self._is_better(last) else self.best,
             "steps": self.step,
             "seconds": self.seconds,
+            "seconds_saved": saved,
             "measured_ms": self._measured_ms(),
             **self._results(),
         }
@@ -420,6 +432,10 @@ class Run(ABC):
             self.folder.write_json("histograms.json", {"layers": magnitudes})
         self.folder.write_json("summary.json", summary)
         return summary
+
+    def _seconds_saved(self) -> float | None:
+        """By sparse products, as timed in this process; None where the recipe asks for none."""
+        return None if self.acceleration is None else self.seconds_saved + self.acceleration.seconds_saved
 
     def _measured_ms(self) -> float | None:
         """Milliseconds of the engine for one image on this machine, in a run that had a target for them."""

@@ -37,8 +37,15 @@ class RigL(SET):
 
     def see_gradients(self, bucket: Bucket) -> None:
         """See :class:`Masked`: keep |dL/dW| in the steps that change the masks."""
-        if (self.steps + 1) % self._every == 0:
+        if self._looks():
             self._gradients.update({layer.name: g.abs() for layer in bucket.layers if (g := layer.grad) is not None})
+
+    def reads_masked_gradients(self) -> bool:
+        """See :class:`Sparsifier`: in the steps that change the masks."""
+        return self._looks() and super().reads_masked_gradients()
+
+    def _looks(self) -> bool:
+        return (self.steps + 1) % self._every == 0
 
     def growth_scores(self) -> Sequence[Tensor] | None:
         """See :class:`SET`: |dL/dW|."""
