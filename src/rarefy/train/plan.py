@@ -138,7 +138,7 @@ class Plan:
             f"  training         {self.training:.4g} FLOPs when dense"
             + (f", {self.training_ratio:.1%} of them expected by the method's curve" if known else ""),
             f"  length           {self.epochs} epochs, {self.examples:,} examples, {self.steps:,} optimizer steps",
-            f"measured on {self.device}, {self.threads} threads: medians of at most {STEPS} steps, each of one device's share",
+            f"measured on {self.device}, {self.threads} threads: medians of at most {STEPS} steps, by one share",
         ]
         for each in self.scaled:
             memory = each.memory
