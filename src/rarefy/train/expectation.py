@@ -24,7 +24,7 @@ def expected(dense: cost.Cost, sparsifier: Sparsifier | None) -> tuple[cost.Cost
 
     What is learned may come down sooner than the curve, and alpha of AutoSparse's policy "accuracy" reach 0 before the
     end, which nobody knows before: then a run takes less, about half at the most in results/compare-fashion-mnist.csv.
-    There competing layers took up to 14 % more, and so did RigL (16 to 24 %), MEST with ``soft``, whose masks are wider
+    There competing layers took up to 14 % more, and so did RigL (12 to 24 %), MEST with ``soft``, whose masks are wider
     until its last stage (a quarter to a third), and GraNet (half).
 
     None where nothing says how sparse the run will get: a learned method without a target.
