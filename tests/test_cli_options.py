@@ -17,6 +17,7 @@ from rarefy.cli.outputs import check_file, check_folder
 #: A call of every command that would do its work if the nonsense were not beside it.
 CALLS = {
     "train": ["small.yaml"],
+    "plan": ["small.yaml"],
     "report": ["run"],
     "compare": ["small.yaml"],
     "info": [],

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from rarefy.cli import bench, compare, data, export, info, report, rtl, table, train, translate
+from rarefy.cli import bench, compare, data, export, info, plan, report, rtl, table, train, translate
 from rarefy.cli.outputs import NowhereToWriteError
 
 
@@ -122,6 +122,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rarefy {version('rarefy')}")
     commands: argparse._SubParsersAction[argparse.ArgumentParser]
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, report, bench, table, export, rtl, info, compare, data, translate):
+    for command in (train, plan, report, bench, table, export, rtl, info, compare, data, translate):
         command.add(commands)
     return parser

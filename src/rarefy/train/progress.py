@@ -79,13 +79,15 @@ class Watch:
 def watched(quiet: bool = False) -> Iterator[Watch]:
     """An observer that shows progress on standard error, and stops the run when the user or the system asks.
 
-    A second signal acts as usual: it ends the process at once.
+    A second Ctrl-C acts as usual: it ends the process at once. A second SIGTERM does not, since the system and a
+    launcher may both send one: the checkpoint is written.
     """
     console = Console(stderr=True, quiet=quiet)
 
     def ask(number: int, frame: FrameType | None) -> None:
         watch.signal = number
-        restore()
+        if number == signal.SIGINT:
+            restore()
 
     def restore() -> None:
         for name, handler in before.items():

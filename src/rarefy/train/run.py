@@ -83,11 +83,14 @@ class Run(ABC):
         recipe: what to do.
         folder: where to; nothing is written before :meth:`train`.
         resume: go on after the last checkpoint in the folder, to the same bits as without the interruption (on the
-            same machine, with as many threads and processes).
+            same machine, with as many threads and processes). On another number of processes it goes on with the same
+            batches, but their gradients are summed in another order, the statistics of batch norms are those of other
+            parts, and augmentation and dropout draw by process: it is the same run but not to the bit.
 
     Raises:
         ValueError: something in the recipe that the data, the model or the method refuses; when resuming, another
-            recipe than the run's (only ``data.folder`` and ``data.workers`` may differ), or a damaged checkpoint.
+            recipe than the run's (only ``data.folder`` and ``data.workers`` may differ), a damaged checkpoint, or a
+            number of processes with which the batches are other ones (of sentences they are cut by it).
         FileNotFoundError: no run to resume, or no data.
     """
 
@@ -112,6 +115,7 @@ class Run(ABC):
         self.seconds = 0.0
         self.seconds_saved = 0.0  # before a checkpoint that the run went on from
         self.best: float | None = None
+        self._saved: int | None = None  # the step of the last checkpoint
         self._losses: list[Tensor] = []  # since the last record
         if state is not None:
             self._restore(state)
@@ -313,8 +317,15 @@ class Run(ABC):
         if not math.isfinite(value):
             raise TrainingDivergedError(
                 f"{what} is {value} at step {self.step} (epoch {self.step / len(self.batches):.2f}); a lower "
-                f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or a warm-up (schedule.warmup_epochs) usually helps"
+                f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or a warm-up (schedule.warmup_epochs) usually helps; "
+                f"{self._kept()}"
             )
+
+    def _kept(self) -> str:
+        """What there is to go back to."""
+        if self._saved is None:
+            return "no checkpoint was written before"
+        return f"the checkpoint {self.folder.checkpoint('last')}, from step {self._saved}, is whole"
 
     def _evaluate_and_record(self) -> dict[str, float]:
         metrics = self._checked_metrics()
@@ -355,11 +366,17 @@ class Run(ABC):
             if not parameter.isfinite().all():
                 self._check_finite(math.nan, f"a number in {key}")
         losses = self._summed_losses()
-        if not self.is_main:
-            return
+        if self.is_main:
+            self.folder.save(name, self._state(losses))
+        if name == "last":
+            self._saved = self.step
+
+    def _state(self, losses: Tensor) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        state = {
+        return {
             "step": self.step,
+            "total_steps": self.total_steps,
+            "processes": self.accelerator.num_processes,
             "seconds": self.seconds,
             "seconds_saved": self._seconds_saved(),
             "best": self.best,
@@ -370,7 +387,6 @@ class Run(ABC):
             "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        self.folder.save(name, state)
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, of this recipe; None for a run that ended before its first one."""
@@ -389,16 +405,25 @@ class Run(ABC):
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
+        before, now = state["processes"], self.accelerator.num_processes
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"{self.folder.path} was begun by {before} processes, in {state['total_steps']} optimizer steps, and "
+                f"{now} would cut the data into {self.total_steps} other ones: resume it with {before}, or start a new "
+                "run"
+            )
         self.plain_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(state["sparsifier"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        losses = state["losses"].to(self.accelerator.device)
+        # They are sums over the processes, of which there may be others now.
+        losses = state["losses"].to(self.accelerator.device) * (now / before)
         self._losses = list(losses if self.is_main else torch.zeros_like(losses))
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.seconds_saved = state["seconds_saved"] or 0.0
+        self._saved = self.step
 
     def _finish(self) -> dict[str, Any]:
         """Finalize the model, and write what the run came to."""

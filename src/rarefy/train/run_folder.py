@@ -14,7 +14,19 @@ import yaml
 from rarefy._files import write_atomically, write_through
 
 #: What a checkpoint holds.
-_STATE = {"step", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier", "scaler"}
+_STATE = {
+    "step",
+    "total_steps",
+    "processes",
+    "seconds",
+    "best",
+    "losses",
+    "recipe",
+    "model",
+    "optimizer",
+    "sparsifier",
+    "scaler",
+}
 
 
 class RunFolder:

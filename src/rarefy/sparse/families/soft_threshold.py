@@ -16,7 +16,7 @@ weights that far, as in fine-tuning at a small learning rate, it takes less::
     shrink = min(1, (reach / FREE)^2),   reach = steps * (largest mean |step| of a layer's weights) / (their first size)
 
 from the soft threshold (1: training from scratch) to the hard one (0). Without a normalisation, as in an LSTM, what a
-soft threshold takes does not come back at all. Nor can the loss hold against the pressure then:
+soft threshold takes does not come back at all; with no target it is soft all the same, as in the paper. Nor can the loss hold against the pressure then:
 the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
 of the method's own.
 
@@ -295,7 +295,8 @@ class SoftThreshold(Targeted, Latent):
         bucket.kept["moved"] = torch.zeros(count, device=bucket.device)
         # What no optimizer holds does not move.
         bucket.kept["shrink"] = torch.full((count,), 0.0 if bucket.optimizer is None else 1.0, device=bucket.device)
-        restored = [float(is_restored(self.model, layer.key)) for layer in bucket.layers]
+        paper = self.budget is None  # without a target the formula is the paper's
+        restored = [float(paper or is_restored(self.model, layer.key)) for layer in bucket.layers]
         bucket.kept["restored"] = torch.tensor(restored, device=bucket.device)
         bucket.kept["soft"] = bucket.kept["shrink"] * bucket.kept["restored"]
         first = self._first(bucket.kept["scale"])

@@ -103,12 +103,12 @@ class AutoSparse(SoftThreshold):
             # Too sparse raises alpha, so that masked weights can come back.
             self._controller = PIController(self.alpha, proportional=0.5, gain=0.05, low=0.0, high=1.0)
         super().__post_init__()
-        self._alpha_now = self.alpha if self._controller is not None else self._annealed(self._annealing_progress())
+        self._alpha_now = self.alpha
 
     @property
     def alpha_now(self) -> float:
         """The factor on the gradient of masked weights."""
-        return self._alpha_now
+        return self._alpha_now if self._controller is not None else self._annealed(self._annealing_progress())
 
     @property
     def trim_from(self) -> float:
@@ -124,9 +124,7 @@ class AutoSparse(SoftThreshold):
         return min(self.steps, self.total_steps) // each * each / self.total_steps
 
     def _steer(self, error: float | None) -> None:
-        if self._controller is None:
-            self._alpha_now = self._annealed(self._annealing_progress())
-        elif error is not None:
+        if self._controller is not None and error is not None:
             self._alpha_now = self._controller.update(error)
         if self.steps % self.interval == 0:
             self._take_all()
@@ -162,7 +160,7 @@ class AutoSparse(SoftThreshold):
 
     def weight_grad_density(self, density: float) -> float:
         """See :class:`Sparsifier`."""
-        if self._alpha_now == 0.0:
+        if self.alpha_now == 0.0:
             return density
         return 1.0 if self.backward_density is None else max(density, self.backward_density)
 
@@ -174,7 +172,7 @@ class AutoSparse(SoftThreshold):
 
     def _state(self) -> dict[str, Any]:
         integral = None if self._controller is None else self._controller.integral
-        return {**super()._state(), "integral": integral, "alpha": self._alpha_now}
+        return {**super()._state(), "integral": integral, "alpha": self.alpha_now}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         super()._load_state(state)
