@@ -35,7 +35,8 @@ Arrows = dict[str, set[str]]
 def picture(folder: Path, types: bool) -> Arrows:
     """Read what every room of a folder imports of the others there, with or without what is for ``types`` alone."""
     package = ".".join(folder.parts[folder.parts.index("rarefy") :])
-    rooms = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix == ".py" and path.stem not in ("__init__", "__main__")}
+    files = [path for path in sorted(folder.glob("*.py")) if path.stem not in ("__init__", "__main__")]
+    rooms = {path.stem: path for path in files}
     rooms |= {path.parent.name: path.parent for path in sorted(folder.glob("*/__init__.py"))}
     arrows: Arrows = {}
     for room, path in sorted(rooms.items()):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import pickle
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -607,11 +605,3 @@ def test_flushed_subnormals_of_the_caller_do_not_reach_the_kernels():
         finally:
             torch.set_flush_denormal(False)
     assert torch.equal(found, expected)
-
-
-def test_the_table_in_the_docs_is_that_of_the_results(monkeypatch):
-    root = Path(__file__).parents[2]
-    monkeypatch.syspath_prepend(root / "benchmarks")
-    figures = importlib.import_module("act_lstm")
-    docs = " ".join((root / "docs" / "results" / "activations.md").read_text().split())
-    assert " ".join(figures.table().split()) in docs

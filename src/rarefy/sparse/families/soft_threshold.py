@@ -16,14 +16,15 @@ weights that far, as in fine-tuning at a small learning rate, it takes less::
     shrink = min(1, (reach / FREE)^2),   reach = steps * (largest mean |step| of a layer's weights) / (their first size)
 
 from the soft threshold (1: training from scratch) to the hard one (0). Without a normalisation, as in an LSTM, what a
-soft threshold takes does not come back at all; with no target it is soft all the same, as in the paper. Nor can the loss hold against the pressure then:
-the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``, and with no target it is ``shrink``
-of the method's own.
+soft threshold takes does not come back at all; with no target it is soft all the same, as in the paper. Nor can the
+loss hold against the pressure then: the pressure rests where the density is below ``goal^shrink curve^(1 - shrink)``,
+and with no target it is ``shrink`` of the method's own.
 
 The loss answers the pressure through the optimizer's steps of s. SGD's are as large as the sum of gradients that they
 follow; those of Adam are the learning rate, whatever the gradient, and those of a warm-up are small. Where they are
-less than the pressure's, the density would be at the goal before the weights have learned anything, so the exponent
-above is ``min(shrink, answer)``, ``answer = (largest |step of s| by the optimizer) / (largest by the pressure)``.
+less than the pressure's, the density is at the goal before the weights have learned anything, from which a network
+without normalisation does not recover. So there the exponent above is ``min(shrink, answer)``,
+``answer = (largest |step of s| by the optimizer) / (largest by the pressure)``.
 
 Blocks of n weights are thresholded by their mean |W|, which spreads sqrt(n) times less than |W|: all lie close about T,
 and a shift of s moves the density, and what is left of W in use, sqrt(n) times as far. So what moves s moves that of
@@ -441,6 +442,12 @@ class SoftThreshold(Targeted, Latent):
             answer = (s - kept["previous"]).abs() / (pressed * s.abs()).clamp(min=1e-30)
             kept["answered"].copy_(torch.fmax(kept["answered"], answer.clamp(max=1.0)))  # NaN leaves it as it is
 
+    def _follows(self, bucket: Bucket) -> Tensor:
+        """Of each layer, how well loss and weights follow the pressure, in [0, 1]."""
+        kept = bucket.kept
+        answered = torch.stack([part.mean() for part in bucket.parts(kept["answered"])])
+        return torch.where(kept["restored"] > 0.0, kept["shrink"], torch.minimum(kept["shrink"], answered))
+
     def _rest(self) -> float:
         """The density at which the pressure rests: the goal, and the curve to it where loss or weights are too slow."""
         assert self.budget is not None
@@ -467,11 +474,8 @@ class SoftThreshold(Targeted, Latent):
         if self.budget is None:
             return None
         self._density = self.budget.density(live)
-        shrink, answered = (
-            statistics.fmean(value for bucket in self._buckets for value in bucket.kept[name].tolist())
-            for name in ("shrink", "answered")
-        )
-        self._freedom = min(shrink, answered)
+        shares = [value for bucket in self._buckets for value in self._follows(bucket).tolist()]
+        self._freedom = statistics.fmean(shares)
         if self.steps == self.total_steps:
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
