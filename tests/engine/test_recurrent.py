@@ -440,3 +440,12 @@ def test_scores_of_additive_attention(shape):
 def test_a_plan_holds_no_operator_of_pytorchs_layers():
     plan = capture(made("lstm", num_layers=2), inputs(made("lstm", num_layers=2), 2, 3, True))
     assert not any(isinstance(step, Operator) and "lstm" in step.target for step in plan.steps)
+
+
+def test_what_is_meant_is_said():
+    with pytest.raises(
+        engine.CaptureError, match=r"\(tensor, tensor, tensor\), in a dict or in tuples of tuples\); wrap it"
+    ):
+        engine.compile(nn.LSTM(3, 4, batch_first=True).eval(), torch.zeros(2, 5, 3))
+    with pytest.raises(TypeError, match=r"threads got a tensor: the inputs .* go in one tuple"):
+        engine.compile(nn.GRU(3, 4).eval(), torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))

@@ -16,7 +16,7 @@ from rarefy.data.translation import Pairs, train_tokenizer
 from rarefy.models import GNMT
 from rarefy.train import TrainingInterruptedError, activation_share, parse, prepare
 from rarefy.train import run as run_module
-from rarefy.train.translation import TOKENIZER, _groups, load_translator
+from rarefy.train.translation import TOKENIZER, Translator, _groups, load_translator
 from tests.processes import run_two
 from tests.train.runs import digest, stop_at
 
@@ -255,6 +255,11 @@ def test_a_run_takes_the_encoding_of_another(corpus, tmp_path):
     run = prepare(made, tmp_path / "run")
     assert run.tokenizer.to_str() == encoding
     assert run.plain_model.source_embedding.num_embeddings == run.tokenizer.get_vocab_size()
+    given.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"{given} is no encoding, or a damaged one: 'utf-8'"):
+        prepare(made, tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="is a folder: name the file"):
+        prepare(recipe(corpus, data={"tokenizer": str(tmp_path)}), tmp_path / "other")
     given.write_text("{}")
     with pytest.raises(ValueError, match=f"{given} is no encoding"):
         prepare(made, tmp_path / "other")
@@ -269,6 +274,21 @@ def test_a_run_takes_the_encoding_of_another(corpus, tmp_path):
 def test_a_long_sentence_is_searched_for_alone():
     groups = _groups([5, 0, 3000, *[4] * 70, 2000], 64, 4096)
     assert groups == [[*range(3, 67)], [67, 68, 69, 70, 71, 72, 0], [73], [2]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "error", "said"),
+    [
+        ("one sentence", {}, TypeError, "takes a list of sentences, .* got str"),
+        ([b"bytes", "text"], {}, TypeError, "got list of bytes, str"),
+        (["text"], {"beam": 1.5}, ValueError, "beam must be a whole number from 1 on, got 1.5"),
+        (["text"], {"beam": True}, ValueError, "got True"),
+    ],
+)
+def test_a_translator_says_what_it_takes(texts, options, error, said):
+    translate = Translator(GNMT(9, hidden_size=6, num_layers=2), train_tokenizer(Pairs(["a"], ["b"]), 9), 20)
+    with pytest.raises(error, match=said):
+        translate(texts, **options)
 
 
 @pytest.mark.parametrize("mode", ["torch", "ktanh"])

@@ -92,6 +92,8 @@ def check(folder: Path, *, tell: Told | None = None) -> tuple[dict[str, Split], 
         except DataNotFoundError:
             continue
     problems = list(images.wrong(found["train"], found.get("val")))
+    if len(found) == 1:
+        problems.append(f"{folder} has neither val nor test: there is nothing to evaluate on")
     for name in found.keys() - {"train", "val"}:
         problems += [line for line in images.wrong(found["train"], found[name]) if line not in problems]
     known: set[bytes] = set()

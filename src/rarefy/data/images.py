@@ -82,7 +82,7 @@ class _Names:
 
 
 class FolderImages(Images):
-    """Pictures in a folder for each class, whose name is the class's."""
+    """Pictures in a folder for each class, whose name is the class's, and in the folders below it."""
 
     def __init__(self, folder: Path) -> None:
         names: list[str] = []
@@ -96,12 +96,9 @@ class FolderImages(Images):
         if loose:
             problems.append(f"{folder} has {len(loose)} pictures in no class's folder, such as {loose[0]!r}")
         for label, name in enumerate(classes):
-            with os.scandir(folder / name) as entries:
-                files = sorted((entry.name, entry.is_dir()) for entry in entries)
-            pictures = [file for file, is_folder in files if not is_folder and _is_picture(file)]
-            ignored += sum(not is_folder for _, is_folder in files) - len(pictures)
-            if not pictures and any(is_folder for _, is_folder in files):
-                problems.append(f"{folder / name} has folders and no pictures: the layout is {_LAYOUT}")
+            files = sorted(_below(folder / name))
+            pictures = [file for file in files if _is_picture(file)]
+            ignored += len(files) - len(pictures)
             names += pictures
             labels += [label] * len(pictures)
         super().__init__(str(folder), classes, np.array(labels, np.int64), problems)
@@ -113,6 +110,14 @@ class FolderImages(Images):
     def read(self, index: int) -> bytes:  # noqa: D102
         with open(self.name(index), "rb", buffering=0) as file:
             return file.readall()
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Give the files in a folder and in those below it, by their paths from there; hidden folders are left out."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            yield os.path.relpath(os.path.join(place, name), folder)
 
 
 def _is_picture(name: str) -> bool:
@@ -197,7 +202,10 @@ def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
             end = tar.offset
         with shard.open("rb") as file:
             file.seek(end)
-            if file.read(512).strip(b"\0"):
+            block = file.read(512)
+            if len(block) < 512:
+                raise tarfile.ReadError("its end is missing")
+            if block.strip(b"\0"):
                 raise tarfile.ReadError("what follows is no header")
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -385,7 +385,8 @@ class _Graph:
                 for value in (node.meta.get("val") if isinstance(node, fx.Node) else node for node in result)
             )
             raise CaptureError(
-                f"the model gives back something else than a tensor or a tuple of tensors ({kinds}); wrap it in a "
+                f"the model gives back something else than a tensor or a tuple of tensors ({kinds}"
+                f"{', in a dict or in tuples of tuples' if tensors else ''}); wrap it in a "
                 "module that takes the tensors out"
             )
         return tuple(node.name for node in result), single

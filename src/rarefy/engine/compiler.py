@@ -282,6 +282,10 @@ def checked(
         if x.numel() == 0:
             raise ValueError(f"example_input must not be empty, got the shape {tuple(x.shape)}")
     most = programs.MOST_THREADS
+    if isinstance(threads, Tensor):
+        raise TypeError(
+            "threads got a tensor: the inputs of a model with several go in one tuple, compile(model, (x, h))"
+        )
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
         raise ValueError(f"threads must be a whole number from 1 to {most}, or None for PyTorch's, got {threads!r}")
     for name, value, known in (("precision", precision, get_args(Precision)), ("choose", choose, get_args(Choose))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,9 +219,14 @@ def _in_order(data: Encoded, tokens: int = 4096) -> list[Batch]:
 
 
 def _read(path: Path) -> str:
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: name the file of an encoding, such as {path / TOKENIZER}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: put the encoding back, or begin a new run without it")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no encoding, or a damaged one: {error}") from None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -296,15 +302,29 @@ class Translator:
         return [len(each.ids) + 1 for each in self.tokenizer.encode_batch(texts)]
 
     def __call__(self, texts: list[str], *, beam: int = 1) -> list[str]:
-        """Translate sentences; see :func:`translate_texts`."""
+        """Translate sentences; see :func:`translate_texts`.
+
+        Raises TypeError for anything but a list (or tuple) of sentences, ValueError for a beam below 1.
+        """
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            kinds = (
+                ", ".join(sorted({type(text).__name__ for text in texts})) if isinstance(texts, (list, tuple)) else ""
+            )
+            raise TypeError(
+                f"a translator takes a list of sentences, such as ['How are you?'], got {type(texts).__name__}"
+                + (f" of {kinds}" if kinds else "")
+            )
+        if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
+            raise ValueError(f"beam must be a whole number from 1 on, got {beam!r}")
         return translate_texts(self.model, self.tokenizer, texts, beam=beam)
 
 
-def load_translator(run: Path) -> Translator:
-    """Load what a finished run made.
+def load_translator(run: str | os.PathLike[str]) -> Translator:
+    """Load what a finished run made, by its folder.
 
     Raises FileNotFoundError for a folder without a finished run, ValueError for one of another task or damaged files.
     """
+    run = Path(run)
     if not (run / "recipe.yaml").is_file():
         raise FileNotFoundError(f"there is no run in {run}: name the folder that rarefy train wrote")
     recipe = load(run / "recipe.yaml")
