@@ -20,7 +20,7 @@ from rarefy.train.image_batches import HeldOut, ImageBatches, normalise
 from rarefy.train.recipe import Images as Data
 from rarefy.train.run import Run
 from tests.cli import printed, refused
-from tests.data.pictures import encoded, folder, picture, shards
+from tests.images.pictures import encoded, folder, picture, shards
 from tests.train.runs import outcome, records, stop_at
 
 BATCH, EPOCHS = 8, 2
