@@ -3,6 +3,7 @@
 import os
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -318,4 +319,72 @@ def test_data_sets_of_hugging_face_need_its_package(tmp_path, monkeypatch, name)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
     with pytest.raises(ImportError, match=r"is a data set of Hugging Face's: reading it needs pip install datasets"):
+        find(tmp_path, "train")
+
+
+class Rows:
+    """What rarefy asks of a data set of Hugging Face's, by a list of rows."""
+
+    def __init__(self, features, rows):
+        self.features, self.rows = features, rows
+
+    def cast_column(self, name, kind):
+        assert kind.decode is False
+        return Rows({**self.features, name: kind}, self.rows)
+
+    def select_columns(self, names):
+        return Rows({name: self.features[name] for name in names}, [{n: row[n] for n in names} for row in self.rows])
+
+    def with_format(self, kind, columns):
+        assert kind == "numpy"
+        return self.select_columns(columns)
+
+    def __getitem__(self, index):
+        if isinstance(index, int):
+            return self.rows[index]
+        return {name: np.array([row[name] for row in self.rows[index]]) for name in self.features}
+
+
+@pytest.fixture
+def hugging_face(monkeypatch, tmp_path):
+    """Stand in for the package, which is large: it gives a train split of four rows, one of them without a class."""
+    module = types.ModuleType("datasets")
+    module.Image = type("Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
+    module.ClassLabel = type("ClassLabel", (), {"names": ["cat", "dog"]})
+    module.Value = type("Value", (), {})
+    (tmp_path / "a.jpg").write_bytes(ONE)
+    pictures = [(ONE, None), (b"two", None), (None, str(tmp_path / "a.jpg")), (b"four", None)]
+    features = {"id": module.Value(), "img": module.Image(), "label": module.ClassLabel()}
+    rows = [
+        {"id": number, "img": {"bytes": data, "path": path}, "label": label}
+        for number, ((data, path), label) in enumerate(zip(pictures, (1, -1, 0, 1), strict=True))
+    ]
+    module.load_from_disk = lambda folder: {"train": Rows(features, rows)}
+    module.load_dataset = lambda kind, data_files, split: Rows(features, rows * len(data_files))
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def test_rows_without_a_class_are_left_out(tmp_path, hugging_face):
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    found = find(tmp_path, "train")
+    assert (found.classes, found.labels.tolist()) == (("cat", "dog"), [1, 0, 1])
+    assert found.problems == [f"{tmp_path} (train) has 1 pictures without a class"]
+    assert [found.read(i) for i in range(3)] == [ONE, ONE, b"four"]
+    assert found.name(1) == f"{tmp_path} (train), row 2"
+    with pytest.raises(DataNotFoundError, match="has no val or validation or valid; there is train"):
+        find(tmp_path, "val")
+
+
+def test_parquet_files_of_a_split(tmp_path, hugging_face):
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
+        (tmp_path / "data" / f"{name}.parquet").write_text("")
+    assert [len(find(tmp_path, split)) for split in ("train", "val")] == [6, 3]
+
+
+def test_columns_that_are_none(tmp_path, hugging_face):
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    hugging_face.load_from_disk = lambda folder: {"train": Rows({"a": hugging_face.Image()}, [])}
+    with pytest.raises(ValueError, match="must have a column of Image and one of ClassLabel, it has a: Image"):
         find(tmp_path, "train")
