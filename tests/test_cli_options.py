@@ -31,6 +31,8 @@ CALLS = {
     "rtl synth": ["tanh_e5m2"],
     "rtl search": ["--error", "0.1"],
     "translate": ["run"],
+    "data check": ["pictures"],
+    "data glyphs": ["--output", "glyphs", "--no-fetch", "--packages", "packages"],
     "data translation": ["--output", "pairs.tsv", "--no-fetch", "--packages", "packages"],
 }
 NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "text", "", "1" * 400]
@@ -102,7 +104,7 @@ def test_numbers(name: str, option: str, number: str, here: Path, capsys: pytest
     [(n, a.option_strings[0]) for n, a in OPTIONS if WRITTEN & set(a.option_strings)],
 )
 def test_paths_to_write(name: str, option: str, path: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if option in ("--run", "--shipped") and path == "folder.json":
+    if (option in ("--run", "--shipped") or name == "data glyphs") and path == "folder.json":
         path = "file"
     if name in ("rtl emit", "rtl search") and option == "--output":
         path = path.replace(".json", ".sv")
@@ -129,6 +131,7 @@ def test_paths_to_write(name: str, option: str, path: str, here: Path, capsys: p
         ("rtl synth", None),
         ("rtl synth", "--liberty"),
         ("rtl search", "--liberty"),
+        ("data check", None),
     ],
 )
 def test_paths_to_read(name: str, place: str | None, path: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,16 @@ def test_evaluation_is_shared_out_and_does_not_depend_on_how(root, monkeypatch):
     assert_same(flat([whole]), flat([list(HeldOut(held, data))]))
 
 
+def test_photographs_of_a_batch_that_is_damaged_as_a_whole(root, monkeypatch):
+    monkeypatch.setattr(batches_module, "EVALUATION_BATCH", 20)  # the last has one picture
+    (root / "val" / "red" / "006.jpg").write_bytes(b"")
+    told: list[tuple[str, str]] = []
+    data = Data(folder=str(root), size=16, workers=0, photograph=0.5)
+    made = list(HeldOut(images.find(root, "val"), data, tell=told.extend))
+    assert [tuple(x.shape) for x, _ in made] == [(20, 3, 16, 16), (0, 3, 16, 16)]
+    assert [path for path, _ in told] == [str(root / "val" / "red" / "006.jpg")]
+
+
 def test_a_disk_that_is_gone_ends_the_run(root, monkeypatch):
     monkeypatch.setattr(loading, "HOPELESS", 5)
     made = batches(root)

@@ -114,8 +114,6 @@ def _glyphs(arguments: argparse.Namespace) -> int:
     check_folder(packages, "--packages")
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another --output, or empty it")
-    if arguments.classes < 2:
-        raise ValueError(f"--classes must be at least 2, got {arguments.classes}")
     manifest = glyphs.build(
         packages,
         folder,

@@ -102,15 +102,17 @@ def build(folder: Path, out: Path, *, classes: int = 1000, shards: bool = False,
         ValueError: more classes than there are characters in all faces, or fewer than two; a font without a face.
 
     """
+    characters = common_characters()
+    if not 2 <= classes <= len(characters):  # before half a gigabyte is fetched
+        raise ValueError(f"classes must be in [2, {len(characters)}], as many as are common, got {classes}")
     table = faces()
     names = sorted({face.package for face in table})
     if fetch:
         debian.download(names, folder)
     found = debian.require(names, folder / "deb")
-    characters = common_characters()
     drawn = _drawn(table, found, characters)
     everywhere = np.flatnonzero(drawn.any(axis=2).all(axis=0))
-    if not 2 <= classes <= len(everywhere):
+    if classes > len(everywhere):
         raise ValueError(f"classes must be in [2, {len(everywhere)}], as many as all faces draw, got {classes}")
     chosen = everywhere[np.arange(classes) * len(everywhere) // classes]
     drawn = drawn[:, chosen]

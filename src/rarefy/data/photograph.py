@@ -41,6 +41,8 @@ def photograph(drawings: Tensor, strength: float = 1.0, *, generator: Generator)
         raise ValueError(f"drawings must be square, with a side that 8 divides, got {tuple(drawings.shape[2:])}")
     if not 0 < strength < math.inf:
         raise ValueError(f"strength must be above 0, and finite, got {strength}")
+    if not len(drawings):  # of a batch whose pictures are all damaged
+        return drawings.float()
     ink = 1 - drawings.float().mean(1, keepdim=True) / 255
     return _Photographs(len(drawings), side, strength, generator, drawings.device).of(ink)
 
