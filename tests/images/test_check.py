@@ -115,7 +115,9 @@ def test_a_set_without_a_held_out_split_and_one_without_pictures(root, capsys):
     assert about["splits"]["val"]["smallest"] is None
     assert about["splits"]["val"]["pictures"] == 0
     (root / "val").rename(root.parent / "val")
-    assert list(printed(capsys, "data", "check", str(root))["splits"]) == ["train"]
+    about = printed(capsys, "data", "check", str(root), status=1)
+    assert list(about["splits"]) == ["train"]
+    assert about["problems"] == [f"{root} has neither val nor test: there is nothing to evaluate on"]
     (root / "train").rename(root / "trian")
     said = refused(capsys, "data", "check", str(root))
     assert "has no train; expected FOLDER/train/CLASS/IMAGE.jpg" in said

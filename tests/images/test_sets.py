@@ -110,10 +110,19 @@ def test_pictures_in_the_wrong_place(root):
     train, val = find(root, "train"), find(root, "val")
     assert train.problems == [f"{root}/train has 1 pictures in no class's folder, such as 'loose.jpg'"]
     assert train.ignored == 1
-    (problem,) = val.problems
-    assert problem.startswith(
-        f"{root}/val/deep has folders and no pictures: the layout is FOLDER/train/CLASS/IMAGE.jpg"
-    )
+    assert val.problems == []
+    assert (val.classes, val.counts[val.classes.index("deep")]) == (tuple(sorted([*train.classes, "deep"])), 1)
+
+
+def test_pictures_below_a_classs_folder_are_its(root):
+    before = find(root, "train")
+    (root / "train" / "red" / "images" / ".hidden").mkdir(parents=True)
+    (root / "train" / "red" / "images" / ".hidden" / "no.jpg").write_bytes(ONE)
+    (root / "train" / "red" / "images" / "yes.jpg").write_bytes(ONE)
+    found = find(root, "train")
+    assert (len(found), found.problems) == (len(before) + 1, [])
+    (index,) = [index for index in range(len(found)) if found.name(index) == f"{root}/train/red/images/yes.jpg"]
+    assert (found.classes[found.labels[index]], found.read(index)) == ("red", ONE)
 
 
 def test_one_class_and_none(tmp_path):
@@ -277,10 +286,11 @@ def test_shards_that_are_cut_off(three, keep, pictures, last):
     assert damage[0].endswith("): fetch it again")
 
 
-def test_a_shard_without_its_last_zeros_is_whole(three):
+def test_a_shard_without_its_last_zeros_may_have_had_more(three):
     cut(three, 3 * 4608)
-    found = find(three.parent.parent, "train")
-    assert (len(found), found.problems) == (3, [])
+    (problem,) = find(three.parent.parent, "train").problems
+    assert problem.startswith(f"{three} is damaged or cut off after 2.")
+    assert problem.endswith("(its end is missing): fetch it again")
 
 
 def test_shards_that_are_damaged_inside(three):

@@ -90,7 +90,7 @@ class Photographs(Classification):
     def _load_data(self) -> None:
         self.batches = self  # type: ignore[assignment]
         self.classes = 1000
-        self.test_images = torch.zeros(1, 3, 32, 32)
+        self.one_image = torch.zeros(1, 3, 32, 32)
 
     def __len__(self) -> int:
         return 10
