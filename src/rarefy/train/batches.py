@@ -29,6 +29,17 @@ def crop_flip(images: Tensor, generator: torch.Generator, pad: int = 2) -> Tenso
     return padded[tuple(index.to(images.device, non_blocking=True) for index in place)]
 
 
+def check_sizes(images: int, batch_size: int, accumulate: int, world: int) -> None:
+    """Raise ValueError for a batch that is more than all images, or that micro-batches and processes do not divide."""
+    if batch_size > images:
+        raise ValueError(f"schedule.batch_size={batch_size} is more than the {images} training images")
+    if batch_size % (accumulate * world):
+        raise ValueError(
+            f"schedule.batch_size={batch_size} must be divisible by schedule.accumulate={accumulate} times "
+            f"{world} processes"
+        )
+
+
 class Batches:
     """The micro-batches of one process.
 
@@ -54,13 +65,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch_size > len(images):
-            raise ValueError(f"schedule.batch_size={batch_size} is more than the {len(images)} training images")
-        if batch_size % (accumulate * world):
-            raise ValueError(
-                f"schedule.batch_size={batch_size} must be divisible by schedule.accumulate={accumulate} times "
-                f"{world} processes"
-            )
+        check_sizes(len(images), batch_size, accumulate, world)
         self.images, self.labels = images, labels
         self.batch_size, self.accumulate, self.augment = batch_size, accumulate, augment
         self.seed, self.rank, self.world = seed, rank, world

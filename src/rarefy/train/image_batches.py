@@ -13,7 +13,7 @@ from rarefy.data.images import Images
 from rarefy.data.loading import HOPELESS, Batch, Loader, Pictures, Request, cores
 from rarefy.data.photograph import photograph
 from rarefy.data.pictures import Augmentation
-from rarefy.train.batches import mixed_seed
+from rarefy.train.batches import check_sizes, mixed_seed
 from rarefy.train.recipe import Images as Data
 
 #: Mean and standard deviation of ImageNet's training pictures by channel, as shares of 255.
@@ -70,13 +70,7 @@ class ImageBatches:
         device: torch.device = torch.device("cpu"),  # noqa: B008
         tell: Told = lambda damaged: None,
     ) -> None:
-        if batch_size > len(images):
-            raise ValueError(f"schedule.batch_size={batch_size} is more than the {len(images)} training images")
-        if batch_size % (accumulate * world):
-            raise ValueError(
-                f"schedule.batch_size={batch_size} must be divisible by schedule.accumulate={accumulate} times "
-                f"{world} processes"
-            )
+        check_sizes(len(images), batch_size, accumulate, world)
         self.images, self.data, self.classes = images, data, classes
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.rank, self.world, self.device, self.tell = rank, world, device, tell
