@@ -54,6 +54,13 @@ enum rarefy_storage {
     RAREFY_BF16 = 1,  // weights rounded to nearest even; sums stay float32
 };
 
+// Functions of whole values that rarefy_builder_tensor takes. Their numbers and constants:
+//
+// RAREFY_LAYER_NORM, RAREFY_RMS_NORM: over the channels of every pixel, scale (x - mean) / sqrt(variance + eps) + shift
+//   and scale x / sqrt(mean of x^2 + eps) + shift. numbers: the bits of eps, a double. constants: scale, then shift,
+//   one number a channel each.
+enum rarefy_function { RAREFY_LAYER_NORM = 0, RAREFY_RMS_NORM = 1, RAREFY_FUNCTIONS };
+
 // Which kernels a convolution may use.
 enum rarefy_choice {
     RAREFY_MEASURE = 0,  // the fastest one that was measured
@@ -129,6 +136,18 @@ int32_t rarefy_builder_lstm_hidden(rarefy_builder *builder, int32_t gates, int32
 // state with their weights, biases added; state is one of n.  z state + (1 - z) tanh(x_n + sigmoid(x_r + h_r) h_n)
 int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_t state, const char *name, char *error,
                            int64_t size);
+// A function of one or more values, `xs`, which numbers and constants describe: see enum rarefy_function.
+typedef struct {
+    int32_t function;  // enum rarefy_function
+    const int32_t *xs;
+    int64_t x_count;
+    const int64_t *numbers;
+    int64_t number_count;
+    const float *constants;
+    int64_t constant_count;
+} rarefy_tensor;
+int32_t rarefy_builder_tensor(rarefy_builder *builder, const rarefy_tensor *tensor, const char *name, char *error,
+                              int64_t size);
 // Makes a value a result of the program; returns 0.
 int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error, int64_t size);
 // The shape of a value: channels, height, width. Returns 0.

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "engine/program.h"
+#include "engine/tensor.h"
 
 namespace rarefy::engine {
 
@@ -138,8 +139,9 @@ std::string infer_gru(const Graph &graph, const Node &n, const std::vector<int32
 }
 
 // The shape that the kind of node makes of x, which is in *out already.
-std::string infer_kind(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
+std::string infer_kind(const Graph &graph, const Node &n, const Given &given, Shape *out) {
     const Shape x = *out;
+    const std::vector<int32_t> &operands = given.operands;
     switch (n.kind) {
         case Kind::CONV: return infer_conv(graph, n, x, out);
         case Kind::POOL: return infer_window(n, x, out);
@@ -151,13 +153,14 @@ std::string infer_kind(const Graph &graph, const Node &n, const std::vector<int3
         case Kind::LSTM_CELL:
         case Kind::LSTM_HIDDEN: return infer_lstm(graph, n, out);
         case Kind::GRU: return infer_gru(graph, n, operands, out);
+        case Kind::TENSOR: return infer_tensor(graph, n, given, out);
         default: return "";
     }
 }
 
 }  // namespace
 
-std::string infer(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
+std::string infer(const Graph &graph, const Node &n, const Given &given, Shape *out) {
     if (n.activation < RAREFY_NONE || n.activation > RAREFY_LEAKY_RELU)
         return "activation " + std::to_string(n.activation) + " is unknown";
     if (n.layout != RAREFY_CHANNELS_FIRST && n.layout != RAREFY_CHANNELS_LAST)
@@ -166,7 +169,7 @@ std::string infer(const Graph &graph, const Node &n, const std::vector<int32_t> 
         if (!known(graph, n.x)) return no_value(n.x);
         *out = graph.values[n.x];
     }
-    const std::string wrong = infer_kind(graph, n, operands, out);
+    const std::string wrong = infer_kind(graph, n, given, out);
     if (!wrong.empty()) return wrong;
     if (!between(out->channels, 1, LARGEST) || !between(out->height, 1, LARGEST) || !between(out->width, 1, LARGEST) ||
         out->pixels() > LARGEST || out->size() > LARGEST)
@@ -191,11 +194,11 @@ Node node_of(Kind kind, int32_t x, int32_t other_operand) {
 
 namespace {
 
-int32_t append(rarefy_builder *builder, Node node, const char *name, char *error, int64_t size,
-               std::vector<int32_t> operands = {}, Shape shape = {1, 1, 1}) {
+int32_t append(rarefy_builder *builder, Node node, const char *name, char *error, int64_t size, Given given = {},
+               Shape shape = {1, 1, 1}) {
     Graph &g = builder->graph;
-    std::string wrong = infer(g, node, operands, &shape);
-    int64_t all = static_cast<int64_t>(operands.size());
+    std::string wrong = infer(g, node, given, &shape);
+    int64_t all = static_cast<int64_t>(given.operands.size());
     for (const auto &others : g.operands) all += static_cast<int64_t>(others.size());
     if (g.nodes.size() >= static_cast<size_t>(MOST_STEPS) || all > MOST_OPERANDS)
         wrong = "a program has at most 8192 steps and concatenates at most 65536 values";
@@ -210,14 +213,16 @@ int32_t append(rarefy_builder *builder, Node node, const char *name, char *error
     }
     node.window.out_h = shape.height;
     node.window.out_w = shape.width;
-    node.operands = static_cast<int32_t>(operands.size());
+    node.operands = static_cast<int32_t>(given.operands.size());
     g.nodes.push_back(node);
     g.names.push_back(name ? name : "");
-    g.operands.push_back(std::move(operands));
+    g.operands.push_back(std::move(given.operands));
+    g.numbers.push_back(std::move(given.numbers));
     g.weights.emplace_back();
     g.bias.emplace_back();
     g.scale.emplace_back();
     g.shift.emplace_back();
+    g.constants.emplace_back();
     return node.out;
 }
 
@@ -330,7 +335,7 @@ RAREFY_API int32_t rarefy_builder_affine(rarefy_builder *builder, int32_t x, con
 RAREFY_API int32_t rarefy_builder_concat(rarefy_builder *builder, const int32_t *xs, int32_t count, const char *name,
                                          char *error, int64_t size) {
     return append(builder, node_of(Kind::CONCAT, -1), name, error, size,
-                  std::vector<int32_t>(xs, xs + (count > 0 ? count : 0)));
+                  {std::vector<int32_t>(xs, xs + (count > 0 ? count : 0)), {}, 0});
 }
 
 RAREFY_API int32_t rarefy_builder_upsample(rarefy_builder *builder, int32_t x, int32_t factor_h, int32_t factor_w,
@@ -358,7 +363,22 @@ RAREFY_API int32_t rarefy_builder_lstm_hidden(rarefy_builder *builder, int32_t g
 
 RAREFY_API int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_t state, const char *name,
                                       char *error, int64_t size) {
-    return append(builder, node_of(Kind::GRU, x, h), name, error, size, {state});
+    return append(builder, node_of(Kind::GRU, x, h), name, error, size, {{state}, {}, 0});
+}
+
+RAREFY_API int32_t rarefy_builder_tensor(rarefy_builder *builder, const rarefy_tensor *tensor, const char *name,
+                                         char *error, int64_t size) {
+    if (!tensor->xs || tensor->x_count < 1 || tensor->x_count > MOST_OPERANDS || tensor->number_count < 0 ||
+        tensor->number_count > MOST_NUMBERS || tensor->constant_count < 0 || tensor->constant_count > MOST_WEIGHTS)
+        return fail(error, size, "there must be a value, and not too many numbers");
+    Node n = node_of(Kind::TENSOR, tensor->xs[0]);
+    n.function = tensor->function;
+    Given given = {{tensor->xs + 1, tensor->xs + tensor->x_count},
+                   {tensor->numbers, tensor->numbers + tensor->number_count},
+                   tensor->constant_count};
+    const int32_t out = append(builder, n, name, error, size, std::move(given));
+    if (out >= 0) builder->graph.constants.back().assign(tensor->constants, tensor->constants + tensor->constant_count);
+    return out;
 }
 
 RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error,

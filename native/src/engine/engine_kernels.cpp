@@ -395,6 +395,56 @@ void activate(int32_t activation, const float *x, float *out, int64_t n) {
     }
 }
 
+// ---- norms
+
+// The mean over channels of N vectors of pixels of `term`, in sums of some channels each.
+template <int N, class F>
+inline void mean_of(int64_t channels, V (&mean)[N], const F &term) {
+    constexpr int64_t SOME = 64;
+    RAREFY_UNROLL for (int t = 0; t < N; ++t) mean[t] = all(0.0f);
+    for (int64_t first = 0; first < channels; first += SOME) {
+        V part[N];
+        RAREFY_UNROLL for (int t = 0; t < N; ++t) part[t] = all(0.0f);
+        for (int64_t c = first; c < (first + SOME < channels ? first + SOME : channels); ++c)
+            RAREFY_UNROLL for (int t = 0; t < N; ++t) part[t] = term(c, t, part[t]);
+        RAREFY_UNROLL for (int t = 0; t < N; ++t) mean[t] = add(mean[t], part[t]);
+    }
+    const V one_each = all(1.0f / static_cast<float>(channels));
+    RAREFY_UNROLL for (int t = 0; t < N; ++t) mean[t] = mul(mean[t], one_each);
+}
+
+template <int N, class At, class Put>
+inline void norm_pixels(const NormCall &call, const At &at, const Put &put) {
+    V mean[N], factor[N];
+    RAREFY_UNROLL for (int t = 0; t < N; ++t) mean[t] = all(0.0f);
+    if (call.centred) mean_of(call.channels, mean, [&](int64_t c, int t, V sum) { return add(sum, at(c, t)); });
+    mean_of(call.channels, factor, [&](int64_t c, int t, V sum) {
+        const V d = sub(at(c, t), mean[t]);
+        return fma(d, d, sum);
+    });
+    RAREFY_UNROLL for (int t = 0; t < N; ++t) factor[t] = div(all(1.0f), root(add(factor[t], all(call.eps))));
+    for (int64_t c = 0; c < call.channels; ++c) {
+        const V scale = all(call.scale[c]), shift = all(call.shift[c]);
+        RAREFY_UNROLL for (int t = 0; t < N; ++t) put(c, t, fma(mul(sub(at(c, t), mean[t]), factor[t]), scale, shift));
+    }
+}
+
+void norm(const NormCall *call) {
+    const float *x = call->x;
+    float *y = call->y;
+    int64_t p = 0;
+    for (; p + 4 * L <= call->pixels; p += 4 * L)
+        norm_pixels<4>(
+            *call, [=](int64_t c, int t) { return loadu(x + c * call->x_stride + p + t * L); },
+            [=](int64_t c, int t, V v) { storeu(y + c * call->y_stride + p + t * L, v); });
+    for (; p < call->pixels; p += L) {
+        const Mask some = mask_of(low_lanes(call->pixels - p < L ? call->pixels - p : L));
+        norm_pixels<1>(
+            *call, [=](int64_t c, int) { return load_masked(x + c * call->x_stride + p, some); },
+            [=](int64_t c, int, V v) { store_masked(y + c * call->y_stride + p, some, v); });
+    }
+}
+
 // ---- gates
 
 void lstm_cell(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n) {
@@ -498,6 +548,7 @@ Kernels make() {
     k.lstm_cell = lstm_cell;
     k.lstm_hidden = lstm_hidden;
     k.gru = gru;
+    k.norm = norm;
     k.activate = activate;
     return k;
 }

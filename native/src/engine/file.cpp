@@ -16,7 +16,7 @@ namespace rarefy::engine {
 namespace {
 
 constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
-constexpr uint32_t VERSION = 3;
+constexpr uint32_t VERSION = 4;
 
 struct Header {
     char magic[8];
@@ -142,12 +142,14 @@ void write(const rarefy_program &p, Writer &out) {
         const Step &s = p.steps[i];
         out.bytes(p.graph.names[i].data(), p.graph.names[i].size());
         out.vector(p.graph.operands[i]);
+        out.vector(p.graph.numbers[i]);
         const Facts facts = {s.config, s.weights.stored, s.total_weights, s.nonzeros,
                              s.macs,   s.dense_macs,     s.tuned_seconds, s.dense_seconds};
         out.bytes(&facts, sizeof facts);
         out.array(s.bias);
         out.array(s.scale);
         out.array(s.shift);
+        out.array(s.constants);
         out.array(s.weights.values);
         out.array(s.weights.offsets);
         out.array(s.weights.groups);
@@ -182,10 +184,11 @@ bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 bool plain(const Node &n) {
     const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY,
                port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT, gru = n.kind == Kind::GRU,
-               gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru;
+               gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru, tensor = n.kind == Kind::TENSOR;
     Node only = node_of(n.kind, n.x, conv || binary || gates ? n.other_operand : -1);
     only.out = n.out;
-    if (n.kind == Kind::CONCAT || gru) only.operands = n.operands;
+    if (n.kind == Kind::CONCAT || gru || tensor) only.operands = n.operands;
+    if (tensor) only.function = n.function;
     only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h,
     only.window.out_w = n.window.out_w;
     if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;
@@ -196,12 +199,19 @@ bool plain(const Node &n) {
     if (pool) only.average = n.average != 0, only.count_padding = n.count_padding != 0;
     if (binary) only.multiply = n.multiply != 0;
     if (port) only.layout = n.layout;
-    static_assert(sizeof(Node) == 28 * sizeof(int32_t), "nodes are integers alone");
+    static_assert(sizeof(Node) == 29 * sizeof(int32_t), "nodes are integers alone");
     return std::memcmp(&only, &n, sizeof n) == 0;
 }
 
+// What a file says of a step besides its node: where it lies in the block.
+struct Saved {
+    Facts facts;
+    Array<float> bias, scale, shift, constants;
+    Weights weights;
+};
+
 // Whether graph is one that a builder would have made; the shapes in it are compared with what they must be.
-std::string check_graph(const Graph &given) {
+std::string check_graph(const Graph &given, const std::vector<Saved> &saved) {
     Graph graph;
     for (size_t i = 0; i < given.nodes.size(); ++i) {
         const Node &n = given.nodes[i];
@@ -216,7 +226,10 @@ std::string check_graph(const Graph &given) {
         if (n.kind == Kind::INPUT || n.kind == Kind::CONCAT ? n.x != -1 : n.x < 0) return at + "its operands are wrong";
         if (!plain(n)) return at + "it says what a step of its kind does not have";
         Shape shape = n.kind == Kind::INPUT ? given.values[next] : Shape{1, 1, 1};
-        const std::string wrong = infer(graph, n, given.operands[i], &shape);
+        if (n.kind != Kind::TENSOR && !given.numbers[i].empty())
+            return at + "it says what a step of its kind does not have";
+        const std::string wrong =
+            infer(graph, n, {given.operands[i], given.numbers[i], saved[i].constants.size()}, &shape);
         if (!wrong.empty()) return at + wrong;
         const Window &w = n.window;
         if (w.out_h != shape.height || w.out_w != shape.width) return at + "its shape is wrong";
@@ -255,13 +268,6 @@ std::string check_config(const rarefy_program &p, const Step &step, int32_t lane
     return "";
 }
 
-// What a file says of a step besides its node: where it lies in the block.
-struct Saved {
-    Facts facts;
-    Array<float> bias, scale, shift;
-    Weights weights;
-};
-
 // Reads the header; an empty string, or why the block is none of ours.
 std::string read_header(const void *data, int64_t size, Header *header) {
     const uint8_t *bytes = static_cast<const uint8_t *>(data);
@@ -289,7 +295,7 @@ std::string read_graph(Reader &in, const Header &header, Graph &graph, std::vect
         graph.values.size() != static_cast<size_t>(header.values))
         return "the file's steps do not fit its header";
     if (count > static_cast<size_t>(MOST_STEPS)) return "the file has too many steps";
-    int64_t operands = 0;
+    int64_t operands = 0, numbers = 0;
     saved.resize(count);
     for (size_t i = 0; i < count; ++i) {
         Saved &step = saved[i];
@@ -297,12 +303,15 @@ std::string read_graph(Reader &in, const Header &header, Graph &graph, std::vect
         graph.names.emplace_back(name.begin(), name.end());
         graph.operands.push_back(in.vector<int32_t>());
         operands += static_cast<int64_t>(graph.operands.back().size());
+        graph.numbers.push_back(in.vector<int64_t>());
+        numbers += static_cast<int64_t>(graph.numbers.back().size());
         const std::vector<Facts> facts = in.vector<Facts>();
         if (!in.good() || facts.size() != 1) return "step " + std::to_string(i) + " is cut";
         step.facts = facts[0];
         step.bias = in.array<float>();
         step.scale = in.array<float>();
         step.shift = in.array<float>();
+        step.constants = in.array<float>();
         step.weights.values = in.array<uint8_t>();
         step.weights.offsets = in.array<uint16_t>();
         step.weights.groups = in.array<Group>();
@@ -312,7 +321,8 @@ std::string read_graph(Reader &in, const Header &header, Graph &graph, std::vect
         if (!in.good()) return "step " + std::to_string(i) + " is cut";
     }
     if (!in.ended()) return "there is more in the file than its steps";
-    return operands > MOST_OPERANDS ? "the file concatenates too many values" : check_graph(graph);
+    if (numbers > MOST_NUMBERS) return "the file describes its steps by too many numbers";
+    return operands > MOST_OPERANDS ? "the file concatenates too many values" : check_graph(graph, saved);
 }
 
 // Gives a step what was saved of it; an empty string, or what is wrong with that.
@@ -320,6 +330,8 @@ std::string restore(rarefy_program &program, Step &step, Saved &saved, int32_t l
     step.bias = std::move(saved.bias);
     step.scale = std::move(saved.scale);
     step.shift = std::move(saved.shift);
+    step.constants = std::move(saved.constants);
+    if (step.node.kind != Kind::TENSOR && step.constants.size()) return "it has constants";
     step.weights = std::move(saved.weights);
     const int64_t channels = program.graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
     const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;

@@ -1,7 +1,7 @@
 // What follows from a program's graph, plan, and the steps' configs and weights: tilings, scratch, bands.
 #include <algorithm>
 
-#include "engine/program.h"
+#include "engine/tensor.h"
 
 namespace rarefy::engine {
 
@@ -66,6 +66,9 @@ void finish_step(rarefy_program &program, Step &step) {
         program.sums_floats =
             std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
         program.discard_floats = std::max(program.discard_floats, width);
+    } else if (step.node.kind == Kind::TENSOR) {
+        const int64_t floats = function_of(step.node).scratch(program.graph, step);
+        program.packed_floats = std::max(program.packed_floats, floats);
     } else if (step.node.kind == Kind::POOL) {
         // its rows' addresses follow the line
         const int64_t pointers = step.node.window.kernel[0] * int64_t{2};

@@ -137,6 +137,17 @@ struct DepthwiseCall {
     int64_t first_row, last_row;                // of y
 };
 
+// Normalises over channels: every pixel on its own.
+struct NormCall {
+    const float *x;
+    float *y;
+    int64_t x_stride, y_stride;  // between channels
+    int64_t channels, pixels;
+    const float *scale, *shift;  // one number a channel
+    float eps;
+    int32_t centred;  // 0: the mean is not taken off
+};
+
 enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
@@ -160,6 +171,7 @@ struct Kernels {
     void (*lstm_cell)(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n);
     void (*lstm_hidden)(const float *o, const float *c, float *out, int64_t n);
     void (*gru)(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n);
+    void (*norm)(const NormCall *call);
     // An activation of enum rarefy_activation that is no clamp, in place or not.
     void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
 };

@@ -6,7 +6,7 @@
 #include <string_view>
 #include <time.h>
 
-#include "engine/program.h"
+#include "engine/tensor.h"
 #include "rarefy.h"
 
 namespace rarefy::engine {
@@ -43,6 +43,7 @@ const char *kind_name(const Graph &graph, const Node &node) {
         case Kind::LSTM_CELL: return "lstm cell";
         case Kind::LSTM_HIDDEN: return "lstm hidden";
         case Kind::GRU: return "gru";
+        case Kind::TENSOR: return function_of(node).name;
         default: return "output";
     }
 }
@@ -75,7 +76,8 @@ void make_steps(rarefy_program &program) {
         step.group = program.plan.groups[i];
         step.config = {};
         int32_t channel = 0, before = 0;
-        if (step.node.kind == Kind::GRU) step.operands = g.operands[i];
+        if (step.node.kind == Kind::GRU || step.node.kind == Kind::TENSOR) step.operands = g.operands[i];
+        step.numbers = g.numbers[i];
         for (const int32_t k : program.plan.copied[i]) {
             for (; before < k; ++before) channel += g.values[g.operands[i][before]].channels;
             step.operands.push_back(g.operands[i][k]);
@@ -119,12 +121,14 @@ RAREFY_API rarefy_program *rarefy_builder_finish(const rarefy_builder *builder, 
         program->graph.nodes = graph.nodes;
         program->graph.names = graph.names;
         program->graph.operands = graph.operands;
+        program->graph.numbers = graph.numbers;
         program->plan = make_plan(graph, options->batch, options->threads);
         make_steps(*program);
         for (size_t i = 0; i < program->steps.size(); ++i) {
             program->steps[i].bias = Array<float>(graph.bias[i]);
             program->steps[i].scale = Array<float>(graph.scale[i]);
             program->steps[i].shift = Array<float>(graph.shift[i]);
+            program->steps[i].constants = Array<float>(graph.constants[i]);
         }
         const std::string wrong = choose(*program, graph, options->tune_seconds, options->measured);
         if (!wrong.empty()) return refuse(wrong);

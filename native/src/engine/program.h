@@ -27,6 +27,7 @@ enum class Kind : int32_t {
     LSTM_CELL,
     LSTM_HIDDEN,
     GRU,
+    TENSOR,
     OUTPUT,
     KINDS
 };
@@ -53,24 +54,34 @@ struct Node {
     Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
     int32_t bottom, right;          // padding
     int32_t groups, storage, choice;
-    int32_t operands;  // CONCAT: number of them; GRU: the state
+    int32_t operands;  // CONCAT: number of them; GRU: the state; TENSOR: those after x
+    int32_t function;  // TENSOR: enum rarefy_function
 };
 
 struct Graph {
     std::vector<Shape> values;
     std::vector<Node> nodes;
     std::vector<std::string> names;                // of the nodes
-    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT or GRU
+    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT, GRU or TENSOR
+    std::vector<std::vector<int64_t>> numbers;     // of TENSOR
     std::vector<std::vector<float>> weights;       // of CONV: as given; empty in a program
     std::vector<std::vector<float>> bias;          // of CONV
     std::vector<std::vector<float>> scale, shift;  // of AFFINE
+    std::vector<std::vector<float>> constants;     // of TENSOR; empty in a program
 };
 
 // A step of this kind, with nothing said of it yet.
 Node node_of(Kind kind, int32_t x, int32_t other_operand = -1);
 
+// What a node was given beside its integers. constants: how many of them there are.
+struct Given {
+    std::vector<int32_t> operands;
+    std::vector<int64_t> numbers;
+    int64_t constants = 0;
+};
+
 // The shape that a node makes of its operands, or an error.
-std::string infer(const Graph &graph, const Node &node, const std::vector<int32_t> &operands, Shape *out);
+std::string infer(const Graph &graph, const Node &node, const Given &given, Shape *out);
 
 enum class Place : int32_t { ARENA, INPUT, OUTPUT };
 
@@ -94,14 +105,18 @@ struct Step {
     int32_t group;  // images at once
     Config config;
     Weights weights;
-    Array<float> bias;          // CONV: one number a row
-    Array<float> scale, shift;  // AFFINE: one number a channel
+    Array<float> bias;             // CONV: one number a row
+    Array<float> scale, shift;     // AFFINE: one number a channel
+    std::vector<int64_t> numbers;  // TENSOR
+    Array<float> constants;        // TENSOR
     std::shared_ptr<const Tiling> tiling_one, tiling_group;
     std::vector<float> column_scale;  // average pooling: a factor for every column
     int64_t total_weights = 0, nonzeros = 0, macs = 0, dense_macs = 0;
     double tuned_seconds = 0.0, dense_seconds = 0.0;
 
-    int64_t weight_bytes() const { return weights.bytes() + bias.bytes() + scale.bytes() + shift.bytes(); }
+    int64_t weight_bytes() const {
+        return weights.bytes() + bias.bytes() + scale.bytes() + shift.bytes() + constants.bytes();
+    }
     const Tiling &tiling(int64_t images) const { return images == 1 ? *tiling_one : *tiling_group; }
 };
 
@@ -220,6 +235,7 @@ double preparation(const rarefy_program &program);
 enum : int64_t {
     MOST_STEPS = 8192,
     MOST_OPERANDS = 65536,
+    MOST_NUMBERS = 65536,
     MOST_WEIGHTS = (int64_t{1} << 31) - 1,
     MOST_SCRATCH_FLOATS = int64_t{1} << 30
 };

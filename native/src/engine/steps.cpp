@@ -5,7 +5,7 @@
 #include <initializer_list>
 #include <limits>
 
-#include "engine/program.h"
+#include "engine/tensor.h"
 
 namespace rarefy::engine {
 
@@ -23,26 +23,6 @@ Clamp clamp_of(int32_t activation) {
     c.rest = activation > RAREFY_RELU6;
     return c;
 }
-
-// Where a value's numbers of one image are.
-struct View {
-    float *at;
-    int64_t stride;
-};
-
-View view(const Frame &f, int32_t id, int64_t image) {
-    const Value &v = f.plan->values[id];
-    const int64_t each = v.shape.size() * (f.first_image + image);
-    if (v.place == Place::INPUT) return {const_cast<float *>(f.inputs[v.port]) + each, v.stride};
-    if (v.place == Place::OUTPUT) return {f.outputs[v.port] + each, v.stride};
-    return {f.arena + v.offset + image % v.group * v.shape.pixels() - f.begins[id], v.stride};
-}
-
-// This thread's share of count things.
-struct Share {
-    int64_t from, to;
-    Share(const Frame &f, int64_t count) : from(count * f.part / f.parts), to(count * (f.part + 1) / f.parts) {}
-};
 
 void conv_vector(const Frame &f, const Step &s, int64_t at) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
@@ -443,6 +423,7 @@ void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
         case Kind::LSTM_CELL:
         case Kind::LSTM_HIDDEN: return lstm(f, s, at, images);
         case Kind::GRU: return gru(f, s, at, images);
+        case Kind::TENSOR: return run_tensor(f, s, at, images);
         default: return port(f, s, at, images);
     }
 }

@@ -28,6 +28,7 @@ inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V root(V a) { return _mm512_sqrt_ps(a); }
 inline V negative(V a) { return -a; }
 inline V absolute(V a) { return _mm512_abs_ps(a); }
 // The size of the one with the sign of the other.
@@ -91,6 +92,7 @@ inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+inline V root(V a) { return _mm256_sqrt_ps(a); }
 inline V negative(V a) { return -a; }
 inline V absolute(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline V with_sign(V size, V sign) { return _mm256_or_ps(absolute(size), _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
@@ -175,6 +177,10 @@ inline V add(V a, V b) { return a + b; }
 inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }
 inline V div(V a, V b) { return a / b; }
+inline V root(V a) {
+    for (int i = 0; i < L; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+}
 inline V negative(V a) { return -a; }
 inline V absolute(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) & 0x7FFFFFFFu); }
 inline V with_sign(V size, V sign) {

@@ -22,13 +22,14 @@ from rarefy.engine.plan import (
     Linear,
     LSTMCell,
     LSTMHidden,
+    Norm,
     Plan,
     Pool,
     Quantized,
     Step,
     Upsample,
 )
-from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, Layout, NativeError, Program
+from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, Function, Layout, NativeError, Program, bits
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,8 @@ class Building:
             case Flatten():
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return None, self.builder.flatten(x, name=name)
+            case Norm():
+                return self._norm(step)
             case LSTMCell() | GRUGates():
                 return None, self._gates(step)
         raise CannotError(f"there is no native {step.kind}")
@@ -270,6 +273,16 @@ class Building:
             choice=self.options.choice,
             name=step.output,
         )
+
+    def _norm(self, step: Norm) -> tuple[int | None, int]:
+        layout = CHANNELS_LAST if step.axis == -1 else CHANNELS_FIRST
+        (x,) = self._values(step.inputs, layout)
+        channels = self.builder.shape(x)[0]
+        weight = torch.ones(channels) if step.weight is None else step.weight
+        bias = torch.zeros(channels) if step.bias is None else step.bias
+        function: Function = "layer norm" if step.centred else "rms norm"
+        number = self.builder.tensor(function, [x], [bits(step.eps)], [weight, bias], name=step.output)
+        return self._layout_of(step.input, layout), number
 
     def _gates(self, step: LSTMCell | GRUGates) -> int:
         check_mode(step.mode)

@@ -209,7 +209,8 @@ class _Graph:
             if isinstance(node.meta.get("val"), Tensor):
                 value = node.meta["val"]
                 rows = str(tuple(value.shape[:-1]))
-                values[node.name] = Value(operators.sample_shape(node, self.batch), value.dtype, rows)
+                shape, fold, inner = operators.sample_shapes(node, self.batch)
+                values[node.name] = Value(shape, value.dtype, rows, fold=fold, inner=inner)
         outputs, single = self._outputs(result)
         read = {name for step in steps for name in step.inputs} | {*outputs}
         return Plan(

@@ -21,6 +21,7 @@ from rarefy.engine.plan import (
     Flatten,
     GlobalAverage,
     Linear,
+    Norm,
     Pool,
     Step,
     Upsample,
@@ -72,6 +73,11 @@ class Call:
         """Whether that argument is there at all."""
         return self.args.get(name) is not None
 
+    def sample(self, name: str) -> tuple[tuple[int, ...] | None, bool]:
+        """The shape of one sample of that argument, and whether its first size is part of dimension 0."""
+        shape, fold, inner = sample_shapes(self.args[name], self.batch)
+        return ((fold, *inner), True) if inner is not None else (shape, False)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of one sample of that argument; see :class:`rarefy.engine.plan.Value`."""
         return sample_shape(self.args[name], self.batch)
@@ -102,6 +108,19 @@ def sample_shape(node: Any, batch: str) -> tuple[int, ...] | None:
         return None
     rest = tuple(value.shape[1:])
     return rest if all(isinstance(size, int) for size in rest) else None
+
+
+def sample_shapes(node: Any, batch: str) -> tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]:
+    """``shape``, ``fold`` and ``inner`` of a node's tensor: see :class:`rarefy.engine.plan.Value`."""
+    shape = sample_shape(node, batch)
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if shape is not None or not isinstance(value, Tensor) or value.dim() < 2 or isinstance(value.shape[0], int):
+        return shape, 1, None
+    found = re.fullmatch(rf"(\d+)\*{re.escape(batch)}", str(value.shape[0]))
+    rest = tuple(value.shape[1:])
+    if found is None or not all(isinstance(size, int) for size in rest):
+        return None, 1, None
+    return None, int(found[1]), rest
 
 
 Handler = Callable[[Call], Step | None]
@@ -249,6 +268,17 @@ def _einsum(call: Call) -> Step | None:
 
 def _rank(call: Call, name: str) -> int:
     return int(call.args[name].meta["val"].dim())
+
+
+@_handles("layer_norm.default")
+def _layer_norm(call: Call) -> Step | None:
+    x, (shape, _) = call.value("input"), call.sample("input")
+    weight, bias = call.constant("weight"), call.constant("bias")
+    if x is None or shape is None or tuple(call.args["normalized_shape"]) != shape[-1:]:
+        return None
+    if (weight is None and call.given("weight")) or (bias is None and call.given("bias")):
+        return None
+    return Norm(**call.layer(), input=x, weight=weight, bias=bias, eps=call.args["eps"])
 
 
 @_handles("_native_batch_norm_legit_no_training.default", "batch_norm.default")

@@ -68,12 +68,22 @@ class Value:
         rows: its axes but the last, as the graph writes their sizes for any batch: values where they are the same have
             as many rows.
         quantized: what its bytes mean; None where it is not quantised.
+        fold: how many entries of dimension 0 belong to one sample, one sample's after the other: 1 where that is the
+            batch.
+        inner: the shape behind dimension 0 where ``fold`` is more than 1.
     """
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype
     rows: str = ""
     quantized: Quantized | None = None
+    fold: int = 1
+    inner: tuple[int, ...] | None = None
+
+    @property
+    def sample(self) -> tuple[int, ...] | None:
+        """The shape of one sample, ``fold`` first where there is more than one; None where it is not known."""
+        return self.shape if self.shape is not None or self.inner is None else (self.fold, *self.inner)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -246,6 +256,52 @@ class Flatten(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class View(Step):
+    """The numbers of every sample in another order and shape: reshapes, permutations, slices, expansions.
+
+    Entry (i, j, ...) of a sample of shape ``sizes`` is number ``offset + i strides[0] + j strides[1] + ...`` of the
+    input's sample (:attr:`Value.sample`), which has ``numbers`` of them, counted in the order of its axes, the last one
+    fastest. A stride may be 0 or less than 0. ``folded``: the first of the sizes belongs to dimension 0 of the result,
+    together with the batch.
+    """
+
+    input: str
+    numbers: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+    folded: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Norm(Step):
+    """``weight (x - mean) / sqrt(variance + eps) + bias`` over the last axis of a value, weight and bias (channels,).
+
+    ``centred`` False is RMSNorm: the mean is not taken off, and the variance is the mean of the squares. ``axis`` 1
+    normalises over dimension 1 of the tensor, the channels of an image.
+    """
+
+    input: str
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    centred: bool = True
+    axis: Literal[-1, 1] = -1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "layer norm" if self.centred else "rms norm"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LSTMCell(Step):
     """``sigmoid(f) state + sigmoid(i) tanh(g)``: (B, n), of gates (B, 4 n) in PyTorch's order i, f, g, o.
 
@@ -382,7 +438,7 @@ class Operator(Step):
 #: The steps that a native kernel may compute.
 NATIVE = (
     *(Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
-    *(LSTMCell, LSTMHidden, GRUGates, Recurrence),
+    *(View, Norm, LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.
 INT8 = (Quantize, Dequantize, Table)

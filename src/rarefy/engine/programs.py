@@ -18,6 +18,9 @@ from rarefy.engine.plan import ACTIVATIONS, Activation
 from rarefy.kernels import _library
 
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
+#: Functions of whole values, in the order of ``rarefy_function``.
+Function = Literal["layer norm", "rms norm"]
+FUNCTIONS: tuple[Function, ...] = get_args(Function)
 #: What a convolution may be computed by.
 CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
 #: Threads that a program runs on at most.
@@ -63,6 +66,18 @@ class _Pool(ctypes.Structure):
         ("stride", _Int32x2),
         ("dilation", _Int32x2),
         ("padding", _Int32x4),
+    )
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("function", _INT32),
+        ("xs", ctypes.POINTER(_INT32)),
+        ("x_count", _INT64),
+        ("numbers", ctypes.POINTER(_INT64)),
+        ("number_count", _INT64),
+        ("constants", _POINTER),
+        ("constant_count", _INT64),
     )
 
 
@@ -147,6 +162,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_lstm_cell": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
     "builder_lstm_hidden": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
     "builder_gru": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
+    "builder_tensor": (_INT32, (_POINTER, ctypes.POINTER(_Tensor), _TEXT), True),
     "builder_output": (_INT32, (_POINTER, _INT32, _INT32), True),
     "builder_shape": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_Int32x3)), True),
     "builder_finish": (_POINTER, (_POINTER, ctypes.POINTER(_Options)), True),
@@ -438,6 +454,11 @@ def load(data: np.ndarray[Any, np.dtype[np.uint8]], under: bytes | None = None) 
     return Program(_call("program_load", data.ctypes.data, data.nbytes, under or isa()), data)
 
 
+def bits(number: float) -> int:
+    """A double as the numbers of a function have it."""
+    return int(np.float64(number).view(np.int64))
+
+
 def _label(name: str) -> bytes:
     return name.encode()
 
@@ -567,6 +588,29 @@ class Builder:
     def gru(self, x: int, h: int, state: int, *, name: str) -> int:
         """A GRU's result, of the products of input and state with their weights, and the state before."""
         return self._add("gru", x, h, state, name=name)
+
+    def tensor(
+        self,
+        function: Function,
+        xs: Sequence[int],
+        numbers: Sequence[int] = (),
+        constants: Sequence[Tensor] = (),
+        *,
+        name: str,
+    ) -> int:
+        """A function of whole values; ``rarefy_function`` says what its numbers and constants are."""
+        given = [_float32(each.reshape(-1)) for each in constants]
+        flat = torch.cat([each for each in given if each is not None]) if given else None
+        about = _Tensor(
+            function=FUNCTIONS.index(function),
+            xs=(_INT32 * len(xs))(*xs),
+            x_count=len(xs),
+            numbers=(_INT64 * len(numbers))(*numbers),
+            number_count=len(numbers),
+            constants=_address(flat),
+            constant_count=0 if flat is None else flat.numel(),
+        )
+        return self._add("tensor", ctypes.byref(about), name=name)
 
     def output(self, x: int, layout: int) -> None:
         """Make a value a result."""

@@ -28,6 +28,7 @@ from rarefy.engine.plan import (
     Linear,
     LSTMCell,
     LSTMHidden,
+    Norm,
     Operator,
     Plan,
     Pool,
@@ -35,6 +36,7 @@ from rarefy.engine.plan import (
     Ref,
     Step,
     Upsample,
+    View,
 )
 
 #: The functions on numbers (sizes) that a graph may hold beside operators.
@@ -126,6 +128,10 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_global_average, step)
         case Concat():
             return torch.cat, ([Ref(name) for name in step.operands], 1), {}
+        case View():
+            compute = functools.partial(_view, step)
+        case Norm():
+            compute = functools.partial(_norm, step)
         case LSTMHidden():
             compute = functools.partial(_lstm_hidden, step)
         case LSTMCell():
@@ -207,6 +213,26 @@ def _pool(step: Pool, x: Tensor) -> Tensor:
 
 def _global_average(step: GlobalAverage, x: Tensor) -> Tensor:
     return x.mean(tuple(range(2, x.dim())), keepdim=step.keepdim)
+
+
+def _view(step: View, x: Tensor) -> Tensor:
+    turned = [axis for axis, stride in enumerate(step.strides) if stride < 0]  # which as_strided does not know
+    first = step.offset + sum((step.sizes[axis] - 1) * step.strides[axis] for axis in turned)
+    samples = x.reshape(-1, step.numbers)
+    strides = (samples.stride(0), *(abs(stride) * samples.stride(1) for stride in step.strides))
+    y = samples.as_strided((len(samples), *step.sizes), strides, samples.storage_offset() + first * samples.stride(1))
+    y = y.flip([axis + 1 for axis in turned]) if turned else y
+    return y.flatten(0, 1) if step.folded else y
+
+
+def _norm(step: Norm, x: Tensor) -> Tensor:
+    x = x.movedim(step.axis, -1)
+    if step.centred:
+        y = F.layer_norm(x, x.shape[-1:], step.weight, step.bias, step.eps)
+    else:
+        y = F.rms_norm(x, x.shape[-1:], step.weight, step.eps)
+        y = y if step.bias is None else y + step.bias
+    return y.movedim(-1, step.axis)
 
 
 def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:

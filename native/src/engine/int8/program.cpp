@@ -46,6 +46,7 @@ std::string check(const Graph &graph, const rarefy_int8_result *steps) {
         read.insert(read.end(), {n.x, n.other_operand});
         for (const int32_t id : read)
             if (id >= 0 && floats[id] && n.kind != Kind::OUTPUT) return refuse("it reads a value of floats");
+        if (n.kind == Kind::TENSOR) return refuse("it is computed in float32");
         if (n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU)
             return refuse("a recurrence is computed in float32");
         if (n.activation != RAREFY_NONE) return refuse("an activation is a clamp or a table here");
