@@ -114,7 +114,7 @@ def sample_shapes(node: Any, batch: str) -> tuple[tuple[int, ...] | None, int, t
     """``shape``, ``fold`` and ``inner`` of a node's tensor: see :class:`rarefy.engine.plan.Value`."""
     shape = sample_shape(node, batch)
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if shape is not None or not isinstance(value, Tensor) or value.dim() < 2 or isinstance(value.shape[0], int):
+    if shape is not None or not isinstance(value, Tensor) or value.dim() < 2:
         return shape, 1, None
     found = re.fullmatch(rf"(\d+)\*{re.escape(batch)}", str(value.shape[0]))
     rest = tuple(value.shape[1:])
