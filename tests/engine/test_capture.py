@@ -88,7 +88,7 @@ MODULES = [
     ([nn.Upsample(scale_factor=2), nn.LeakyReLU()], ["upsample", "activation"]),
     ([nn.Upsample(size=7)], ["upsample_nearest2d"]),
     ([nn.LeakyReLU(0.2)], ["leaky_relu"]),
-    ([nn.LayerNorm(8), nn.Linear(8, 4), nn.Softmax(-1)], ["layer_norm", "linear", "softmax"]),
+    ([nn.LayerNorm(8), nn.Linear(8, 4), nn.Softmax(-1)], ["layer norm", "linear", "softmax"]),
 ]
 
 #: Functions of images, and the steps that they become.
@@ -100,9 +100,9 @@ FUNCTIONS = [
     (lambda x: x.mean(1), ["mean"]),
     (lambda x: F.relu(x + x.flip(1)), ["flip", "add"]),
     (lambda x: 3 - x, ["rsub"]),
-    (lambda x: (x - 1.5) / 2, ["affine", "div"]),
+    (lambda x: (x - 1.5) / 2, ["affine"]),
     (lambda x: x + torch.arange(4.0).reshape(4, 1, 1), ["affine"]),
-    (lambda x: x * torch.arange(8.0), ["mul"]),
+    (lambda x: x * torch.arange(8.0), ["affine"]),
     (lambda x: x.clamp(min=0) + x.clamp(0, 6), ["activation", "activation", "add"]),
     (lambda x: x.clamp(0, 5), ["clamp"]),
     (lambda x: x + x[:, :1], ["slice", "add"]),

@@ -223,7 +223,8 @@ class Building:
                 vectors = self.rows or len(self._shape(step.input)) == 1
                 return None if vectors else CHANNELS_LAST, number
             case Affine():
-                layout = self._elementwise_layout(step) if step.kind == "activation" else CHANNELS_FIRST
+                layout = CHANNELS_FIRST if step.axis == 1 else CHANNELS_LAST
+                layout = self._elementwise_layout(step) if step.kind == "activation" else layout
                 (x,) = self._values(step.inputs, layout)
                 number = self.builder.affine(x, step.scale, step.shift, step.activation, name=name)
                 return self._layout_of(step.input, layout), number

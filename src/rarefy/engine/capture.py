@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import operators, recurrent, reference
+from rarefy.engine import contractions, operators, recurrent, reference
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 
 _OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -89,7 +89,9 @@ def _export(
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    result: ExportedProgram = program.run_decompositions(recurrent.decompositions())
+    result: ExportedProgram = program.run_decompositions(
+        {**recurrent.decompositions(), **contractions.decompositions()}
+    )
     return result
 
 

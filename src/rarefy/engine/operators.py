@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,7 @@ from rarefy.engine.plan import (
     Binary,
     Concat,
     Conv,
+    ConvTranspose,
     Flatten,
     GlobalAverage,
     Linear,
@@ -214,6 +215,28 @@ def _conv(call: Call) -> Step | None:
     )
 
 
+@_handles("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
+def _conv_transpose(call: Call) -> Step | None:
+    weight, bias, x, shape = call.constant("weight"), call.constant("bias"), call.value("input"), call.shape("input")
+    if weight is None or x is None or shape is None or len(shape) != weight.dim() - 1:
+        return None
+    if bias is None and call.given("bias"):
+        return None
+    axes, groups = weight.dim() - 2, call.args["groups"]
+    turned = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    return ConvTranspose(
+        **call.layer(),
+        input=x,
+        weight=turned.contiguous(),
+        bias=bias,
+        stride=_each(call.args["stride"], axes),
+        padding=_each(call.args["padding"], axes),
+        output_padding=_each(call.args["output_padding"], axes),
+        dilation=_each(call.args["dilation"], axes),
+        groups=groups,
+    )
+
+
 @_handles("linear.default")
 def _linear(call: Call) -> Step | None:
     weight, bias, x = call.constant("weight"), call.constant("bias"), call.value("input")
@@ -222,48 +245,39 @@ def _linear(call: Call) -> Step | None:
     return Linear(**call.layer(), input=x, weight=weight, bias=bias, weight_scale=call.scale("weight"))
 
 
-@_handles("mm.default", "matmul.default")
+@_handles("mm.default", "matmul.default", "bmm.default")
 def _product(call: Call) -> Step | None:
     """``x @ w`` is a linear layer of w^T; ``w @ x``, for x (B, in, places), a convolution over the places."""
-    left, right = ("self", "mat2") if "mat2" in call.args else ("self", "other")
-    weight, x = call.constant(right), call.value(left)
-    if weight is not None and x is not None and weight.dim() == 2 and _rank(call, left) > 1:
+    left, right = "self", "mat2" if "mat2" in call.args else "other"
+    weight, x = _matrix(call, right), call.value(left)
+    if weight is not None and x is not None and _rank(call, left) > 1:
         return Linear(**call.layer(right), input=x, weight=weight.T.contiguous())
-    weight, x, shape = call.constant(left), call.value(right), call.shape(right)
-    if weight is None or weight.dim() != 2 or x is None or shape is None or len(shape) != 2:
+    weight, x, shape = _matrix(call, left), call.value(right), call.shape(right)
+    if weight is None or x is None or shape is None or len(shape) != 2:
         return None
     return Conv(**call.layer(left), input=x, weight=weight[:, :, None], stride=(1,), padding=((0, 0),), dilation=(1,))
 
 
-@_handles("addmm.default")
+def _matrix(call: Call, name: str) -> Tensor | None:
+    """A constant matrix, which may come again for every sample; None where that argument is something else."""
+    node = call.args[name]
+    while isinstance(node, fx.Node) and str(node.target) in ("aten.expand.default", "aten.unsqueeze.default"):
+        node = node.args[0]
+    found = call.constants.get(node.name) if isinstance(node, fx.Node) else None
+    if found is None or found.dtype is not torch.float32 or found.dim() < 2 or found.shape[:-2].numel() != 1:
+        return None
+    return found.reshape(found.shape[-2:])
+
+
+@_handles("addmm.default", "baddbmm.default")
 def _addmm(call: Call) -> Step | None:
-    """``bias + x @ w``: how transformers' Conv1D, all of GPT-2, computes its layers."""
-    weight, bias, x = call.constant("mat2"), call.constant("self"), call.value("mat1")
-    if weight is None or bias is None or x is None or (call.args["beta"], call.args["alpha"]) != (1, 1):
+    """``beta bias + alpha x @ w``: how transformers' Conv1D, all of GPT-2, computes its layers."""
+    left, right = ("batch1", "batch2") if "batch1" in call.args else ("mat1", "mat2")
+    weight, bias, x = _matrix(call, right), call.constant("self"), call.value(left)
+    if weight is None or bias is None or x is None or bias.numel() != bias.shape[-1] or bias.numel() != weight.shape[1]:
         return None
-    if bias.numel() != weight.shape[1]:
-        return None
-    return Linear(**call.layer("mat2"), input=x, weight=weight.T.contiguous(), bias=bias.reshape(-1))
-
-
-@_handles("einsum.default")
-def _einsum(call: Call) -> Step | None:
-    """A product of x's last axis with one of a constant matrix: "bti,io->bto", "...i,oi->...o", in either order."""
-    operands = call.args["tensors"]
-    found = re.fullmatch(r"([.\w]+),([.\w]+)->([.\w]+)", call.args["equation"].replace(" ", ""))
-    if found is None or len(operands) != 2:
-        return None
-    terms = dict(zip(("x", "weight"), zip(found.groups()[:2], operands, strict=True), strict=True))
-    if operands[0].name in call.constants:
-        terms = {"x": terms["weight"], "weight": terms["x"]}
-    of_x, of_weight, made = terms["x"][0], terms["weight"][0], found[3]
-    call = replace(call, args={**call.args, **{name: operand for name, (_, operand) in terms.items()}})
-    weight, x, inner, outer = call.constant("weight"), call.value("x"), of_x[-1], made[-1]
-    if weight is None or x is None or {*of_weight} != {inner, outer} or len(of_weight) != 2 or inner in made:
-        return None
-    if len({*of_x}) != len(of_x.replace("...", ".")) or made != of_x[:-1] + outer or _rank(call, "x") < 2:
-        return None
-    return Linear(**call.layer(), input=x, weight=weight if of_weight == outer + inner else weight.T.contiguous())
+    weight, bias = weight * call.args["alpha"], bias.reshape(-1) * call.args["beta"]
+    return Linear(**call.layer(right), input=x, weight=weight.T.contiguous(), bias=bias)
 
 
 def _rank(call: Call, name: str) -> int:
@@ -344,16 +358,22 @@ def _arithmetic(call: Call) -> Step | None:
     swapped = x is None
     if swapped and op in ("add", "mul"):
         x, shape = y, call.shape("other")
-    operand = _per_channel(call, "self" if swapped else "other", shape)
+    axis: Literal[1, -1]
+    given, taken = ("self", "other") if swapped else ("other", "self")
+    operand, axis = _per_channel(call, given, shape), 1
+    if operand is None:
+        operand, axis = _per_feature(call, given, call.sample(taken)[0]), -1
     if x is None or operand is None:
         return None
     match op:
         case "add":
-            return Affine(**call.labels, input=x, shift=operand)
+            return Affine(**call.labels, input=x, shift=operand, axis=axis)
         case "sub":
-            return Affine(**call.labels, input=x, shift=-operand)
+            return Affine(**call.labels, input=x, shift=-operand, axis=axis)
         case "mul":
-            return Affine(**call.labels, input=x, scale=operand)
+            return Affine(**call.labels, input=x, scale=operand, axis=axis)
+        case "div" if not swapped:
+            return Affine(**call.labels, input=x, scale=operand.double().reciprocal().float(), axis=axis)
     return None
 
 
@@ -377,6 +397,14 @@ def _per_channel(call: Call, name: str, shape: tuple[int, ...] | None) -> Tensor
     axis = constant.dim() - len(shape)  # of the channels, when aligned from the right
     channels = constant.numel() == shape[0] and axis >= 0 and constant.shape[axis] == shape[0]
     return constant.reshape(-1) if channels else None
+
+
+def _per_feature(call: Call, name: str, sample: tuple[int, ...] | None) -> Tensor | None:
+    """A constant tensor as one float32 for every entry of the other operand's last axis, if that is what it is."""
+    constant = call.constant(name)
+    if sample is None or constant is None or not constant.dim() or constant.dim() > len(sample) + 1:
+        return None
+    return constant.reshape(-1) if constant.numel() == constant.shape[-1] == sample[-1] else None
 
 
 @_handles("max_pool1d.default", "max_pool2d.default")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rarefy.engine.plan import Affine, Binary, Conv, Linear, Plan, Step
+from rarefy.engine.plan import Affine, Binary, Conv, ConvTranspose, Linear, Plan, Step
 
 #: Given a plan, what makes a value that one step alone reads, and a step: the step to absorb, and what to put instead.
 _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step] | None]
@@ -58,16 +58,42 @@ def _fold_affine(plan: Plan, only_use: Callable[[str], Step | None], step: Step)
     if not isinstance(step, Affine) or (step.scale is None and step.shift is None):
         return None
     layer = only_use(step.input)
-    # Behind a linear layer, channels are its features only where there is nothing but the batch before them.
-    vectors = isinstance(layer, Linear) and len(plan.values[layer.output].shape or ()) == 1
-    if not (isinstance(layer, Conv) or (isinstance(layer, Linear) and vectors)) or layer.activation != "none":
+    if not isinstance(layer, (Conv, ConvTranspose, Linear, Affine)) or layer.activation != "none":
         return None
-    scale = torch.ones(len(layer.weight)) if step.scale is None else step.scale
+    if isinstance(layer, (Conv, Linear)) and layer.residual is not None:
+        return None
+    axis = layer.axis if isinstance(layer, Affine) else -1 if isinstance(layer, Linear) else 1
+    if isinstance(layer, Affine):
+        sizes = [len(each) for each in (layer.scale, layer.shift) if each is not None]
+        if not sizes:
+            return None
+        channels = sizes[0]
+    else:
+        channels = len(layer.weight)
+    # One axis behind the batch is the last one, too.
+    same_axis = step.axis == axis or len(plan.values[layer.output].shape or ()) == 1
+    scale, shift = (_along(each, channels, same_axis) for each in (step.scale, step.shift))
+    if (scale is None and step.scale is not None) or (shift is None and step.shift is not None):
+        return None
+    if isinstance(layer, Affine):
+        both = [each for each in (layer.scale, scale) if each is not None]
+        factors = torch.stack([each.double() for each in both]).prod(0).float() if both else None
+        moved = layer.shift if layer.shift is None or scale is None else (layer.shift.double() * scale.double())
+        return layer, replace(
+            layer, output=step.output, scale=factors, shift=_sum(moved, shift), activation=step.activation
+        )
+    scale = torch.ones(channels) if scale is None else scale
     folded = layer.weight.double() * scale.double().reshape(-1, *(1,) * (layer.weight.dim() - 1))
-    bias = _sum(None if layer.bias is None else layer.bias.double() * scale.double(), step.shift)
-    return layer, replace(
-        layer, output=step.output, weight=folded.float(), weight_scale=None, bias=bias, activation=step.activation
-    )
+    bias = _sum(None if layer.bias is None else layer.bias.double() * scale.double(), shift)
+    made = replace(layer, output=step.output, weight=folded.float(), bias=bias, activation=step.activation)
+    return layer, made if isinstance(made, ConvTranspose) else replace(made, weight_scale=None)
+
+
+def _along(numbers: Tensor | None, channels: int, same_axis: bool) -> Tensor | None:
+    """Numbers of another axis, one for each of the channels; None unless they are all the same there."""
+    if numbers is None or (same_axis and len(numbers) == channels):
+        return numbers
+    return numbers[:1].expand(channels) if bool((numbers == numbers[0]).all()) else None
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -96,6 +122,6 @@ def _fuse_activation(plan: Plan, only_use: Callable[[str], Step | None], step: S
     if not isinstance(step, Affine) or step.kind != "activation":
         return None
     before = only_use(step.input)
-    if not isinstance(before, (Conv, Linear, Binary, Affine)) or before.activation != "none":
+    if not isinstance(before, (Conv, ConvTranspose, Linear, Binary, Affine)) or before.activation != "none":
         return None
     return before, replace(before, output=step.output, activation=step.activation)

@@ -133,6 +133,33 @@ class Conv(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class ConvTranspose(Step):
+    """``activation(conv_transpose(input, weight) + bias)``: (B, in, [[D,] H,] W) -> (B, out, [[D',] H',] W').
+
+    ``weight`` is (out, in / groups, *kernel) float32, as that of a :class:`Conv`; PyTorch's has in and out the other
+    way round. ``padding`` is cut off on both sides of the result, which has ``output_padding`` more at its end.
+    """
+
+    input: str
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "transposed conv"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Linear(Step):
     """``activation(input @ weight^T + bias + residual)``: (..., in) -> (..., out).
 
@@ -153,12 +180,16 @@ class Linear(Step):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Affine(Step):
-    """``activation(scale[c] * input + shift[c])`` for every channel c; None stands for 1 and 0."""
+    """``activation(scale[c] * input + shift[c])`` for every channel c; None stands for 1 and 0.
+
+    Channels are dimension ``axis`` of the tensor: 1, or the last one, -1.
+    """
 
     input: str
     scale: Tensor | None = None
     shift: Tensor | None = None
     activation: Activation = "none"
+    axis: Literal[1, -1] = 1
 
     @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102
@@ -437,7 +468,7 @@ class Operator(Step):
 
 #: The steps that a native kernel may compute.
 NATIVE = (
-    *(Conv, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
+    *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
     *(View, Norm, LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.

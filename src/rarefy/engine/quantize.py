@@ -366,7 +366,8 @@ def _inside(plan: Plan, kept: set[str]) -> tuple[set[str], set[str]]:
 def _has_int8(plan: Plan, step: Step) -> bool:
     """A factor for each channel is a depthwise convolution, which needs places."""
     shape = plan.values[step.output].shape
-    return not isinstance(step, Affine) or step.kind == "activation" or (shape is not None and 2 <= len(shape) <= 4)
+    per_channel = shape is not None and 2 <= len(shape) <= 4 and getattr(step, "axis", 1) == 1
+    return not isinstance(step, Affine) or step.kind == "activation" or per_channel
 
 
 def _without_residuals(plan: Plan, apart: set[str]) -> Plan:

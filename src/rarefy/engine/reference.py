@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.act.sequences import run_gru, run_lstm
-from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, activate, symmetric_padding
+from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, TRANSPOSED, activate, symmetric_padding
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
     Activation,
@@ -22,6 +22,7 @@ from rarefy.engine.plan import (
     Binary,
     Concat,
     Conv,
+    ConvTranspose,
     Flatten,
     GlobalAverage,
     GRUGates,
@@ -115,6 +116,8 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute: Callable[..., Any] = step.run
         case Conv():
             compute = functools.partial(_conv, step)
+        case ConvTranspose():
+            compute = functools.partial(_conv_transpose, step)
         case Linear():
             compute = functools.partial(_linear, step)
         case Affine():
@@ -187,13 +190,20 @@ def _conv(step: Conv, x: Tensor, residual: Tensor | None = None) -> Tensor:
     return activate(y if residual is None else y + residual, step.activation)
 
 
+def _conv_transpose(step: ConvTranspose, x: Tensor) -> Tensor:
+    groups = step.weight.reshape(step.groups, -1, *step.weight.shape[1:])
+    weight = groups.transpose(1, 2).flatten(0, 1)  # (in, out / groups, *kernel)
+    transposed, sizes = TRANSPOSED[len(step.stride)], (step.stride, step.padding, step.output_padding)
+    return activate(transposed(x, weight, step.bias, *sizes, step.groups, step.dilation), step.activation)
+
+
 def _linear(step: Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
     y = F.linear(x, step.weight, step.bias)
     return activate(y if residual is None else y + residual, step.activation)
 
 
 def _affine(step: Affine, x: Tensor) -> Tensor:
-    per_channel = (-1,) + (1,) * (x.dim() - 2)
+    per_channel = (-1,) + (1,) * (x.dim() - 2) if step.axis == 1 else (-1,)
     x = x if step.scale is None else x * step.scale.reshape(per_channel)
     x = x if step.shift is None else x + step.shift.reshape(per_channel)
     return activate(x, step.activation)
