@@ -40,7 +40,7 @@ def test_phases_are_the_transposed_convolution(groups):
         y, made = reference.run_step(step, {"x": x}), phases(step, x.shape[2:])
         padded = F.pad(x, [*made.padding[1], *made.padding[0]])
         z = F.conv2d(padded, made.weight, made.bias, groups=groups)
-        assert z.shape[2:] == made.made and y.shape[2:] == made.sizes
+        assert (z.shape[2:], y.shape[2:]) == (made.made, made.sizes)
         z = F.pixel_shuffle(z, options[0])[:, :, : made.sizes[0], : made.sizes[1]]
         torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-4)
         done += 1

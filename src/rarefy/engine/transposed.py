@@ -50,8 +50,8 @@ def phases(step: ConvTranspose, given: tuple[int, ...]) -> Phases:
         phase = 0
         for (r, _), stride in zip(shifts, step.stride, strict=True):
             phase = phase * stride + r
-        at = tuple(m - axis.first for (_, m), axis in zip(shifts, axes, strict=True))
-        weight[(slice(None), phase, slice(None), *at)] = step.weight[(slice(None), slice(None), *taps)]
+        every, at = slice(None), [m - axis.first for (_, m), axis in zip(shifts, axes, strict=True)]
+        weight[every, phase, every, *at] = step.weight[every, every, *taps]
     return Phases(
         weight.flatten(0, 1),
         None if step.bias is None else step.bias.repeat_interleave(count),
@@ -76,6 +76,6 @@ class _Axis:
         self.made = given - self.first + max(0, self.after) - (self.last - self.first)
 
     def shift(self, tap: int) -> tuple[int, int]:
-        """r and m: ``stride (q + m) - padding + dilation tap = stride q + r``, r in 0 .. stride - 1."""
+        """Its r and m: ``stride (q + m) - padding + dilation tap = stride q + r``, r in 0 .. stride - 1."""
         moved = self.dilation * tap - self.padding
         return moved % self.stride, -(moved // self.stride)
