@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ def phases(step: ConvTranspose, given: tuple[int, ...]) -> Phases:
         for (r, _), stride in zip(shifts, step.stride, strict=True):
             phase = phase * stride + r
         every, at = slice(None), [m - axis.first for (_, m), axis in zip(shifts, axes, strict=True)]
-        weight[every, phase, every, *at] = step.weight[every, every, *taps]
+        to: tuple[Any, ...] = (every, phase, every, *at)
+        of: tuple[Any, ...] = (every, every, *taps)
+        weight[to] = step.weight[of]
     return Phases(
         weight.flatten(0, 1),
         None if step.bias is None else step.bias.repeat_interleave(count),
