@@ -10,8 +10,9 @@ A network is a process of its own on one pinned thread; one that crashes or hang
 weights, of each convolution and linear layer but the first the largest tenth (benchmarks/zoo_networks.py). ``error`` is
 the largest difference from PyTorch as a share of the largest output, ``engine64`` and ``eager64`` are those of the two
 from PyTorch in float64. Times are CPU times of the thread, PyTorch and the engine in turn; ``speedup`` is the median of
-their ratios round by round. The engine is compiled for batch 1 and runs batch 4, too. ``native`` is the share of
-profiled time in native steps. Rows of another processor stay in the file.
+their ratios round by round; beside them at batch 1 onnxruntime runs what PyTorch exports for that shape, and
+``ort_speedup`` is its time through the engine's. The engine is compiled for batch 1 and runs batch 4, too.
+``native`` is the share of profiled time in native steps. Rows of another processor stay in the file.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ MARK = "<!-- benchmarks/zoo.py --fill -->\n"
 
 ROUNDS = 9
 #: Seconds after which a network is given up.
-LIMIT = 240
+LIMIT = 480
 
 _BATCHED = ("error", "engine64", "eager64", "eager_ms", "engine_ms", "speedup")
 COLUMNS = (
     *("network", "source", "input", "chosen", "density", "macs", "native"),
     *("compile_seconds", "compile_cpu_seconds", "measuring_seconds"),
     *(f"{name}_{batch}" for batch in (1, 4) for name in _BATCHED),
-    *("rounds", "load", "seconds", "note"),
+    *("ort_ms_1", "ort_speedup_1", "ort_note", "rounds", "load", "seconds", "note"),
 )
 
 
@@ -85,7 +86,7 @@ def _answers(command: list[str]) -> tuple[list[str], str]:
 
 def line_of(row: dict[str, Any]) -> str:
     """What is printed of a row as it comes."""
-    speeds = f"{row['speedup_1']:>6} {row['speedup_4']:>6}" if row["speedup_1"] else ""
+    speeds = f"{row['speedup_1']:>6} {row['ort_speedup_1']:>6} {row['speedup_4']:>6}" if row["speedup_1"] else ""
     errors = f"{row['error_1']:>8} {row['error_4']:>8}"
     return f"{row['network']:30} {errors} {speeds}  {row['seconds']:6} s  {row['chosen']}  {row['note']}"
 
@@ -114,8 +115,9 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu, commit = environment.cpu_name(), results.commit()
     for name in arguments.only:
-        rows = {row["network"]: row for row in results.read("zoo") if row["cpu"] == cpu}
-        others = [row for row in results.read("zoo") if row["cpu"] != cpu]
+        known: list[dict[str, Any]] = [{**dict.fromkeys(COLUMNS, ""), **row} for row in results.read("zoo")]
+        rows = {row["network"]: row for row in known if row["cpu"] == cpu}
+        others = [row for row in known if row["cpu"] != cpu]
         old = rows.get(name)
         done = old is not None and old["commit"] == commit and (arguments.quick or bool(old["rounds"]))
         if done and not commit.endswith("-dirty") and not arguments.again:

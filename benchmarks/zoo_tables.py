@@ -13,7 +13,7 @@ ERROR = 1e-4
 SLOWER = 0.03
 HEAD = (
     *("network", "input", "weights left", "MACs left", "run by", "native", "compile s", "difference, batch 1, 4"),
-    *("PyTorch ms", "engine ms", "times as fast", "batch 4"),
+    *("PyTorch ms", "ORT ms", "engine ms", "PyTorch", "ORT", "PyTorch, batch 4"),
 )
 
 
@@ -64,6 +64,30 @@ def _speed(rows: Sequence[Row], batch: int) -> str:
     )
 
 
+def _beside_onnxruntime(rows: Sequence[Row]) -> str:
+    ratios = {row["network"]: float(row["ort_speedup_1"]) for row in rows if row["ort_speedup_1"]}
+    if not ratios:
+        return "- onnxruntime was not measured"
+    slower = [f"{name} {ratio:.2f}" for name, ratio in sorted(ratios.items()) if ratio < 1 / (1 + SLOWER)]
+    not_run = [row["network"] for row in rows if row["network"] not in ratios]
+    return (
+        f"- batch 1: {geometric_mean(list(ratios.values())):.2f} times as fast as onnxruntime in the geometric mean of "
+        f"{len(ratios)}; slower by more than {100 * SLOWER:.0f} %: {', '.join(slower) or 'none'}; "
+        f"not exported, or with another answer: {', '.join(not_run) or 'none'}"
+    )
+
+
+def _kinds(rows: Sequence[Row]) -> str:
+    """The geometric means by where the networks come from, of those that onnxruntime ran, too."""
+    words = []
+    for source in ("timm", "transformers", "plain"):
+        own = [row for row in rows if row["source"].startswith(source) and row["ort_speedup_1"]]
+        if own:
+            means = [geometric_mean([float(row[name]) for row in own]) for name in ("speedup_1", "ort_speedup_1")]
+            words.append(f"{source} ({len(own)}) {means[0]:.2f} and {means[1]:.2f}")
+    return f"- of these, beside PyTorch and onnxruntime: {'; '.join(words)}"
+
+
 def summary(rows: Sequence[Row]) -> str:
     """What came of it, line by line."""
     good = [row for row in rows if compiled(row)]
@@ -74,6 +98,7 @@ def summary(rows: Sequence[Row]) -> str:
     timed = [row for row in good if row["speedup_4"]]
     if timed:
         lines += [_speed(timed, batch) for batch in (1, 4)]
+        lines += [_beside_onnxruntime(timed), _kinds(timed)]
     return "\n".join(lines)
 
 
@@ -98,7 +123,8 @@ def table(rows: Sequence[Row]) -> str:
             (
                 *(row["network"], row["input"], _percent(row["density"]), _percent(row["macs"])),
                 *(row["chosen"], _percent(row["native"]), row["compile_cpu_seconds"], errors),
-                *(_ms(row["eager_ms_1"]), _ms(row["engine_ms_1"]), _ratio(row["speedup_1"]), _ratio(row["speedup_4"])),
+                *(_ms(row[name]) for name in ("eager_ms_1", "ort_ms_1", "engine_ms_1")),
+                *(_ratio(row[name]) for name in ("speedup_1", "ort_speedup_1", "speedup_4")),
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

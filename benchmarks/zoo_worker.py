@@ -12,10 +12,12 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ BATCHES = (1, 4)
 LEAST = 0.02
 #: Of measuring kernels, at most about.
 TUNE_SECONDS = 4.0
+#: Above this share of the largest output onnxruntime's answer is another one.
+ORT_ERROR = 1e-2
 
 Run = Callable[..., Any]
 
@@ -68,22 +72,52 @@ def seconds(run: Run, inputs: tuple[Tensor, ...], calls: int) -> float:
     return (time.thread_time() - begun) / calls
 
 
-def time_in_turn(eager: Run, run: Run, inputs: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
-    """Medians over the rounds of milliseconds a call, and of eager's time through the engine's in the same round."""
+def time_in_turn(
+    eager: Run, run: Run, inputs: tuple[Tensor, ...], rounds: int, ort: Run | None = None
+) -> dict[str, float]:
+    """Medians over the rounds of milliseconds a call, and of others' time through the engine's in the same round."""
+    runs = [eager, run] if ort is None else [eager, run, ort]
     calls = []
-    for each in (eager, run):
+    for each in runs:
         seconds(each, inputs, 1)
         calls.append(1 + int(LEAST / max(seconds(each, inputs, 1), 1e-6)))
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):
-        for i in (turn % 2, 1 - turn % 2):
-            each = (eager, run)[i]
+        for k in range(len(runs)):
+            i = (turn + k) % len(runs)
             if calls[i] > 1:
-                each(*inputs)  # the other has driven its weights from the caches
-            times[i].append(seconds(each, inputs, calls[i]))
-    ratios = [theirs / ours for theirs, ours in zip(*times, strict=True)]
+                runs[i](*inputs)  # the others have driven its weights from the caches
+            times[i].append(seconds(runs[i], inputs, calls[i]))
+    ratios = [statistics.median(a / b for a, b in zip(theirs, times[1], strict=True)) for theirs in times]
     middle = [1e3 * statistics.median(each) for each in times]
-    return {"eager_ms": middle[0], "engine_ms": middle[1], "speedup": statistics.median(ratios)}
+    found = {"eager_ms": middle[0], "engine_ms": middle[1], "speedup": ratios[0]}
+    return found if ort is None else {**found, "ort_ms": middle[2], "ort_speedup": ratios[2]}
+
+
+def onnxruntime(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Run:
+    """The model in onnxruntime on one thread, exported by PyTorch for these shapes alone.
+
+    Raises whatever the two raise, and ValueError where the answer is another one.
+    """
+    import onnxruntime as ort
+
+    program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+    assert program is not None
+    program.save(folder / "model.onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(*given: Tensor) -> list[Any]:
+        result: list[Any] = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+        return result
+
+    with torch.no_grad():
+        wrong = difference(tuple(map(torch.from_numpy, run(*inputs))), model(*inputs))
+    if not wrong <= ORT_ERROR:
+        raise ValueError(f"onnxruntime is off by {wrong:.1e}")
+    return run
 
 
 def macs_left(model: nn.Module, inputs: tuple[Tensor, ...]) -> float | str:
@@ -127,9 +161,17 @@ def measure(about: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
         say({f"{name}_{batch}": f"{value:.1e}" for name, value in found.items()})
     if about["rounds"]:
         say({"native": round(native_share(compiled, given[1]), 3)})
+        ort = None
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with torch.no_grad():
+                    ort = onnxruntime(model, given[1], Path(folder))
+            except Exception as error:  # whatever the exporter and onnxruntime say
+                first = (str(error).strip().splitlines() or [""])[0]
+                say({"ort_note": f"{type(error).__name__}: {first:.120}"})
         for batch, run in engines.items():
             with torch.no_grad():
-                times = time_in_turn(model, run, given[batch], about["rounds"])
+                times = time_in_turn(model, run, given[batch], about["rounds"], ort if batch == 1 else None)
             say({f"{name}_{batch}": f"{value:.4g}" for name, value in times.items()})
 
 

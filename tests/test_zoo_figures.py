@@ -16,13 +16,14 @@ def row(
     for batch in "14":
         plain |= {f"error_{batch}": error, f"engine64_{batch}": error, f"eager64_{batch}": exact}
         plain |= {f"eager_ms_{batch}": "10.0", f"engine_ms_{batch}": "5.0", f"speedup_{batch}": speedup}
+    plain |= {"ort_ms_1": "7.5", "ort_speedup_1": "1.5", "source": "timm 1.0"}
     return {**plain, **changes}
 
 
 EXAMPLE = [
     row("good"),
     row("slow", speedup="0.5"),
-    row("just", speedup="0.98"),
+    row("just", speedup="0.98", ort_speedup_1=""),
     row("ill", "3.0e-04", "2.0e-04"),
     row("wrong", "2.0e-04", error_4="5.0e-04"),
     row("broken", **dict.fromkeys(("error_1", "error_4", "speedup_1", "speedup_4"), ""), note="ValueError: no"),
@@ -30,13 +31,18 @@ EXAMPLE = [
 
 
 def test_the_summary_names_what_fell_short() -> None:
-    first, errors, one, four = zoo_tables.summary(EXAMPLE).splitlines()
+    first, errors, one, four, ort, kinds = zoo_tables.summary(EXAMPLE).splitlines()
     assert first == "- 6 networks, 5 compiled; not compiled: broken (ValueError: no)"
     assert errors.endswith(
         "5.0e-04 (wrong); above 1e-04: ill 3.0e-04 (PyTorch itself is 2.0e-04 from float64), wrong 5.0e-04"
     )
     assert one.endswith("1.31 times as fast as PyTorch in the geometric mean of 5; slower by more than 3 %: slow 0.50")
     assert four.startswith("- batch 4: 1.31 times")
+    assert ort.startswith(
+        "- batch 1: 1.50 times as fast as onnxruntime in the geometric mean of 4; slower by more than"
+    )
+    assert ort.endswith("not exported, or with another answer: just")
+    assert kinds.endswith("timm (4) 1.41 and 1.50")
 
 
 def test_not_a_number_is_the_largest_difference() -> None:
@@ -48,7 +54,7 @@ def test_the_table_has_a_line_for_each_network() -> None:
     lines = zoo_tables.table(EXAMPLE).splitlines()
     assert len(lines) == 2 + len(EXAMPLE)
     assert lines[2] == (
-        "| good | 3x8x8 | 10 % |  | native | 90 % | 2.5 | 3.0e-07, 3.0e-07 | 10.0 | 5.00 | 2.00 | 2.00 |"
+        "| good | 3x8x8 | 10 % |  | native | 90 % | 2.5 | 3.0e-07, 3.0e-07 | 10.0 | 7.50 | 5.00 | 2.00 | 1.50 | 2.00 |"
     )
     assert "not compiled" in lines[-1]
 
