@@ -16,6 +16,7 @@ from rarefy.engine.plan import (
     Binary,
     Concat,
     Conv,
+    ConvTranspose,
     Flatten,
     GlobalAverage,
     GRUGates,
@@ -30,6 +31,7 @@ from rarefy.engine.plan import (
     Upsample,
 )
 from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, Function, Layout, NativeError, Program, bits
+from rarefy.engine.transposed import phases
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,9 @@ class Building:
             case Conv():
                 x, *residual = self._values(step.inputs, CHANNELS_FIRST)
                 return CHANNELS_FIRST, self._conv(step, x, *residual)
+            case ConvTranspose():
+                (x,) = self._values(step.inputs, CHANNELS_FIRST)
+                return CHANNELS_FIRST, self._conv_transpose(step, x)
             case Linear():
                 x, *residual = self._values(step.inputs, CHANNELS_LAST)
                 number = self.builder.conv(
@@ -284,6 +289,40 @@ class Building:
         function: Function = "layer norm" if step.centred else "rms norm"
         number = self.builder.tensor(function, [x], [bits(step.eps)], [weight, bias], name=step.output)
         return self._layout_of(step.input, layout), number
+
+    def _conv_transpose(self, step: ConvTranspose, x: int) -> int:
+        """A convolution to all phases of the result, and their shuffle."""
+        if len(step.stride) > 2:
+            raise CannotError("native convolutions have at most two axes")
+        made = phases(step, self._shape(step.input)[1:])
+        weight = made.weight if made.weight.dim() == 4 else made.weight[:, :, None]
+        top_bottom, left_right = _two(made.padding, (0, 0))
+        places = self.builder.conv(
+            x,
+            weight,
+            made.bias,
+            padding=(*top_bottom, *left_right),
+            groups=step.groups,
+            activation=step.activation,
+            storage=self.options.storage,
+            choice=self.options.choice,
+            name=step.output,
+        )
+        stride, sizes, columns = _two(step.stride, 1), _two(made.sizes, 1), _two(made.made, 1)[1]
+        count, numbers = stride[0] * stride[1], list[int]()
+        for phase in range(count):
+            row, column = divmod(phase, stride[1])
+            rest = [-(-(size - r) // s) for size, r, s in zip(sizes, (row, column), stride, strict=True)]
+            if min(rest) < 1:
+                continue
+            first = (phase, 0, 0, row * sizes[1] + column)  # channel and pixel in what it reads, and in the result
+            channels = (len(step.weight), count, 0, 1, 0)
+            down = (rest[0], 0, columns, 0, stride[0] * sizes[1])
+            across = (rest[1], 0, 1, 0, stride[1])
+            numbers += [3, *first, *channels, *down, *across]
+        parts = len(numbers) // 20
+        shape = (len(step.weight), *sizes, parts)
+        return self.builder.tensor("view", [places] * parts, [*shape, *numbers], name=step.output)
 
     def _gates(self, step: LSTMCell | GRUGates) -> int:
         check_mode(step.mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +19,7 @@ from rarefy.engine.execute import Runner
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, Lowered, lower
 from rarefy.engine.onednn import PackedConv, packed
-from rarefy.engine.plan import Conv, Layer, Plan, Recurrence
+from rarefy.engine.plan import Conv, ConvTranspose, Layer, Plan, Recurrence
 from rarefy.engine.reference import bind, items, run_step
 
 _ROUNDS = 5
@@ -103,6 +104,9 @@ def walk(
             # every weight is used once for each place of the output channel that it belongs to
             places = result.numel() // len(step.weight)
             layers[step.output] = _facts(step.weight, places, samples(inputs[0].shape), known.get(look))
+        if isinstance(step, ConvTranspose):  # once for each place of the input channel that it belongs to
+            given = shapes[step.input]
+            layers[step.output] = _facts(step.weight, math.prod(given) // given[1], samples(inputs[0].shape), took)
         if isinstance(step, Recurrence):  # once for each row of every step
             layers[step.output] = _facts(step.weight, len(result[0]), samples(inputs[0].shape), None)
         if isinstance(result, Tensor):
