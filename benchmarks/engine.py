@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import engine_models
 import engine_tables
 import results
+from engine_networks import NETWORKS
 from rarefy import cost
 
 HERE = Path(__file__).parent
@@ -94,6 +95,7 @@ class Cell:
         return f"{self.network} b{self.batch}" + " threads" * self.wall
 
 
+OTHERS_INT8 = (Runtime("rarefy", "int8"), *SMALL[2:])
 THREADS = (RAREFY, *(Runtime(name, threads=2) for name in ("rarefy", "onnxruntime", "openvino")))
 
 CELLS = (
@@ -110,6 +112,7 @@ CELLS = (
     Cell("resnet50-90erk", 1),
     Cell("resnet50-90", 1, THREADS, wall=True),
     Cell("resnet50-90", 16, THREADS, wall=True),
+    *(Cell(f"{name}-90", 1, (*FLOAT, *OTHERS_INT8)) for name in ("bert", *NETWORKS)),
 )
 
 

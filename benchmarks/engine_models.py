@@ -3,7 +3,7 @@
 A network is NAME-VARIANT: "resnet50-dense", "resnet50-90" (90 % of every layer but the stem pruned by magnitude),
 "resnet50-90x4" (in blocks of four input channels), "resnet50-90erk" (spread by ERK), "resnet50-autosparse-0.9" (by
 benchmarks/engine_masks.py, trained weights and all). "bert" is BERT-base's encoder on 128 embedded tokens, "linear" six
-layers of 4096 x 4096, more than a cache holds.
+layers of 4096 x 4096, more than a cache holds; more of other kinds are in engine_networks.py.
 Depthwise convolutions stay dense. But for the trained ones the weights are random, and the batch normalisations have
 random scales and biases, and the statistics that belong to them.
 """
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine_networks import NETWORKS
 from rarefy import models
 from rarefy._files import write_atomically
 from rarefy._prices import Prices
@@ -24,8 +25,13 @@ from rarefy.sparse import distribution
 from rarefy.sparse_files import is_sparse_file, load_sparse
 
 FOLDER = Path(__file__).parents[1] / "runs" / "engine"
-SHAPES = {"bert": (128, 768), "linear": (4096,)}  # of an input; of the others a picture's
+SHAPES = {
+    "bert": (128, 768),
+    "linear": (4096,),
+    **{name: each.shape for name, each in NETWORKS.items()},
+}  # of an input; of the others a picture's
 PICTURE = (3, 224, 224)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.GRU)
 
 
 class Attention(nn.Module):
@@ -66,7 +72,7 @@ def _create(name: str) -> nn.Module:
             return nn.Sequential(*(EncoderLayer() for _ in range(12)))
         case "linear":
             return nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(6)))
-    return models.create(name)
+    return NETWORKS[name].make() if name in NETWORKS else models.create(name)
 
 
 def path(network: str) -> Path:
@@ -109,7 +115,7 @@ def onnx(network: str) -> Path:
                 build(network),
                 (torch.zeros(1, *shape(network)),),
                 str(partial),
-                opset_version=13 if shape(network) == PICTURE else 17,
+                opset_version=13 if shape(network) == PICTURE and network.partition("-")[0] not in NETWORKS else 17,
                 dynamo=False,
                 input_names=["input"],
                 output_names=["output"],
@@ -168,9 +174,11 @@ def _prune(model: nn.Module, density: float, spread: str, block: int) -> None:
     They are kept in blocks of so many input channels, by the sum of their sizes.
     """
     layers = {
-        name: module.weight
+        f"{name}.{own}": weight
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "groups", 1) == 1 and name != "conv1"
+        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1 and name != "conv1"
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1
     }
     sizes = [weight.numel() for weight in layers.values()]
     relative = distribution.relative_densities(spread, {name: weight.shape for name, weight in layers.items()})

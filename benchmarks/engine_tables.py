@@ -11,6 +11,16 @@ Row = Mapping[str, str]
 DENSE = ("onnxruntime", "openvino", "torch.compile")
 NAMES = {"openvino": "OpenVINO"}
 NETWORKS = {"resnet50": "ResNet-50", "mobilenet_v1": "MobileNetV1"}
+#: Networks of other kinds, as engine_networks.py has them, and BERT.
+OTHERS = {
+    "bert": "BERT-base, 128 tokens",
+    "vit": "ViT-B/16, 224x224",
+    "convnext": "ConvNeXt-T, 224x224",
+    "yolo": "a detector like YOLOv8-n, 320x320",
+    "whisper": "Whisper-tiny's encoder, 30 s",
+    "rnnoise": "RNNoise, 100 frames",
+    "unet": "a U-Net, 256x256",
+}
 
 #: Of every cell: at least how many times faster than the best dense peer, and than deepsparse.
 SPEEDUPS: dict[str, tuple[float | None, float | None]] = {
@@ -117,6 +127,20 @@ def precisions(rows: Sequence[Row]) -> str:
     return table(["batch", "ResNet-50", "ms a batch", "time through rarefy's in float32"], lines)
 
 
+def others(rows: Sequence[Row]) -> str:
+    """Networks of other kinds at 90 %, batch 1: float32, and int8; empty where none was measured."""
+    lines = []
+    for name, words in OTHERS.items():
+        found = cell(rows, f"{name}-90 b1")
+        if ("rarefy", "float32", "1") in found:
+            measured = [found.get((peer, "float32", "1")) for peer in ("rarefy", *DENSE, "deepsparse")]
+            int8 = [found.get((peer, "int8", "1")) for peer in ("rarefy", "onnxruntime", "openvino")]
+            lines.append([words, *map(ms, measured), times(best_dense(found)), *map(ms, int8)])
+    names = ["rarefy", *(NAMES.get(peer, peer) for peer in (*DENSE, "deepsparse"))]
+    int8_names = [f"{NAMES.get(peer, peer)}, int8" for peer in ("rarefy", "onnxruntime", "openvino")]
+    return table(["ms a call", *names, "against the best dense", *int8_names], lines) if lines else ""
+
+
 def targets(rows: Sequence[Row]) -> list[Target]:
     """Everything that was asked for, of what is measured."""
     judged = []
@@ -185,5 +209,7 @@ def machines(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def tables(rows: Sequence[Row]) -> str:
     """All of them, machine by machine."""
-    parts = [(f"### {cpu}", speeds(own), precisions(own), judged(own)) for cpu, own in machines(rows).items()]
-    return "\n\n".join(line for part in parts for line in part)
+    parts = [
+        (f"### {cpu}", speeds(own), precisions(own), judged(own), others(own)) for cpu, own in machines(rows).items()
+    ]
+    return "\n\n".join(line for part in parts for line in part if line)

@@ -70,9 +70,11 @@ def torch_compile(about: dict[str, Any], x: Any) -> Made:
 
     torch.set_num_threads(about["threads"])
     config.freezing = True
-    model = engine_models.build(about["model"]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, given = engine_models.build(about["model"]), torch.from_numpy(x)
+    if given.dim() == 4:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        given = given.to(memory_format=torch.channels_last)
     compiled: Callable[..., Any] = torch.compile(model)
-    given = torch.from_numpy(x).to(memory_format=torch.channels_last)
 
     def run() -> Any:
         with torch.inference_mode():
