@@ -88,7 +88,7 @@ MODULES = [
     ([nn.Upsample(scale_factor=2), nn.LeakyReLU()], ["upsample", "activation"]),
     ([nn.Upsample(size=7)], ["upsample_nearest2d"]),
     ([nn.LeakyReLU(0.2)], ["leaky_relu"]),
-    ([nn.LayerNorm(8), nn.Linear(8, 4), nn.Softmax(-1)], ["layer_norm", "linear", "softmax"]),
+    ([nn.LayerNorm(8), nn.Linear(8, 4), nn.Softmax(-1)], ["layer norm", "linear", "softmax"]),
 ]
 
 #: Functions of images, and the steps that they become.
