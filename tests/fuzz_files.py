@@ -44,7 +44,9 @@ def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.MaxPool2d(2)
     )
     dense = nn.Sequential(nn.Conv2d(3, 8, 5, 2, groups=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 5))
+    norms = nn.Sequential(nn.Conv1d(4, 8, 1), nn.GroupNorm(2, 8), nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 8))
     return [
+        (norms.eval(), (4, 16)),
         *((thinned(UNet()), (3, 16, 16)), (thinned(Vision()), (3, 16, 16)), (thinned(banded), (3, 32, 32))),
         *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (3, 16, 16))),
         *((thinned(kind(8, 16, 2, batch_first=True)), (t, 8)) for kind in (_LSTM, _GRU) for t in (1, 4)),

@@ -59,7 +59,9 @@ enum rarefy_storage {
 // RAREFY_LAYER_NORM, RAREFY_RMS_NORM: over the channels of every pixel, scale (x - mean) / sqrt(variance + eps) + shift
 //   and scale x / sqrt(mean of x^2 + eps) + shift. numbers: the bits of eps, a double. constants: scale, then shift,
 //   one number a channel each.
-enum rarefy_function { RAREFY_LAYER_NORM = 0, RAREFY_RMS_NORM = 1, RAREFY_FUNCTIONS };
+// RAREFY_GROUP_NORM: the same as a layer norm over all pixels of so many channels. numbers: the bits of eps, and the
+//   number of groups of channels. constants: scale, then shift, one number a channel each.
+enum rarefy_function { RAREFY_LAYER_NORM = 0, RAREFY_RMS_NORM = 1, RAREFY_GROUP_NORM = 2, RAREFY_FUNCTIONS };
 
 // Which kernels a convolution may use.
 enum rarefy_choice {

@@ -166,6 +166,8 @@ struct Kernels {
     void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*affine)(const float *x, float scale, float shift, float *out, int64_t n, float low, float high);
     float (*sum)(const float *x, int64_t n);
+    // The sum of (x - mean)^2.
+    float (*squares)(const float *x, float mean, int64_t n);
     // sigmoid(f) c + sigmoid(i) tanh(g); sigmoid(o) tanh(c); z state + (1 - z) tanh(x_n + r h_n), r and z the sigmoid
     // of x + h.
     void (*lstm_cell)(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n);

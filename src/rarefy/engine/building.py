@@ -19,6 +19,7 @@ from rarefy.engine.plan import (
     ConvTranspose,
     Flatten,
     GlobalAverage,
+    GroupNorm,
     GRUGates,
     Linear,
     LSTMCell,
@@ -258,6 +259,10 @@ class Building:
                 return None, self.builder.flatten(x, name=name)
             case Norm():
                 return self._norm(step)
+            case GroupNorm():
+                (x,) = self._values(step.inputs, CHANNELS_FIRST)
+                number = self._normalised("group norm", step, x, [bits(step.eps), step.groups])
+                return self._layout_of(step.input, CHANNELS_FIRST), number
             case LSTMCell() | GRUGates():
                 return None, self._gates(step)
         raise CannotError(f"there is no native {step.kind}")
@@ -283,12 +288,14 @@ class Building:
     def _norm(self, step: Norm) -> tuple[int | None, int]:
         layout = CHANNELS_LAST if step.axis == -1 else CHANNELS_FIRST
         (x,) = self._values(step.inputs, layout)
+        function: Function = "layer norm" if step.centred else "rms norm"
+        return self._layout_of(step.input, layout), self._normalised(function, step, x, [bits(step.eps)])
+
+    def _normalised(self, function: Function, step: Norm | GroupNorm, x: int, numbers: list[int]) -> int:
         channels = self.builder.shape(x)[0]
         weight = torch.ones(channels) if step.weight is None else step.weight
         bias = torch.zeros(channels) if step.bias is None else step.bias
-        function: Function = "layer norm" if step.centred else "rms norm"
-        number = self.builder.tensor(function, [x], [bits(step.eps)], [weight, bias], name=step.output)
-        return self._layout_of(step.input, layout), number
+        return self.builder.tensor(function, [x], numbers, [weight, bias], name=step.output)
 
     def _conv_transpose(self, step: ConvTranspose, x: int) -> int:
         """A convolution to all phases of the result, and their shuffle."""

@@ -12,11 +12,14 @@ from rarefy.engine.building_recurrent import recurrent
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Operator, Plan, Quantize, Recurrence, Step
+from rarefy.engine.plan import Norm, Operator, Plan, Quantize, Recurrence, Step
 from rarefy.engine.programs import NativeError, Program
 
 #: What an engine runs one after the other.
 Item: TypeAlias = NativeSegment | PackedConv | Eager | Step | Int8
+
+#: Steps that take less time than the way into a program and out of it.
+_LIGHT = (Norm,)
 
 
 def uses(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -107,8 +110,10 @@ class _Lowering:
         if building is None or not building.steps:
             return
         try:
+            if all(isinstance(step, _LIGHT) for step in building.steps):
+                raise CannotError("it would take longer to bring its input into a program and its result out")
             self.items.append(building.finish())
-        except NativeError as error:
+        except (CannotError, NativeError) as error:
             own = {step.output for step in building.steps}  # which may be kept in another form there
             for step in self.plan.steps:
                 if step.output in own:

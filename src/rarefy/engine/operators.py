@@ -21,6 +21,7 @@ from rarefy.engine.plan import (
     ConvTranspose,
     Flatten,
     GlobalAverage,
+    GroupNorm,
     Linear,
     Norm,
     Pool,
@@ -295,6 +296,65 @@ def _layer_norm(call: Call) -> Step | None:
     return Norm(**call.layer(), input=x, weight=weight, bias=bias, eps=call.args["eps"])
 
 
+@_handles("rms_norm.default")
+def _rms_norm(call: Call) -> Step | None:
+    x, (shape, _), weight = call.value("input"), call.sample("input"), call.constant("weight")
+    if x is None or shape is None or tuple(call.args["normalized_shape"]) != shape[-1:]:
+        return None
+    if weight is None and call.given("weight"):
+        return None
+    eps = torch.finfo(torch.float32).eps if call.args["eps"] is None else call.args["eps"]
+    return Norm(**call.layer(), input=x, weight=weight, bias=None, eps=eps, centred=False)
+
+
+def _written_out_rms_norm(call: Call) -> Step | None:
+    """``weight * x * rsqrt(mean(x^2) + eps)``: what of it is no product by itself is then read by nothing."""
+    left, right = call.args["self"], call.args["other"]
+    weight = None
+    for constant, value in (("self", right), ("other", left)):
+        if (found := call.constant(constant)) is not None and _is_call(value, "mul.Tensor"):
+            weight, (left, right) = found, value.args[:2]
+    for x, factor in ((left, right), (right, left)):
+        if not (isinstance(x, fx.Node) and _is_call(factor, "rsqrt.default")):
+            continue
+        total = factor.args[0]
+        if not (_is_call(total, "add.Tensor", "add.Scalar") and len(total.args) == 2 and not total.kwargs):
+            continue
+        mean, eps = total.args
+        if not (isinstance(eps, (int, float)) and eps >= 0 and _is_call(mean, "mean.dim") and not mean.kwargs):
+            continue
+        square, axes, *keepdim = mean.args
+        powers = [(x, 2), (x, 2.0), (x, x)]
+        squared = _is_call(square, "pow.Tensor_Scalar", "mul.Tensor") and tuple(square.args) in powers
+        shape = x.meta["val"].shape
+        known = _dtype(x) is torch.float32 and x.name not in call.constants and isinstance(shape[-1], int)
+        if not squared or keepdim != [True] or [a % len(shape) for a in axes] != [len(shape) - 1] or not known:
+            continue
+        if weight is not None and (weight.dim() != 1 or weight.shape[0] != shape[-1]):
+            return None
+        about = call.layer("self") if weight is not None and call.constant("self") is not None else call.layer("other")
+        return Norm(**about, input=x.name, weight=weight, bias=None, eps=float(eps), centred=False)
+    return None
+
+
+def _is_call(node: Any, *targets: str) -> bool:
+    return isinstance(node, fx.Node) and str(node.target) in [f"aten.{target}" for target in targets]
+
+
+@_handles("group_norm.default", "instance_norm.default")
+def _group_norm(call: Call) -> Step | None:
+    x, shape = call.value("input"), call.shape("input")
+    weight, bias = call.constant("weight"), call.constant("bias")
+    if call.args.get("use_input_stats") is False:
+        return _batch_norm(call)
+    if x is None or shape is None:
+        return None
+    if (weight is None and call.given("weight")) or (bias is None and call.given("bias")):
+        return None
+    groups = call.args.get("num_groups", shape[0])  # a group each is an instance norm
+    return GroupNorm(**call.layer(), input=x, groups=groups, weight=weight, bias=bias, eps=call.args["eps"])
+
+
 @_handles("_native_batch_norm_legit_no_training.default", "batch_norm.default")
 def _batch_norm(call: Call) -> Step | None:
     x, shape = call.value("input"), call.shape("input")
@@ -348,6 +408,8 @@ def _arithmetic(call: Call) -> Step | None:
     x, y, shape = call.value("self"), call.value("other"), call.shape("self")
     if alpha != 1:
         return None
+    if op == "mul" and (norm := _written_out_rms_norm(call)) is not None:
+        return norm
     if x is not None and y is not None and op in ("add", "mul"):
         shape_y = call.shape("other")
         if shape is None or shape_y is None:

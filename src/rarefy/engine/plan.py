@@ -333,6 +333,29 @@ class Norm(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class GroupNorm(Step):
+    """``weight (x - mean) / sqrt(variance + eps) + bias``, mean and variance those of a group of channels.
+
+    ``groups`` are of channels (dimension 1) that follow each other, with all that is behind them; weight and bias are
+    (channels,).
+    """
+
+    input: str
+    groups: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return "group norm"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LSTMCell(Step):
     """``sigmoid(f) state + sigmoid(i) tanh(g)``: (B, n), of gates (B, 4 n) in PyTorch's order i, f, g, o.
 
@@ -469,7 +492,7 @@ class Operator(Step):
 #: The steps that a native kernel may compute.
 NATIVE = (
     *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
-    *(View, Norm, LSTMCell, LSTMHidden, GRUGates, Recurrence),
+    *(View, Norm, GroupNorm, LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.
 INT8 = (Quantize, Dequantize, Table)

@@ -25,6 +25,7 @@ from rarefy.engine.plan import (
     ConvTranspose,
     Flatten,
     GlobalAverage,
+    GroupNorm,
     GRUGates,
     Linear,
     LSTMCell,
@@ -135,6 +136,8 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_view, step)
         case Norm():
             compute = functools.partial(_norm, step)
+        case GroupNorm():
+            compute = functools.partial(_group_norm, step)
         case LSTMHidden():
             compute = functools.partial(_lstm_hidden, step)
         case LSTMCell():
@@ -243,6 +246,10 @@ def _norm(step: Norm, x: Tensor) -> Tensor:
         y = F.rms_norm(x, x.shape[-1:], step.weight, step.eps)
         y = y if step.bias is None else y + step.bias
     return y.movedim(-1, step.axis)
+
+
+def _group_norm(step: GroupNorm, x: Tensor) -> Tensor:
+    return torch.group_norm(x, step.groups, step.weight, step.bias, step.eps)
 
 
 def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:
