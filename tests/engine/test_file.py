@@ -258,20 +258,8 @@ def changes():
         yield put("gives", {kind: [[key, "tensor"]], "name": name})
     yield put("report", {})
     yield lambda header: header.clear()
-    needed = [
-        "inputs",
-        "outputs",
-        "takes",
-        "gives",
-        "batch",
-        "items",
-        "constants",
-        "names",
-        "layers",
-        "reasons",
-        "report",
-    ]
-    for name in needed:
+    needed = ("inputs", "outputs", "takes", "gives", "batch", "items", "constants", "names", "layers", "report")
+    for name in (*needed, "reasons"):
         yield lambda header, name=name: header.pop(name)
     for value in ({"tensor": {"shape": [-1], "dtype": "float32", "place": [0, 4], "last": False}}, {"a": 1, "b": 2}):
         yield lambda header, value=value: operators(header)[0]["fields"].update(args=value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -56,7 +57,8 @@ def compile(
             tuples, dicts, dataclasses. What is no tensor (None, a number, a string) is part of what is compiled. The
             tensors' size beyond the batch is that which the engine takes; their batch size is what the kernels are
             chosen for, any other runs, too. The engine is called like the model, and gives what the model gives.
-        threads: how many threads the native kernels use; None takes ``torch.get_num_threads()`` at each call.
+        threads: how many threads a call uses, in native kernels and in PyTorch's steps; None takes
+            ``torch.get_num_threads()`` at each call. In a forked process PyTorch's steps run on one thread.
         precision: "float32"; "bfloat16": weights rounded to half the memory, sums stay float32; "int8": weights and
             what goes between layers are bytes, by :func:`rarefy.engine.quantize.quantize`.
         calibration: what the network will see, for "int8" alone: some hundred examples, in batches, each like
@@ -82,7 +84,7 @@ def compile(
     if calibration is not None:
         calibration = flattened(calibration, flat.takes)
     # A step may draw random numbers; what autocast would make of the layers is not the model.
-    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), _threads_there():
         prepared = prepare(flat, inputs, precision, calibration, error_budget, later=precision == "float32")
         engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, flat)
         try:
@@ -93,6 +95,11 @@ def compile(
             _check(engine, prepared, flat, precision)
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=prepared.quantization)
     return engine
+
+
+def _threads_there() -> AbstractContextManager[None]:
+    """Within it PyTorch uses the threads that it has, where a forked process has less."""
+    return torch_threads(torch.get_num_threads())
 
 
 def _check(engine: Engine, prepared: Prepared, model: Flat, precision: Precision) -> None:

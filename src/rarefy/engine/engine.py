@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rarefy import kernels
 from rarefy.engine.building import NativeSegment, samples
-from rarefy.engine.execute import Runner, torch_threads
+from rarefy.engine.execute import Runner, most_in_torch, torch_threads
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
@@ -128,8 +128,15 @@ class Engine:
         if torch.is_autocast_enabled("cpu"):  # it is for training: an engine has its precision
             with torch.autocast("cpu", enabled=False):
                 return self.flat(inputs)
+        now = torch.get_num_threads()
+        threads = self.threads or now
+        if now != most_in_torch(threads):
+            with torch_threads(threads):
+                return self._computed(inputs, threads)
+        return self._computed(inputs, threads)
+
+    def _computed(self, inputs: Sequence[Tensor], threads: int) -> tuple[Tensor, ...]:
         given = self._checked(inputs)
-        threads = self.threads or torch.get_num_threads()
         if torch.is_grad_enabled():
             with torch.no_grad():
                 outputs = self._runner(given, threads)
