@@ -27,7 +27,7 @@ import results
 from rarefy import engine, models, sparse
 from rarefy.data import fashion_mnist
 from rarefy.engine import by_density
-from rarefy.engine.compiler import prepare
+from rarefy.engine.compiler import checked, prepare
 from rarefy.engine.quantize import BUDGET
 from rarefy.latency import Latency
 from rarefy.train.batches import normalise
@@ -89,7 +89,7 @@ def spread(compiled: engine.Engine, x: Tensor) -> float:
 
 def beside(model: nn.Module, x: Tensor, compiled: engine.Engine) -> tuple[Latency, float]:
     """The table measured again, and the seconds of an engine that takes turns with those that it is made of."""
-    plan = prepare(model, (x,), "float32", None, BUDGET).better
+    plan = prepare(*checked(model, x, 1, "float32", "measure", 0.0), "float32", None, BUDGET).better
     engines, sizes = by_density.at_densities(plan, (x,), "float32", (1, 1), TUNE_SECONDS), by_density.weights_of(plan)
     layers, calls = by_density.timed([*engines, compiled], (x,), list(sizes))
     return by_density.table(sizes, layers[:, :-1], calls[:-1], "float32", (1, 1), {}), float(calls[-1])

@@ -88,8 +88,8 @@ def test_the_wrong_number_of_inputs(compiled):
     [
         ({"model": "resnet50"}, TypeError, "model must be a torch.nn.Module, got str"),
         ({"model": UNet()}, ValueError, r"the model is in training mode: call model.eval\(\) first"),
-        ({"example_input": [1, 2]}, TypeError, "example_input must be a tensor or a sequence of tensors, got list"),
-        ({"example_input": ()}, TypeError, "example_input must be a tensor or a sequence of tensors"),
+        ({"example_input": [1, 2]}, TypeError, "a tensor among them, got list"),
+        ({"example_input": ()}, TypeError, "a tensor among them, got tuple"),
         ({"example_input": torch.zeros(0, 3, 16, 16)}, ValueError, "example_input must not be empty"),
         ({"threads": 0}, ValueError, "threads must be a whole number from 1 to 1024, or None for PyTorch's, got 0"),
         ({"threads": 100000}, ValueError, "from 1 to 1024, or None for PyTorch's, got 100000"),

@@ -231,9 +231,35 @@ def changes():
     yield put("outputs", 0, "name", "nobody")
     yield put("inputs", 0, "dtype", "object")
     yield put("layers", {"a": {}})
+    call = {"args": ["tensor"], "kwargs": [], "parameters": []}
+    for more in ({"args": []}, {"args": ["number"]}, {"args": [{"tuple": ["tensor", "tensor"]}]}, {"parameters": [1]}):
+        yield put("takes", call | more)
+    yield put("takes", call | {"args": [], "kwargs": [["x", "tensor"], ["x", {"constant": 1}]]})
+    deep: object = "tensor"
+    for _ in range(70):
+        deep = {"list": [deep]}
+    twice = {"dict": [["a", "tensor"], ["a", {"constant": 1}]]}
+    for wrong in (
+        "object",
+        "number",
+        1,
+        {},
+        {"tuple": ["tensor", "tensor"]},
+        {"tuple": []},
+        {"constant": [1]},
+        twice,
+        deep,
+    ):
+        yield put("gives", wrong)
+    for kind, key, name in (
+        *(("set", "a", "a"), ("dict", None, "a"), ("object", "a", 3), ("result", "0", "builtins:exec")),
+        *(("result", "0", "torch.return_types:max"), ("named", 1, "a")),
+    ):
+        yield put("gives", {kind: [[key, "tensor"]], "name": name})
     yield put("report", {})
     yield lambda header: header.clear()
-    for name in ("inputs", "outputs", "single", "batch", "items", "constants", "names", "layers", "reasons", "report"):
+    needed = ("inputs", "outputs", "takes", "gives", "batch", "items", "constants", "names", "layers", "report")
+    for name in (*needed, "reasons"):
         yield lambda header, name=name: header.pop(name)
     for value in ({"tensor": {"shape": [-1], "dtype": "float32", "place": [0, 4], "last": False}}, {"a": 1, "b": 2}):
         yield lambda header, value=value: operators(header)[0]["fields"].update(args=value)
@@ -321,7 +347,7 @@ def test_arguments_of_every_kind_come_back():
     given = [1, 2.5, float("inf"), True, None, "a", torch.float16, torch.channels_last, torch.strided, (1, [2])]
     writer = file._Writer()
     text = json.loads(json.dumps(writer.value(given)))
-    reader = file._Reader(torch.zeros(0, dtype=torch.uint8).numpy())
+    reader = file._Reader(torch.zeros(0, dtype=torch.uint8).numpy(), ())
     assert reader._value(text) == given
     with pytest.raises(ValueError, match="an argument of type complex cannot be saved"):
         writer.value(1j)

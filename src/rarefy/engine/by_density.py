@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy import environment
-from rarefy.engine.compiler import COMPILING, Precision, build, checked, prepare
+from rarefy.engine.compiler import COMPILING, Precision, build, checked, flattened, prepare
 from rarefy.engine.engine import Engine
 from rarefy.engine.plan import Layer, Plan, Step
 from rarefy.engine.quantize import BUDGET
@@ -40,10 +40,10 @@ _Seconds = NDArray[np.float64]
 
 def latency(
     model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
+    example_input: Any,
     *,
     precision: Precision = "float32",
-    calibration: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    calibration: Iterable[Any] | None = None,
     error_budget: float = BUDGET,
     block: int | Sequence[int] = 1,
     tune_seconds: float = 8.0,
@@ -56,7 +56,7 @@ def latency(
 
     Args:
         model: in evaluation mode, on the CPU. It is not changed.
-        example_input: what a call is timed on; its batch size counts.
+        example_input: what a call is timed on, as in :func:`compile`; its batch size counts.
         precision: as in :func:`compile`.
         calibration: as in :func:`compile`, for "int8" alone.
         error_budget: as in :func:`compile`; layers that int8 leaves in float32 are timed as such.
@@ -70,9 +70,11 @@ def latency(
             of the model, as where PyTorch runs all that has weights.
     """
     together = _checks.block("block", block)
-    inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
+    flat, inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
+    if calibration is not None:
+        calibration = flattened(calibration, flat.takes)
     with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        plan = prepare(model, inputs, precision, calibration, error_budget).better
+        plan = prepare(flat, inputs, precision, calibration, error_budget).better
         sizes = weights_of(plan)
         if not sizes:
             raise ValueError(

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from rarefy.act.functional import kept_operators
 from rarefy.engine import contractions, operators, recurrent, reference
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
+from rarefy.engine.structure import Flat, title, unwrapped
 
 _OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _NAMES = {function: name for name, function in reference.FUNCTIONS.items()}
@@ -50,7 +51,7 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | Non
     with quiet, torch.no_grad(), kept_operators(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = _export(model, tuple(inputs), fixed_because)
-        return _Graph(program, fixed_because).plan()
+        return _Graph(program, fixed_because, model).plan()
 
 
 class _Others:
@@ -120,7 +121,7 @@ def _other_width(model: nn.Module, inputs: Sequence[Tensor]) -> str:
         return before
 
     with contextlib.ExitStack() as hooks:
-        for name, layer in model.named_modules():
+        for name, layer in unwrapped(model).named_modules():
             if isinstance(layer, nn.Linear):
                 look_at = look(name or "Linear", -1, layer.in_features, "features")
             elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -136,9 +137,9 @@ def _other_width(model: nn.Module, inputs: Sequence[Tensor]) -> str:
 def _explain(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:
     """What could not be traced, and where in the model's code."""
     if hint := other_dtype(model, inputs):
-        return f"{type(model).__name__} cannot be traced: {hint} ({_first_line(error)})"
+        return f"{title(model)} cannot be traced: {hint} ({_first_line(error)})"
     if hint := _other_width(model, inputs):
-        return f"{type(model).__name__} does not run on this input: {hint} ({_first_line(error)})"
+        return f"{title(model)} does not run on this input: {hint} ({_first_line(error)})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     found = re.search(r"\b\w+(::\w+|\.\w+\.\w+)", _first_line(error))
@@ -147,7 +148,7 @@ def _explain(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -
         name = "aten.item"  # Python reads a value, and decides
     what = f"the operator {name}" if name else "its forward"
     return (
-        f"{type(model).__name__} cannot be traced: {what} has no fixed graph{where} ({_first_line(error)}). "
+        f"{title(model)} cannot be traced: {what} has no fixed graph{where} ({_first_line(error)}). "
         "A model for the engine computes tensors from tensors without control flow on their values; leave that part "
         "out of the model and run it before or after"
     )
@@ -156,7 +157,7 @@ def _explain(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -
 class _Graph:
     """An exported graph on its way to a plan."""
 
-    def __init__(self, program: ExportedProgram, fixed_because: str | None) -> None:
+    def __init__(self, program: ExportedProgram, fixed_because: str | None, model: nn.Module) -> None:
         self.program = program
         self.fixed_because = fixed_because
         self.constants: dict[str, Tensor] = {}
@@ -172,22 +173,28 @@ class _Graph:
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 self.inputs.append(spec.arg.name)
-            elif spec.target in program.state_dict:
-                self._add_constant(spec.arg.name, program.state_dict[spec.target], spec.target)
             else:
-                self._add_constant(spec.arg.name, program.constants[spec.target], spec.target)
+                held: Mapping[str, Any] = program.state_dict if spec.target in program.state_dict else program.constants
+                source = spec.target.removeprefix(Flat.PREFIX) if isinstance(model, Flat) else spec.target
+                self._add_constant(spec.arg.name, held[spec.target], source)
+        nodes = {node.name: node for node in program.graph.nodes}
+        labels = {name: name for name in self.inputs}
+        if isinstance(model, Flat):  # whose arguments have no names of their own
+            for name, label in zip(self.inputs, model.takes.labels(), strict=True):
+                nodes[name]._rename(label)
+                labels[name] = nodes[name].name
         for output in program.graph_signature.output_specs:
             if output.kind is OutputKind.USER_INPUT_MUTATION:
                 raise CaptureError(
-                    f"the model changes its input {output.target!r} in place; an engine leaves its inputs alone: let "
-                    "the model change a copy, x.clone()"
+                    f"the model changes its input {labels[str(output.target)]!r} in place; an engine leaves its inputs "
+                    "alone: let the model change a copy, x.clone()"
                 )
             if output.kind is not OutputKind.USER_OUTPUT:
                 raise CaptureError(
                     f"the model changes {output.target!r} in its forward; an engine keeps no state: give it as an input"
                 )
-        nodes = {node.name: node for node in program.graph.nodes}
         shape = nodes[self.inputs[0]].meta["val"].shape
+        self.inputs = [*labels.values()]
         self.batch = str(shape[0]) if shape else "1"
 
     def _add_constant(self, name: str, value: Any, source: str) -> None:

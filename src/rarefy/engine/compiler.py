@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -25,6 +26,7 @@ from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Conv, Linear, Plan, Recurrence, Step, tensors
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
+from rarefy.engine.structure import TENSOR, Call, Flat, Node, StructureError, call_of, title
 
 Precision = Literal["float32", "bfloat16", "int8"]
 #: Tracing and measuring change state of the process.
@@ -35,11 +37,11 @@ Choose = Literal["measure", "native", "sparse", "dense", "torch"]
 
 def compile(
     model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
+    example_input: Any,
     threads: int | None = None,
     *,
     precision: Precision = "float32",
-    calibration: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    calibration: Iterable[Any] | None = None,
     error_budget: float = BUDGET,
     choose: Choose = "measure",
     tune_seconds: float = 8.0,
@@ -51,13 +53,16 @@ def compile(
 
     Args:
         model: in evaluation mode, on the CPU; one that was trained sparse, finalized. It is not changed.
-        example_input: a tensor, or one for each input. Its size beyond the batch is that which the engine takes; its
-            batch size is what the kernels are chosen for, any other runs, too.
-        threads: how many threads the native kernels use; None takes ``torch.get_num_threads()`` at each call.
+        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments; in these, tensors in lists,
+            tuples, dicts, dataclasses. What is no tensor (None, a number, a string) is part of what is compiled. The
+            tensors' size beyond the batch is that which the engine takes; their batch size is what the kernels are
+            chosen for, any other runs, too. The engine is called like the model, and gives what the model gives.
+        threads: how many threads a call uses, in native kernels and in PyTorch's steps; None takes
+            ``torch.get_num_threads()`` at each call. In a forked process PyTorch's steps run on one thread.
         precision: "float32"; "bfloat16": weights rounded to half the memory, sums stay float32; "int8": weights and
             what goes between layers are bytes, by :func:`rarefy.engine.quantize.quantize`.
-        calibration: what the network will see, for "int8" alone: some hundred examples, in batches, each a tensor or a
-            tuple of one for each input. A model that PT2E (``torchao``'s ``convert_pt2e``) quantised has its own.
+        calibration: what the network will see, for "int8" alone: some hundred examples, in batches, each like
+            ``example_input``. A model that PT2E (``torchao``'s ``convert_pt2e``) quantised has its own.
         error_budget: how far the outputs in "int8" may be from those in float32 on examples, ||y_int8 - y|| / ||y||:
             layers stay float32 until it holds. ``report.quantization`` says which, and what each costs.
         choose: "measure" takes the fastest of sparse kernels, dense kernels and PyTorch, layer by layer, and the model
@@ -67,35 +72,48 @@ def compile(
         tune_seconds: at most about so much time to measure native kernels for.
 
     Raises:
-        TypeError: ``model`` is no module, ``example_input`` no tensors, ``error_budget`` no number.
+        TypeError: ``model`` is no module, ``example_input`` has no tensors, or what is not known; ``error_budget`` is
+            no number.
         ValueError: the model is in training mode or is not on the CPU; an option out of its range, or calibration that
             the model does not take; as :class:`rarefy.engine.CaptureError`, the model cannot be traced; as
             :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example, or in
             bfloat16 and int8 what PyTorch does with the same rounding.
     """
     begun = time.perf_counter()
-    inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    flat, inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    if calibration is not None:
+        calibration = flattened(calibration, flat.takes)
     # A step may draw random numbers; what autocast would make of the layers is not the model.
-    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        prepared = prepare(model, inputs, precision, calibration, error_budget, later=precision == "float32")
-        engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, model)
+    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), _threads_there():
+        prepared = prepare(flat, inputs, precision, calibration, error_budget, later=precision == "float32")
+        engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, flat)
         try:
-            _check(engine, prepared, model, precision)
+            _check(engine, prepared, flat, precision)
         except verify.PlanError as error:
-            prepared = prepare(model, inputs, precision, calibration, error_budget, fixed_because=str(error))
-            engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, model)
-            _check(engine, prepared, model, precision)
+            prepared = prepare(flat, inputs, precision, calibration, error_budget, fixed_because=str(error))
+            engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, flat)
+            _check(engine, prepared, flat, precision)
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=prepared.quantization)
     return engine
 
 
-def _check(engine: Engine, prepared: Prepared, model: nn.Module, precision: Precision) -> None:
+def _threads_there() -> AbstractContextManager[None]:
+    """Within it PyTorch uses the threads that it has, where a forked process has less."""
+    return torch_threads(torch.get_num_threads())
+
+
+def _check(engine: Engine, prepared: Prepared, model: Flat, precision: Precision) -> None:
     """Raise EngineError for an engine that is wrong, PlanError for one whose plan is."""
     for tried in prepared.trials:
         if precision == "float32":
             verify.check(engine, prepared.plan, model, tried)
         else:  # rounded numbers do not give the model's results: PyTorch's with the same rounding
             verify.check(engine, prepared.better, None, verify.plan_trial(prepared.better, tried.inputs))
+
+
+def flattened(calibration: Iterable[Any], takes: Call) -> Iterable[Any]:
+    """Batches like an example as tuples of tensors."""
+    return calibration if takes.is_plain else (takes.of_example(each) for each in calibration)
 
 
 class Prepared(NamedTuple):
@@ -108,7 +126,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    model: nn.Module,
+    model: Flat,
     inputs: tuple[Tensor, ...],
     precision: Precision,
     calibration: Iterable[Tensor | Sequence[Tensor]] | None,
@@ -122,7 +140,7 @@ def prepare(
     With ``later`` a plan of any batch size is compared with the model at small ones alone: the engine will be at the
     example's. Where ``fixed_because`` says why, it is for the batch size of the inputs alone.
     """
-    quantized = precision == "int8" and pt2e.is_quantized(model)
+    quantized = precision == "int8" and pt2e.is_quantized(model.model)
     _check_calibration(precision, calibration, error_budget, quantized)
     plan, trials = _captured(model, inputs, later, fixed_because)
     better, quantization = optimize(plan), None
@@ -134,20 +152,30 @@ def prepare(
 
 
 def _captured(
-    model: nn.Module, inputs: tuple[Tensor, ...], later: bool, fixed_because: str | None
+    model: Flat, inputs: tuple[Tensor, ...], later: bool, fixed_because: str | None
 ) -> tuple[Plan, list[verify.Trial]]:
     """The plan, which computes what the model does at the batch sizes tried, and what the engine is to be tried on.
 
     A batch of one and one of several are both tried where the plan takes any: a model may treat them differently, and
     is traced at one of them. Where they differ the engine takes that of the example alone.
     """
-    plan = capture(model, inputs, fixed_because)
+    example, raised = None, None
     try:
         example = verify.trial(model, inputs)
-    except Exception as error:  # whatever the model raises
-        why = other_dtype(model, inputs) or f"it raises {type(error).__name__}: {error}"
-        raise CaptureError(f"{type(model).__name__} does not run on example_input: {why}") from error
-    assert example is not None
+        gives = model.seen.gives
+    except StructureError as error:
+        raise CaptureError(
+            f"what {title(model)} gives back cannot be taken apart: {error}. Leave it out (transformers' caches by "
+            "use_cache=False), or wrap the model in one that takes the tensors out of it"
+        ) from error
+    except Exception as error:  # whatever the model raises: tracing may tell where
+        raised = error
+    plan = capture(model, inputs, fixed_because)
+    if example is not None and model.seen.gives != gives:
+        raise _traced_differently(model, "its output is of another structure")
+    if example is None:
+        why = other_dtype(model, inputs) or f"it raises {type(raised).__name__}: {raised}"
+        raise CaptureError(f"{title(model)} does not run on example_input: {why}") from raised
     if plan.batch is None:
         batch = inputs[0].shape[0]
         other = verify.trial(model, inputs, 2 if batch == 1 else 1)
@@ -164,11 +192,15 @@ def _captured(
         plan = capture(model, inputs, f"it {because}")
     wrong = verify.plan_differs(plan, model, example)
     if wrong is not None:
-        raise CaptureError(
-            f"{type(model).__name__} does something else when it is traced than when it is called ({wrong}): its "
-            "forward may not depend on the Python around it or on memory that it shares with its inputs"
-        )
+        raise _traced_differently(model, wrong)
     return plan, [example]
+
+
+def _traced_differently(model: Flat, how: str) -> CaptureError:
+    return CaptureError(
+        f"{title(model)} does something else when it is traced than when it is called ({how}): its forward may not "
+        "depend on the Python around it or on memory that it shares with its inputs"
+    )
 
 
 def build(
@@ -199,7 +231,8 @@ def build(
         items=items,
         inputs=[Port(name, tuple(x.shape), x.dtype) for name, x in zip(plan.inputs, inputs, strict=True)],
         outputs=[Port(name, shapes[name], plan.values[name].dtype) for name in plan.outputs],
-        single=plan.single,
+        takes=model.takes if isinstance(model, Flat) else Call.plain(len(plan.inputs)),
+        gives=model.seen.gives if isinstance(model, Flat) else _given(plan),
         batch=plan.batch,
         fixed_because=plan.fixed_because,
         constants={name: own.tensor(value) for name, value in plan.constants.items() if name in read},
@@ -217,6 +250,11 @@ def build(
             scratch_bytes=max((facts.scratch_bytes for facts in native), default=0),
         ),
     )
+
+
+def _given(plan: Plan) -> Node:
+    """What a plan gives that has no model around it: a tensor, or a tuple."""
+    return TENSOR if plan.single else Node("tuple", children=(TENSOR,) * len(plan.outputs))
 
 
 def _weights(item: Item) -> list[Tensor]:
@@ -264,18 +302,24 @@ class _Copies:
 
 def checked(
     model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
+    example_input: Any,
     threads: int | None,
     precision: str,
     choose: str,
     tune_seconds: float,
-) -> tuple[Tensor, ...]:
-    """The example's inputs; raises for arguments that :func:`compile` does not take."""
+) -> tuple[Flat, tuple[Tensor, ...]]:
+    """The model as one of tensors alone, and the example's; raises for arguments that :func:`compile` does not take."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    inputs = (example_input,) if isinstance(example_input, Tensor) else example_input
-    if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise TypeError(f"example_input must be a tensor or a sequence of tensors, got {type(example_input).__name__}")
+    try:
+        takes, inputs = call_of(model, example_input)
+    except TypeError as error:
+        raise TypeError(f"example_input: {error}") from None
+    if not inputs:
+        raise TypeError(
+            "example_input must be a tensor, a tuple of arguments or a dict of keyword arguments, with a tensor among "
+            f"them, got {type(example_input).__name__}"
+        )
     for x in inputs:
         if x.device.type != "cpu":
             raise ValueError(f"example_input must be on the CPU, got {x.device}: call it with x.cpu()")
@@ -314,7 +358,7 @@ def checked(
             kernels.address(plain(x))
         except ValueError as error:
             raise ValueError(f"example_input: {error}") from None
-    return tuple(map(plain, inputs))
+    return Flat(model, takes), tuple(map(plain, inputs))
 
 
 def _check_calibration(precision: str, calibration: object, error_budget: float, quantized: bool) -> None:

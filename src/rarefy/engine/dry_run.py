@@ -33,6 +33,7 @@ MOST_NUMBERS, LARGEST_INTEGER = 1 << 30, 1 << 40
 _UNSAFE = ("from_file", "as_strided", "empty", "sparse", "quantize", "fbgemm", "mkldnn", "cudnn", "miopen", "backward")
 _INTERNAL = {
     *("_to_copy", "_softmax", "_log_softmax", "_adaptive_avg_pool2d", "_native_batch_norm_legit_no_training"),
+    *("__and__", "__or__", "__xor__"),
     *("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "_weight_norm_interface", "_unsafe_view"),
 }
 

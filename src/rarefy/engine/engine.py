@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rarefy import kernels
 from rarefy.engine.building import NativeSegment, samples
-from rarefy.engine.execute import Runner, torch_threads
+from rarefy.engine.execute import Runner, most_in_torch, torch_threads
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
@@ -22,6 +22,7 @@ from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Line
 from rarefy.engine.profile import Profile, profile
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.steps import StepInfo, steps
+from rarefy.engine.structure import Call, Node
 
 #: So long calls are timed at least: a few short ones tell little.
 _LEAST_SECONDS = 0.005
@@ -74,7 +75,8 @@ class Engine:
         items: Sequence[Item],
         inputs: Sequence[Port],
         outputs: Sequence[Port],
-        single: bool,
+        takes: Call,
+        gives: Node,
         batch: int | None,
         fixed_because: str | None,
         constants: Mapping[str, Tensor],
@@ -85,11 +87,13 @@ class Engine:
         report: Report,
     ) -> None:
         self.inputs, self.outputs, self.report, self.threads = tuple(inputs), tuple(outputs), report, threads
-        self.batch, self._fixed_because, self._single = batch, fixed_because, single
+        self.batch, self._fixed_because = batch, fixed_because
+        self._takes, self._gives = takes, gives
         self._items, self._constants = tuple(items), dict(constants)
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
         names_in, names_out = ([port.name for port in ports] for ports in (self.inputs, self.outputs))
         self._runner = Runner(items, names_in, names_out, constants)
+        self._plain = takes.is_plain
         made = [name for item in items if _makes_new(item) for name in uses(item)[1]]
         #: The outputs that may share memory with something else, and the memory that is the engine's own.
         self._views = [i for i, name in enumerate(names_out) if name not in made or name in names_out[:i]]
@@ -105,23 +109,40 @@ class Engine:
         """What measuring the kernels took."""
         return self.report.measuring_seconds
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Compute the model's output for these inputs, of any batch size (see ``batch``), without gradient.
 
-        Raises TypeError for an input that is no tensor of the dtype compiled for, ValueError for another shape.
+        It takes what the model takes, by position or by name, and gives what the model gives. What was no tensor in the
+        example (None, a number, a string) must be the same here, or may be left out.
+
+        Raises TypeError for an input that is no tensor of the dtype compiled for, or is missing, ValueError for another
+        shape.
         """
+        outputs = self.flat(inputs if self._plain and not named else self._takes.tensors(inputs, named))
+        if self._gives.kind == "tensor":
+            return outputs[0]
+        return self._gives.build(iter(outputs))
+
+    def flat(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the output's tensors, and numbers as tensors, in order, from one for each of ``inputs``."""
         if torch.is_autocast_enabled("cpu"):  # it is for training: an engine has its precision
             with torch.autocast("cpu", enabled=False):
-                return self(*inputs)
+                return self.flat(inputs)
+        now = torch.get_num_threads()
+        threads = self.threads or now
+        if now != most_in_torch(threads):
+            with torch_threads(threads):
+                return self._computed(inputs, threads)
+        return self._computed(inputs, threads)
+
+    def _computed(self, inputs: Sequence[Tensor], threads: int) -> tuple[Tensor, ...]:
         given = self._checked(inputs)
-        threads = self.threads or torch.get_num_threads()
         if torch.is_grad_enabled():
             with torch.no_grad():
                 outputs = self._runner(given, threads)
         else:
             outputs = self._runner(given, threads)
-        outputs = self._apart(inputs, outputs)
-        return outputs[0] if self._single else outputs
+        return self._apart(inputs, outputs)
 
     def _apart(self, inputs: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs, each in memory of its own: a caller may change it in place, and change nothing else."""
@@ -140,8 +161,8 @@ class Engine:
     def profile(self, *inputs: Tensor, rounds: int = 21) -> Profile:
         """Time every step on one thread (see :class:`rarefy.engine.profile.Profile`).
 
-        ``inputs`` are what to run on; without them, random numbers of the example's shapes. Every figure is the median
-        of ``rounds`` runs.
+        ``inputs`` are what to run on, a tensor for each of the engine's ``inputs``; without them, random numbers of the
+        example's shapes. Every figure is the median of ``rounds`` runs.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -154,7 +175,7 @@ class Engine:
     def seconds(self, *inputs: Tensor, rounds: int = 21) -> float:
         """Time whole calls on one thread, by its processor time: the median of ``rounds``, or more of short ones.
 
-        ``inputs`` are what to run on; without them, random numbers of the example's shapes.
+        ``inputs`` are as those of :meth:`profile`.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -173,7 +194,7 @@ class Engine:
         return steps(self._items, self._names, self._layers, self._reasons)
 
     def example(self) -> tuple[Tensor, ...]:
-        """Make random inputs of the shapes that it was compiled for."""
+        """Make random tensors of the shapes that it was compiled for, one for each of ``inputs``."""
         return tuple(
             torch.randn(port.shape, dtype=port.dtype)
             if port.dtype.is_floating_point

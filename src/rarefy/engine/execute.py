@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,29 @@ _NATIVE = "program"
 _Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked  # noqa: PLW0603 - it is the process that changed
+    _forked = True
+
+
+# A forked child has OpenMP's list of threads without the threads: PyTorch would wait for them without end.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def most_in_torch(threads: int) -> int:
+    """How many of so many threads PyTorch may use: one in a process that was forked, and all elsewhere."""
+    return 1 if _forked else threads
+
+
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Within the block PyTorch uses that many threads."""
+    """Within the block PyTorch uses that many threads, in the thread that enters it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(most_in_torch(threads))
     try:
         yield
     finally:

@@ -40,6 +40,7 @@ from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Operator, Plan, Quantized, Ref, Step, Value
 from rarefy.engine.quantization import Quantization
+from rarefy.engine.structure import read, read_call
 
 VERSION = 1
 
@@ -169,7 +170,8 @@ def save(engine: Engine, path: str | Path) -> None:
         "torch": torch.__version__,
         "inputs": [_port(port) for port in engine.inputs],
         "outputs": [_port(port) for port in engine.outputs],
-        "single": engine._single,
+        "takes": engine._takes.json(),
+        "gives": engine._gives.json(),
         "batch": engine.batch,
         "fixed_because": engine._fixed_because,
         "items": items,
@@ -195,8 +197,12 @@ def save(engine: Engine, path: str | Path) -> None:
     write_atomically(Path(path), fill)
 
 
-def load(path: str | Path, *, mmap: bool = False) -> Engine:
+def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) -> Engine:
     """Load the engine of a file that :func:`save` wrote.
+
+    A file names the dataclasses and named tuples that the model takes or gives, and nothing is imported for it: those
+    of ``classes`` are made again, and so are transformers' outputs where transformers is imported; a dict stands for
+    another, and a warning says so.
 
     With ``mmap`` its weights stay in the file, mapped into memory that all processes share. The file must then not
     change while the engine is used: other weights in it would be computed with, and one that is cut off ends the
@@ -227,7 +233,7 @@ def load(path: str | Path, *, mmap: bool = False) -> Engine:
                 f"{path} holds native programs, and there is no native engine here (rarefy info says why): "
                 "compile the model again"
             )
-        return _Reader(data[_HEAD.size + length :]).engine(header)
+        return _Reader(data[_HEAD.size + length :], classes).engine(header)
     except _UnusableError:
         raise
     except Exception as error:  # there is no end to what a reader stumbles over in a forged file
@@ -338,8 +344,8 @@ def _spread(
 class _Reader:
     """Makes an engine of a header and the blobs behind it; raises whatever comes of a header that is not right."""
 
-    def __init__(self, blobs: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        self.blobs = blobs
+    def __init__(self, blobs: np.ndarray[Any, np.dtype[np.uint8]], classes: Sequence[type]) -> None:
+        self.blobs, self.classes = blobs, classes
 
     def engine(self, header: Mapping[str, _Json]) -> Engine:
         """The engine."""
@@ -359,7 +365,8 @@ class _Reader:
             items=items,
             inputs=inputs,
             outputs=outputs,
-            single=header["single"],
+            takes=read_call(header["takes"], self.classes),
+            gives=read(header["gives"], self.classes),
             batch=header["batch"],
             fixed_because=header["fixed_because"],
             constants=constants,
@@ -376,8 +383,11 @@ class _Reader:
     def _check_facts(self, engine: Engine) -> None:
         """Raise ValueError where what is not computed with, only told or looked at, is of another kind."""
         report, because = engine.report, engine._fixed_because
-        if engine._single not in (True, False) or (engine._single and len(engine.outputs) != 1):
-            raise ValueError("a single output is one")
+        given = [*engine._gives.kinds()]
+        if engine._takes.leaves != len(engine.inputs) or len(given) != len(engine.outputs):
+            raise ValueError("there are more inputs or outputs than tensors, or less")
+        if any(kind == "number" and port.shape for kind, port in zip(given, engine.outputs, strict=True)):
+            raise ValueError("an output is no number")
         for number, largest in ((engine.batch, LARGEST_INTEGER), (engine.threads, programs.MOST_THREADS)):
             if number is not None and not (type(number) is int and 1 <= number <= largest):
                 raise ValueError(f"a batch or a number of threads is {number!r:.80}")

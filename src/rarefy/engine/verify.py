@@ -100,8 +100,7 @@ def check(engine: Engine, plan: Plan, model: nn.Module | None, tried: Trial) -> 
     Raises PlanError where it is the plan, for any batch size, that differs from the model.
     """
     with _seeded():
-        outputs = engine(*tried.inputs)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        outputs = engine.flat(tried.inputs)
     found = _difference(plan, outputs, tried, lambda: None if model is None else _wide(model, tried))
     if found is None:
         return
