@@ -6,10 +6,12 @@ A :class:`Watch` is a mode of PyTorch in which every call of a function of PyTor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -149,6 +151,18 @@ def is_plain(x: Any) -> bool:
     return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested
 
 
+_watches: WeakValueDictionary[int, Watch] = WeakValueDictionary()
+_keys = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _tell(key: int, function: str, reason: str) -> bool:
+    """Tell a report what a graph that is being compiled calls: run while it is compiled, not when it runs."""
+    if key in _watches:
+        _watches[key].tell(function, reason)
+    return True
+
+
 class Watch(TorchFunctionMode):
     """What a swapped module knows: how its functions are computed, under what name they are told, and to whom.
 
@@ -158,8 +172,10 @@ class Watch(TorchFunctionMode):
     def __init__(self, name: str, mode: str, grad: str | None, table: Table | None, report: Swap | None) -> None:
         super().__init__()
         self.name, self.mode, self.grad, self.table, self.report = name, mode, grad, table, report
+        self.key = next(_keys)
+        _watches[self.key] = self
         self.what = ""  # the name of a module that is replaced as a whole
-        self.unchecked: set[bool] = set()  # for the whole model: states of ``training`` in which it has not run yet
+        self.unchecked: set[bool] = set()  # states of ``training`` in which a module of its own code has not run yet
         self.seen: set[tuple[str, str]] = set()
         #: By kinds of calls with a plain tensor that were seen: ours with its options, or None for PyTorch's.
         self.ready: dict[Hashable, Callable[[Tensor], Tensor] | None] = {}
@@ -170,7 +186,7 @@ class Watch(TorchFunctionMode):
 
     @property
     def checking(self) -> bool:
-        """Whether the model runs for the first time, and every call of an activation is asked where it comes from."""
+        """Whether a part of the model runs for the first time, with every module in it under its watch."""
         return self.report is not None and self.report.checking
 
     def takes(self, function: str, x: Any, many: bool | None = None) -> bool:
@@ -193,14 +209,17 @@ class Watch(TorchFunctionMode):
     def note(self, function: str, reason: str) -> None:
         """Tell the report of a call when it is the first of its kind."""
         if torch.compiler.is_compiling():
-            return
-        watch = self
-        if self.report is not None and self.report.checking:
-            watch = self.report.caller(self)
-        if (function, reason) not in watch.seen:
-            watch.seen.add((function, reason))
-            if watch.report is not None:
-                watch.report.note(watch.name, watch.what or f"{function} called", reason)
+            _tell(self.key, function, reason)
+        elif (function, reason) not in self.seen:
+            self.seen.add((function, reason))
+            self.tell(function, reason)
+            if self.report is not None:
+                self.report.promote(self.name)
+
+    def tell(self, function: str, reason: str) -> None:
+        """Tell the report of a call."""
+        if self.report is not None:
+            self.report.note(self.name, self.what or f"{function} called", reason)
 
     def gradient(self, function: str) -> str | None:
         """Return the form of gradient asked for where the function has it, else None for its own."""
