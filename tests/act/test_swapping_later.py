@@ -1,8 +1,7 @@
 """Activations that a swapped model calls later: in generators and coroutines, after the first run, when compiled."""
 
 import asyncio
-import importlib
-import operator
+from collections import OrderedDict
 from types import GeneratorType
 
 import pytest
@@ -138,19 +137,11 @@ def test_functions_that_come_as_arguments_are_replaced_in_every_call():
         assert len(report.watched) == 1
 
 
-class Spelled:
-    def __getitem__(self, name):
-        return operator.attrgetter(name)(importlib.import_module("torch"))
-
-
-SPELLED = Spelled()
-
-
 class Unseen(nn.Module):
     """Calls an activation by a name that nobody reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return Called()(x, SPELLED["tan" + "h"])
+        return getattr(x, "".join(("tan", "h")))()
 
 
 def test_a_part_that_runs_first_later_is_seen_then():
@@ -199,3 +190,135 @@ def test_a_first_run_that_is_compiled_misses_nothing(make, replaced, kept):
     assert (report.replaced, report.kept) == (replaced, kept)
     assert torch.equal(model(X), y)
     torch._dynamo.reset()
+
+
+ACTS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class Choosing(nn.Module):
+    """Calls relu in its first run and tanh afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.space, self.held = "relu", torch, {"deep": [OrderedDict(ACTS)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def by_dictionary(self, x):
+    return ACTS[self.name](x)
+
+
+def by_attribute(self, x):
+    return self.held["deep"][0][self.name](x)
+
+
+def by_space(self, x):
+    return getattr(self.space, self.name)(x)
+
+
+def by_vars(self, x):
+    return vars(torch)[self.name](x)
+
+
+def by_dict(self, x):
+    return torch.__dict__[self.name](x)
+
+
+def by_text(self, x):
+    return eval("torch." + self.name)(x)
+
+
+def by_question(self, x):
+    if isinstance(self.name, str) and self.name == "relu":
+        return x
+    return nn.Tanh()(x)
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+def by_own_question(self, x):
+    if isinstance(x, (nn.Linear, Own)) or self.name == "relu":
+        return x
+    return Own()(x)
+
+
+def by_distribution(self, x):
+    return x if self.name == "relu" else torch.distributions.transforms.TanhTransform()(x)
+
+
+CHOICES = (
+    *(by_dictionary, by_attribute, by_space, by_vars, by_dict, by_text, by_question, by_own_question, by_distribution),
+)
+
+
+@pytest.mark.parametrize("forward", CHOICES)
+def test_what_is_chosen_after_the_first_run_is_replaced(forward):
+    model = type("Chosen", (Choosing,), {"forward": forward})()
+    report = act.swap(model, "hard")
+    model(X)
+    model.name = "tanh"
+    for _ in range(2):
+        assert torch.equal(model(X), OURS)
+    assert report.replaced == [("", "tanh called")]
+
+
+def test_asking_for_a_class_is_not_calling_it():
+    class Asking(nn.Module):
+        def forward(self, x):
+            return x if isinstance(self, nn.Tanh) or isinstance(abs(1), (Own, nn.LSTM)) else x + 1
+
+    assert not act.swap(Asking()).watched
+
+
+def test_lists_of_tensors_are_told_and_every_operator_is_caught():
+    class Lists(nn.Module):
+        def forward(self, x):
+            return torch._foreach_tanh([x])[0] + torch._C._nn.gelu_(x * 1) + torch.ops.prims.tanh(x)
+
+    model = Lists()
+    report = act.swap(model, "hard")
+    assert torch.equal(model(X), torch.tanh(X) + act.gelu(X, "hard") + OURS)
+    assert report.kept == [("", "_foreach_tanh computes those of a list inside PyTorch")]
+    assert set(report.replaced) == {("", "gelu called"), ("", "tanh called")}
+
+
+KINDS = {nn.GRU: 1}
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda layer: type(layer) is nn.GRU,
+        lambda layer: type(layer) in (nn.LSTM, nn.GRU),
+        lambda layer: layer.__class__ == nn.GRU,
+        lambda layer: type(layer) in KINDS,
+    ],
+)
+def test_a_layer_whose_type_the_model_compares_is_kept(same):
+    class Comparing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.other = nn.GRU(4, 4), nn.Tanh()
+
+        def forward(self, x):
+            return self.other(x) if same(self.rnn) else x
+
+    Comparing.same = staticmethod(same)
+    model = Comparing()
+    report = act.swap(model, "hard")
+    assert torch.equal(model(X), OURS)
+    assert report.kept == [("rnn", "code of the model compares types with GRU, which a swap would change")]
+    assert type(model.rnn) is nn.GRU
+
+
+def test_the_report_names_the_classes_that_changed():
+    model = nn.Sequential(nn.LSTM(4, 4), nn.Identity())
+    report = act.swap(model, "hard")
+    assert "derives from theirs: LSTM; isinstance()" in str(report)
+    report.restore()
+    assert "derives" not in str(report)

@@ -55,12 +55,6 @@ _NEEDED = {"alpha": 1.0, "beta": 1.0, "threshold": 20.0}
 _INSIDE = "computes its {} inside PyTorch"
 #: Every function of PyTorch that is replaced, or named in the report because it is not.
 CALLS: dict[Any, Call] = {
-    torch._C._nn.gelu: Call("gelu"),
-    torch._C._nn.silu: Call("silu"),
-    torch._C._nn.silu_: Call("silu", True),
-    F.silu: Call("silu"),
-    F.tanh: Call("tanh"),
-    F.sigmoid: Call("sigmoid"),
     torch.special.expit: Call("sigmoid"),
     F.tanhshrink: Call("tanhshrink", kept=_INSIDE.format("tanh")),
     F.glu: Call("glu", kept=_INSIDE.format("gate")),
@@ -70,23 +64,19 @@ CALLS: dict[Any, Call] = {
         for name in ("lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell")
     },
 }
-for _name in ("mish", "softplus", "hardswish", "elu"):
-    CALLS[getattr(F, _name)] = CALLS[getattr(torch._C._nn, _name)] = Call(_name)
-    if _name != "softplus":
-        CALLS[getattr(torch._C._nn, _name + "_")] = Call(_name, True)
+for _name in ("tanh", "sigmoid", "silu", "gelu", "mish", "softplus", "hardswish", "elu"):
+    for _place in (torch, torch.Tensor, F, torch._C._nn):
+        for _found, _in_place in ((getattr(_place, _name, None), False), (getattr(_place, _name + "_", None), True)):
+            if _found is not None:
+                CALLS[_found] = Call(_name, _in_place)
 for _name in ("tanh", "sigmoid"):
-    for _place in (torch, torch.Tensor):
-        CALLS[getattr(_place, _name)] = Call(_name)
-        CALLS[getattr(_place, _name + "_")] = Call(_name, True)
-for _name in ("tanh", "sigmoid", "silu", "gelu"):
-    for _packet, _in_place in ((getattr(torch.ops.aten, _name), False), (getattr(torch.ops.aten, _name + "_"), True)):
-        CALLS[_packet] = CALLS[_packet.default] = Call(_name, _in_place)
-    CALLS[getattr(torch.ops.aten, _name).out] = Call(_name)
-for _name in ("mish", "softplus", "hardswish", "elu"):
-    CALLS[getattr(torch.ops.aten, _name)] = CALLS[getattr(torch.ops.aten, _name).default] = Call(_name)
-    if _name != "softplus":
-        _packet = getattr(torch.ops.aten, _name + "_")
-        CALLS[_packet] = CALLS[_packet.default] = Call(_name, True)
+    for _list in ("_foreach_" + _name, "_foreach_" + _name + "_"):
+        CALLS[getattr(torch, _list)] = Call(_list, kept="computes those of a list inside PyTorch")
+for _call in [call for call in CALLS.values() if call.function != "tanhshrink"]:
+    _packet = getattr(torch.ops.aten, _call.function + "_" * _call.in_place, None)
+    for _found in () if _packet is None else (_packet, *(getattr(_packet, each) for each in _packet.overloads())):
+        CALLS[_found] = _call
+CALLS[torch.ops.prims.tanh] = CALLS[torch.ops.prims.tanh.default] = Call("tanh")
 
 #: Names by which code may mean one of them.
 NAMES = frozenset(name for call in CALLS.values() for name in (call.function, call.function + "_", "expit"))

@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from rarefy.act import mlp
 from rarefy.act.interception import CALLS, Watch
 from rarefy.act.modules import Tanh
-from rarefy.act.reading import Reader, is_foreign
+from rarefy.act.reading import Reader, compared, is_foreign
 from rarefy.act.roles import FUSED, RECURRENT, Role, agrees, class_of, entry_of, function_of, unit_of
 from rarefy.act.spec.table import Table
 
@@ -61,6 +61,12 @@ class Swap:
         lines = [f"replaced {len(self.replaced)}, kept {len(self.kept)}"]
         if self.watched:
             lines[0] += f", watched {len(self.watched)}: what these call is told when it was called"
+        if self._changed:
+            kinds = sorted({kind.__name__ for _, kind in self._changed})
+            lines.append(
+                f"  modules have a class that derives from theirs: {', '.join(kinds)}; isinstance() is true of them,"
+                " but code that compares types (type(m) is nn.LSTM) takes them for others"
+            )
         lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced]
         lines += [f"  {name or '(the model)'}: kept, {why}" for name, why in self.kept]
         lines += [f"  {name or '(the model)'}: watched" for name in self.watched]
@@ -117,6 +123,13 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
     reader = Reader(modules.values())
     lazy = Reader(modules.values(), skipped=("eager_attention_forward",))
     plan = {name: _role(name, module, reader, lazy, report) for name, module in modules.items()}
+    fixed = compared(modules.values())
+    for name, module in modules.items():
+        if plan[name] is not None and type(module) in fixed:
+            plan[name] = None
+            report.kept.append(
+                (name, f"code of the model compares types with {type(module).__name__}, which a swap would change")
+            )
     shielded = {
         id(child)
         for name, role in plan.items()
@@ -124,7 +137,7 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
         for child in _children(modules[name])
     }
     for name, module in modules.items():
-        if plan[name] is None and _is_ordinary(module):
+        if plan[name] is None and _is_ordinary(module) and type(module) not in fixed:
             if not _is_pytorchs(type(module)):
                 plan[name] = Role("quiet", (entry_of(module),))
             elif type(module) in FUSED or (id(module) in shielded and type(module) not in _CHEAP):
