@@ -97,6 +97,23 @@ def without_avx512(ns: Times, dtype: str) -> str:
     return table(head, rows)
 
 
+def slower() -> str:
+    """Every function, mode and format of both files that takes longer than PyTorch's: PyTorch's time over ours."""
+    sizes = ("L1", "L2", "DRAM")
+    rows = []
+    for name, ns in (("AVX-512", read()), ("AVX2", read(AVX2))):
+        for dtype, entry in dict.fromkeys((dtype, entry) for _, dtype, entry in ns):
+            way, *which = entry.split()
+            if way not in ("kernel", "call") or len(which) != 2:
+                continue
+            theirs = "torch.hardtanh" if which == ["tanh", "hard"] else f"torch.{which[0]}"
+            pairs = [(ns.get((size, dtype, theirs), 0.0), ns.get((size, dtype, entry), 0.0)) for size in sizes]
+            cells = [f"{peer / our:.3f}" if 0 < peer < our else "" for peer, our in pairs]
+            if any(cells):
+                rows += [[name, dtype, NAMES[which[0]], which[1], way, *cells]]
+    return table(["slower", "format", "function", "mode", "timed", *sizes], rows)
+
+
 def sentences(ns: Times) -> dict[str, str]:
     """What the docs say in words, by a name."""
 
@@ -131,6 +148,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--print"]:
         times = read()
         tables = [without_avx512(read(AVX2), dtype) for dtype in (F, B, "float16")]
-        print(bfloat16(times), float32(times), *tables, *sentences(times).values(), sep="\n\n")
+        print(bfloat16(times), float32(times), *tables, slower(), *sentences(times).values(), sep="\n\n")
         sys.exit(0)
     sys.exit(main(["bench", "act", "--csv", str(RESULTS), *sys.argv[1:]]))

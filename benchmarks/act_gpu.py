@@ -222,7 +222,24 @@ def tables() -> str:
         name = f"{row['kind']}, {row['width']} wide, batch {row['batch']}, {row['steps']} steps"
         times = [f"{float(row[key]):.2f}" for key in ("ms", "torch_ms", "graph_ms", "torch_graph_ms")]
         layers.append([name, row["dtype"], row["mode"], row["what"], *times])
-    return f"{markdown(lines)}\n\n{markdown(layers)}"
+    return f"{markdown(lines)}\n\n{slower()}\n\n{markdown(layers)}"
+
+
+def slower() -> str:
+    """Return every speed that is below PyTorch's, over PyTorch's."""
+    lines = [["slower", "format", "mode", "forward", "compiled", "with gradient", "replayed"]]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in results.read("act-gpu"):
+        ahead = row["what"] == "forward"
+        ways = [
+            ("eager_gbs", "torch_gbs"),
+            ("compiled_gbs", "torch_compiled_gbs") if ahead else ("graph_gbs", "torch_gbs"),
+        ]
+        key = (f"`{row['function']}`", row["format"], row["mode"])
+        for at, (ours, theirs) in enumerate(ways, 0 if ahead else 2):
+            if row[ours] and row[theirs] and float(row[ours]) < float(row[theirs]):
+                found.setdefault(key, [""] * 4)[at] = f"{float(row[ours]) / float(row[theirs]):.3f}"
+    return markdown(lines + [[*key, *cells] for key, cells in found.items()])
 
 
 def main() -> None:

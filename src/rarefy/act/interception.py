@@ -6,10 +6,12 @@ A :class:`Watch` is a mode of PyTorch in which every call of a function of PyTor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -53,12 +55,6 @@ _NEEDED = {"alpha": 1.0, "beta": 1.0, "threshold": 20.0}
 _INSIDE = "computes its {} inside PyTorch"
 #: Every function of PyTorch that is replaced, or named in the report because it is not.
 CALLS: dict[Any, Call] = {
-    torch._C._nn.gelu: Call("gelu"),
-    torch._C._nn.silu: Call("silu"),
-    torch._C._nn.silu_: Call("silu", True),
-    F.silu: Call("silu"),
-    F.tanh: Call("tanh"),
-    F.sigmoid: Call("sigmoid"),
     torch.special.expit: Call("sigmoid"),
     F.tanhshrink: Call("tanhshrink", kept=_INSIDE.format("tanh")),
     F.glu: Call("glu", kept=_INSIDE.format("gate")),
@@ -68,23 +64,19 @@ CALLS: dict[Any, Call] = {
         for name in ("lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell", "rnn_tanh_cell")
     },
 }
-for _name in ("mish", "softplus", "hardswish", "elu"):
-    CALLS[getattr(F, _name)] = CALLS[getattr(torch._C._nn, _name)] = Call(_name)
-    if _name != "softplus":
-        CALLS[getattr(torch._C._nn, _name + "_")] = Call(_name, True)
+for _name in ("tanh", "sigmoid", "silu", "gelu", "mish", "softplus", "hardswish", "elu"):
+    for _place in (torch, torch.Tensor, F, torch._C._nn):
+        for _found, _in_place in ((getattr(_place, _name, None), False), (getattr(_place, _name + "_", None), True)):
+            if _found is not None:
+                CALLS[_found] = Call(_name, _in_place)
 for _name in ("tanh", "sigmoid"):
-    for _place in (torch, torch.Tensor):
-        CALLS[getattr(_place, _name)] = Call(_name)
-        CALLS[getattr(_place, _name + "_")] = Call(_name, True)
-for _name in ("tanh", "sigmoid", "silu", "gelu"):
-    for _packet, _in_place in ((getattr(torch.ops.aten, _name), False), (getattr(torch.ops.aten, _name + "_"), True)):
-        CALLS[_packet] = CALLS[_packet.default] = Call(_name, _in_place)
-    CALLS[getattr(torch.ops.aten, _name).out] = Call(_name)
-for _name in ("mish", "softplus", "hardswish", "elu"):
-    CALLS[getattr(torch.ops.aten, _name)] = CALLS[getattr(torch.ops.aten, _name).default] = Call(_name)
-    if _name != "softplus":
-        _packet = getattr(torch.ops.aten, _name + "_")
-        CALLS[_packet] = CALLS[_packet.default] = Call(_name, True)
+    for _list in ("_foreach_" + _name, "_foreach_" + _name + "_"):
+        CALLS[getattr(torch, _list)] = Call(_list, kept="computes those of a list inside PyTorch")
+for _call in [call for call in CALLS.values() if call.function != "tanhshrink"]:
+    _packet = getattr(torch.ops.aten, _call.function + "_" * _call.in_place, None)
+    for _found in () if _packet is None else (_packet, *(getattr(_packet, each) for each in _packet.overloads())):
+        CALLS[_found] = _call
+CALLS[torch.ops.prims.tanh] = CALLS[torch.ops.prims.tanh.default] = Call("tanh")
 
 #: Names by which code may mean one of them.
 NAMES = frozenset(name for call in CALLS.values() for name in (call.function, call.function + "_", "expit"))
@@ -149,6 +141,18 @@ def is_plain(x: Any) -> bool:
     return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested
 
 
+_watches: WeakValueDictionary[int, Watch] = WeakValueDictionary()
+_keys = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _tell(key: int, function: str, reason: str) -> bool:
+    """Tell a report what a graph that is being compiled calls: run while it is compiled, not when it runs."""
+    if key in _watches:
+        _watches[key].tell(function, reason)
+    return True
+
+
 class Watch(TorchFunctionMode):
     """What a swapped module knows: how its functions are computed, under what name they are told, and to whom.
 
@@ -158,8 +162,10 @@ class Watch(TorchFunctionMode):
     def __init__(self, name: str, mode: str, grad: str | None, table: Table | None, report: Swap | None) -> None:
         super().__init__()
         self.name, self.mode, self.grad, self.table, self.report = name, mode, grad, table, report
+        self.key = next(_keys)
+        _watches[self.key] = self
         self.what = ""  # the name of a module that is replaced as a whole
-        self.unchecked: set[bool] = set()  # for the whole model: states of ``training`` in which it has not run yet
+        self.unchecked: set[bool] = set()  # states of ``training`` in which a module of its own code has not run yet
         self.seen: set[tuple[str, str]] = set()
         #: By kinds of calls with a plain tensor that were seen: ours with its options, or None for PyTorch's.
         self.ready: dict[Hashable, Callable[[Tensor], Tensor] | None] = {}
@@ -170,7 +176,7 @@ class Watch(TorchFunctionMode):
 
     @property
     def checking(self) -> bool:
-        """Whether the model runs for the first time, and every call of an activation is asked where it comes from."""
+        """Whether a part of the model runs for the first time, with every module in it under its watch."""
         return self.report is not None and self.report.checking
 
     def takes(self, function: str, x: Any, many: bool | None = None) -> bool:
@@ -193,14 +199,17 @@ class Watch(TorchFunctionMode):
     def note(self, function: str, reason: str) -> None:
         """Tell the report of a call when it is the first of its kind."""
         if torch.compiler.is_compiling():
-            return
-        watch = self
-        if self.report is not None and self.report.checking:
-            watch = self.report.caller(self)
-        if (function, reason) not in watch.seen:
-            watch.seen.add((function, reason))
-            if watch.report is not None:
-                watch.report.note(watch.name, watch.what or f"{function} called", reason)
+            _tell(self.key, function, reason)
+        elif (function, reason) not in self.seen:
+            self.seen.add((function, reason))
+            self.tell(function, reason)
+            if self.report is not None:
+                self.report.promote(self.name)
+
+    def tell(self, function: str, reason: str) -> None:
+        """Tell the report of a call."""
+        if self.report is not None:
+            self.report.note(self.name, self.what or f"{function} called", reason)
 
     def gradient(self, function: str) -> str | None:
         """Return the form of gradient asked for where the function has it, else None for its own."""

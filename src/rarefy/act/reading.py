@@ -2,8 +2,9 @@
 
 Code is followed from name to name: globals, closures, default arguments, attributes of ``self``, what partials, bound
 methods, containers and decorators hold, the methods of parents. A name that leads nowhere counts by how it is spelled.
-What errs errs towards yes, which costs time and no answer. Not followed: functions that come as arguments, or out of
-``getattr`` with a computed name on a computed object.
+What errs errs towards yes, which costs time and no answer: code that picks out of a module of PyTorch by a computed
+name, or evaluates text, may call anything. Not followed: functions that come as arguments, or by a computed name out of
+a computed object.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ _MODULE_NAMES = frozenset(
 )
 #: PyTorch's modules that call an activation.
 MODULES = (*(getattr(nn, name) for name in _MODULE_NAMES), nn.Tanhshrink, nn.RNNBase, nn.RNNCellBase)
-#: Spaces of PyTorch that code may pick a function out of, where they are used as values.
-_SPACES = (torch, torch.special, nn.functional, torch.Tensor, torch._C._nn, torch.ops, torch.ops.aten)
+#: Modules of PyTorch, out of which code that uses them as values may pick a function by a computed name.
+_SPACES = (torch, torch.special, nn.functional, torch._C._nn, torch.ops, torch.ops.aten)
+# what evaluates text
+_EVALUATING = (eval, exec)
 # libraries that are not read, and what of them is
 _OPAQUE = ("torch", "numpy", "rarefy", "transformers", "accelerate", "huggingface_hub", "diffusers")
 _READ = (
     *("transformers.models", "transformers.activations", "transformers.modeling_layers", "transformers.pytorch_utils"),
-    *("diffusers.models", "diffusers.pipelines"),
+    *("diffusers.models", "diffusers.pipelines", "torch.distributions"),
 )
 _KINDS = frozenset(type(each) for each in CALLS)
 _MISSING = object()
@@ -49,6 +52,7 @@ class _Reference(NamedTuple):
 
 class _Code(NamedTuple):
     references: tuple[_Reference, ...]
+    asked: frozenset[_Reference]  # those that are arguments of isinstance, and nothing else
     strings: frozenset[str]
     inner: tuple[types.CodeType, ...]
 
@@ -64,25 +68,33 @@ def is_foreign(value: Any) -> bool:
 
 _LOADS = {"LOAD_GLOBAL": "global", "LOAD_NAME": "global", "LOAD_DEREF": "cell", "LOAD_CLOSURE": "cell"}
 _SILENT = ("CACHE", "PRECALL", "PUSH_NULL", "NOP", "EXTENDED_ARG")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+_ASKING = ("isinstance", "issubclass")
 
 
 @cache
 def _parse(code: types.CodeType) -> _Code:
     """List what code refers to; of loads that follow each other an attribute belongs to the last."""
     first = code.co_varnames[0] if code.co_argcount else None
-    references: list[_Reference] = []
+    found: list[tuple[_Reference, bool]] = []
     current, imported = _Reference("other", "", ()), ""
+    depth = 0  # of the stack since isinstance was loaded: it is 1 again when the answer lies there
     for each in dis.get_instructions(code):
         op, name = each.opname, each.argval
+        effect = dis.stack_effect(each.opcode, each.arg, jump=False)
+        depth = max(depth + effect, 0) if depth and "JUMP" not in op else 0
         if op in _SILENT:
             continue
-        if op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+        if op in _ATTRIBUTES:
             current = current._replace(chain=(*current.chain, name))
             continue
-        references.append(current)
+        found.append((current, depth > 0))
         current = _Reference("other", "", ())
+        if depth == 1 and op.startswith("CALL"):
+            depth = 0
         if op in _LOADS:
             current = _Reference(_LOADS[op], name, ())
+            depth = effect if name in _ASKING and not depth else depth
         elif op.startswith("LOAD_FAST"):
             name = name[-1] if isinstance(name, tuple) else name
             current = _Reference("self", name, ()) if name == first else current
@@ -90,8 +102,10 @@ def _parse(code: types.CodeType) -> _Code:
             imported = name
         elif op == "IMPORT_FROM":
             current = _Reference("import", imported, (name,))
+    used = {reference for reference, asked in found if not asked}
     return _Code(
-        tuple(dict.fromkeys(each for each in references if each.name or each.chain)),
+        tuple(dict.fromkeys(reference for reference, _ in found if reference.name or reference.chain)),
+        frozenset(reference for reference, _ in found if reference not in used),
         frozenset(each for each in code.co_consts if isinstance(each, str)),
         tuple(each for each in code.co_consts if isinstance(each, types.CodeType)),
     )
@@ -135,7 +149,7 @@ class Reader:
         if isinstance(value, torch.jit.ScriptFunction):
             self.saw_scripted = True
             return self._scripted and any(f"aten::{name}(" in str(value.inlined_graph) for name in NAMES)
-        if type(value) in _KINDS and value in CALLS:
+        if (type(value) in _KINDS and value in CALLS) or any(value is each for each in _EVALUATING):
             return not self._scripted
         if isinstance(value, types.FunctionType):
             return self._wrapped(value) if is_foreign(value) else self._function(value, owner)
@@ -148,7 +162,8 @@ class Reader:
         if isinstance(value, partial):
             return any(self.value(each) for each in (value.func, *value.args, *value.keywords.values()))
         if isinstance(value, Mapping):
-            return not is_foreign(type(value)) and any(self.value(each) for each in value.values())
+            known = type(value).__module__ in ("builtins", "collections") or not is_foreign(type(value))
+            return known and any(self.value(each) for each in list(value.values()))
         if isinstance(value, list | tuple | set | frozenset):
             return any(self.value(each) for each in value if not isinstance(each, int | float | str))
         if isinstance(value, type):
@@ -183,19 +198,8 @@ class Reader:
         return (
             any(self._code(each, function, owner) for each in parsed.inner)
             or any(self._reference(each, code, function, owner) for each in parsed.references)
-            or ("getattr" in names and self._picks(parsed, function))
             or ("super" in names and self._parents(parsed, owner))
         )
-
-    def _picks(self, parsed: _Code, function: types.FunctionType) -> bool:
-        """Tell whether code with a ``getattr`` has one of PyTorch's spaces to take it of."""
-        for each in parsed.references:
-            value = function.__globals__.get(each.name)
-            for attribute in each.chain:
-                value = _attribute(value, attribute)
-            if not self._scripted and any(value is space for space in _SPACES):
-                return True
-        return False
 
     def _parents(self, parsed: _Code, owner: Any) -> bool:
         """Read what ``super().name`` may be: the methods of that name of all parents."""
@@ -219,6 +223,8 @@ class Reader:
         elif owner is not None and (name == "self" or (kind == "self" and code is function.__code__)):
             value = owner
         for at, attribute in enumerate(chain):
+            if attribute == "__dict__" and _is_space(value):
+                break
             if isinstance(value, type) and not is_foreign(value) and self.value(value):
                 return True  # such as an autograd function, whose apply is PyTorch's
             holder, value = value, _attribute(value, attribute)
@@ -228,8 +234,48 @@ class Reader:
                 return False  # read for itself
             if isinstance(value, types.FunctionType | property):
                 return self.value(value, holder if not isinstance(holder, types.ModuleType | type) else None)
-        asked = isinstance(value, type) and "isinstance" in code.co_names  # most likely whether it is one
-        return value is not _MISSING and not asked and self.value(value)
+        if _is_space(value):
+            return not self._scripted
+        return value is not _MISSING and reference not in _parse(code).asked and self.value(value)
+
+
+def compared(modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
+    """Return the classes that code of modules compares types with: one that derives from such a class is another."""
+    found: set[type[nn.Module]] = set()
+    for kind in {type(module) for module in modules}:
+        functions = [value for _, value in _members(kind) if inspect.isfunction(value)]
+        seen: set[types.FunctionType] = set()
+        while functions:
+            function = functions.pop()
+            if function in seen or is_foreign(function):
+                continue
+            seen.add(function)
+            values = list(_values(function.__code__, function))
+            functions += [value for value in values if isinstance(value, types.FunctionType)]
+            if type in values or "__class__" in function.__code__.co_names:
+                each: Any
+                for each in values:
+                    held = each if isinstance(each, list | tuple | set | frozenset | dict) else (each,)
+                    found.update(value for value in held if isinstance(value, type) and issubclass(value, nn.Module))
+    return found
+
+
+def _values(code: types.CodeType, function: types.FunctionType) -> Iterator[Any]:
+    """Yield what the names in code stand for that need no object to be looked up in."""
+    for kind, name, chain in _parse(code).references:
+        value = function.__globals__.get(name, vars(builtins).get(name, _MISSING)) if kind == "global" else _MISSING
+        value = _cell(function, name) if kind == "cell" else value
+        for attribute in chain:
+            value = _attribute(value, attribute)
+        if value is not _MISSING:
+            yield value
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _values(inner, function)
+
+
+def _is_space(value: Any) -> bool:
+    return any(value is space for space in _SPACES)
 
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 
 from rarefy.act import gated, mlp
 from rarefy.act.interception import CALLS, PYTORCH, Watch, activation, is_plain, key_of, left
+from rarefy.act.later import LATER, stepped
 from rarefy.act.recurrent import GRU, LSTM, GRUCell, LSTMCell
 
 
@@ -67,11 +69,10 @@ _MANY = 1 << 14  # elements from which a gated unit takes less time than its two
 
 
 class Role(NamedTuple):
-    """What a module becomes: a kind ("" for none), the methods that change with it, and whether it is the whole."""
+    """What a module becomes: a kind, and the methods that change with it."""
 
     kind: str
     methods: tuple[str, ...] = ("forward",)
-    checked: bool = False
 
 
 def function_of(kind: type[nn.Module]) -> Callable[[Any], str] | None:
@@ -126,6 +127,7 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
         wrap = {
             "whole": _whole,
             "recurrent": _recurrent,
+            "quiet": _quiet,
             "shielded": _shielded,
             "layer": _shielded,
             "attention": _attention,
@@ -134,9 +136,6 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
         for name in role.methods:
             method = getattr(kind, name)
             made[name] = functools.wraps(method)(wrap.get(role.kind, _watched)(kind, method))
-        if role.checked and "forward" not in made:
-            method = kind.forward
-            made["forward"] = functools.wraps(method)(_checked(kind, method))
         if role.kind == "whole":
             which: Any = function_of(kind)
             made["_rarefy_which"] = staticmethod(which)
@@ -199,30 +198,70 @@ def _under(watch: Watch | None, method: Callable[..., Any], *args: Any, **kwargs
             _push_mode(outer)  # type: ignore[no-untyped-call]
 
 
-def _watched(kind: type[nn.Module], method: Callable[..., Any], lazy: bool = False) -> Callable[..., Any]:
+def _watched(
+    kind: type[nn.Module], method: Callable[..., Any], needed: Callable[[Any], bool] = lambda self: True
+) -> Callable[..., Any]:
+    """Run a method under its watch where that is needed, and always when the module runs first."""
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = self._rarefy
         if watch is None:
             return method(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            with watch:
-                return method(self, *args, **kwargs)
-        if lazy and getattr(self.config, "_attn_implementation", None) not in (None, "eager"):
-            return method(self, *args, **kwargs)
+            return _under(watch, method, self, *args, **kwargs)
         if fx._symbolic_trace.is_fx_symbolic_tracing():
             with _recorded(watch, (*args, *kwargs.values())):
                 return _under(watch, method, self, *args, **kwargs)
-        if watch.unchecked and not torch._C._is_tracing():
-            with _check(self):
-                return _under(watch, method, self, *args, **kwargs)
-        return _under(watch, method, self, *args, **kwargs)
+        training = self.training
+        new = training in watch.unchecked or _has_functions(args) or (kwargs and _has_functions(kwargs.values()))
+        new = new and not torch._C._is_tracing()
+        if not (new or watch.checking or needed(self)):
+            return _under(None, method, self, *args, **kwargs)
+        run = functools.partial(_checking if new else _under, watch)
+        result = run(method, self, *args, **kwargs)
+        if isinstance(result, LATER):
+            return stepped(result, run, functools.partial(watch.unchecked.discard, training))
+        if isinstance(result, types.FunctionType | types.MethodType | functools.partial) and needed(self):
+            watch.note("", "gives back a function, which computes outside of it: that is left")
+        watch.unchecked.discard(training)  # a run that failed has not shown all
+        return result
 
     return call
 
 
+def _checking(watch: Watch, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a method under a watch, and everything under it under watches of its own, to see what they call."""
+    report = watch.report
+    if report is None:
+        return _under(watch, method, *args, **kwargs)
+    outer, report.checking = report.checking, True
+    try:
+        return _under(watch, method, *args, **kwargs)
+    finally:
+        report.checking = outer
+
+
 def _attention(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
     """Watch an attention of ``transformers`` that calls tanh in its eager form alone, while it has that form."""
-    return _watched(kind, method, lazy=True)
+    return _watched(kind, method, lambda self: getattr(self.config, "_attn_implementation", None) in (None, "eager"))
+
+
+def _quiet(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave a module alone whose code was not seen to call an activation, once it has run."""
+    return _watched(kind, method, lambda self: False)
+
+
+def _has_functions(values: Iterable[Any]) -> bool:
+    """Tell whether functions come as arguments, which the code that is read says nothing of."""
+    return any(
+        callable(value) or (isinstance(value, list | tuple | dict) and _has_functions(_items(value)))
+        for value in values
+        if not isinstance(value, Tensor)
+    )
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager
@@ -239,36 +278,9 @@ def _recorded(watch: Watch, args: tuple[Any, ...]) -> Iterator[None]:
             node.args = (node.args[0], call.function, watch.mode, watch.gradient(call.function), table, call.in_place)
 
 
-def _checked(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = self._rarefy
-        if watch is None or torch.compiler.is_compiling():
-            return method(self, *args, **kwargs)
-        if self.training not in watch.unchecked or torch._C._is_tracing():
-            return method(self, *args, **kwargs)
-        with _check(self):
-            return _under(watch, method, self, *args, **kwargs)
-
-    return call
-
-
-@contextlib.contextmanager
-def _check(module: Any) -> Iterator[None]:
-    """Ask in the block where calls come from, when a model runs for the first time in training or in evaluation."""
-    watch = module._rarefy
-    training = module.training
-    first = training in watch.unchecked and watch.report is not None
-    if first:
-        watch.report.checking = True
-    try:
-        yield
-    finally:
-        if first:
-            watch.report.checking = False
-    watch.unchecked.discard(training)  # a run that failed has not shown all
-
-
 def _shielded(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a module of PyTorch without a watch; under one, some take other paths, with other last places."""
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = self._rarefy
         if watch is None or torch.compiler.is_compiling() or (watch.checking and kind not in FUSED):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,14 +13,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from rarefy.act import mlp
 from rarefy.act.interception import CALLS, Watch
 from rarefy.act.modules import Tanh
-from rarefy.act.reading import Reader, is_foreign
+from rarefy.act.reading import Reader, compared, is_foreign
 from rarefy.act.roles import FUSED, RECURRENT, Role, agrees, class_of, entry_of, function_of, unit_of
 from rarefy.act.spec.table import Table
 
 #: Modules of PyTorch that compute activations which are not replaced.
 _KEPT = (nn.RNNBase, nn.RNNCellBase, nn.GLU, nn.Tanhshrink)
-#: The frames in which a module runs its own code.
-_ENTRIES = ("forward", "_call_impl", "_wrapped_call_impl")
+#: The methods by which a module is called.
+_ENTRIES = frozenset(("forward", "__call__"))
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 #: Modules of one call of PyTorch, for which shielding costs what a watch does.
 _CHEAP = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Identity, nn.Flatten)
@@ -45,7 +43,7 @@ class Swap:
     replaced: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
     watched: list[str] = field(default_factory=list)
-    _names: dict[int, str] = field(default_factory=dict, repr=False)
+    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _changed: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
     checking: bool = field(default=False, repr=False)
 
@@ -63,6 +61,12 @@ class Swap:
         lines = [f"replaced {len(self.replaced)}, kept {len(self.kept)}"]
         if self.watched:
             lines[0] += f", watched {len(self.watched)}: what these call is told when it was called"
+        if self._changed:
+            kinds = sorted({kind.__name__ for _, kind in self._changed})
+            lines.append(
+                f"  modules have a class that derives from theirs: {', '.join(kinds)}; isinstance() is true of them,"
+                " but code that compares types (type(m) is nn.LSTM) takes them for others"
+            )
         lines += [f"  {name or '(the model)'}: {what}" for name, what in self.replaced]
         lines += [f"  {name or '(the model)'}: kept, {why}" for name, why in self.kept]
         lines += [f"  {name or '(the model)'}: watched" for name in self.watched]
@@ -74,22 +78,12 @@ class Swap:
         if entry not in places:
             places.append(entry)
 
-    def caller(self, watch: Watch) -> Watch:
-        """Return the watch of the module whose code runs, which it gets where reading the code said it needs none."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            first = frame.f_code.co_varnames[:1]
-            owner = frame.f_locals.get(first[0]) if first else None
-            if isinstance(owner, nn.Module) and id(owner) in self._names:
-                role = getattr(type(owner), "_rarefy_role", Role(""))
-                if frame.f_code.co_name in (*_ENTRIES, *role.methods):
-                    if role.kind in ("", "shielded"):
-                        fresh = Watch(self._names[id(owner)], watch.mode, watch.grad, watch.table, self)
-                        _change(owner, Role("watched", (entry_of(owner),)), fresh, self)
-                    own: Watch = owner.__dict__["_rarefy"]
-                    return own
-            frame = frame.f_back
-        return watch
+    def promote(self, name: str) -> None:
+        """Watch a module from now on whose code was seen to call an activation, which reading it did not say."""
+        module: Any = self._modules[name]
+        role = type(module)._rarefy_role
+        if role.kind in ("quiet", "shielded", "attention"):
+            _change(module, Role("watched", role.methods), module.__dict__["_rarefy"], self)
 
 
 def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> Swap:
@@ -125,21 +119,29 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
     for module in modules.values():
         if "_rarefy_role" in vars(type(module)) and "_rarefy" not in module.__dict__:
             module.__class__ = type(module).__mro__[1]  # made of a swapped class, such as by its from_pretrained
-    report = Swap(_names={id(module): name for name, module in modules.items()})
+    report = Swap(_modules=modules)
     reader = Reader(modules.values())
     lazy = Reader(modules.values(), skipped=("eager_attention_forward",))
     plan = {name: _role(name, module, reader, lazy, report) for name, module in modules.items()}
-    for name, role in list(plan.items()):
-        watched = role is not None and role.kind in ("watched", "attention")
-        if role is not None and watched and not {"forward", "__call__"}.isdisjoint(role.methods):
-            _shield(modules[name], report, plan)
+    fixed = compared(modules.values())
     for name, module in modules.items():
-        if plan[name] is None and type(module) in FUSED and _is_ordinary(module):
-            plan[name] = Role("shielded")
-    checked = _is_ordinary(model) and not all(is_foreign(type(module)) for module in modules.values())
-    checked = checked and entry_of(model) == "forward" and (plan[""] is None or "__call__" not in plan[""].methods)
-    if checked:
-        plan[""] = (plan[""] or Role("", ()))._replace(checked=True)
+        if plan[name] is not None and type(module) in fixed:
+            plan[name] = None
+            report.kept.append(
+                (name, f"code of the model compares types with {type(module).__name__}, which a swap would change")
+            )
+    shielded = {
+        id(child)
+        for name, role in plan.items()
+        if role is not None and role.kind in ("watched", "attention") and not _ENTRIES.isdisjoint(role.methods)
+        for child in _children(modules[name])
+    }
+    for name, module in modules.items():
+        if plan[name] is None and _is_ordinary(module) and type(module) not in fixed:
+            if not _is_pytorchs(type(module)):
+                plan[name] = Role("quiet", (entry_of(module),))
+            elif type(module) in FUSED or (id(module) in shielded and type(module) not in _CHEAP):
+                plan[name] = Role("shielded", (entry_of(module),))
     if reader.saw_scripted:
         scripted = Reader(modules.values(), scripted=True)
         report.kept += [
@@ -155,11 +157,11 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
                 _change(modules[name], role, watch, report)
                 if role.kind in ("whole", "recurrent"):
                     _announce(modules[name], watch, example)
+                elif role.kind in ("watched", "attention", "quiet"):
+                    watch.unchecked.update((True, False))
     except BaseException:  # such as of a class that does not let others derive from it
         report.restore()
         raise
-    if checked:
-        model.__dict__["_rarefy"].unchecked.update((True, False))
     return report
 
 
@@ -213,19 +215,22 @@ def _role(name: str, module: nn.Module, reader: Reader, lazy: Reader, report: Sw
     return None
 
 
-def _shield(module: nn.Module, report: Swap, plan: dict[str, Role | None]) -> None:
-    """Let the children of a watched module that need no watching run without it."""
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that the code of a module calls: what containers hold that have no forward are among them."""
     for child in module.children():
-        name = report._names[id(child)]
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            _shield(child, report, plan)
-        elif plan[name] is None and type(child) not in _CHEAP and _is_ordinary(child):
-            plan[name] = Role("shielded")
+            yield from _children(child)
+        else:
+            yield child
 
 
 def _is_ordinary(module: nn.Module) -> bool:
-    mine = "forward" in module.__dict__ or "_rarefy" in module.__dict__
-    return not mine and not isinstance(module, torch.jit.ScriptModule | fx.GraphModule | LazyModuleMixin)
+    fixed = isinstance(module, torch.jit.ScriptModule | fx.GraphModule | LazyModuleMixin)
+    return not fixed and "_rarefy" not in module.__dict__
+
+
+def _is_pytorchs(kind: type) -> bool:
+    return kind.__module__.split(".", 1)[0] in ("torch", "rarefy")
 
 
 def _change(module: nn.Module, role: Role, watch: Watch, report: Swap) -> None:
