@@ -245,7 +245,7 @@ class Network {
         c.weights = static_cast<int64_t>(weight.size());
         rarefy_int8_result r = any();
         r.rows = c.out_channels;
-        r.layout = one_of({0, 1, 2, 3});
+        r.layout = one_of({0, 1, 2, 3, 4});
         r.other = factor(255.0);
         Floats multipliers, biases;
         for (int64_t row = 0; row < r.rows; ++row) {
@@ -329,13 +329,27 @@ class Network {
 
 // What a program does with kernels of its instruction set: convolutions in each way that there is, and what else goes
 // by whole vectors.
-enum Way { SINGLE, BLOCKS, DENSE, DENSE_VECTOR, SINGLE_VECTOR, BLOCK_VECTOR, STRIDE, TABLE, INPUT, OUTPUT, WAYS };
+enum Way {
+    SINGLE,
+    BLOCKS,
+    DENSE,
+    DENSE_VECTOR,
+    SINGLE_VECTOR,
+    BLOCK_VECTOR,
+    WINDOW_VECTOR,
+    STRIDE,
+    TABLE,
+    INPUT,
+    OUTPUT,
+    WAYS
+};
 const char *const WAY_NAMES[WAYS] = {"of single weights",
                                      "of blocks",
                                      "of all weights",
                                      "of a vector and all weights",
                                      "of a vector and single weights",
                                      "of a vector and blocks",
+                                     "of vectors and windows",
                                      "copies of every second pixel",
                                      "tables",
                                      "inputs with their channels last",
@@ -355,6 +369,7 @@ struct Counts {
             const rarefy::int8::Shape &x = program->values[s.node.x >= 0 ? s.node.x : s.node.out].shape;
             const bool last = s.node.layout == RAREFY_CHANNELS_LAST && x.pixels() > 1 && whole(x.channels);
             if (s.copy) ran[STRIDE] += s.node.window.stride[1] == 2 && whole(s.node.window.out_w);
+            else if (s.layout == rarefy::int8::WINDOWS) ++ran[WINDOW_VECTOR];
             else if (kind == Kind::CONV && !s.vector) ++ran[dense ? DENSE : blocks ? BLOCKS : SINGLE];
             else if (kind == Kind::CONV) ++ran[dense ? DENSE_VECTOR : blocks ? BLOCK_VECTOR : SINGLE_VECTOR];
             else if (kind == Kind::AFFINE) ran[TABLE] += whole(x.width);

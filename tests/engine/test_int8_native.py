@@ -178,6 +178,34 @@ def test_vectors(batch, density):
     net.check("l", "r", "f")
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4, 6])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 300), (9, 16), (17, 33), (20, 601), (8, 1500)])
+def test_rows_of_any_kind(rows, columns, batch):
+    """Full, empty and nearly empty rows beside others, weights far apart, and the largest ones side by side."""
+    net = Network((columns,), Quantized(0.03125, 117), batch, seed=rows)
+    chance = net.torch
+    whole = torch.randint(-128, 128, (rows, columns), generator=chance)
+    for row in range(rows):
+        density = (0.4, 1.0, 0.0, 0.05, 0.7)[row % 5]
+        whole[row] *= torch.rand(columns, generator=chance) < density
+    whole[rows // 2, : columns // 2] = torch.tensor([127, -128, -128, 127, 127, 0, 127]).repeat(columns)[: columns // 2]
+    whole[:, 320:1200] = 0
+    whole[-1, -1] = -128
+    net.add(
+        Linear(name="l", output="l", input="q", bias=torch.randn(rows, generator=chance), **net.scaled(whole)), None
+    )
+    net.check("l")
+
+
+def test_a_vector_beside_a_kernel():
+    """What a convolution reads around a plane of one pixel is zero points, whatever layer wrote the pixel."""
+    net = Network((40, 1, 1), Quantized(0.03125, 117), 3)
+    x = net.conv("q", 24, (1, 1), to=Quantized(0.0625, 200))
+    y = net.conv(x, 24, (3, 3), padding=((1, 1), (1, 1)), to=Quantized(0.0625, 90))
+    net.conv(y, 24, (1, 1), density=0.5, residual=x)
+    net.check(x, y, net.steps[-1].output)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_tokens(batch):
     net = Network((13, 24), Quantized(0.03125, 117), batch)

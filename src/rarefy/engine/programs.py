@@ -368,8 +368,9 @@ class Program:
         return data
 
 
-#: How an int8 layer takes its weights: any four that are not zero, those of four channels together, or all of them.
-Layout = Literal["quads", "blocks", "dense"]
+#: How an int8 layer takes its weights: any four that are not zero, those of four channels together, all of them, or, in
+#: layers of vectors, those that are not zero of some rows in windows of columns.
+Layout = Literal["quads", "blocks", "dense", "windows"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 

@@ -244,6 +244,7 @@ inline int32_t total(__m256i a) {
 void dots(const uint8_t *x, const int8_t *w, int64_t count, int32_t *sums) {
     __m256i a[ROWS] = {};
     for (int64_t k = 0; k < count; k += PART, w += ROWS * PART) {
+        _mm_prefetch(reinterpret_cast<const char *>(w) + 2048, _MM_HINT_T0);
         const __m256i pixels = _mm256_cvtepu8_epi16(sixteen(x + k));
         RAREFY_UNROLL for (int r = 0; r < ROWS; ++r) {
             const __m256i weights = _mm256_cvtepi8_epi16(sixteen(w + PART * r));
@@ -316,6 +317,8 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
 }
 #endif
 
+#include "windows-inl.h"
+
 #if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)
 constexpr bool MANY_REGISTERS = true;  // 32
 #else
@@ -335,6 +338,9 @@ Kernels make() {
     k.pixels = B;
     k.pairs = PAIRS;
     k.centre = CENTRE;
+#if defined(__AVX2__)
+    k.shuffles = 1;
+#endif
     k.rows[ANY][QUARTERS] = rows<Any, QUARTERS>;
     k.rows[ANY][2 * QUARTERS] = rows<Any, 2 * QUARTERS>;
     if constexpr (MANY_REGISTERS) k.rows[ANY][4 * QUARTERS] = rows<Any, 4 * QUARTERS>;
@@ -353,6 +359,7 @@ Kernels make() {
     k.dots = dots;
     k.dot_sparse = dot_sparse;
     k.dot_blocks = dot_blocks;
+    k.windows = windows;
     return k;
 }
 

@@ -26,6 +26,22 @@
 //
 // Dense weights are such blocks, too, taken for some rows at once, which share the pixels; with `pairs`, what does not
 // fit in 16 bits with the others is left to each row's own blocks.
+//
+// A vector's layer reads each weight once an image, from memory, whose speed is all that counts: so that its weights
+// are to be few bytes, and are to be taken apart in fewer instructions than it takes to fetch them. In `windows`
+// WINDOW_ROWS rows go along their columns together, in steps: at a step each has up to QUAD of the weights that are not
+// zero, which are next, of the WINDOW columns from the first one on that any of them has left. A weight then is its
+// byte and three bits: the first of a quad lies 0 to 15 columns behind the window's first, each other one 1 to 4 behind
+// the one before it, and where a row has no more in the window, or none so near, a zero stands in its place. The pixels
+// of a window are one shuffle's table. WINDOW_STEPS steps are WINDOW_BYTES bytes, one after the other as they are read:
+//
+//     [0, 32)     of row r's weight k at 4 r + k, two bits for each step: the first one's lowest, or how far less one
+//     [32, 40)    of row r at r, two bits for each step: the first one's highest
+//     [40, 44)    of each step: how far its window is from the last one's (of the first one: from column 0)
+//     [44, 172)   of each step: row r's weight k at 4 r + k
+//
+// What is positive of weights 0 and 1, or 2 and 3, of a quad adds up to at most 128, and what is negative, too, so that
+// vpmaddubsw never saturates.
 #pragma once
 
 #include <stdint.h>
@@ -33,8 +49,19 @@
 namespace rarefy {
 namespace int8 {
 
-enum Layout { ANY, BLOCKS, DENSE, LAYOUTS };
+enum Layout { ANY, BLOCKS, DENSE, WINDOWS, LAYOUTS };
 enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, QUARTERS = 4, PAIR_LIMIT = 128, ROWS = 4, PART = 16 };
+enum {
+    WINDOW = 16,
+    WINDOW_ROWS = 8,
+    WINDOW_STEPS = 4,
+    FIRSTS_AT = WINDOW_ROWS * QUAD,
+    MOVES_AT = FIRSTS_AT + WINDOW_ROWS,
+    WEIGHTS_AT = MOVES_AT + WINDOW_STEPS,
+    WINDOW_BYTES = WEIGHTS_AT + WINDOW_STEPS * WINDOW_ROWS * QUAD,
+    MOST_IMAGES = 4,  // of a call of windows
+    BEHIND = 32       // bytes behind a vector's pixels that may be read
+};
 
 // Rows of results for one tile of pixels.
 struct RowsCall {
@@ -80,6 +107,7 @@ struct Kernels {
     int32_t pixels;    // of a vector
     int32_t pairs;     // 1: the sums of pairs saturate
     int32_t together;  // DENSE: rows of a group
+    int32_t shuffles;  // 1: windows are fast
     int32_t centre;    // the sums of rows and of dot are those of w (x - centre)
     // for weights as they come, in blocks and dense, which not all have; for tiles of so many quarters of a vector,
     // null where there is none: single weights take whole vectors
@@ -104,6 +132,9 @@ struct Kernels {
     int32_t (*dot_sparse)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
     // the same of blocks of four, with x[4 * index[k / 4] + k % 4]; `count` is a multiple of 32, too
     int32_t (*dot_blocks)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
+    // sums[WINDOW_ROWS i + r] = sum_k w[r][k] x[i][k] of WINDOW_ROWS rows whose weights are the bytes [from, to), whole
+    // WINDOW_BYTES, for 1 to MOST_IMAGES images. BEHIND bytes behind the pixels of each are read.
+    void (*windows)(const uint8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums);
 };
 
 }  // namespace int8

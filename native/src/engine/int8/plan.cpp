@@ -112,8 +112,8 @@ class Planner {
             program_.values[n.out].floats = n.kind == Kind::CONV && step.result.floats;
         }
         if (n.kind == Kind::CONV) {
-            step.vector = of_vectors(program_.graph, n, step.group);
             step.layout = layouts_[i];
+            step.vector = step.layout == WINDOWS || of_vectors(program_.graph, n, step.group);
             if (in_place(n.window) && n.window.taps() > 1) program_.values[n.x].around = true;
             if (!in_place(n.window) || (step.layout != ANY && !step.vector)) step.node.x = copy(step);
         }

@@ -83,7 +83,8 @@ int64_t scratch_of(const rarefy_int8_program &program) {
         }
         if (step.node.kind == Kind::BINARY) bytes = std::max<int64_t>(bytes, program.values[step.node.out].shape.width);
         if (step.copy) bytes = std::max(bytes, QUAD * (program.values[step.node.out].stride + 128));
-        if (step.vector) bytes = std::max<int64_t>(bytes, program.values[step.node.x].shape.channels + 64);
+        if (step.vector)
+            bytes = std::max<int64_t>(bytes, MOST_IMAGES * (program.values[step.node.x].shape.channels + 64));
     }
     return (bytes + 63) / 64 * 64;
 }
@@ -224,11 +225,12 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     if (n.kind != Kind::CONV) return 0;
     info->weight_bytes = found->weight_bytes();
     static const char *const NAMES[LAYOUTS][2] = {
-        {"quads", "vector"}, {"blocks", "vector of blocks"}, {"dense", "dense vector"}};
+        {"quads", "vector"}, {"blocks", "vector of blocks"}, {"dense", "dense vector"}, {"", "vector of windows"}};
     std::snprintf(info->kernel, sizeof info->kernel, "int8 %s", NAMES[found->layout][found->vector]);
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
     info->stored = static_cast<int64_t>(found->weights.values.size() + found->shared.values.size());
+    if (found->layout == WINDOWS) info->stored = info->stored / WINDOW_BYTES * (WINDOW_BYTES - WEIGHTS_AT);
     const int64_t pixels = graph.values[n.out].pixels();
     info->macs = info->nonzeros * pixels;
     info->dense_macs = info->weights * pixels;

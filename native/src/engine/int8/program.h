@@ -122,6 +122,16 @@ inline bool of_vectors(const Graph &graph, const Node &node, int32_t group) {
     return node.window.pointwise() && x.pixels() == 1 && group == 1 && node.groups == 1 && x.channels <= 65535;
 }
 
+// Whether it can be computed by dot products with weights in windows, which takes any number of images.
+inline bool of_windows(const Graph &graph, const Node &node) {
+    const Shape &x = graph.values[node.x];
+    return node.window.pointwise() && x.pixels() == 1 && node.groups == 1;
+}
+
+// The weights of a layer of vectors in windows: values are their bytes, starts the first byte of each WINDOW_ROWS rows,
+// offsets the rows in the order in which they are taken.
+Weights make_windows(const engine::Matrix &m, const std::vector<float> &weight);
+
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);
 

@@ -83,14 +83,29 @@ void fill_gaps(const View &y, int64_t c, int64_t at, int64_t images) {
     }
 }
 
+// A vector's numbers one after the other: where they are, or a copy in `scratch`.
+const uint8_t *line_of(const View &x, uint8_t *scratch) {
+    if (x.value->stride == 1) return x.at;
+    for (int64_t c = 0; c < x.value->shape.channels; ++c) scratch[c] = *x.plane(c);
+    return scratch;
+}
+
+// Makes the result of row r of a sum.
+void finish(const Frame &f, const Step &s, int64_t at, const View &y, int64_t r, int32_t products) {
+    const int32_t sum = s.first[r] + products;
+    float t = static_cast<float>(sum) * s.multipliers[r];
+    t = t + s.biases[r];
+    if (s.node.other_operand >= 0) {
+        const float residual = static_cast<float>(*view(f, s.node.other_operand, at).plane(r)) * s.result.other;
+        t = t + residual;
+    }
+    if (y.value->floats) floats(f, y)[r * y.value->stride] = clamped(t, s.result.low, s.result.high);
+    else *y.plane(r) = rounded(t, s.result.low, s.result.high);
+}
+
 void vector(const Frame &f, const Step &s, int64_t at) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const int64_t channels = x.value->shape.channels;
-    const uint8_t *line = x.at;
-    if (x.value->stride != 1) {
-        for (int64_t c = 0; c < channels; ++c) f.scratch[c] = *x.plane(c);
-        line = f.scratch;
-    }
+    const uint8_t *line = line_of(x, f.scratch);
     const Kernels &k = *f.program->kernels;
     const Share mine(f, y.value->shape.channels);
     int32_t sums[ROWS];
@@ -105,15 +120,28 @@ void vector(const Frame &f, const Step &s, int64_t at) {
             if (s.layout == BLOCKS) sums[n] = k.dot_blocks(line, w, s.weights.index.data() + from / QUAD, count);
             else sums[n] = k.dot_sparse(line, w, s.weights.index.data() + from, count);
         }
-        const int32_t sum = s.first[r] + sums[n];
-        float t = static_cast<float>(sum) * s.multipliers[r];
-        t = t + s.biases[r];
-        if (s.node.other_operand >= 0) {
-            const float residual = static_cast<float>(*view(f, s.node.other_operand, at).plane(r)) * s.result.other;
-            t = t + residual;
+        finish(f, s, at, y, r, sums[n]);
+    }
+}
+
+// Up to MOST_IMAGES vectors, for which weights in windows are read once.
+void windows(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const int64_t rows = f.program->values[s.node.out].shape.channels;
+    const int64_t room = f.program->values[s.node.x].shape.channels + BEHIND;
+    const uint8_t *lines[MOST_IMAGES];
+    for (int64_t i = 0; i < images; ++i) lines[i] = line_of(view(f, s.node.x, at + i), f.scratch + i * room);
+    const Share mine(f, static_cast<int64_t>(s.weights.starts.size()) - 1);
+    int32_t sums[MOST_IMAGES * WINDOW_ROWS];
+    for (int64_t block = mine.from; block < mine.to; ++block) {
+        const int8_t *all = s.weights.values.data();
+        f.program->kernels->windows(lines, images, all + s.weights.starts[block], all + s.weights.starts[block + 1],
+                                    sums);
+        const int64_t first = block * WINDOW_ROWS, last = std::min<int64_t>(rows, first + WINDOW_ROWS);
+        for (int64_t i = 0; i < images; ++i) {
+            const View y = view(f, s.node.out, at + i);
+            for (int64_t r = first; r < last; ++r)
+                finish(f, s, at + i, y, s.weights.offsets[r], sums[i * WINDOW_ROWS + r - first]);
         }
-        if (y.value->floats) floats(f, y)[r * y.value->stride] = clamped(t, s.result.low, s.result.high);
-        else *y.plane(r) = rounded(t, s.result.low, s.result.high);
     }
 }
 
@@ -237,12 +265,17 @@ class Conv {
 };
 
 void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
-    if (s.vector) {
-        for (int64_t i = 0; i < images; ++i) vector(f, s, at + i);
-        return;
-    }
     const View y = view(f, s.node.out, at);
     Share rows(f, y.value->shape.channels);
+    if (s.vector) {
+        const int64_t some = s.layout == WINDOWS ? MOST_IMAGES : 1;
+        for (int64_t i = 0; i < images; i += some) {
+            if (s.layout == WINDOWS) windows(f, s, at + i, std::min(some, images - i));
+            else vector(f, s, at + i);
+        }
+        for (int64_t r = rows.from; r < rows.to && !y.value->floats; ++r) fill_gaps(y, r, at, images);
+        return;
+    }
     Conv conv(f, s, at, images);
     if (!in_bands(f, y.value->positions(images))) conv.rows(rows.from, rows.to);
     else rows = {0, conv.band() ? y.value->shape.channels : 0};
