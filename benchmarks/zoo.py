@@ -47,7 +47,7 @@ COLUMNS = (
     *("network", "source", "input", "chosen", "density", "macs", "native"),
     *("compile_seconds", "compile_cpu_seconds", "measuring_seconds"),
     *(f"{name}_{batch}" for batch in (1, 4) for name in _BATCHED),
-    *("ort_ms_1", "ort_speedup_1", "ort_note", "rounds", "load", "seconds", "note"),
+    *("file", "file_mb", "load_ms", "ort_ms_1", "ort_speedup_1", "ort_note", "rounds", "load", "seconds", "note"),
 )
 
 

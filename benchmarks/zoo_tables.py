@@ -11,6 +11,8 @@ Row = Mapping[str, str]
 ERROR = 1e-4
 #: Slower than PyTorch: by more than this the network is named.
 SLOWER = 0.03
+#: Networks that take more seconds to compile are named.
+LONG = 15
 HEAD = (
     *("network", "input", "weights left", "MACs left", "run by", "native", "compile s", "difference, batch 1, 4"),
     *("PyTorch ms", "ORT ms", "engine ms", "PyTorch", "ORT", "PyTorch, batch 4"),
@@ -77,6 +79,26 @@ def _beside_onnxruntime(rows: Sequence[Row]) -> str:
     )
 
 
+def _files(rows: Sequence[Row]) -> str:
+    """What loading costs, and what cannot be saved."""
+    loads = sorted(10 * float(row["load_ms"]) / float(row["file_mb"]) for row in rows if row.get("load_ms"))
+    if not loads:
+        return "- engine files were not measured"
+    other = [f"{row['network']} ({row['file']})" for row in rows if row["file"] != "same bits"]
+    whole = [float(row["load_ms"]) for row in rows if row["load_ms"]]
+    return (
+        f"- engine files: load in {loads[len(loads) // 2]:.1f} ms each 10 MB at the median, {loads[-1]:.1f} at most "
+        f"({max(whole):.0f} ms for a whole file); without a file that answers alike: {', '.join(other) or 'none'}"
+    )
+
+
+def _compiling(rows: Sequence[Row]) -> str:
+    seconds = sorted((float(row["compile_cpu_seconds"]), row["network"]) for row in rows)
+    long = [f"{name} {each:.0f}" for each, name in reversed(seconds) if each > LONG]
+    middle = seconds[len(seconds) // 2][0]
+    return f"- compiling: {middle:.1f} s of CPU at the median; above {LONG}: {', '.join(long) or 'none'}"
+
+
 def _kinds(rows: Sequence[Row]) -> str:
     """The geometric means by where the networks come from, of those that onnxruntime ran, too."""
     words = []
@@ -98,7 +120,7 @@ def summary(rows: Sequence[Row]) -> str:
     timed = [row for row in good if row["speedup_4"]]
     if timed:
         lines += [_speed(timed, batch) for batch in (1, 4)]
-        lines += [_beside_onnxruntime(timed), _kinds(timed)]
+        lines += [_beside_onnxruntime(timed), _kinds(timed), _compiling(timed), _files(timed)]
     return "\n".join(lines)
 
 

@@ -133,6 +133,28 @@ def native_share(compiled: engine.Engine, inputs: Sequence[Tensor]) -> float:
     return sum(row.share for row in compiled.profile(*inputs, rounds=3).rows if row.kernel not in ("PyTorch", "oneDNN"))
 
 
+def kept(compiled: engine.Engine, inputs: tuple[Tensor, ...]) -> dict[str, str]:
+    """The size of the engine's file, the milliseconds that loading it takes, and whether it answers alike."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.engine"
+        try:
+            engine.save(compiled, path)
+        except ValueError as error:
+            return {"file": str(error).partition(":")[0]}
+        times = []
+        for _ in range(5):
+            begun = time.thread_time()
+            loaded = engine.load(path)
+            times.append(1e3 * (time.thread_time() - begun))
+        same = all(torch.equal(a, b) for a, b in zip(*map(outputs, (loaded(*inputs), compiled(*inputs))), strict=True))
+        size = path.stat().st_size / 1e6
+        return {
+            "file": "same bits" if same else "other bits",
+            "file_mb": f"{size:.2f}",
+            "load_ms": f"{statistics.median(times):.2f}",
+        }
+
+
 def measure(about: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     network = zoo_networks.NETWORKS[about["network"]]
     model, density = zoo_networks.build(network)
@@ -161,6 +183,7 @@ def measure(about: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
         say({f"{name}_{batch}": f"{value:.1e}" for name, value in found.items()})
     if about["rounds"]:
         say({"native": round(native_share(compiled, given[1]), 3)})
+        say(kept(compiled, given[1]))
         ort = None
         with tempfile.TemporaryDirectory() as folder:
             try:

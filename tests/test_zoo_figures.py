@@ -16,7 +16,14 @@ def row(
     for batch in "14":
         plain |= {f"error_{batch}": error, f"engine64_{batch}": error, f"eager64_{batch}": exact}
         plain |= {f"eager_ms_{batch}": "10.0", f"engine_ms_{batch}": "5.0", f"speedup_{batch}": speedup}
-    plain |= {"ort_ms_1": "7.5", "ort_speedup_1": "1.5", "source": "timm 1.0"}
+    plain |= {
+        "ort_ms_1": "7.5",
+        "ort_speedup_1": "1.5",
+        "source": "timm 1.0",
+        "file": "same bits",
+        "file_mb": "20",
+        "load_ms": "10",
+    }
     return {**plain, **changes}
 
 
@@ -31,7 +38,7 @@ EXAMPLE = [
 
 
 def test_the_summary_names_what_fell_short() -> None:
-    first, errors, one, four, ort, kinds = zoo_tables.summary(EXAMPLE).splitlines()
+    first, errors, one, four, ort, kinds, compiling, files = zoo_tables.summary(EXAMPLE).splitlines()
     assert first == "- 6 networks, 5 compiled; not compiled: broken (ValueError: no)"
     assert errors.endswith(
         "5.0e-04 (wrong); above 1e-04: ill 3.0e-04 (PyTorch itself is 2.0e-04 from float64), wrong 5.0e-04"
@@ -43,6 +50,10 @@ def test_the_summary_names_what_fell_short() -> None:
     )
     assert ort.endswith("not exported, or with another answer: just")
     assert kinds.endswith("timm (4) 1.41 and 1.50")
+    assert compiling == "- compiling: 2.5 s of CPU at the median; above 15: none"
+    assert files.startswith(
+        "- engine files: load in 5.0 ms each 10 MB at the median, 5.0 at most (10 ms for a whole file)"
+    )
 
 
 def test_not_a_number_is_the_largest_difference() -> None:
