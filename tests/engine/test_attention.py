@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy import engine
 from rarefy.engine import programs, reference
 from rarefy.engine.building import NativeSegment
+from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.engine import Engine
+from rarefy.engine.passes import optimize
 from rarefy.engine.places import contiguous
-from rarefy.engine.plan import Attention, MatMul, Placed, Places, Plan, Softmax, Step, Value
+from rarefy.engine.plan import Attention, Linear, MatMul, Placed, Places, Plan, Softmax, Step, Value, View
 
 BATCH = 3
 native = pytest.mark.skipif(not programs.available(), reason="there is no native library")
@@ -345,3 +349,122 @@ def test_places_outside_of_a_value_are_refused() -> None:
     with pytest.raises(ValueError, match="is not the result"):
         Softmax(name="s", output="y", sizes=(3,), x=Places("x", 3, (1,)), result=Places("y", 3, (1,)), shape=(4,))
     assert issubclass(Softmax, Placed)
+
+
+def view(output: str, source: str, base: tuple[int, ...], order: tuple[int, ...], folded: bool = False) -> View:
+    """A permutation of a value of that shape."""
+    strides = [math.prod(base[axis + 1 :]) for axis in order]
+    sizes = tuple(base[axis] for axis in order)
+    return View(
+        name=output,
+        output=output,
+        input=source,
+        numbers=math.prod(base),
+        sizes=sizes,
+        strides=tuple(strides),
+        folded=folded,
+    )
+
+
+@native
+def test_views_around_attention_are_absorbed() -> None:
+    """One layer makes queries, keys and values; another reads the heads side by side."""
+    heads, tokens, size = 3, 10, 8
+    width = heads * size
+    parts = [
+        replace(view(name, "qkv", (tokens, 3, heads, size), (2, 0, 3)), offset=at * width)
+        for at, name in enumerate(("q", "k", "v"))
+    ]
+    axes = {"query": (0, 1, 3), "key": (0, 2, 3), "value": (0, 2, 4)}
+    shape = heads, tokens, size
+    step = Attention(
+        name="a",
+        output="a",
+        sizes=(heads, tokens, tokens, size, size),
+        **{field: contiguous(field[0], shape, axes[field], 5) for field in axes},  # type: ignore[arg-type]
+        result=contiguous("a", shape, (0, 1, 4), 5),
+        shape=shape,
+        scale=0.4,
+    )
+    weights = torch.randn(3 * width, width) / 5, torch.randn(width, width)
+    flat = view("t", "a", shape, (1, 0, 2))
+    plan = plan_of(
+        Linear(name="in", output="qkv", input="x", weight=weights[0]),
+        *parts,
+        step,
+        flat,
+        View(name="u", output="u", input="t", numbers=tokens * width, sizes=(tokens, width), strides=(width, 1)),
+        Linear(name="out", output="y", input="u", weight=weights[1]),
+        x=(tokens, width),
+        qkv=(tokens, 3 * width),
+        q=shape,
+        k=shape,
+        v=shape,
+        a=shape,
+        t=(tokens, heads, size),
+        u=(tokens, width),
+        y=(tokens, width),
+    )
+    better = optimize(plan)
+    assert [type(each) for each in better.steps] == [Linear, Attention, Linear]
+    made = compiled(better)
+    assert len(made._items) == 1
+    (x,) = inputs_of(plan)
+    right = reference.run(plan, (x,))[0]
+    torch.testing.assert_close(made(x), right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference.run(better, (x,))[0], right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_view_that_cannot_be_absorbed_stays() -> None:
+    """Pairs of tokens as one: a head's features are no even steps of what was made."""
+    step, plan = attention(1, 4, 6, 6, 8)
+    odd = View(name="o", output="z", input="w", numbers=48, sizes=(3, 2, 16), strides=(16, 0, 1))
+    plan = plan_of(odd, step, x=(4, 12), w=(3, 16), z=(6, 14), y=step.shape)
+    assert [type(each) for each in optimize(plan).steps] == [View, Attention]
+
+
+class Attends(nn.Module):
+    """The operator with some of its options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        for name in [name for name, value in options.items() if isinstance(value, Tensor)]:
+            self.register_buffer(name, options.pop(name))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = getattr(self, "bias", mask)
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, **self.options)
+
+
+@native
+@pytest.mark.parametrize(
+    ("options", "heads", "mask"),
+    [
+        ({}, (4, 4), None),
+        ({"scale": 0.2}, (4, 4), None),
+        ({"is_causal": True}, (4, 4), None),
+        ({"enable_gqa": True}, (4, 2), None),
+        ({"enable_gqa": True, "is_causal": True}, (4, 1), None),
+        ({"bias": torch.randn(5, 7)}, (4, 4), None),
+        ({"bias": torch.rand(1, 4, 5, 7) < 0.8}, (4, 4), None),
+        ({"bias": torch.randn(4, 5, 7), "enable_gqa": True}, (4, 2), None),
+        ({}, (4, 4), torch.randn(2, 1, 5, 7)),
+        ({}, (4, 4), torch.rand(2, 4, 5, 7) < 0.7),
+        ({"enable_gqa": True}, (4, 2), torch.randn(2, 4, 5, 7)),
+        ({"enable_gqa": True}, (4, 2), torch.rand(2, 1, 1, 7) < 0.7),
+    ],
+)
+def test_the_operator_becomes_a_step(options: dict[str, Any], heads: tuple[int, int], mask: Tensor | None) -> None:
+    model = Attends(**options).eval()
+    q, k, v = (torch.randn(2, n, tokens, 8) for n, tokens in ((heads[0], 5), (heads[1], 7), (heads[1], 7)))
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    plan = capture(model, inputs)
+    assert [type(step) for step in plan.steps] == [Attention]
+    right = model(*inputs)
+    torch.testing.assert_close(reference.run(plan, inputs)[0], right, rtol=1e-5, atol=1e-5)
+    better = optimize(plan)
+    torch.testing.assert_close(reference.run(better, inputs)[0], right, rtol=1e-5, atol=1e-5)
+    made = build(better, inputs, None, "float32", "native", 0.0)
+    assert any(isinstance(item, NativeSegment) for item in made._items)
+    torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5)

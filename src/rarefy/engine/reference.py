@@ -288,6 +288,8 @@ def _attention(step: Attention, *values: Tensor) -> Tensor:
     v, mask = placed(step.value, keys, results), step.bias
     mask = mask if step.mask is None else placed(step.mask, queries, keys)
     mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 1 else mask
+    if mask is not None and mask.dtype is torch.bool:
+        mask = q.new_zeros(()).where(mask, -math.inf)
     if step.causal:
         seen = torch.ones(step.sizes[queries], step.sizes[keys], dtype=torch.bool, device=q.device).tril()
         mask = q.new_zeros(()).where(seen, -math.inf) + (0 if mask is None else mask)
