@@ -61,7 +61,28 @@ enum rarefy_storage {
 //   one number a channel each.
 // RAREFY_GROUP_NORM: the same as a layer norm over all pixels of so many channels. numbers: the bits of eps, and the
 //   number of groups of channels. constants: scale, then shift, one number a channel each.
-enum rarefy_function { RAREFY_LAYER_NORM = 0, RAREFY_RMS_NORM = 1, RAREFY_GROUP_NORM = 2, RAREFY_FUNCTIONS };
+//
+// The others read and write their values by *places*: numbers that say, for axes of some sizes, which channel and pixel
+// each index of all axes is. A place is a channel and a pixel to begin with, then for every axis how many channels and
+// how many pixels its next index is further (at least 0). In numbers stand: how many axes there are; their sizes; the
+// shape of the result, channels, height, width; a place for every value, the result's last; then the function's own. All
+// axes but those named below are outer ones, in all values alike, and come first.
+//
+// RAREFY_MATMUL: y[m, n] = scale sum_k a[m, k] b[k, n]. Axes: m, n, k. Values: a, b. Own: the bits of scale, a double.
+// RAREFY_SOFTMAX: over the last axis. Axes: columns, what is summed. Values: x.
+// RAREFY_ATTENTION: y = softmax(scale q k^T + mask) v. Axes: query, key, feature of q and k, feature of v. Values: q, k,
+//   v, and a mask that is added where there is a fourth. Own: the bits of scale, a double; whether query i sees no key
+//   after key i; whether a query that sees no key gives 0, not NaN. constants: a mask, if any, of one channel and as
+//   many pixels; its place comes after the result's.
+enum rarefy_function {
+    RAREFY_LAYER_NORM = 0,
+    RAREFY_RMS_NORM = 1,
+    RAREFY_GROUP_NORM = 2,
+    RAREFY_MATMUL = 3,
+    RAREFY_SOFTMAX = 4,
+    RAREFY_ATTENTION = 5,
+    RAREFY_FUNCTIONS
+};
 
 // Which kernels a convolution may use.
 enum rarefy_choice {

@@ -19,10 +19,11 @@ struct Power {
     V less_one;  // e^r - 1
 };
 
-// e^(a b) = 2^n e^r,  n = round(a b / log 2), |r| <= log(2) / 2, for -131 <= a b <= 0. A fused a b is not rounded.
-inline Power power(V a, V b) {
-    // added to n, this leaves n + 64 and a float's bias of exponents in the low bits
-    const V magic = all(12582912.0f + 127.0f + 64.0f);
+// e^(a b) = 2^n e^r,  n = round(a b / log 2), |r| <= log(2) / 2, for -131 <= a b <= 0. A fused a b is not rounded. It
+// comes multiplied by 2^up: without, -87 <= a b.
+inline Power power(V a, V b, int up = 64) {
+    // added to n, this leaves n + up and a float's bias of exponents in the low bits
+    const V magic = all(12582912.0f + 127.0f + static_cast<float>(up));
     const V shifted = fma(mul(a, b), all(1.44269504f), magic), n = sub(shifted, magic);
     V r = fma(a, b, mul(n, all(-0.693359375f)));
     r = fma(n, all(2.12194440e-4f), r);

@@ -518,6 +518,15 @@ void norm(const NormCall *call) {
     }
 }
 
+// ---- attention
+
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+#include "attention-inl.h"
+
 // ---- gates
 
 void lstm_cell(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n) {
@@ -623,6 +632,9 @@ Kernels make() {
     k.lstm_hidden = lstm_hidden;
     k.gru = gru;
     k.norm = norm;
+    k.matmul = matmul;
+    k.softmax = softmax;
+    k.attend = attend;
     k.activate = activate;
     return k;
 }

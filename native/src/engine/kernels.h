@@ -148,6 +148,45 @@ struct NormCall {
     int32_t centred;  // 0: the mean is not taken off
 };
 
+// Up to COLUMN_VECTORS vectors of columns of a product, or of queries, and so on; steps are in floats, between columns
+// (queries) and between rows. scratch is aligned, and has COLUMN_VECTORS * L floats for each row that is named.
+enum { COLUMN_VECTORS = 3 };
+
+// y[m, n] = scale sum_k a[m, k] b[k, n]
+struct MatmulCall {
+    const float *a, *b;
+    float *y;
+    int64_t a_step[2];  // between rows, between what is summed
+    int64_t b_step[2];  // between columns, between what is summed
+    int64_t y_step[2];
+    int64_t rows, columns, count;
+    float scale;
+    float *scratch;  // count + rows rows
+};
+
+// Along what is counted, for every column.
+struct SoftmaxCall {
+    const float *x;
+    float *y;
+    int64_t x_step[2], y_step[2];
+    int64_t columns, count;
+    float *scratch;  // count rows
+};
+
+// y = softmax(scale q k^T + mask) v
+struct AttendCall {
+    const float *q, *k, *v, *mask;  // mask: null where there is none
+    float *y;
+    int64_t q_step[2], k_step[2], v_step[2], y_step[2];  // between tokens, between features
+    int64_t mask_step[2];                                // between queries, between keys
+    int64_t queries, keys, features, results;            // features of q and k, of v and y
+    float scale;
+    int32_t causal;         // query i sees no key after key i
+    int32_t empty_is_zero;  // what a query gets that sees no key: 0 rather than NaN
+    int64_t first;          // number of the first query
+    float *scratch;         // features + keys + results rows
+};
+
 enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
@@ -174,6 +213,9 @@ struct Kernels {
     void (*lstm_hidden)(const float *o, const float *c, float *out, int64_t n);
     void (*gru)(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n);
     void (*norm)(const NormCall *call);
+    void (*matmul)(const MatmulCall *call);
+    void (*softmax)(const SoftmaxCall *call);
+    void (*attend)(const AttendCall *call);
     // An activation of enum rarefy_activation that is no clamp, in place or not.
     void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
 };

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.building_places import describe
+from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
     Affine,
     Binary,
@@ -25,6 +27,7 @@ from rarefy.engine.plan import (
     LSTMCell,
     LSTMHidden,
     Norm,
+    Placed,
     Plan,
     Pool,
     Quantized,
@@ -163,8 +166,7 @@ class Building:
         self.ids[step.output, CHANNELS_FIRST if layout is None else layout] = number
         self.layouts[step.output] = layout
         channels, height, width = self.builder.shape(number)
-        known = self.plan.values[step.output].shape
-        self.shapes[step.output] = (channels,) if self.rows else known if known is not None else ()
+        self.shapes[step.output] = (channels,) if self.rows else self.plan.values[step.output].shape or ()
         expected = geometry(self.shapes[step.output], CHANNELS_FIRST if layout is None else layout)
         if (channels, height, width) != expected:
             raise AssertionError(f"{step.name}: the plan says {expected}, the program {(channels, height, width)}")
@@ -263,6 +265,8 @@ class Building:
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 number = self._normalised("group norm", step, x, [bits(step.eps), step.groups])
                 return self._layout_of(step.input, CHANNELS_FIRST), number
+            case Placed():
+                return self._placed(step)
             case LSTMCell() | GRUGates():
                 return None, self._gates(step)
         raise CannotError(f"there is no native {step.kind}")
@@ -331,6 +335,24 @@ class Building:
         shape = (len(step.weight), *sizes, parts)
         return self.builder.tensor("view", [places] * parts, [*shape, *numbers], name=step.output)
 
+    def _placed(self, step: Placed) -> tuple[int | None, int]:
+        if self.rows or step.folded:
+            raise CannotError("its samples are not those of the network")
+        shapes = {name: self._shape(name, None) for name in step.inputs}
+        layouts = dict[str, tuple[int, ...]]()
+        for name in step.inputs:
+            made = self.layouts.get(name)
+            layouts[name] = (CHANNELS_LAST, CHANNELS_FIRST) if made is None else (made,)
+        users = self.plan.users()[step.output]
+        linear = any(isinstance(user, Linear) or (isinstance(user, Norm) and user.axis == -1) for user in users)
+        layouts[step.output] = (CHANNELS_LAST,) if linear else (CHANNELS_LAST, CHANNELS_FIRST)
+        found = describe(step, shapes, layouts)
+        if found is None:
+            raise CannotError("its numbers lie in another order than a program has them")
+        xs = [self._value(name, layout) for name, layout in found.values]
+        number = self.builder.tensor(found.function, xs, found.numbers, found.constants, name=step.output)
+        return None if len(step.shape) == 1 else found.layout, number
+
     def _gates(self, step: LSTMCell | GRUGates) -> int:
         check_mode(step.mode)
         if any(len(self._shape(name)) != 1 for name in step.inputs):
@@ -364,16 +386,13 @@ class Building:
             name=step.output,
         )
 
-    def _shape(self, value: str) -> tuple[int, ...]:
-        """The shape of a value behind the axes that count as batch."""
-        known = self.shapes.get(value)
-        if known is not None:
-            return known
-        if self.rows:
+    def _shape(self, value: str, most: int | None = 3) -> tuple[int, ...]:
+        """The shape of a value behind the axes that count as batch; of at most so many axes."""
+        if self.rows and value not in self.shapes:
             return self.options.shapes[value][-1:]
-        shape = self.plan.values[value].shape
-        if shape is None or not 1 <= len(shape) <= 3:
-            raise CannotError("its shape is only known when it runs" if shape is None else "it has too many axes")
+        shape = self.shapes.get(value, self.plan.values[value].shape)
+        if not shape or (most is not None and len(shape) > most):
+            raise CannotError("its shape is only known when it runs" if not shape else "it has too many axes")
         return shape
 
     def _same_rows(self, a: str, b: str) -> bool:
@@ -408,7 +427,7 @@ class Building:
         return [self._value(name, layout) for name in names]
 
     def _value(self, name: str, layout: int) -> int:
-        shape = self._shape(name)
+        shape = self._shape(name, None)
         key = self._key(name, layout)
         if key not in self.ids:
             self.ids[key] = self.builder.input(geometry(shape, key[1]), key[1], name)
@@ -417,7 +436,7 @@ class Building:
 
     def _key(self, name: str, layout: int) -> tuple[str, int]:
         """What a value is known by: vectors have one layout."""
-        vector = len(self._shape(name)) == 1 or self.layouts.get(name, 0) is None
+        vector = len(self._shape(name, None)) == 1 or self.layouts.get(name, 0) is None
         return name, CHANNELS_FIRST if vector else layout
 
 
@@ -430,15 +449,6 @@ def check_mode(mode: str) -> None:
 def samples(shape: Sequence[int]) -> int:
     """How many samples an input of the network holds."""
     return shape[0] if shape else 1
-
-
-def geometry(shape: tuple[int, ...], layout: int) -> tuple[int, int, int]:
-    """Channels, height and width of a sample of that shape."""
-    if layout == CHANNELS_LAST:
-        shape = (shape[-1], *shape[:-1])
-    channels, *sizes = shape
-    height, width = ((1, 1), (1, *sizes), tuple(sizes))[len(sizes)]
-    return channels, height, width
 
 
 def _two(sizes: tuple[Any, ...], first: Any) -> tuple[Any, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort, geometry
+from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort
 from rarefy.engine.int8 import Int8, bounds, levels, packed, unpacked
+from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
     Binary,
     Conv,

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import contractions, operators, recurrent, reference
+from rarefy.engine import attending, contractions, operators, recurrent, reference
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 from rarefy.engine.structure import Flat, title, unwrapped
 
@@ -313,7 +313,7 @@ class _Graph:
 
     def _step(self, node: fx.Node) -> Step:
         if isinstance(node.target, OpOverload):
-            handler = operators.handler(str(node.target))
+            handler = attending.handler(str(node.target)) or operators.handler(str(node.target))
             float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
             if handler is not None and (float32 or "batch_norm" in str(node.target)):
                 step = handler(self._call(node))

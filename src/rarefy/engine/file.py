@@ -38,7 +38,7 @@ from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv, packed
-from rarefy.engine.plan import Conv, Operator, Plan, Quantized, Ref, Step, Value
+from rarefy.engine.plan import Conv, Operator, Places, Plan, Quantized, Ref, Step, Value
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.structure import read, read_call
 
@@ -99,6 +99,8 @@ class _Writer:
             return value
         if isinstance(value, Ref):
             return {"ref": value.name}
+        if isinstance(value, Places):
+            return {"places": [value.value, value.numbers, list(value.strides), value.offset]}
         if isinstance(value, Tensor):
             return {"tensor": self.tensor(value)}
         if isinstance(value, torch.dtype):
@@ -516,6 +518,10 @@ class _Reader:
                 return float(given)
             case "ref":
                 return Ref(given)
+            case "places":
+                name, numbers, strides, offset = given
+                counted, begin = _sizes([numbers, offset])
+                return Places(_text(name), counted, _sizes(strides), begin)
             case "tensor":
                 return self._tensor(given)
             case "dtype":

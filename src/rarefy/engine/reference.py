@@ -19,6 +19,7 @@ from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
     Activation,
     Affine,
+    Attention,
     Binary,
     Concat,
     Conv,
@@ -30,12 +31,16 @@ from rarefy.engine.plan import (
     Linear,
     LSTMCell,
     LSTMHidden,
+    MatMul,
     Norm,
     Operator,
+    Placed,
+    Places,
     Plan,
     Pool,
     Recurrence,
     Ref,
+    Softmax,
     Step,
     Upsample,
     View,
@@ -138,6 +143,12 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_norm, step)
         case GroupNorm():
             compute = functools.partial(_group_norm, step)
+        case MatMul():
+            compute = functools.partial(_matmul, step)
+        case Softmax():
+            compute = functools.partial(_softmax, step)
+        case Attention():
+            compute = functools.partial(_attention, step)
         case LSTMHidden():
             compute = functools.partial(_lstm_hidden, step)
         case LSTMCell():
@@ -250,6 +261,65 @@ def _norm(step: Norm, x: Tensor) -> Tensor:
 
 def _group_norm(step: GroupNorm, x: Tensor) -> Tensor:
     return torch.group_norm(x, step.groups, step.weight, step.bias, step.eps)
+
+
+def _placed(step: Placed, places: Places, axes: Sequence[int], x: Tensor) -> Tensor:
+    """The numbers at some axes of places: (B, *sizes)."""
+    samples = x.reshape(-1, places.numbers)
+    sizes, strides = [step.sizes[axis] for axis in axes], [places.strides[axis] for axis in axes]
+    between = (samples.stride(0), *(stride * samples.stride(1) for stride in strides))
+    first = samples.storage_offset() + places.offset * samples.stride(1)
+    return samples.as_strided((len(samples), *sizes), between, first)
+
+
+def _result(step: Placed, axes: Sequence[int], y: Tensor) -> Tensor:
+    """What a step makes of the numbers (B, *sizes) that belong to its result's places."""
+    made = y.new_empty(len(y), step.result.numbers)
+    _placed(step, step.result, axes, made).copy_(y)
+    return made.reshape(-1, *step.shape[1:]) if step.folded else made.reshape(-1, *step.shape)
+
+
+def _matmul(step: MatMul, *values: Tensor) -> Tensor:
+    given, outer = dict(zip(step.inputs, values, strict=True)), len(step.sizes) - 3
+    m, n, k = range(outer, outer + 3)
+    x = _placed(step, step.left, (*range(outer), m, k), given[step.left.value])
+    y = _placed(step, step.right, (*range(outer), k, n), given[step.right.value])
+    product = torch.matmul(x, y)
+    return _result(step, (*range(outer), m, n), product if step.scale == 1 else product * step.scale)
+
+
+def _softmax(step: Softmax, x: Tensor) -> Tensor:
+    axes = range(len(step.sizes))
+    return _result(step, axes, _placed(step, step.x, axes, x).softmax(-1))
+
+
+def _attention(step: Attention, *values: Tensor) -> Tensor:
+    given, outer = dict(zip(step.inputs, values, strict=True)), len(step.sizes) - 4
+    queries, keys, features, results = range(outer, outer + 4)
+
+    def placed(places: Places, *axes: int) -> Tensor:
+        return _placed(step, places, (*range(outer), *axes), given[places.value])
+
+    q, k = placed(step.query, queries, features), placed(step.key, keys, features)
+    samples = len(q)
+    v, mask = placed(step.value, keys, results), step.bias
+    mask = mask if step.mask is None else placed(step.mask, queries, keys)
+    mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 1 else mask
+    if mask is not None and mask.dtype is torch.bool:
+        mask = q.new_zeros(()).where(mask, -math.inf)
+    if step.causal:
+        seen = torch.ones(step.sizes[queries], step.sizes[keys], dtype=torch.bool, device=q.device).tril()
+        mask = q.new_zeros(()).where(seen, -math.inf) + (0 if mask is None else mask)
+    if step.empty_is_zero:
+        if len(step.sizes) > 5 and mask is not None:  # the fast ones of PyTorch's have batch and heads alone
+            mask = mask.expand(samples, *step.sizes[: outer + 2]).flatten(0, outer - 1)
+        q, k, v = (each.flatten(0, outer - 1) if outer > 1 else each for each in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=step.scale)
+        y = y.reshape(samples, *(step.sizes[axis] for axis in (*range(outer), queries, results)))
+    else:
+        scores = q @ k.transpose(-1, -2) * step.scale
+        y = (scores if mask is None else scores + mask).softmax(-1) @ v
+    return _result(step, (*range(outer), queries, results), y)
 
 
 def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:
