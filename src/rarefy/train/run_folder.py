@@ -61,7 +61,12 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again."""
+        """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again.
+
+        Forgets what a process was writing when it was killed, too.
+        """
+        for half in self.checkpoint("last").parent.glob(".*.partial"):
+            half.unlink()
         kept = [json.dumps(record) + "\n" for record in self.records() if 0 < step >= record["step"]]
         write_atomically(self.metrics, lambda p: p.write_text("".join(kept)))
 
