@@ -31,13 +31,14 @@ def test_the_round_trip_with_every_key_set() -> None:
             "model": {"name": "resnet20", "width": 8, "stem_stride": 2},
             "method": {"name": "autosparse", "target": "9e-1", "floor": {"conv*": 0.1}, "exclude": ["fc"]},
             "data": {"folder": "/data", "train_size": 1000, "augment": "crop-flip"},
-            "optimizer": {"name": "adamw", "lr": "1e-3", "weight_decay": 0, "norm_weight_decay": 0.1},
+            "optimizer": {"name": "adamw", "lr": "1e-3", "weight_decay": 0, "norm_weight_decay": 0.1, "ema": 0.999},
             "schedule": {"epochs": 3, "batch_size": 64, "accumulate": 2, "warmup_epochs": 1, "label_smoothing": 0.1},
             "seed": 7,
             "precision": "bf16",
             "channels_last": False,
             "threads": 2,
             "accelerate": False,
+            "shard": True,
         }
     )
     assert parse(recipe.to_dict()) == recipe
@@ -119,6 +120,10 @@ def test_a_misspelt_name_gets_the_nearest_right_one(changes: dict[str, Any], mes
             {"optimizer": {"norm_weight_decay": float("nan")}},
             "optimizer.norm_weight_decay must be at least 0.0, and fini",
         ),
+        ({"optimizer": {"ema": 1}}, "optimizer.ema must be in (0, 1), or null, got 1.0"),
+        ({"optimizer": {"ema": 0}}, "optimizer.ema must be in (0, 1), or null, got 0.0"),
+        ({"shard": True, "precision": "fp16"}, "shard must be false in precision: fp16, got True"),
+        ({"shard": True, "accelerate": True, "method": {"name": "set"}}, "shard must be false with accelerate: true"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )

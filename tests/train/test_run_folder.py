@@ -11,7 +11,7 @@ from rarefy.train.run_folder import RunFolder
 def test_an_error_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     names = ("total_steps", "processes", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier")
-    tensors = dict.fromkeys((*names, "scaler"))
+    tensors = dict.fromkeys((*names, "scaler", "average"))
     folder.save("last", {"step": 1, **tensors})
 
     class Unsaveable:

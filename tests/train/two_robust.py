@@ -1,5 +1,7 @@
 """What each of two processes does in test_robust.py: ``python -m tests.train.two_robust FOLDER``."""
 
+import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -7,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rarefy.cli import leave
 from rarefy.train import Classification, Recipe, TrainingInterruptedError
@@ -20,22 +24,50 @@ METHODS: dict[str, dict[str, Any]] = {
     "st3": {"name": "st3", "target": 0.8},
 }
 
+#: Everything in a step that processes must agree on.
+FULL: dict[str, Any] = {
+    "method": METHODS["autosparse"],
+    "optimizer": {"clip_norm": 1.0, "ema": 0.9},
+    "schedule": {"accumulate": 2},
+}
 
-def long(name: str) -> Recipe:
-    """Of 25 steps."""
-    return recipe(method=METHODS[name], schedule={"epochs": 5})
+
+def network() -> nn.Module:
+    """Without norms, that see a part of a batch; with a block, tied weights, and rows that two do not divide."""
+    tied = nn.Linear(31, 31)
+    block = nn.Sequential(nn.Sequential(nn.Linear(31, 31), nn.ReLU()), nn.Linear(31, 31))
+    first = nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(200, 31), nn.ReLU()
+    return nn.Sequential(*first, tied, nn.Sequential(nn.ReLU(), tied), block, nn.Linear(31, 10))
+
+
+def long(name: str, shard: bool) -> Recipe:
+    """Of 52 steps."""
+    return recipe(method=METHODS[name], schedule={"epochs": 2, "batch_size": 6}, shard=shard)
 
 
 def work(folder: Path, patch: pytest.MonkeyPatch) -> int:
     prepare(patch)
     use_model(patch, without_norm)
     for name in METHODS:
-        Classification(long(name), folder / name).train()
-    try:
-        Classification(recipe(method=METHODS["autosparse"]), folder / "begun").train(stop_at(8))
-    except TrainingInterruptedError:
-        return 0
-    return 1
+        for kind in ("ddp", "fsdp2"):
+            Classification(long(name, kind == "fsdp2"), folder / f"{name} {kind}").train()
+
+    use_model(patch, network)
+    told = {}
+    for kind in ("ddp", "fsdp2"):
+        made = recipe(**FULL, shard=kind == "fsdp2")
+        whole = Classification(made, folder / f"whole {kind}")
+        whole.train()
+        for pieces in ("begun", "pieces"):
+            with pytest.raises(TrainingInterruptedError):
+                Classification(made, folder / f"{pieces} {kind}").train(stop_at(8))
+        whole.accelerator.wait_for_everyone()  # for the one that writes
+        resumed = Classification(made, folder / f"pieces {kind}", resume=True)
+        resumed.train()
+        split = [isinstance(p, DTensor) for p in resumed.plain_model.parameters()]
+        told[kind] = [all(split), any(split)]
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(told))
+    return 0
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.vector = nn.Parameter(torch.empty(hidden_size))
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.tanh: nn.Module = nn.Tanh()
         if mode != "torch":

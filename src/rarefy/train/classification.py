@@ -96,7 +96,8 @@ class Classification(Run):
         device = self.accelerator.device
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for x, y in self._held_out():
-            output, truth = self.plain_model(self._to_device(x)).float(), y.to(device)
+            with self.accelerator.autocast():
+                output, truth = self.evaluated(self._to_device(x)).float(), y.to(device)
             best = output.topk(min(FIRST, self.classes), dim=1).indices == truth.unsqueeze(1)
             sums[0] += best[:, 0].sum()
             sums[1] += best.sum()

@@ -110,7 +110,8 @@ class Named:
 @dataclass(frozen=True)
 class Optimizer:
     """How the weights move. ``norm_weight_decay`` is the weight decay of vectors: norms' scales and all biases but
-    those of linear layers; ``clip_norm`` the largest norm of all gradients together, null for none.
+    those of linear layers; ``clip_norm`` the largest norm of all gradients together, null for none; ``ema`` the decay
+    of an exponential moving average of the weights, which is evaluated and written in their place, null for none.
     """
 
     name: str = "sgd"
@@ -120,6 +121,7 @@ class Optimizer:
     weight_decay: float = 5e-4
     norm_weight_decay: float = 0.0
     clip_norm: float | None = None
+    ema: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class Schedule:
 class Recipe:
     """A run. ``precision`` is "fp32", or "bf16" or "fp16" (autocast); ``threads`` null leaves it to PyTorch;
     ``accelerate`` lets sparse layers run on kernels that pass over the zeros, on the CPU: see
-    :func:`rarefy.sparse.accelerate`.
+    :func:`rarefy.sparse.accelerate`; ``shard`` splits the weights, their gradients and what optimizer and method
+    remember over the processes (FSDP2), where otherwise each of them holds all (DDP).
     """
 
     name: str
@@ -160,6 +163,7 @@ class Recipe:
     channels_last: bool = True
     threads: int | None = None
     accelerate: bool = False
+    shard: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As it would stand in a file, every default written out."""
@@ -384,9 +388,13 @@ def _check(recipe: Recipe) -> None:
     at_least(0.0, "optimizer.norm_weight_decay", optimizer.norm_weight_decay)
     clip = optimizer.clip_norm
     require(clip is None or 0 < clip < math.inf, "optimizer.clip_norm", "above 0, and finite, or null", clip)
+    ema = optimizer.ema
+    require(ema is None or 0 < ema < 1, "optimizer.ema", "in (0, 1), or null", ema)
     at_least(1, "threads", recipe.threads)
     sparse_steps = not recipe.accelerate or (recipe.method.name != "dense" and recipe.precision == "fp32")
     require(sparse_steps, "accelerate", "false for the method dense, and without precision: fp32", recipe.accelerate)
+    require(not (recipe.shard and recipe.accelerate), "shard", "false with accelerate: true", recipe.shard)
+    require(not recipe.shard or recipe.precision != "fp16", "shard", "false in precision: fp16", recipe.shard)
 
 
 def _check_images(data: Images, require: Callable[[bool, str, str, object], None]) -> None:

@@ -9,9 +9,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from rarefy import cost
+from rarefy._names import layer_name
 from rarefy.sparse import Sparsifier
+from rarefy.sparse.shards import like
 from rarefy.train.recipe import Recipe
 from rarefy.train.run_folder import RunFolder
+from rarefy.train.sharding import whole
 
 _SCALARS = (
     *("loss", "learning_rate", "alpha", "sparsity", "inference_flops_ratio", "latency_ms", "test_accuracy"),
@@ -20,7 +23,9 @@ _SCALARS = (
 
 
 class Recorder:
-    """Metrics of a run in its folder and as TensorBoard events.
+    """Metrics of a run in its folder and as TensorBoard events; one that is not opened only looks.
+
+    Processes that hold a model together count together: each of them must ask for every record.
 
     Attributes:
         sparsity: of the sparsified layers when last recorded; None for a dense run.
@@ -64,7 +69,7 @@ class Recorder:
             "target_sparsity": self._aim(),
             "sparsity": self.sparsity,
             "inference_flops_ratio": self.cost.with_densities(densities).ratio,
-            "latency_ms": self._latency_ms(),
+            "latency_ms": self.latency_ms(),
             "layers": [
                 {
                     "name": layer.name,
@@ -77,11 +82,12 @@ class Recorder:
         }
 
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if self._events is None:
+            return
         self.folder.append({"event": event, "step": step, "epoch": step / self.steps_per_epoch, **values})
-        if self._events is not None:
-            for key in _SCALARS:
-                if values.get(key) is not None:
-                    self._events.add_scalar(f"{event}/{key}", values[key], step)
+        for key in _SCALARS:
+            if values.get(key) is not None:
+                self._events.add_scalar(f"{event}/{key}", values[key], step)
 
     def training_ratio(self) -> float:
         """Training FLOPs as a share of the dense run's, from the densities in the metrics."""
@@ -102,7 +108,7 @@ class Recorder:
         aim = self.sparsifier.aim()
         return None if aim is None else 1.0 - aim
 
-    def _latency_ms(self) -> float | None:
+    def latency_ms(self) -> float | None:
         """What the network takes in the engine now, by the table that a target in milliseconds goes by."""
         budget = None if self.sparsifier is None else self.sparsifier.budget
         if self.sparsifier is None or budget is None or budget.kind != "ms":
@@ -112,7 +118,9 @@ class Recorder:
     def _with_layers(self) -> list[dict[str, Any]]:
         return [record for record in self.folder.records() if record.get("layers")]
 
-    def summary(self, recipe: Recipe, final: cost.Cost, thresholds: dict[str, float | None]) -> dict[str, Any]:
+    def summary(
+        self, recipe: Recipe, final: cost.Cost, thresholds: dict[str, float | None], latency_ms: float | None
+    ) -> dict[str, Any]:
         """What the finished run came to; ``thresholds`` are the sparsified layers' last ones."""
         budget = None if self.sparsifier is None else self.sparsifier.budget
         pruned = [layer for layer in final.layers if layer.name in thresholds] or list(final.layers)
@@ -128,7 +136,7 @@ class Recorder:
             "sparsity": 1.0 - sum(layer.nonzeros for layer in pruned) / sum(layer.parameters for layer in pruned),
             "inference_flops_ratio": final.ratio,
             "training_flops_ratio": self.training_ratio(),
-            "latency_ms": self._latency_ms(),
+            "latency_ms": latency_ms,
             "dense_flops": final.dense,
             "inference_flops": final.inference,
             "parameters": final.parameters,
@@ -157,8 +165,10 @@ class Recorder:
 def histograms(sparsifier: Sparsifier, bins: int = 60) -> list[dict[str, Any]]:
     """Magnitudes of the dense weights of each sparsified layer, to be seen about their threshold."""
     weights, found = sparsifier.dense_weights(), []
+    parameters = {layer_name(key): parameter for key, parameter in sparsifier.model.named_parameters()}
     for layer in sparsifier.layers():
-        counts, edges = torch.histogram(weights[layer.name].float().abs().flatten().cpu(), bins)
+        entire = whole(like(weights[layer.name].contiguous(), parameters[layer.name]))
+        counts, edges = torch.histogram(entire.float().abs().flatten().cpu(), bins)
         named = {"name": layer.name, "threshold": layer.threshold}
         found.append({**named, "edges": edges.tolist(), "counts": [int(count) for count in counts]})
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +25,14 @@ from rarefy._files import write_atomically
 from rarefy.environment import environment
 from rarefy.latency import Latency
 from rarefy.sparse import Sparsifier
+from rarefy.sparse.layers import local
+from rarefy.train.averaging import Average, tensors
 from rarefy.train.batches import mixed_seed
 from rarefy.train.optimizer import learning_rate, make_optimizer
 from rarefy.train.recipe import Recipe, differences, load
 from rarefy.train.recorder import Recorder, histograms
-from rarefy.train.run_folder import RunFolder
+from rarefy.train.run_folder import RunFolder, Writer
+from rarefy.train.sharding import load_model, load_optimizer, shard, snapshot, whole
 
 #: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
 CHECKPOINT_SECONDS = 600.0
@@ -89,8 +94,9 @@ class Run(ABC):
 
     Raises:
         ValueError: something in the recipe that the data, the model or the method refuses; when resuming, another
-            recipe than the run's (only ``data.folder`` and ``data.workers`` may differ), a damaged checkpoint, or a
-            number of processes with which the batches are other ones (of sentences they are cut by it).
+            recipe than the run's (only ``data.folder``, ``data.workers`` and ``shard`` may differ), a damaged
+            checkpoint, or a number of processes with which the batches are other ones (of sentences they are cut by
+            it).
         FileNotFoundError: no run to resume, or no data.
     """
 
@@ -115,7 +121,8 @@ class Run(ABC):
         self.seconds = 0.0
         self.seconds_saved = 0.0  # before a checkpoint that the run went on from
         self.best: float | None = None
-        self._saved: int | None = None  # the step of the last checkpoint
+        self._saved: int | None = None  # the step of the last checkpoint that is written
+        self._writer = Writer()
         self._losses: list[Tensor] = []  # since the last record
         if state is not None:
             self._restore(state)
@@ -139,6 +146,11 @@ class Run(ABC):
     batches: Batched
     #: The arguments of the model for one example, on the CPU.
     example: tuple[Any, ...]
+
+    #: The model that trains, without wrappers; its parameters may be parts.
+    plain_model: nn.Module
+    #: The model that is evaluated and written: that one, or a whole copy of it, of the average if there is one.
+    evaluated: nn.Module
 
     @abstractmethod
     def _load_data(self) -> None:
@@ -185,14 +197,21 @@ class Run(ABC):
         if options.get("target_ms") is not None:
             self.latency = options["latency"] = self._measure(model, options.get("block", 1))
         model = model.to(self.accelerator.device)
-        if recipe.channels_last and any(p.dim() == 4 for p in model.parameters()):
+        split = recipe.shard and self.accelerator.num_processes > 1
+        # Of a model that is split the images alone are, since fully_shard takes contiguous parameters.
+        if recipe.channels_last and not split and any(p.dim() == 4 for p in model.parameters()):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sparsifier: Sparsifier | None = None
         if recipe.method.name != "dense":
             if options.get("target_flops") is not None:
                 options["example_input"] = self.example
             self.sparsifier = sparse.create(recipe.method.name, model, total_steps=self.total_steps, **options)
-        self.plain_model = model
+        self.plain_model = self.evaluated = model
+        if split or recipe.optimizer.ema is not None:
+            self.evaluated = copy.deepcopy(model)
+        if split:
+            shard(model, self.accelerator.device)
+        self.average = None if recipe.optimizer.ema is None else Average(model, recipe.optimizer.ema)
         self.interval = max(1, self.total_steps // RECORDS) if self.sparsifier is None else self.sparsifier.interval
         self.recorder = Recorder(self.folder, self.cost, self.sparsifier, len(self.batches))
         optimizer = make_optimizer(recipe.optimizer, model)
@@ -201,7 +220,9 @@ class Run(ABC):
         self.acceleration: sparse.Acceleration | None = None
         if recipe.accelerate and self.sparsifier is not None:
             self.acceleration = sparse.accelerate(self.sparsifier)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # "Evaluation" leaves DDP out, which what is split has no need of.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=split)
+        self.optimizer = self.accelerator.prepare(optimizer)
 
     def _measure(self, model: nn.Module, block: int | Sequence[int]) -> Latency:
         """What the engine takes by the weights that live: as measured when the run began, for all processes alike."""
@@ -227,12 +248,16 @@ class Run(ABC):
         ``observer`` is called after every step, and stops the run by returning True. A run that has finished before is
         left alone.
 
-        Raises TrainingDivergedError on a loss that is not finite, TrainingInterruptedError when the observer stops it.
+        Raises TrainingDivergedError on a loss that is not finite, TrainingInterruptedError when the observer stops it,
+        OSError where something cannot be written; what was there before is whole then.
         """
         finished = self.folder.path / "summary.json"
         if self.step == self.total_steps and finished.exists():
             return dict(json.loads(finished.read_text())) if self.is_main else {}
-        try:
+        with ExitStack() as ending:
+            ending.enter_context(self._told_of_full_disks())
+            ending.callback(self.recorder.close)
+            ending.callback(self._writer.wait)
             if self.is_main:
                 about = environment(self.accelerator.num_processes, str(self.accelerator.device))
                 self.folder.write_yaml("recipe.yaml", self.recipe.to_dict())
@@ -242,12 +267,22 @@ class Run(ABC):
                 for name, text in self._beside().items():
                     self.folder.write_text(name, text)
                 self.recorder.open(self.step)
-                if self.step == 0:
-                    self._record(None)
+            if self.step == 0:
+                self._record(None)
             self._loop(observer)
+            self._writer.wait()
             return self._finish()
-        finally:
-            self.recorder.close()
+
+    @contextmanager
+    def _told_of_full_disks(self) -> Iterator[None]:
+        """Say of a disk without room what there is to go back to."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = f"{error.strerror}; {self._kept()}: make room, and resume the run"
+            raise OSError(error.errno, reason, error.filename) from error
 
     def _record(self, loss: float | None) -> None:
         lr = self.recipe.optimizer.lr * self._lr()
@@ -270,15 +305,19 @@ class Run(ABC):
                 record = self.step % self.interval == 0 or end_of_epoch
                 if record:
                     loss = self._mean_loss()
-                    if self.is_main:
-                        self._record(loss)
+                    self._record(loss)
+                names = ["last"]
                 if end_of_epoch:
-                    metrics = self._evaluate_and_record()
+                    metrics = self._checked_metrics()
+                    self.recorder.evaluation(self.step, **metrics)
+                    if self._is_better(metrics[self.metric]) and self._within_budget():
+                        self.best = metrics[self.metric]
+                        names = ["best", "last"]
                 sparsity = self.recorder.sparsity
                 seen = Progress(self.step, self.total_steps, self.step / steps, loss, sparsity, self.seconds, metrics)
                 stop = self._agreed(observer is not None and bool(observer(seen)))
                 if stop or end_of_epoch or (record and time.monotonic() - saved > CHECKPOINT_SECONDS):
-                    self._save("last")
+                    self._save(names)
                     saved = time.monotonic()
                 if stop and self.step < self.total_steps:
                     raise TrainingInterruptedError(f"stopped after step {self.step} of {self.total_steps}")
@@ -291,6 +330,8 @@ class Run(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self._learn(content)
+        if self.average is not None:
+            self.average.update(self.plain_model, self.step)
         self.step += 1
 
     def _mean_loss(self) -> float:
@@ -323,34 +364,37 @@ class Run(ABC):
 
     def _kept(self) -> str:
         """What there is to go back to."""
+        self._writer.settle()
         if self._saved is None:
             return "no checkpoint was written before"
         return f"the checkpoint {self.folder.checkpoint('last')}, from step {self._saved}, is whole"
-
-    def _evaluate_and_record(self) -> dict[str, float]:
-        metrics = self._checked_metrics()
-        if self.is_main:
-            self.recorder.evaluation(self.step, **metrics)
-        if self._is_better(metrics[self.metric]) and self._within_budget():
-            self.best = metrics[self.metric]
-            self._save("best")
-        return metrics
 
     def _is_better(self, value: float) -> bool:
         return self.best is None or (value > self.best if self.larger_is_better else value < self.best)
 
     @torch.no_grad()
     def _checked_metrics(self) -> dict[str, float]:
-        # The processes may have unequal numbers of batches, so each runs the model itself and not its DDP wrapper; the
-        # main process's running statistics count, as they do there.
-        model = self.plain_model.eval()
+        # The processes may have unequal numbers of batches, so each runs a whole model itself and no wrapper; the main
+        # process's running statistics count, as they do there.
+        self._refresh()
         if self.accelerator.num_processes > 1:
-            for buffer in model.buffers():
+            for buffer in self.evaluated.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+        self.evaluated.eval()
         metrics = self._evaluate()
         for name, value in metrics.items():
             self._check_finite(value, f"the {name.replace('_', ' ')}")
         return metrics
+
+    def _refresh(self) -> None:
+        """Let the model that is evaluated be what was trained, if it is another one."""
+        if self.evaluated is self.plain_model:
+            return
+        source = tensors(self.plain_model)
+        if self.average is not None:
+            source = self.average.tensors if self.sparsifier is None else self.average.masked(self.plain_model)
+        for name, tensor in tensors(self.evaluated).items():
+            tensor.copy_(whole(source[name]))
 
     def _within_budget(self) -> bool:
         """True for a dense run, one without a target, and one that is about as sparse as its target asks."""
@@ -361,17 +405,27 @@ class Run(ABC):
 
     # Checkpoints and results
 
-    def _save(self, name: str) -> None:
-        for key, parameter in self.plain_model.named_parameters():
-            if not parameter.isfinite().all():
+    def _save(self, names: Sequence[str]) -> None:
+        """Write checkpoints of these names, aside: what they hold is copied before anything moves on."""
+        parameters = dict(self.plain_model.named_parameters())
+        finite = torch.stack([local(parameter).isfinite().all() for parameter in parameters.values()])
+        for key, parts in zip(parameters, self.accelerator.reduce(finite.int()).tolist(), strict=True):
+            if parts < self.accelerator.num_processes:
                 self._check_finite(math.nan, f"a number in {key}")
-        losses = self._summed_losses()
-        if self.is_main:
-            self.folder.save(name, self._state(losses))
-        if name == "last":
-            self._saved = self.step
+        self._writer.wait()  # at most one copy is held
+        state, step = snapshot(self._state(), keep=self.is_main), self.step
 
-    def _state(self, losses: Tensor) -> dict[str, Any]:
+        def write() -> None:
+            for name in names:
+                self.folder.save(name, state)
+            self._saved = step
+
+        if self.is_main:
+            self._writer.start(write)
+        else:
+            self._saved = step
+
+    def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
@@ -380,12 +434,13 @@ class Run(ABC):
             "seconds": self.seconds,
             "seconds_saved": self._seconds_saved(),
             "best": self.best,
-            "losses": losses,
+            "losses": self._summed_losses(),
             "recipe": self.recipe.to_dict(),
             "model": self.plain_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "average": None if self.average is None else self.average.tensors,
         }
 
     def _checkpoint(self) -> dict[str, Any] | None:
@@ -396,6 +451,7 @@ class Run(ABC):
         old, new = state["recipe"] if state else load(path / "recipe.yaml").to_dict(), self.recipe.to_dict()
         for free in {"folder", "workers"} & new["data"].keys():  # the content of the data is checked, wherever it lies
             old["data"][free] = new["data"][free]
+        old["shard"] = new["shard"]  # a checkpoint holds whole tensors
         changed = differences(old, new)
         if changed:
             raise ValueError(
@@ -412,12 +468,14 @@ class Run(ABC):
                 f"{now} would cut the data into {self.total_steps} other ones: resume it with {before}, or start a new "
                 "run"
             )
-        self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model(self.plain_model, state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(state["sparsifier"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load(state["average"])
         # They are sums over the processes, of which there may be others now.
         losses = state["losses"].to(self.accelerator.device) * (now / before)
         self._losses = list(losses if self.is_main else torch.zeros_like(losses))
@@ -435,12 +493,12 @@ class Run(ABC):
         if self.sparsifier is not None:
             self.sparsifier.finalize()
         metrics = self._checked_metrics()
-        last = metrics[self.metric]
+        last, latency_ms = metrics[self.metric], self.recorder.latency_ms()
         if not self.is_main:
             return {}
-        final = cost.count(self.plain_model, self.example)
+        final = cost.count(self.evaluated, self.example)
         summary = {
-            **self.recorder.summary(self.recipe, final, {state.name: state.threshold for state in states}),
+            **self.recorder.summary(self.recipe, final, {state.name: state.threshold for state in states}, latency_ms),
             **metrics,
             f"best_{self.metric}": last if self._is_better(last) else self.best,
             "steps": self.step,
@@ -449,9 +507,11 @@ class Run(ABC):
             "measured_ms": self._measured_ms(),
             **self._results(),
         }
-        tensors = {key: tensor.contiguous() for key, tensor in self.plain_model.state_dict().items()}
+        # Clones, since a file of tied weights holds each of them.
+        form = torch.contiguous_format
+        content = {key: value.clone(memory_format=form) for key, value in self.evaluated.state_dict().items()}
         path = self.folder.path / "model.safetensors"
-        data = save(tensors, metadata={"format": "pt"})
+        data = save(content, metadata={"format": "pt"})
         write_atomically(path, lambda p: p.write_bytes(data))
         if magnitudes:
             self.folder.write_json("histograms.json", {"layers": magnitudes})
@@ -466,5 +526,5 @@ class Run(ABC):
         """Milliseconds of the engine for one image on this machine, in a run that had a target for them."""
         if self.latency is None:
             return None
-        model = copy.deepcopy(self.plain_model).cpu().eval()
+        model = copy.deepcopy(self.evaluated).cpu().eval()
         return 1e3 * engine.compile(model, self.example, threads=1).seconds(*self.example)

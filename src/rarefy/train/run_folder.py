@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _STATE = {
     "optimizer",
     "sparsifier",
     "scaler",
+    "average",
 }
 
 
@@ -59,7 +61,12 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again."""
+        """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again.
+
+        Forgets what a process was writing when it was killed, too.
+        """
+        for half in self.checkpoint("last").parent.glob(".*.partial"):
+            half.unlink()
         kept = [json.dumps(record) + "\n" for record in self.records() if 0 < step >= record["step"]]
         write_atomically(self.metrics, lambda p: p.write_text("".join(kept)))
 
@@ -92,3 +99,26 @@ class RunFolder:
         best = self.checkpoint("best")
         other = f", or put {best.name} in its place to go on from there" if best.exists() else ""
         return f"{path} is cut off, altered or not a checkpoint of a run; delete it to train from the start{other}"
+
+
+class Writer:
+    """Writes in a thread of its own while training goes on; one thing at a time."""
+
+    def __init__(self) -> None:
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: futures.Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Let ``write`` run aside, when what was started before is written; raises as :meth:`wait`."""
+        self.wait()
+        self._writing = self._thread.submit(write)
+
+    def settle(self) -> None:
+        """Wait until nothing is being written, whether or not that went well."""
+        futures.wait([] if self._writing is None else [self._writing])
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises, once, the error of what could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()

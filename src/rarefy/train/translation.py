@@ -52,7 +52,7 @@ class Translation(Run):
     """
 
     metric, larger_is_better = "valid_perplexity", False
-    plain_model: GNMT
+    evaluated: GNMT
 
     def _load_data(self) -> None:
         data, schedule = self._data, self.recipe.schedule
@@ -139,7 +139,7 @@ class Translation(Run):
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for batch in list(_in_order(self._valid))[rank::world]:
             with self.accelerator.autocast():
-                sums[0] += self._loss(self.plain_model, batch).double()
+                sums[0] += self._loss(self.evaluated, batch).double()
             sums[1] += batch.words
         loss, words = self.accelerator.reduce(sums).tolist()
         return {"valid_loss": loss / words, "valid_perplexity": math.exp(min(loss / words, 700.0))}
@@ -151,7 +151,7 @@ class Translation(Run):
         """
         from sacrebleu.metrics.bleu import BLEU
 
-        test, model = self.corpus.test, self.plain_model.eval()
+        test, model = self.corpus.test, self.evaluated.eval()
         ids = [each.ids for each in self.tokenizer.encode_batch(test.source)]
         with self.accelerator.autocast():
             found = _search(model, ids)
@@ -169,7 +169,7 @@ class Translation(Run):
 
     def _activation_share(self) -> dict[str, float]:
         """What tanh and sigmoid take of a batch's forward and backward pass, on the run's device."""
-        model = self.plain_model.train()
+        model = self.evaluated.train()
         (batch, *_), _ = next(self.batches.epoch(0))
         with self.accelerator.autocast():
             measured = activation_share.measure(model, lambda: self._loss(model, batch))
