@@ -175,7 +175,7 @@ class Engine:
         batch = samples(given[0].shape)
         with torch.no_grad(), torch_threads(1):
             took = self._runner.timed(given, rounds)
-        return profile(self.steps(), self._items, took, batch)
+        return profile(self.steps(), took, batch)
 
     def seconds(self, *inputs: Tensor, rounds: int = 21) -> float:
         """Time whole calls on one thread, by its processor time: the median of ``rounds``, or more of short ones.
