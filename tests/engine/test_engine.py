@@ -13,7 +13,7 @@ from rarefy import engine, kernels
 from rarefy.engine import compiler, measure, profile
 from rarefy.engine.building import NativeSegment, Options
 from rarefy.engine.capture import capture
-from rarefy.engine.execute import Runner
+from rarefy.engine.execute import Runner, Timed
 from rarefy.engine.lowering import lower
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.passes import optimize
@@ -191,7 +191,7 @@ def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster_and_matters(monkey
     _, layers = measure.walk(plan, (IMAGE,), timed=False)
     native = lowered(plan, IMAGE)
     # every step takes a second for both samples
-    seconds = [(np.ones((2, item.program.facts.steps)), 1.0) for item in native.items]
+    seconds = Timed([np.ones((2, item.program.facts.steps)) for item in native.items], np.ones(2))
     monkeypatch.setattr(Runner, "timed", lambda *_: seconds)
     first, second = (step.output for step in plan.steps[:2])
     for torch_seconds, expected in (

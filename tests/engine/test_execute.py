@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy import engine
-from rarefy.engine import measure, reference
+from rarefy.engine import measure, profile, reference
 from rarefy.engine.capture import capture
-from rarefy.engine.execute import Runner
+from rarefy.engine.execute import Runner, Timed
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Operator, Ref
 from tests.engine.layers import lowered
@@ -128,11 +128,25 @@ def test_a_profile_times_items_inside_the_network():
     assert [step.program for step in compiled.steps()] == [0, 0, 0, None, 1, 1, 1]
     plan = optimize(capture(model, (x,)))
     took = measure.runner(lowered(plan, x).items, plan).timed([x], 3)
-    assert [steps.shape[0] for steps, _ in took] == [3, 3, 3]
-    assert all(np.all(steps >= 0) and whole >= 0 for steps, whole in took)
+    assert [steps.shape for steps in took.steps] == [(3, 3), (3, 1), (3, 3)]
+    assert all(np.all(steps >= 0) for steps in took.steps)
+    assert took.calls.shape == (3,)
     found = compiled.profile(rounds=3)
-    assert found.rows[-1].kind == "call"
-    assert sum(row.share for row in found.rows) == pytest.approx(1, abs=0.5)
+    assert [row.kind for row in found.rows if row.kind != "call"] == [step.kind for step in compiled.steps()]
+    assert sum(row.share for row in found.rows) == pytest.approx(1)
+
+
+def test_a_profile_adds_up_to_the_call():
+    steps = [engine.StepInfo("a", "conv", "sparse"), engine.StepInfo("b", "softmax", "PyTorch")]
+    calls, times = np.array([3.0, 4.0, 9.0]), [np.array([[1.0], [1.0], [5.0]]), np.array([[2.0], [2.0], [1.0]])]
+    found = profile.profile(steps, Timed(times, calls), 1)
+    assert [(row.kind, row.seconds, row.share) for row in found.rows] == [
+        *(("conv", 1.0, 0.25), ("softmax", 2.0, 0.5), ("call", 1.0, 0.25))
+    ]
+    found = profile.profile(steps, Timed([4 * each for each in times], calls), 1)
+    assert [row.kind for row in found.rows] == ["conv", "softmax"]
+    assert [row.seconds for row in found.rows] == pytest.approx([4 / 3, 8 / 3])
+    assert found.seconds == 4.0
 
 
 class Written(nn.Module):

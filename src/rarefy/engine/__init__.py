@@ -13,6 +13,7 @@ from rarefy.engine.file import load, save
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.profile import Profile, Row
 from rarefy.engine.quantization import Quantization, QuantizedLayer
+from rarefy.engine.shapes import Engines
 from rarefy.engine.steps import StepInfo
 from rarefy.engine.verify import EngineError
 from rarefy.latency import Latency, LayerLatency
@@ -21,6 +22,7 @@ __all__ = [
     "CaptureError",
     "Engine",
     "EngineError",
+    "Engines",
     "Latency",
     "LayerFacts",
     "LayerLatency",

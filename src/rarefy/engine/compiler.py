@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Conv, Linear, Plan, Recurrence, Step, tensors
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
+from rarefy.engine.shapes import Engines
 from rarefy.engine.structure import TENSOR, Call, Flat, Node, StructureError, call_of, title
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -33,6 +36,36 @@ Precision = Literal["float32", "bfloat16", "int8"]
 COMPILING = threading.Lock()
 _Step = TypeVar("_Step", bound=Step)
 Choose = Literal["measure", "native", "sparse", "dense", "torch"]
+
+
+@overload
+def compile(
+    model: nn.Module,
+    example_input: Any,
+    threads: int | None = None,
+    *,
+    precision: Precision = "float32",
+    calibration: Iterable[Any] | None = None,
+    error_budget: float = BUDGET,
+    choose: Choose = "measure",
+    tune_seconds: float = 8.0,
+    shapes: None = None,
+) -> Engine: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    example_input: Any,
+    threads: int | None = None,
+    *,
+    precision: Precision = "float32",
+    calibration: Iterable[Any] | None = None,
+    error_budget: float = BUDGET,
+    choose: Choose = "measure",
+    tune_seconds: float = 8.0,
+    shapes: int,
+) -> Engines: ...
 
 
 def compile(
@@ -45,7 +78,8 @@ def compile(
     error_budget: float = BUDGET,
     choose: Choose = "measure",
     tune_seconds: float = 8.0,
-) -> Engine:
+    shapes: int | None = None,
+) -> Engine | Engines:
     """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
 
     What comes out is compared with the model on the example and, where it takes any batch size, at another one. Threads
@@ -70,6 +104,8 @@ def compile(
             measuring, and so with the same result every time: "native" (native kernels by rule), "sparse" or "dense"
             (these kernels alone in the native layers), "torch" (PyTorch alone).
         tune_seconds: at most about so much time to measure native kernels for.
+        shapes: how many sizes to keep engines for: what comes back is then an :class:`rarefy.engine.Engines`, which
+            has a copy of the model and compiles for another size when it comes. None takes that of the example alone.
 
     Raises:
         TypeError: ``model`` is no module, ``example_input`` has no tensors, or what is not known; ``error_budget`` is
@@ -79,10 +115,39 @@ def compile(
             :class:`rarefy.engine.EngineError`, the engine does not compute what the model does on the example, or in
             bfloat16 and int8 what PyTorch does with the same rounding.
     """
-    begun = time.perf_counter()
     flat, inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    if shapes is None:
+        if calibration is not None:
+            calibration = flattened(calibration, flat.takes)
+        return _compiled(inputs, flat, threads, precision, calibration, error_budget, choose, tune_seconds)
+    if isinstance(shapes, bool) or not isinstance(shapes, int) or shapes < 1:
+        raise ValueError(
+            f"shapes must be a whole number of at least 1, or None for the example's alone, got {shapes!r}"
+        )
     if calibration is not None:
-        calibration = flattened(calibration, flat.takes)
+        raise ValueError("shapes is for models that are not calibrated: compile for each size, with batches of it")
+    flat = deepcopy(flat)
+    options = (flat, threads, precision, None, error_budget, choose, tune_seconds)
+    make = functools.partial(_of_size, options)
+    return Engines([make(inputs)], shapes=shapes, make=make)
+
+
+def _of_size(options: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> Engine:
+    """The engine for tensors of another size; raises as :func:`compile`."""
+    return _compiled(tuple(map(plain, inputs)), *options)
+
+
+def _compiled(
+    inputs: tuple[Tensor, ...],
+    flat: Flat,
+    threads: int | None,
+    precision: Precision,
+    calibration: Iterable[Any] | None,
+    error_budget: float,
+    choose: Choose,
+    tune_seconds: float,
+) -> Engine:
+    begun = time.perf_counter()
     # A step may draw random numbers; what autocast would make of the layers is not the model.
     with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), _threads_there():
         prepared = prepare(flat, inputs, precision, calibration, error_budget, later=precision == "float32")

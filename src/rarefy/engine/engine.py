@@ -88,7 +88,7 @@ class Engine:
     ) -> None:
         self.inputs, self.outputs, self.report, self.threads = tuple(inputs), tuple(outputs), report, threads
         self.batch, self._fixed_because = batch, fixed_because
-        self._takes, self._gives = takes, gives
+        self.takes, self.gives = takes, gives
         self._items, self._constants = tuple(items), dict(constants)
         self._names, self._layers, self._reasons = dict(names), dict(layers), dict(reasons)
         names_in, names_out = ([port.name for port in ports] for ports in (self.inputs, self.outputs))
@@ -118,10 +118,15 @@ class Engine:
         Raises TypeError for an input that is no tensor of the dtype compiled for, or is missing, ValueError for another
         shape.
         """
-        outputs = self.flat(inputs if self._plain and not named else self._takes.tensors(inputs, named))
-        if self._gives.kind == "tensor":
-            return outputs[0]
-        return self._gives.build(iter(outputs))
+        return self.result(self.flat(self.tensors(inputs, named)))
+
+    def tensors(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
+        """The tensors of a call, one for each of ``inputs``; raises TypeError where it is not like the example."""
+        return inputs if self._plain and not named else self.takes.tensors(inputs, named)
+
+    def result(self, outputs: Sequence[Tensor]) -> Any:
+        """What the model gives, made of the output's tensors."""
+        return outputs[0] if self.gives.kind == "tensor" else self.gives.build(iter(outputs))
 
     def flat(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Compute the output's tensors, and numbers as tensors, in order, from one for each of ``inputs``."""
@@ -170,7 +175,7 @@ class Engine:
         batch = samples(given[0].shape)
         with torch.no_grad(), torch_threads(1):
             took = self._runner.timed(given, rounds)
-        return profile(self.steps(), self._items, took, batch)
+        return profile(self.steps(), took, batch)
 
     def seconds(self, *inputs: Tensor, rounds: int = 21) -> float:
         """Time whole calls on one thread, by its processor time: the median of ``rounds``, or more of short ones.
@@ -246,11 +251,13 @@ class Engine:
             precision, quantization = self.report.precision, self.report.quantization
             options = "" if precision == "float32" else f', precision="{precision}"'
             calibrated = quantization is not None and quantization.samples > 0  # a model may come quantised
+            one = f"torch.zeros({given}{dtype})" if len(self.inputs) == 1 and self._plain else "an example of this size"
+            more = (
+                " and batches of this size" if calibrated else ", or compile with shapes=4, which makes up to 4 of them"
+            )
             return ValueError(
                 f"{what}: an engine runs at the size that it was compiled for; for this one make another, with "
-                f"engine.compile(model, torch.zeros({given}{dtype}){options}{', calibration=batches' * calibrated})"
-                + " and batches of this size"
-                * calibrated
+                f"engine.compile(model, {one}{options}{', calibration=batches' * calibrated}){more}"
             )
         if self.batch is not None and given[:1] != port.shape[:1]:
             return ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -53,6 +53,13 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Timed(NamedTuple):
+    """Seconds of the steps of each item, (rounds, steps), and of whole calls, (rounds,)."""
+
+    steps: list[_Seconds]
+    calls: _Seconds
+
+
 class Runner:
     """Items that run one after the other; any number of threads may call it.
 
@@ -87,23 +94,25 @@ class Runner:
         outputs: tuple[Any, ...] = self._run(threads, *inputs)
         return outputs
 
-    def timed(self, inputs: Sequence[Tensor], rounds: int) -> list[tuple[_Seconds, float]]:
-        """Seconds of each item on one thread: of its steps, (rounds, steps), and of the whole item, the median.
+    def timed(self, inputs: Sequence[Tensor], rounds: int) -> Timed:
+        """Time every step on one thread, and whole calls beside that.
 
         All items run in every round, so that each finds the caches as it does in the network. What reading the clock
-        takes is taken off.
+        takes is taken off, but not what native programs read it for: whole calls are timed without.
         """
         steps = [np.zeros((rounds, i.program.facts.steps if isinstance(i, NativeSegment) else 1)) for i in self._items]
-        whole = np.zeros((rounds, len(self._items)))
-        self(inputs, 1)
+        whole, calls = np.zeros((rounds, len(self._items))), np.zeros(rounds)
         tick = _tick()
         for done in range(rounds):
+            begun = time.thread_time()
+            self(inputs, 1)
+            calls[done] = time.thread_time() - begun
             self._timed(1, *inputs, took=whole[done], steps=[each[done] for each in steps], clock=time.thread_time)
         whole = (whole - tick).clip(min=0)
         for item, each, seconds in zip(self._items, steps, whole.T, strict=True):
             if not isinstance(item, NativeSegment):
                 each[:, 0] = seconds
-        return [(each, float(np.median(seconds))) for each, seconds in zip(steps, whole.T, strict=True)]
+        return Timed(steps, (calls - tick).clip(min=0))
 
 
 def _freed(items: Sequence[Item], outputs: Sequence[str]) -> list[tuple[str, ...]]:

@@ -40,6 +40,7 @@ from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, Operator, Places, Plan, Quantized, Ref, Step, Value
 from rarefy.engine.quantization import Quantization
+from rarefy.engine.shapes import Engines
 from rarefy.engine.structure import read, read_call
 
 VERSION = 1
@@ -164,7 +165,7 @@ def save(engine: Engine, path: str | Path) -> None:
     (that cannot be checked when it is loaded).
     """
     if not isinstance(engine, Engine):
-        raise TypeError(f"save takes an engine, got {type(engine).__name__}: engine.compile(model, example) makes one")
+        raise TypeError(f"save takes an engine, got {type(engine).__name__}: {_instead(engine)}")
     writer = _Writer()
     items, quantization = [writer.item(item) for item in engine._items], engine.report.quantization
     _tried(engine)
@@ -172,8 +173,8 @@ def save(engine: Engine, path: str | Path) -> None:
         "torch": torch.__version__,
         "inputs": [_port(port) for port in engine.inputs],
         "outputs": [_port(port) for port in engine.outputs],
-        "takes": engine._takes.json(),
-        "gives": engine._gives.json(),
+        "takes": engine.takes.json(),
+        "gives": engine.gives.json(),
         "batch": engine.batch,
         "fixed_because": engine._fixed_because,
         "items": items,
@@ -197,6 +198,11 @@ def save(engine: Engine, path: str | Path) -> None:
                 file.write(blob)
 
     write_atomically(Path(path), fill)
+
+
+def _instead(given: object) -> str:
+    several = isinstance(given, Engines)
+    return "save each of its engines" if several else "engine.compile(model, example) makes one"
 
 
 def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) -> Engine:
@@ -385,8 +391,8 @@ class _Reader:
     def _check_facts(self, engine: Engine) -> None:
         """Raise ValueError where what is not computed with, only told or looked at, is of another kind."""
         report, because = engine.report, engine._fixed_because
-        given = [*engine._gives.kinds()]
-        if engine._takes.leaves != len(engine.inputs) or len(given) != len(engine.outputs):
+        given = [*engine.gives.kinds()]
+        if engine.takes.leaves != len(engine.inputs) or len(given) != len(engine.outputs):
             raise ValueError("there are more inputs or outputs than tensors, or less")
         if any(kind == "number" and port.shape for kind, port in zip(given, engine.outputs, strict=True)):
             raise ValueError("an output is no number")

@@ -217,9 +217,9 @@ def slower_than_torch(
 ) -> set[str]:
     """The layers that PyTorch computes clearly faster than the programs do, where that matters to the whole."""
     timed = runner(native.items, plan).timed
-    times = [took for took, _ in timed(inputs, 1)]
+    times = timed(inputs, 1).steps
     if sum(took.sum() for took in times) < _LONG_SECONDS:
-        times = [took for took, _ in timed(inputs, _LEAST_ROUNDS)]
+        times = timed(inputs, _LEAST_ROUNDS).steps
     saved: dict[str, float] = {}
     for item, took in zip(native.items, times, strict=True):
         if isinstance(item, NativeSegment):

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rarefy.engine.building import NativeSegment
-from rarefy.engine.lowering import Item
+from rarefy.engine.execute import Timed
 from rarefy.engine.peak import peak
 from rarefy.engine.steps import StepInfo
 
@@ -57,7 +56,7 @@ class Profile:
     """A profile; ``str()`` of it is a table, :meth:`to_dict` is for JSON.
 
     Attributes:
-        rows: the steps, in the order in which they run; last, as "call", what native programs take to be called.
+        rows: the steps, in the order in which they run; last, as "call", what a call takes beside them. They add up.
         batch: how many samples they ran on at once.
         seconds: of a whole call, without what checks its inputs.
         peak_gflops: what one core was measured to do at most, in 1e9 floating-point operations a second; None where
@@ -90,25 +89,19 @@ class Profile:
         return "\n".join(lines)
 
 
-def profile(
-    steps: Sequence[StepInfo],
-    items: Sequence[Item],
-    took: Sequence[tuple[np.ndarray[Any, np.dtype[np.float64]], float]],
-    batch: int,
-) -> Profile:
-    """Make the profile of items, from the seconds of each round and step and of the whole item (``Runner.timed``)."""
-    whole = sum(seconds for _, seconds in took)
-    most = peak()
-    medians = [[float(each) for each in np.median(times, 0)] for times, _ in took]
-    seconds = [each for median in medians for each in median]
-    rows = [row(step, each, whole, batch, most) for step, each in zip(steps, seconds, strict=True)]
-    between = sum(
-        max(0.0, all_of_it - sum(median))
-        for item, median, (_, all_of_it) in zip(items, medians, took, strict=True)
-        if isinstance(item, NativeSegment)
-    )
-    if between:
-        call = StepInfo("", "call", "", note="native programs: into them and out again")
+def profile(steps: Sequence[StepInfo], took: Timed, batch: int) -> Profile:
+    """Make the profile of steps from what they were timed at.
+
+    Reading the clock between steps makes them slower: where they add up to more than a whole call they are that much
+    less, each by the same factor.
+    """
+    whole, most = float(np.median(took.calls)), peak()
+    seconds = np.concatenate([np.median(times, 0) for times in took.steps])
+    if seconds.sum() > whole:
+        seconds *= whole / seconds.sum()
+    rows = [row(step, float(each), whole, batch, most) for step, each in zip(steps, seconds, strict=True)]
+    if (between := whole - float(seconds.sum())) > 0:
+        call = StepInfo("", "call", "", note="from step to step, into native programs and out again")
         rows.append(row(call, between, whole, batch, most))
     return Profile(tuple(rows), batch, whole, most)
 
