@@ -1,23 +1,34 @@
 """The figures of the activation functions: ``python benchmarks/act.py`` writes results/act.csv.
 
 ``python benchmarks/act.py --csv results/act_avx2.csv`` does so on a machine without AVX-512, ``python benchmarks/act.py
---print`` prints the tables and figures of docs/results/activations.md from both files.
+--print`` prints the tables and figures of docs/results/activations.md from the files. ``--threads`` measures mode
+"exact" of 64 MiB by one thread and by two, and a copy, by the clock on the wall, and writes results/act-threads.csv.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
+import os
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from rarefy import act
+from rarefy._files import write_csv
 from rarefy.act.spec import formats, oracle, reference
 from rarefy.cli import main
+from rarefy.environment import provenance
 
 RESULTS = Path(__file__).parents[1] / "results" / "act.csv"
 AVX2 = RESULTS.with_name("act_avx2.csv")
+THREADS = RESULTS.with_name("act-threads.csv")
 B, F = "bfloat16", "float32"
 NAMES = {"tanh": "tanh", "sigmoid": "sigmoid", "silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU by tanh"}
 LABELS = {"exact": "exact", "ktanh": "K-TanH", "hard": "HardTanh"}
@@ -114,6 +125,45 @@ def slower() -> str:
     return table(["slower", "format", "function", "mode", "timed", *sizes], rows)
 
 
+def measure_threads(rounds: int = 41) -> None:
+    """Time 64 MiB by one thread and by two, all in turn, and write medians and least times."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn((1 << 26) // dtype.itemsize).to(dtype)
+        y = torch.empty_like(x)
+        calls: dict[str, Callable[[], object]] = {"copy": functools.partial(y.copy_, x)}
+        calls |= {name: functools.partial(getattr(act, name), x, out=y) for name in ("tanh", "sigmoid", "silu", "gelu")}
+        calls["gelu_tanh"] = functools.partial(act.gelu, x, approximate="tanh", out=y)
+        seconds: dict[tuple[str, int], list[float]] = {}
+        for _ in range(rounds):
+            for (name, call), threads in itertools.product(calls.items(), (1, 2)):
+                torch.set_num_threads(threads)
+                begin = time.perf_counter()
+                call()
+                seconds.setdefault((name, threads), []).append(time.perf_counter() - begin)
+        for name in calls:
+            row: dict[str, object] = {"function": name, "dtype": str(dtype).removeprefix("torch.")}
+            for threads, column in ((1, "one"), (2, "two")):
+                taken = [each * 1e9 / x.numel() for each in seconds[name, threads]]
+                row |= {f"{column}_ns": round(statistics.median(taken), 4), f"{column}_least_ns": round(min(taken), 4)}
+            rows.append(
+                {**row, "load": round(os.getloadavg()[0], 1), **provenance("python benchmarks/act.py --threads")}
+            )
+    write_csv(THREADS, rows)
+
+
+def two_threads() -> str:
+    """How many times as fast two threads are as one."""
+    with THREADS.open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    rows = []
+    for row in found:
+        times = [float(row[f"{threads}_{which}ns"]) for which in ("", "least_") for threads in ("one", "two")]
+        ratios = [f"{times[0] / times[1]:.2f}", f"{times[2] / times[3]:.2f}"]
+        rows.append([row["dtype"], NAMES.get(row["function"], row["function"]), *map(figure, times[:2]), *ratios])
+    return table(["64 MiB", "function", "ns, one thread", "ns, two", "times as fast", "by least times"], rows)
+
+
 def sentences(ns: Times) -> dict[str, str]:
     """What the docs say in words, by a name."""
 
@@ -145,9 +195,12 @@ def sentences(ns: Times) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--threads"]:
+        measure_threads()
+        sys.exit(0)
     if sys.argv[1:] == ["--print"]:
         times = read()
         tables = [without_avx512(read(AVX2), dtype) for dtype in (F, B, "float16")]
-        print(bfloat16(times), float32(times), *tables, slower(), *sentences(times).values(), sep="\n\n")
+        print(bfloat16(times), float32(times), *tables, slower(), two_threads(), *sentences(times).values(), sep="\n\n")
         sys.exit(0)
     sys.exit(main(["bench", "act", "--csv", str(RESULTS), *sys.argv[1:]]))

@@ -23,6 +23,7 @@ def test_tables_are_those_of_the_results():
     assert flat(figures.bfloat16(TIMES)) in DOCS
     assert flat(figures.float32(TIMES)) in DOCS
     assert flat(figures.slower()) in DOCS
+    assert flat(figures.two_threads()) in DOCS
     without = figures.read(figures.AVX2)
     for dtype in ("float32", "bfloat16", "float16"):
         assert flat(figures.without_avx512(without, dtype)) in DOCS

@@ -199,7 +199,10 @@ def _under(watch: Watch | None, method: Callable[..., Any], *args: Any, **kwargs
 
 
 def _watched(
-    kind: type[nn.Module], method: Callable[..., Any], needed: Callable[[Any], bool] = lambda self: True
+    kind: type[nn.Module],
+    method: Callable[..., Any],
+    needed: Callable[[Any], bool] = lambda self: True,
+    quiet: bool = False,
 ) -> Callable[..., Any]:
     """Run a method under its watch where that is needed, and always when the module runs first."""
 
@@ -209,12 +212,14 @@ def _watched(
             return method(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _under(watch, method, self, *args, **kwargs)
+        functions = _has_functions(args) or (kwargs and _has_functions(kwargs.values()))
+        training = self.training
+        if quiet and not (functions or training in watch.unchecked or torch._C._len_torch_function_stack()):
+            return method(self, *args, **kwargs)
         if fx._symbolic_trace.is_fx_symbolic_tracing():
             with _recorded(watch, (*args, *kwargs.values())):
                 return _under(watch, method, self, *args, **kwargs)
-        training = self.training
-        new = training in watch.unchecked or _has_functions(args) or (kwargs and _has_functions(kwargs.values()))
-        new = new and not torch._C._is_tracing()
+        new = (functions or training in watch.unchecked) and not torch._C._is_tracing()
         if not (new or watch.checking or needed(self)):
             return _under(None, method, self, *args, **kwargs)
         run = functools.partial(_checking if new else _under, watch)
@@ -227,6 +232,23 @@ def _watched(
         return result
 
     return call
+
+
+_DATA = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
+
+
+def _has_functions(values: Iterable[Any]) -> bool:
+    """Tell whether functions come as arguments, which the code that is read says nothing of."""
+    for value in values:
+        if type(value) in _DATA:
+            continue
+        if callable(value):
+            return True
+        if isinstance(value, list | tuple | dict) and _has_functions(
+            value.values() if isinstance(value, dict) else value
+        ):
+            return True
+    return False
 
 
 def _checking(watch: Watch, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -248,20 +270,7 @@ def _attention(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..
 
 def _quiet(kind: type[nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
     """Leave a module alone whose code was not seen to call an activation, once it has run."""
-    return _watched(kind, method, lambda self: False)
-
-
-def _has_functions(values: Iterable[Any]) -> bool:
-    """Tell whether functions come as arguments, which the code that is read says nothing of."""
-    return any(
-        callable(value) or (isinstance(value, list | tuple | dict) and _has_functions(_items(value)))
-        for value in values
-        if not isinstance(value, Tensor)
-    )
-
-
-def _items(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+    return _watched(kind, method, lambda self: False, quiet=True)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class Swap:
     """What :func:`swap` did, and the way back.
 
     What is known at once is here at once: modules that are an activation as a whole. Calls in other code are seen when
-    they are made: ``replaced`` and ``kept`` grow while the model runs (not inside ``torch.compile``).
+    they are made: ``replaced`` and ``kept`` grow while the model runs, or is compiled.
 
     Attributes:
         replaced: (name in the model, what was replaced) for every place.
@@ -97,13 +97,13 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
     * A module whose code can call an activation, by whatever way (partials, helpers, lambdas, containers, methods, in
       place), is watched: while it runs, calls of PyTorch's functions are made by ours. A call of PyTorch under it costs
       some microseconds more; its children that cannot call one are not watched. What can is found by reading the code,
-      and checked while the model runs for the first time, in training and in evaluation.
+      and checked when a module first runs, in training and in evaluation, and whenever it is given a function.
     * A call that ours does not take (float64, sparse, ...) or takes longer for (float32 in mode "exact") is left to
       PyTorch, and named in ``kept``.
 
-    Modules that are put in later are not seen: swap again, which leaves alone what was swapped. What is recomputed
-    outside of its module (a function inside a forward, under ``torch.utils.checkpoint``) is PyTorch's. Copies and
-    pickles of the model stay swapped and have no report.
+    Modules and functions that are put in later are not seen: swap again, which leaves alone what was swapped. What is
+    recomputed outside of its module (a function inside a forward, under ``torch.utils.checkpoint``) is PyTorch's.
+    Copies and pickles of the model stay swapped and have no report.
 
     Args:
         model: any module, changed in place; :meth:`Swap.restore` is the way back.
