@@ -81,7 +81,9 @@ def peers() -> dict[tuple[str, str, float], tuple[Callable[[Tensor], Any], float
     count = float(sum(p.numel() for p in block.parameters()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is to go to another package
-        quantized = torch.ao.quantization.quantize_dynamic(block, {nn.Linear}, dtype=torch.qint8)
+        quantized = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            block, {nn.Linear}, dtype=torch.qint8
+        )
     half = block.to(torch.bfloat16)
     return {
         BFLOAT16: (lambda x: half(x.to(torch.bfloat16)), 2 * count),
