@@ -114,15 +114,21 @@ __attribute__((noinline)) V expand(V v, const Store &s) {
 }
 #endif
 
+// What is kept of a row between its groups.
+template <int T>
+inline float *kept(const BlockCall &call, float *sums, int32_t row) {
+    return row < 0 ? call.discard : sums + static_cast<int64_t>(row) * (T * L);
+}
+
 template <int R, int T>
 inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows,
                                                  V (&a)[R][T]) {
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-        if (group.flags & GROUP_FIRST) {
-            const V bias = all(rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = bias;
+        if (group.flags & (GROUP_FIRST | GROUP_FRESH)) {
+            const V start = all(group.flags & GROUP_FRESH || rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = start;
         } else {
-            const float *sums = rows[r] < 0 ? call.discard : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            const float *sums = kept<T>(call, call.sums, rows[r]);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = load(sums + t * L);
         }
     }
@@ -158,9 +164,16 @@ template <int R, int T>
 inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows,
                                                V (&a)[R][T]) {
     const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
-    if (!last || !plain) {
+    if (group.flags & GROUP_ADDS) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-            float *sums = last || rows[r] < 0 ? call.discard : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            const float *totals = kept<T>(call, call.totals, rows[r]);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], load(totals + t * L));
+        }
+    }
+    if (!last || !plain) {
+        float *const sums_or_totals = group.flags & GROUP_KEEPS ? call.totals : call.sums;
+        RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+            float *sums = last ? call.discard : kept<T>(call, sums_or_totals, rows[r]);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
             if (last && rows[r] >= 0) finish_row<T>(call, rows[r], sums);
         }
@@ -369,9 +382,18 @@ void affine(const float *x, float scale, float shift, float *out, int64_t n, flo
 }
 
 float sum(const float *x, int64_t n) {
-    V a = all(0.0f);
-    for (int64_t i = 0; i < n; i += L) a = add(a, load_some(x + i, low_lanes(n - i < L ? n - i : L)));
-    return total(a);
+    // halves: the error of one sum grows with its terms
+    constexpr int N = 4;
+    if (n > 256 * L) {
+        const int64_t half = n / (2 * N * L) * (N * L);
+        return sum(x, half) + sum(x + half, n - half);
+    }
+    V a[N];
+    RAREFY_UNROLL for (int k = 0; k < N; ++k) a[k] = all(0.0f);
+    int64_t i = 0;
+    for (; i + N * L <= n; i += N * L) RAREFY_UNROLL for (int k = 0; k < N; ++k) a[k] = add(a[k], loadu(x + i + k * L));
+    for (; i < n; i += L) a[0] = add(a[0], load_some(x + i, low_lanes(n - i < L ? n - i : L)));
+    return total(add(add(a[0], a[1]), add(a[2], a[3])));
 }
 
 // ---- activations
