@@ -1,5 +1,7 @@
 """Every kind of layer against PyTorch in float64: shapes, patterns of zeros, batch sizes, instruction sets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -283,3 +285,47 @@ def test_onednn_with_packed_weights():
     )
     inputs = {"x": torch.randn(2, 3, 9, 8)}
     compare(step, inputs, PackedConv(step, (2, 3, 9, 8)).run(*inputs.values()))
+
+
+#: Layers with long sums, and the shapes of their inputs.
+LONG = {
+    "tiled": (lambda: conv(torch.rand(6, 900, 3, 3), padding=1), (1, 900, 5, 5)),
+    "pointwise": (lambda: conv(torch.rand(6, 1500, 1, 1)), (1, 1500, 7, 7)),
+    "groups": (lambda: conv(torch.rand(6, 120, 5, 5), padding=2, groups=2), (1, 240, 9, 9)),
+    "depthwise": (lambda: conv(torch.rand(3, 1, 35, 35), padding=17, groups=3), (1, 3, 40, 40)),
+    "tokens": (lambda: Linear(name="l", output="y", input="x", weight=torch.rand(5, 3000)), (1, 9, 3000)),
+    "vector": (lambda: Linear(name="l", output="y", input="x", weight=torch.rand(5, 50000)), (1, 50000)),
+    "long vector": (
+        lambda: Linear(name="l", output="y", input="x", weight=torch.rand(2, 10**6), bias=None),
+        (1, 10**6),
+    ),
+    "average": (lambda: GlobalAverage(name="m", output="y", input="x", keepdim=True), (1, 2, 900, 1000)),
+}
+
+
+@pytest.mark.parametrize("isa", [isa for isa in paths() if isa != "pytorch"])
+@pytest.mark.parametrize("name", LONG)
+def test_long_sums_of_positive_terms(isa, name):
+    make, shape = LONG[name]
+    step, x = make(), {"x": torch.rand(shape)}
+    for density in (1.0, 0.4) if name != "average" else (1.0,):
+        if density < 1:
+            step = replace(step, weight=sparse(step.weight, density))
+        expected = wide(step, x)
+        error = {
+            choose: ((run(step, x, path, choose) - expected) / expected).abs().max()
+            for path, choose in [("pytorch", "native"), (isa, "sparse"), (isa, "dense")]
+        }
+        limit = max(1.2e-6, 2 * error.pop("native"))
+        assert max(error.values()) < limit, error
+
+
+@pytest.mark.parametrize("isa", [isa for isa in paths() if isa != "pytorch"])
+def test_long_sums_are_the_same_bits_in_sparse_and_dense_tiles(isa):
+    for channels, kernel, groups in ((700, 3, 1), (90, 5, 2), (2, 27, 1), (3000, 1, 1)):
+        weight = sparse(torch.randn(10, channels // groups, kernel, kernel), 0.5)
+        weight[1] = 0  # rows without weights and with weights at the end alone
+        weight[2, : channels // groups - 1] = 0
+        step = conv(weight, bias=torch.randn(10), padding=kernel // 2, groups=groups)
+        x = {"x": torch.randn(1, channels, 9, 10)}
+        assert torch.equal(run(step, x, isa, "sparse"), run(step, x, isa, "dense"))

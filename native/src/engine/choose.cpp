@@ -25,11 +25,12 @@ constexpr double SPARSE_SEARCHED_BELOW = 0.6, DENSE_SEARCHED_ABOVE = 0.2;
 constexpr double DENSE_MUST_TAKE = 0.95;
 // KiB of a block's packed pixels, so that they stay in a near cache: by rule and to begin with, and what else is tried.
 constexpr int32_t KILOBYTES = 40, MORE_KILOBYTES[] = {20, 30, 56, 80, 160};
-// Tiles to try, {R, T}: R * T sums must fit in registers (ACCUMULATORS of vec-inl.h), so those that an instruction set
-// has no kernel for are left out.
-constexpr int32_t SPARSE_TILES[][2] = {{2, 7},  {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14},
-                                       {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3}};
-constexpr int32_t DENSE_TILES[][2] = {{6, 4}, {4, 6}, {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
+// Tiles to try, {R, T}, for each number of registers: R * T sums must fit in them (ACCUMULATORS of vec-inl.h), and of
+// dense kernels R weights or T vectors of pixels, too. Those that an instruction set has no kernel for are left out.
+constexpr int32_t SPARSE_TILES[][2] = {{2, 7}, {3, 4},  {1, 14}, {2, 5}, {4, 3}, {1, 10}, {3, 7}, {4, 4},
+                                       {6, 4}, {2, 13}, {2, 10}, {4, 5}, {3, 9}, {6, 3},  {8, 3}};
+constexpr int32_t DENSE_TILES[][2] = {{4, 3}, {3, 4}, {6, 2}, {2, 5}, {6, 4}, {4, 6},
+                                      {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
 constexpr int32_t DEPTHWISE_TILES[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
 // Runs of a candidate: the first is not counted, the least of the others is; MOST_RUNS, or fewer once LEAST_RUNS were
 // made and ENOUGH_SECONDS are spent.
@@ -92,11 +93,13 @@ Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, d
     Config c = {};
     c.kind = kind_of(sparse, step.node.storage);
     c.vector = is_vector(program, step);
+    const Kernels &k = *program.kernels;
     const int32_t all = vectors_of(program, step);
     for (const Form form : {Form::DIRECT, Form::SHIFTED, Form::SINGLE}) {
         if (form == Form::DIRECT && !sparse) continue;
         c.form = static_cast<int32_t>(form);
-        for (int32_t vectors = 7; vectors >= 1; vectors = vectors == 7 ? 4 : vectors / 2) {
+        for (int32_t vectors = sparse || k.lanes == MAX_LANES ? 7 : 3; vectors >= 1;
+             vectors = vectors == 7 ? 4 : vectors / 2) {
             for (const int32_t rows : {depthwise(step, m) ? 1 : 4, 3, 2, 1}) {
                 c.vectors = std::min(vectors, all);
                 c.rows = rows;
@@ -135,7 +138,7 @@ class Measurer {
         }
         program_.packed_floats = 65536 + 1024;
         program_.discard_floats = MAX_VECTORS * MAX_LANES;
-        program_.sums_floats = channels * MAX_VECTORS * MAX_LANES;
+        program_.sums_floats = 2 * channels * MAX_VECTORS * MAX_LANES;
         space_ = take(program_, program_.plan);
         if (!space_.memory) throw std::bad_alloc();
         for (const auto &port : inputs_) input_pointers_.push_back(port.data());

@@ -114,15 +114,21 @@ __attribute__((noinline)) V expand(V v, const Store &s) {
 }
 #endif
 
+// What is kept of a row between its groups.
+template <int T>
+inline float *kept(const BlockCall &call, float *sums, int32_t row) {
+    return row < 0 ? call.discard : sums + static_cast<int64_t>(row) * (T * L);
+}
+
 template <int R, int T>
 inline __attribute__((always_inline)) void begin(const BlockCall &call, const Group &group, const int32_t *rows,
                                                  V (&a)[R][T]) {
     RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-        if (group.flags & GROUP_FIRST) {
-            const V bias = all(rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = bias;
+        if (group.flags & (GROUP_FIRST | GROUP_FRESH)) {
+            const V start = all(group.flags & GROUP_FRESH || rows[r] < 0 ? 0.0f : call.bias[rows[r]]);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = start;
         } else {
-            const float *sums = rows[r] < 0 ? call.discard : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            const float *sums = kept<T>(call, call.sums, rows[r]);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = load(sums + t * L);
         }
     }
@@ -158,9 +164,16 @@ template <int R, int T>
 inline __attribute__((always_inline)) void end(const BlockCall &call, const Group &group, const int32_t *rows,
                                                V (&a)[R][T]) {
     const bool last = group.flags & GROUP_LAST, plain = call.shape == STORE_PLAIN;
-    if (!last || !plain) {
+    if (group.flags & GROUP_ADDS) {
         RAREFY_UNROLL for (int r = 0; r < R; ++r) {
-            float *sums = last || rows[r] < 0 ? call.discard : call.sums + static_cast<int64_t>(rows[r]) * (T * L);
+            const float *totals = kept<T>(call, call.totals, rows[r]);
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) a[r][t] = add(a[r][t], load(totals + t * L));
+        }
+    }
+    if (!last || !plain) {
+        float *const sums_or_totals = group.flags & GROUP_KEEPS ? call.totals : call.sums;
+        RAREFY_UNROLL for (int r = 0; r < R; ++r) {
+            float *sums = last ? call.discard : kept<T>(call, sums_or_totals, rows[r]);
             RAREFY_UNROLL for (int t = 0; t < T; ++t) store(sums + t * L, a[r][t]);
             if (last && rows[r] >= 0) finish_row<T>(call, rows[r], sums);
         }

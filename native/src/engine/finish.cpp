@@ -35,6 +35,13 @@ std::vector<float> column_scales(const Step &step) {
     return all;
 }
 
+// Whether sums are kept between the groups of a row.
+bool keeps_sums(const Weights &weights) {
+    constexpr int32_t WHOLE = GROUP_FIRST | GROUP_LAST;
+    const Group *from = weights.groups.data();
+    return std::any_of(from, from + weights.groups.size(), [](const Group &g) { return (g.flags & WHOLE) != WHOLE; });
+}
+
 }  // namespace
 
 int64_t pool_margin(const Step &step) {
@@ -61,10 +68,9 @@ void finish_step(rarefy_program &program, Step &step) {
         const int64_t held = step.config.direct() ? (step.config.block + 1) * ADDRESS
                                                   : step.config.block * step.tiling_one->channel_floats;
         program.packed_floats = std::max(program.packed_floats, held + width);
-        // sums are kept between the blocks of a tile
-        const bool blocks = step.config.block < program.graph.values[step.node.x].channels;
-        program.sums_floats =
-            std::max(program.sums_floats, blocks ? program.graph.values[step.node.out].channels * width : 0);
+        if (keeps_sums(step.weights))
+            program.sums_floats =
+                std::max(program.sums_floats, program.graph.values[step.node.out].channels * width * 2);
         program.discard_floats = std::max(program.discard_floats, width);
     } else if (step.node.kind == Kind::TENSOR) {
         const int64_t floats = function_of(step.node).scratch(program.graph, step);
@@ -97,7 +103,7 @@ double preparation(const rarefy_program &program) {
 void finish_program(rarefy_program &program) {
     for (Step &step : program.steps) finish_step(program, step);
     for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.discard_floats})
-        *floats = (*floats + 31) / 16 * 16;
+        *floats = (*floats + 63) / 32 * 32;
     program.banded = make_banded_plan(program);
 }
 

@@ -70,9 +70,20 @@ struct Group {
     int32_t length;  // weights of each row, padding included
     int32_t weight;  // first weight (counted in weights)
     int32_t offset;  // first offset; sparse kernels have one for each weight, dense ones one for R weights
-    int32_t flags;   // GROUP_FIRST: starts from the bias; GROUP_LAST: ends with the activation and the store
+    int32_t flags;   // enum GroupFlags
 };
-enum { GROUP_FIRST = 1, GROUP_LAST = 2 };
+
+// A long row is summed in spans of its weights, each from zero on, whose sums are added up: the error of one sum grows
+// with its terms. A group is a part of one span; what a row's groups leave off at is kept between them, in
+// BlockCall::sums, and the sum of the spans that are done in BlockCall::totals.
+enum GroupFlags : int32_t {
+    GROUP_FIRST = 1,  // starts from the bias
+    GROUP_LAST = 2,   // ends with the activation and the store
+    GROUP_FRESH = 4,  // starts a span but the first one, from zero; without this and GROUP_FIRST: from the sums
+    GROUP_ADDS = 8,   // ends a span but the first one: the totals are added
+    GROUP_KEEPS = 16  // ends a span but the last one, with what goes to the totals; without this and GROUP_LAST: to the
+                      // sums
+};
 
 struct BlockCall {
     const float *packed;
@@ -80,11 +91,11 @@ struct BlockCall {
     const void *weights;         // float, or uint32 words of (bf16, offset) for sparse bf16, or uint16 for dense bf16
     const uint16_t *offsets;     // in floats of packed, or numbers of planes
     const Group *groups;
-    const int32_t *rows;  // R for each group; -1: none
-    int64_t count;        // groups
-    float *sums;          // T * L for each row, and as much again for a row that is none
-    float *discard;       // T * L floats that nobody reads
-    float *y;             // at the tile
+    const int32_t *rows;   // R for each group; -1: none
+    int64_t count;         // groups
+    float *sums, *totals;  // T * L for each row
+    float *discard;        // T * L floats that nobody reads
+    float *y;              // at the tile
     int64_t y_stride;
     const float *residual;  // at the tile, or null
     int64_t residual_stride;

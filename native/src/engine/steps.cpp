@@ -70,6 +70,7 @@ BlockCall call_of(const Frame &f, const Step &s, const View &y, const View &resi
     call.weights = s.weights.values.data();
     call.offsets = s.weights.offsets.data();
     call.sums = f.scratch + f.program->packed_floats;
+    call.totals = call.sums + f.program->sums_floats / 2;
     call.discard = call.sums + f.program->sums_floats;
     call.y_stride = y.stride;
     call.residual_stride = residual.stride;

@@ -76,6 +76,23 @@ Weights make_plane_weights(const Entries &entries, const Config &config) {
     return out;
 }
 
+// Terms of a sum that are added one after the other, weights that are zero not counted: the error of a sum of positive
+// terms is then about that of PyTorch's (tests/engine/test_layers.py). Rows of up to MOST_TERMS are one span, longer
+// ones are cut into spans of up to SPAN_TERMS: sparse rows side by side are padded to the same length in each span.
+constexpr int64_t SPAN_TERMS = 256, MOST_TERMS = 384;
+
+// The number of spans of every row, the same whatever the config: so are the sums.
+int64_t spans_of(const Entries &entries) {
+    int64_t longest = 0, all = 0;
+    for (const auto &row : entries) {
+        const int64_t terms = std::count_if(row.begin(), row.end(), [](const Entry &e) { return e.value != 0.0f; });
+        longest = std::max(longest, terms);
+        all += terms;
+    }
+    const int64_t terms = std::max(longest / 2, all / static_cast<int64_t>(entries.size()));
+    return terms <= MOST_TERMS ? 1 : (terms + SPAN_TERMS - 1) / SPAN_TERMS;
+}
+
 // A row's part in one block.
 struct Part {
     int32_t row, flags;
@@ -87,29 +104,32 @@ class Maker {
  public:
     Maker(const Matrix &matrix, const Entries &entries, const Config &config, const Layout &layout)
         : matrix_(matrix), entries_(entries), config_(config), layout_(layout),
-          blocks_(ceil_div(matrix.channels, config.block)) {}
+          blocks_(ceil_div(matrix.channels, config.block)),
+          places_(int64_t{matrix.channels / matrix.groups} * matrix.taps) {
+        const int64_t spans = spans_of(entries);
+        span_ = (places_ + spans - 1) / spans;
+    }
 
     Weights make() {
-        const int32_t rows_a_group = matrix_.rows / matrix_.groups;
         for (int32_t block = 0; block < blocks_; ++block) {
             for (int32_t first = 0; first < matrix_.rows; first += CHUNK_ROWS) {
                 chunks_.push_back(static_cast<int32_t>(groups_.size()));
                 std::vector<Part> parts;
                 for (int32_t row = first; row < std::min(matrix_.rows, first + CHUNK_ROWS); ++row)
                     add_part(block, row, parts);
-                // rows of one group start and end in the same blocks; dense rows also read the same pixels
+                // rows of one group start and end in the same blocks; where they have the same spans, too, or are
+                // dense and read the same pixels, they are of the same group of channels
                 std::stable_sort(parts.begin(), parts.end(), [&](const Part &a, const Part &b) {
                     if (a.flags != b.flags) return a.flags < b.flags;
-                    if (!config_.sparse()) return a.row / rows_a_group < b.row / rows_a_group;
-                    return a.length() > b.length();
+                    if (side_by_side(a) != side_by_side(b)) return side_by_side(a) < side_by_side(b);
+                    return config_.sparse() && a.length() > b.length();
                 });
                 for (size_t i = 0; i < parts.size();) {
                     size_t n = 1;
                     while (n < static_cast<size_t>(config_.rows) && i + n < parts.size() &&
-                           parts[i + n].flags == parts[i].flags &&
-                           (config_.sparse() || parts[i + n].row / rows_a_group == parts[i].row / rows_a_group))
+                           parts[i + n].flags == parts[i].flags && side_by_side(parts[i + n]) == side_by_side(parts[i]))
                         ++n;
-                    add_group(block, parts.data() + i, n);
+                    add_groups(block, parts.data() + i, n);
                     i += n;
                 }
             }
@@ -126,14 +146,55 @@ class Maker {
     }
 
  private:
+    bool one_span() const { return span_ == places_; }
+    int32_t channels_of(int32_t row) const { return row / (matrix_.rows / matrix_.groups); }
+    int32_t side_by_side(const Part &part) const { return config_.sparse() && one_span() ? 0 : channels_of(part.row); }
+
+    // A row's entries in [from, to): places are numbers of channels times the kernel's positions, and more.
+    Part between(const Part &of, int64_t from, int64_t to) const {
+        const auto before = [&](const Entry &e, int64_t place) {
+            return int64_t{e.channel} * matrix_.taps + e.tap < place;
+        };
+        const Entry *const begin = std::lower_bound(of.from, of.to, from, before);
+        return {of.row, of.flags, begin, std::lower_bound(begin, of.to, to, before)};
+    }
+
+    int64_t block_begin(int32_t block) const {
+        return std::min<int64_t>(int64_t{block} * config_.block, matrix_.channels) * matrix_.taps;
+    }
+
     void add_part(int32_t block, int32_t row, std::vector<Part> &parts) const {
         const std::vector<Entry> &all = entries_[row];
-        const auto before = [](const Entry &e, int64_t channel) { return e.channel < channel; };
-        const auto from = std::lower_bound(all.begin(), all.end(), int64_t{block} * config_.block, before);
-        const auto to = std::lower_bound(from, all.end(), (int64_t{block} + 1) * config_.block, before);
-        if (from == to && !(all.empty() && block == 0)) return;
-        const int32_t flags = (from == all.begin() ? GROUP_FIRST : 0) | (to == all.end() ? GROUP_LAST : 0);
-        parts.push_back({row, flags, all.data() + (from - all.begin()), all.data() + (to - all.begin())});
+        const Entry *const end = all.data() + all.size();
+        Part part = between({row, 0, all.data(), end}, block_begin(block), block_begin(block + 1));
+        if (!one_span()) {  // even if there are no entries: so that the flags of rows side by side are the same
+            const int64_t first = channels_of(row) * places_;
+            if (first < block_begin(block + 1) && first + places_ > block_begin(block)) parts.push_back(part);
+            return;
+        }
+        if (part.from == part.to && !(all.empty() && block == 0)) return;
+        part.flags = (part.from == all.data() ? GROUP_FIRST : 0) | (part.to == end ? GROUP_LAST : 0);
+        parts.push_back(part);
+    }
+
+    // Of rows' parts in a block, span by span.
+    void add_groups(int32_t block, const Part *parts, size_t count) {
+        if (one_span()) return add_group(block, parts, count);
+        const int64_t first = channels_of(parts[0].row) * places_, last = first + places_,
+                      end = std::min(last, block_begin(block + 1));
+        std::vector<Part> pieces(count);
+        for (int64_t from = std::max(first, block_begin(block)), to; from < end; from = to) {
+            const int64_t span = (from - first) / span_, span_end = std::min(last, first + (span + 1) * span_);
+            to = std::min(end, span_end);
+            int32_t flags = to == last ? GROUP_LAST : to == span_end ? GROUP_KEEPS : 0;
+            if (from == first + span * span_) flags |= span ? GROUP_FRESH : GROUP_FIRST;
+            if (to == span_end && span) flags |= GROUP_ADDS;
+            for (size_t r = 0; r < count; ++r) {
+                pieces[r] = between(parts[r], from, to);
+                pieces[r].flags = flags;
+            }
+            add_group(block, pieces.data(), count);
+        }
     }
 
     uint32_t offset(int32_t block, const Entry &e) const {
@@ -183,6 +244,8 @@ class Maker {
     const Config &config_;
     const Layout &layout_;
     const int32_t blocks_;
+    const int64_t places_;  // of a row's weights
+    int64_t span_;
     int64_t stored_ = 0;
     std::vector<uint8_t> values_;
     std::vector<uint16_t> offsets_;
@@ -323,6 +386,24 @@ std::string check_vector(const Matrix &matrix, const Weights &weights, const Con
     return "";
 }
 
+// What is there of a row, group by group.
+struct Row {
+    bool sums = false, totals = false, ended = false;
+
+    // Whether a group with these flags may follow.
+    bool take(int32_t flags) {
+        const bool first = flags & GROUP_FIRST, last = flags & GROUP_LAST, fresh = flags & GROUP_FRESH,
+                   adds = flags & GROUP_ADDS, keeps = flags & GROUP_KEEPS;
+        if (flags & ~(GROUP_FIRST | GROUP_LAST | GROUP_FRESH | GROUP_ADDS | GROUP_KEEPS) || ended) return false;
+        if (first ? fresh || sums || totals : fresh ? sums || !totals : !sums) return false;
+        if ((last && keeps) || adds != (totals && (last || keeps))) return false;
+        sums = !last && !keeps;
+        totals = totals || keeps;
+        ended = last;
+        return true;
+    }
+};
+
 std::string check_tiles(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout,
                         int64_t stored) {
     const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS),
@@ -338,10 +419,6 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
         return "offsets do not fit the weights";
     std::vector<uint8_t> tap(static_cast<size_t>(step), 0);  // offsets in a channel where a kernel position is
     for (const uint16_t at : layout.taps) tap[config.direct() ? 0 : at] = 1;
-    struct Row {
-        bool begun = false, ended = false;
-        int64_t block = -1;  // the last one that it was in
-    };
     std::vector<Row> rows(static_cast<size_t>(matrix.rows));
     int64_t next = 0;  // weights lie in the order of their groups, so that no work is more than what the file holds
     for (int64_t part = 0; part < blocks * chunks; ++part) {
@@ -352,8 +429,7 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
         for (int64_t g = weights.chunks[part]; g < weights.chunks[part + 1]; ++g) {
             const Group &group = weights.groups[g];
             const int64_t weight_count = int64_t{group.length} * config.rows;
-            if (group.length < 0 || group.offset < 0 || group.flags < 0 || group.flags > (GROUP_FIRST | GROUP_LAST))
-                return "a group is out of range";
+            if (group.length < 0 || group.offset < 0) return "a group is out of range";
             if (group.weight != next || (next += weight_count) > stored) return "a group's weights are out of range";
             if (config.kind == SPARSE_F32
                     ? group.offset != group.weight
@@ -364,10 +440,7 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
                 if (id == -1) continue;
                 if (id < part % chunks * CHUNK_ROWS || id >= (part % chunks + 1) * CHUNK_ROWS || id >= matrix.rows)
                     return "a row is out of range";
-                Row &row = rows[static_cast<size_t>(id)];
-                const bool first = group.flags & GROUP_FIRST;
-                if (row.ended || row.begun == first || row.block == block) return "a row begins twice, or not at all";
-                row = {true, (group.flags & GROUP_LAST) != 0, block};
+                if (!rows[static_cast<size_t>(id)].take(group.flags)) return "a row begins twice, or not at all";
             }
             for (int64_t k = 0; k < group.length; ++k)
                 for (int32_t r = 0; r < (config.sparse() ? config.rows : 1); ++r) {
@@ -380,7 +453,6 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
         }
     }
     if (next != stored) return "there are weights that no group has";
-    // a single block keeps no sums: its rows begin and end in one group
     return std::all_of(rows.begin(), rows.end(), [](const Row &row) { return row.ended; }) ? "" : "a row has no result";
 }
 
