@@ -468,3 +468,67 @@ def test_the_operator_becomes_a_step(options: dict[str, Any], heads: tuple[int, 
     made = build(better, inputs, None, "float32", "native", 0.0)
     assert any(isinstance(item, NativeSegment) for item in made._items)
     torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5)
+
+
+class Eager(nn.Module):
+    """Attention in its parts, of q, k and v with heads."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("bias", torch.randn(1, 4, 5, 7).masked_fill(torch.rand(1, 4, 5, 7) < 0.2, -math.inf))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        match self.how:
+            case "bert":
+                scores = torch.matmul(q, k.transpose(-1, -2)) / 3.0 + mask
+            case "query first":
+                scores = (q * 0.3) @ (k * 0.5).transpose(-2, -1) + self.bias
+            case "after":
+                scores = (q @ k.transpose(-2, -1)) * 0.3 + self.bias
+            case "none":
+                scores = q @ k.transpose(-2, -1)
+            case "mask scaled":
+                scores = (q @ k.transpose(-2, -1) + mask) * 0.3
+            case _:
+                scores = (q @ k.transpose(-2, -1)).relu()
+        weights = scores.softmax(-1)
+        return weights @ v
+
+
+@native
+@pytest.mark.parametrize(
+    ("how", "joined"),
+    [("bert", True), ("query first", True), ("after", True), ("none", True), ("mask scaled", False), ("relu", False)],
+)
+def test_attention_in_parts_is_joined(how: str, joined: bool) -> None:
+    model = Eager(how).eval()
+    q, k, v = (torch.randn(2, 4, tokens, 8) for tokens in (5, 7, 7))
+    inputs = (q, k, v, torch.randn(2, 1, 1, 7))
+    plan = capture(model, inputs)
+    better = optimize(plan)
+    kinds = [type(step) for step in better.steps]
+    assert (Attention in kinds) == joined
+    assert (Softmax in kinds and kinds.count(MatMul) == 2) == (not joined)
+    right = model(*inputs)
+    for found in (reference.run(plan, inputs)[0], reference.run(better, inputs)[0]):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5, equal_nan=True)
+    made = build(better, inputs, None, "float32", "native", 0.0)
+    torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_softmax_of_images_and_linear_attention(axis: int) -> None:
+    class Linear(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return q.softmax(axis) @ (k.transpose(-1, -2) @ v)
+
+    inputs = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 9)
+    plan = optimize(capture(Linear().eval(), inputs))
+    assert sorted(type(step).__name__ for step in plan.steps if type(step) in (MatMul, Softmax)) == [
+        *("MatMul", "MatMul", "Softmax")
+    ]
+    right = Linear()(*inputs)
+    torch.testing.assert_close(reference.run(plan, inputs)[0], right, rtol=1e-5, atol=1e-5)
+    made = build(plan, inputs, None, "float32", "native", 0.0)
+    torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from rarefy.engine import operators
 from rarefy.engine.operators import Call, Handler, sample_shapes
 from rarefy.engine.places import contiguous, inverse, through
-from rarefy.engine.plan import Attention, Operator, Placed, Places, Plan, Ref, Step, View
+from rarefy.engine.plan import (
+    Affine,
+    Attention,
+    Binary,
+    MatMul,
+    Operator,
+    Placed,
+    Places,
+    Plan,
+    Ref,
+    Softmax,
+    Step,
+    View,
+)
 
 
 def attention(call: Call) -> Step | None:
@@ -58,12 +72,72 @@ def attention(call: Call) -> Step | None:
     )
 
 
+def product(call: Call) -> Step | None:
+    """The step of a product: of two values, or of one with a constant, a layer."""
+    left, right = ("self", "mat2") if "mat2" in call.args else ("self", "other")
+    scale = 1.0
+    if "batch1" in call.args:
+        left, right, scale = "batch1", "batch2", float(call.args["alpha"])
+        if call.args["beta"] != 0:
+            return None
+    layer = operators.handler(str(call.node.target))
+    made = None if layer is None else layer(call)
+    names, samples = [call.value(each) for each in (left, right)], [call.sample(each) for each in (left, right)]
+    (x, folded), (y, folded_y) = samples
+    if made is not None or None in names or x is None or y is None:
+        return made
+    if min(len(x), len(y)) < 2 or len(x) != len(y) or folded != folded_y or x[:-2] != y[:-2]:
+        return None
+    (*outer, m, k), n = x, y[-1]
+    of, count = [*range(len(outer))], len(outer) + 3
+    return MatMul(
+        **call.labels,
+        sizes=(*outer, m, n, k),
+        left=contiguous(str(names[0]), x, [*of, count - 3, count - 1], count),
+        right=contiguous(str(names[1]), y, [*of, count - 1, count - 2], count),
+        result=contiguous(call.node.name, (*outer, m, n), [*of, count - 3, count - 2], count),
+        shape=(*outer, m, n),
+        folded=folded,
+        scale=scale,
+    )
+
+
+def softmax(call: Call) -> Step | None:
+    """The step of a softmax along any axis but the batch."""
+    x, (shape, folded) = call.value("self"), call.sample("self")
+    if (
+        x is None
+        or shape is None
+        or call.args.get("dtype") not in (None, torch.float32)
+        or call.args.get("half_to_float")
+    ):
+        return None
+    axis = call.args["dim"] % (len(shape) + 1 - folded) - 1 + folded
+    if axis < (1 if folded else 0):
+        return None
+    order = [each for each in range(len(shape)) if each != axis] + [axis]
+    axes = [order.index(each) for each in range(len(shape))]
+    places = contiguous(x, shape, axes, len(shape))
+    return Softmax(
+        **call.labels,
+        sizes=tuple(shape[each] for each in order),
+        x=places,
+        result=replace(places, value=call.node.name),
+        shape=shape,
+        folded=folded,
+    )
+
+
 def handler(target: str) -> Handler | None:
     """What makes a step of this operator, as :func:`rarefy.engine.operators.handler`."""
     return _HANDLERS.get(target)
 
 
-_HANDLERS: dict[str, Handler] = {"aten.scaled_dot_product_attention.default": attention}
+_HANDLERS: dict[str, Handler] = {
+    "aten.scaled_dot_product_attention.default": attention,
+    **dict.fromkeys((f"aten.{name}.default" for name in ("matmul", "bmm", "baddbmm")), product),
+    **dict.fromkeys(("aten.softmax.int", "aten._softmax.default"), softmax),
+}
 
 
 def _mask(
@@ -114,20 +188,61 @@ def _added(mask: Tensor) -> Tensor:
 
 def absorb_views(plan: Plan) -> Plan:
     """Read and write through the views around steps whose values lie at places; then nobody needs these views."""
-    views = {step.output: step for step in plan.steps if isinstance(step, View)}
+    sources = {
+        step.output: step
+        for step in plan.steps
+        if (isinstance(step, View) or _factor(step) is not None) and _is_float(plan, step.inputs[0])
+    }
     users, steps = plan.users(), dict[str, Step]()
     for step in plan.steps:
         if step.output in steps:  # a view that what it views was written through
             continue
-        through_views = _written(plan, users, _read(step, views)) if isinstance(step, Placed) else step
+        through_views = _written(plan, users, _read(step, sources)) if isinstance(step, Placed) else step
         steps[through_views.output] = through_views
     return replace(plan, steps=tuple(steps.values()))
 
 
-def _read(step: Placed, views: Mapping[str, View]) -> Placed:
-    """A step that reads what the views which it read were made of."""
-    sources: dict[str, Any] = {name: _source(places, step, views) for name, places in step.operands.items()}
-    return replace(step, **sources)
+def _is_float(plan: Plan, name: str) -> bool:
+    return name in plan.values and plan.values[name].dtype is torch.float32
+
+
+def _factor(step: Step | None) -> tuple[str, float] | None:
+    """The value that a step multiplies by a number, and the number; None for another step."""
+    match step:
+        case Affine(shift=None, activation="none", scale=Tensor() as scale) if bool((scale == scale[0]).all()):
+            return step.input, float(scale[0])
+        case Operator(target="aten.mul.Tensor" | "aten.mul.Scalar", args=(Ref(x), int() | float() as number)):
+            return x, float(number)
+        case Operator(target="aten.div.Tensor" | "aten.div.Scalar", args=(Ref(x), int() | float() as number)) if number:
+            return x, 1 / float(number)
+    return None
+
+
+def _read(step: Placed, sources: Mapping[str, Step]) -> Placed:
+    """A step that reads what the views which it read were made of, and multiplies by itself what factors can."""
+    moved: dict[str, Any] = {}
+    scale = 1.0
+    for name, places in step.operands.items():
+        scales = isinstance(step, MatMul) or name in ("query", "key")
+        moved[name], factor = _source(places, step.sizes, sources, scales)
+        scale *= factor
+    if isinstance(step, (Attention, MatMul)) and scale != 1:
+        moved["scale"] = step.scale * scale
+    return replace(step, **moved)
+
+
+def _source(places: Places, sizes: tuple[int, ...], sources: Mapping[str, Step], scales: bool) -> tuple[Places, float]:
+    """Where numbers come from, before views and, where it ``scales``, factors; and the product of these."""
+    source = sources.get(places.value)
+    factor = _factor(source) if scales else None
+    if isinstance(source, View):
+        found = through(places, sizes, source)
+    else:
+        found = None if factor is None else replace(places, value=factor[0])
+    if found is None:
+        return places, 1.0
+    places, scale = _source(found, sizes, sources, scales)
+    return places, scale * (1.0 if factor is None else factor[1])
 
 
 def _written(plan: Plan, users: Mapping[str, Sequence[Step]], step: Placed) -> Placed:
@@ -143,14 +258,99 @@ def _written(plan: Plan, users: Mapping[str, Sequence[Step]], step: Placed) -> P
     return _written(plan, users, made)
 
 
-def _source(places: Places, step: Placed, views: Mapping[str, View]) -> Places:
-    """Where numbers come from, before the views that they went through."""
-    while places.value in views:
-        found = through(places, step.sizes, views[places.value])
-        if found is None:
-            break
-        places = found
-    return places
+def join_attention(plan: Plan) -> Plan:
+    """Two products with a softmax between them, and what is added before that, become one step."""
+    users, made = plan.users(), {step.output: step for step in plan.steps}
+
+    def only_use(value: str) -> Step | None:
+        return made.get(value) if value not in plan.outputs and len(users.get(value, ())) == 1 else None
+
+    def joined(step: Step) -> Step:
+        found = _joined(plan, only_use, step) if isinstance(step, MatMul) else None
+        return step if found is None else found
+
+    return replace(plan, steps=tuple(joined(step) for step in plan.steps))
+
+
+def _joined(plan: Plan, only_use: Callable[[str], Step | None], second: MatMul) -> Attention | None:
+    softmax = only_use(second.left.value)
+    *outer, m, n, k = range(len(second.sizes))
+    if second.scale != 1 or not isinstance(softmax, Softmax):
+        return None
+    if softmax.sizes != tuple(second.sizes[axis] for axis in (*outer, m, k)):
+        return None
+    if replace(second.left, strides=tuple(second.left.strides[axis] for axis in (*outer, m, k))) != softmax.result:
+        return None
+    mask: dict[str, Any] = {}
+    scale, value = 1.0, softmax.x.value
+    while not isinstance(first := only_use(value), MatMul):
+        factor = _factor(first)
+        if factor is not None:
+            value, scale = factor[0], scale * factor[1]
+            continue
+        added = None if mask or scale != 1 else _sum(plan, first, softmax.shape, len(second.sizes) + 1)
+        if added is None:
+            return None
+        value, mask = added
+    shape = first.sizes[:-1]
+    scores = contiguous(first.output, shape, range(len(shape)), len(shape))
+    if softmax.sizes != shape or first.shape != shape or first.folded != softmax.folded:
+        return None
+    if replace(first.result, strides=first.result.strides[:-1]) != scores or softmax.shape != shape:
+        return None
+    if softmax.x != replace(scores, value=softmax.x.value):
+        return None
+
+    def over(places: Places, *axes: int | None) -> Places:
+        """Places by the axes of attention, from those of a product."""
+        inner = tuple(0 if axis is None else places.strides[axis] for axis in axes)
+        return replace(places, strides=(*places.strides[:m], *inner))
+
+    return Attention(
+        name=second.name,
+        output=second.output,
+        sizes=(*first.sizes, second.sizes[n]),
+        query=over(first.left, m, None, k, None),
+        key=over(first.right, None, n, k, None),
+        value=over(second.right, None, k, None, n),
+        result=over(second.result, m, None, None, n),
+        shape=second.shape,
+        folded=second.folded,
+        scale=first.scale * scale,
+        empty_is_zero=False,
+        **mask,
+    )
+
+
+def _sum(
+    plan: Plan, step: Step | None, shape: tuple[int, ...], axes: int
+) -> tuple[str, dict[str, Tensor | Places]] | None:
+    """The scores that a step adds a mask to, and the mask, by the name of the field that it is of an attention."""
+    match step:
+        case Binary(op="add", activation="none"):
+            pairs = [(step.x, step.y), (step.y, step.x)]
+        case Operator(target="aten.add.Tensor", args=(Ref(x), Ref(y)), kwargs=kwargs) if not kwargs:
+            pairs = [(x, y), (y, x)]
+        case _:
+            return None
+    for scores, mask in pairs:
+        if scores in plan.constants or plan.values[scores].sample != shape:
+            continue
+        folded = plan.values[scores].fold > 1
+        if (constant := plan.constants.get(mask)) is not None:
+            if constant.dim() == len(shape) + 1 and constant.shape[0] == 1 and not folded:
+                constant = constant[0]
+            if constant.dtype is torch.float32 and constant.dim() <= len(shape) - folded:
+                return scores, {"bias": constant}
+            continue
+        known = plan.values[mask]
+        sample = known.sample
+        if sample is None or known.dtype is not torch.float32 or known.fold != plan.values[scores].fold:
+            continue
+        if len(sample) == len(shape) and all(a in (1, b) for a, b in zip(sample, shape, strict=True)):
+            own = [axis if size > 1 else None for axis, size in enumerate(sample)]
+            return scores, {"mask": contiguous(mask, sample, own, axes)}
+    return None
 
 
 def float_masks(plan: Plan) -> Plan:

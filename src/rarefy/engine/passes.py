@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rarefy.engine.attending import absorb_views, float_masks
+from rarefy.engine.attending import absorb_views, float_masks, join_attention
 from rarefy.engine.plan import Affine, Binary, Conv, ConvTranspose, Linear, Plan, Step
 
 #: Given a plan, what makes a value that one step alone reads, and a step: the step to absorb, and what to put instead.
@@ -17,7 +17,7 @@ _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step
 
 def optimize(plan: Plan) -> Plan:
     """Fold per-channel factors into the layer before, then fuse residual additions and activations into it."""
-    plan = _without_unused(float_masks(absorb_views(plan)))
+    plan = _without_unused(float_masks(join_attention(_without_unused(absorb_views(plan)))))
     for rewrite in (_fold_affine, _fuse_residual, _fuse_activation):
         plan = _rewritten(plan, rewrite)
     return _without_unused(plan)
