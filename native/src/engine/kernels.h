@@ -148,6 +148,16 @@ struct NormCall {
     int32_t centred;  // 0: the mean is not taken off
 };
 
+// One operation of an expression (enum rarefy_operation): y = x[0] op x[1], for rows of n numbers.
+struct PointwiseCall {
+    int32_t operation;
+    int32_t step[2];  // between the numbers of a row: 1, or 0 where it is one number
+    const float *x[2];
+    int64_t x_row[2], y_row;  // between rows
+    float *y;
+    int64_t rows, n;
+};
+
 enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
@@ -174,6 +184,7 @@ struct Kernels {
     void (*lstm_hidden)(const float *o, const float *c, float *out, int64_t n);
     void (*gru)(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n);
     void (*norm)(const NormCall *call);
+    void (*pointwise)(const PointwiseCall *call);
     // An activation of enum rarefy_activation that is no clamp, in place or not.
     void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
 };
