@@ -61,6 +61,10 @@ enum rarefy_storage {
 //   one number a channel each.
 // RAREFY_GROUP_NORM: the same as a layer norm over all pixels of so many channels. numbers: the bits of eps, and the
 //   number of groups of channels. constants: scale, then shift, one number a channel each.
+// RAREFY_POINTWISE: an expression, number by number, of values and constants whose sizes are those of the result, or 1.
+//   numbers: how many constants there are; channels, height and width of each; then instructions, three numbers each:
+//   an operation (enum rarefy_operation) and the terms that it takes, -1 in the place of a second one that it does not
+//   take. The terms are the values, the constants, then what the instructions made; the last one makes the result.
 //
 // The others read and write their values by *places*: numbers that say, for axes of some sizes, which channel and pixel
 // each index of all axes is. A place is a channel and a pixel to begin with, then for every axis how many channels and
@@ -81,7 +85,31 @@ enum rarefy_function {
     RAREFY_MATMUL = 3,
     RAREFY_SOFTMAX = 4,
     RAREFY_ATTENTION = 5,
+    RAREFY_POINTWISE = 6,
     RAREFY_FUNCTIONS
+};
+
+// Operations of an expression, on x or on x and y.
+enum rarefy_operation {
+    RAREFY_OP_ADD = 0,
+    RAREFY_OP_SUB = 1,
+    RAREFY_OP_MUL = 2,
+    RAREFY_OP_DIV = 3,
+    RAREFY_OP_MIN = 4,  // NaN where one is NaN; so the next
+    RAREFY_OP_MAX = 5,
+    RAREFY_OP_LEAKY = 6,  // x, and x y where x < 0
+    RAREFY_OP_ELU = 7,    // x, and y (e^x - 1) where x < 0
+    RAREFY_LAST_OF_TWO = RAREFY_OP_ELU,
+    RAREFY_OP_NEG = 8,
+    RAREFY_OP_ABS = 9,
+    RAREFY_OP_SQRT = 10,
+    RAREFY_OP_RSQRT = 11,
+    RAREFY_OP_EXP = 12,
+    RAREFY_OP_LOG = 13,
+    RAREFY_OP_SOFTPLUS = 14,    // log(1 + e^x)
+    RAREFY_OP_MISH = 15,        // x tanh(softplus(x))
+    RAREFY_OP_ACTIVATION = 16,  // and those that follow: enum rarefy_activation, from RAREFY_NONE on
+    RAREFY_OPERATIONS = RAREFY_OP_ACTIVATION + RAREFY_LEAKY_RELU + 1
 };
 
 // Which kernels a convolution may use.

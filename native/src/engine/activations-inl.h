@@ -81,3 +81,52 @@ inline V hardsigmoid(V x) { return div(smaller(all(6.0f), larger(all(0.0f), add(
 inline V hardswish(V x) { return mul(x, hardsigmoid(x)); }
 
 inline V leaky_relu(V x) { return where_less(x, all(0.0f), mul(all(0.01f), x), x); }
+
+// e^x: 2.6 ulp; it overflows and becomes denormal where it should.
+inline V exponential(V x) {
+    const V e = scaled(power(smaller(all(131.0f), absolute(x)), all(-1.0f)));
+    return where_less(x, all(0.0f), mul(e, all(1.0f / SCALE)), div(all(SCALE), e));
+}
+
+// y (e^x - 1) where x < 0
+inline V elu(V x, V y) {
+    const Power p = power(smaller(all(104.0f), absolute(x)), all(-1.0f));
+    const V less_one = mul(fma(p.two, p.less_one, sub(p.two, all(SCALE))), all(1.0f / SCALE));
+    return where_less(x, all(0.0f), mul(y, less_one), x);
+}
+
+// log x: x = 2^n m, m in [sqrt(1/2), sqrt(2)). The polynomial is that of Cephes' logf (S. L. Moshier): 1 ulp or so.
+inline V logarithm(V x) {
+    typedef int32_t I __attribute__((vector_size(sizeof(V)), may_alias));
+    typedef float F __attribute__((vector_size(sizeof(V)), may_alias));
+    const V small = all(0x1p-126f);
+    const V given = where_less(x, small, mul(x, all(0x1p23f)), x);
+    const I bits = reinterpret_cast<const I &>(given), from = bits - 0x3F3504F3, exponents = from >> 23;
+    const I mantissa = bits - exponents * (1 << 23);
+    const F counts = __builtin_convertvector(exponents, F);
+    const V n = add(reinterpret_cast<const V &>(counts), where_less(x, small, all(-23.0f), all(0.0f)));
+    const V f = sub(reinterpret_cast<const V &>(mantissa), all(1.0f)), square = mul(f, f);
+    V p = fma(all(7.0376836292e-2f), f, all(-1.1514610310e-1f));
+    p = fma(p, f, all(1.1676998740e-1f));
+    p = fma(p, f, all(-1.2420140846e-1f));
+    p = fma(p, f, all(1.4249322787e-1f));
+    p = fma(p, f, all(-1.6668057665e-1f));
+    p = fma(p, f, all(2.0000714765e-1f));
+    p = fma(p, f, all(-2.4999993993e-1f));
+    p = fma(p, f, all(3.3333331174e-1f));
+    V y = fma(n, all(-2.12194440e-4f), mul(mul(p, f), square));
+    y = fma(square, all(-0.5f), y);
+    y = fma(n, all(0.693359375f), add(f, y));
+    const V infinity = all(__builtin_inff()), none = all(__builtin_nanf(""));
+    // zero, what is less, what is no number or infinite
+    y = where_less(x, infinity, y, x);
+    y = where_less(absolute(x), all(0x1p-149f), negative(infinity), y);
+    return where_less(x, all(0.0f), none, y);
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + t), t = e^-|x|; what rounding took of 1 + t is given back
+inline V softplus(V x) {
+    const V t = exponential(negative(absolute(x))), u = add(all(1.0f), t);
+    const V left = div(sub(t, sub(u, all(1.0f))), u);
+    return add(larger(all(0.0f), x), add(logarithm(u), left));
+}

@@ -198,6 +198,16 @@ struct AttendCall {
     float *scratch;         // features + keys + results rows
 };
 
+// One operation of an expression (enum rarefy_operation): y = x[0] op x[1], for rows of n numbers.
+struct PointwiseCall {
+    int32_t operation;
+    int32_t step[2];  // between the numbers of a row: 1, or 0 where it is one number
+    const float *x[2];
+    int64_t x_row[2], y_row;  // between rows
+    float *y;
+    int64_t rows, n;
+};
+
 enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };
 
 struct Kernels {
@@ -227,6 +237,7 @@ struct Kernels {
     void (*matmul)(const MatmulCall *call);
     void (*softmax)(const SoftmaxCall *call);
     void (*attend)(const AttendCall *call);
+    void (*pointwise)(const PointwiseCall *call);
     // An activation of enum rarefy_activation that is no clamp, in place or not.
     void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
 };

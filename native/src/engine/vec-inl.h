@@ -40,7 +40,7 @@ inline V exponent(V a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cas
 // The smaller and the larger one; where one is NaN, b.
 inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
-// The larger one; NaN where one is NaN.
+// The larger one; NaN where either is NaN.
 inline V maximum(V a, V b) {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }

@@ -29,12 +29,23 @@ from rarefy.engine.plan import (
     Norm,
     Placed,
     Plan,
+    Pointwise,
     Pool,
     Quantized,
     Step,
     Upsample,
 )
-from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, Function, Layout, NativeError, Program, bits
+from rarefy.engine.programs import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    OPERATIONS,
+    Builder,
+    Function,
+    Layout,
+    NativeError,
+    Program,
+    bits,
+)
 from rarefy.engine.transposed import phases
 
 
@@ -231,10 +242,15 @@ class Building:
                 vectors = self.rows or len(self._shape(step.input)) == 1
                 return None if vectors else CHANNELS_LAST, number
             case Affine():
+                scale, shift = step.scale, step.shift
+                even = all(part is None or bool((part == part[0]).all()) for part in (scale, shift))
                 layout = CHANNELS_FIRST if step.axis == 1 else CHANNELS_LAST
-                layout = self._elementwise_layout(step) if step.kind == "activation" else layout
+                layout = self._elementwise_layout(step) if even else layout
                 (x,) = self._values(step.inputs, layout)
-                number = self.builder.affine(x, step.scale, step.shift, step.activation, name=name)
+                if even:
+                    channels = self.builder.shape(x)[0]
+                    scale, shift = (None if part is None else part[:1].expand(channels) for part in (scale, shift))
+                number = self.builder.affine(x, scale, shift, step.activation, name=name)
                 return self._layout_of(step.input, layout), number
             case Binary():
                 layout = self._elementwise_layout(step)
@@ -267,6 +283,8 @@ class Building:
                 return self._layout_of(step.input, CHANNELS_FIRST), number
             case Placed():
                 return self._placed(step)
+            case Pointwise():
+                return self._pointwise(step)
             case LSTMCell() | GRUGates():
                 return None, self._gates(step)
         raise CannotError(f"there is no native {step.kind}")
@@ -353,6 +371,24 @@ class Building:
         number = self.builder.tensor(found.function, xs, found.numbers, found.constants, name=step.output)
         return None if len(step.shape) == 1 else found.layout, number
 
+    def _pointwise(self, step: Pointwise) -> tuple[int | None, int]:
+        made = self.plan.values[step.output].shape
+        if made is None or self.rows or any(len(self._shape(name)) != len(made) for name in step.operands):
+            raise CannotError("its operands have other axes than its result")
+        layout = self._elementwise_layout(step)
+        values = dict(zip(step.operands, self._values(step.operands, layout), strict=True))
+        numbers, constants = [len(step.sizes)], []
+        for size, constant in zip(step.sizes, step.split(), strict=True):
+            whole = constant.reshape(*(1,) * (len(made) - len(size)), *size)
+            numbers += geometry(tuple(whole.shape), layout)
+            constants.append(whole.movedim(-1, 0) if layout == CHANNELS_LAST else whole)
+        for operation, x, y in step.code:
+            numbers += [OPERATIONS.index(operation), x, y]
+        number = self.builder.tensor(
+            "pointwise", [values[name] for name in step.operands], numbers, constants, name=step.output
+        )
+        return None if len(made) == 1 else layout, number
+
     def _gates(self, step: LSTMCell | GRUGates) -> int:
         check_mode(step.mode)
         if any(len(self._shape(name)) != 1 for name in step.inputs):
@@ -408,8 +444,9 @@ class Building:
         there = [layout for name in step.inputs if (layout := self.layouts.get(name)) is not None]
         if there:
             return there[0]
-        linear = any(isinstance(user, Linear) for user in self.plan.users()[step.output])
-        return CHANNELS_LAST if linear else CHANNELS_FIRST
+        users = self.plan.users()[step.output]
+        last = any(isinstance(user, Linear) or (isinstance(user, Norm) and user.axis == -1) for user in users)
+        return CHANNELS_LAST if last else CHANNELS_FIRST
 
     def _values(self, names: tuple[str, ...], layout: int) -> list[int]:
         """The numbers of values in that layout; those made elsewhere become inputs."""

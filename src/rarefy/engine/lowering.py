@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,14 +13,14 @@ from rarefy.engine.building_recurrent import recurrent
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Norm, Operator, Plan, Quantize, Recurrence, Step
+from rarefy.engine.plan import Norm, Operator, Plan, Pointwise, Quantize, Recurrence, Step
 from rarefy.engine.programs import NativeError, Program
 
 #: What an engine runs one after the other.
 Item: TypeAlias = NativeSegment | PackedConv | Eager | Step | Int8
 
-#: Steps that take less time than the way into a program and out of it.
-_LIGHT = (Norm,)
+#: Numbers times instructions from which on an expression is worth a program of its own: one takes some 10 us to call.
+_HEAVY = 1 << 17
 
 
 def uses(item: Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -110,7 +111,7 @@ class _Lowering:
         if building is None or not building.steps:
             return
         try:
-            if all(isinstance(step, _LIGHT) for step in building.steps):
+            if all(self._light(step) for step in building.steps):
                 raise CannotError("it would take longer to bring its input into a program and its result out")
             self.items.append(building.finish())
         except (CannotError, NativeError) as error:
@@ -118,6 +119,12 @@ class _Lowering:
             for step in self.plan.steps:
                 if step.output in own:
                     self._in_torch(item(self.plan, step), str(error))
+
+    def _light(self, step: Step) -> bool:
+        """Whether it takes less time than the way into a program and out of it."""
+        if isinstance(step, Pointwise):
+            return len(step.code) * math.prod(self.options.shapes[step.output]) < _HEAVY
+        return isinstance(step, Norm)
 
     def _in_torch(self, runnable: Step | Int8, reason: str) -> None:
         for name in runnable.inputs:

@@ -24,6 +24,7 @@ from rarefy.engine.plan import (
     GroupNorm,
     Linear,
     Norm,
+    Pointwise,
     Pool,
     Step,
     Upsample,
@@ -384,32 +385,191 @@ def _gelu(call: Call) -> Step | None:
     return _activation(call, "gelu" if call.args["approximate"] == "none" else "gelu_tanh")
 
 
+class _Expression:
+    """What a call computes number by number, on its way to a step."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, self.made = call, sample_shape(call.node, call.batch)
+        self.operands: list[str] = []
+        self.constants: list[Tensor] = []
+        self.code: list[tuple[str, Any, Any]] = []
+
+    def term(self, name: str) -> Any:
+        """The argument of that name as a term, to be given to :meth:`add`; None where it is none."""
+        given = self.call.args[name]
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            return self.number(given)
+        constant = self.call.constant(name)
+        if constant is not None:
+            return self.constant(constant)
+        value, shape = self.call.value(name), self.call.shape(name)
+        if value is None or shape is None or self.made is None or len(shape) != len(self.made):
+            return None
+        if value not in self.operands:
+            self.operands.append(value)
+        return ("operand", self.operands.index(value))
+
+    def number(self, number: float) -> Any:
+        """A number as a term."""
+        return self.constant(torch.tensor(float(number)))
+
+    def constant(self, constant: Tensor) -> Any:
+        """A tensor as a term; None where it has more axes than the result, or one of its own for the batch."""
+        axes = 0 if self.made is None else len(self.made)
+        if constant.dim() == axes + 1 and constant.shape[0] == 1:
+            constant = constant[0]
+        if constant.dim() > axes:
+            return None
+        self.constants.append(constant.detach().float())
+        return ("constant", len(self.constants) - 1)
+
+    def add(self, operation: str, x: Any, y: Any = None) -> Any:
+        """One more instruction; its result as a term."""
+        self.code.append((operation, x, y))
+        return ("result", len(self.code) - 1)
+
+    def step(self) -> Step | None:
+        """The step; None where there is no value in it or its shape is not known."""
+        if not self.operands or self.made is None or not 1 <= len(self.made) <= 3:
+            return None
+        begins = {"operand": 0, "constant": len(self.operands), "result": len(self.operands) + len(self.constants)}
+
+        def place(term: Any) -> int:
+            return -1 if term is None else begins[term[0]] + term[1]
+
+        return Pointwise(
+            **self.call.layer("self"),
+            operands=tuple(self.operands),
+            code=tuple((operation, place(x), place(y)) for operation, x, y in self.code),
+            constants=torch.cat([each.reshape(-1) for each in self.constants] or [torch.zeros(0)]),
+            sizes=tuple(tuple(each.shape) for each in self.constants),
+        )
+
+
+def _of_one(call: Call, operation: str) -> Step | None:
+    made = _Expression(call)
+    x = made.term("self")
+    if x is None:
+        return None
+    made.add(operation, x)
+    return made.step()
+
+
+def _of_two(call: Call, operation: str, swapped: bool = False) -> Step | None:
+    made = _Expression(call)
+    x, y = made.term("self"), made.term("other")
+    if x is None or y is None or call.args.get("alpha", 1) != 1:
+        return None
+    made.add(operation, *((y, x) if swapped else (x, y)))
+    return made.step()
+
+
+for _name in ("neg", "abs", "sqrt", "rsqrt", "exp", "log", "mish"):
+    _HANDLERS[f"aten.{_name}.default"] = partial(_of_one, operation=_name)
+for _name, _operation in (("minimum", "min"), ("maximum", "max")):
+    _HANDLERS[f"aten.{_name}.default"] = partial(_of_two, operation=_operation)
+for _name in ("add", "sub", "mul", "div"):
+    _HANDLERS[f"aten.{_name}.Scalar"] = partial(_of_two, operation=_name)
+_HANDLERS["aten.rsub.Scalar"] = partial(_of_two, operation="sub", swapped=True)
+
+
+@_handles("softplus.default")
+def _softplus(call: Call) -> Step | None:
+    plain = call.args["beta"] == 1 and call.args["threshold"] >= 17  # from where on it is x in float32
+    return _of_one(call, "softplus") if plain else None
+
+
+@_handles("reciprocal.default", "square.default", "pow.Tensor_Scalar")
+def _power(call: Call) -> Step | None:
+    exponent = {"reciprocal": -1, "square": 2}.get(str(call.node.target).split(".")[1], call.args.get("exponent"))
+    made = _Expression(call)
+    x = made.term("self")
+    if x is None:
+        return None
+    match exponent:
+        case 2 | 3:
+            square = made.add("mul", x, x)
+            if exponent == 3:
+                made.add("mul", square, x)
+        case -1:
+            made.add("div", made.number(1.0), x)
+        case 0.5:
+            made.add("sqrt", x)
+        case -0.5:
+            made.add("rsqrt", x)
+        case _:
+            return None
+    return made.step()
+
+
 @_handles("leaky_relu.default")
 def _leaky_relu(call: Call) -> Step | None:
-    return _activation(call, "leaky_relu") if call.args["negative_slope"] == 0.01 else None
+    slope = call.args["negative_slope"]
+    return _activation(call, "leaky_relu") if slope == 0.01 else _where_negative(call, "leaky", slope)
+
+
+@_handles("elu.default")
+def _elu(call: Call) -> Step | None:
+    plain = call.args["scale"] == 1 and call.args["input_scale"] == 1
+    return _where_negative(call, "elu", call.args["alpha"]) if plain else None
+
+
+def _where_negative(call: Call, operation: str, number: Any) -> Step | None:
+    made = _Expression(call)
+    x = made.term("self")
+    if x is None or not isinstance(number, (int, float)):
+        return None
+    made.add(operation, x, made.number(number))
+    return made.step()
+
+
+@_handles("prelu.default")
+def _prelu(call: Call) -> Step | None:
+    slopes, shape = call.constant("weight"), call.shape("self")
+    made = _Expression(call)
+    x = made.term("self")
+    if slopes is None or shape is None or x is None:
+        return None
+    made.add("leaky", x, made.constant(slopes.reshape(-1, *(1,) * (len(shape) - 1))))
+    return made.step()
 
 
 @_handles("hardtanh.default")
 def _hardtanh(call: Call) -> Step | None:
-    return _activation(call, "relu6") if (call.args["min_val"], call.args["max_val"]) == (0, 6) else None
+    return _bounded(call, call.args["min_val"], call.args["max_val"])
 
 
-@_handles("clamp.default", "clamp_min.default")
+@_handles("clamp.default", "clamp_min.default", "clamp_max.default")
 def _clamp(call: Call) -> Step | None:
-    bounds = call.args["min"], call.args.get("max")
-    if bounds == (0, 6):
-        return _activation(call, "relu6")
-    return _activation(call, "relu") if bounds == (0, None) else None
+    return _bounded(call, call.args.get("min"), call.args.get("max"))
+
+
+def _bounded(call: Call, low: Any, high: Any) -> Step | None:
+    if (low, high) in ((0, 6), (0, None)):
+        return _activation(call, "relu" if high is None else "relu6")
+    made = _Expression(call)
+    x = made.term("self")
+    if x is None or not all(each is None or isinstance(each, (int, float)) for each in (low, high)):
+        return None
+    x = x if low is None else made.add("max", x, made.number(low))
+    if high is not None:
+        made.add("min", x, made.number(high))
+    return made.step()
 
 
 @_handles("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor")
 def _arithmetic(call: Call) -> Step | None:
-    op, alpha = call.node.target.__name__.partition(".")[0], call.args.get("alpha", 1)  # type: ignore[union-attr]
-    x, y, shape = call.value("self"), call.value("other"), call.shape("self")
-    if alpha != 1:
+    op = call.node.target.__name__.partition(".")[0]  # type: ignore[union-attr]
+    if call.args.get("alpha", 1) != 1:
         return None
     if op == "mul" and (norm := _written_out_rms_norm(call)) is not None:
         return norm
+    return _simple_arithmetic(call, op) or _of_two(call, op)
+
+
+def _simple_arithmetic(call: Call, op: str) -> Step | None:
+    """A sum or a product of equal values, or of a value and one number a channel: what fuses into layers."""
+    x, y, shape = call.value("self"), call.value("other"), call.shape("self")
     if x is not None and y is not None and op in ("add", "mul"):
         shape_y = call.shape("other")
         if shape is None or shape_y is None:

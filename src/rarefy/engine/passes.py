@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.attending import absorb_views, float_masks, join_attention
-from rarefy.engine.plan import Affine, Binary, Conv, ConvTranspose, Linear, Plan, Step
+from rarefy.engine.plan import (
+    MOST_INSTRUCTIONS,
+    MOST_TERMS,
+    Affine,
+    Binary,
+    Conv,
+    ConvTranspose,
+    Linear,
+    Plan,
+    Pointwise,
+    Step,
+)
 
 #: Given a plan, what makes a value that one step alone reads, and a step: the step to absorb, and what to put instead.
 _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step] | None]
@@ -17,10 +28,13 @@ _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step
 
 def optimize(plan: Plan) -> Plan:
     """Fold per-channel factors into the layer before, then fuse residual additions and activations into it."""
-    plan = _without_unused(float_masks(join_attention(_without_unused(absorb_views(plan)))))
+    plan = float_masks(join_attention(_without_unused(absorb_views(plan))))
     for rewrite in (_fold_affine, _fuse_residual, _fuse_activation):
-        plan = _rewritten(plan, rewrite)
-    return _without_unused(plan)
+        plan = _rewritten(_without_unused(plan), rewrite)
+    plan, before = _rewritten(plan, _fuse_pointwise), plan
+    while len(plan.steps) < len(before.steps):
+        plan, before = _rewritten(plan, _fuse_pointwise), plan
+    return plan
 
 
 def fuse_activations(plan: Plan) -> Plan:
@@ -101,6 +115,91 @@ def _along(numbers: Tensor | None, channels: int, same_axis: bool) -> Tensor | N
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     terms = [term.double() for term in (a, b) if term is not None]
     return torch.stack(terms).sum(0).float() if terms else None
+
+
+def _fuse_pointwise(plan: Plan, only_use: Callable[[str], Step | None], step: Step) -> tuple[Step, Step] | None:
+    """An expression that one other alone reads becomes part of that one."""
+    if not isinstance(step, (Pointwise, Affine, Binary)):
+        return None
+    for value in step.inputs:
+        before = only_use(value)
+        if not isinstance(before, (Pointwise, Affine, Binary)) or not any(
+            isinstance(each, Pointwise) for each in (before, step)
+        ):
+            continue
+        if plan.values[value].shape != plan.values[step.output].shape:
+            continue  # it would be computed again for every place
+        first, second = _expression(plan, before), _expression(plan, step)
+        if first is None or second is None:
+            continue
+        joined = _joined(first, second, value)
+        if joined is not None:
+            return before, joined
+    return None
+
+
+def _expression(plan: Plan, step: Pointwise | Affine | Binary) -> Pointwise | None:
+    """The same as an expression."""
+    if isinstance(step, Pointwise):
+        return step
+    shape, operands = plan.values[step.output].shape, tuple(dict.fromkeys(step.inputs))
+    if (
+        shape is None
+        or not 1 <= len(shape) <= 3
+        or any(len(plan.values[name].shape or ()) != len(shape) for name in operands)
+    ):
+        return None
+    code: list[tuple[str, int, int]] = []
+    constants: list[Tensor] = []
+    if isinstance(step, Binary):
+        code.append((step.op, operands.index(step.x), operands.index(step.y)))
+        begin = len(operands)
+    else:
+        parts = [("mul", step.scale), ("add", step.shift)]
+        given = [(operation, part) for operation, part in parts if part is not None]
+        begin = 1 + len(given)
+        for operation, part in given:
+            code.append((operation, 0 if not code else begin, 1 + len(constants)))
+            constants.append(part[:1] if bool((part == part[0]).all()) else part)
+    if step.activation != "none":
+        code.append((step.activation, begin + len(code) - 1 if code else 0, -1))
+    ones = (1,) * (len(shape) - 1)
+    last = isinstance(step, Affine) and step.axis == -1
+    return Pointwise(
+        name=step.name,
+        output=step.output,
+        operands=operands,
+        code=tuple(code),
+        constants=torch.cat([each.reshape(-1) for each in constants] or [torch.zeros(0)]),
+        sizes=tuple((*ones, len(each)) if last else (len(each), *ones) for each in constants),
+    )
+
+
+def _joined(first: Pointwise, second: Pointwise, value: str) -> Pointwise | None:
+    """The second expression with the first one in the place of a value; None where that is too long."""
+    operands = tuple(dict.fromkeys((*first.operands, *(name for name in second.operands if name != value))))
+    sizes, code = (*first.sizes, *second.sizes), list[tuple[str, int, int]]()
+    given = len(operands) + len(sizes)
+    if given > MOST_TERMS or len(first.code) + len(second.code) > MOST_INSTRUCTIONS:
+        return None
+
+    def places(step: Pointwise, skipped: int, results: int) -> list[int]:
+        """Where the terms of an expression are in the whole."""
+        found = [given + len(first.code) - 1 if name == value else operands.index(name) for name in step.operands]
+        found += [len(operands) + skipped + index for index in range(len(step.sizes))]
+        return found + [results + index for index in range(len(step.code))]
+
+    for step, skipped, results in ((first, 0, given), (second, len(first.sizes), given + len(first.code))):
+        at = places(step, skipped, results)
+        code += [(operation, at[x], at[y] if y >= 0 else -1) for operation, x, y in step.code]
+    return Pointwise(
+        name=second.name,
+        output=second.output,
+        operands=operands,
+        code=tuple(code),
+        constants=torch.cat([first.constants, second.constants]),
+        sizes=sizes,
+    )
 
 
 def _fuse_residual(plan: Plan, only_use: Callable[[str], Step | None], step: Step) -> tuple[Step, Step] | None:

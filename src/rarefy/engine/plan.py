@@ -575,10 +575,47 @@ class Operator(Step):
         return self.target.split(".")[1]
 
 
+#: What a :class:`Pointwise` step is made of: operations on x and y, and on x alone, besides the activations.
+OF_TWO = ("add", "sub", "mul", "div", "min", "max", "leaky", "elu")
+OF_ONE = ("neg", "abs", "sqrt", "rsqrt", "exp", "log", "softplus", "mish")
+#: How many instructions, and how many values and constants, a :class:`Pointwise` step has at most.
+MOST_INSTRUCTIONS = MOST_TERMS = 64
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pointwise(Step):
+    """An expression, number by number, of values and constants that broadcast to the shape of the result.
+
+    ``code`` has instructions (operation, x, y): one of :data:`OF_TWO`, or of :data:`OF_ONE` or an activation, where y
+    is -1. x and y are numbers of terms: the operands, then the constants, then the results of the instructions; the
+    last of these is the step's. "leaky" is x, and x y where x < 0, "elu" y (e^x - 1) there. ``constants`` has the
+    numbers of all constants, float32, one constant's after the other's, and ``sizes`` the shape of each, aligned with
+    the last axis of the result and without its batch.
+    """
+
+    operands: tuple[str, ...]
+    code: tuple[tuple[str, int, int], ...]
+    constants: Tensor
+    sizes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return self.operands
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return self.code[0][0] if len(self.code) == 1 else "pointwise"
+
+    def split(self) -> list[Tensor]:
+        """The constants, each in its shape."""
+        parts = torch.split(self.constants, [math.prod(size) for size in self.sizes])
+        return [part.reshape(size) for part, size in zip(parts, self.sizes, strict=True)] if self.sizes else []
+
+
 #: The steps that a native kernel may compute.
 NATIVE = (
     *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
-    *(View, Norm, GroupNorm, MatMul, Softmax, Attention, LSTMCell, LSTMHidden, GRUGates, Recurrence),
+    *(View, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention, LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.
 INT8 = (Quantize, Dequantize, Table)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
-from rarefy.engine.plan import ACTIVATIONS, Activation
+from rarefy.engine.plan import ACTIVATIONS, OF_ONE, OF_TWO, Activation
 from rarefy.kernels import _library
 
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 #: Functions of whole values, in the order of ``rarefy_function``.
-Function = Literal["layer norm", "rms norm", "group norm", "matmul", "softmax", "attention"]
+Function = Literal["layer norm", "rms norm", "group norm", "matmul", "softmax", "attention", "pointwise"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
+#: Operations of expressions, in the order of ``rarefy_operation``.
+OPERATIONS: tuple[str, ...] = (*OF_TWO, *OF_ONE, *ACTIVATIONS)
 #: What a convolution may be computed by.
 CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
 #: Threads that a program runs on at most.

@@ -7,7 +7,7 @@ import importlib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, TRANSPOSED, activate, symmetric_padding
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
+    MOST_INSTRUCTIONS,
+    MOST_TERMS,
+    OF_ONE,
+    OF_TWO,
     Activation,
     Affine,
     Attention,
@@ -37,6 +41,7 @@ from rarefy.engine.plan import (
     Placed,
     Places,
     Plan,
+    Pointwise,
     Pool,
     Recurrence,
     Ref,
@@ -149,6 +154,8 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_softmax, step)
         case Attention():
             compute = functools.partial(_attention, step)
+        case Pointwise():
+            return _pointwise(step)
         case LSTMHidden():
             compute = functools.partial(_lstm_hidden, step)
         case LSTMCell():
@@ -320,6 +327,65 @@ def _attention(step: Attention, *values: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2) * step.scale
         y = (scores if mask is None else scores + mask).softmax(-1) @ v
     return _result(step, (*range(outer), queries, results), y)
+
+
+def _leaky(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(x < 0, x * y, x)
+
+
+def _elu(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(x < 0, y * torch.expm1(x), x)
+
+
+#: The operations of a :class:`Pointwise` step besides the activations.
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    **{"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div},
+    **{"min": torch.minimum, "max": torch.maximum, "leaky": _leaky, "elu": _elu},
+    **{"neg": torch.neg, "abs": torch.abs, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "exp": torch.exp},
+    **{"log": torch.log, "softplus": F.softplus, "mish": F.mish},
+}
+
+
+def _pointwise(step: Pointwise) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
+    """What computes an expression, as :func:`bind` gives it: the operator alone where there is one."""
+    _check_pointwise(step)
+    constants, operands = step.split(), tuple(map(Ref, step.operands))
+    if len(step.code) > 1:
+        return functools.partial(_evaluate, step.code, constants), operands, {}
+    ((operation, x, y),) = step.code
+    terms: list[Any] = [*operands, *constants]
+    if (
+        y >= len(operands)
+        and not terms[y].is_meta
+        and terms[y].dim() == 0
+        and operation in ("add", "sub", "mul", "div")
+    ):
+        terms[y] = terms[y].item()  # which PyTorch takes faster
+    return _operation(operation), (terms[x], *([terms[y]] if y >= 0 else [])), {}
+
+
+def _operation(operation: str) -> Callable[..., Tensor]:
+    return OPERATIONS.get(operation) or ACTIVATIONS[cast(Activation, operation)]
+
+
+def _evaluate(code: Sequence[tuple[str, int, int]], constants: Sequence[Tensor], *operands: Tensor) -> Tensor:
+    terms = [*operands, *constants]
+    for operation, x, y in code:
+        terms.append(_operation(operation)(terms[x], *([terms[y]] if y >= 0 else [])))
+    return terms[-1]
+
+
+def _check_pointwise(step: Pointwise) -> None:
+    """Raise ValueError for an expression that is none."""
+    given = len(step.operands) + len(step.sizes)
+    if not (1 <= len(step.code) <= MOST_INSTRUCTIONS and 1 <= len(step.operands) <= given <= MOST_TERMS):
+        raise ValueError(f"an expression has {len(step.code)} instructions and {given} terms")
+    for index, (operation, x, y) in enumerate(step.code):
+        two = operation in OF_TWO
+        if not two and operation not in (*OF_ONE, *ACTIVATIONS):
+            raise ValueError(f"there is no operation {operation!r:.80}")
+        if not (0 <= x < given + index and (0 <= y < given + index if two else y == -1)):
+            raise ValueError(f"instruction {index} reads terms {x!r:.80} and {y!r:.80}, which are not there")
 
 
 def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:
