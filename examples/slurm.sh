@@ -13,5 +13,5 @@ resume=""
 [ -e "$run/recipe.yaml" ] && resume=--resume
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint="$host:29500" \
-    --rdzv-id="$SLURM_JOB_ID" -m rarefy train recipes/fashion-mnist.yaml --set schedule.batch_size=1024 \
+    --rdzv-id="$SLURM_JOB_ID" -m -- rarefy train recipes/fashion-mnist.yaml --set schedule.batch_size=1024 \
     --run "$run" $resume

@@ -4,4 +4,4 @@ set -eu
 run=runs/fashion-mnist-processes
 resume=""
 [ -e "$run/recipe.yaml" ] && resume=--resume
-torchrun --standalone --nproc-per-node="${1:-2}" -m rarefy train recipes/fashion-mnist.yaml --run "$run" $resume
+torchrun --standalone --nproc-per-node="${1:-2}" -m -- rarefy train recipes/fashion-mnist.yaml --run "$run" $resume
