@@ -59,7 +59,11 @@ enum rarefy_storage {
 // RAREFY_LAYER_NORM, RAREFY_RMS_NORM: over the channels of every pixel, scale (x - mean) / sqrt(variance + eps) + shift
 //   and scale x / sqrt(mean of x^2 + eps) + shift. numbers: the bits of eps, a double. constants: scale, then shift,
 //   one number a channel each.
-enum rarefy_function { RAREFY_LAYER_NORM = 0, RAREFY_RMS_NORM = 1, RAREFY_FUNCTIONS };
+// RAREFY_VIEW: copies by strides. numbers: channels, height and width of the result, and how many values it reads; then
+//   for each of these how many dimensions follow, where the first entry lies, its channel and pixel in the value and
+//   its channel and pixel in the result, and for each dimension its size and the steps in the same four. Every number
+//   of the result should be written once. No constants.
+enum rarefy_function { RAREFY_LAYER_NORM = 0, RAREFY_RMS_NORM = 1, RAREFY_VIEW = 2, RAREFY_FUNCTIONS };
 
 // Which kernels a convolution may use.
 enum rarefy_choice {

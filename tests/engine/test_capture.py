@@ -88,7 +88,7 @@ MODULES = [
     ([nn.Upsample(scale_factor=2), nn.LeakyReLU()], ["upsample", "activation"]),
     ([nn.Upsample(size=7)], ["upsample_nearest2d"]),
     ([nn.LeakyReLU(0.2)], ["leaky_relu"]),
-    ([nn.LayerNorm(8), nn.Linear(8, 4), nn.Softmax(-1)], ["layer_norm", "linear", "softmax"]),
+    ([nn.LayerNorm(8), nn.Linear(8, 4), nn.Softmax(-1)], ["layer norm", "linear", "softmax"]),
 ]
 
 #: Functions of images, and the steps that they become.
@@ -105,8 +105,8 @@ FUNCTIONS = [
     (lambda x: x * torch.arange(8.0), ["mul"]),
     (lambda x: x.clamp(min=0) + x.clamp(0, 6), ["activation", "activation", "add"]),
     (lambda x: x.clamp(0, 5), ["clamp"]),
-    (lambda x: x + x[:, :1], ["slice", "add"]),
-    (lambda x: x.transpose(2, 3).contiguous().view(x.shape[0], -1), ["transpose", "flatten"]),
+    (lambda x: x + x[:, :1], ["view", "add"]),
+    (lambda x: x.transpose(2, 3).contiguous().view(x.shape[0], -1), ["view", "flatten"]),
     (lambda x: F.max_pool2d(x, 3, ceil_mode=True), ["pool"]),
     (lambda x: F.avg_pool2d(x, 2, divisor_override=3), ["avg_pool2d"]),
     (lambda x: x.double().relu().float(), ["_to_copy", "relu", "_to_copy"]),

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import operators, recurrent, reference
+from rarefy.engine import operators, recurrent, reference, views
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 
 _OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -312,7 +312,7 @@ class _Graph:
                     if not float32:
                         node.meta["val"] = node.meta["val"][0]
                     return step
-        return self._operator(node)
+        return views.captured(self._call, node) or self._operator(node)
 
     def _recurrent(self, node: fx.Node, values: dict[str, Value]) -> Sequence[Step]:
         """The steps of a recurrent layer; none for another node."""

@@ -19,7 +19,7 @@ from rarefy.kernels import _library
 
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 #: Functions of whole values, in the order of ``rarefy_function``.
-Function = Literal["layer norm", "rms norm"]
+Function = Literal["layer norm", "rms norm", "view"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 #: What a convolution may be computed by.
 CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
