@@ -59,6 +59,10 @@ enum rarefy_storage {
 // RAREFY_LAYER_NORM, RAREFY_RMS_NORM: over the channels of every pixel, scale (x - mean) / sqrt(variance + eps) + shift
 //   and scale x / sqrt(mean of x^2 + eps) + shift. numbers: the bits of eps, a double. constants: scale, then shift,
 //   one number a channel each.
+// RAREFY_VIEW: copies by strides. numbers: channels, height and width of the result, and how many values it reads; then
+//   for each of these how many dimensions follow, where the first entry lies, its channel and pixel in the value and
+//   its channel and pixel in the result, and for each dimension its size and the steps in the same four. Every number
+//   of the result should be written once. No constants.
 // RAREFY_GROUP_NORM: the same as a layer norm over all pixels of so many channels. numbers: the bits of eps, and the
 //   number of groups of channels. constants: scale, then shift, one number a channel each.
 // RAREFY_POINTWISE: an expression, number by number, of values and constants whose sizes are those of the result, or 1.
@@ -69,12 +73,13 @@ enum rarefy_storage {
 // The others read and write their values by *places*: numbers that say, for axes of some sizes, which channel and pixel
 // each index of all axes is. A place is a channel and a pixel to begin with, then for every axis how many channels and
 // how many pixels its next index is further (at least 0). In numbers stand: how many axes there are; their sizes; the
-// shape of the result, channels, height, width; a place for every value, the result's last; then the function's own. All
-// axes but those named below are outer ones, in all values alike, and come first.
+// shape of the result, channels, height, width; a place for every value, the result's last; then the function's own.
+// All axes but those named below are outer ones, in all values alike, and come first.
 //
 // RAREFY_MATMUL: y[m, n] = scale sum_k a[m, k] b[k, n]. Axes: m, n, k. Values: a, b. Own: the bits of scale, a double.
 // RAREFY_SOFTMAX: over the last axis. Axes: columns, what is summed. Values: x.
-// RAREFY_ATTENTION: y = softmax(scale q k^T + mask) v. Axes: query, key, feature of q and k, feature of v. Values: q, k,
+// RAREFY_ATTENTION: y = softmax(scale q k^T + mask) v. Axes: query, key, feature of q and k, feature of v. Values: q,
+// k,
 //   v, and a mask that is added where there is a fourth. Own: the bits of scale, a double; whether query i sees no key
 //   after key i; whether a query that sees no key gives 0, not NaN. constants: a mask, if any, of one channel and as
 //   many pixels; its place comes after the result's.
@@ -86,6 +91,7 @@ enum rarefy_function {
     RAREFY_SOFTMAX = 4,
     RAREFY_ATTENTION = 5,
     RAREFY_POINTWISE = 6,
+    RAREFY_VIEW = 7,
     RAREFY_FUNCTIONS
 };
 

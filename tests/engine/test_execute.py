@@ -233,7 +233,7 @@ def test_constant_products_are_layers(how, shape, size, kernels):
     compiled = engine.compile(model, torch.randn(2, *size), choose="native")
     rows = compiled.profile(rounds=1).rows
     assert [row.kind for row in rows if row.density is not None] == ["conv"] * len(kernels)
-    assert not kernels or all(row.kernel != "PyTorch" or row.kind == "reshape" for row in rows)
+    assert not kernels or all(row.kernel != "PyTorch" or row.kind in ("reshape", "view") for row in rows)
     for batch in (1, 2, 3):
         x = torch.randn(batch, *size)
         torch.testing.assert_close(compiled(x), model(x).detach())

@@ -73,6 +73,7 @@ class Planner {
             if (last >= 0 && chain_of_[last] >= 0) last = plan_.chains[chain_of_[last]].last - 1;
         place_values();
         concatenate();
+        view_ranges();
         for (Value &v : plan_.values) {
             const int64_t held = v.held();
             v.stride = v.place != Place::ARENA ? v.shape.pixels() : held == 1 ? 1 : (held + 15) / 16 * 16;
@@ -135,6 +136,23 @@ class Planner {
             if (parent_[id] < 0) continue;
             plan_.values[id].group = plan_.values[parent_[id]].group;
         }
+    }
+
+    // Views of a range of channels lie in what they view, where both are ours.
+    void view_ranges() {
+        for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+            const Node &n = graph_.nodes[i];
+            const int32_t first = range_of(graph_, n, graph_.numbers[i]);
+            if (first < 0 || parent_[n.out] >= 0 || is_parent(n.out)) continue;
+            const int32_t whole = parent_[n.x] >= 0 ? parent_[n.x] : n.x;
+            if (plan_.values[n.out].place != Place::ARENA || plan_.values[whole].place != Place::ARENA) continue;
+            parent_[n.out] = whole;
+            begin_[n.out] = first + (parent_[n.x] >= 0 ? begin_[n.x] : 0);
+            is_parent_[whole] = 1;
+            plan_.values[whole].group = std::max(plan_.values[whole].group, plan_.values[n.out].group);
+        }
+        for (size_t id = 0; id < parent_.size(); ++id)
+            if (parent_[id] >= 0) plan_.values[id].group = plan_.values[parent_[id]].group;
     }
 
     bool is_parent(int32_t id) const { return is_parent_[id] != 0; }

@@ -180,6 +180,9 @@ Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<C
 
 Matrix matrix_of(const Graph &graph, const Node &node);
 
+// The first channel of x that a node makes a view of, where that is a range of channels as they are; -1 for another.
+int32_t range_of(const Graph &graph, const Node &node, const std::vector<int64_t> &numbers);
+
 }  // namespace rarefy::engine
 
 struct rarefy_builder {
@@ -235,7 +238,7 @@ double preparation(const rarefy_program &program);
 enum : int64_t {
     MOST_STEPS = 8192,
     MOST_OPERANDS = 65536,
-    MOST_NUMBERS = 65536,
+    MOST_NUMBERS = 1 << 20,
     MOST_WEIGHTS = (int64_t{1} << 31) - 1,
     MOST_SCRATCH_FLOATS = int64_t{1} << 30
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from rarefy.engine.building_places import describe
 from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
+    NATIVE,
     Affine,
     Binary,
     Concat,
@@ -34,6 +36,7 @@ from rarefy.engine.plan import (
     Quantized,
     Step,
     Upsample,
+    View,
 )
 from rarefy.engine.programs import (
     CHANNELS_FIRST,
@@ -47,23 +50,50 @@ from rarefy.engine.programs import (
     bits,
 )
 from rarefy.engine.transposed import phases
+from rarefy.engine.views import apart, in_order, row_major
+
+#: Steps that read a value of their program where it lies.
+_READS_PLANES = tuple(kind for kind in NATIVE if kind is not View)
 
 
 @dataclass(frozen=True)
 class SegmentPort:
     """A value that goes into or comes out of a program: its shape behind the axes that the program counts as batch.
 
-    Programs read and write float32; ``quantized`` is what the bytes of a value mean that are bytes outside, too.
+    Programs read and write float32; ``quantized`` is what the bytes of a value mean that are bytes outside, too. One
+    sample of the program are ``fold`` entries of dimension 0.
     """
 
     value: str
     shape: tuple[int, ...]
     quantized: Quantized | None = None
+    fold: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the value outside."""
         return torch.float32 if self.quantized is None else torch.uint8
+
+    @property
+    def numbers(self) -> int:
+        """Of one sample."""
+        return self.fold * math.prod(self.shape)
+
+    def batch(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The axes that the program counts as batch, of a tensor of that shape, ``fold`` taken out of the first.
+
+        Raises ValueError for a tensor that is no value of this port.
+        """
+        axes = len(shape) - len(self.shape)
+        batch = tuple(shape[: max(axes, 0)])
+        if tuple(shape[len(batch) :]) != self.shape or (self.fold > 1 and (axes != 1 or batch[0] % self.fold)):
+            folded = f", after {self.fold} entries a sample" if self.fold > 1 else ""
+            raise ValueError(f"{self.value} must end in {self.shape}{folded}, got {tuple(shape)}")
+        return (batch[0] // self.fold,) if self.fold > 1 else batch
+
+    def whole(self, batch: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor for such a batch."""
+        return (batch[0] * self.fold, *self.shape) if self.fold > 1 else (*batch, *self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,23 +125,21 @@ class NativeSegment:
     ) -> list[Tensor]:
         """The outputs for the inputs; the time of each step is added to ``seconds``."""
         inputs = [self._input(x, port) for x, port in zip(values, self.inputs, strict=True)]
-        batch = inputs[0].shape[: inputs[0].dim() - len(self.inputs[0].shape)]
+        batch = self.inputs[0].batch(inputs[0].shape)
         for x, port in zip(inputs, self.inputs, strict=True):
-            if x.shape[: x.dim() - len(port.shape)] != batch:  # the program would read past the end of the shorter
+            if port.batch(x.shape) != batch:  # the program would read past the end of the shorter
                 raise ValueError(
                     f"{port.value} of the shape {tuple(x.shape)} and {self.inputs[0].value} of the shape "
                     f"{tuple(inputs[0].shape)} must have the same axes before the last {len(port.shape)}"
                 )
-        outputs = [torch.empty((*batch, *port.shape), dtype=torch.float32) for port in self.outputs]
+        outputs = [torch.empty(port.whole(batch), dtype=torch.float32) for port in self.outputs]
         if (count := math.prod(batch)) > 0:
             self.program.run(inputs, outputs, count, threads, seconds)
         return [_as_bytes(y, port) for y, port in zip(outputs, self.outputs, strict=True)]
 
     def _input(self, x: Tensor, port: SegmentPort) -> Tensor:
-        if x.dtype is not port.dtype or tuple(x.shape[x.dim() - len(port.shape) :]) != port.shape:
-            raise ValueError(
-                f"{port.value} must end in {port.shape} of {port.dtype}, got {tuple(x.shape)} of {x.dtype}"
-            )
+        if x.dtype is not port.dtype:
+            raise ValueError(f"{port.value} must be {port.dtype}, got {x.dtype}")
         return x.float().resolve_neg().contiguous()
 
 
@@ -164,10 +192,15 @@ class Building:
     steps: list[Step] = field(default_factory=list)
     rows: bool = False  # all axes but the last count as batch
 
+    @cached_property
+    def users(self) -> Mapping[str, Sequence[Step]]:
+        """The steps that read each value."""
+        return self.plan.users()
+
     def add(self, step: Step) -> str | None:
         """Add a step; gives the reason if it cannot be."""
         if not self.steps:
-            self.rows = isinstance(step, Linear) and self.plan.values[step.input].shape is None
+            self.rows = isinstance(step, Linear) and self.plan.values[step.input].sample is None
         try:
             made = self._add(step)
         except (CannotError, NativeError) as error:
@@ -177,7 +210,8 @@ class Building:
         self.ids[step.output, CHANNELS_FIRST if layout is None else layout] = number
         self.layouts[step.output] = layout
         channels, height, width = self.builder.shape(number)
-        self.shapes[step.output] = (channels,) if self.rows else self.plan.values[step.output].shape or ()
+        known = self.plan.values[step.output].sample
+        self.shapes[step.output] = (channels,) if self.rows else known if known is not None else ()
         expected = geometry(self.shapes[step.output], CHANNELS_FIRST if layout is None else layout)
         if (channels, height, width) != expected:
             raise AssertionError(f"{step.name}: the plan says {expected}, the program {(channels, height, width)}")
@@ -185,7 +219,7 @@ class Building:
 
     def finish(self) -> NativeSegment:
         """The program of the steps so far."""
-        own, users = {step.output for step in self.steps}, self.plan.users()
+        own, users = {step.output for step in self.steps}, self.users
         outputs = []
         for step in self.steps:
             outside = any(user.output not in own for user in users[step.output])
@@ -195,7 +229,7 @@ class Building:
                 outputs.append(self._output(step.output, layout))
         inputs = tuple(self.inputs.values())
         example = self.options.shapes[inputs[0].value]
-        batch = max(1, math.prod(example[: len(example) - len(inputs[0].shape)]))
+        batch = max(1, math.prod(inputs[0].batch(example)))
         program = self._program(batch)
         rows = batch / self.options.samples
         return NativeSegment(program, inputs, tuple(outputs), tuple(step.output for step in self.steps), rows)
@@ -203,7 +237,12 @@ class Building:
     def _output(self, value: str, layout: int) -> SegmentPort:
         """Make a value of the program an output of it."""
         self.builder.output(self.ids[value, layout], layout)
-        return SegmentPort(value, self.shapes[value])
+        return self._port(value, self.shapes[value])
+
+    def _port(self, value: str, shape: tuple[int, ...]) -> SegmentPort:
+        """The port of a value whose sample has that shape."""
+        fold = 1 if self.rows else self.plan.values[value].fold
+        return SegmentPort(value, shape if fold == 1 else shape[1:], fold=fold)
 
     def _program(self, batch: int) -> Program:
         """The program of the steps, its kernels chosen for so many samples."""
@@ -273,8 +312,16 @@ class Building:
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return CHANNELS_FIRST, self.builder.upsample(x, _two(step.factor, 1), name=name)
             case Flatten():
+                if self.layouts.get(step.input) == CHANNELS_LAST:
+                    shape = self._shape(step.input)
+                    whole = math.prod(shape)
+                    return self._copy(
+                        View(**labels(step), input=step.input, numbers=whole, sizes=(whole,), strides=(1,))
+                    )
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return None, self.builder.flatten(x, name=name)
+            case View():
+                return self._view(step)
             case Norm():
                 return self._norm(step)
             case GroupNorm():
@@ -354,9 +401,9 @@ class Building:
         return self.builder.tensor("view", [places] * parts, [*shape, *numbers], name=step.output)
 
     def _placed(self, step: Placed) -> tuple[int | None, int]:
-        if self.rows or step.folded:
+        if self.rows:
             raise CannotError("its samples are not those of the network")
-        shapes = {name: self._shape(name, None) for name in step.inputs}
+        shapes = {name: self._shape(name) for name in step.inputs}
         layouts = dict[str, tuple[int, ...]]()
         for name in step.inputs:
             made = self.layouts.get(name)
@@ -373,7 +420,7 @@ class Building:
 
     def _pointwise(self, step: Pointwise) -> tuple[int | None, int]:
         made = self.plan.values[step.output].shape
-        if made is None or self.rows or any(len(self._shape(name)) != len(made) for name in step.operands):
+        if made is None or self.rows or any(len(self._shape(name, 3)) != len(made) for name in step.operands):
             raise CannotError("its operands have other axes than its result")
         layout = self._elementwise_layout(step)
         values = dict(zip(step.operands, self._values(step.operands, layout), strict=True))
@@ -422,11 +469,11 @@ class Building:
             name=step.output,
         )
 
-    def _shape(self, value: str, most: int | None = 3) -> tuple[int, ...]:
+    def _shape(self, value: str, most: int | None = None) -> tuple[int, ...]:
         """The shape of a value behind the axes that count as batch; of at most so many axes."""
         if self.rows and value not in self.shapes:
             return self.options.shapes[value][-1:]
-        shape = self.shapes.get(value, self.plan.values[value].shape)
+        shape = self.shapes.get(value, self.plan.values[value].sample)
         if not shape or (most is not None and len(shape) > most):
             raise CannotError("its shape is only known when it runs" if not shape else "it has too many axes")
         return shape
@@ -444,16 +491,62 @@ class Building:
         there = [layout for name in step.inputs if (layout := self.layouts.get(name)) is not None]
         if there:
             return there[0]
-        users = self.plan.users()[step.output]
-        last = any(isinstance(user, Linear) or (isinstance(user, Norm) and user.axis == -1) for user in users)
-        return CHANNELS_LAST if last else CHANNELS_FIRST
+        return self._wanted(step.output) or CHANNELS_FIRST
+
+    def _wanted(self, value: str) -> int | None:
+        """The layout that the first reader of a value which has one needs it in."""
+        for user in self.users.get(value, ()):
+            if isinstance(user, Linear) or (isinstance(user, Norm) and user.axis == -1):
+                return CHANNELS_LAST
+            if isinstance(user, (Conv, Pool, GlobalAverage, Upsample, Concat, Norm)):
+                return CHANNELS_FIRST
+        return None
+
+    def _view(self, step: View) -> tuple[int | None, int]:
+        """A view of a value of the program, where a copy here costs less than PyTorch's view outside."""
+        if self.rows or step.input not in self.layouts:
+            raise CannotError("what it views is made elsewhere: PyTorch copies nothing")
+        readers = self.users[step.output]
+        outside = [user for user in self.users[step.input] if not isinstance(user, (View, *_READS_PLANES))]
+        torch_alone = step.output in self.plan.outputs or not any(isinstance(user, NATIVE) for user in readers)
+        if torch_alone and (in_order(step) or outside or step.input in self.plan.outputs):
+            raise CannotError("PyTorch reads both what it views and the view, and copies nothing")
+        return self._copy(step)
+
+    def _copy(self, step: View) -> tuple[int | None, int]:
+        """A view as a copy between planes, or as a range of channels that needs none."""
+        layout, wanted = self.layouts[step.input], self._wanted(step.output)
+        from_layout = CHANNELS_FIRST if layout is None else layout
+        x, shape, sizes = self.ids[step.input, from_layout], self._shape(step.input), step.sizes
+        if not sizes:
+            raise CannotError("it has no axes")
+        found = {to: described(step, shape, from_layout, to) for to in (CHANNELS_FIRST, CHANNELS_LAST)}
+        if wanted is None:
+            free = [to for to, numbers in found.items() if numbers is not None and is_range(numbers)]
+            wanted = free[0] if free else CHANNELS_FIRST
+        numbers = found[wanted]
+        if numbers is None:
+            raise CannotError("its numbers lie in no even steps")
+        made = self.builder.tensor("view", [x], [*geometry(sizes, wanted), 1, *numbers], name=step.output)
+        return None if len(sizes) == 1 else wanted, made
+
+    def _turn(self, name: str, layout: int) -> None:
+        """Lay a value of the program out in the other layout, too."""
+        if (name, layout) not in self.ids:
+            shape = self._shape(name)
+            whole = math.prod(shape)
+            same = View(name=name, output=name, input=name, numbers=whole, sizes=shape, strides=row_major(shape))
+            numbers = described(same, shape, 1 - layout, layout)
+            assert numbers is not None
+            about = [*geometry(shape, layout), 1, *numbers]
+            self.ids[name, layout] = self.builder.tensor("view", [self.ids[name, 1 - layout]], about, name=name)
 
     def _values(self, names: tuple[str, ...], layout: int) -> list[int]:
         """The numbers of values in that layout; those made elsewhere become inputs."""
         for name in names:
             made = self.layouts.get(name, layout)
             if made is not None and made != layout:
-                raise CannotError("it needs its input in another order of axes")
+                self._turn(name, layout)
             if self.rows and name not in self.layouts:
                 if len(self.options.shapes[name]) < 2:
                     raise CannotError("it has too few axes")
@@ -468,7 +561,7 @@ class Building:
         key = self._key(name, layout)
         if key not in self.ids:
             self.ids[key] = self.builder.input(geometry(shape, key[1]), key[1], name)
-            self.inputs[key] = SegmentPort(name, shape)
+            self.inputs[key] = self._port(name, shape)
         return self.ids[key]
 
     def _key(self, name: str, layout: int) -> tuple[str, int]:
@@ -486,6 +579,47 @@ def check_mode(mode: str) -> None:
 def samples(shape: Sequence[int]) -> int:
     """How many samples an input of the network holds."""
     return shape[0] if shape else 1
+
+
+def planes(shape: tuple[int, ...], layout: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The sizes of channels and pixels of a sample in the order in which it counts them, and which are the channels."""
+    channels, height, width = geometry(shape, layout)
+    pixels = height * width
+    return ((channels, pixels), (0, 1)) if layout == CHANNELS_FIRST else ((pixels, channels), (1, 0))
+
+
+def described(view: View, shape: tuple[int, ...], layout: int, to: int) -> list[int] | None:
+    """One part of a native view (``rarefy_function``): of a value of that shape and layout, to another layout.
+
+    None where a stride of it is no step along channels or pixels.
+    """
+    sizes, (channel, pixel) = planes(shape, layout)
+    found = apart(view, sizes)
+    if found is None:
+        return None
+    (*_, fastest), (channel_out, pixel_out) = planes(view.sizes, to)
+    dimensions = list[int]()
+    for atoms, entry in zip(found.atoms, row_major(view.sizes), strict=True):
+        step = entry * math.prod(atom.size for atom in atoms)
+        for atom in atoms:
+            step //= atom.size
+            into = divmod(step, fastest) if step >= fastest else (0, step)
+            moved = [0, 0]
+            moved[atom.axis] = atom.step
+            dimensions += [atom.size, moved[channel], moved[pixel], into[channel_out], into[pixel_out]]
+    return [len(dimensions) // 5, found.start[channel], found.start[pixel], 0, 0, *dimensions]
+
+
+def is_range(part: Sequence[int]) -> bool:
+    """Whether a part of a native view takes channels as they are."""
+    count, _, pixel, *_ = part
+    steps = [part[at + 1 : at + 5] for at in range(5, 5 + 5 * count, 5)]
+    return pixel == 0 and all(a == c and b == d for a, b, c, d in steps)
+
+
+def labels(step: Step) -> dict[str, Any]:
+    """The name of a step and of what it makes."""
+    return {"name": step.name, "output": step.output}
 
 
 def _two(sizes: tuple[Any, ...], first: Any) -> tuple[Any, Any]:

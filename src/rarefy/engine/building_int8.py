@@ -104,6 +104,9 @@ class Int8Building(Building):
         (x,) = self._values(step.inputs, layout)
         return self._layout_of(step.input, layout), self.builder.affine(x, None, None, "none", name=step.output)
 
+    def _turn(self, name: str, layout: int) -> None:
+        raise CannotError("it needs its input in another order of axes")
+
     def _value(self, name: str, layout: int) -> int:
         shape = self._shape(name)
         key = self._key(name, layout)

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import attending, contractions, operators, recurrent, reference
+from rarefy.engine import attending, contractions, operators, recurrent, reference, views
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 from rarefy.engine.structure import Flat, title, unwrapped
 
@@ -321,7 +321,7 @@ class _Graph:
                     if not float32:
                         node.meta["val"] = node.meta["val"][0]
                     return step
-        return self._operator(node)
+        return views.captured(self._call, node) or self._operator(node)
 
     def _recurrent(self, node: fx.Node, values: dict[str, Value]) -> Sequence[Step]:
         """The steps of a recurrent layer; none for another node."""

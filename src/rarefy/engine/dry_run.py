@@ -77,17 +77,11 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
         return {item.output: _recurrent(item, [values[name] for name in item.reads])}
     if isinstance(item, NativeSegment):
         xs = [values[port.value] for port in item.inputs]
-        batches = {tuple(x.shape[: x.dim() - len(port.shape)]) for x, port in zip(xs, item.inputs, strict=True)}
-        fit = all(
-            x.dtype is port.dtype and tuple(x.shape[x.dim() - len(port.shape) :]) == port.shape
-            for x, port in zip(xs, item.inputs, strict=True)
-        )
-        if not fit or len(batches) != 1:
+        batches = {port.batch(x.shape) for x, port in zip(xs, item.inputs, strict=True)}
+        if any(x.dtype is not port.dtype for x, port in zip(xs, item.inputs, strict=True)) or len(batches) != 1:
             raise ValueError("its inputs have other shapes")
         (batch,) = batches
-        return {
-            port.value: torch.empty((*batch, *port.shape), dtype=port.dtype, device="meta") for port in item.outputs
-        }
+        return {port.value: torch.empty(port.whole(batch), dtype=port.dtype, device="meta") for port in item.outputs}
     if isinstance(item, Eager):
         raise ValueError("a model is no part of a file")
     step = item.step if isinstance(item, (PackedConv, Int8)) else item

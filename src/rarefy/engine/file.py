@@ -487,8 +487,11 @@ class _Reader:
             program = programs.load(self._blob(about["program"]))
             ports = []
             for name, given in (("inputs", program.ports(outputs=False)), ("outputs", program.ports(outputs=True))):
-                told = tuple(SegmentPort(_text(port["value"]), _sizes(port["shape"])) for port in about[name])
-                if [math.prod(port.shape) for port in told] != [math.prod(shape) for shape, _ in given]:
+                told = tuple(
+                    SegmentPort(_text(port["value"]), _sizes(port["shape"]), fold=_sizes([port["fold"]])[0])
+                    for port in about[name]
+                )
+                if [port.numbers for port in told] != [math.prod(shape) for shape, _ in given]:
                     raise ValueError(f"a program has other {name}")
                 ports.append(told)
             steps = tuple(map(_text, about["steps"]))

@@ -571,10 +571,12 @@ def _simple_arithmetic(call: Call, op: str) -> Step | None:
     """A sum or a product of equal values, or of a value and one number a channel: what fuses into layers."""
     x, y, shape = call.value("self"), call.value("other"), call.shape("self")
     if x is not None and y is not None and op in ("add", "mul"):
+        if call.sample("self")[0] is not None and call.sample("self") == call.sample("other"):
+            return Binary(**call.labels, op=cast(Any, op), x=x, y=y)
         shape_y = call.shape("other")
         if shape is None or shape_y is None:
             return None
-        if shape == shape_y or _is_vector_of(shape_y, shape):
+        if _is_vector_of(shape_y, shape):
             return Binary(**call.labels, op=cast(Any, op), x=x, y=y)
         return Binary(**call.labels, op=cast(Any, op), x=y, y=x) if _is_vector_of(shape, shape_y) else None
     swapped = x is None

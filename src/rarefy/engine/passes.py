@@ -21,6 +21,7 @@ from rarefy.engine.plan import (
     Pointwise,
     Step,
 )
+from rarefy.engine.views import simplify
 
 #: Given a plan, what makes a value that one step alone reads, and a step: the step to absorb, and what to put instead.
 _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step] | None]
@@ -28,7 +29,7 @@ _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step
 
 def optimize(plan: Plan) -> Plan:
     """Fold per-channel factors into the layer before, then fuse residual additions and activations into it."""
-    plan = float_masks(join_attention(_without_unused(absorb_views(plan))))
+    plan = float_masks(join_attention(_without_unused(absorb_views(_without_unused(simplify(plan))))))
     for rewrite in (_fold_affine, _fuse_residual, _fuse_activation):
         plan = _rewritten(_without_unused(plan), rewrite)
     plan, before = _rewritten(plan, _fuse_pointwise), plan
@@ -206,8 +207,8 @@ def _fuse_residual(plan: Plan, only_use: Callable[[str], Step | None], step: Ste
     """An addition of two values of one shape becomes the residual of the layer that made one of them."""
     if not isinstance(step, Binary) or step.op != "add" or step.x == step.y:
         return None
-    shapes = [plan.values[name].shape for name in step.inputs]
-    if shapes[0] is None or shapes[0] != shapes[1]:
+    known = [plan.values[name] for name in step.inputs]
+    if known[0].sample is None or (known[0].sample, known[0].fold) != (known[1].sample, known[1].fold):
         return None
     order = {each.output: index for index, each in enumerate(plan.steps)}
     # Of two layers the later one: the other's result is there when it runs.

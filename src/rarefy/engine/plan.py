@@ -303,6 +303,18 @@ class View(Step):
     offset: int = 0
     folded: bool = False
 
+    def __post_init__(self) -> None:
+        reach = [(size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True)]
+        low = self.offset + sum(min(0, each) for each in reach)
+        high = self.offset + sum(max(0, each) for each in reach)
+        if not (0 <= low <= high < self.numbers) or any(size < 1 for size in self.sizes):
+            raise ValueError(
+                f"a view of {self.numbers} numbers must lie within them, got the sizes {self.sizes}, the strides "
+                f"{self.strides} and the offset {self.offset}"
+            )
+        if self.folded and len(self.sizes) < 2:
+            raise ValueError(f"a folded view has two sizes or more, got {self.sizes}")
+
     @property
     def inputs(self) -> tuple[str, ...]:  # noqa: D102
         return (self.input,)

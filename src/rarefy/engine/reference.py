@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.act.sequences import run_gru, run_lstm
+from rarefy.engine import views
 from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, TRANSPOSED, activate, symmetric_padding
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
@@ -248,10 +249,15 @@ def _global_average(step: GlobalAverage, x: Tensor) -> Tensor:
 
 def _view(step: View, x: Tensor) -> Tensor:
     turned = [axis for axis, stride in enumerate(step.strides) if stride < 0]  # which as_strided does not know
-    first = step.offset + sum((step.sizes[axis] - 1) * step.strides[axis] for axis in turned)
-    samples = x.reshape(-1, step.numbers)
-    strides = (samples.stride(0), *(abs(stride) * samples.stride(1) for stride in step.strides))
-    y = samples.as_strided((len(samples), *step.sizes), strides, samples.storage_offset() + first * samples.stride(1))
+    batch, rest = divmod(x.numel(), step.numbers)
+    if rest:
+        raise ValueError(f"{step.input} must have {step.numbers} numbers a sample, got the shape {tuple(x.shape)}")
+    if x.is_contiguous() or turned or (found := views.through(step, x)) is None:
+        x = x.contiguous()
+        offset = step.offset + sum((step.sizes[axis] - 1) * step.strides[axis] for axis in turned)
+        strides = tuple(map(abs, step.strides)) if turned else step.strides
+        found = (step.numbers, *strides), offset
+    y = x.as_strided((batch, *step.sizes), found[0], x.storage_offset() + found[1])
     y = y.flip([axis + 1 for axis in turned]) if turned else y
     return y.flatten(0, 1) if step.folded else y
 
