@@ -7,7 +7,7 @@ from torch import nn
 
 from rarefy import engine
 from rarefy.engine import plan as steps
-from rarefy.engine import reference, views
+from rarefy.engine import programs, reference, views
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
@@ -271,3 +271,25 @@ def test_folded_values_go_in_and_out_of_programs(tmp_path):
         for got, again, expected in zip(compiled(x), loaded(x), model(x), strict=True):
             torch.testing.assert_close(got, expected.detach())
             assert torch.equal(got, again)
+
+
+#: Of a native view of 4 channels of 6 pixels as (6, 1, 4): its shape, the parts, then sizes and steps; one is wrong.
+NATIVE = [6, 1, 4, 1, 2, 0, 0, 0, 0, 4, 1, 0, 0, 1, 6, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [
+        *((0, 0), (1, 1 << 31), (3, 2), (4, 1), (4, 3), (4, 17), (4, -1), (5, 1), (5, -1), (6, 1), (7, 1), (8, 1)),
+        *((9, 0), (9, 5), (9, 1 << 62), (10, 2), (10, -1), (10, 1 << 40), (11, 1), (13, 2), (14, 7), (16, 1 << 62)),
+    ],
+)
+def test_native_views_that_leave_their_values_are_refused(at, number):
+    builder = programs.Builder()
+    x = builder.input((4, 2, 3), programs.CHANNELS_FIRST, "x")
+    assert builder.shape(builder.tensor("view", [x], NATIVE, name="whole")) == (6, 1, 4)
+    forged = [*NATIVE[:at], number, *NATIVE[at + 1 :]]
+    with pytest.raises(programs.NativeError, match="view"):
+        builder.tensor("view", [x], forged, name="forged")
+    with pytest.raises(programs.NativeError, match="view"):
+        builder.tensor("view", [x], NATIVE[:-1], name="cut")

@@ -144,7 +144,7 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
         case Concat():
             return torch.cat, ([Ref(name) for name in step.operands], 1), {}
         case View():
-            compute = functools.partial(_view, step)
+            compute = _view(step)
         case Norm():
             compute = functools.partial(_norm, step)
         case GroupNorm():
@@ -247,19 +247,35 @@ def _global_average(step: GlobalAverage, x: Tensor) -> Tensor:
     return x.mean(tuple(range(2, x.dim())), keepdim=step.keepdim)
 
 
-def _view(step: View, x: Tensor) -> Tensor:
-    turned = [axis for axis, stride in enumerate(step.strides) if stride < 0]  # which as_strided does not know
-    batch, rest = divmod(x.numel(), step.numbers)
-    if rest:
-        raise ValueError(f"{step.input} must have {step.numbers} numbers a sample, got the shape {tuple(x.shape)}")
-    if x.is_contiguous() or turned or (found := views.through(step, x)) is None:
-        x = x.contiguous()
-        offset = step.offset + sum((step.sizes[axis] - 1) * step.strides[axis] for axis in turned)
-        strides = tuple(map(abs, step.strides)) if turned else step.strides
-        found = (step.numbers, *strides), offset
-    y = x.as_strided((batch, *step.sizes), found[0], x.storage_offset() + found[1])
-    y = y.flip([axis + 1 for axis in turned]) if turned else y
-    return y.flatten(0, 1) if step.folded else y
+def _view(step: View) -> Callable[[Tensor], Tensor]:
+    """What computes a view: as one of the tensor's memory, without a copy, where it is one."""
+    turned = [axis + 1 for axis, stride in enumerate(step.strides) if stride < 0]  # which as_strided does not know
+    last: list[tuple[Any, ...]] = [(None, None)]  # how a tensor lay, and whether to copy it, sizes, strides, offset
+
+    def placed(x: Tensor) -> tuple[Any, ...]:
+        batch, rest = divmod(x.numel(), step.numbers)
+        if rest:
+            raise ValueError(f"{step.input} must have {step.numbers} numbers a sample, got the shape {tuple(x.shape)}")
+        found = None if x.is_contiguous() or turned else views.through(step, x)
+        copied = found is None and not x.is_contiguous()
+        if found is None:
+            first = sum((step.sizes[axis - 1] - 1) * step.strides[axis - 1] for axis in turned)
+            found = (step.numbers, *map(abs, step.strides)), step.offset + first
+        return copied, (batch, *step.sizes), *found
+
+    def view(x: Tensor) -> Tensor:
+        lies = (x.shape, x.stride())
+        known, how = last[0]
+        if known != lies:
+            how = placed(x)
+            last[0] = lies, how
+        copied, sizes, strides, offset = how
+        x = x.contiguous() if copied else x
+        y = x.as_strided(sizes, strides, x.storage_offset() + offset)
+        y = y.flip(turned) if turned else y
+        return y.flatten(0, 1) if step.folded else y
+
+    return view
 
 
 def _norm(step: Norm, x: Tensor) -> Tensor:
