@@ -218,6 +218,14 @@ def by_space(self, x):
     return getattr(self.space, self.name)(x)
 
 
+def by_name(self, x):
+    return getattr(x, self.name)()
+
+
+def by_written_name(self, x):
+    return getattr(x, f"{self.name}")()
+
+
 def by_vars(self, x):
     return vars(torch)[self.name](x)
 
@@ -252,7 +260,19 @@ def by_distribution(self, x):
 
 
 CHOICES = (
-    *(by_dictionary, by_attribute, by_space, by_vars, by_dict, by_text, by_question, by_own_question, by_distribution),
+    *(
+        by_dictionary,
+        by_attribute,
+        by_space,
+        by_name,
+        by_written_name,
+        by_vars,
+        by_dict,
+        by_text,
+        by_question,
+        by_own_question,
+        by_distribution,
+    ),
 )
 
 

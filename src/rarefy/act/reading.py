@@ -2,9 +2,9 @@
 
 Code is followed from name to name: globals, closures, default arguments, attributes of ``self``, what partials, bound
 methods, containers and decorators hold, the methods of parents. A name that leads nowhere counts by how it is spelled.
-What errs errs towards yes, which costs time and no answer: code that picks out of a module of PyTorch by a computed
-name, or evaluates text, may call anything. Not followed: functions that come as arguments, or by a computed name out of
-a computed object.
+What errs errs towards yes, which costs time and no answer: code that picks by a computed name, or out of a module of
+PyTorch as a whole, or evaluates text, may call anything. Not followed: functions that come as arguments or out of
+libraries that are not read.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class _Reference(NamedTuple):
 class _Code(NamedTuple):
     references: tuple[_Reference, ...]
     asked: frozenset[_Reference]  # those that are arguments of isinstance, and nothing else
+    computed: bool  # whether a getattr takes a name that is no text in the code
     strings: frozenset[str]
     inner: tuple[types.CodeType, ...]
 
@@ -69,7 +70,7 @@ def is_foreign(value: Any) -> bool:
 _LOADS = {"LOAD_GLOBAL": "global", "LOAD_NAME": "global", "LOAD_DEREF": "cell", "LOAD_CLOSURE": "cell"}
 _SILENT = ("CACHE", "PRECALL", "PUSH_NULL", "NOP", "EXTENDED_ARG")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
-_ASKING = ("isinstance", "issubclass")
+_ASKING = ("isinstance", "issubclass", "getattr")
 
 
 @cache
@@ -78,7 +79,8 @@ def _parse(code: types.CodeType) -> _Code:
     first = code.co_varnames[0] if code.co_argcount else None
     found: list[tuple[_Reference, bool]] = []
     current, imported = _Reference("other", "", ()), ""
-    depth = 0  # of the stack since isinstance was loaded: it is 1 again when the answer lies there
+    depth = 0  # of the stack since isinstance or getattr was loaded: it is 1 again when the answer lies there
+    asking = named = computed = False
     for each in dis.get_instructions(code):
         op, name = each.opname, each.argval
         effect = dis.stack_effect(each.opcode, each.arg, jump=False)
@@ -88,13 +90,19 @@ def _parse(code: types.CodeType) -> _Code:
         if op in _ATTRIBUTES:
             current = current._replace(chain=(*current.chain, name))
             continue
-        found.append((current, depth > 0))
+        found.append((current, asking and depth > 0))
         current = _Reference("other", "", ())
         if depth == 1 and op.startswith("CALL"):
             depth = 0
+            computed |= not (asking or named)
         if op in _LOADS:
             current = _Reference(_LOADS[op], name, ())
-            depth = effect if name in _ASKING and not depth else depth
+            if name in _ASKING and not depth:
+                depth, asking, named = effect, name != "getattr", False
+        elif op == "LOAD_CONST":
+            named |= isinstance(name, str)
+        elif op.startswith(("FORMAT", "BUILD_STRING", "BINARY")):
+            named = False
         elif op.startswith("LOAD_FAST"):
             name = name[-1] if isinstance(name, tuple) else name
             current = _Reference("self", name, ()) if name == first else current
@@ -106,6 +114,7 @@ def _parse(code: types.CodeType) -> _Code:
     return _Code(
         tuple(dict.fromkeys(reference for reference, _ in found if reference.name or reference.chain)),
         frozenset(reference for reference, _ in found if reference not in used),
+        computed,
         frozenset(each for each in code.co_consts if isinstance(each, str)),
         tuple(each for each in code.co_consts if isinstance(each, types.CodeType)),
     )
@@ -193,7 +202,7 @@ class Reader:
     def _code(self, code: types.CodeType, function: types.FunctionType, owner: Any) -> bool:
         parsed = _parse(code)
         names = {each.name for each in parsed.references if each.kind == "global"}
-        if "getattr" in names and parsed.strings & self._names:
+        if not self._scripted and (parsed.computed or ("getattr" in names and parsed.strings & self._names)):
             return True
         return (
             any(self._code(each, function, owner) for each in parsed.inner)
