@@ -1,8 +1,9 @@
 """Requests a second, and how long they take, of the engine and of onnxruntime behind examples/serve.py.
 
-One network (ResNet-50 with 90 % zeros, one picture a request) is served by uvicorn in one and in two worker processes
-of one thread each; CLIENTS connections, in this process, each send the next request when the last one is answered.
-Servers and clients share the processor. Needs the extras serve and export.
+One network (ResNet-50 with 90 % zeros, one picture a request) is served by uvicorn in one and in two worker processes.
+The engine runs a request on one thread, several requests at once on several; onnxruntime has the threads that it takes
+by itself. CLIENTS connections, in this process, each send the next request when the last one is answered. The servers
+are asked in turn, ROUNDS times; they and the clients share the processor. Needs the extras serve and export.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def together(port: int, body: bytes, clients: int, seconds: float, took: list[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of asking, for each row")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of asking in a round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "serving.csv")
     arguments = parser.parse_args()
@@ -107,16 +109,21 @@ def main() -> None:
     content = BytesIO()
     np.save(content, x.numpy())
     body, rows, answers = content.getvalue(), list[dict[str, object]](), dict[str, np.ndarray]()
-    for workers in (1, 2):
-        for runtime, path in files.items():
-            took: list[float] = []
-            with served(path, workers) as port:
-                answers[runtime] = wait(port, body, arguments.clients)
-                seconds = together(port, body, arguments.clients, arguments.seconds, took)
-            p50, p99 = (1e3 * float(np.percentile(took, q)) for q in (50, 99))
-            figures = (len(took), f"{seconds:.1f}", f"{len(took) / seconds:.2f}", f"{p50:.1f}", f"{p99:.1f}")
-            rows.append(dict(zip(FIELDS, (NETWORK, runtime, workers, arguments.clients, *figures), strict=True)))
-            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    ways = [(runtime, workers) for workers in (1, 2) for runtime in files]
+    took: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    seconds = dict.fromkeys(ways, 0.0)
+    with ExitStack() as servers:
+        ports = {way: servers.enter_context(served(files[way[0]], way[1])) for way in ways}
+        for way in ways:
+            answers[way[0]] = wait(ports[way], body, arguments.clients)
+        for way in ways * arguments.rounds:
+            seconds[way] += together(ports[way], body, arguments.clients, arguments.seconds, took[way])
+    for runtime, workers in ways:
+        times, whole = took[runtime, workers], seconds[runtime, workers]
+        p50, p99 = (1e3 * float(np.percentile(times, q)) for q in (50, 99))
+        figures = (len(times), f"{whole:.1f}", f"{len(times) / whole:.2f}", f"{p50:.1f}", f"{p99:.1f}")
+        rows.append(dict(zip(FIELDS, (NETWORK, runtime, workers, arguments.clients, *figures), strict=True)))
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     difference = np.abs(answers["rarefy"] - answers["onnxruntime"]).max() / np.abs(answers["onnxruntime"]).max()
     print(f"largest difference of the answers: {difference:.1e} of the largest")
     with arguments.out.open("w", newline="") as file:
