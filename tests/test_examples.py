@@ -3,8 +3,10 @@
 import re
 import runpy
 import sys
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,7 @@ pytestmark = [
 
 
 def test_all_examples_are_run():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*NEEDED, *SAID}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*NEEDED, *SAID, "serve"}
 
 
 def run(name, folder, monkeypatch):
@@ -48,6 +50,28 @@ def test_an_example_ends_with_its_zeros(tmp_path, monkeypatch, capsys, name):
     target = re.search(r"target=(0\.\d)", code)
     zeros = re.findall(r"^(\d+\.\d) % zeros", capsys.readouterr().out, re.M)
     assert [float(n) for n in zeros] == [100 * float(target[1])]
+
+
+# Of the client that FastAPI tests with.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*httpx.*")
+def test_a_server_answers_by_both_runtimes(tmp_path, monkeypatch):
+    for name in ("fastapi", "httpx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="the extra serve or export is not installed")
+    from fastapi.testclient import TestClient
+
+    monkeypatch.delenv("NETWORK", raising=False)
+    run("serve", tmp_path, monkeypatch)
+    x, answers, sent = np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32), [], BytesIO()
+    np.save(sent, x)
+    for kind in ("engine", "onnx"):
+        monkeypatch.setenv("NETWORK", str(tmp_path / f"network.{kind}"))
+        client = TestClient(runpy.run_path(str(ROOT / "examples" / "serve.py"))["app"])
+        reply = client.post("/predict", content=sent.getvalue())
+        assert reply.status_code == 200
+        answers.append(np.load(BytesIO(reply.content)))
+    assert answers[0].shape == (2, 10)
+    np.testing.assert_allclose(*answers, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAID)

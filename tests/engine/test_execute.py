@@ -1,5 +1,7 @@
 """How an engine's items run: the functions that they are bound to, and what is timed."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_the_model_itself_runs_where_nothing_made_of_it_is_as_fast(monkeypatch, 
         for batch in (1, 2, 3):
             x = torch.randn(batch, 5, 4)
             torch.testing.assert_close(compiled(x), model(x))
-        kinds = [row.kind for row in compiled.profile(rounds=1).rows]
+        kinds = [row.kind for row in compiled.profile(rounds=1).rows if row.kind != "call"]
         assert (kinds == ["model"]) == (chosen == "eager")
     monkeypatch.setattr(measure, "race", lambda ways, *rest: {**dict.fromkeys(ways, 2.0), "eager": 1.0})
     compiled = engine.compile(model, x)
@@ -237,3 +239,41 @@ def test_constant_products_are_layers(how, shape, size, kernels):
     for batch in (1, 2, 3):
         x = torch.randn(batch, *size)
         torch.testing.assert_close(compiled(x), model(x).detach())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler's of its own parts
+def test_torch_compile_takes_part_where_it_is_asked_for(monkeypatch, tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Softmax(-1), nn.Linear(8, 3)).eval(), torch.randn(2, 4)
+    race, seen = measure.race, []
+
+    def times(ways, *rest):
+        seen.extend({*ways} - {*race(ways, *rest)})
+        return {**dict.fromkeys(ways, 2.0), "torch.compile": 1.0}
+
+    monkeypatch.setattr(measure, "race", times)
+    compiled = engine.compile(model, x, torch_compile=True)
+    assert compiled.report.chosen == "torch.compile"
+    assert "torch.compile" not in seen  # it ran
+    assert [step.note for step in compiled.steps()] == [
+        "torch.compile's form of the model, which is faster than what the engine makes of its graph"
+    ]
+    expected = model(x).detach()
+    with torch.no_grad():
+        model[0].weight.zero_()  # the engine has a copy
+    for each in (compiled, copy.deepcopy(compiled)):
+        torch.testing.assert_close(each(x), expected)
+    with pytest.raises(ValueError, match="runs the model itself"):
+        engine.save(compiled, tmp_path / "e.engine")
+
+
+def test_torch_compile_that_cannot_is_said(monkeypatch):
+    def cannot(*_, **__):
+        raise RuntimeError("no C++ here")
+
+    model = nn.Linear(4, 3).eval()
+    monkeypatch.setattr(torch, "compile", cannot)
+    with pytest.raises(ValueError, match=r"torch.compile cannot make Linear here \(RuntimeError: no C\+\+ here\)"):
+        engine.compile(model, torch.zeros(2, 4), torch_compile=True)
+    with pytest.raises(ValueError, match="torch_compile is measured beside the others"):
+        engine.compile(model, torch.zeros(2, 4), torch_compile=True, choose="native")

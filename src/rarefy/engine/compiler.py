@@ -49,6 +49,7 @@ def compile(
     error_budget: float = BUDGET,
     choose: Choose = "measure",
     tune_seconds: float = 8.0,
+    torch_compile: bool = False,
     shapes: None = None,
 ) -> Engine: ...
 
@@ -64,6 +65,7 @@ def compile(
     error_budget: float = BUDGET,
     choose: Choose = "measure",
     tune_seconds: float = 8.0,
+    torch_compile: bool = False,
     shapes: int,
 ) -> Engines: ...
 
@@ -78,6 +80,7 @@ def compile(
     error_budget: float = BUDGET,
     choose: Choose = "measure",
     tune_seconds: float = 8.0,
+    torch_compile: bool = False,
     shapes: int | None = None,
 ) -> Engine | Engines:
     """Compile a model for this CPU: its zeros are skipped where that is measured to be faster.
@@ -104,6 +107,8 @@ def compile(
             measuring, and so with the same result every time: "native" (native kernels by rule), "sparse" or "dense"
             (these kernels alone in the native layers), "torch" (PyTorch alone).
         tune_seconds: at most about so much time to measure native kernels for.
+        torch_compile: let ``torch.compile``'s form of the model take part in measuring. It needs a compiler for C++ and
+            some time, compiles again where a batch size is new, and cannot be saved where it is the fastest.
         shapes: how many sizes to keep engines for: what comes back is then an :class:`rarefy.engine.Engines`, which
             has a copy of the model and compiles for another size when it comes. None takes that of the example alone.
 
@@ -116,10 +121,13 @@ def compile(
             bfloat16 and int8 what PyTorch does with the same rounding.
     """
     flat, inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    if torch_compile and (precision != "float32" or choose != "measure"):
+        raise ValueError('torch_compile is measured beside the others: it needs precision="float32", choose="measure"')
     if shapes is None:
         if calibration is not None:
             calibration = flattened(calibration, flat.takes)
-        return _compiled(inputs, flat, threads, precision, calibration, error_budget, choose, tune_seconds)
+        rest = (error_budget, choose, tune_seconds, torch_compile)
+        return _compiled(inputs, flat, threads, precision, calibration, *rest)
     if isinstance(shapes, bool) or not isinstance(shapes, int) or shapes < 1:
         raise ValueError(
             f"shapes must be a whole number of at least 1, or None for the example's alone, got {shapes!r}"
@@ -127,7 +135,7 @@ def compile(
     if calibration is not None:
         raise ValueError("shapes is for models that are not calibrated: compile for each size, with batches of it")
     flat = deepcopy(flat)
-    options = (flat, threads, precision, None, error_budget, choose, tune_seconds)
+    options = (flat, threads, precision, None, error_budget, choose, tune_seconds, torch_compile)
     make = functools.partial(_of_size, options)
     return Engines([make(inputs)], shapes=shapes, make=make)
 
@@ -146,17 +154,19 @@ def _compiled(
     error_budget: float,
     choose: Choose,
     tune_seconds: float,
+    torch_compile: bool,
 ) -> Engine:
     begun = time.perf_counter()
     # A step may draw random numbers; what autocast would make of the layers is not the model.
     with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), _threads_there():
         prepared = prepare(flat, inputs, precision, calibration, error_budget, later=precision == "float32")
-        engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, flat)
+        how = (threads, precision, choose, tune_seconds, flat, False, torch_compile)
+        engine = build(prepared.better, inputs, *how)
         try:
             _check(engine, prepared, flat, precision)
         except verify.PlanError as error:
             prepared = prepare(flat, inputs, precision, calibration, error_budget, fixed_because=str(error))
-            engine = build(prepared.better, inputs, threads, precision, choose, tune_seconds, flat)
+            engine = build(prepared.better, inputs, *how)
             _check(engine, prepared, flat, precision)
     engine.report = replace(engine.report, seconds=time.perf_counter() - begun, quantization=prepared.quantization)
     return engine
@@ -277,6 +287,7 @@ def build(
     tune_seconds: float,
     model: nn.Module | None = None,
     native_alone: bool = False,
+    torch_compile: bool = False,
 ) -> Engine:
     """The engine of a plan, and of the model where that may run itself; arguments as those of :func:`compile`.
 
@@ -286,7 +297,9 @@ def build(
     plan = _stored(plan, precision)
     threads_now = threads or torch.get_num_threads()
     with torch_threads(threads_now), torch.no_grad():
-        found, shapes = _choose(plan, inputs, choose, precision, threads_now, tune_seconds, model, native_alone)
+        found, shapes = _choose(
+            plan, inputs, choose, precision, threads_now, tune_seconds, model, native_alone, torch_compile
+        )
     own = _Copies()
     items = tuple(own.item(item) for item in found.lowered.items)
     read = {name for item in items for name in uses(item)[0]} | {*plan.outputs}
@@ -466,6 +479,7 @@ def _choose(
     tune_seconds: float,
     model: nn.Module | None,
     native_alone: bool,
+    torch_compile: bool,
 ) -> tuple[measure.Decision, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
@@ -485,7 +499,7 @@ def _choose(
     )
     if timed:
         eager = model if precision == "float32" else None
-        found = measure.choose(plan, inputs, options, layers, eager, native_alone)
+        found = measure.choose(plan, inputs, options, layers, eager, native_alone, torch_compile)
         return replace(found, seconds=time.perf_counter() - begun), shapes
     if choose == "torch" or not usable:
         why = "choose='torch'" if choose == "torch" else "there is no native engine"

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Eager:
-    """A model, called with the values of ``reads``; its outputs become those of ``makes``."""
+    """A model, called with the values of ``reads``; its outputs become those of ``makes``.
+
+    ``note`` says why it is that which runs.
+    """
 
     model: nn.Module
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     single: bool
+    note: str = "the model as it is, which is faster than what is made of its graph"
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The model's outputs."""

@@ -45,7 +45,8 @@ class Report:
         seconds: what compiling took, all in all.
         measuring_seconds: the part of it that went into measuring which kernel is fastest.
         chosen: what runs the network: "native", "native by rule" (kernels chosen without measuring), "PyTorch",
-            "PyTorch, oneDNN", "native and PyTorch" (some layers by PyTorch), or "eager" (the model as it is).
+            "PyTorch, oneDNN", "native and PyTorch" (some layers by PyTorch), "eager" (the model as it is), or
+            "torch.compile".
         candidates: seconds of each of these on the example, where they were measured.
         precision: "float32", "bfloat16" (of weights) or "int8".
         weight_bytes: weights, biases and indices in memory.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from rarefy.engine.lowering import Item, Lowered, lower
 from rarefy.engine.onednn import PackedConv, packed
 from rarefy.engine.plan import Conv, ConvTranspose, Layer, Plan, Recurrence
 from rarefy.engine.reference import bind, items, run_step
+from rarefy.engine.structure import Flat, title
 
 _ROUNDS = 5
 _LEAST_ROUNDS = 2
@@ -34,7 +36,7 @@ _LOST, _LOST_LONG = 1.5, 1.1
 _CLEARLY_FASTER = 0.9
 #: What the model itself is called among the ways, and the share of the best other's time that it must stay below: what
 #: is made of its graph can be saved.
-EAGER = "eager"
+EAGER, INDUCTOR = "eager", "torch.compile"
 _WORTH_KEEPING = 0.97
 #: Giving layers to PyTorch is only tried where it may save this share of the whole time.
 _WORTH_TRYING = 0.03
@@ -129,10 +131,11 @@ def choose(
     layers: Mapping[str, LayerFacts],
     model: nn.Module | None,
     native_alone: bool = False,
+    torch_compile: bool = False,
 ) -> Decision:
     """The fastest way to run the plan on inputs like these; the model that it is of, where given, is one of them.
 
-    With ``native_alone`` those of PyTorch are not.
+    With ``native_alone`` those of PyTorch are not; with ``torch_compile`` its form of the model is, too.
     """
     begun = time.perf_counter()
     native = lower(plan, options)
@@ -147,10 +150,13 @@ def choose(
             ways["native and PyTorch"] = _by_onednn(lower(plan, options, slow, measured), options.shapes)
     if model is not None:
         ways[EAGER] = in_eager(plan, model)
+    if torch_compile and isinstance(model, Flat):
+        ways[INDUCTOR] = _by_inductor(plan, model, inputs)
     dense_seconds = sum(facts.torch_seconds or 0.0 for facts in layers.values()) * samples(inputs[0].shape)
     least = {name: dense_seconds / options.threads for name in ways if not name.startswith("native")}
+    least[INDUCTOR] = 0.0  # which was asked for: it runs
     times = race(ways, plan, inputs, options.threads, least)
-    chosen = min(times, key=lambda name: times[name] / (_WORTH_KEEPING if name == EAGER else 1))
+    chosen = min(times, key=lambda name: times[name] / (_WORTH_KEEPING if name in (EAGER, INDUCTOR) else 1))
     if chosen == EAGER and model is not None:
         try:
             ways[EAGER] = in_eager(plan, deepcopy(model))
@@ -167,6 +173,24 @@ def runner(items: Sequence[Item], plan: Plan) -> Runner:
 def in_eager(plan: Plan, model: nn.Module) -> Lowered:
     """The model itself."""
     return Lowered((Eager(model, plan.inputs, plan.outputs, plan.single),), {})
+
+
+def _by_inductor(plan: Plan, model: Flat, inputs: Sequence[Tensor]) -> Lowered:
+    """A copy of the model as ``torch.compile`` makes it. Raises ValueError where it cannot."""
+    try:
+        own = deepcopy(model)
+        compiled = Flat(cast(nn.Module, torch.compile(own.model)), own.takes)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.compile warns of its own parts
+            compiled(*inputs)
+    except Exception as error:  # whatever PyTorch's compiler and the one of C++ raise
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch_compile=True, and torch.compile cannot make {title(model)} here ({type(error).__name__}: {said}): "
+            "leave it out"
+        ) from error
+    note = "torch.compile's form of the model, which is faster than what the engine makes of its graph"
+    return Lowered((Eager(compiled, plan.inputs, plan.outputs, plan.single, note),), {})
 
 
 def in_torch(plan: Plan, because: str) -> Lowered:

@@ -12,8 +12,6 @@ from rarefy.engine.lowering import Item
 from rarefy.engine.measure import LayerFacts
 from rarefy.engine.onednn import PackedConv
 
-_FASTER = "the model as it is, which is faster than what is made of its graph"
-
 
 @dataclass(frozen=True)
 class StepInfo:
@@ -59,7 +57,7 @@ def steps(
             result += _of_program(item, programs, names, layers)
             programs += 1
         elif isinstance(item, Eager):
-            result.append(StepInfo("", "model", "PyTorch", note=_FASTER))
+            result.append(StepInfo("", "model", "PyTorch", note=item.note))
         else:
             kernel = "oneDNN" if isinstance(item, PackedConv) else "PyTorch"
             step = item.step if isinstance(item, (PackedConv, Int8)) else item
