@@ -4,7 +4,7 @@
     python benchmarks/decode.py --print
 
 The block is Llama's with 4096 channels, 11008 between, without its norms: seven linear layers, 202 million weights,
-more in every layer but four than a last cache holds and in all together far more. ``zeros`` are those of smallest
+in all far more than any cache holds. ``zeros`` are those of smallest
 size in each layer. Attention over a cache is left out: its query and key are results, its value goes on, as for a first
 token. All run in turn, one call each a round: ``ms`` is the median of the time of a call, CPU time on one thread and
 wall time on two; ``against_int8`` and ``against_bfloat16`` are medians over the rounds of the time of the engine's
@@ -163,7 +163,7 @@ def main() -> None:
             print(f"batch {batch}: compiled with {zeros:.0%} zeros", flush=True)
         for threads in (1, 2) if batch == 1 else (1,):
             rows += measure(batch, threads, arguments.rounds, {**ways, **others})
-    results.write("decode", rows)
+        results.write("decode", rows)
     print(tables(results.read("decode")))
 
 

@@ -68,6 +68,7 @@ def test_what_a_page_names_is_there(page):
         ("gnmt.py --print --name gnmt-made-up", "results/translation.md"),
         ("act_gpu.py --print", "results/activations.md"),
         ("act_lstm.py --print", "results/activations.md"),
+        ("decode.py --print", "results/engine.md"),
     ],
 )
 def test_a_table_is_that_of_the_results(script, page):

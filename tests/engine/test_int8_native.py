@@ -184,13 +184,13 @@ def test_rows_of_any_kind(rows, columns, batch):
     """Full, empty and nearly empty rows beside others, weights far apart, and the largest ones side by side."""
     net = Network((columns,), Quantized(0.03125, 117), batch, seed=rows)
     chance = net.torch
-    whole = torch.randint(-128, 128, (rows, columns), generator=chance)
+    whole = torch.randint(-127, 128, (rows, columns), generator=chance)
     for row in range(rows):
         density = (0.4, 1.0, 0.0, 0.05, 0.7)[row % 5]
         whole[row] *= torch.rand(columns, generator=chance) < density
-    whole[rows // 2, : columns // 2] = torch.tensor([127, -128, -128, 127, 127, 0, 127]).repeat(columns)[: columns // 2]
+    whole[rows // 2, : columns // 2] = torch.tensor([127, -127, -127, 127, 127, 0, 127]).repeat(columns)[: columns // 2]
     whole[:, 320:1200] = 0
-    whole[-1, -1] = -128
+    whole[-1, -1] = -127
     net.add(
         Linear(name="l", output="l", input="q", bias=torch.randn(rows, generator=chance), **net.scaled(whole)), None
     )

@@ -40,8 +40,8 @@
 //     [40, 44)    of each step: how far its window is from the last one's (of the first one: from column 0)
 //     [44, 172)   of each step: row r's weight k at 4 r + k
 //
-// What is positive of weights 0 and 1, or 2 and 3, of a quad adds up to at most 128, and what is negative, too, so that
-// vpmaddubsw never saturates.
+// Weights are from -127 to 127, and pixels 128 less than they are: what vpmaddubsw adds up is the size of two pixels
+// times weights with the pixels' signs, at most 2 * 128 * 127 < 2^15, and never saturates.
 #pragma once
 
 #include <stdint.h>
@@ -60,7 +60,8 @@ enum {
     WEIGHTS_AT = MOVES_AT + WINDOW_STEPS,
     WINDOW_BYTES = WEIGHTS_AT + WINDOW_STEPS * WINDOW_ROWS * QUAD,
     MOST_IMAGES = 4,  // of a call of windows
-    BEHIND = 32       // bytes behind a vector's pixels that may be read
+    WINDOW_CENTRE = 128,
+    BEHIND = 32  // bytes behind a vector's pixels that may be read
 };
 
 // Rows of results for one tile of pixels.
@@ -133,8 +134,8 @@ struct Kernels {
     // the same of blocks of four, with x[4 * index[k / 4] + k % 4]; `count` is a multiple of 32, too
     int32_t (*dot_blocks)(const uint8_t *x, const int8_t *w, const uint16_t *index, int64_t count);
     // sums[WINDOW_ROWS i + r] = sum_k w[r][k] x[i][k] of WINDOW_ROWS rows whose weights are the bytes [from, to), whole
-    // WINDOW_BYTES, for 1 to MOST_IMAGES images. BEHIND bytes behind the pixels of each are read.
-    void (*windows)(const uint8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums);
+    // WINDOW_BYTES, for 1 to MOST_IMAGES images less WINDOW_CENTRE. BEHIND bytes behind each are read.
+    void (*windows)(const int8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums);
 };
 
 }  // namespace int8

@@ -83,13 +83,6 @@ void fill_gaps(const View &y, int64_t c, int64_t at, int64_t images) {
     }
 }
 
-// A vector's numbers one after the other: where they are, or a copy in `scratch`.
-const uint8_t *line_of(const View &x, uint8_t *scratch) {
-    if (x.value->stride == 1) return x.at;
-    for (int64_t c = 0; c < x.value->shape.channels; ++c) scratch[c] = *x.plane(c);
-    return scratch;
-}
-
 // Makes the result of row r of a sum.
 void finish(const Frame &f, const Step &s, int64_t at, const View &y, int64_t r, int32_t products) {
     const int32_t sum = s.first[r] + products;
@@ -105,7 +98,11 @@ void finish(const Frame &f, const Step &s, int64_t at, const View &y, int64_t r,
 
 void vector(const Frame &f, const Step &s, int64_t at) {
     const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const uint8_t *line = line_of(x, f.scratch);
+    const uint8_t *line = x.at;
+    if (x.value->stride != 1) {
+        for (int64_t c = 0; c < x.value->shape.channels; ++c) f.scratch[c] = *x.plane(c);
+        line = f.scratch;
+    }
     const Kernels &k = *f.program->kernels;
     const Share mine(f, y.value->shape.channels);
     int32_t sums[ROWS];
@@ -128,8 +125,13 @@ void vector(const Frame &f, const Step &s, int64_t at) {
 void windows(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const int64_t rows = f.program->values[s.node.out].shape.channels;
     const int64_t room = f.program->values[s.node.x].shape.channels + BEHIND;
-    const uint8_t *lines[MOST_IMAGES];
-    for (int64_t i = 0; i < images; ++i) lines[i] = line_of(view(f, s.node.x, at + i), f.scratch + i * room);
+    const int8_t *lines[MOST_IMAGES];
+    for (int64_t i = 0; i < images; ++i) {
+        int8_t *line = reinterpret_cast<int8_t *>(f.scratch) + i * room;
+        const View x = view(f, s.node.x, at + i);
+        for (int64_t c = 0; c < room - BEHIND; ++c) line[c] = static_cast<int8_t>(*x.plane(c) - WINDOW_CENTRE);
+        lines[i] = line;
+    }
     const Share mine(f, static_cast<int64_t>(s.weights.starts.size()) - 1);
     int32_t sums[MOST_IMAGES * WINDOW_ROWS];
     for (int64_t block = mine.from; block < mine.to; ++block) {

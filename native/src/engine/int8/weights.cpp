@@ -419,7 +419,9 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     step.total_weights = static_cast<int64_t>(weight.size());
     step.nonzeros = std::count_if(weight.begin(), weight.end(), [](float v) { return v != 0.0f; });
     const int32_t channels = m.channels / m.groups, rows_a_group = m.rows / m.groups;
-    const int32_t centre = step.vector && step.layout != DENSE ? 0 : program.kernels->centre;
+    const int32_t centre = step.layout == WINDOWS                ? int32_t{WINDOW_CENTRE}
+                           : step.vector && step.layout != DENSE ? 0
+                                                                 : program.kernels->centre;
     const int32_t zero = program.values[built.x].zero_point;
     for (int32_t row = 0; row < m.rows; ++row) {
         int32_t sum = 0, sizes = 0;
@@ -477,10 +479,11 @@ Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const 
     const engine::Matrix m = engine::matrix_of(graph, node);
     const bool vector = of_vectors(graph, node, group);
     if (m.groups > 1) return ANY;
-    if (asked == WINDOWS + 1 && of_windows(graph, node)) return WINDOWS;
+    const bool fits = of_windows(graph, node) && std::find(weight.begin(), weight.end(), -128.0f) == weight.end();
+    if (asked == WINDOWS + 1 && fits) return WINDOWS;
     const double all = static_cast<double>(weight.size());
     const double nonzeros = all - static_cast<double>(std::count(weight.begin(), weight.end(), 0.0f));
-    const bool windows = kernels.shuffles && of_windows(graph, node) && group <= MOST_IMAGES;
+    const bool windows = kernels.shuffles && fits && group <= MOST_IMAGES;
     const bool asked_for = asked > 0 && asked <= WINDOWS;
     if (!asked_for && windows && nonzeros > WINDOWS_ABOVE * all && nonzeros < WINDOWS_BELOW * all) return WINDOWS;
     if (!vector && !kernels.rows[DENSE][QUARTERS]) return ANY;

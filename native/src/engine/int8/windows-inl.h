@@ -4,7 +4,7 @@
 #if defined(__AVX2__)
 
 template <int IMAGES>
-inline __attribute__((always_inline)) void windows_of(const uint8_t *const *x, const int8_t *from, const int8_t *to,
+inline __attribute__((always_inline)) void windows_of(const int8_t *const *x, const int8_t *from, const int8_t *to,
                                                       int32_t *sums) {
     constexpr int64_t AHEAD = 2048,
                       LINE = 64;  // half as far takes 1.2 times as long on an AMD EPYC, twice as far no less
@@ -31,14 +31,15 @@ inline __attribute__((always_inline)) void windows_of(const uint8_t *const *x, c
                 _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + WEIGHTS_AT + step * WINDOW_ROWS * QUAD));
             for (int i = 0; i < IMAGES; ++i) {
                 const __m256i pixels = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen(x[i] + column)), places);
-                a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(_mm256_maddubs_epi16(pixels, w), ones));
+                const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(pixels), _mm256_sign_epi8(w, pixels));
+                a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(pairs, ones));
             }
         }
     }
     for (int i = 0; i < IMAGES; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i *>(sums + WINDOW_ROWS * i), a[i]);
 }
 
-void windows(const uint8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums) {
+void windows(const int8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums) {
     switch (images) {
         case 1: return windows_of<1>(x, from, to, sums);
         case 2: return windows_of<2>(x, from, to, sums);
@@ -49,7 +50,7 @@ void windows(const uint8_t *const *x, int64_t images, const int8_t *from, const 
 
 #else
 
-void windows(const uint8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums) {
+void windows(const int8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums) {
     for (int64_t i = 0; i < images * WINDOW_ROWS; ++i) sums[i] = 0;
     int64_t column = 0;
     for (const int8_t *p = from; p != to; p += WINDOW_BYTES)

@@ -1,6 +1,5 @@
 // The weights of a vector's layer in windows; kernels.h says what those are.
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 
 #include "engine/int8/program.h"
@@ -16,7 +15,7 @@ class Row {
  public:
     Row(const float *weight, int32_t columns) : weight_(weight), columns_(columns) { skip(); }
     int32_t next() const { return next_; }  // its column; `columns` when there is none
-    int32_t value() const { return static_cast<int32_t>(weight_[next_]); }
+    int8_t value() const { return static_cast<int8_t>(weight_[next_]); }
     void take() {
         ++next_;
         skip();
@@ -38,31 +37,18 @@ struct Quad {
 
 Quad take(Row &row, int32_t columns, int32_t begin) {
     Quad quad = {};
-    int32_t last = -1, loads[2] = {};
+    int32_t last = -1;
     bool ended = false;
     for (int32_t k = 0; k < QUAD; ++k) {
-        if (k % 2 == 0) loads[0] = loads[1] = 0;
         const int32_t place = row.next() - begin;
         ended |= row.next() >= columns || place >= WINDOW;
-        if (!ended) {
-            const int32_t value = row.value();
-            const bool near = last < 0 || place - last <= MOST_GAP;
-            if (near && loads[value < 0] + std::abs(value) <= PAIR_LIMIT) {
-                loads[value < 0] += std::abs(value);
-                quad.place[k] = last = place;
-                quad.w[k] = static_cast<int8_t>(value);
-                row.take();
-                continue;
-            }
-            // a zero on the way there, as far as there is room for one
-            const int32_t between = last + (near ? 1 : int32_t{MOST_GAP});
-            ended = between >= place;
-            if (!ended) {
-                quad.place[k] = last = between;
-                continue;
-            }
-        }
-        quad.place[k] = ++last;
+        // where the next one is too far, or there is none, a zero stands on the way there
+        const bool near = last < 0 || place - last <= MOST_GAP;
+        last = ended ? last + 1 : near ? place : last + MOST_GAP;
+        quad.place[k] = last;
+        if (ended || !near) continue;
+        quad.w[k] = row.value();
+        row.take();
     }
     return quad;
 }
