@@ -158,6 +158,30 @@ def test_several_devices_take_their_share() -> None:
         assert each.price == pytest.approx(2.0 * each.devices * each.hours)
 
 
+def test_shards_divide_what_is_held() -> None:
+    made = {"method": {"name": "gmp", "target": 0.8}}
+    (one, four), (alone, split), (averaged,), (both,) = (
+        plan.make(recipe(**made, **changes), devices, bandwidth=0.001).scaled
+        for changes, devices in (
+            ({}, [1, 4]),
+            ({"shard": True}, [1, 4]),
+            ({"optimizer": {"ema": 0.9}}, [4]),
+            ({"shard": True, "optimizer": {"ema": 0.9}}, [4]),
+        )
+    )
+    whole = one.memory
+    assert alone.memory == whole
+    assert alone.exchange == one.exchange == 0.0
+    assert split.exchange == pytest.approx(four.exchange * 3 / 2)
+    held = (whole.gradients // 4, whole.optimizer // 4, whole.method // 4)
+    assert (split.memory.gradients, split.memory.optimizer, split.memory.method) == held
+    assert split.memory.activations == four.memory.activations
+    # A part and the whole copy that is evaluated; three whole ones; two parts and a whole one.
+    assert split.memory.weights == whole.weights + whole.weights // 4
+    assert averaged.memory.weights == 3 * whole.weights
+    assert both.memory.weights == whole.weights + whole.weights // 2
+
+
 @pytest.mark.parametrize(
     ("devices", "options", "message"),
     [
@@ -182,7 +206,7 @@ def test_the_command_writes_nothing(
     said = capsys.readouterr().out
     assert "test: fashion_cnn by autosparse" in said
     assert "  2 devices\n" in said
-    assert plan.FORMULA in said
+    assert "load + step + 2 (N - 1) / N x gradient bytes / bandwidth" in said
     assert main(["plan", "recipe.yaml", "--set", "method={name: str}", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["inference"] is None

@@ -26,8 +26,9 @@ STEPS, WARM = 20, 3
 #: GB/s between devices where nothing else is said: a network of 100 Gbit/s.
 BANDWIDTH = 12.5
 
-#: How a step of several devices is reckoned.
-FORMULA = "load + step + 2 (N - 1) / N x gradient bytes / bandwidth"
+#: How a step of several devices is reckoned; of how many exchanges, by whether a run shards.
+FORMULA = "load + step + {times} (N - 1) / N x gradient bytes / bandwidth"
+TIMES = {False: 2, True: 3}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Memory:
     """Bytes of a device.
 
     Attributes:
-        weights: parameters and buffers.
+        weights: parameters and buffers, with an average of them and the copy that is evaluated where there are such.
         gradients: one for every parameter that trains.
         optimizer: what it remembers, after a step.
         method: what the sparse method remembers.
@@ -99,6 +100,7 @@ class Plan:
         training_ratio: the expected share of them (:func:`rarefy.train.expectation.expected`); None as ``inference``.
         epochs, examples, steps: passes, examples of all of them, optimizer steps.
         device, threads, bandwidth: what was measured on; GB/s between devices.
+        shard: whether devices hold parts of the weights.
         scaled: for each number of devices.
     """
 
@@ -117,11 +119,17 @@ class Plan:
     device: str
     threads: int
     bandwidth: float
+    shard: bool
     scaled: tuple[Scaled, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and strings, ready for JSON."""
-        return {**asdict(self), "formula": FORMULA}
+        return {**asdict(self), "formula": self.formula}
+
+    @property
+    def formula(self) -> str:
+        """How the steps of several devices were reckoned."""
+        return FORMULA.format(times=TIMES[self.shard])
 
     def text(self) -> str:
         """Write it for a reader."""
@@ -152,7 +160,7 @@ class Plan:
                 f"    hours          {each.hours:.3g}" + ("" if each.price is None else f", price {each.price:,.2f}"),
             ]
         lines += [
-            f"a step on N devices is {FORMULA}, here at {self.bandwidth:g} GB/s, nothing overlapped",
+            f"a step on N devices is {self.formula}, here at {self.bandwidth:g} GB/s, nothing overlapped",
             "memory: weights, gradients, optimizer and method are counted; activations are those that a measured step"
             " kept for its backward pass",
             "hours are of optimizer steps alone: evaluations and checkpoints come on top",
@@ -168,13 +176,27 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def exchange(devices: int, gradient_bytes: int, bandwidth: float) -> float:
+def exchange(devices: int, gradient_bytes: int, bandwidth: float, shard: bool = False) -> float:
     """Return the seconds in which a ring of devices sums gradients, at ``bandwidth`` GB/s each way.
 
     ``2 (N - 1) / N x bytes / bandwidth``: every device sends all but its own part once to be summed, and once summed
-    (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms"). Latencies are left out.
+    (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms"); with ``shard`` it sends its part of the
+    weights twice, for the forward and for the backward pass, and gradients once, to be summed. Latencies are left out.
     """
-    return 2 * (devices - 1) / devices * gradient_bytes / (1e9 * bandwidth)
+    return TIMES[shard] * (devices - 1) / devices * gradient_bytes / (1e9 * bandwidth)
+
+
+def held(memory: Memory, recipe: Recipe, devices: int) -> Memory:
+    """Return what one of several devices holds of what one alone would: an average and a copy that is evaluated, too.
+
+    With ``shard`` it is parts of all but that copy, and of activations.
+    """
+    parts = devices if recipe.shard else 1
+    averaged = recipe.optimizer.ema is not None
+    weights = memory.weights * (1 + averaged) // parts + memory.weights * (averaged or parts > 1)
+    return Memory(
+        weights, memory.gradients // parts, memory.optimizer // parts, memory.method // parts, memory.activations
+    )
 
 
 def make(
@@ -232,10 +254,10 @@ def describe(whole: Run, shares: Iterable[tuple[int, Run]], price: float | None,
     scaled = []
     for devices, run in shares:
         step, memory = measure(run)
-        exchanged = exchange(devices, gradients, bandwidth)
+        exchanged = exchange(devices, gradients, bandwidth, recipe.shard)
         hours = steps * (step.load + step.compute + exchanged) / 3600
         cost = None if price is None else price * devices * hours
-        scaled.append(Scaled(devices, step, exchanged, hours, memory, cost))
+        scaled.append(Scaled(devices, step, exchanged, hours, held(memory, recipe, devices), cost))
     return Plan(
         name=recipe.name,
         model=recipe.model.name,
@@ -252,6 +274,7 @@ def describe(whole: Run, shares: Iterable[tuple[int, Run]], price: float | None,
         device=str(whole.accelerator.device),
         threads=torch.get_num_threads(),
         bandwidth=bandwidth,
+        shard=recipe.shard,
         scaled=tuple(scaled),
     )
 
