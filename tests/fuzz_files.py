@@ -38,8 +38,20 @@ class _GRU(nn.GRU):
         return super().forward(x)[1]
 
 
+class _Attention(nn.Module):
+    """Attention with a mask, of heads in the place of channels, and a product with a softmax that is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.randn(8, 8))
+
+    def forward(self, x):
+        y = nn.functional.scaled_dot_product_attention(x, x, x, self.bias)
+        return nn.functional.scaled_dot_product_attention(x, y, y, is_causal=True) @ x.softmax(2)
+
+
 def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
-    """Convolutions in bands, depthwise ones, a concatenation, pools, transformers, recurrences; sparse and dense."""
+    """Convolutions in bands, depthwise ones, concatenation, transformers, attention, recurrences; thinned or not."""
     banded = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.MaxPool2d(2)
     )
@@ -49,6 +61,7 @@ def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
         (norms.eval(), (4, 16)),
         *((thinned(UNet()), (3, 16, 16)), (thinned(Vision()), (3, 16, 16)), (thinned(banded), (3, 32, 32))),
         *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (3, 16, 16))),
+        (_Attention().eval(), (3, 8, 8)),
         *((thinned(kind(8, 16, 2, batch_first=True)), (t, 8)) for kind in (_LSTM, _GRU) for t in (1, 4)),
     ]
 
