@@ -65,11 +65,15 @@ enum rarefy_storage {
 //   numbers: how many constants there are; channels, height and width of each; then instructions, three numbers each:
 //   an operation (enum rarefy_operation) and the terms that it takes, -1 in the place of a second one that it does not
 //   take. The terms are the values, the constants, then what the instructions made; the last one makes the result.
+// RAREFY_RESIZE: an image of another size. numbers: 1 for bilinear, 0 for nearest; height and width of the result; then
+//   for each of its rows, and after them columns, the row or column of x that it begins at. constants: of a bilinear
+//   one, for each of those the share that the next row or column has; 0 of them for nearest.
 enum rarefy_function {
     RAREFY_LAYER_NORM = 0,
     RAREFY_RMS_NORM = 1,
     RAREFY_GROUP_NORM = 2,
     RAREFY_POINTWISE = 3,
+    RAREFY_RESIZE = 4,
     RAREFY_FUNCTIONS
 };
 

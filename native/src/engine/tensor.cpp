@@ -6,7 +6,7 @@ namespace rarefy::engine {
 
 namespace {
 
-const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM, &GROUP_NORM, &POINTWISE};
+const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM, &GROUP_NORM, &POINTWISE, &RESIZE};
 
 }  // namespace
 
