@@ -57,8 +57,12 @@ def networks() -> list[tuple[nn.Module, tuple[int, ...]]]:
     )
     dense = nn.Sequential(nn.Conv2d(3, 8, 5, 2, groups=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 5))
     norms = nn.Sequential(nn.Conv1d(4, 8, 1), nn.GroupNorm(2, 8), nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    chains = nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.PReLU(6), nn.ELU(), nn.Softplus(), nn.UpsamplingBilinear2d(scale_factor=2)),
+        *(nn.Upsample(size=(9, 11)), nn.Conv2d(6, 2, 1)),
+    )
     return [
-        (norms.eval(), (4, 16)),
+        *((norms.eval(), (4, 16)), (chains.eval(), (3, 6, 7))),
         *((thinned(UNet()), (3, 16, 16)), (thinned(Vision()), (3, 16, 16)), (thinned(banded), (3, 32, 32))),
         *((dense.eval(), (3, 16, 16)), (thinned(models.create("resnet20")), (3, 16, 16))),
         (_Attention().eval(), (3, 8, 8)),

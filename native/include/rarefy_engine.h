@@ -69,6 +69,9 @@ enum rarefy_storage {
 //   numbers: how many constants there are; channels, height and width of each; then instructions, three numbers each:
 //   an operation (enum rarefy_operation) and the terms that it takes, -1 in the place of a second one that it does not
 //   take. The terms are the values, the constants, then what the instructions made; the last one makes the result.
+// RAREFY_RESIZE: an image of another size. numbers: 1 for bilinear, 0 for nearest; height and width of the result; then
+//   for each of its rows, and after them columns, the row or column of x that it begins at. constants: of a bilinear
+//   one, for each of those the share that the next row or column has; 0 of them for nearest.
 //
 // The others read and write their values by *places*: numbers that say, for axes of some sizes, which channel and pixel
 // each index of all axes is. A place is a channel and a pixel to begin with, then for every axis how many channels and
@@ -79,10 +82,9 @@ enum rarefy_storage {
 // RAREFY_MATMUL: y[m, n] = scale sum_k a[m, k] b[k, n]. Axes: m, n, k. Values: a, b. Own: the bits of scale, a double.
 // RAREFY_SOFTMAX: over the last axis. Axes: columns, what is summed. Values: x.
 // RAREFY_ATTENTION: y = softmax(scale q k^T + mask) v. Axes: query, key, feature of q and k, feature of v. Values: q,
-// k,
-//   v, and a mask that is added where there is a fourth. Own: the bits of scale, a double; whether query i sees no key
-//   after key i; whether a query that sees no key gives 0, not NaN. constants: a mask, if any, of one channel and as
-//   many pixels; its place comes after the result's.
+//   k, v, and a mask that is added where there is a fourth. Own: the bits of scale, a double; whether query i sees no
+//   key after key i; whether a query that sees no key gives 0, not NaN. constants: a mask, if any, of one channel and
+//   as many pixels; its place comes after the result's.
 enum rarefy_function {
     RAREFY_LAYER_NORM = 0,
     RAREFY_RMS_NORM = 1,
@@ -92,6 +94,7 @@ enum rarefy_function {
     RAREFY_ATTENTION = 5,
     RAREFY_POINTWISE = 6,
     RAREFY_VIEW = 7,
+    RAREFY_RESIZE = 8,
     RAREFY_FUNCTIONS
 };
 

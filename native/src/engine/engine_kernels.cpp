@@ -540,6 +540,23 @@ struct Number {
 
 #include "attention-inl.h"
 
+// ---- images of another size
+
+void spread(const float *x, const int64_t *place, const float *share, float *y, int64_t width, int64_t n) {
+    const int64_t last = width - 1;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t from = place[i], next = from < last ? from + 1 : last;
+        y[i] = (1.0f - share[i]) * x[from] + share[i] * x[next];
+    }
+}
+
+void between(const float *a, const float *b, float share, float *y, int64_t n) {
+    const V first = all(1.0f - share), second = all(share);
+    over(n, [=](int64_t i, uint32_t lanes) {
+        store_some(y + i, lanes, fma(first, load_some(a + i, lanes), mul(second, load_some(b + i, lanes))));
+    });
+}
+
 // ---- expressions
 
 template <bool STEP>
@@ -726,6 +743,8 @@ Kernels make() {
     k.matmul = matmul;
     k.softmax = softmax;
     k.attend = attend;
+    k.spread = spread;
+    k.between = between;
     k.pointwise = pointwise;
     k.activate = activate;
     return k;

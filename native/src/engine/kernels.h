@@ -237,6 +237,10 @@ struct Kernels {
     void (*matmul)(const MatmulCall *call);
     void (*softmax)(const SoftmaxCall *call);
     void (*attend)(const AttendCall *call);
+    // y[i] lies between x[place[i]] and the number behind it, as long as there is one, which has the share.
+    void (*spread)(const float *x, const int64_t *place, const float *share, float *y, int64_t width, int64_t n);
+    // (1 - share) a + share b
+    void (*between)(const float *a, const float *b, float share, float *y, int64_t n);
     void (*pointwise)(const PointwiseCall *call);
     // An activation of enum rarefy_activation that is no clamp, in place or not.
     void (*activate)(int32_t activation, const float *x, float *out, int64_t n);

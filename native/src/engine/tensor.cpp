@@ -6,8 +6,8 @@ namespace rarefy::engine {
 
 namespace {
 
-const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM,  &GROUP_NORM, &MATMUL,
-                                                     &SOFTMAX,    &ATTENTION, &POINTWISE,  &VIEW};
+const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM,  &GROUP_NORM, &MATMUL, &SOFTMAX,
+                                                     &ATTENTION,  &POINTWISE, &VIEW,       &RESIZE};
 
 }  // namespace
 

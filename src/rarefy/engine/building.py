@@ -34,6 +34,7 @@ from rarefy.engine.plan import (
     Pointwise,
     Pool,
     Quantized,
+    Resize,
     Step,
     Upsample,
     View,
@@ -49,6 +50,7 @@ from rarefy.engine.programs import (
     Program,
     bits,
 )
+from rarefy.engine.reference import bind
 from rarefy.engine.transposed import phases
 from rarefy.engine.views import apart, in_order, row_major
 
@@ -311,6 +313,9 @@ class Building:
             case Upsample():
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return CHANNELS_FIRST, self.builder.upsample(x, _two(step.factor, 1), name=name)
+            case Resize():
+                (x,) = self._values(step.inputs, CHANNELS_FIRST)
+                return CHANNELS_FIRST, self._resize(step, x)
             case Flatten():
                 if self.layouts.get(step.input) == CHANNELS_LAST:
                     shape = self._shape(step.input)
@@ -417,6 +422,13 @@ class Building:
         xs = [self._value(name, layout) for name, layout in found.values]
         number = self.builder.tensor(found.function, xs, found.numbers, found.constants, name=step.output)
         return None if len(step.shape) == 1 else found.layout, number
+
+    def _resize(self, step: Resize, x: int) -> int:
+        sizes = self._shape(step.input)[1:]
+        tables = [places(step, sizes, axis) for axis in (0, 1)]
+        numbers = [int(step.mode == "bilinear"), *step.sizes, *(int(place) for taken, _ in tables for place in taken)]
+        shares = [share for _, share in tables] if step.mode == "bilinear" else []
+        return self.builder.tensor("resize", [x], numbers, shares, name=step.output)
 
     def _pointwise(self, step: Pointwise) -> tuple[int | None, int]:
         made = self.plan.values[step.output].shape
@@ -568,6 +580,24 @@ class Building:
         """What a value is known by: vectors have one layout."""
         vector = len(self._shape(name, None)) == 1 or self.layouts.get(name, 0) is None
         return name, CHANNELS_FIRST if vector else layout
+
+
+def places(step: Resize, sizes: Sequence[int], axis: int) -> tuple[Tensor, Tensor]:
+    """Where each row or column begins in an image of those sizes, and the share of the next one: both (size,)."""
+    size, out = sizes[axis], step.sizes[axis]
+    if step.mode == "nearest":
+        compute, (_, *options), _ = bind(step)
+        ramp = torch.arange(float(size)).reshape((-1, 1) if axis == 0 else (1, -1)).expand(1, 1, *sizes)
+        taken = compute(ramp, *options)[0, 0].select(1 - axis, 0)
+        return taken.long(), torch.zeros(out)
+    factor = None if step.factors is None else step.factors[axis]
+    to = torch.arange(out, dtype=torch.float32)
+    if step.align_corners:
+        at = to * torch.tensor((size - 1) / (out - 1) if out > 1 else 0.0)
+    else:
+        at = (torch.tensor(1.0 / factor if factor else size / out) * (to + 0.5) - 0.5).clamp(min=0)
+    taken = at.long().clamp(max=size - 1)
+    return taken, (at - taken).clamp(0, 1)
 
 
 def check_mode(mode: str) -> None:

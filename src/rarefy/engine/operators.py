@@ -26,6 +26,7 @@ from rarefy.engine.plan import (
     Norm,
     Pointwise,
     Pool,
+    Resize,
     Step,
     Upsample,
 )
@@ -694,6 +695,28 @@ def _upsample(call: Call) -> Step | None:
     x, shape, out = call.value("input"), call.shape("input"), sample_shape(call.node, call.batch)
     if x is None or shape is None or out is None:
         return None
+    return _repeated(call, x, shape, out) or (_resize(call, "nearest") if len(shape) == 3 else None)
+
+
+@_handles("upsample_bilinear2d.vec")
+def _bilinear(call: Call) -> Step | None:
+    return _resize(call, "bilinear")
+
+
+def _resize(call: Call, mode: Literal["nearest", "bilinear"]) -> Step | None:
+    x, shape, out = call.value("input"), call.shape("input"), sample_shape(call.node, call.batch)
+    if x is None or shape is None or out is None or len(shape) != 3:
+        return None
+    factors: tuple[float, float] | None = None
+    if call.args["output_size"] is None:
+        down, across = call.args["scale_factors"]
+        factors = (float(down), float(across))
+    aligned = bool(call.args.get("align_corners"))
+    return Resize(**call.labels, input=x, mode=mode, sizes=(out[1], out[2]), factors=factors, align_corners=aligned)
+
+
+def _repeated(call: Call, x: str, shape: tuple[int, ...], out: tuple[int, ...]) -> Step | None:
+    """Every pixel so many times, where that is what the call does."""
     sizes, factor = shape[1:], tuple(after // before for before, after in zip(shape[1:], out[1:], strict=True))
     if any(after % before for before, after in zip(sizes, out[1:], strict=True)):
         return None

@@ -276,6 +276,24 @@ class Upsample(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Resize(Step):
+    """An image of another size: (B, C, H, W) -> (B, C, *sizes), with the meaning of ``F.interpolate``'s options.
+
+    ``factors`` are the scales that were given, for which pixels are taken otherwise than for the sizes alone.
+    """
+
+    input: str
+    mode: Literal["nearest", "bilinear"]
+    sizes: tuple[int, int]
+    factors: tuple[float, float] | None = None
+    align_corners: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Flatten(Step):
     """(B, C, H, W) -> (B, C * H * W)."""
 
@@ -626,7 +644,7 @@ class Pointwise(Step):
 
 #: The steps that a native kernel may compute.
 NATIVE = (
-    *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten),
+    *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Resize, Flatten),
     *(View, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention, LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.

@@ -46,6 +46,7 @@ from rarefy.engine.plan import (
     Pool,
     Recurrence,
     Ref,
+    Resize,
     Softmax,
     Step,
     Upsample,
@@ -167,6 +168,8 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_recurrence, step)
         case Upsample():
             compute = functools.partial(F.interpolate, scale_factor=tuple(map(float, step.factor)))
+        case Resize():
+            return _resize(step)
         case Flatten():
             return torch.flatten, (Ref(step.input), 1), {}
         case Operator(target="aten.slice.Tensor", args=(Ref() as x, int(axis), *bounds)) if _are_plain(axis, bounds):
@@ -366,6 +369,13 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     **{"neg": torch.neg, "abs": torch.abs, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "exp": torch.exp},
     **{"log": torch.log, "softplus": F.softplus, "mish": F.mish},
 }
+
+
+def _resize(step: Resize) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
+    sizes, factors = (list(step.sizes), None) if step.factors is None else (None, list(step.factors))
+    if step.mode == "nearest":
+        return resolve("aten.upsample_nearest2d.vec"), (Ref(step.input), sizes, factors), {}
+    return resolve("aten.upsample_bilinear2d.vec"), (Ref(step.input), sizes, step.align_corners, factors), {}
 
 
 def _pointwise(step: Pointwise) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
