@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from rarefy import engine, kernels
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import (
     ACTIVATIONS,
@@ -329,3 +331,36 @@ def test_long_sums_are_the_same_bits_in_sparse_and_dense_tiles(isa):
         step = conv(weight, bias=torch.randn(10), padding=kernel // 2, groups=groups)
         x = {"x": torch.randn(1, channels, 9, 10)}
         assert torch.equal(run(step, x, isa, "sparse"), run(step, x, isa, "dense"))
+
+
+class _Odd(nn.Module):
+    """Residuals, a concatenation and a depthwise layer, on planes of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, 2, 1)
+        self.a, self.b = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 3, padding=1)
+        self.deep = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.wide = nn.Conv2d(24, 24, 5, padding=2, groups=24)
+        self.last = nn.Conv2d(24, 12, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        y = x + self.a(x)
+        both = torch.cat([y, self.b(y)], 1)
+        both = both + self.deep(both).relu()
+        return self.last(self.wide(both)) + y
+
+
+@pytest.mark.parametrize("isa", [isa for isa in paths() if isa != "pytorch"])
+def test_planes_that_are_no_whole_vectors(isa):
+    model = _Odd().eval()
+    for side in ((2, 3), (13, 27), (37, 34)):
+        x = torch.randn(3, 3, *side)
+        with torch.no_grad():
+            expected = model.double()(x.double())
+        with kernels.forced(isa):
+            for choose in ("sparse", "dense"):
+                compiled = engine.compile(model.float(), x, 1, choose=choose)
+                for batch in (1, 3):
+                    torch.testing.assert_close(compiled(x[:batch]).double(), expected[:batch], rtol=1e-4, atol=1e-5)

@@ -27,10 +27,9 @@ constexpr double DENSE_MUST_TAKE = 0.95;
 constexpr int32_t KILOBYTES = 40, MORE_KILOBYTES[] = {20, 30, 56, 80, 160};
 // Tiles to try, {R, T}, for each number of registers: R * T sums must fit in them (ACCUMULATORS of vec-inl.h), and of
 // dense kernels R weights or T vectors of pixels, too. Those that an instruction set has no kernel for are left out.
-constexpr int32_t SPARSE_TILES[][2] = {{2, 7}, {3, 4},  {1, 14}, {2, 5}, {4, 3}, {1, 10}, {3, 7}, {4, 4},
-                                       {6, 4}, {2, 13}, {2, 10}, {4, 5}, {3, 9}, {6, 3},  {8, 3}};
-constexpr int32_t DENSE_TILES[][2] = {{4, 3}, {3, 4}, {6, 2}, {2, 5}, {6, 4}, {4, 6},
-                                      {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}};
+constexpr int32_t SPARSE_TILES[][2] = {{2, 7},  {3, 7}, {4, 4}, {6, 4}, {2, 13}, {1, 14},
+                                       {2, 10}, {4, 5}, {3, 9}, {6, 3}, {8, 3},  {3, 4}};
+constexpr int32_t DENSE_TILES[][2] = {{6, 4}, {4, 6}, {4, 5}, {3, 7}, {8, 3}, {2, 9}, {4, 4}, {4, 3}, {3, 4}, {6, 2}};
 constexpr int32_t DEPTHWISE_TILES[][2] = {{1, 4}, {1, 7}, {1, 10}, {1, 14}};
 // Runs of a candidate: the first is not counted, the least of the others is; MOST_RUNS, or fewer once LEAST_RUNS were
 // made and ENOUGH_SECONDS are spent.

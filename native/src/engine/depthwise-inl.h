@@ -22,6 +22,19 @@ inline V halved(V a, V b) {
 #endif
 }
 
+// Every second float from the first one of a and from the second one of b on.
+inline V halves(V a, V b) {
+#ifdef __AVX512F__
+    const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, index, b);
+#elif defined(__AVX2__)
+    const __m256 mixed = _mm256_shuffle_ps(a, b, 0xD8);  // a0 a2 b1 b3 a4 a6 b5 b7
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xD8));
+#else
+    return V{a[0], a[2], b[1], b[3]};
+#endif
+}
+
 // Which of the pixels that a tap's L results meet lie in the row; S columns apart they come from S vectors.
 template <int S>
 struct Inside {
@@ -44,13 +57,22 @@ inline V pixels(const float *p, const Inside<S> &inside) {
 struct Columns {
     int64_t at;
     Mask mask;
-    Columns(const DepthwiseCall &c, int64_t column) : at(column), mask(mask_of(columns_inside(column, c.out_w))) {}
+    bool whole;
+    Columns(const DepthwiseCall &c, int64_t column)
+        : at(column), mask(mask_of(columns_inside(column, c.out_w))), whole(column + L <= c.out_w) {}
 };
+
+// The first column of the last vector of a row.
+inline int64_t last_columns(const DepthwiseCall &c) { return (c.out_w - 1) / L * L; }
 
 inline void finish(const DepthwiseCall &c, V v, int64_t row, const Columns &columns) {
     const int64_t at = row * c.out_w + columns.at;
-    if (c.residual) v = add(v, load_masked(c.residual + at, columns.mask));
-    store_masked(c.y + at, columns.mask, smaller(all(c.high), larger(all(c.low), v)));
+    if (c.residual) v = add(v, columns.whole ? loadu(c.residual + at) : load_masked(c.residual + at, columns.mask));
+    v = smaller(all(c.high), larger(all(c.low), v));
+    // Stores by a mask are slow on some processors. What comes after a row's last column is computed later: the columns
+    // are gone through from the last one to the first, the rows downwards.
+    if (columns.whole || (!c.residual && at + L <= c.last_row * c.out_w)) storeu(c.y + at, v);
+    else store_masked(c.y + at, columns.mask, v);
 }
 
 // ROWS rows of results: K x K taps, S apart both ways. A row of the input is loaded once for all of them.
@@ -83,7 +105,7 @@ void square(const DepthwiseCall &c) {
     constexpr int ROWS = K * S == 3 ? 4 : 2;  // at once, their sums in registers; not measured apart
     V weight[K * K];
     RAREFY_UNROLL for (int k = 0; k < K * K; ++k) weight[k] = all(c.weight[k]);
-    for (int64_t column = 0; column < c.out_w; column += L) {
+    for (int64_t column = last_columns(c); column >= 0; column -= L) {
         const Columns columns(c, column);
         const int64_t left = column * S - c.left;
         Inside<S> inside[K];
@@ -97,7 +119,7 @@ void square(const DepthwiseCall &c) {
 // Any kernel, rows and taps any distances apart, columns S.
 template <int S>
 void oblong(const DepthwiseCall &c) {
-    for (int64_t column = 0; column < c.out_w; column += L) {
+    for (int64_t column = last_columns(c); column >= 0; column -= L) {
         const Columns columns(c, column);
         for (int64_t row = c.first_row; row < c.last_row; ++row) {
             V a = all(c.bias);

@@ -63,6 +63,13 @@ void pack_vector(const float *x, int64_t x_stride, int64_t channels, float *out,
             });
         }
 #endif
+        case PACK_HALF: {
+            if (lanes == (1u << L) - 1) return each([](const float *p) { return halves(loadu(p), loadu(p + L - 1)); });
+            const Mask load_a = mask_of(op.load_a), load_b = mask_of(op.load_b);
+            return each([=](const float *p) {
+                return blend(lanes, halves(load_masked(p, load_a), load_masked(p + L - 1, load_b)), padding);
+            });
+        }
         case PACK_PADDING: return each([=](const float *) { return padding; });
         default: {
             const int32_t *index = tables + op.table;

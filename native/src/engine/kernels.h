@@ -39,6 +39,7 @@ enum PackKind : uint32_t {
     PACK_COPY,     // plane[a + i] in the lanes of `lanes`
     PACK_ONE,      // lanes of the vector at a (of which `load_a` may be read) by the index table
     PACK_TWO,      // lanes of the vectors at a and b by the index table
+    PACK_HALF,     // plane[a + 2 i] in the lanes of `lanes`; of the vectors at a and a + L - 1 `load_*` may be read
     PACK_GATHER,   // plane[a + index[i]] in the lanes of `lanes`
 };
 
@@ -61,6 +62,8 @@ struct Store {
 // What is known of all the stores of a tile.
 enum StoreShape : int32_t {
     STORE_PLAIN,   // T * L pixels, one after the other
+    STORE_TAIL,    // fewer pixels, one after the other: the last vector is not whole. Of a tile; a kernel is told one
+                   // of the others
     STORE_PREFIX,  // the pixels of every vector are its first lanes
     STORE_ANY,
 };

@@ -80,6 +80,18 @@ BlockCall call_of(const Frame &f, const Step &s, const View &y, const View &resi
     return call;
 }
 
+// How a kernel stores a tile. The last one of a plane may go beyond its end where there is room in the arena.
+int32_t shape_of(const Frame &f, const Step &s, int64_t images, const Tile &tile) {
+    if (tile.shape != STORE_TAIL) return tile.shape;
+    const std::vector<Value> &values = f.plan->values;
+    const Value &y = values[s.node.out];
+    const int64_t end = tile.y + int64_t{tile.vectors} * f.program->kernels->lanes - f.begins[s.node.out];
+    const bool last = images == y.group && tile.y + tile.pixels == y.shape.pixels() * images,
+               room = y.place == Place::ARENA && end <= std::min(y.stride, (y.held() + 15) / 16 * 16),
+               read = s.node.other_operand < 0 || values[s.node.other_operand].place == Place::ARENA;
+    return last && room && read ? STORE_PLAIN : STORE_PREFIX;
+}
+
 void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t first_tile, int64_t last_tile) {
     const Kernels &k = *f.program->kernels;
     const Tiling &tiling = s.tiling(images);
@@ -110,7 +122,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
         call.y = y.at + tile.y;
         call.residual = residual.at ? residual.at + tile.y : nullptr;
         call.stores = tiling.stores.data() + tile.store;
-        call.shape = tile.shape;
+        call.shape = shape_of(f, s, images, tile);
         Block *block_kernel = (direct ? k.direct : k.block)[s.config.kind][s.config.rows][tile.vectors];
         for (int32_t block = 0; block < blocks; ++block) {
             const int32_t from = s.weights.chunks[block * chunks + first_chunk],

@@ -105,6 +105,7 @@ class Classifier {
             op.a = static_cast<int32_t>(base);
             return op;
         }
+        if (!kernels_.permutes && half(index, op)) return op;
         op.a = static_cast<int32_t>(low);
         op.b = static_cast<int32_t>(beyond);
         std::vector<int32_t> lane(L, 0);
@@ -130,6 +131,24 @@ class Classifier {
     }
 
  private:
+    // Every second pixel, as columns 2 apart want them: whether these are so, and how they are packed then.
+    bool half(const int64_t *index, Pack &op) const {
+        const int32_t L = kernels_.lanes;
+        int32_t first = 0;
+        while (index[first] < 0) ++first;
+        const int64_t base = index[first] - 2 * first;
+        for (int32_t i = first; i < L; ++i)
+            if (index[i] >= 0 && index[i] != base + 2 * i) return false;
+        for (int32_t i = 0; i < L; ++i) {
+            if (index[i] < 0) continue;
+            if (i < L / 2) op.load_a = static_cast<uint16_t>(op.load_a | 1u << 2 * i);
+            else op.load_b = static_cast<uint16_t>(op.load_b | 1u << (2 * i - L + 1));
+        }
+        op.kind = PACK_HALF;
+        op.a = static_cast<int32_t>(base);
+        return true;
+    }
+
     const Kernels &kernels_;
     Tiling &tiling_;
     std::map<std::vector<int32_t>, int32_t> tables_;
@@ -291,7 +310,9 @@ std::vector<Store> stores_of(const Grid &grid, int64_t from, int64_t to, Tile &t
     for (size_t v = 0; v < stores.size(); ++v) {
         if (stores[v].lanes != stores[v].dense) tile.shape = STORE_ANY;
         const bool whole = stores[v].lanes == (1u << L) - 1 && stores[v].at == static_cast<int32_t>(v) * L;
-        if (!whole && tile.shape == STORE_PLAIN) tile.shape = STORE_PREFIX;
+        if (!whole && tile.shape <= STORE_TAIL)
+            tile.shape =
+                v + 1 == stores.size() && stores[v].at == static_cast<int32_t>(v) * L ? STORE_TAIL : STORE_PREFIX;
     }
     return stores;
 }
