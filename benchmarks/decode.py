@@ -14,7 +14,6 @@ dense int8 and of PyTorch's bfloat16 through it, in the same round. ``gb_s`` is 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import time
@@ -27,35 +26,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import results
-from rarefy import engine
-from rarefy.engine import Engine
+from rarefy.engine import programs
+from rarefy.engine.programs import Int8Program, Result
 
 HIDDEN, BETWEEN = 4096, 11008
 ZEROS = (0.0, 0.5, 0.7, 0.9)
-#: What runs at a batch size; the dense layout of the engine's for several vectors is made for caches, not for this.
+#: What of ours runs at a batch size.
 BATCHES = {1: ZEROS, 4: ZEROS[1:]}
 OURS, TORCH = "rarefy", "PyTorch"
+Name = tuple[str, str, float]  # the runtime, the precision, the share of zeros
+Way = tuple[Callable[[Tensor], Any], float, str]
 DENSE = (OURS, "int8", 0.0)
 BFLOAT16 = (TORCH, "bfloat16", 0.0)
 
 
 class Block(nn.Module):
-    """The layers of a block; ``zeros`` is the share of the weights of each that are zero."""
+    """PyTorch's dense block."""
 
-    def __init__(self, zeros: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (self._layer(HIDDEN, HIDDEN, zeros) for _ in range(4))
-        self.gate, self.up = (self._layer(BETWEEN, HIDDEN, zeros) for _ in range(2))
-        self.down = self._layer(HIDDEN, BETWEEN, zeros)
-
-    @staticmethod
-    def _layer(outputs: int, inputs: int, zeros: float) -> nn.Linear:
-        layer = nn.Linear(inputs, outputs, bias=False)
-        with torch.no_grad():
-            size = layer.weight.normal_(0, inputs**-0.5).abs()
-            least = size.flatten()[::101].sort().values
-            layer.weight[size < least[int(zeros * len(least))]] = 0.0
-        return layer
+        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(HIDDEN, BETWEEN, bias=False) for _ in range(2))
+        self.down = nn.Linear(BETWEEN, HIDDEN, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next block's (batch, hidden), and this one's query and key."""
@@ -63,21 +55,50 @@ class Block(nn.Module):
         return h + self.down(F.silu(self.gate(h)) * self.up(h)), self.q(x), self.k(x)
 
 
-def compiled(zeros: float, batch: int) -> tuple[Engine, float]:
-    """The engine of a block in int8, its kernels by rule, and the bytes of its weights."""
-    torch.manual_seed(0)
-    made = engine.compile(
-        Block(zeros).eval(), torch.randn(batch, HIDDEN), precision="int8", calibration=[torch.randn(16, HIDDEN)],
-        error_budget=1.0, choose="native",
-    )  # fmt: skip
-    gc.collect()
-    return made, float(made.report.weight_bytes)
+def program(zeros: float, batch: int) -> Int8Program:
+    """The same block in the engine's int8, of random weights, how it takes them by rule."""
+    chance = torch.Generator().manual_seed(0)
+    builder, made = programs.Builder(), [Result(zero_point=128, multiplier=32.0, bias=128.0)]
+
+    def layer(x: int, outputs: int, inputs: int, name: str, residual: int = -1) -> int:
+        weight = torch.empty(outputs, inputs).normal_(generator=chance)
+        least = weight.flatten()[::101].abs().sort().values
+        weight[weight.abs() < least[int(zeros * len(least))]] = 0.0
+        weight = weight.mul_(127 / weight.abs().amax(1, keepdim=True)).round_()
+        factors = 0.5 / weight.norm(dim=1)  # so that results are bytes as spread as what they are made of
+        biases = torch.full((outputs,), 128.0 if residual < 0 else 128.0 - 0.5 * 128)
+        made.append(Result(zero_point=128, multipliers=factors, biases=biases, other=0.0 if residual < 0 else 0.5))
+        return builder.conv(
+            x, weight[:, :, None, None], None, residual=residual, storage="float32", choice="measure", name=name
+        )
+
+    x = builder.input((HIDDEN, 1, 1), programs.CHANNELS_FIRST, "x")
+    q, k, v = (layer(x, HIDDEN, HIDDEN, name) for name in "qkv")
+    h = layer(v, HIDDEN, HIDDEN, "o", residual=x)
+    gate, up = (layer(h, BETWEEN, HIDDEN, name) for name in ("gate", "up"))
+    silu = F.silu((torch.arange(256) - 128) / 32).mul(32).add(128).round().clamp(0, 255).to(torch.uint8)
+    made.append(Result(zero_point=128, table=silu))
+    gated = builder.affine(gate, None, None, "none", name="silu")
+    made.append(Result(zero_point=128, multiplier=1 / 32, bias=128.0))
+    both = builder.binary(gated, up, multiply=True, activation="none", name="product")
+    y = layer(both, HIDDEN, BETWEEN, "down", residual=h)
+    for each in (y, q, k):
+        builder.output(each, programs.CHANNELS_FIRST)
+        made.append(Result(multiplier=1 / 32))
+    return builder.finish_int8(made, batch=batch, threads=1)
 
 
-def peers() -> dict[tuple[str, str, float], tuple[Callable[[Tensor], Any], float]]:
-    """PyTorch's ways to run the dense block, and the bytes of their weights."""
-    torch.manual_seed(0)
-    block = Block(0.0).eval()
+def ours(zeros: float, batch: int) -> Way:
+    """How to run it, the bytes of its weights, and the kernel of its layers."""
+    block = program(zeros, batch)
+    y = [torch.empty(batch, HIDDEN) for _ in range(3)]
+    (kernel,) = {step.kernel for step in block.steps() if step.weights}
+    return lambda x: block.run([x], y, batch, torch.get_num_threads()), float(block.facts.weight_bytes), kernel
+
+
+def peers() -> dict[Name, Way]:
+    """PyTorch's ways."""
+    block = Block().eval()
     count = float(sum(p.numel() for p in block.parameters()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is to go to another package
@@ -86,27 +107,27 @@ def peers() -> dict[tuple[str, str, float], tuple[Callable[[Tensor], Any], float
         )
     half = block.to(torch.bfloat16)
     return {
-        BFLOAT16: (lambda x: half(x.to(torch.bfloat16)), 2 * count),
-        (TORCH, "int8", 0.0): (quantized, count),
+        BFLOAT16: (lambda x: half(x.to(torch.bfloat16)), 2 * count, "oneDNN"),
+        (TORCH, "int8", 0.0): (quantized, count, "dynamic"),
     }
 
 
-def measure(batch: int, threads: int, rounds: int, ways: Mapping[Any, tuple[Callable[[Tensor], Any], float]]) -> Any:
+def measure(batch: int, threads: int, rounds: int, ways: Mapping[Name, Way]) -> list[dict[str, Any]]:
     """Rows of what ran in turn."""
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     x, load = torch.randn(batch, HIDDEN), os.getloadavg()[0]
-    times: dict[Any, list[float]] = {way: [] for way in ways}
+    times: dict[Name, list[float]] = {way: [] for way in ways}
     with torch.inference_mode():
         for done in range(rounds + 2):
-            for way, (run, _) in ways.items():
+            for way, (run, *_) in ways.items():
                 begun = clock()
                 run(x)
                 if done >= 2:
                     times[way].append((clock() - begun) * 1e3)
     load = (load + os.getloadavg()[0]) / 2
 
-    def against(other: Any, way: Any) -> float | str:
+    def against(other: Name, way: Name) -> float | str:
         if other not in times:
             return ""
         return round(statistics.median(a / b for a, b in zip(times[other], times[way], strict=True)), 3)
@@ -114,6 +135,7 @@ def measure(batch: int, threads: int, rounds: int, ways: Mapping[Any, tuple[Call
     return [
         {
             "batch": batch, "threads": threads, "runtime": way[0], "precision": way[1], "zeros": way[2],
+            "kernel": ways[way][2],
             "ms": round(statistics.median(each), 3), "min_ms": round(min(each), 3),
             "against_int8": against(DENSE, way), "against_bfloat16": against(BFLOAT16, way),
             "weight_mb": round(ways[way][1] / 1e6, 1),
@@ -157,10 +179,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     others = peers()
     for batch, every in BATCHES.items():
-        ways: dict[Any, tuple[Callable[[Tensor], Any], float]] = {}
-        for zeros in every:
-            ways[OURS, "int8", zeros] = compiled(zeros, batch)
-            print(f"batch {batch}: compiled with {zeros:.0%} zeros", flush=True)
+        ways = {(OURS, "int8", zeros): ours(zeros, batch) for zeros in every}
         for threads in (1, 2) if batch == 1 else (1,):
             rows += measure(batch, threads, arguments.rounds, {**ways, **others})
         results.write("decode", rows)
