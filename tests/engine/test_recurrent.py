@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import act, engine, kernels
-from rarefy.engine import CaptureError
 from rarefy.engine.attention import additive_scores
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
@@ -416,8 +415,13 @@ def test_a_model_that_gives_a_value_twice_may_run_itself():
 def test_training_mode_is_refused_as_ever():
     with pytest.raises(ValueError, match="training mode"):
         engine.compile(nn.LSTM(3, 4), torch.randn(2, 3, 3))
-    with pytest.raises(CaptureError, match="gives back something else"):
-        engine.compile(nn.LSTM(3, 4, batch_first=True).eval(), torch.randn(2, 3, 3))
+
+
+def test_a_layer_gives_its_states_as_it_does_by_itself():
+    layer, x = nn.LSTM(3, 4, batch_first=True).eval(), torch.randn(2, 3, 3)
+    y, (h, c) = engine.compile(layer, x, choose="native")(x)
+    for got, expected in zip((y, h, c), (layer(x)[0], *layer(x)[1]), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 13), (2, 5, 32), (0, 3, 4), (2, 9, 40)])

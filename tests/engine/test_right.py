@@ -226,11 +226,7 @@ def test_distances():
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (lambda fc, x: (fc(x), x.shape[0]), r"\(tensor, size\)"),
-        (lambda fc, x: (fc(x), 3), r"\(tensor, int\)"),
-        (lambda fc, x: (fc(x), None), r"\(tensor, NoneType\)"),
-        (lambda fc, x: {"y": fc(x)}, "something else than a tensor or a tuple of tensors"),
-        (lambda fc, x: fc(x.add_(1)), "changes its input 'inputs_0' in place"),
+        (lambda fc, x: fc(x.add_(1)), "changes its input 'argument_0' in place"),
         (lambda fc, x: fc(x) if x.sum() > 0 else x, "aten.item has no fixed graph"),
     ],
 )
