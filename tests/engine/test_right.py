@@ -150,9 +150,9 @@ def test_an_engine_owns_its_weights_and_its_outputs_are_apart(choose):
 
 
 def test_a_constant_that_two_steps_read_is_kept_once():
-    model = f(lambda norm, x: norm(norm(x)), nn.GroupNorm(2, 4)).eval()
-    compiled = engine.compile(model, torch.randn(2, 4), choose="torch")
-    assert sum(each.numel() for each in compiled._constants.values()) == 8
+    model = f(lambda table, x: table(x) + table(x + 1), nn.Embedding(9, 4)).eval()
+    compiled = engine.compile(model, torch.randint(0, 8, (2, 5)), choose="torch")
+    assert sum(each.numel() for each in compiled._constants.values()) == 36
 
 
 def test_a_wrong_engine_names_the_step(monkeypatch):
@@ -245,7 +245,7 @@ def test_an_example_of_another_dtype(module):
 def test_tensors_without_plain_memory():
     layer, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
     compiled = engine.compile(layer, x, choose="native")
-    with pytest.raises(ValueError, match=r"input 'input': .*torch.sparse_coo: call it with to_dense\(\)"):
+    with pytest.raises(ValueError, match=r"input 'input\w*': .*torch.sparse_coo: call it with to_dense\(\)"):
         compiled(x.to_sparse())
     with pytest.raises(ValueError, match="inside a transform of torch.func"):
         torch.func.vmap(compiled)(torch.randn(2, 3, 4))

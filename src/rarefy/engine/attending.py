@@ -74,18 +74,20 @@ def attention(call: Call) -> Step | None:
 
 def product(call: Call) -> Step | None:
     """The step of a product: of two values, or of one with a constant, a layer."""
+    layer = operators.handler(str(call.node.target))
+    made = None if layer is None else layer(call)
+    if made is not None:
+        return made
     left, right = ("self", "mat2") if "mat2" in call.args else ("self", "other")
     scale = 1.0
     if "batch1" in call.args:
         left, right, scale = "batch1", "batch2", float(call.args["alpha"])
         if call.args["beta"] != 0:
             return None
-    layer = operators.handler(str(call.node.target))
-    made = None if layer is None else layer(call)
     names, samples = [call.value(each) for each in (left, right)], [call.sample(each) for each in (left, right)]
     (x, folded), (y, folded_y) = samples
-    if made is not None or None in names or x is None or y is None:
-        return made
+    if None in names or x is None or y is None:
+        return None
     if min(len(x), len(y)) < 2 or len(x) != len(y) or folded != folded_y or x[:-2] != y[:-2]:
         return None
     (*outer, m, k), n = x, y[-1]
