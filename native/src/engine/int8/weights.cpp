@@ -404,8 +404,9 @@ constexpr double DENSE_ABOVE = 0.45;
 // processor.
 constexpr double VECTOR_BLOCK_COST = 1.2;
 // Between these densities layers of vectors take windows, where they are fast: below, windows are nearly empty. On the
-// same processor, from memory, windows take .63 of the time of all weights at a density of .5 and .43 at .3.
-constexpr double WINDOWS_ABOVE = 0.04, WINDOWS_BELOW = 0.55;
+// same processor windows took 1.07, 0.83 and 0.62 of the time of all weights at densities of 0.5, 0.3 and 0.1, from
+// memory.
+constexpr double WINDOWS_ABOVE = 0.04, WINDOWS_BELOW = 0.45;
 // Above this density the dot products of vectors take all weights, whose pixels are then read in a row: on an AMD EPYC
 // with AVX2 both take as long at about this density, from memory.
 constexpr double VECTOR_DENSE_ABOVE = 0.12;
