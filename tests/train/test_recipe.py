@@ -39,6 +39,7 @@ def test_the_round_trip_with_every_key_set() -> None:
             "threads": 2,
             "accelerate": False,
             "shard": True,
+            "compile": False,
         }
     )
     assert parse(recipe.to_dict()) == recipe
@@ -124,6 +125,8 @@ def test_a_misspelt_name_gets_the_nearest_right_one(changes: dict[str, Any], mes
         ({"optimizer": {"ema": 0}}, "optimizer.ema must be in (0, 1), or null, got 0.0"),
         ({"shard": True, "precision": "fp16"}, "shard must be false in precision: fp16, got True"),
         ({"shard": True, "accelerate": True, "method": {"name": "set"}}, "shard must be false with accelerate: true"),
+        ({"compile": True, "shard": True}, "compile must be false with shard: true, got True"),
+        ({"compile": True, "accelerate": True, "method": {"name": "set"}}, "compile must be false with accelerate: tr"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )

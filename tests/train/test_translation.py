@@ -172,6 +172,8 @@ def test_two_processes_train_one_model(corpus, tmp_path):
     # The same sentences a step, in one process: the sum of gradients is taken in another order.
     alone = prepare(recipe(corpus, schedule={"batch_size": 160, "accumulate": 2}), tmp_path / "alone").train()
     assert one["summary"]["valid_perplexity"] == pytest.approx(alone["valid_perplexity"], rel=1e-3)
+    assert one["split"]["valid_perplexity"] == pytest.approx(one["summary"]["valid_perplexity"], rel=1e-3)
+    assert one["split"]["samples"] == one["summary"]["samples"]
 
 
 def test_one_token_sentences_and_long_ones(corpus, tmp_path):

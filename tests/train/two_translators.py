@@ -27,9 +27,11 @@ def work(folder: Path) -> None:
         except TrainingInterruptedError:
             told["stopped"] = run.step
     told["resumed"] = weights(run)
+    split = prepare(recipe(folder / "text", schedule={"batch_size": 160}, shard=True), folder / "split")
+    told["split"] = split.train()
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
     whole.accelerator.wait_for_everyone()
-    kept.extend([whole, run])
+    kept.extend([whole, run, split])
 
 
 if __name__ == "__main__":

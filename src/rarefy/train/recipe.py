@@ -149,7 +149,8 @@ class Recipe:
     """A run. ``precision`` is "fp32", or "bf16" or "fp16" (autocast); ``threads`` null leaves it to PyTorch;
     ``accelerate`` lets sparse layers run on kernels that pass over the zeros, on the CPU: see
     :func:`rarefy.sparse.accelerate`; ``shard`` splits the weights, their gradients and what optimizer and method
-    remember over the processes (FSDP2), where otherwise each of them holds all (DDP).
+    remember over the processes (FSDP2), where otherwise each of them holds all (DDP); ``compile`` runs
+    training steps, not evaluations, through ``torch.compile``.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Recipe:
     threads: int | None = None
     accelerate: bool = False
     shard: bool = False
+    compile: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As it would stand in a file, every default written out."""
@@ -393,7 +395,10 @@ def _check(recipe: Recipe) -> None:
     at_least(1, "threads", recipe.threads)
     sparse_steps = not recipe.accelerate or (recipe.method.name != "dense" and recipe.precision == "fp32")
     require(sparse_steps, "accelerate", "false for the method dense, and without precision: fp32", recipe.accelerate)
-    require(not (recipe.shard and recipe.accelerate), "shard", "false with accelerate: true", recipe.shard)
+    for key in ("shard", "compile"):
+        require(not (recipe.accelerate and getattr(recipe, key)), key, "false with accelerate: true", True)
+    # Gathering breaks every graph, and what loops over blocks is not compiled at all then.
+    require(not (recipe.shard and recipe.compile), "compile", "false with shard: true", recipe.compile)
     require(not recipe.shard or recipe.precision != "fp16", "shard", "false in precision: fp16", recipe.shard)
 
 

@@ -222,6 +222,8 @@ class Run(ABC):
             self.acceleration = sparse.accelerate(self.sparsifier)
         # "Evaluation" leaves DDP out, which what is split has no need of.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=split)
+        if recipe.compile:
+            self.model = torch.compile(self.model)
         self.optimizer = self.accelerator.prepare(optimizer)
 
     def _measure(self, model: nn.Module, block: int | Sequence[int]) -> Latency:
