@@ -27,6 +27,7 @@ from rarefy.engine.plan import (
     Step,
     View,
 )
+from rarefy.engine.views import in_order
 
 
 def attention(call: Call) -> Step | None:
@@ -288,10 +289,14 @@ def _joined(plan: Plan, only_use: Callable[[str], Step | None], second: MatMul) 
         if factor is not None:
             value, scale = factor[0], scale * factor[1]
             continue
-        added = None if mask or scale != 1 else _sum(plan, first, softmax.shape, len(second.sizes) + 1)
-        if added is None:
+        if isinstance(first, View) and in_order(first) and plan.values[first.input].sample == first.sizes:
+            value = first.input  # the windows of all samples, and those of each
+            continue
+        added = None if scale != 1 else _sum(plan, first, softmax.shape, len(second.sizes) + 1)
+        if added is None or (mask and not (added[1].keys() == mask.keys() == {"bias"})):
             return None
-        value, mask = added
+        value, others = added
+        mask = {"bias": mask["bias"] + others["bias"]} if mask else others
     shape = first.sizes[:-1]
     scores = contiguous(first.output, shape, range(len(shape)), len(shape))
     if softmax.sizes != shape or first.shape != shape or first.folded != softmax.folded:
@@ -338,7 +343,7 @@ def _sum(
             continue
         folded = plan.values[scores].fold > 1
         if (constant := plan.constants.get(mask)) is not None:
-            if constant.dim() == len(shape) + 1 and constant.shape[0] == 1 and not folded:
+            if constant.dim() == len(shape) + 1 - folded and constant.shape[0] == 1:
                 constant = constant[0]
             if constant.dtype is torch.float32 and constant.dim() <= len(shape) - folded:
                 return scores, {"bias": constant}
