@@ -22,6 +22,7 @@ from rarefy.engine.plan import (
     Placed,
     Places,
     Plan,
+    Pointwise,
     Ref,
     Softmax,
     Step,
@@ -212,6 +213,9 @@ def _factor(step: Step | None) -> tuple[str, float] | None:
     match step:
         case Affine(shift=None, activation="none", scale=Tensor() as scale) if bool((scale == scale[0]).all()):
             return step.input, float(scale[0])
+        case Pointwise(operands=(x,), code=(("mul" | "div" as how, 0, 1),)) if step.constants.numel() == 1:
+            number = float(step.constants)
+            return (x, number) if how == "mul" else (x, 1 / number) if number else None
         case Operator(target="aten.mul.Tensor" | "aten.mul.Scalar", args=(Ref(x), int() | float() as number)):
             return x, float(number)
         case Operator(target="aten.div.Tensor" | "aten.div.Scalar", args=(Ref(x), int() | float() as number)) if number:
@@ -335,6 +339,12 @@ def _sum(
         case Binary(op="add", activation="none"):
             pairs = [(step.x, step.y), (step.y, step.x)]
         case Operator(target="aten.add.Tensor", args=(Ref(x), Ref(y)), kwargs=kwargs) if not kwargs:
+            pairs = [(x, y), (y, x)]
+        case Pointwise(operands=(x,), code=(("add", 0 | 1, 0 | 1),), sizes=(size,)) if len(size) <= len(shape):
+            folded = plan.values[x].fold > 1
+            same = plan.values[x].sample == shape and len(size) <= len(shape) - folded
+            return (x, {"bias": step.split()[0]}) if same else None
+        case Pointwise(operands=(x, y), code=(("add", _, _),), sizes=()):
             pairs = [(x, y), (y, x)]
         case _:
             return None
