@@ -557,9 +557,15 @@ class Building:
             layout = self.layouts.get(places.value, wanted)
             layout = CHANNELS_FIRST if layout is None else layout
             part = of_places(step, places, shape)
-            found = described(part, self._shape(places.value), layout, wanted, step.sizes, begin)
-            if found is None:
-                raise CannotError("its numbers lie in no even steps")
+            known_shape = self._shape(places.value)
+            found = described(part, known_shape, layout, wanted, step.sizes, begin)
+            if found is None:  # in the other layout they may
+                layout = 1 - layout
+                found = described(part, known_shape, layout, wanted, step.sizes, begin)
+                if found is None or len(known_shape) == 1:
+                    raise CannotError("its numbers lie in no even steps")
+                if places.value in self.layouts:
+                    self._turn(places.value, layout)
             operands.append((places.value, layout))
             numbers += found
         xs = [self._value(name, layout) for name, layout in operands]
