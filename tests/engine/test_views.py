@@ -305,6 +305,9 @@ JOINS = {
     "rolled": lambda x: x.roll((-1, 2), (1, 2)),
     "rolled around": lambda x: x.roll((7, 4), (3, 1)),
     "rolled twice along an axis": lambda x: x.roll((1, 2), (2, 2)),
+    "windows put back, and rolled": lambda x: (
+        x.reshape(-1, 2, 3, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 6, 8).roll((1, 1), (1, 2))
+    ),
     "permuted": lambda x: torch.cat((x.permute(0, 2, 1, 3), x.permute(0, 2, 1, 3)[:, :2]), 1).roll(1, 1),
 }
 
