@@ -517,6 +517,44 @@ def test_attention_in_parts_is_joined(how: str, joined: bool) -> None:
     torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+class Windows(nn.Module):
+    """Attention of windows, which are part of dimension 0, with a bias and with a mask of its own for each window."""
+
+    def __init__(self, shifted: bool) -> None:
+        super().__init__()
+        self.shifted, self.layer, self.back = shifted, nn.Linear(8, 48), nn.Linear(16, 8)
+        self.register_buffer("bias", torch.randn(2, 4, 4))
+        self.register_buffer("seen", torch.zeros(3, 4, 4).masked_fill(torch.rand(3, 4, 4) < 0.3, -100.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x.reshape(-1, 4, 8)).reshape(-1, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        q, k, v = x.unbind(0)
+        scores = (q * 0.3) @ k.transpose(-2, -1) + self.bias.unsqueeze(0)
+        if self.shifted:
+            scores = scores.view(-1, 3, 2, 4, 4) + self.seen.unsqueeze(1).unsqueeze(0)
+            scores = scores.view(-1, 2, 4, 4)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, 16)
+        return self.back(y).reshape(-1, 3, 4, 8)
+
+
+@native
+@pytest.mark.parametrize("shifted", [False, True])
+def test_attention_of_windows_with_constant_masks_is_joined(shifted: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Windows(shifted).eval()
+    x = torch.randn(2, 3, 4, 8)
+    plan = optimize(capture(model, (x,)))
+    assert [type(step) for step in plan.steps if isinstance(step, Placed)] == [Attention]
+    made = build(plan, (x,), None, "float32", "native", 0.0)
+    engine.save(made, tmp_path / "windows.rarefy")
+    again = engine.load(tmp_path / "windows.rarefy")
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 4, 8)
+        torch.testing.assert_close(reference.run(plan, (x,))[0], model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(again(x), made(x))
+
+
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_softmax_of_images_and_linear_attention(axis: int) -> None:
     class Linear(nn.Module):

@@ -94,7 +94,7 @@ MODULES = [
 #: Functions of images, and the steps that they become.
 FUNCTIONS = [
     (lambda x: torch.cat([x, x * 2], 1), ["affine", "concat"]),
-    (lambda x: torch.cat([x, x], 2), ["cat"]),
+    (lambda x: torch.cat([x, x], 2), ["join"]),
     (lambda x: x * torch.sigmoid(x), ["activation", "mul"]),
     (lambda x: x * x.mean((2, 3), keepdim=True), ["global average", "mul"]),
     (lambda x: x.mean(1), ["mean"]),

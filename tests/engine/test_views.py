@@ -11,7 +11,7 @@ from rarefy.engine import programs, reference, views
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
-from rarefy.engine.plan import View
+from rarefy.engine.plan import Join, Places, View
 
 
 class Function(nn.Module):
@@ -293,3 +293,94 @@ def test_native_views_that_leave_their_values_are_refused(at, number):
         builder.tensor("view", [x], forged, name="forged")
     with pytest.raises(programs.NativeError, match="view"):
         builder.tensor("view", [x], NATIVE[:-1], name="cut")
+
+
+#: What puts values beside each other, of a layer's values (batch, 4, 6, 8), and whether all of it runs in one program.
+JOINS = {
+    "half turned": lambda x: torch.cat((-x[..., 4:], x[..., :4]), -1),
+    "pairs turned": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape),
+    "along rows": lambda x: torch.cat((x[:, :, 3:], x.sigmoid(), x[:, :, :1]), 2),
+    "of one value": lambda x: torch.cat((x, x, x), 2),
+    "new axis": lambda x: torch.stack((x, x + 1.0), 1),
+    "rolled": lambda x: x.roll((-1, 2), (1, 2)),
+    "rolled around": lambda x: x.roll((7, 4), (3, 1)),
+    "rolled twice along an axis": lambda x: x.roll((1, 2), (2, 2)),
+    "windows put back, and rolled": lambda x: (
+        x.reshape(-1, 2, 3, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 6, 8).roll((1, 1), (1, 2))
+    ),
+    "permuted": lambda x: torch.cat((x.permute(0, 2, 1, 3), x.permute(0, 2, 1, 3)[:, :2]), 1).roll(1, 1),
+}
+
+
+class Joined(nn.Module):
+    """Values joined between two layers."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join, self.first, self.last = join, nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.last(self.join(torch.tanh(self.first(x))))
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_joins_between_layers_run_in_their_program(name, tmp_path):
+    torch.manual_seed(0)
+    model = Joined(JOINS[name]).eval()
+    made = engine.compile(model, torch.randn(2, 4, 6, 8), tune_seconds=0.0, choose="native")
+    assert [type(item) for item in made._items] == [NativeSegment]
+    engine.save(made, tmp_path / "joined.rarefy")
+    again = engine.load(tmp_path / "joined.rarefy")
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 4, 6, 8)
+        torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(again(x), made(x))
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_joins_in_pytorch_have_the_same_bits(name, tmp_path):
+    model = Function(JOINS[name]).eval()
+    example = torch.randn(2, 4, 6, 8)
+    assert any(isinstance(step, Join) for step in optimize(capture(model, (example,))).steps)
+    made = engine.compile(model, example, choose="torch")
+    engine.save(made, tmp_path / "joined.rarefy")
+    for batch in (1, 3):
+        x = torch.randn(batch, 4, 6, 8)
+        assert torch.equal(made(x), model(x))
+        assert torch.equal(engine.load(tmp_path / "joined.rarefy")(x), model(x))
+
+
+def test_folded_values_are_joined():
+    def windows(x):
+        x = x.flatten(0, 1)
+        return torch.cat((x[:, 3:], x.roll(1, 2)), 1).unflatten(0, (-1, 4))
+
+    model = Function(windows)
+    plan = optimize(capture(model, (torch.randn(2, 4, 6, 8),)))
+    assert not [step.kind for step in plan.steps if isinstance(step, steps.Operator)]
+    x = torch.randn(3, 4, 6, 8)
+    assert torch.equal(reference.run(plan, (x,))[0], model(x))
+
+
+def test_what_changes_nothing_is_no_step():
+    def nothing(x):
+        x = nn.functional.pad(x, (0, 0, 0, 0)) * 2.0
+        return x.type_as(x + 1.0).to(torch.float32) + x
+
+    plan = optimize(capture(Function(nothing), (torch.randn(2, 4, 6, 8),)))
+    assert not [step.kind for step in plan.steps if isinstance(step, steps.Operator)]
+
+
+@pytest.mark.parametrize(
+    ("begins", "shapes", "why"),
+    [
+        (((0, 0), (0, 2)), ((3, 4), (3, 4)), "leaves the sizes"),
+        (((0, 0), (0, 2)), ((3, 3), (3, 3)), "lies in the one"),
+        (((0, 0), (0, 4)), ((3, 3), (3, 1)), "do not fill"),
+        (((-1, 0), (0, 3)), ((3, 3), (3, 2)), "leaves the sizes"),
+    ],
+)
+def test_joins_whose_parts_do_not_fill_them_are_refused(begins, shapes, why):
+    parts = tuple(Places("x", 100, (4, 1)) for _ in shapes)
+    with pytest.raises(ValueError, match=why):
+        Join(name="y", output="y", sizes=(3, 5), parts=parts, shapes=shapes, begins=begins)

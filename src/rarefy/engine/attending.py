@@ -22,11 +22,13 @@ from rarefy.engine.plan import (
     Placed,
     Places,
     Plan,
+    Pointwise,
     Ref,
     Softmax,
     Step,
     View,
 )
+from rarefy.engine.views import in_order
 
 
 def attention(call: Call) -> Step | None:
@@ -213,6 +215,9 @@ def _factor(step: Step | None) -> tuple[str, float] | None:
     match step:
         case Affine(shift=None, activation="none", scale=Tensor() as scale) if bool((scale == scale[0]).all()):
             return step.input, float(scale[0])
+        case Pointwise(operands=(x,), code=(("mul" | "div" as how, 0, 1),)) if step.constants.numel() == 1:
+            number = float(step.constants)
+            return (x, number) if how == "mul" else (x, 1 / number) if number else None
         case Operator(target="aten.mul.Tensor" | "aten.mul.Scalar", args=(Ref(x), int() | float() as number)):
             return x, float(number)
         case Operator(target="aten.div.Tensor" | "aten.div.Scalar", args=(Ref(x), int() | float() as number)) if number:
@@ -290,10 +295,14 @@ def _joined(plan: Plan, only_use: Callable[[str], Step | None], second: MatMul) 
         if factor is not None:
             value, scale = factor[0], scale * factor[1]
             continue
-        added = None if mask or scale != 1 else _sum(plan, first, softmax.shape, len(second.sizes) + 1)
-        if added is None:
+        if isinstance(first, View) and in_order(first) and plan.values[first.input].sample == first.sizes:
+            value = first.input  # the windows of all samples, and those of each
+            continue
+        added = None if scale != 1 else _sum(plan, first, softmax.shape, len(second.sizes) + 1)
+        if added is None or (mask and not (added[1].keys() == mask.keys() == {"bias"})):
             return None
-        value, mask = added
+        value, others = added
+        mask = {"bias": mask["bias"] + others["bias"]} if mask else others
     shape = first.sizes[:-1]
     scores = contiguous(first.output, shape, range(len(shape)), len(shape))
     if softmax.sizes != shape or first.shape != shape or first.folded != softmax.folded:
@@ -333,6 +342,12 @@ def _sum(
             pairs = [(step.x, step.y), (step.y, step.x)]
         case Operator(target="aten.add.Tensor", args=(Ref(x), Ref(y)), kwargs=kwargs) if not kwargs:
             pairs = [(x, y), (y, x)]
+        case Pointwise(operands=(x,), code=(("add", 0 | 1, 0 | 1),), sizes=(size,)) if len(size) <= len(shape):
+            folded = plan.values[x].fold > 1
+            same = plan.values[x].sample == shape and len(size) <= len(shape) - folded
+            return (x, {"bias": step.split()[0]}) if same else None
+        case Pointwise(operands=(x, y), code=(("add", _, _),), sizes=()):
+            pairs = [(x, y), (y, x)]
         case _:
             return None
     for scores, mask in pairs:
@@ -340,7 +355,7 @@ def _sum(
             continue
         folded = plan.values[scores].fold > 1
         if (constant := plan.constants.get(mask)) is not None:
-            if constant.dim() == len(shape) + 1 and constant.shape[0] == 1 and not folded:
+            if constant.dim() == len(shape) + 1 - folded and constant.shape[0] == 1:
                 constant = constant[0]
             if constant.dtype is torch.float32 and constant.dim() <= len(shape) - folded:
                 return scores, {"bias": constant}

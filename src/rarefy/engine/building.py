@@ -25,6 +25,7 @@ from rarefy.engine.plan import (
     GlobalAverage,
     GroupNorm,
     GRUGates,
+    Join,
     Linear,
     LSTMCell,
     LSTMHidden,
@@ -52,7 +53,7 @@ from rarefy.engine.programs import (
 )
 from rarefy.engine.reference import bind
 from rarefy.engine.transposed import phases
-from rarefy.engine.views import apart, in_order, row_major
+from rarefy.engine.views import apart, in_order, of_places, row_major
 
 #: Steps that read a value of their program where it lies.
 _READS_PLANES = tuple(kind for kind in NATIVE if kind is not View)
@@ -327,6 +328,8 @@ class Building:
                 return None, self.builder.flatten(x, name=name)
             case View():
                 return self._view(step)
+            case Join():
+                return self._join(step)
             case Norm():
                 return self._norm(step)
             case GroupNorm():
@@ -542,6 +545,34 @@ class Building:
         made = self.builder.tensor("view", [x], [*geometry(sizes, wanted), 1, *numbers], name=step.output)
         return None if len(sizes) == 1 else wanted, made
 
+    def _join(self, step: Join) -> tuple[int | None, int]:
+        """Parts of values as copies between planes, at least one of them of a value of the program."""
+        if self.rows or not any(name in self.layouts for name in step.inputs):
+            raise CannotError("its parts are made elsewhere: PyTorch copies them as fast")
+        there = [layout for name in step.inputs if (layout := self.layouts.get(name)) is not None]
+        known, wanted = (there or [CHANNELS_LAST])[0], self._wanted(step.output)
+        wanted = known if wanted is None else wanted
+        numbers, operands = list[int](), list[tuple[str, int]]()
+        for places, shape, begin in zip(step.parts, step.shapes, step.begins, strict=True):
+            layout = self.layouts.get(places.value, wanted)
+            layout = CHANNELS_FIRST if layout is None else layout
+            part = of_places(step, places, shape)
+            known_shape = self._shape(places.value)
+            found = described(part, known_shape, layout, wanted, step.sizes, begin)
+            if found is None:  # in the other layout they may
+                layout = 1 - layout
+                found = described(part, known_shape, layout, wanted, step.sizes, begin)
+                if found is None or len(known_shape) == 1:
+                    raise CannotError("its numbers lie in no even steps")
+                if places.value in self.layouts:
+                    self._turn(places.value, layout)
+            operands.append((places.value, layout))
+            numbers += found
+        xs = [self._value(name, layout) for name, layout in operands]
+        about = [*geometry(step.sizes, wanted), len(xs), *numbers]
+        made = self.builder.tensor("view", xs, about, name=step.output)
+        return None if len(step.sizes) == 1 else wanted, made
+
     def _turn(self, name: str, layout: int) -> None:
         """Lay a value of the program out in the other layout, too."""
         if (name, layout) not in self.ids:
@@ -618,8 +649,17 @@ def planes(shape: tuple[int, ...], layout: int) -> tuple[tuple[int, int], tuple[
     return ((channels, pixels), (0, 1)) if layout == CHANNELS_FIRST else ((pixels, channels), (1, 0))
 
 
-def described(view: View, shape: tuple[int, ...], layout: int, to: int) -> list[int] | None:
+def described(
+    view: View,
+    shape: tuple[int, ...],
+    layout: int,
+    to: int,
+    whole: tuple[int, ...] | None = None,
+    begin: tuple[int, ...] = (),
+) -> list[int] | None:
     """One part of a native view (``rarefy_function``): of a value of that shape and layout, to another layout.
+
+    It is the whole result, or what begins there in one of the shape ``whole``.
 
     None where a stride of it is no step along channels or pixels.
     """
@@ -627,9 +667,11 @@ def described(view: View, shape: tuple[int, ...], layout: int, to: int) -> list[
     found = apart(view, sizes)
     if found is None:
         return None
-    (*_, fastest), (channel_out, pixel_out) = planes(view.sizes, to)
-    dimensions = list[int]()
-    for atoms, entry in zip(found.atoms, row_major(view.sizes), strict=True):
+    whole = whole or view.sizes
+    (*_, fastest), (channel_out, pixel_out) = planes(whole, to)
+    entries, dimensions = row_major(whole), list[int]()
+    first = divmod(sum(at * entry for at, entry in zip(begin, entries, strict=False)), fastest)
+    for atoms, entry in zip(found.atoms, entries, strict=True):
         step = entry * math.prod(atom.size for atom in atoms)
         for atom in atoms:
             step //= atom.size
@@ -637,7 +679,8 @@ def described(view: View, shape: tuple[int, ...], layout: int, to: int) -> list[
             moved = [0, 0]
             moved[atom.axis] = atom.step
             dimensions += [atom.size, moved[channel], moved[pixel], into[channel_out], into[pixel_out]]
-    return [len(dimensions) // 5, found.start[channel], found.start[pixel], 0, 0, *dimensions]
+    start = [found.start[channel], found.start[pixel], first[channel_out], first[pixel_out]]
+    return [len(dimensions) // 5, *start, *dimensions]
 
 
 def is_range(part: Sequence[int]) -> bool:

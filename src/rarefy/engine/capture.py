@@ -407,7 +407,15 @@ def _size(node: fx.Node) -> str:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether the node is a slice that takes everything."""
+    """Whether the node is a slice that takes everything, a padding by nothing or a conversion to the same type."""
+    target, x = str(node.target), node.args[0] if node.args else None
+    if target in ("aten.pad.default", "aten.constant_pad_nd.default"):
+        return not any(cast(Sequence[Any], node.args[1]))
+    if target in ("aten.type_as.default", "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout"):
+        before, after = (each.meta.get("val") for each in (cast(fx.Node, x), node))
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            return False
+        return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
     if str(node.target) != "aten.slice.Tensor":
         return False
     given = _arguments(node)

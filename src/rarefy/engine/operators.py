@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, fx
 
+from rarefy.engine.places import contiguous
 from rarefy.engine.plan import (
     Activation,
     Affine,
@@ -22,8 +24,10 @@ from rarefy.engine.plan import (
     Flatten,
     GlobalAverage,
     GroupNorm,
+    Join,
     Linear,
     Norm,
+    Places,
     Pointwise,
     Pool,
     Resize,
@@ -79,8 +83,7 @@ class Call:
 
     def sample(self, name: str) -> tuple[tuple[int, ...] | None, bool]:
         """The shape of one sample of that argument, and whether its first size is part of dimension 0."""
-        shape, fold, inner = sample_shapes(self.args[name], self.batch)
-        return ((fold, *inner), True) if inner is not None else (shape, False)
+        return _whole(self.args[name], self)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of one sample of that argument; see :class:`rarefy.engine.plan.Value`."""
@@ -682,6 +685,82 @@ def _mean(call: Call) -> Step | None:
 
 @_handles("cat.default")
 def _concat(call: Call) -> Step | None:
+    return _channels(call) or _side_by_side(call, stacked=False)
+
+
+@_handles("stack.default")
+def _stack(call: Call) -> Step | None:
+    return _side_by_side(call, stacked=True)
+
+
+def _side_by_side(call: Call, stacked: bool) -> Step | None:
+    """Values one after the other along any axis but the batch's, or along a new one."""
+    nodes = call.args["tensors"]
+    whole, folded = _whole(call.node, call)
+    samples = [_whole(node, call) for node in nodes]
+    axis = call.args["dim"] % call.node.meta["val"].dim() - 1 + folded
+    if whole is None or axis < folded:
+        return None
+    parts, shapes, begins, at = list[Places](), list[tuple[int, ...]](), list[tuple[int, ...]](), 0
+    for node, (sample, fold) in zip(nodes, samples, strict=True):
+        if sample is None or fold != folded or _dtype(node) is not torch.float32 or node.name in call.constants:
+            return None
+        if 0 in sample:
+            return None
+        axes: list[int] = [each + (stacked and each >= axis) for each in range(len(sample))]
+        parts.append(contiguous(node.name, sample, axes, len(whole)))
+        shapes.append((*sample[:axis], 1, *sample[axis:]) if stacked else sample)
+        begins.append(tuple(at if each == axis else 0 for each in range(len(whole))))
+        at += shapes[-1][axis]
+    return Join(
+        **call.labels,
+        sizes=whole,
+        parts=tuple(parts),
+        shapes=tuple(shapes),
+        begins=tuple(begins),
+        folded=folded,
+    )
+
+
+@_handles("roll.default")
+def _roll(call: Call) -> Step | None:
+    """The two ends along each rolled axis, exchanged."""
+    x, (sample, folded), axes = call.value("self"), _whole(call.args["self"], call), call.args["dims"]
+    if x is None or sample is None or not axes or not all(isinstance(by, int) for by in call.args["shifts"]):
+        return None
+    rank, shifts = len(sample) + 1 - folded, [0] * len(sample)
+    for axis, by in zip(axes, call.args["shifts"], strict=True):
+        if axis % rank == 0:
+            return None
+        shifts[axis % rank - 1 + folded] += by
+    strides = contiguous(x, sample, [*range(len(sample))], len(sample)).strides
+    ends = list[list[tuple[int, int, int]]]()  # along each axis: where in the result, where in x, how many
+    for size, by in zip(sample, shifts, strict=True):
+        first = by % size
+        ends.append([(first, 0, size - first), *([(0, size - first, first)] if first else [])])
+    parts, shapes, begins = list[Places](), list[tuple[int, ...]](), list[tuple[int, ...]]()
+    for corner in itertools.product(*ends):
+        offset = sum(start * stride for (_, start, _), stride in zip(corner, strides, strict=True))
+        parts.append(Places(x, math.prod(sample), strides, offset))
+        shapes.append(tuple(count for _, _, count in corner))
+        begins.append(tuple(at for at, _, _ in corner))
+    return Join(
+        **call.labels,
+        sizes=sample,
+        parts=tuple(parts),
+        shapes=tuple(shapes),
+        begins=tuple(begins),
+        folded=folded,
+    )
+
+
+def _whole(node: fx.Node, call: Call) -> tuple[tuple[int, ...] | None, bool]:
+    """The shape of one sample of a node, and whether its first size is part of dimension 0."""
+    shape, fold, inner = sample_shapes(node, call.batch)
+    return ((fold, *inner), True) if inner is not None else (shape, False)
+
+
+def _channels(call: Call) -> Step | None:
     operands = call.args["tensors"]
     shapes = [sample_shape(node, call.batch) for node in operands]
     plain = all(_dtype(node) is torch.float32 and node.name not in call.constants for node in operands)

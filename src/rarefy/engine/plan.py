@@ -384,6 +384,40 @@ class Places:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Join(Step):
+    """Parts of values beside each other in a sample of shape ``sizes``: concatenations, stacks, rolls.
+
+    Part p has the shape ``shapes[p]``, its numbers lie at ``parts[p]`` over the axes of that, and its first entry is
+    the result's at ``begins[p]``. The parts fill the result, and none lies in another. ``folded``: the first of the
+    sizes belongs to dimension 0 of the result, together with the batch.
+    """
+
+    sizes: tuple[int, ...]
+    parts: tuple[Places, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    begins: tuple[tuple[int, ...], ...]
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        taken = list[tuple[tuple[int, ...], tuple[int, ...]]]()
+        for places, shape, begin in zip(self.parts, self.shapes, self.begins, strict=True):
+            places.check(shape)
+            end = tuple(at + size for at, size in zip(begin, shape, strict=True))
+            if min(begin, default=0) < 0 or any(at > size for at, size in zip(end, self.sizes, strict=True)):
+                raise ValueError(f"a part of the shape {shape} at {begin} leaves the sizes {self.sizes}")
+            for low, high in taken:
+                if all(a < d and c < b for a, b, c, d in zip(begin, end, low, high, strict=True)):
+                    raise ValueError(f"the part at {begin} lies in the one at {low}")
+            taken.append((begin, end))
+        if sum(map(math.prod, self.shapes)) != math.prod(self.sizes) or len(self.sizes) < 1 + self.folded:
+            raise ValueError(f"parts of the shapes {self.shapes} do not fill the sizes {self.sizes}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(dict.fromkeys(places.value for places in self.parts))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Placed(Step):
     """A step whose values lie at places over common axes of ``sizes``; the outer axes of all come first.
 
@@ -645,7 +679,7 @@ class Pointwise(Step):
 #: The steps that a native kernel may compute.
 NATIVE = (
     *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Resize, Flatten),
-    *(View, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention, LSTMCell, LSTMHidden, GRUGates, Recurrence),
+    *(View, Join, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention, LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.
 INT8 = (Quantize, Dequantize, Table)

@@ -33,6 +33,7 @@ from rarefy.engine.plan import (
     GlobalAverage,
     GroupNorm,
     GRUGates,
+    Join,
     Linear,
     LSTMCell,
     LSTMHidden,
@@ -146,6 +147,8 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             return torch.cat, ([Ref(name) for name in step.operands], 1), {}
         case View():
             compute = _view(step)
+        case Join():
+            return _join(step), tuple(map(Ref, step.inputs)), {}
         case Norm():
             compute = functools.partial(_norm, step)
         case GroupNorm():
@@ -279,6 +282,29 @@ def _view(step: View) -> Callable[[Tensor], Tensor]:
         return y.flatten(0, 1) if step.folded else y
 
     return view
+
+
+def _join(step: Join) -> Callable[..., Tensor]:
+    """What computes a join: the views of its values, each copied to its place."""
+    made = list[tuple[int, Callable[[Tensor], Tensor], tuple[slice, ...]]]()
+    for part, shape, begin in zip(step.parts, step.shapes, step.begins, strict=True):
+        about = views.of_places(step, part, shape)
+        inside = tuple(slice(at, at + size) for at, size in zip(begin, shape, strict=True))
+        made.append((step.inputs.index(part.value), _view(about), inside))
+    cut = [axis for axis, size in enumerate(step.sizes) if any(shape[axis] != size for shape in step.shapes)]
+    along = cut[0] if len(cut) == 1 and sorted(step.begins) == list(step.begins) else None
+
+    def join(*values: Tensor) -> Tensor:
+        parts = [view(values[index]) for index, view, _ in made]
+        if along is not None:
+            y = torch.cat(parts, along + 1)
+        else:
+            y = values[0].new_empty(len(parts[0]), *step.sizes)
+            for part, (_, _, inside) in zip(parts, made, strict=True):
+                y[(slice(None), *inside)] = part
+        return y.flatten(0, 1) if step.folded else y
+
+    return join
 
 
 def _norm(step: Norm, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from rarefy.engine.operators import Call, sample_shapes
-from rarefy.engine.plan import Operator, Plan, Ref, Step, View
+from rarefy.engine.places import through as through_view
+from rarefy.engine.plan import Join, Operator, Places, Plan, Ref, Step, View
 
 
 class Atom(NamedTuple):
@@ -229,8 +230,32 @@ def simplify(plan: Plan) -> Plan:
                 same[step.output] = step.input
                 continue
             made[step.output] = step
+        elif isinstance(step, Join):
+            step = _before(step, made)
         steps.append(step)
     return replace(plan, steps=tuple(steps))
+
+
+def of_places(step: Join, places: Places, shape: tuple[int, ...]) -> View:
+    """A part of a join as a view by itself."""
+    return View(
+        name=step.name,
+        output=step.output,
+        input=places.value,
+        numbers=places.numbers,
+        sizes=shape,
+        strides=places.strides,
+        offset=places.offset,
+    )
+
+
+def _before(step: Join, made: Mapping[str, View]) -> Join:
+    """A join that reads what the views that it read were made of."""
+    parts = list[Places]()
+    for places, shape in zip(step.parts, step.shapes, strict=True):
+        found = through_view(places, shape, made[places.value]) if places.value in made else None
+        parts.append(found or places)
+    return replace(step, parts=tuple(parts))
 
 
 def _changes_nothing(plan: Plan, step: View) -> bool:
@@ -260,6 +285,8 @@ def _renamed(argument: Any, names: Mapping[str, str]) -> Any:
             return names.get(argument, argument)
         case list() | tuple():
             return type(argument)(_renamed(each, names) for each in argument)
+        case Places():
+            return replace(argument, value=names.get(argument.value, argument.value))
         case dict():
             return {name: _renamed(each, names) for name, each in argument.items()}
     return argument
