@@ -72,6 +72,8 @@ enum rarefy_storage {
 // RAREFY_RESIZE: an image of another size. numbers: 1 for bilinear, 0 for nearest; height and width of the result; then
 //   for each of its rows, and after them columns, the row or column of x that it begins at. constants: of a bilinear
 //   one, for each of those the share that the next row or column has; 0 of them for nearest.
+// RAREFY_REDUCE: one number of all along some axes, which have the size 1 in the result. numbers: what it is (enum
+//   rarefy_reduction); the axes, 1 for channels and 2 for height and 4 for width, added up. No constants.
 //
 // The others read and write their values by *places*: numbers that say, for axes of some sizes, which channel and pixel
 // each index of all axes is. A place is a channel and a pixel to begin with, then for every axis how many channels and
@@ -95,7 +97,18 @@ enum rarefy_function {
     RAREFY_POINTWISE = 6,
     RAREFY_VIEW = 7,
     RAREFY_RESIZE = 8,
+    RAREFY_REDUCE = 9,
     RAREFY_FUNCTIONS
+};
+
+// What RAREFY_REDUCE makes of the numbers.
+enum rarefy_reduction {
+    RAREFY_REDUCE_SUM = 0,
+    RAREFY_REDUCE_MEAN = 1,
+    RAREFY_REDUCE_NORM = 2,  // the root of the sum of the squares
+    RAREFY_REDUCE_MAX = 3,   // NaN where one is NaN; so the next
+    RAREFY_REDUCE_MIN = 4,
+    RAREFY_REDUCTIONS
 };
 
 // Operations of an expression, on x or on x and y.

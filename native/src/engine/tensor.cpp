@@ -7,7 +7,7 @@ namespace rarefy::engine {
 namespace {
 
 const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM,  &GROUP_NORM, &MATMUL, &SOFTMAX,
-                                                     &ATTENTION,  &POINTWISE, &VIEW,       &RESIZE};
+                                                     &ATTENTION,  &POINTWISE, &VIEW,       &RESIZE, &REDUCE};
 
 }  // namespace
 

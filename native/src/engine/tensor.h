@@ -29,7 +29,7 @@ struct Function {
     void (*run)(const Frame &frame, const Step &step, int64_t image);
 };
 
-extern const Function LAYER_NORM, RMS_NORM, GROUP_NORM, MATMUL, SOFTMAX, ATTENTION, POINTWISE, VIEW, RESIZE;
+extern const Function LAYER_NORM, RMS_NORM, GROUP_NORM, MATMUL, SOFTMAX, ATTENTION, POINTWISE, VIEW, RESIZE, REDUCE;
 
 const Function &function_of(const Node &node);
 std::string infer_tensor(const Graph &graph, const Node &node, const Given &given, Shape *out);

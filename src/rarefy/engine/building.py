@@ -16,6 +16,7 @@ from rarefy.engine.building_places import describe
 from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
     NATIVE,
+    REDUCTIONS,
     Affine,
     Binary,
     Concat,
@@ -35,6 +36,7 @@ from rarefy.engine.plan import (
     Pointwise,
     Pool,
     Quantized,
+    Reduce,
     Resize,
     Step,
     Upsample,
@@ -306,6 +308,8 @@ class Building:
             case GlobalAverage():
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return CHANNELS_FIRST if step.keepdim else None, self.builder.global_average(x, name=name)
+            case Reduce():
+                return self._reduce(step)
             case Concat():
                 xs = self._values(step.inputs, CHANNELS_FIRST)
                 by_name = dict(zip(step.inputs, xs, strict=True))
@@ -432,6 +436,29 @@ class Building:
         numbers = [int(step.mode == "bilinear"), *step.sizes, *(int(place) for taken, _ in tables for place in taken)]
         shares = [share for _, share in tables] if step.mode == "bilinear" else []
         return self.builder.tensor("resize", [x], numbers, shares, name=step.output)
+
+    def _reduce(self, step: Reduce) -> tuple[int | None, int]:
+        if self.rows:
+            raise CannotError("its samples are not those of the network")
+        shape, first = self._shape(step.input), self._elementwise_layout(step)
+        whole = {layout: over(shape, step.axes, layout) for layout in (first, 1 - first)}
+        layout = next((each for each, axes in whole.items() if axes is not None), None)
+        if layout is None:
+            raise CannotError("its axes are no channels, rows or columns")
+        (x,) = self._values(step.inputs, layout)
+        numbers = [REDUCTIONS.index(step.op), whole[layout] or 0]
+        made = self.builder.tensor("reduce", [x], numbers, name=step.output)
+        kept = tuple(1 if axis in step.axes else size for axis, size in enumerate(shape))
+        sizes = kept if step.keepdim else tuple(size for axis, size in enumerate(shape) if axis not in step.axes)
+        wanted = self._wanted(step.output)
+        to = layout if wanted is None or step.keepdim else wanted
+        if geometry(sizes, to) != geometry(kept, layout) or (to != layout and len(sizes) > 1):
+            count = math.prod(sizes)
+            view = View(**labels(step), input=step.output, numbers=count, sizes=sizes, strides=row_major(sizes))
+            moved = described(view, kept, layout, to)
+            assert moved is not None
+            made = self.builder.tensor("view", [made], [*geometry(sizes, to), 1, *moved], name=step.output)
+        return None if len(sizes) == 1 else to, made
 
     def _pointwise(self, step: Pointwise) -> tuple[int | None, int]:
         made = self.plan.values[step.output].shape
@@ -611,6 +638,19 @@ class Building:
         """What a value is known by: vectors have one layout."""
         vector = len(self._shape(name, None)) == 1 or self.layouts.get(name, 0) is None
         return name, CHANNELS_FIRST if vector else layout
+
+
+def over(shape: Sequence[int], axes: Sequence[int], layout: int) -> int | None:
+    """The axes of a sample as those of planes: 1 channels, 2 rows, 4 columns, added up; None where they are none."""
+    count = len(shape)
+    order = [*range(count)] if layout == CHANNELS_FIRST else [count - 1, *range(count - 1)]
+    found = 0
+    for bit, part in ((1, order[:1]), (2, order[1:-1]), (4, order[1:][-1:])):
+        inside = {axis in axes for axis in part if shape[axis] > 1}
+        if len(inside) > 1:
+            return None
+        found |= bit if True in inside else 0
+    return found or None
 
 
 def places(step: Resize, sizes: Sequence[int], axis: int) -> tuple[Tensor, Tensor]:

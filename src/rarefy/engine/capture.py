@@ -259,7 +259,7 @@ class _Graph:
                 if value != node.name:
                     self.aliases[node.name] = next(user for user in made.users if user.name == value)
                 return True
-            if isinstance(made.meta["val"], Tensor):  # a batch normalisation, whose step gives the tensor alone
+            if isinstance(made.meta["val"], Tensor):  # whose step gives the first of several tensors alone
                 self.aliases[node.name] = made
                 return True
             if made.name in self.folded:
@@ -315,7 +315,8 @@ class _Graph:
         if isinstance(node.target, OpOverload):
             handler = attending.handler(str(node.target)) or operators.handler(str(node.target))
             float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
-            if handler is not None and (float32 or "batch_norm" in str(node.target)):
+            first = "batch_norm" in str(node.target) or str(node.target) in ("aten.max.dim", "aten.min.dim")
+            if handler is not None and (float32 or first):
                 step = handler(self._call(node))
                 if step is not None:
                     if not float32:

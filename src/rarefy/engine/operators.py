@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from rarefy.engine.plan import (
     Places,
     Pointwise,
     Pool,
+    Reduce,
+    Reduction,
     Resize,
     Step,
     Upsample,
@@ -362,9 +365,16 @@ def _group_norm(call: Call) -> Step | None:
 
 @_handles("_native_batch_norm_legit_no_training.default", "batch_norm.default")
 def _batch_norm(call: Call) -> Step | None:
-    x, shape = call.value("input"), call.shape("input")
+    x, (shape, folded) = call.value("input"), call.sample("input")
     mean, variance = call.constant("running_mean"), call.constant("running_var")
-    if x is None or shape is None or mean is None or variance is None or call.args.get("training"):
+    if (
+        x is None
+        or shape is None
+        or (folded and len(shape) != 2)
+        or mean is None
+        or variance is None
+        or call.args.get("training")
+    ):
         return None
     weight, bias = call.constant("weight"), call.constant("bias")
     # gamma (x - mean) / sqrt(var + eps) + beta
@@ -372,7 +382,8 @@ def _batch_norm(call: Call) -> Step | None:
     scale = scale if weight is None else scale * weight.double()
     shift = -mean.double() * scale
     shift = shift if bias is None else shift + bias.double()
-    return Affine(**call.layer(), input=x, scale=scale.float(), shift=shift.float())
+    axis: Literal[1, -1] = -1 if folded else 1
+    return Affine(**call.layer(), input=x, scale=scale.float(), shift=shift.float(), axis=axis)
 
 
 def _activation(call: Call, function: Activation) -> Step | None:
@@ -407,6 +418,13 @@ class _Expression:
         if constant is not None:
             return self.constant(constant)
         value, shape = self.call.value(name), self.call.shape(name)
+        source = given
+        while _is_call(source, "expand.default", "expand_as.default"):  # what broadcasts does without
+            source = source.args[0]
+        if source is not given and _dtype(source) is torch.float32 and source.name not in self.call.constants:
+            wider = sample_shape(source, self.call.batch)
+            if wider is not None and shape is not None and len(wider) == len(shape):
+                value, shape = source.name, wider
         if value is None or shape is None or self.made is None or len(shape) != len(self.made):
             return None
         if value not in self.operands:
@@ -475,6 +493,19 @@ for _name, _operation in (("minimum", "min"), ("maximum", "max")):
 for _name in ("add", "sub", "mul", "div"):
     _HANDLERS[f"aten.{_name}.Scalar"] = partial(_of_two, operation=_name)
 _HANDLERS["aten.rsub.Scalar"] = partial(_of_two, operation="sub", swapped=True)
+
+
+@_handles("addcmul.default", "addcdiv.default")
+def _with_product(call: Call) -> Step | None:
+    """``self + value * tensor1 * tensor2``, or the quotient of these."""
+    made = _Expression(call)
+    x, first, second = (made.term(name) for name in ("self", "tensor1", "tensor2"))
+    if x is None or first is None or second is None or not isinstance(call.args["value"], (int, float)):
+        return None
+    if call.args["value"] != 1:
+        first = made.add("mul", first, made.number(call.args["value"]))
+    made.add("add", x, made.add("mul" if "mul" in str(call.node.target) else "div", first, second))
+    return made.step()
 
 
 @_handles("softplus.default")
@@ -675,12 +706,39 @@ def _adaptive_average(call: Call) -> Step | None:
 @_handles("mean.dim")
 def _mean(call: Call) -> Step | None:
     x, shape, axes = call.value("self"), call.shape("self"), call.args["dim"]
-    if x is None or shape is None or len(shape) not in (2, 3) or call.given("dtype") or not axes:
+    if x is None or shape is None or call.given("dtype"):
         return None
     rank = len(shape) + 1
-    if {axis % rank for axis in axes} != set(range(2, rank)):
-        return None
+    if rank not in (3, 4) or not axes or {axis % rank for axis in axes} != set(range(2, rank)):
+        return _reduce(call, "mean")
     return GlobalAverage(**call.labels, input=x, keepdim=call.args["keepdim"])
+
+
+@_handles("sum.dim_IntList", "amax.default", "amin.default", "max.dim", "min.dim")
+def _reduction(call: Call) -> Step | None:
+    """Those that give back indices, too, where nobody reads them."""
+    found = str(call.node.target).split(".")[1].removeprefix("a")
+    if any(user.target is operator.getitem and user.args[1] != 0 for user in call.node.users):
+        return None
+    return None if call.given("dtype") else _reduce(call, cast(Reduction, found))
+
+
+@_handles("linalg_vector_norm.default", "norm.ScalarOpt_dim")
+def _vector_norm(call: Call) -> Step | None:
+    plain = call.args.get("ord", call.args.get("p")) in (2, None) and not call.given("dtype")
+    return _reduce(call, "norm") if plain else None
+
+
+def _reduce(call: Call, op: Reduction) -> Step | None:
+    x, shape, given = call.value("self"), call.shape("self"), call.args["dim"]
+    if x is None or not shape or given is None or given == []:
+        return None
+    rank = len(shape) + 1
+    axes = tuple(sorted({axis % rank - 1 for axis in _each(given, 1)}))
+    alone = len(axes) == len(shape) and not call.args["keepdim"]  # a number a sample has no axis to be a plane of
+    if axes[0] < 0 or alone or 0 in shape:
+        return None
+    return Reduce(**call.labels, input=x, op=op, axes=axes, keepdim=call.args["keepdim"])
 
 
 @_handles("cat.default")

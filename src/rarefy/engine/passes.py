@@ -20,8 +20,9 @@ from rarefy.engine.plan import (
     Plan,
     Pointwise,
     Step,
+    View,
 )
-from rarefy.engine.views import simplify
+from rarefy.engine.views import in_order, simplify
 
 #: Given a plan, what makes a value that one step alone reads, and a step: the step to absorb, and what to put instead.
 _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step] | None]
@@ -29,6 +30,7 @@ _Rewrite = Callable[[Plan, Callable[[str], Step | None], Step], tuple[Step, Step
 
 def optimize(plan: Plan) -> Plan:
     """Fold per-channel factors into the layer before, then fuse residual additions and activations into it."""
+    plan = _before_reshapes(plan)
     plan = float_masks(join_attention(_without_unused(absorb_views(_without_unused(simplify(plan))))))
     for rewrite in (_fold_affine, _fuse_residual, _fuse_activation):
         plan = _rewritten(_without_unused(plan), rewrite)
@@ -68,6 +70,24 @@ def _rewritten(plan: Plan, rewrite: _Rewrite) -> Plan:
             del made[found[0].output]
             made[step.output] = found[1]
     return replace(plan, steps=tuple(made.values()))
+
+
+def _before_reshapes(plan: Plan) -> Plan:
+    """Factors of the last axis move before a reshape that keeps it, to the layer that made what is reshaped."""
+    users, values, made = plan.users(), dict(plan.values), dict[str, Step]()
+    for step in plan.steps:
+        made[step.output] = step
+        if not isinstance(step, Affine) or step.axis != -1 or step.kind != "affine":
+            continue
+        view, alone = made.get(step.input), step.input not in plan.outputs and len(users[step.input]) == 1
+        if not alone or not isinstance(view, View) or not in_order(view):
+            continue
+        before = values[view.input].sample
+        if before is not None and before[-1] == view.sizes[-1]:
+            values[view.output] = values[view.input]
+            made[view.output] = replace(step, input=view.input, output=view.output)
+            made[step.output] = replace(view, input=view.output, output=step.output)
+    return replace(plan, steps=tuple(made.values()), values=values)
 
 
 def _fold_affine(plan: Plan, only_use: Callable[[str], Step | None], step: Step) -> tuple[Step, Step] | None:

@@ -252,6 +252,38 @@ class GlobalAverage(Step):
         return "global average"
 
 
+#: What a :class:`Reduce` step makes, in the order of ``rarefy_reduction``.
+Reduction = Literal["sum", "mean", "norm", "max", "min"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reduce(Step):
+    """One number of all along some axes, counted in the sample: 0 is dimension 1 of the tensor.
+
+    ``op`` "norm" is the root of the sum of the squares. The axes stay, of size 1, with ``keepdim``.
+    """
+
+    input: str
+    op: Reduction
+    axes: tuple[int, ...]
+    keepdim: bool
+
+    def __post_init__(self) -> None:
+        if self.op not in REDUCTIONS:
+            raise ValueError(f"a reduction is one of {', '.join(REDUCTIONS)}, got {self.op!r}")
+        if not self.axes or min(self.axes) < 0 or len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"a reduction has one axis or more, each once and at least 0, got {self.axes}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+    @property
+    def kind(self) -> str:  # noqa: D102
+        return self.op
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Concat(Step):
     """The channels of all operands, one after the other."""
@@ -679,7 +711,8 @@ class Pointwise(Step):
 #: The steps that a native kernel may compute.
 NATIVE = (
     *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Resize, Flatten),
-    *(View, Join, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention, LSTMCell, LSTMHidden, GRUGates, Recurrence),
+    *(Reduce, View, Join, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention),
+    *(LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.
 INT8 = (Quantize, Dequantize, Table)

@@ -46,6 +46,7 @@ from rarefy.engine.plan import (
     Pointwise,
     Pool,
     Recurrence,
+    Reduce,
     Ref,
     Resize,
     Softmax,
@@ -143,6 +144,8 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_pool, step)
         case GlobalAverage():
             compute = functools.partial(_global_average, step)
+        case Reduce():
+            compute = functools.partial(_reduce, step)
         case Concat():
             return torch.cat, ([Ref(name) for name in step.operands], 1), {}
         case View():
@@ -315,6 +318,21 @@ def _norm(step: Norm, x: Tensor) -> Tensor:
         y = F.rms_norm(x, x.shape[-1:], step.weight, step.eps)
         y = y if step.bias is None else y + step.bias
     return y.movedim(-1, step.axis)
+
+
+def _reduce(step: Reduce, x: Tensor) -> Tensor:
+    axes = [axis + 1 for axis in step.axes]
+    match step.op:
+        case "sum":
+            return x.sum(axes, step.keepdim)
+        case "mean":
+            return x.mean(axes, step.keepdim)
+        case "norm":
+            return cast(Tensor, torch.linalg.vector_norm(x, dim=axes, keepdim=step.keepdim))
+        case "max":
+            return x.amax(axes, step.keepdim)
+        case "min":
+            return x.amin(axes, step.keepdim)
 
 
 def _group_norm(step: GroupNorm, x: Tensor) -> Tensor:
