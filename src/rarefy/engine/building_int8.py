@@ -117,12 +117,12 @@ class Int8Building(Building):
             quantizer = self.quantizers.get(name)
             if quantizer is None:
                 self.results.append(Result(zero_point=of.zero_point, multiplier=1.0))
-                self.inputs[key] = SegmentPort(name, shape, of)
+                self.inputs[key] = replace(self._port(name, shape), quantized=of)
             else:
                 self.results.append(
                     Result(zero_point=of.zero_point, multiplier=_float32(1 / of.scale), bias=of.zero_point)
                 )
-                self.inputs[key] = SegmentPort(quantizer.input, shape)
+                self.inputs[key] = replace(self._port(name, shape), value=quantizer.input)
         return self.ids[key]
 
     def _output(self, value: str, layout: int) -> SegmentPort:

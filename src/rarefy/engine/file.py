@@ -148,7 +148,10 @@ class _Writer:
         return {
             "steps": [self.item(int8.item(source, int8.unpacked(step))) for step in source.steps],
             "outputs": list(source.outputs),
-            "values": {name: [None if v.shape is None else list(v.shape), v.rows] for name, v in source.values.items()},
+            "values": {
+                name: [*(None if sizes is None else list(sizes) for sizes in (v.shape, v.inner)), v.rows, v.fold]
+                for name, v in source.values.items()
+            },
             "batch": source.batch,
             "shapes": {name: list(shape) for name, shape in options.shapes.items()},
             "threads": options.threads,
@@ -461,8 +464,10 @@ class _Reader:
                 torch.float32 if meanings.get(name) is None else torch.uint8,
                 _text(rows),
                 meanings.get(name),
+                *_sizes([fold]),
+                None if inner is None else _sizes(inner),
             )
-            for name, (shape, rows) in about["values"].items()
+            for name, (shape, inner, rows, fold) in about["values"].items()
         }
         source = Plan(
             inputs=tuple(dict.fromkeys(name for item in items for name in uses(item)[0] if name not in made)),
