@@ -216,6 +216,9 @@ def test_bad_arguments_are_named():
         act.tanh(x, "ktanh", table="gelu_bf16")
     with pytest.raises(ValueError, match="table must be"):
         act.tanh(x, "ktanh", table="nothing")
+    for call_with in (lambda table: act.tanh(x, "ktanh", table=table), lambda table: act.Tanh("ktanh", table=table)):
+        with pytest.raises(TypeError, match="table must be a Table or the name of a shipped one, got int"):
+            call_with(3)
     with pytest.raises(ValueError, match="grad must be"):
         act.tanh(x, grad="z")
     with pytest.raises(ValueError, match='grad must be "x" for silu'):

@@ -165,11 +165,17 @@ def test_bad_arguments_are_named():
         act.silu_and_mul(x, x[:, :2])
     with pytest.raises(ValueError, match=r"up must have .* got \(3, 4\), torch.float32"):
         act.gelu_and_mul(x, x.float())
-    with pytest.raises(TypeError, match="takes a tensor, got list"):
+    with pytest.raises(TypeError, match="the gate of gelu_tanh_and_mul must be a tensor, got float"):
+        act.gelu_tanh_and_mul(1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="up of silu_and_mul must be a tensor, got list"):
         act.silu_and_mul(x, [1.0])  # type: ignore[arg-type]
     for dtype in (torch.float64, torch.float8_e4m3fn, torch.int32):
-        with pytest.raises(TypeError, match=r"takes bfloat16, .*; got"):
+        with pytest.raises(TypeError, match=r"silu_and_mul takes bfloat16, float16, float32; got"):
             act.silu_and_mul(x.to(dtype))
+    with pytest.raises(TypeError, match=r"silu_and_mul takes a dense tensor, got layout .*: use x.to_dense\(\)"):
+        act.silu_and_mul(x.to_sparse())
+    with pytest.raises(TypeError, match="table must be a Table or the name of a shipped one, got int"):
+        act.silu_and_mul(x, mode="ktanh", table=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode must be one of exact, fast, ktanh, hard"):
         act.silu_and_mul(x, mode="fastest")
     with pytest.raises(ValueError, match='grad must be "x"'):

@@ -565,6 +565,13 @@ def test_options_are_checked_before_anything_is_changed():
     net = nn.Sequential(nn.Tanh())
     with pytest.raises(ValueError, match="mode must be"):
         act.swap(net, "quick")
+    with pytest.raises(ValueError, match='grad must be "y" or "x" for tanh'):
+        act.swap(net, grad="z")
+    with pytest.raises(ValueError, match='grad must be "x" for tanh in mode "hard"'):
+        act.swap(net, "hard", grad="y")
+    for model, given in ((torch.tanh, "builtin_function_or_method"), ([net], "list"), (nn.Tanh, "the class Tanh")):
+        with pytest.raises(TypeError, match=f"an instance of torch.nn.Module, got {given}"):
+            act.swap(model)  # type: ignore[arg-type]
     assert type(net[0]) is nn.Tanh
 
 

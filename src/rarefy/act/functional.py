@@ -216,7 +216,7 @@ def _call(
             if launch.fits(x, out):
                 launch.launch_into(kernel, x, out)
                 return out
-    text = _text(table)
+    text = aten.text_of(table)
     if has_torch_function((x, out)):  # a proxy of torch.fx, a subclass with operators of its own
         return _overridden(function, x, mode, grad, out, text)
     operator.check(function, x, mode, text)
@@ -250,12 +250,6 @@ def _overridden(function: str, x: Tensor, mode: str, grad: str | None, out: Tens
     public: Callable[..., Any] = gelu if function == "gelu_tanh" else globals()[function]
     result: Tensor = handle_torch_function(public, (x, out), x, mode, **given)
     return result
-
-
-def _text(table: Table | str | None) -> str:
-    if table is None:
-        return ""
-    return table if isinstance(table, str) else table.text
 
 
 def _check_memory(x: Tensor) -> None:
@@ -321,7 +315,7 @@ def kept_operators() -> Iterator[None]:
 def _traced(
     function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
 ) -> Tensor:
-    text = _text(table)
+    text = aten.text_of(table)
     _validated(function, mode, str(x.dtype), text)
     direction = gradients.resolve(function, mode, grad)
     if out is not None:

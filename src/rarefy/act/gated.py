@@ -23,8 +23,8 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rarefy.act import functional, gradients, operator
+from rarefy.act.kernels import aten, gated_gpu, launch
 from rarefy.act.kernels import gated as native
-from rarefy.act.kernels import gated_gpu, launch
 from rarefy.act.kernels.slopes import slopes
 from rarefy.act.spec import subnormals
 from rarefy.act.spec.table import Table
@@ -107,7 +107,7 @@ def _call(
             if torch.is_grad_enabled() and (x.requires_grad or (up is not None and up.requires_grad)):
                 return _Eager.apply(x, up, function, mode, "")  # type: ignore[no-untyped-call, no-any-return]
             return native.forward_at_once(ready, x, up)
-    text = "" if table is None else table if isinstance(table, str) else table.text
+    text = aten.text_of(table)
     if torch.compiler.is_compiling():
         return _traced(function, x, up, mode, grad, text, out)
     if has_torch_function((x, up, out)):
@@ -138,9 +138,12 @@ def _apart(x: Tensor, out: Tensor) -> bool:
 
 def _check(function: str, x: Tensor, up: Tensor | None, mode: str, grad: str | None, table: str) -> None:
     """Raise TypeError or ValueError for what a gated unit does not take."""
-    for tensor in (x,) if up is None else (x, up):
-        operator.check(function, tensor, mode, table)
-    _check_options(function, x.dtype, mode, grad, table)
+    name = f"{function}_and_mul"
+    for argument, tensor in (("the gate", x), ("up", x if up is None else up)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument} of {name} must be a tensor, got {type(tensor).__name__}")
+        _check_options(function, tensor.dtype, mode, grad, table)
+        operator.check_dense(name, tensor)
     if not torch._C._is_tracing():  # a shape is a tensor there, and a choice by it a warning
         _check_shapes(function, x, up)
 

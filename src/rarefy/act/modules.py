@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rarefy.act import functional, gated, gradients
-from rarefy.act.kernels.aten import given_table
+from rarefy.act.kernels.aten import table_of
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
 
@@ -24,7 +24,7 @@ class Activation(nn.Module):
 
     def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
         """Set the three options; raises ValueError for those that no function takes."""
-        given = given_table(table) if isinstance(table, str) else table
+        given = table_of(table)
         reference.check_mode(self.function, mode)
         if given is not None and mode != "ktanh":
             raise ValueError(f'a table goes with mode="ktanh", got mode={mode!r}')

@@ -19,6 +19,11 @@ def check(function: str, x: Tensor, mode: str, table: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function} takes a tensor, got {type(x).__name__}")
     check_dtype(function, x.dtype, mode, table)
+    check_dense(function, x)
+
+
+def check_dense(function: str, x: Tensor) -> None:
+    """Raise TypeError for a tensor that is sparse or nested."""
     if x.layout is not torch.strided or x.is_nested:
         kind, way = f"layout {x.layout}", "use x.to_dense()"
         if x.is_nested:

@@ -29,18 +29,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rarefy.act import operator
 from rarefy.act.cells import offsets_of
-from rarefy.act.kernels.aten import given_table
+from rarefy.act.kernels.aten import table_of
 from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
 
 #: Tensors of a layer, None for those that it has not.
 Tensors: TypeAlias = list[Any]
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _options(mode: str, table: Table | str | None) -> tuple[str, Table | None]:
     """Return the two, or raise ValueError: a table is one of tanh, from which sigmoid derives."""
-    given = given_table(table) if isinstance(table, str) else table
+    given = table_of(table)
     if mode not in reference.MODES:
         raise ValueError(f"mode must be one of {', '.join(reference.MODES)}, got {mode!r}")
     if given is not None and mode != "ktanh":
@@ -119,6 +120,11 @@ def _run(
     autocast = _is_autocast(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     if not torch.compiler.is_compiling():  # the operator checks as well, when it runs
+        if dtype not in _DTYPES:
+            given = str(dtype).removeprefix("torch.")
+            raise TypeError(
+                f"LSTM and GRU take bfloat16, float16, float32; got {given}: convert module and input first"
+            )
         operator.check_dtype("tanh", dtype, *how)
     if not autocast:
         return layer(x, weights, states, offsets, reverse, how)

@@ -107,14 +107,19 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
 
     Args:
         model: any module, changed in place; :meth:`Swap.restore` is the way back.
-        mode: "exact", "ktanh" or "hard", as for :func:`rarefy.act.tanh`.
+        mode: "exact", "fast", "ktanh" or "hard", as for :func:`rarefy.act.tanh`.
         grad: goes to the functions that have such a form, tanh and sigmoid.
         table: for mode "ktanh", used for the functions and dtypes that it fits.
 
-    Raises ValueError for options that :func:`rarefy.act.tanh` does not take, before anything is changed.
+    Raises TypeError for what is no module, ValueError for options that :func:`rarefy.act.tanh` does not take, before
+    anything is changed.
 
     """
-    options = Tanh(mode, table=table)  # checks them
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        kind = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"swap takes a model, an instance of torch.nn.Module, got {kind}")
+    options = Tanh(mode, grad=grad, table=table)  # checks them
     modules = dict(model.named_modules())
     for module in modules.values():
         if "_rarefy_role" in vars(type(module)) and "_rarefy" not in module.__dict__:

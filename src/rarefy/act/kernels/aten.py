@@ -45,6 +45,20 @@ def given_table(text: str) -> Table | None:
     return Table.from_json(text) if text.startswith("{") else load(text)
 
 
+def text_of(table: Table | str | None) -> str:
+    """Return an argument ``table`` as :func:`given_table` takes it; raises TypeError for no table and no name."""
+    if table is None or isinstance(table, str):
+        return table or ""
+    if not isinstance(table, Table):
+        raise TypeError(f"table must be a Table or the name of a shipped one, got {type(table).__name__}")
+    return table.text
+
+
+def table_of(table: Table | str | None) -> Table | None:
+    """Return the table that an argument means; errors as :func:`text_of`, and ValueError for an unknown name."""
+    return table if isinstance(table, Table) else given_table(text_of(table))
+
+
 def activation(x: Tensor, function: str, mode: str, table: str = "", arithmetic: bool | None = None) -> Tensor:
     """Compute ``function`` of every element in plain PyTorch operators, without a gradient.
 
