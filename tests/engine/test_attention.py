@@ -570,3 +570,25 @@ def test_softmax_of_images_and_linear_attention(axis: int) -> None:
     torch.testing.assert_close(reference.run(plan, inputs)[0], right, rtol=1e-5, atol=1e-5)
     made = build(plan, inputs, None, "float32", "native", 0.0)
     torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_softmax_is_read_through_a_view_of_it():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(12, 36)
+
+        def forward(self, x):
+            batch, tokens, _ = x.shape
+            parts = self.qkv(x).view(batch, tokens, 3, 2, 6).permute(2, 0, 3, 1, 4).reshape(3, batch * 2, tokens, 6)
+            scores = torch.bmm(parts[0], parts[1].transpose(1, 2)).view(batch, 2, tokens, tokens)
+            scores = scores.masked_fill(x[:, None, :, :1] > 1, -3.0).softmax(-1)
+            y = torch.bmm(scores.view(-1, tokens, tokens), parts[2])
+            return y.view(batch, 2, tokens, 6).transpose(1, 2).reshape(batch, tokens, 12)
+
+    model, x = Folded().eval(), torch.randn(2, 5, 12)
+    compiled = engine.compile(model, x, choose="native")
+    for batch in (1, 3):
+        given = torch.randn(batch, 5, 12)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(given), model(given), rtol=1e-5, atol=1e-5)

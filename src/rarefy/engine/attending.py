@@ -203,6 +203,8 @@ def absorb_views(plan: Plan) -> Plan:
             continue
         through_views = _written(plan, users, _read(step, sources)) if isinstance(step, Placed) else step
         steps[through_views.output] = through_views
+        if through_views.output != step.output:
+            del sources[through_views.output]  # what it was a view of is not there any more
     return replace(plan, steps=tuple(steps.values()))
 
 
