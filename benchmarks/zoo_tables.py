@@ -84,7 +84,7 @@ def _files(rows: Sequence[Row]) -> str:
     loads = sorted(10 * float(row["load_ms"]) / float(row["file_mb"]) for row in rows if row.get("load_ms"))
     if not loads:
         return "- engine files were not measured"
-    other = [f"{row['network']} ({row['file']})" for row in rows if row["file"] != "same bits"]
+    other = [f"{row['network']} ({row['file']})" for row in rows if row["file"] not in ("", "same bits")]
     whole = [float(row["load_ms"]) for row in rows if row["load_ms"]]
     return (
         f"- engine files: load in {loads[len(loads) // 2]:.1f} ms each 10 MB at the median, {loads[-1]:.1f} at most "

@@ -93,3 +93,10 @@ def test_two_engines_in_threads_at_once(network):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_convolution_of_three_axes_stays_in_pytorch():
+    model, x = nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU()).eval(), torch.randn(1, 2, 5, 5, 5)
+    compiled = engine.compile(model, x, choose="native")
+    assert [step.note for step in compiled.steps()] == ["native convolutions have at most two axes"]
+    torch.testing.assert_close(compiled(x), model(x).detach())

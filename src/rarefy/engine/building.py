@@ -349,6 +349,8 @@ class Building:
         raise CannotError(f"there is no native {step.kind}")
 
     def _conv(self, step: Conv, x: int, residual: int = -1) -> int:
+        if len(step.stride) > 2:
+            raise CannotError("native convolutions have at most two axes")
         weight: Tensor = step.weight if step.weight.dim() == 4 else step.weight[:, :, None]
         top_bottom, left_right = _two(step.padding, (0, 0))
         return self.builder.conv(
