@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from rarefy import engine, kernels
 from rarefy.engine.capture import capture
