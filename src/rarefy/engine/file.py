@@ -464,8 +464,8 @@ class _Reader:
                 torch.float32 if meanings.get(name) is None else torch.uint8,
                 _text(rows),
                 meanings.get(name),
-                *_sizes([fold]),
-                None if inner is None else _sizes(inner),
+                fold=_sizes([fold])[0] or 1,
+                inner=None if inner is None else _sizes(inner),
             )
             for name, (shape, inner, rows, fold) in about["values"].items()
         }
