@@ -57,7 +57,11 @@ def test_native_programs_hold_all_that_they_can(network):
     if "portable" not in paths():
         pytest.fail("there is no native engine to test")
     compiled = build(plan, (x[:2],), 1, "float32", "native", 0.0)
-    assert {step.note for step in compiled.steps()} <= {"", "PyTorch alone has it"}
+    assert {step.note for step in compiled.steps()} <= {
+        "",
+        "PyTorch alone has it",
+        "it would take longer to bring its input into a program and its result out",
+    }
 
 
 @pytest.mark.parametrize("name", ["unet", "signal"])
