@@ -93,3 +93,10 @@ def test_tensordot(dims):
     y = y.T if dims == ([0], [1]) else y
     x = x.transpose(0, 2) if dims == ([0], [1]) else x
     torch.testing.assert_close(contractions.tensordot(x, y, *dims), torch.tensordot(x, y, dims=dims))
+
+
+def test_a_matrix_of_more_axes_gives_its_result_more():
+    model, x = Written(lambda x, w: (x @ w[None, None]).squeeze(0), W.T.contiguous()).eval(), torch.randn(ROWS)
+    compiled = engine.compile(model, x, choose="native")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

@@ -258,18 +258,23 @@ def _linear(call: Call) -> Step | None:
 def _product(call: Call) -> Step | None:
     """``x @ w`` is a linear layer of w^T; ``w @ x``, for x (B, in, places), a convolution over the places."""
     left, right = "self", "mat2" if "mat2" in call.args else "other"
-    weight, x = _matrix(call, right), call.value(left)
+    weight, x = _matrix(call, right, left), call.value(left)
     if weight is not None and x is not None and _rank(call, left) > 1:
         return Linear(**call.layer(right), input=x, weight=weight.T.contiguous())
-    weight, x, shape = _matrix(call, left), call.value(right), call.shape(right)
+    weight, x, shape = _matrix(call, left, right), call.value(right), call.shape(right)
     if weight is None or x is None or shape is None or len(shape) != 2:
         return None
     return Conv(**call.layer(left), input=x, weight=weight[:, :, None], stride=(1,), padding=((0, 0),), dilation=(1,))
 
 
-def _matrix(call: Call, name: str) -> Tensor | None:
-    """A constant matrix, which may come again for every sample; None where that argument is something else."""
+def _matrix(call: Call, name: str, other: str) -> Tensor | None:
+    """A constant matrix, which may come again for every sample; None where that argument is something else.
+
+    One of more axes than the other operand has would give the result more axes, too.
+    """
     node = call.args[name]
+    if isinstance(node, fx.Node) and _rank(call, name) > max(2, _rank(call, other)):
+        return None
     while isinstance(node, fx.Node) and str(node.target) in ("aten.expand.default", "aten.unsqueeze.default"):
         node = node.args[0]
     found = call.constants.get(node.name) if isinstance(node, fx.Node) else None
@@ -282,7 +287,7 @@ def _matrix(call: Call, name: str) -> Tensor | None:
 def _addmm(call: Call) -> Step | None:
     """``beta bias + alpha x @ w``: how transformers' Conv1D, all of GPT-2, computes its layers."""
     left, right = ("batch1", "batch2") if "batch1" in call.args else ("mat1", "mat2")
-    weight, bias, x = _matrix(call, right), call.constant("self"), call.value(left)
+    weight, bias, x = _matrix(call, right, left), call.constant("self"), call.value(left)
     if weight is None or bias is None or x is None or bias.numel() != bias.shape[-1] or bias.numel() != weight.shape[1]:
         return None
     weight, bias = weight * call.args["alpha"], bias.reshape(-1) * call.args["beta"]
