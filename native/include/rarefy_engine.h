@@ -141,7 +141,15 @@ enum rarefy_choice {
     RAREFY_DENSE = 2,    // stores and computes all weights
 };
 
-// y = activation(conv(x, weight) + bias + residual), as torch.nn.functional.conv2d with zero padding.
+// A third axis of windows, before rows and columns: the rows of a value are those of so many planes, one after the
+// other. All 0: there is none.
+typedef struct {
+    int32_t planes;  // of x; they divide its rows
+    int32_t kernel, stride, dilation;
+    int32_t padding[2];  // before, after
+} rarefy_depth;
+
+// y = activation(conv(x, weight) + bias + residual), as torch.nn.functional.conv2d, or conv3d, with zero padding.
 // A linear layer is a convolution with kernel 1 x 1; a depthwise one has groups = channels of x.
 typedef struct {
     int32_t x;                                  // value id
@@ -153,21 +161,25 @@ typedef struct {
     int32_t activation;   // enum rarefy_activation
     int32_t storage;      // enum rarefy_storage
     int32_t choice;       // enum rarefy_choice
-    const float *weight;  // (out_channels, channels of x / groups, kernel[0], kernel[1]); read during the call only
-    int64_t weights;      // how many numbers are there
-    const float *bias;    // (out_channels), or NULL
+    const float *weight;  // (out_channels, channels of x / groups, [depth.kernel,] kernel[0], kernel[1]); read during
+                          // the call only
+    int64_t weights;    // how many numbers are there
+    const float *bias;  // (out_channels), or NULL
     int64_t biases;
+    rarefy_depth depth;
 } rarefy_conv;
 
-// Maximum or average over windows, as max_pool2d and avg_pool2d. Output size per axis:
+// Maximum or average over windows, as max_pool2d and avg_pool2d, or 3d. Output size per axis:
 // (size + padding before + padding after - dilation * (kernel - 1) - 1) / stride + 1, rounded down; for ceil_mode pass
 // the padding at the end that it amounts to. Every window must hold at least one value of x.
 typedef struct {
     int32_t x;
-    int32_t average;        // 0: maximum; 1: average
-    int32_t count_padding;  // average: 1 divides by kernel[0] * kernel[1], 0 by the number of values of x in the window
+    int32_t average;  // 0: maximum; 1: average
+    int32_t
+        count_padding;  // average: 1 divides by the sizes of the kernel, 0 by the number of values of x in the window
     int32_t kernel[2], stride[2], dilation[2];
     int32_t padding[4];  // top, bottom, left, right
+    rarefy_depth depth;
 } rarefy_pool;
 
 rarefy_builder *rarefy_builder_new(void);

@@ -101,36 +101,38 @@ float rounded(float v) {
 }
 
 struct Sizes {
-    int32_t channels, h, w;
+    int32_t channels, d, h, w;
 };
 
 // The results of a convolution, by its definition; an empty residual is none.
-Floats convolution(const rarefy_conv &c, const Sizes &in, const int32_t (&out)[2], const Floats &x,
+Floats convolution(const rarefy_conv &c, const Sizes &in, const int32_t (&out)[3], const Floats &x,
                    const Floats &weight, const Floats &bias, const Floats &residual) {
-    const int64_t taps = c.kernel[0] * c.kernel[1], each = in.channels / c.groups;
-    const int64_t batch = static_cast<int64_t>(x.size()) / (int64_t{in.channels} * in.h * in.w);
+    const rarefy_depth &d = c.depth;
+    const int64_t deep = std::max(1, d.kernel), taps = deep * c.kernel[0] * c.kernel[1], each = in.channels / c.groups;
+    const int64_t batch = static_cast<int64_t>(x.size()) / (int64_t{in.channels} * in.d * in.h * in.w);
     Floats wanted;
     for (int64_t n = 0; n < batch; ++n)
         for (int32_t o = 0; o < c.out_channels; ++o)
-            for (int32_t oy = 0; oy < out[0]; ++oy)
-                for (int32_t ox = 0; ox < out[1]; ++ox) {
-                    double sum = bias[o];
-                    for (int64_t i = 0; i < each; ++i)
-                        for (int32_t ky = 0; ky < c.kernel[0]; ++ky)
-                            for (int32_t kx = 0; kx < c.kernel[1]; ++kx) {
-                                const int32_t y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0],
-                                              xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
-                                float v = weight[(o * each + i) * taps + ky * c.kernel[1] + kx];
-                                if (c.storage == RAREFY_BF16) v = rounded(v);
-                                if (v == 0.0f || y < 0 || xx < 0 || y >= in.h || xx >= in.w) continue;
-                                const int64_t channel = o / (c.out_channels / c.groups) * each + i;
-                                sum += static_cast<double>(v) * x[((n * in.channels + channel) * in.h + y) * in.w + xx];
-                            }
-                    if (!residual.empty()) sum += residual[wanted.size()];
-                    if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
-                    if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
-                    wanted.push_back(static_cast<float>(sum));
-                }
+            for (int64_t pixel = 0; pixel < int64_t{out[0]} * out[1] * out[2]; ++pixel) {
+                const int64_t oz = pixel / out[2] / out[1], oy = pixel / out[2] % out[1], ox = pixel % out[2];
+                double sum = bias[o];
+                for (int64_t i = 0; i < each; ++i)
+                    for (int64_t k = 0; k < taps; ++k) {
+                        const int64_t ky = k / c.kernel[1] % c.kernel[0], kx = k % c.kernel[1];
+                        const int64_t z = oz * d.stride + k / c.kernel[1] / c.kernel[0] * d.dilation - d.padding[0],
+                                      y = oy * c.stride[0] + ky * c.dilation[0] - c.padding[0],
+                                      xx = ox * c.stride[1] + kx * c.dilation[1] - c.padding[2];
+                        float v = weight[(o * each + i) * taps + k];
+                        if (c.storage == RAREFY_BF16) v = rounded(v);
+                        if (v == 0.0f || z < 0 || y < 0 || xx < 0 || z >= in.d || y >= in.h || xx >= in.w) continue;
+                        const int64_t plane = (n * in.channels + o / (c.out_channels / c.groups) * each + i) * in.d;
+                        sum += static_cast<double>(v) * x[((plane + z) * in.h + y) * in.w + xx];
+                    }
+                if (!residual.empty()) sum += residual[wanted.size()];
+                if (c.activation != RAREFY_NONE && sum < 0.0) sum = 0.0;
+                if (c.activation == RAREFY_RELU6 && sum > 6.0) sum = 6.0;
+                wanted.push_back(static_cast<float>(sum));
+            }
     return wanted;
 }
 
@@ -156,25 +158,36 @@ void conv_case(const char *isa, int64_t number_of_case) {
     if (h + c.padding[0] + c.padding[1] <= c.dilation[0] * (c.kernel[0] - 1) ||
         w + c.padding[2] + c.padding[3] <= c.dilation[1] * (c.kernel[1] - 1))
         return;
+    rarefy_depth &d = c.depth;
+    if (below(3) == 0)
+        d = {one_of({1, 2, 3, 4, 7}), one_of({1, 2, 3, 3}), one_of({1, 1, 2, 3}), one_of({1, 1, 2}), {0, 0}};
+    if (d.planes)
+        for (int32_t &p : d.padding) p = one_of({0, 0, 1, 2});
+    const int32_t planes = std::max(1, d.planes), room = planes + d.padding[0] + d.padding[1] - 1;
+    if (room < d.dilation * (d.kernel - 1)) return;
+    const int32_t out_d = d.planes ? (room - d.dilation * (d.kernel - 1)) / d.stride + 1 : 1;
     c.activation = one_of({RAREFY_NONE, RAREFY_RELU, RAREFY_RELU6});
     c.storage = one_of({RAREFY_F32, RAREFY_BF16});
     const bool special = below(6) == 0;
     c.choice = special ? RAREFY_SPARSE : one_of({RAREFY_MEASURE, RAREFY_SPARSE, RAREFY_DENSE});
-    const int64_t batch = one_of({1, 1, 2, 3, 5, 9, 17}), taps = c.kernel[0] * c.kernel[1], each = channels / c.groups;
+    const int64_t batch = one_of({1, 1, 2, 3, 5, 9, 17}), each = channels / c.groups,
+                  taps = int64_t{std::max(1, d.kernel)} * c.kernel[0] * c.kernel[1];
     Floats weight = numbers(c.out_channels * each * taps), bias = numbers(c.out_channels);
     const int32_t keep = one_of({0, 2, 10, 50, 100});
     for (float &v : weight)
         if (below(100) >= keep) v = 0.0f;
-    Floats x = numbers(batch * channels * h * w), residual = numbers(batch * c.out_channels * out_h * out_w);
+    Floats x = numbers(batch * channels * planes * h * w),
+           residual = numbers(batch * c.out_channels * out_d * out_h * out_w);
     if (special)
         for (const float v : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
             x[static_cast<size_t>(below(static_cast<int64_t>(x.size())))] = v;
     const bool add = below(2);
 
-    const Floats wanted = convolution(c, {channels, h, w}, {out_h, out_w}, x, weight, bias, add ? residual : Floats());
+    const Floats wanted =
+        convolution(c, {channels, planes, h, w}, {out_d, out_h, out_w}, x, weight, bias, add ? residual : Floats());
     Builder b;
-    c.x = b.input(channels, h, w);
-    if (add) c.residual = b.input(c.out_channels, out_h, out_w);
+    c.x = b.input(channels, planes * h, w);
+    if (add) c.residual = b.input(c.out_channels, out_d * out_h, out_w);
     b.output(b.conv(c, weight, bias));
     const int32_t threads = one_of({1, 1, 2, 3});
     const Program p = b.finish(isa, one_of({1, static_cast<int32_t>(batch)}), threads, below(8) == 0 ? 0.02 : 0.0);

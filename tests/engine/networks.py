@@ -11,12 +11,12 @@ from tests.engine.layers import sparse
 def thinned(model: nn.Module, density: float = 0.15) -> nn.Module:
     """The model in evaluation mode with sparse weights, its normalisations as if they had seen something."""
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             module.weight.data = sparse(module.weight.data, density)
         if isinstance(module, nn.RNNBase):
             for weight in (each for each in module.parameters() if each.dim() == 2):
                 weight.data = sparse(weight.data, density)
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.uniform_(module.bias, -0.1, 0.1)

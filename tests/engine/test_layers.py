@@ -85,7 +85,7 @@ def test_batch_sizes(isa, batch):
 
 @st.composite
 def convolutions(draw):
-    axes = draw(st.integers(1, 2))
+    axes = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 1, 1, 2, 5]))
     depthwise = draw(st.booleans()) and groups > 1
     per_group = 1 if depthwise else draw(st.integers(1, 9))
@@ -94,7 +94,7 @@ def convolutions(draw):
     dilation = tuple(draw(st.integers(1, 2)) for _ in range(axes))
     padding = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(axes))
     least = [max(1, d * (k - 1) + 1 - sum(p)) for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    size = [low + draw(st.integers(0, 18)) for low in least]
+    size = [low + draw(st.integers(0, 18 if axes < 3 else 7)) for low in least]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     density = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
     weight = torch.randn(out, per_group, *kernel, generator=generator)
@@ -175,13 +175,13 @@ def test_activations_far_from_zero_and_near(isa, activation):
 @pytest.mark.parametrize("isa", paths())
 @EXAMPLES
 @given(
-    axes=st.integers(1, 2),
+    axes=st.integers(1, 3),
     average=st.booleans(),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    kernel=st.tuples(*[st.integers(1, 4)] * 3),
+    stride=st.tuples(*[st.integers(1, 3)] * 3),
     padded=st.booleans(),
     dilation=st.integers(1, 2),
-    size=st.tuples(st.integers(7, 20), st.integers(7, 20)),
+    size=st.tuples(*[st.integers(7, 20)] * 2, st.integers(7, 10)),
     count=st.booleans(),
     ceil_mode=st.booleans(),
 )

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rarefy import engine, kernels
@@ -100,8 +101,44 @@ def test_two_engines_in_threads_at_once(network):
     assert not wrong
 
 
-def test_a_convolution_of_three_axes_stays_in_pytorch():
-    model, x = nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU()).eval(), torch.randn(1, 2, 5, 5, 5)
-    compiled = engine.compile(model, x, choose="native")
-    assert [step.note for step in compiled.steps()] == ["native convolutions have at most two axes"]
-    torch.testing.assert_close(compiled(x), model(x).detach())
+class Video(nn.Module):
+    """Residual layers in space and time, one of them in time alone, with pools of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv3d(3, 8, (3, 5, 5), (1, 2, 2), (1, 2, 2))
+        self.space, self.time = (
+            nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1)),
+            nn.Conv3d(8, 8, (3, 1, 1), padding="same"),
+        )
+        self.each = nn.Conv3d(8, 8, 3, padding=1, groups=8)
+        self.down, self.norm = nn.Conv3d(8, 12, 3, 2, 1), nn.BatchNorm3d(12)
+        self.last = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = F.max_pool3d(F.relu(self.stem(x)), (1, 3, 3), 2, (0, 1, 1))
+        x = F.silu(self.time(F.relu(self.space(x)))) + self.each(x)
+        x = F.relu6(self.norm(self.down(x)))
+        y = F.avg_pool3d(F.pad(x, (0, 0)), (1, 2, 2), 1, (0, 1, 1), count_include_pad=False)
+        return self.last(torch.cat([F.adaptive_avg_pool3d(x, 1).flatten(1), y.mean((2, 3, 4))], 1))
+
+
+def test_a_network_of_videos_is_one_program():
+    torch.manual_seed(0)
+    model = thinned(Video())
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 6, 20, 28)
+        compiled = engine.compile(model, x, choose="native")
+        assert not [step for step in compiled.steps() if step.note]
+        assert len({step.program for step in compiled.steps()}) == 1
+        for other in (1, 2, 5):
+            x = torch.randn(other, 3, 6, 20, 28)
+            torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_three_axes_stay_float32_in_int8():
+    model, x = nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU(), nn.AvgPool3d(2)).eval(), torch.randn(2, 2, 6, 6, 6)
+    compiled = engine.compile(model, x, precision="int8", calibration=[x], choose="native", error_budget=1.0)
+    assert not [step for step in compiled.steps() if step.note]
+    assert [layer.kept for layer in compiled.report.quantization.layers] == ["it has 3 axes"]
+    torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-4, atol=1e-4)

@@ -61,6 +61,8 @@ def test_phases_are_the_transposed_convolution(groups):
         ((1, 1), (2, 0, 0, 1, 1), (3, 3)),
         ((5, 5), (1, 2, 0, 2, 1), (6, 8)),
         ((4,), (4, 1, 2, 1, 2), (11,)),
+        ((2, 2, 2), (2, 0, 0, 1, 1), (3, 4, 5)),
+        ((3, 2, 3), (2, 1, 1, 1, 2), (2, 3, 4)),
     ],
 )
 def test_native_steps(kernel, options, size, isa):

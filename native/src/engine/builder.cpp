@@ -26,27 +26,50 @@ std::string text(const Shape &s) {
 
 bool between(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
+// One axis of a window.
+struct Axis {
+    int32_t size, kernel, stride, dilation, before, after;
+
+    // How many windows there are along it; 0 and what is wrong where there are none.
+    int64_t windows(bool pool, std::string *wrong) const {
+        if (!between(kernel, 1, 1024) || !between(stride, 1, 1024) || !between(dilation, 1, 1024)) {
+            *wrong = "kernel, stride and dilation must be between 1 and 1024";
+            return 0;
+        }
+        const int64_t reach = int64_t{dilation} * (kernel - 1) + 1, room = int64_t{size} + before + after - reach;
+        if (!between(before, 0, 1 << 20) || !between(after, 0, 1 << 20))
+            *wrong = "padding must be between 0 and 1048576";
+        else if (room < 0) *wrong = "the kernel is larger than the padded input, of " + std::to_string(size);
+        else if (pool && (before >= reach || room / stride * stride - before >= size))
+            *wrong = "a window must hold at least one value of x, so padding must be smaller than the kernel";
+        return wrong->empty() ? room / stride + 1 : 0;
+    }
+};
+
+Axis depth_of(const Node &n) {
+    const Depth &d = n.window.depth;
+    return {d.in, d.kernel, d.stride, d.dilation, d.front, n.back};
+}
+
 std::string infer_window(const Node &n, const Shape &x, Shape *out) {
     const Window &w = n.window;
-    int32_t size[2] = {x.height, x.width};
-    const int32_t before[2] = {w.top, w.left}, after[2] = {n.bottom, n.right};
-    for (int axis = 0; axis < 2; ++axis) {
-        if (!between(w.kernel[axis], 1, 1024) || !between(w.stride[axis], 1, 1024) ||
-            !between(w.dilation[axis], 1, 1024))
-            return "kernel, stride and dilation must be between 1 and 1024";
-        const int64_t reach = int64_t{w.dilation[axis]} * (w.kernel[axis] - 1) + 1;
-        if (!between(before[axis], 0, 1 << 20) || !between(after[axis], 0, 1 << 20))
-            return "padding must be between 0 and 1048576";
-        const int64_t room = int64_t{size[axis]} + before[axis] + after[axis] - reach;
-        if (room < 0) return "the kernel is larger than the padded input, " + text(x);
-        size[axis] = static_cast<int32_t>(room / w.stride[axis] + 1);
-        const int64_t last = int64_t{size[axis] - 1} * w.stride[axis] - before[axis];
-        const int64_t input = axis ? x.width : x.height;
-        if (n.kind == Kind::POOL && (before[axis] >= reach || last >= input))
-            return "a window must hold at least one value of x, so padding must be smaller than the kernel";
+    if (!between(w.depth.in, 1, x.height) || x.height % w.depth.in)
+        return "the rows of x, " + text(x) + ", must be those of so many planes, got " + std::to_string(w.depth.in);
+    const Axis axes[3] = {
+        depth_of(n),
+        {x.height / w.depth.in, w.kernel[0], w.stride[0], w.dilation[0], w.top, n.bottom},
+        {x.width, w.kernel[1], w.stride[1], w.dilation[1], w.left, n.right},
+    };
+    int64_t sizes[3];
+    std::string wrong;
+    for (int axis = 0; axis < 3; ++axis) {
+        sizes[axis] = axes[axis].windows(n.kind == Kind::POOL, &wrong);
+        if (!wrong.empty()) return wrong;
     }
-    out->height = size[0];
-    out->width = size[1];
+    if (sizes[0] != w.depth.out) return "its planes are wrong";
+    if (sizes[0] * sizes[1] > LARGEST) return "the result is too large";
+    out->height = static_cast<int32_t>(sizes[0] * sizes[1]);
+    out->width = static_cast<int32_t>(sizes[2]);
     return "";
 }
 
@@ -182,8 +205,7 @@ Matrix matrix_of(const Graph &graph, const Node &node) {
 }
 
 Node node_of(Kind kind, int32_t x, int32_t other_operand) {
-    Node n;
-    std::memset(&n, 0, sizeof n);
+    Node n = {};
     n.kind = kind;
     n.x = x;
     n.other_operand = other_operand;
@@ -208,10 +230,10 @@ int32_t append(rarefy_builder *builder, Node node, const char *name, char *error
         g.values.push_back(shape);
     }
     if (node.kind != Kind::INPUT && node.kind != Kind::CONCAT) {
-        node.window.in_h = g.values[node.x].height;
+        node.window.in_h = g.values[node.x].height / node.window.depth.in;
         node.window.in_w = g.values[node.x].width;
     }
-    node.window.out_h = shape.height;
+    node.window.out_h = shape.height / node.window.depth.out;
     node.window.out_w = shape.width;
     node.operands = static_cast<int32_t>(given.operands.size());
     g.nodes.push_back(node);
@@ -226,8 +248,8 @@ int32_t append(rarefy_builder *builder, Node node, const char *name, char *error
     return node.out;
 }
 
-void set_window(Node &n, const int32_t *kernel, const int32_t *stride, const int32_t *dilation,
-                const int32_t *padding) {
+void set_window(Node &n, const int32_t *kernel, const int32_t *stride, const int32_t *dilation, const int32_t *padding,
+                const rarefy_depth &depth) {
     for (int axis = 0; axis < 2; ++axis) {
         n.window.kernel[axis] = kernel[axis];
         n.window.stride[axis] = stride[axis];
@@ -237,6 +259,11 @@ void set_window(Node &n, const int32_t *kernel, const int32_t *stride, const int
     n.bottom = padding[1];
     n.window.left = padding[2];
     n.right = padding[3];
+    if (!depth.planes) return;
+    n.window.depth = {depth.planes, 1, depth.kernel, depth.stride, depth.dilation, depth.padding[0]};
+    n.back = depth.padding[1];
+    std::string wrong;  // which infer_window says
+    n.window.depth.out = static_cast<int32_t>(std::max<int64_t>(1, depth_of(n).windows(n.kind == Kind::POOL, &wrong)));
 }
 
 }  // namespace
@@ -265,7 +292,7 @@ RAREFY_API int32_t rarefy_builder_conv(rarefy_builder *builder, const rarefy_con
     n.groups = conv->groups;
     n.storage = conv->storage;
     n.choice = conv->choice;
-    set_window(n, conv->kernel, conv->stride, conv->dilation, conv->padding);
+    set_window(n, conv->kernel, conv->stride, conv->dilation, conv->padding, conv->depth);
     const Graph &before = builder->graph;
     Shape shape = {1, 1, 1};
     if (infer(before, n, {}, &shape).empty()) {  // otherwise append says why not
@@ -294,7 +321,7 @@ RAREFY_API int32_t rarefy_builder_pool(rarefy_builder *builder, const rarefy_poo
     Node n = node_of(Kind::POOL, pool->x);
     n.average = pool->average != 0;
     n.count_padding = pool->count_padding != 0;
-    set_window(n, pool->kernel, pool->stride, pool->dilation, pool->padding);
+    set_window(n, pool->kernel, pool->stride, pool->dilation, pool->padding, pool->depth);
     return append(builder, n, name, error, size);
 }
 

@@ -16,7 +16,7 @@ namespace rarefy::engine {
 namespace {
 
 constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
-constexpr uint32_t VERSION = 4;
+constexpr uint32_t VERSION = 5;
 
 struct Header {
     char magic[8];
@@ -191,7 +191,7 @@ bool plain(const Node &n) {
     if (tensor) only.function = n.function;
     only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h,
     only.window.out_w = n.window.out_w;
-    if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;
+    if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right, only.back = n.back;
     if (n.kind == Kind::UPSAMPLE) std::memcpy(only.window.stride, n.window.stride, sizeof only.window.stride);
     if (conv || binary || n.kind == Kind::AFFINE) only.activation = n.activation;
     if (conv)
@@ -199,7 +199,7 @@ bool plain(const Node &n) {
     if (pool) only.average = n.average != 0, only.count_padding = n.count_padding != 0;
     if (binary) only.multiply = n.multiply != 0;
     if (port) only.layout = n.layout;
-    static_assert(sizeof(Node) == 29 * sizeof(int32_t), "nodes are integers alone");
+    static_assert(sizeof(Node) == 36 * sizeof(int32_t), "nodes are integers alone");
     return std::memcmp(&only, &n, sizeof n) == 0;
 }
 
@@ -232,9 +232,9 @@ std::string check_graph(const Graph &given, const std::vector<Saved> &saved) {
             infer(graph, n, {given.operands[i], given.numbers[i], saved[i].constants.size()}, &shape);
         if (!wrong.empty()) return at + wrong;
         const Window &w = n.window;
-        if (w.out_h != shape.height || w.out_w != shape.width) return at + "its shape is wrong";
+        if (int64_t{w.depth.out} * w.out_h != shape.height || w.out_w != shape.width) return at + "its shape is wrong";
         const Shape x = n.x >= 0 ? graph.values[n.x] : Shape{0, 0, 0};
-        if (w.in_h != x.height || w.in_w != x.width) return at + "its shape is wrong";
+        if (int64_t{w.depth.in} * w.in_h != x.height || w.in_w != x.width) return at + "its shape is wrong";
         if (n.kind == Kind::OUTPUT) continue;
         if (!(given.values[next] == shape)) return at + "its shape is wrong";
         graph.values.push_back(shape);

@@ -77,7 +77,7 @@ void finish_step(rarefy_program &program, Step &step) {
         program.packed_floats = std::max(program.packed_floats, floats);
     } else if (step.node.kind == Kind::POOL) {
         // its rows' addresses follow the line
-        const int64_t pointers = step.node.window.kernel[0] * int64_t{2};
+        const int64_t pointers = int64_t{step.node.window.depth.kernel} * step.node.window.kernel[0] * 2;
         program.packed_floats =
             std::max(program.packed_floats, 2 * pool_margin(step) + step.node.window.in_w + pointers + 32);
         if (step.node.average) step.column_scale = column_scales(step);
@@ -89,7 +89,8 @@ double preparation(const rarefy_program &program) {
     for (const Step &step : program.steps) {
         const Window &w = step.node.window;
         if (step.node.kind == Kind::POOL)
-            work += UNIT_WORK * w.out_h + (step.node.average ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
+            work += UNIT_WORK * w.depth.out * w.out_h +
+                    (step.node.average ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
         if (step.node.kind != Kind::CONV || step.config.vector) continue;
         if (step.config.planes()) work += UNIT_WORK * w.out_h;
         else

@@ -52,7 +52,7 @@ struct Node {
     int32_t multiply;               // BINARY: 0 for the sum
     int32_t count_padding;          // POOL: of an average
     Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
-    int32_t bottom, right;          // padding
+    int32_t bottom, right, back;    // padding
     int32_t groups, storage, choice;
     int32_t operands;  // CONCAT: number of them; GRU: the state; TENSOR: those after x
     int32_t function;  // TENSOR: enum rarefy_function
@@ -257,7 +257,8 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
 
 // Whether a kernel can slide over the planes of a step: a depthwise one whose columns are at most 2 apart.
 inline bool slides(const Step &step, const Matrix &m) {
-    return step.node.groups == m.channels && step.node.window.stride[1] <= 2;
+    return step.node.groups == m.channels && step.node.window.stride[1] <= 2 && step.node.window.depth.in == 1 &&
+           step.node.window.depth.pointwise();
 }
 
 // Whether the tiles of a pointwise step can be read where they lie: in planes that may be read by whole vectors.

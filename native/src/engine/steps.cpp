@@ -207,6 +207,7 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t 
     float *line = f.scratch + pool_margin(s), *end = line + (w.in_w + 15) / 16 * 16 + pool_margin(s);
     std::fill(f.scratch, end, average ? 0.0f : -std::numeric_limits<float>::infinity());
     const float **rows = reinterpret_cast<const float **>(end);
+    const int32_t down = w.depth.kernel * w.kernel[0];
     WindowCall call = {};
     call.rows = rows;
     call.width = w.in_w;
@@ -220,14 +221,16 @@ void pool(const Frame &f, const Step &s, int64_t at, int64_t first_row, int64_t 
     call.scale = s.column_scale.data();
     for (int64_t c = 0; c < channels; ++c) {
         for (int64_t row = first_row; row < last_row; ++row) {
-            const int64_t image = row / w.out_h;
+            const int64_t image = row / w.out_h / w.depth.out, first = row / w.out_h % w.depth.out * w.depth.stride;
             call.row_count = 0;
-            for (int64_t k = 0; k < w.kernel[0]; ++k) {
-                const int64_t from = row % w.out_h * w.stride[0] + k * w.dilation[0] - w.top;
-                if (from >= 0 && from < w.in_h)
-                    rows[call.row_count++] = x.at + c * x.stride + (image * w.in_h + from) * w.in_w;
+            for (int32_t tap = 0; tap < down; ++tap) {
+                const int64_t plane = first + w.depth.at(tap / w.kernel[0]),
+                              from = row % w.out_h * w.stride[0] + tap % w.kernel[0] * w.dilation[0] - w.top;
+                if (plane >= 0 && plane < w.depth.in && from >= 0 && from < w.in_h)
+                    rows[call.row_count++] =
+                        x.at + c * x.stride + ((image * w.depth.in + plane) * w.in_h + from) * w.in_w;
             }
-            call.row_scale = 1.0f / static_cast<float>(s.node.count_padding ? w.kernel[0] : call.row_count);
+            call.row_scale = 1.0f / static_cast<float>(s.node.count_padding ? down : call.row_count);
             call.y = y.at + c * y.stride + row * w.out_w;
             if (call.row_count == 0) {  // dilation can step over all rows
                 std::fill(call.y, call.y + w.out_w, line[-1]);
@@ -391,7 +394,7 @@ bool tiled(const Step &s) { return s.node.kind == Kind::CONV && s.config.tiled()
 
 int64_t unit_count(const Step &s, int64_t images) {
     if (tiled(s)) return static_cast<int64_t>(s.tiling(images).tiles.size());
-    return (s.node.window.out_h + unit_rows(s) - 1) / unit_rows(s) * images;
+    return (s.node.window.out_h + unit_rows(s) - 1) / unit_rows(s) * s.node.window.depth.out * images;
 }
 
 Unit unit_of(const Step &s, int64_t images, int64_t i) {
@@ -400,12 +403,17 @@ Unit unit_of(const Step &s, int64_t images, int64_t i) {
         return {tile.first, tile.need, tile.y + tile.pixels};
     }
     const Window &w = s.node.window;
-    const int64_t each = unit_count(s, 1), image = i / each, row = i % each * unit_rows(s),
-                  end = std::min(row + unit_rows(s), int64_t{w.out_h});
+    const Depth &d = w.depth;
+    const int64_t each = unit_count(s, 1) / d.out, plane = i / each, row = i % each * unit_rows(s),
+                  end = std::min(row + unit_rows(s), int64_t{w.out_h}), image = plane / d.out;
     const int64_t first = row * w.stride[0] - w.top,
                   last = (end - 1) * w.stride[0] + int64_t{w.kernel[0] - 1} * w.dilation[0] - w.top;
-    const auto pixel = [&](int64_t y) { return (image * w.in_h + std::clamp<int64_t>(y, 0, w.in_h)) * w.in_w; };
-    return {pixel(first), pixel(last + 1), (image * w.out_h + end) * w.out_w};
+    const auto pixel = [&](int64_t k, int64_t y) {
+        const int64_t in = plane % d.out * d.stride + d.at(static_cast<int32_t>(k));
+        return ((image * d.in + std::clamp<int64_t>(in, 0, d.in - 1)) * w.in_h + std::clamp<int64_t>(y, 0, w.in_h)) *
+               w.in_w;
+    };
+    return {pixel(0, first), pixel(d.kernel - 1, last + 1), (plane * w.out_h + end) * w.out_w};
 }
 
 void run_units(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t from, int64_t to) {

@@ -14,24 +14,25 @@ namespace {
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 struct Copy {
-    int32_t phase_y, column, shift;  // element f is the input for pixel f + shift at this column (see source())
-    int64_t low, high;               // offsets of its taps, from the pixel's position
-    int64_t start;                   // first float of the copy, in the channel's packed floats
+    int32_t plane, phase_y, column, shift;  // element f is the input for pixel f + shift there (see source())
+    int64_t low, high;                      // offsets of its taps, from the pixel's position
+    int64_t start;                          // first float of the copy, in the channel's packed floats
 };
 
-// The grid of output pixels: position f is row f / stride, column f % stride.
+// The grid of output pixels: position f is row f / stride, column f % stride. Planes follow one another, those of an
+// image and then those of the next.
 struct Grid {
     const Window &w;
-    int32_t images, lanes;
+    int32_t lanes;
     Form form;
-    int64_t stride, image_rows;
+    int64_t planes, stride, plane_rows;
     int32_t dy_low = 0, dy_high = 0, dx_low = 0, dx_high = 0;  // kernel positions in units of the convolution's stride
 
-    Grid(const Window &window, int32_t images_, int32_t lanes_, Form form_)
-        : w(window), images(images_), lanes(lanes_), form(form_) {
+    Grid(const Window &window, int32_t images, int32_t lanes_, Form form_)
+        : w(window), lanes(lanes_), form(form_), planes(int64_t{images} * window.depth.out) {
         for (int32_t k = 0; k < w.kernel[0]; ++k) extend(dy_low, dy_high, k, tap_y(k));
         for (int32_t k = 0; k < w.kernel[1]; ++k) extend(dx_low, dx_high, k, tap_x(k));
-        image_rows = w.out_h + (images > 1 ? dy_high - dy_low : 0);
+        plane_rows = w.out_h + (planes > 1 ? dy_high - dy_low : 0);
         if (form == Form::COMPACT) stride = w.out_w;
         else if (form == Form::SINGLE) stride = w.out_w + single_gap();
         else if (w.out_w > lanes / 2) stride = (w.out_w + lanes - 1) / lanes * lanes;
@@ -55,24 +56,27 @@ struct Grid {
                               : dx_high - dx_low;
     }
 
-    // The input pixel of position f, moved by dy rows of the phase and by `column` columns; -1 for padding.
-    int64_t source(int64_t f, int32_t phase_y, int32_t column) const {
+    // The input pixel of position f, moved by planes, by dy rows of the phase and by columns; -1 for padding.
+    int64_t source(int64_t f, const Copy &copy) const {
         const int64_t row = floor_div(f, stride), x = f - row * stride, from = row - dy_low;
-        const int64_t image = images > 1 ? floor_div(from, image_rows) : 0;
-        const int64_t y = images > 1 ? from - image * image_rows + dy_low : row;
-        const int64_t in_y = y * w.stride[0] + phase_y, in_x = x * w.stride[1] + column;
-        if (image < 0 || image >= images || in_y < 0 || in_y >= w.in_h || in_x < 0 || in_x >= w.in_w) return -1;
+        const int64_t plane = planes > 1 ? floor_div(from, plane_rows) : 0;
+        const int64_t y = planes > 1 ? from - plane * plane_rows + dy_low : row;
+        const int64_t in_y = y * w.stride[0] + copy.phase_y, in_x = x * w.stride[1] + copy.column;
+        if (plane < 0 || plane >= planes || in_y < 0 || in_y >= w.in_h || in_x < 0 || in_x >= w.in_w) return -1;
         // beyond the row's pixels lie, in the forms with whole gaps, lanes that no result reads
         if (form != Form::SINGLE && x >= w.out_w) return -1;
-        return (image * w.in_h + in_y) * w.in_w + in_x;
+        const Depth &d = w.depth;
+        const int64_t image = plane / d.out, in_plane = (plane - image * d.out) * d.stride + copy.plane;
+        if (in_plane < 0 || in_plane >= d.in) return -1;
+        return ((image * d.in + in_plane) * w.in_h + in_y) * w.in_w + in_x;
     }
 
-    int64_t positions() const { return ((images - 1) * image_rows + w.out_h) * stride; }
+    int64_t positions() const { return ((planes - 1) * plane_rows + w.out_h) * stride; }
 
     // The output pixel of position f, or -1.
     int64_t result(int64_t f) const {
-        const int64_t row = f / stride, x = f - row * stride, image = row / image_rows, y = row - image * image_rows;
-        return image < images && y < w.out_h && x < w.out_w ? (image * w.out_h + y) * w.out_w + x : -1;
+        const int64_t row = f / stride, x = f - row * stride, plane = row / plane_rows, y = row - plane * plane_rows;
+        return plane < planes && y < w.out_h && x < w.out_w ? (plane * w.out_h + y) * w.out_w + x : -1;
     }
 };
 
@@ -170,8 +174,9 @@ namespace {
 // Pointwise windows are one long row.
 Window flat(Window window, int32_t *images, Form *form) {
     if (!window.pointwise()) return window;
-    window.in_w = window.out_w = window.in_h * window.in_w * *images;
+    window.in_w = window.out_w = window.depth.in * window.in_h * window.in_w * *images;
     window.in_h = window.out_h = 1;
+    window.depth = {};
     *images = 1;
     *form = Form::COMPACT;
     return window;
@@ -190,31 +195,33 @@ struct Copies {
         layout.vectors = most;
         layout.channel_floats = TOO_LARGE;
         if (window.taps() > LARGEST_OFFSET) return;  // each has an offset of its own
-        std::map<std::tuple<int32_t, int32_t, int32_t>, size_t> known;
+        std::map<std::tuple<int32_t, int32_t, int32_t, int32_t>, size_t> known;
         std::vector<size_t> copy_of;
         std::vector<int64_t> offset_of;
-        for (int32_t ky = 0; ky < window.kernel[0]; ++ky) {
-            for (int32_t kx = 0; kx < window.kernel[1]; ++kx) {
-                const int64_t dy = grid.tap_y(ky);
-                const int32_t phase_y = static_cast<int32_t>(grid.at_y(ky) - dy * window.stride[0]);
-                int32_t column = grid.at_x(kx), shift = 0;
-                int64_t offset = dy * grid.stride;
-                if (grid.form == Form::SINGLE) {
-                    const int32_t dx = grid.tap_x(kx), left = std::min(grid.dx_low, 0);
-                    column = grid.at_x(kx) - dx * window.stride[1] + left * window.stride[1];
-                    offset += dx - left;
-                } else {
-                    shift = static_cast<int32_t>(offset - floor_div(offset, L) * L);
-                    offset -= shift;
-                }
-                const auto found = known.emplace(std::make_tuple(phase_y, column, shift), all.size());
-                if (found.second) all.push_back({phase_y, column, shift, offset, offset, 0});
-                Copy &copy = all[found.first->second];
-                copy.low = std::min(copy.low, offset);
-                copy.high = std::max(copy.high, offset);
-                copy_of.push_back(found.first->second);
-                offset_of.push_back(offset);
+        const int32_t across = window.kernel[1], plane_taps = window.kernel[0] * across;
+        for (int32_t tap = 0; tap < window.taps(); ++tap) {
+            const int32_t ky = tap % plane_taps / across, kx = tap % across;
+            // a plane that is a tap away is as far as a channel: it has copies of its own
+            const int32_t plane = window.depth.at(tap / plane_taps);
+            const int64_t dy = grid.tap_y(ky);
+            const int32_t phase_y = static_cast<int32_t>(grid.at_y(ky) - dy * window.stride[0]);
+            int32_t column = grid.at_x(kx), shift = 0;
+            int64_t offset = dy * grid.stride;
+            if (grid.form == Form::SINGLE) {
+                const int32_t dx = grid.tap_x(kx), left = std::min(grid.dx_low, 0);
+                column = grid.at_x(kx) - dx * window.stride[1] + left * window.stride[1];
+                offset += dx - left;
+            } else {
+                shift = static_cast<int32_t>(offset - floor_div(offset, L) * L);
+                offset -= shift;
             }
+            const auto found = known.emplace(std::make_tuple(plane, phase_y, column, shift), all.size());
+            if (found.second) all.push_back({plane, phase_y, column, shift, offset, offset, 0});
+            Copy &copy = all[found.first->second];
+            copy.low = std::min(copy.low, offset);
+            copy.high = std::max(copy.high, offset);
+            copy_of.push_back(found.first->second);
+            offset_of.push_back(offset);
         }
         int64_t floats = 0;
         for (Copy &copy : all) {
@@ -263,7 +270,7 @@ std::vector<Pack> packs_of(const Grid &grid, const Copies &copies, int64_t from,
             const int64_t f = from * L + copy.low + copy.shift + v * L;
             const bool wanted = v < copies.vectors[c] - (most - tile.vectors);
             for (int32_t lane = 0; lane < L; ++lane) {
-                index[lane] = wanted ? grid.source(f + lane, copy.phase_y, copy.column) : -1;
+                index[lane] = wanted ? grid.source(f + lane, copy) : -1;
                 if (index[lane] < 0) continue;
                 tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
                 tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));

@@ -8,17 +8,27 @@
 
 namespace rarefy::engine {
 
+// The axis of a window before its rows and columns: of planes that follow one another. As a builder leaves it where
+// there is none: one plane.
+struct Depth {
+    int32_t in = 1, out = 1, kernel = 1, stride = 1, dilation = 1, front = 0;
+
+    int32_t at(int32_t k) const { return k * dilation - front; }
+    bool pointwise() const { return kernel == 1 && stride == 1 && front == 0 && in == out; }
+};
+
 // Windows over planes: the geometry of one channel.
 struct Window {
-    int32_t in_h, in_w, out_h, out_w;
+    int32_t in_h, in_w, out_h, out_w;  // of a plane
     int32_t kernel[2], stride[2], dilation[2];
     int32_t top, left;  // padding
+    Depth depth;
 
-    int32_t taps() const { return kernel[0] * kernel[1]; }
+    int32_t taps() const { return depth.kernel * kernel[0] * kernel[1]; }
     // Output pixel i is input pixel i.
     bool pointwise() const {
         return taps() == 1 && stride[0] == 1 && stride[1] == 1 && top == 0 && left == 0 && in_h == out_h &&
-               in_w == out_w;
+               in_w == out_w && depth.pointwise();
     }
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ from rarefy.engine.programs import (
     CHANNELS_LAST,
     OPERATIONS,
     Builder,
+    Depth,
     Function,
     Layout,
     NativeError,
@@ -349,17 +351,15 @@ class Building:
         raise CannotError(f"there is no native {step.kind}")
 
     def _conv(self, step: Conv, x: int, residual: int = -1) -> int:
-        if len(step.stride) > 2:
-            raise CannotError("native convolutions have at most two axes")
-        weight: Tensor = step.weight if step.weight.dim() == 4 else step.weight[:, :, None]
-        top_bottom, left_right = _two(step.padding, (0, 0))
+        windows = _Windows(self._shape(step.input)[1:], step.weight.shape[2:], step.stride, step.dilation, step.padding)
         return self.builder.conv(
             x,
-            weight,
+            step.weight[:, :, None] if step.weight.dim() == 3 else step.weight,
             step.bias,
-            stride=_two(step.stride, 1),
-            dilation=_two(step.dilation, 1),
-            padding=(*top_bottom, *left_right),
+            stride=windows.stride,
+            dilation=windows.dilation,
+            padding=windows.padding,
+            depth=windows.depth,
             groups=step.groups,
             residual=residual,
             activation=step.activation,
@@ -382,36 +382,33 @@ class Building:
 
     def _conv_transpose(self, step: ConvTranspose, x: int) -> int:
         """A convolution to all phases of the result, and their shuffle."""
-        if len(step.stride) > 2:
-            raise CannotError("native convolutions have at most two axes")
         made = phases(step, self._shape(step.input)[1:])
-        weight = made.weight if made.weight.dim() == 4 else made.weight[:, :, None]
-        top_bottom, left_right = _two(made.padding, (0, 0))
-        places = self.builder.conv(
-            x,
-            weight,
-            made.bias,
-            padding=(*top_bottom, *left_right),
+        ones = (1,) * len(step.stride)
+        conv = Conv(
+            **labels(step),
+            input=step.input,
+            weight=made.weight,
+            bias=made.bias,
+            stride=ones,
+            padding=made.padding,
+            dilation=ones,
             groups=step.groups,
             activation=step.activation,
-            storage=self.options.storage,
-            choice=self.options.choice,
-            name=step.output,
         )
-        stride, sizes, columns = _two(step.stride, 1), _two(made.sizes, 1), _two(made.made, 1)[1]
-        count, numbers = stride[0] * stride[1], list[int]()
-        for phase in range(count):
-            row, column = divmod(phase, stride[1])
-            rest = [-(-(size - r) // s) for size, r, s in zip(sizes, (row, column), stride, strict=True)]
+        places = self._conv(conv, x)
+        numbers, count = list[int](), math.prod(step.stride)
+        before, after = row_major(made.made), row_major(made.sizes)  # pixels from one place of an axis to the next
+        for phase, begin in enumerate(itertools.product(*map(range, step.stride))):
+            rest = [-(-(size - at) // s) for size, at, s in zip(made.sizes, begin, step.stride, strict=True)]
             if min(rest) < 1:
                 continue
-            first = (phase, 0, 0, row * sizes[1] + column)  # channel and pixel in what it reads, and in the result
-            channels = (len(step.weight), count, 0, 1, 0)
-            down = (rest[0], 0, columns, 0, stride[0] * sizes[1])
-            across = (rest[1], 0, 1, 0, stride[1])
-            numbers += [3, *first, *channels, *down, *across]
-        parts = len(numbers) // 20
-        shape = (len(step.weight), *sizes, parts)
+            pixel = sum(at * each for at, each in zip(begin, after, strict=True))
+            numbers += [1 + len(rest), phase, 0, 0, pixel]  # channel and pixel in what it reads, and in the result
+            numbers += [len(step.weight), count, 0, 1, 0]
+            for each in zip(rest, before, step.stride, after, strict=True):
+                numbers += [each[0], 0, each[1], 0, each[2] * each[3]]
+        parts = len(numbers) // (10 + 5 * len(step.stride))
+        shape = (*geometry((len(step.weight), *made.sizes), CHANNELS_FIRST), parts)
         return self.builder.tensor("view", [places] * parts, [*shape, *numbers], name=step.output)
 
     def _placed(self, step: Placed) -> tuple[int | None, int]:
@@ -501,15 +498,17 @@ class Building:
             ends.append(reach - size - step.padding[axis] if step.ceil_mode else step.padding[axis])
             if step.op == "average" and step.count_include_pad and ends[-1] > step.padding[axis]:
                 raise CannotError("the native average pool does not divide by windows cut off by ceil_mode")
-        pads = _two(tuple(zip(step.padding, (max(0, end) for end in ends), strict=True)), (0, 0))
+        pads = tuple(zip(step.padding, (max(0, end) for end in ends), strict=True))
+        windows = _Windows(sizes, step.kernel, step.stride, step.dilation, pads)
         return self.builder.pool(
             x,
             average=step.op == "average",
             count_padding=step.count_include_pad,
-            kernel=_two(step.kernel, 1),
-            stride=_two(step.stride, 1),
-            dilation=_two(step.dilation, 1),
-            padding=(*pads[0], *pads[1]),
+            kernel=windows.kernel,
+            stride=windows.stride,
+            dilation=windows.dilation,
+            padding=windows.padding,
+            depth=windows.depth,
             name=step.output,
         )
 
@@ -737,6 +736,24 @@ def labels(step: Step) -> dict[str, Any]:
     return {"name": step.name, "output": step.output}
 
 
-def _two(sizes: tuple[Any, ...], first: Any) -> tuple[Any, Any]:
-    """A pair, of rows and columns, from sizes along one axis or two."""
-    return (first, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+class _Windows:
+    """Windows along one, two or three axes of these sizes, as a builder takes them."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+    ) -> None:
+        self.kernel, self.stride, self.dilation = (_two(each, 1) for each in (kernel, stride, dilation))
+        top_bottom, left_right = _two(padding, (0, 0))
+        self.padding = (*top_bottom, *left_right)
+        deep = len(sizes) == 3
+        self.depth = Depth(sizes[0], kernel[0], stride[0], dilation[0], padding[0]) if deep else None
+
+
+def _two(sizes: Sequence[Any], first: Any) -> tuple[Any, Any]:
+    """A pair, of rows and columns, from sizes along one axis or more."""
+    return (first, sizes[0]) if len(sizes) == 1 else (sizes[-2], sizes[-1])

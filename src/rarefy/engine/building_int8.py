@@ -87,6 +87,8 @@ class Int8Building(Building):
         values = self.plan.values
         operands = tuple(values[name].quantized for name in step.inputs)
         item = Int8(step, operands, values[step.output].quantized)
+        if isinstance(step, Conv | Pool) and len(step.stride) > 2:
+            raise CannotError("native layers of three axes are float32")
         if isinstance(step, Dequantize):
             if step.input not in self.layouts:
                 raise CannotError("what it reads is made elsewhere")

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.engine.functions import CONVOLUTIONS, activate, symmetric_padding
+from rarefy.engine.functions import CONVOLUTIONS, MAX_POOLS, activate, symmetric_padding
 from rarefy.engine.plan import (
     Activation,
     Binary,
@@ -339,11 +339,13 @@ def _pooled(step: Pool, x: Tensor, divisor: int | None) -> Tensor:
         x = x.unsqueeze(2)
     else:
         kernel, stride, padding = sizes
-    found = F.avg_pool2d(x, kernel, stride, padding, step.ceil_mode, step.count_include_pad, divisor)
+    average = F.avg_pool3d if len(step.kernel) == 3 else F.avg_pool2d
+    found: Tensor = average(x, kernel, stride, padding, step.ceil_mode, step.count_include_pad, divisor)
     return found.squeeze(2) if len(step.kernel) == 1 else found
 
 
 def _maximum(step: Pool, x: Tensor) -> Tensor:
-    pool = F.max_pool1d if len(step.kernel) == 1 else F.max_pool2d
-    found: Tensor = pool(x.float(), step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
+    found: Tensor = MAX_POOLS[len(step.kernel)](
+        x.float(), step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode
+    )
     return found.to(torch.uint8)

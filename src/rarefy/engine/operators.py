@@ -671,12 +671,12 @@ def _per_feature(call: Call, name: str, sample: tuple[int, ...] | None) -> Tenso
     return constant.reshape(-1) if constant.numel() == constant.shape[-1] == sample[-1] else None
 
 
-@_handles("max_pool1d.default", "max_pool2d.default")
+@_handles("max_pool1d.default", "max_pool2d.default", "max_pool3d.default")
 def _max_pool(call: Call) -> Step | None:
     return _pool(call, "max", call.args["dilation"], count_include_pad=False)
 
 
-@_handles("avg_pool1d.default", "avg_pool2d.default")
+@_handles("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default")
 def _avg_pool(call: Call) -> Step | None:
     return None if call.given("divisor_override") else _pool(call, "average", 1, call.args["count_include_pad"])
 
@@ -700,7 +700,7 @@ def _pool(call: Call, op: Any, dilation: Any, count_include_pad: bool) -> Step |
     )
 
 
-@_handles("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default")
+@_handles(*(f"adaptive_avg_pool{axes}d.default" for axes in (1, 2, 3)))
 def _adaptive_average(call: Call) -> Step | None:
     x, shape, sizes = call.value("self"), call.shape("self"), call.args["output_size"]
     if x is None or shape is None or len(shape) != len(sizes) + 1 or any(size != 1 for size in sizes):
@@ -714,7 +714,7 @@ def _mean(call: Call) -> Step | None:
     if x is None or shape is None or call.given("dtype"):
         return None
     rank = len(shape) + 1
-    if rank not in (3, 4) or not axes or {axis % rank for axis in axes} != set(range(2, rank)):
+    if rank not in (3, 4, 5) or not axes or {axis % rank for axis in axes} != set(range(2, rank)):
         return _reduce(call, "mean")
     return GlobalAverage(**call.labels, input=x, keepdim=call.args["keepdim"])
 

@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -41,6 +41,16 @@ class NativeError(ValueError):
     """What the native engine refused, in its words."""
 
 
+class _Depth(ctypes.Structure):
+    _fields_ = (
+        ("planes", _INT32),
+        ("kernel", _INT32),
+        ("stride", _INT32),
+        ("dilation", _INT32),
+        ("padding", _Int32x2),
+    )
+
+
 class _Conv(ctypes.Structure):
     _fields_ = (
         ("x", _INT32),
@@ -58,6 +68,7 @@ class _Conv(ctypes.Structure):
         ("weights", _INT64),
         ("bias", _POINTER),
         ("biases", _INT64),
+        ("depth", _Depth),
     )
 
 
@@ -70,6 +81,7 @@ class _Pool(ctypes.Structure):
         ("stride", _Int32x2),
         ("dilation", _Int32x2),
         ("padding", _Int32x4),
+        ("depth", _Depth),
     )
 
 
@@ -245,6 +257,16 @@ def isa(*, whole: bool = False) -> bytes | None:
     """The instruction set to use, as the header takes it: for float32, or with ``whole`` for int8, which has more."""
     asked = kernels.isa()
     return None if asked is None else (asked if whole else _FLOAT32.get(asked, asked)).encode()
+
+
+class Depth(NamedTuple):
+    """A third axis of windows, before rows and columns: the rows of x are those of so many ``planes``."""
+
+    planes: int
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+    padding: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -464,6 +486,10 @@ def bits(number: float) -> int:
     return int(np.float64(number).view(np.int64))
 
 
+def _depth(depth: Depth | None) -> _Depth:
+    return _Depth() if depth is None else _Depth(*depth[:-1], _Int32x2(*depth.padding))
+
+
 def _label(name: str) -> bytes:
     return name.encode()
 
@@ -500,6 +526,7 @@ class Builder:
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
         padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        depth: Depth | None = None,
         groups: int = 1,
         residual: int = -1,
         activation: Activation = "none",
@@ -507,14 +534,14 @@ class Builder:
         choice: str,
         name: str,
     ) -> int:
-        """A convolution: weight (out, in / groups, height, width); padding is top, bottom, left, right."""
+        """A convolution: weight (out, in / groups, [depth,] height, width); padding is top, bottom, left, right."""
         weights, biases = _float32(weight), _float32(bias)
         assert weights is not None
         about = _Conv(
             x=x,
             residual=residual,
             out_channels=weights.shape[0],
-            kernel=_Int32x2(*weights.shape[2:]),
+            kernel=_Int32x2(*weights.shape[-2:]),
             stride=_Int32x2(*stride),
             dilation=_Int32x2(*dilation),
             padding=_Int32x4(*padding),
@@ -526,6 +553,7 @@ class Builder:
             weights=weights.numel(),
             bias=_address(biases),
             biases=0 if biases is None else biases.numel(),
+            depth=_depth(depth),
         )
         return self._add("conv", ctypes.byref(about), name=name)
 
@@ -539,6 +567,7 @@ class Builder:
         stride: tuple[int, int],
         dilation: tuple[int, int],
         padding: tuple[int, int, int, int],
+        depth: Depth | None = None,
         name: str,
     ) -> int:
         """The maximum or average over windows; padding is top, bottom, left, right."""
@@ -550,6 +579,7 @@ class Builder:
             stride=_Int32x2(*stride),
             dilation=_Int32x2(*dilation),
             padding=_Int32x4(*padding),
+            depth=_depth(depth),
         )
         return self._add("pool", ctypes.byref(about), name=name)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.engine import views
-from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, TRANSPOSED, activate, symmetric_padding
+from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, MAX_POOLS, TRANSPOSED, activate, symmetric_padding
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
     MOST_INSTRUCTIONS,
@@ -70,7 +70,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "python.sym_int": torch.sym_int,
 }
 
-_MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d}
+_AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 @functools.cache
@@ -246,9 +246,9 @@ def _binary(both: Callable[[Tensor, Tensor], Tensor], activation: Activation, x:
 
 def _pool(step: Pool, x: Tensor) -> Tensor:
     if step.op == "max":
-        pool = _MAX_POOLS[len(step.kernel)]
+        pool = MAX_POOLS[len(step.kernel)]
         return pool(x, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
-    average = F.avg_pool1d if len(step.kernel) == 1 else F.avg_pool2d
+    average = _AVERAGE_POOLS[len(step.kernel)]
     return average(x, step.kernel, step.stride, step.padding, step.ceil_mode, step.count_include_pad)
 
 

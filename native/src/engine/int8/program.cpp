@@ -49,6 +49,8 @@ std::string check(const Graph &graph, const rarefy_int8_result *steps) {
         if (n.kind == Kind::TENSOR) return refuse("it is computed in float32");
         if (n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU)
             return refuse("a recurrence is computed in float32");
+        if (n.window.depth.in != 1 || n.window.depth.kernel != 1 || n.window.depth.out != 1)
+            return refuse("windows along three axes are computed in float32");
         if (n.activation != RAREFY_NONE) return refuse("an activation is a clamp or a table here");
         if (n.kind != Kind::OUTPUT && (s.zero_point < 0 || s.zero_point > 255))
             return refuse("a zero point must be from 0 to 255, got " + std::to_string(s.zero_point));
