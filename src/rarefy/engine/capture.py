@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
 from rarefy.engine import attending, contractions, operators, recurrent, reference, views
+from rarefy.engine.batch_first import batch_first
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 from rarefy.engine.structure import Flat, title, unwrapped
 
@@ -196,6 +197,8 @@ class _Graph:
         shape = nodes[self.inputs[0]].meta["val"].shape
         self.inputs = [*labels.values()]
         self.batch = str(shape[0]) if shape else "1"
+        if fixed_because is None:
+            batch_first(program.graph, self.inputs)
 
     def _add_constant(self, name: str, value: Any, source: str) -> None:
         if not isinstance(value, Tensor):

@@ -111,9 +111,22 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
     return getattr(node.meta.get("val"), "dtype", None)
 
 
+#: Marks a node, in its ``meta``, whose tensor has the batch in another axis or behind others in dimension 0.
+ASTRAY = "rarefy.astray"
+
+
+def whole_number(size: Any, batch: str, number: int) -> int | None:
+    """A size of a graph where the batch, of that name, has that number; None where it depends on something else."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    symbols = expression.free_symbols
+    return int(expression.subs(dict.fromkeys(symbols, number))) if {str(each) for each in symbols} <= {batch} else None
+
+
 def sample_shape(node: Any, batch: str) -> tuple[int, ...] | None:
     """The shape of a node's tensor without the batch; None where dimension 0 is not it or others are not known."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = node.meta.get("val") if isinstance(node, fx.Node) and ASTRAY not in node.meta else None
     if not isinstance(value, Tensor) or value.dim() == 0 or str(value.shape[0]) != batch:
         return None
     rest = tuple(value.shape[1:])
@@ -123,7 +136,7 @@ def sample_shape(node: Any, batch: str) -> tuple[int, ...] | None:
 def sample_shapes(node: Any, batch: str) -> tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]:
     """``shape``, ``fold`` and ``inner`` of a node's tensor: see :class:`rarefy.engine.plan.Value`."""
     shape = sample_shape(node, batch)
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = node.meta.get("val") if isinstance(node, fx.Node) and ASTRAY not in node.meta else None
     if shape is not None or not isinstance(value, Tensor) or value.dim() < 2:
         return shape, 1, None
     found = re.fullmatch(rf"(\d+)\*{re.escape(batch)}", str(value.shape[0]))
@@ -146,7 +159,8 @@ IDENTITIES = frozenset(
 )
 
 
-_RESHAPES = frozenset(
+#: Operators that keep the order of all numbers.
+RESHAPES = frozenset(
     f"aten.{name}"
     for name in (
         *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unsqueeze.default"),
@@ -158,7 +172,7 @@ _RESHAPES = frozenset(
 def keeps_order(node: fx.Node) -> bool:
     """Whether a node gives all numbers of its first argument, a tensor, in their order, in another shape at most."""
     target, x = str(node.target), node.args[0] if node.args else None
-    if target in _RESHAPES:
+    if target in RESHAPES:
         return isinstance(x, fx.Node)
     if target not in ("aten.select.int", "aten.transpose.int") or not isinstance(x, fx.Node):
         return False

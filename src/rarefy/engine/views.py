@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from rarefy.engine.operators import Call, sample_shapes
+from rarefy.engine.operators import ASTRAY, Call, sample_shapes, whole_number
 from rarefy.engine.places import through as through_view
 from rarefy.engine.plan import Join, Operator, Places, Plan, Ref, Step, View
 
@@ -121,7 +121,7 @@ def through(view: View, x: Tensor) -> tuple[tuple[int, ...], int] | None:
 
 
 #: Operators whose result is a view of what they read, where that lies in one row.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     f"aten.{name}"
     for name in (
         *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int"),
@@ -146,7 +146,7 @@ def captured(call_of: Callable[[fx.Node], Call], node: fx.Node) -> View | None:
         index = None
         if source.target is operator.getitem:
             source, index = source.args
-        if not isinstance(source, fx.Node) or str(source.target) not in _VIEWS:
+        if not isinstance(source, fx.Node) or str(source.target) not in VIEWS:
             return None
         path.append((call_of(source), index))
         source = path[-1][0].args["self"]
@@ -159,7 +159,9 @@ def captured(call_of: Callable[[fx.Node], Call], node: fx.Node) -> View | None:
         return None
     sizes = made if fold_out == 1 else (fold_out, *made)
     numbers, found = fold * math.prod(behind), set[tuple[tuple[int, ...], int]]()
-    for batch in [int(call.batch)] if call.batch.isdigit() else [2, 3]:
+    # Where the batch is amid other axes on the way, it is known to come through whole: one sample is like all.
+    alone = any(ASTRAY in each.node.meta for each, _ in path)
+    for batch in [int(call.batch)] if call.batch.isdigit() else [1] if alone else [2, 3]:
         whole = torch.empty((fold * batch, *behind), device="meta")
         y = _traced(path, whole, batch)
         if y is None or tuple(y.shape) != (fold_out * batch, *made):
@@ -207,10 +209,10 @@ def _number(argument: Any, name: str, batch: int) -> Any:
         return [_number(each, name, batch) for each in argument]
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     if isinstance(value, torch.SymInt):
-        expression = value.node.expr
-        if {str(symbol) for symbol in expression.free_symbols} - {name}:
+        found = whole_number(value, name, batch)
+        if found is None:
             raise LookupError
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+        return found
     if isinstance(value, Tensor):
         raise LookupError
     return value
