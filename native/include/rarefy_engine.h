@@ -74,6 +74,11 @@ enum rarefy_storage {
 //   one, for each of those the share that the next row or column has; 0 of them for nearest.
 // RAREFY_REDUCE: one number of all along some axes, which have the size 1 in the result. numbers: what it is (enum
 //   rarefy_reduction); the axes, 1 for channels and 2 for height and 4 for width, added up. No constants.
+// RAREFY_EMBEDDING: rows of a table, the channels of a pixel each, or one vector that is made of all. x is a vector of
+//   whole numbers as they lie in memory, int32 in one channel or int64 in two, low word first. numbers: how many
+//   channels a whole number has; rows of the table; what is made of the rows, -1 or a sum, a mean or a maximum (enum
+//   rarefy_reduction); height and width of the result. constants: the table. Where x is an input, a run begins with a
+//   look whether all are rows, and fails where one is not.
 //
 // The others read and write their values by *places*: numbers that say, for axes of some sizes, which channel and pixel
 // each index of all axes is. A place is a channel and a pixel to begin with, then for every axis how many channels and
@@ -98,6 +103,7 @@ enum rarefy_function {
     RAREFY_VIEW = 7,
     RAREFY_RESIZE = 8,
     RAREFY_REDUCE = 9,
+    RAREFY_EMBEDDING = 10,
     RAREFY_FUNCTIONS
 };
 
@@ -163,8 +169,8 @@ typedef struct {
     int32_t choice;       // enum rarefy_choice
     const float *weight;  // (out_channels, channels of x / groups, [depth.kernel,] kernel[0], kernel[1]); read during
                           // the call only
-    int64_t weights;    // how many numbers are there
-    const float *bias;  // (out_channels), or NULL
+    int64_t weights;      // how many numbers are there
+    const float *bias;    // (out_channels), or NULL
     int64_t biases;
     rarefy_depth depth;
 } rarefy_conv;

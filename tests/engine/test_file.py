@@ -29,11 +29,18 @@ def make(model, shape, choose="native", precision="float32"):
     return build(optimize(capture(model.eval(), (x,))), (x,), None, precision, choose, 0.0), x
 
 
+class Summed(Vision):
+    """A network with an operator that PyTorch alone has, of a value and a constant."""
+
+    def forward(self, x):
+        return super().forward(x).cumsum(1) + torch.arange(5).bitwise_xor(1)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """An engine with native programs, operators, constants and tensors of its own, its input, and its file."""
     torch.manual_seed(0)
-    compiled, x = make(thinned(Vision()), (3, 16, 16))
+    compiled, x = make(thinned(Summed()), (3, 16, 16))
     path = tmp_path_factory.mktemp("engine") / "vision.engine"
     engine.save(compiled, path)
     return compiled, x, path

@@ -103,6 +103,13 @@ double preparation(const rarefy_program &program) {
 
 void finish_program(rarefy_program &program) {
     for (Step &step : program.steps) finish_step(program, step);
+    program.looked_up.clear();
+    for (size_t i = 0; i < program.steps.size(); ++i)
+        for (size_t k = 0; k < program.inputs.size(); ++k) {
+            const Node &n = program.steps[i].node, &input = program.steps[program.inputs[k]].node;
+            if (n.kind == Kind::TENSOR && n.function == RAREFY_EMBEDDING && n.x == input.out)
+                program.looked_up.push_back({static_cast<int32_t>(i), static_cast<int32_t>(k)});
+        }
     for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.discard_floats})
         *floats = (*floats + 63) / 32 * 32;
     program.banded = make_banded_plan(program);

@@ -198,6 +198,7 @@ struct rarefy_program {
     rarefy::engine::Plan banded;  // with chains; for threads that have images of their own
     std::vector<rarefy::engine::Step> steps;
     std::vector<int32_t> inputs, outputs;                            // steps
+    std::vector<std::pair<int32_t, int32_t>> looked_up;              // embeddings of inputs: step, input
     int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
     double tune_seconds = 0.0;
 

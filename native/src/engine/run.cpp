@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "engine/program.h"
+#include "engine/tensor.h"
 #include "engine/threads.h"
 
 namespace rarefy::engine {
@@ -120,6 +120,10 @@ rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int
         const std::string wrong = check_call(call, static_cast<int64_t>(program->steps.size()), sizes(program->inputs),
                                              sizes(program->outputs));
         if (!wrong.empty()) return fail(error, size, wrong);
+        for (const auto &[step, input] : program->looked_up) {
+            const std::string none = check_rows(program->steps[step], read[input].data, read[input].floats);
+            if (!none.empty()) return fail(error, size, none);
+        }
         const Plan &plan = program->plan_for(batch, seconds ? 1 : threads);
         std::vector<std::vector<int64_t>> begins(static_cast<size_t>(threads),
                                                  std::vector<int64_t>(plan.values.size(), 0));

@@ -6,8 +6,9 @@ namespace rarefy::engine {
 
 namespace {
 
-const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM,  &GROUP_NORM, &MATMUL, &SOFTMAX,
-                                                     &ATTENTION,  &POINTWISE, &VIEW,       &RESIZE, &REDUCE};
+const Function *const FUNCTIONS[RAREFY_FUNCTIONS] = {&LAYER_NORM, &RMS_NORM,  &GROUP_NORM, &MATMUL,
+                                                     &SOFTMAX,    &ATTENTION, &POINTWISE,  &VIEW,
+                                                     &RESIZE,     &REDUCE,    &EMBEDDING};
 
 }  // namespace
 

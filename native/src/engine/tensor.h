@@ -29,7 +29,11 @@ struct Function {
     void (*run)(const Frame &frame, const Step &step, int64_t image);
 };
 
-extern const Function LAYER_NORM, RMS_NORM, GROUP_NORM, MATMUL, SOFTMAX, ATTENTION, POINTWISE, VIEW, RESIZE, REDUCE;
+extern const Function LAYER_NORM, RMS_NORM, GROUP_NORM, MATMUL, SOFTMAX, ATTENTION, POINTWISE, VIEW, RESIZE, REDUCE,
+    EMBEDDING;
+
+// An empty string, or what is wrong with the whole numbers that an embedding is given.
+std::string check_rows(const Step &step, const float *words, int64_t numbers);
 
 const Function &function_of(const Node &node);
 std::string infer_tensor(const Graph &graph, const Node &node, const Given &given, Shape *out);

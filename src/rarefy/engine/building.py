@@ -23,6 +23,7 @@ from rarefy.engine.plan import (
     Concat,
     Conv,
     ConvTranspose,
+    Embedding,
     Flatten,
     GlobalAverage,
     GroupNorm,
@@ -63,28 +64,36 @@ from rarefy.engine.views import apart, in_order, of_places, row_major
 _READS_PLANES = tuple(kind for kind in NATIVE if kind is not View)
 
 
+#: Whole numbers that programs read, by their bytes.
+INTEGERS = {4: torch.int32, 8: torch.int64}
+
+
 @dataclass(frozen=True)
 class SegmentPort:
     """A value that goes into or comes out of a program: its shape behind the axes that the program counts as batch.
 
     Programs read and write float32; ``quantized`` is what the bytes of a value mean that are bytes outside, too. One
-    sample of the program are ``fold`` entries of dimension 0.
+    sample of the program are ``fold`` entries of dimension 0. ``integer`` is how many bytes each number of a value of
+    whole numbers has, which goes in as it is; 0 where it is float32.
     """
 
     value: str
     shape: tuple[int, ...]
     quantized: Quantized | None = None
     fold: int = 1
+    integer: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the value outside."""
+        if self.integer:
+            return INTEGERS[self.integer]
         return torch.float32 if self.quantized is None else torch.uint8
 
     @property
     def numbers(self) -> int:
-        """Of one sample."""
-        return self.fold * math.prod(self.shape)
+        """Of one sample, as the program has them."""
+        return self.fold * math.prod(self.shape) * max(1, self.integer // 4)
 
     def batch(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The axes that the program counts as batch, of a tensor of that shape, ``fold`` taken out of the first.
@@ -132,12 +141,12 @@ class NativeSegment:
     ) -> list[Tensor]:
         """The outputs for the inputs; the time of each step is added to ``seconds``."""
         inputs = [self._input(x, port) for x, port in zip(values, self.inputs, strict=True)]
-        batch = self.inputs[0].batch(inputs[0].shape)
-        for x, port in zip(inputs, self.inputs, strict=True):
+        batch = self.inputs[0].batch(values[0].shape)
+        for x, port in zip(values, self.inputs, strict=True):
             if port.batch(x.shape) != batch:  # the program would read past the end of the shorter
                 raise ValueError(
                     f"{port.value} of the shape {tuple(x.shape)} and {self.inputs[0].value} of the shape "
-                    f"{tuple(inputs[0].shape)} must have the same axes before the last {len(port.shape)}"
+                    f"{tuple(values[0].shape)} must have the same axes before the last {len(port.shape)}"
                 )
         outputs = [torch.empty(port.whole(batch), dtype=torch.float32) for port in self.outputs]
         if (count := math.prod(batch)) > 0:
@@ -147,7 +156,7 @@ class NativeSegment:
     def _input(self, x: Tensor, port: SegmentPort) -> Tensor:
         if x.dtype is not port.dtype:
             raise ValueError(f"{port.value} must be {port.dtype}, got {x.dtype}")
-        return x.float().resolve_neg().contiguous()
+        return x.contiguous().view(torch.float32) if port.integer else x.float().resolve_neg().contiguous()
 
 
 def _as_bytes(y: Tensor, port: SegmentPort) -> Tensor:
@@ -310,6 +319,8 @@ class Building:
             case GlobalAverage():
                 (x,) = self._values(step.inputs, CHANNELS_FIRST)
                 return CHANNELS_FIRST if step.keepdim else None, self.builder.global_average(x, name=name)
+            case Embedding():
+                return self._embedding(step)
             case Reduce():
                 return self._reduce(step)
             case Concat():
@@ -435,6 +446,21 @@ class Building:
         numbers = [int(step.mode == "bilinear"), *step.sizes, *(int(place) for taken, _ in tables for place in taken)]
         shares = [share for _, share in tables] if step.mode == "bilinear" else []
         return self.builder.tensor("resize", [x], numbers, shares, name=step.output)
+
+    def _embedding(self, step: Embedding) -> tuple[int | None, int]:
+        made, value = self.plan.values[step.output].sample, self.plan.values[step.input]
+        if self.rows or not made or value.shape is None:
+            raise CannotError("its samples are not those of the network")
+        key = (step.input, CHANNELS_FIRST)
+        if key not in self.ids:
+            port = SegmentPort(step.input, value.shape, integer=value.dtype.itemsize)
+            self.ids[key] = self.builder.input((port.numbers, 1, 1), CHANNELS_FIRST, step.input)
+            self.inputs[key] = port
+        reduction = -1 if step.reduction is None else REDUCTIONS.index(step.reduction)
+        pixels = geometry(made, CHANNELS_LAST)[1:]
+        numbers = [value.dtype.itemsize // 4, len(step.weight), reduction, *pixels]
+        number = self.builder.tensor("embedding", [self.ids[key]], numbers, [step.weight], name=step.output)
+        return None if len(made) == 1 else CHANNELS_LAST, number
 
     def _reduce(self, step: Reduce) -> tuple[int | None, int]:
         if self.rows:

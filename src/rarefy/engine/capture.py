@@ -36,6 +36,10 @@ _LAID_OUT = frozenset(
 )
 
 
+#: Operators of several results of which a step gives the first.
+_FIRST = ("aten._native_batch_norm", "aten.batch_norm", "aten.max.dim", "aten.min.dim", "aten.embedding_bag")
+
+
 class CaptureError(ValueError):
     """A model that cannot be traced; the message names the operator and the line of the model's code."""
 
@@ -318,7 +322,7 @@ class _Graph:
         if isinstance(node.target, OpOverload):
             handler = attending.handler(str(node.target)) or operators.handler(str(node.target))
             float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
-            first = "batch_norm" in str(node.target) or str(node.target) in ("aten.max.dim", "aten.min.dim")
+            first = str(node.target).startswith(_FIRST)
             if handler is not None and (float32 or first):
                 step = handler(self._call(node))
                 if step is not None:

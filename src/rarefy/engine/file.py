@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rarefy._files import write_atomically
 from rarefy.engine import int8, plan, programs
-from rarefy.engine.building import NativeSegment, Options, SegmentPort
+from rarefy.engine.building import INTEGERS, NativeSegment, Options, SegmentPort
 from rarefy.engine.building_int8 import Int8Segment, again
 from rarefy.engine.building_recurrent import RecurrentSegment
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
@@ -493,10 +493,17 @@ class _Reader:
             ports = []
             for name, given in (("inputs", program.ports(outputs=False)), ("outputs", program.ports(outputs=True))):
                 told = tuple(
-                    SegmentPort(_text(port["value"]), _sizes(port["shape"]), fold=_sizes([port["fold"]])[0])
+                    SegmentPort(
+                        _text(port["value"]),
+                        _sizes(port["shape"]),
+                        fold=_sizes([port["fold"]])[0],
+                        integer=port["integer"],
+                    )
                     for port in about[name]
                 )
-                if [port.numbers for port in told] != [math.prod(shape) for shape, _ in given]:
+                if any(port.integer not in ({0} if name == "outputs" else {0, *INTEGERS}) for port in told) or [
+                    port.numbers for port in told
+                ] != [math.prod(shape) for shape, _ in given]:
                     raise ValueError(f"a program has other {name}")
                 ports.append(told)
             steps = tuple(map(_text, about["steps"]))

@@ -13,7 +13,7 @@ from rarefy.engine.building_recurrent import recurrent
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Norm, Operator, Plan, Pointwise, Quantize, Recurrence, Step
+from rarefy.engine.plan import Embedding, Norm, Operator, Plan, Pointwise, Quantize, Recurrence, Step
 from rarefy.engine.programs import NativeError, Program
 
 #: What an engine runs one after the other.
@@ -124,7 +124,7 @@ class _Lowering:
         """Whether it takes less time than the way into a program and out of it."""
         if isinstance(step, Pointwise):
             return len(step.code) * math.prod(self.options.shapes[step.output]) < _HEAVY
-        return isinstance(step, Norm)
+        return isinstance(step, (Norm, Embedding))
 
     def _in_torch(self, runnable: Step | Int8, reason: str) -> None:
         for name in runnable.inputs:

@@ -22,6 +22,7 @@ from rarefy.engine.plan import (
     Concat,
     Conv,
     ConvTranspose,
+    Embedding,
     Flatten,
     GlobalAverage,
     GroupNorm,
@@ -758,6 +759,39 @@ def _reduce(call: Call, op: Reduction) -> Step | None:
     if axes[0] < 0 or alone or 0 in shape:
         return None
     return Reduce(**call.labels, input=x, op=op, axes=axes, keepdim=call.args["keepdim"])
+
+
+@_handles("embedding.default")
+def _embedding(call: Call) -> Step | None:
+    return _rows_of(call, call.args["indices"], None)
+
+
+@_handles("embedding_bag.default", "embedding_bag.padding_idx")
+def _embedding_bag(call: Call) -> Step | None:
+    """Bags that are the rows of a matrix of whole numbers: what :class:`torch.nn.EmbeddingBag` makes of one."""
+    given, offsets, padding = call.args["indices"], call.args["offsets"], call.args.get("padding_idx")
+    if any(user.target is operator.getitem and user.args[1] != 0 for user in call.node.users):
+        return None
+    if call.given("per_sample_weights") or call.args["include_last_offset"] or padding not in (None, -1):
+        return None
+    if not (_is_call(given, "view.default", "reshape.default") and _is_call(offsets, "arange.start_step")):
+        return None
+    whole = given.args[0]
+    shape, (begin, _, step) = sample_shape(whole, call.batch), (*offsets.args, 1)[:3]
+    if shape is None or len(shape) != 1 or (begin, step) != (0, shape[0]):
+        return None
+    return _rows_of(call, whole, ("sum", "mean", "max")[call.args["mode"]])
+
+
+def _rows_of(call: Call, indices: Any, reduction: Reduction | None) -> Step | None:
+    weight = call.constant("weight")
+    known = isinstance(indices, fx.Node) and indices.name in call.constants
+    shape = None if known else sample_shape(indices, call.batch)
+    if weight is None or weight.dim() != 2 or shape is None or _dtype(indices) not in (torch.int32, torch.int64):
+        return None
+    if 0 in (*weight.shape, *shape) or len(shape) > 2:
+        return None
+    return Embedding(**call.layer(), input=indices.name, weight=weight, reduction=reduction)
 
 
 @_handles("cat.default")

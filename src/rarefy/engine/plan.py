@@ -285,6 +285,26 @@ class Reduce(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Embedding(Step):
+    """Rows of ``weight`` (rows, features) by whole numbers: (B, ...) -> (B, ..., features).
+
+    With a ``reduction``, which is a sum, a mean or a maximum, it is that of all rows along the last axis of the input.
+    """
+
+    input: str
+    weight: Tensor
+    reduction: Reduction | None = None
+
+    def __post_init__(self) -> None:
+        if self.reduction not in (None, "sum", "mean", "max"):
+            raise ValueError(f"an embedding gives rows, their sum, mean or maximum, got {self.reduction!r}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.input,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Concat(Step):
     """The channels of all operands, one after the other."""
 
@@ -711,7 +731,7 @@ class Pointwise(Step):
 #: The steps that a native kernel may compute.
 NATIVE = (
     *(Conv, ConvTranspose, Linear, Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Resize, Flatten),
-    *(Reduce, View, Join, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention),
+    *(Embedding, Reduce, View, Join, Norm, GroupNorm, Pointwise, MatMul, Softmax, Attention),
     *(LSTMCell, LSTMHidden, GRUGates, Recurrence),
 )
 #: The steps on quantised values alone, and those into and out of them.

@@ -20,7 +20,17 @@ from rarefy.kernels import _library
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 #: Functions of whole values, in the order of ``rarefy_function``.
 Function = Literal[
-    "layer norm", "rms norm", "group norm", "matmul", "softmax", "attention", "pointwise", "view", "resize", "reduce"
+    "layer norm",
+    "rms norm",
+    "group norm",
+    "matmul",
+    "softmax",
+    "attention",
+    "pointwise",
+    "view",
+    "resize",
+    "reduce",
+    "embedding",
 ]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 #: Operations of expressions, in the order of ``rarefy_operation``.

@@ -29,6 +29,7 @@ from rarefy.engine.plan import (
     Concat,
     Conv,
     ConvTranspose,
+    Embedding,
     Flatten,
     GlobalAverage,
     GroupNorm,
@@ -144,6 +145,10 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
             compute = functools.partial(_pool, step)
         case GlobalAverage():
             compute = functools.partial(_global_average, step)
+        case Embedding(reduction=None):
+            return torch.embedding, (step.weight, Ref(step.input)), {}
+        case Embedding():
+            compute = functools.partial(F.embedding_bag, weight=step.weight, mode=str(step.reduction))
         case Reduce():
             compute = functools.partial(_reduce, step)
         case Concat():
