@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import attending, contractions, operators, recurrent, reference, views
+from rarefy.engine import attending, contractions, operators, rearranged, recurrent, reference, views
 from rarefy.engine.batch_first import batch_first
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 from rarefy.engine.structure import Flat, title, unwrapped
@@ -96,7 +96,7 @@ def _export(
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
     result: ExportedProgram = program.run_decompositions(
-        {**recurrent.decompositions(), **contractions.decompositions()}
+        {**recurrent.decompositions(), **contractions.decompositions(), **rearranged.decompositions()}
     )
     return result
 

@@ -37,6 +37,7 @@ from rarefy.engine.plan import (
     Resize,
     Step,
     Upsample,
+    View,
 )
 
 
@@ -831,6 +832,22 @@ def _side_by_side(call: Call, stacked: bool) -> Step | None:
         begins=tuple(begins),
         folded=folded,
     )
+
+
+@_handles("flip.default")
+def _flip(call: Call) -> Step | None:
+    """The numbers along some axes backwards."""
+    x, sample = call.value("self"), call.shape("self")
+    if x is None or not sample or 0 in sample:
+        return None
+    turned = {axis % (len(sample) + 1) - 1 for axis in call.args["dims"]}
+    strides = [*contiguous(x, sample, [*range(len(sample))], len(sample)).strides]
+    if -1 in turned:
+        return None
+    offset = sum((sample[axis] - 1) * strides[axis] for axis in turned)
+    backwards = tuple(-each if axis in turned else each for axis, each in enumerate(strides))
+    numbers = math.prod(sample)
+    return View(**call.labels, input=x, numbers=numbers, sizes=sample, strides=backwards, offset=offset)
 
 
 @_handles("roll.default")

@@ -17,8 +17,10 @@ from rarefy.engine.plan import (
     Conv,
     ConvTranspose,
     Linear,
+    Operator,
     Plan,
     Pointwise,
+    Ref,
     Step,
     View,
 )
@@ -32,7 +34,7 @@ def optimize(plan: Plan) -> Plan:
     """Fold per-channel factors into the layer before, then fuse residual additions and activations into it."""
     plan = _before_reshapes(plan)
     plan = float_masks(join_attention(_without_unused(absorb_views(_without_unused(simplify(plan))))))
-    for rewrite in (_fold_affine, _fuse_residual, _fuse_activation):
+    for rewrite in (_fuse_padding, _fold_affine, _fuse_residual, _fuse_activation):
         plan = _rewritten(_without_unused(plan), rewrite)
     plan, before = _rewritten(plan, _fuse_pointwise), plan
     while len(plan.steps) < len(before.steps):
@@ -88,6 +90,27 @@ def _before_reshapes(plan: Plan) -> Plan:
             made[view.output] = replace(step, input=view.input, output=view.output)
             made[step.output] = replace(view, input=view.output, output=step.output)
     return replace(plan, steps=tuple(made.values()), values=values)
+
+
+def _fuse_padding(plan: Plan, only_use: Callable[[str], Step | None], step: Step) -> tuple[Step, Step] | None:
+    """Zeros around the input of a convolution become the convolution's own."""
+    before = only_use(step.input) if isinstance(step, Conv) else None
+    match before:
+        case Operator(target="aten.pad.default", args=(Ref(x), [*pads], *rest), kwargs=kwargs) if not kwargs:
+            mode, value = (*rest, "constant", None)[:2] if len(rest) < 2 else rest
+        case Operator(target="aten.constant_pad_nd.default", args=(Ref(x), [*pads], *rest), kwargs=kwargs) if (
+            not kwargs
+        ):
+            mode, value = "constant", (*rest, None)[0]
+        case _:
+            return None
+    assert isinstance(step, Conv)
+    pairs = [*zip(pads[::2], pads[1::2], strict=True)][::-1]  # of the last axes, from the first of them on
+    if mode != "constant" or value not in (None, 0) or len(pairs) > len(step.padding) or min(pads) < 0:
+        return None
+    added = [(0, 0)] * (len(step.padding) - len(pairs)) + pairs
+    padding = tuple((a + c, b + d) for (a, b), (c, d) in zip(step.padding, added, strict=True))
+    return before, replace(step, input=x, padding=padding)
 
 
 def _fold_affine(plan: Plan, only_use: Callable[[str], Step | None], step: Step) -> tuple[Step, Step] | None:
