@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 def program(zeros: float, batch: int) -> Int8Program:
-    """The same block in the engine's int8, of random weights: all of them, or in windows."""
+    """The same block in the engine's int8, of random weights: all of them, or taken as the engine does by rule."""
     chance = torch.Generator().manual_seed(0)
     builder, made = programs.Builder(), [Result(zero_point=128, multiplier=32.0, bias=128.0)]
 
@@ -74,7 +74,7 @@ def program(zeros: float, batch: int) -> Int8Program:
                 multipliers=factors,
                 biases=biases,
                 other=0.0 if residual < 0 else 0.5,
-                layout="windows" if zeros else "dense",
+                layout=None if zeros else "dense",
             )
         )
         return builder.conv(
