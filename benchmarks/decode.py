@@ -157,7 +157,15 @@ def measure(batch: int, threads: int, rounds: int, ways: Mapping[Name, Way]) -> 
 
 
 def tables(rows: Sequence[Mapping[str, str]]) -> str:
-    """The stored results."""
+    """The stored results, a table for each processor."""
+    parts = []
+    for cpu in dict.fromkeys(row["cpu"] for row in rows):
+        parts.append(f"{cpu}\n\n{table([row for row in rows if row['cpu'] == cpu])}")
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of one processor."""
     lines = []
     for row in rows:
         name = f"{row['runtime']}, {row['precision']}" + (f", {float(row['zeros']):.0%} zeros" if float(row["zeros"])
@@ -185,13 +193,15 @@ def main() -> None:
     if arguments.print:
         print(tables(results.read("decode")))
         return
+    cpu = results.provenance()["cpu"]
+    kept = [row for row in results.read("decode") if row["cpu"] != cpu]
     rows: list[dict[str, Any]] = []
     others = peers()
     for batch, every in BATCHES.items():
         ways = {(OURS, "int8", zeros): ours(zeros, batch) for zeros in every}
         for threads in (1, 2) if batch == 1 else (1,):
             rows += measure(batch, threads, arguments.rounds, {**ways, **others})
-        results.write("decode", rows)
+        results.write("decode", [*kept, *rows])
     print(tables(results.read("decode")))
 
 
