@@ -58,7 +58,7 @@ void conv_vector(const Frame &f, const Step &s, int64_t at) {
         const int64_t n = std::min<int64_t>(call.rows - from, 64);
         float *at_row = call.y + from * y.stride;
         for (int64_t r = 0; r < n; ++r) some[r] = at_row[r * y.stride];
-        f.program->kernels->activate(s.node.activation, some, some, n);
+        f.program->kernels->activate(s.node.activation, s.mode(), some, some, n);
         for (int64_t r = 0; r < n; ++r) at_row[r * y.stride] = some[r];
     }
 }
@@ -143,7 +143,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
         if (clamp.rest) {
             const int64_t last_row = std::min<int64_t>(rows, last_chunk * CHUNK_ROWS);
             for (int64_t r = first_chunk * CHUNK_ROWS; r < last_row; ++r)
-                k.activate(s.node.activation, call.y + r * y.stride, call.y + r * y.stride, tile.pixels);
+                k.activate(s.node.activation, s.mode(), call.y + r * y.stride, call.y + r * y.stride, tile.pixels);
         }
     }
 }
@@ -191,7 +191,8 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
             f.program->kernels->depthwise(&call);
             if (clamp.rest) {
                 float *done = call.y + call.first_row * w.out_w;
-                f.program->kernels->activate(s.node.activation, done, done, (call.last_row - call.first_row) * w.out_w);
+                f.program->kernels->activate(s.node.activation, s.mode(), done, done,
+                                             (call.last_row - call.first_row) * w.out_w);
             }
             unit = end;
         }
@@ -262,7 +263,7 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
         } else {
             (s.node.multiply ? k.multiply : k.add)(from, other.at + c * other.stride, to, n, clamp.low, clamp.high);
         }
-        if (clamp.rest) k.activate(s.node.activation, to, to, n);
+        if (clamp.rest) k.activate(s.node.activation, s.mode(), to, to, n);
     }
 }
 
@@ -331,8 +332,8 @@ void lstm(const Frame &f, const Step &s, int64_t at, int64_t images) {
         const auto gate = [&](int64_t i) { return gates.at + (i * n + unit) * gates.stride; };
         const float *state = c.at + unit * c.stride;
         float *out = y.at + unit * y.stride;
-        if (s.node.kind == Kind::LSTM_CELL) k.lstm_cell(gate(0), gate(1), gate(2), state, out, count);
-        else k.lstm_hidden(gate(3), state, out, count);
+        if (s.node.kind == Kind::LSTM_CELL) k.lstm_cell(s.mode(), gate(0), gate(1), gate(2), state, out, count);
+        else k.lstm_hidden(s.mode(), gate(3), state, out, count);
     });
 }
 
@@ -346,7 +347,7 @@ void gru(const Frame &f, const Step &s, int64_t at, int64_t images) {
             xs[i] = x.at + (i * n + unit) * x.stride;
             hs[i] = h.at + (i * n + unit) * h.stride;
         }
-        f.program->kernels->gru(xs, hs, state.at + unit * state.stride, y.at + unit * y.stride, count);
+        f.program->kernels->gru(s.mode(), xs, hs, state.at + unit * state.stride, y.at + unit * y.stride, count);
     });
 }
 
