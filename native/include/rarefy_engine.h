@@ -234,8 +234,8 @@ typedef struct {
 } rarefy_tensor;
 int32_t rarefy_builder_tensor(rarefy_builder *builder, const rarefy_tensor *tensor, const char *name, char *error,
                               int64_t size);
-// The activation of the convolution, binary or affine step that makes x, or the gates of the recurrent one, are computed
-// in a mode (enum rarefy_mode); table is that of RAREFY_KTANH, NULL in the others. Returns 0.
+// The activation of the convolution, binary or affine step that makes x, or the gates of the recurrent one, are
+// computed in a mode (enum rarefy_mode); table is that of RAREFY_KTANH, NULL in the others. Returns 0.
 int32_t rarefy_builder_mode(rarefy_builder *builder, int32_t x, int32_t mode, const rarefy_shift32 *table, char *error,
                             int64_t size);
 // Makes a value a result of the program; returns 0.

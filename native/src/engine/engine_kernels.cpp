@@ -709,7 +709,8 @@ inline void additive_tokens(const Additive &a, const M &by, int64_t row, int64_t
     RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] = all(0.0f);
     const auto add_span = [&](int64_t i, const auto &at) {
         const V q = at(query + i), v = at(a.vector + i);
-        RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] = fma(v, by.tanh_of(add(at(keys + t * a.width + i), q)), sum[t]);
+        RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] =
+            fma(v, by.tanh_of(add(at(keys + t * a.width + i), q)), sum[t]);
     };
     int64_t i = 0;
     for (; i + L <= a.width; i += L) add_span(i, [](const float *p) { return loadu(p); });
