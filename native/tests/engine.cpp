@@ -1,6 +1,7 @@
 // The engine against sums in double, under every instruction set of this CPU; saved programs, whole, cut and altered;
 // threads. For sanitizers: every input and output ends where its numbers end. Usage: engine [cases [kernels]]; with
 // "kernels" no files and no threads, which take an emulated processor too long.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -571,6 +572,41 @@ void modes(const char *isa) {
     }
 }
 
+// A table in a file: it is there again, and one that was altered, checksum and all, is refused.
+void tables_in_files(const char *isa) {
+    rarefy_shift32 table = some_table();
+    Builder b;
+    const int32_t y =
+        b.check(rarefy_builder_affine(b.b, b.input(1, 1, 100), nullptr, nullptr, 0, RAREFY_SILU, "y", b.error, 256));
+    b.check(rarefy_builder_mode(b.b, y, RAREFY_KTANH, &table, b.error, 256));
+    b.output(y);
+    const Program p = b.finish(isa);
+    const size_t size = static_cast<size_t>(rarefy_program_size(p.get()));
+    std::unique_ptr<uint8_t, void (*)(void *)> memory(
+        static_cast<uint8_t *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free);
+    uint8_t *data = memory.get();
+    const auto load = [&] {
+        const uint64_t sum = rarefy::engine::block_sum(data, size);
+        std::memcpy(data + rarefy::engine::CHECKSUM_AT, &sum, sizeof sum);
+        return Program(rarefy_program_load(data, static_cast<int64_t>(size), isa, b.error, 256), rarefy_program_free);
+    };
+    rarefy_program_save(p.get(), data);
+    const Floats x = numbers(100);
+    const Program again = load();
+    expect(again && same(run(p.get(), {x}, 100, 1, 1), run(again.get(), {x}, 100, 1, 1)), "a table in a file");
+    const std::vector<int64_t> numbers = rarefy::engine::numbers_of(table);
+    const uint8_t *first = reinterpret_cast<const uint8_t *>(numbers.data()), *end = first + numbers.size() * 8;
+    uint8_t *at = std::search(data, data + size, first, end);
+    expect(at != data + size, "the numbers of a table");
+    // identity_below, saturate_above, one, last, index_shift, mantissa_mask; shifts; none of them fits
+    for (const auto &[field, value] : std::initializer_list<std::pair<int32_t, int64_t>>{
+             {0, 0}, {1, 0}, {2, 1}, {3, 1}, {4, 40}, {5, -1}, {8, 32}, {39, -1}, {71, int64_t{1} << 32}}) {
+        rarefy_program_save(p.get(), data);
+        std::memcpy(at + 8 * field, &value, sizeof value);
+        expect(load() == nullptr, "a table with another number " + std::to_string(field));
+    }
+}
+
 // Modes that a builder refuses.
 void refused_modes() {
     Builder b;
@@ -609,6 +645,7 @@ int main(int argc, char **argv) {
         recurrences(isa.c_str());
         modes(isa.c_str());
         if (all) {
+            tables_in_files(isa.c_str());
             threads(isa);
             groups(isa.c_str());
         }

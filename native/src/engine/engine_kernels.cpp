@@ -734,6 +734,10 @@ void additive_scores(const float *keys, const float *queries, const float *vecto
     parallel_for(rows * tokens * width < SERIAL ? 1 : threads, rows, additive_row, &call);
 }
 
+// ---- search
+
+#include "best-inl.h"
+
 // ---- the table
 
 template <int R, int T>
@@ -794,7 +798,8 @@ const Kernels *engine_functions() {
 }  // namespace
 
 extern const rarefy_kernel engine_kernels[] = {RAREFY_KERNEL("engine", engine_functions),
-                                               RAREFY_KERNEL("additive_scores", additive_scores)};
+                                               RAREFY_KERNEL("additive_scores", additive_scores),
+                                               RAREFY_KERNEL("best_of_rows", best_of_rows)};
 extern const int64_t engine_kernel_count = sizeof engine_kernels / sizeof *engine_kernels;
 
 }  // namespace RAREFY_ISA

@@ -614,15 +614,15 @@ class Builder:
         """All numbers as a vector."""
         return self._add("flatten", x, name=name)
 
-    def lstm_cell(self, gates: int, c: int, *, mode: str, table: str, name: str) -> int:
+    def lstm_cell(self, gates: int, c: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """An LSTM's new cell, of the gates before their activations and the cell before."""
         return self._moded(self._add("lstm_cell", gates, c, name=name), f"tanh {mode} {table}")
 
-    def lstm_hidden(self, gates: int, c: int, *, mode: str, table: str, name: str) -> int:
+    def lstm_hidden(self, gates: int, c: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """An LSTM's result, of the same gates and the new cell."""
         return self._moded(self._add("lstm_hidden", gates, c, name=name), f"tanh {mode} {table}")
 
-    def gru(self, x: int, h: int, state: int, *, mode: str, table: str, name: str) -> int:
+    def gru(self, x: int, h: int, state: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """A GRU's result, of the products of input and state with their weights, and the state before."""
         return self._moded(self._add("gru", x, h, state, name=name), f"tanh {mode} {table}")
 
