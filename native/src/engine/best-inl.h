@@ -1,4 +1,4 @@
-// The largest numbers of rows, and the logarithm of the sum of their exponentials: what a search needs of logits.
+// The largest numbers of rows, and what log-softmax takes off them: what a search needs of logits.
 // Included by engine_kernels.cpp, after activations-inl.h.
 #pragma once
 
@@ -7,7 +7,7 @@ struct Best {
     int64_t width, count;
     float *values;    // rows * count, falling
     int64_t *places;  // in the row; of equal numbers the first ones
-    float *totals;    // rows
+    float *totals;    // rows: the logarithm of the sum of e^(x - the largest)
 };
 
 // e^(x - most) of n numbers, added up; most is the largest.
@@ -49,9 +49,8 @@ void best_row(void *context, int64_t row) {
     }
     alignas(64) float sum[L] = {};
     sum[0] = sum_below(x, b.width, values[0]);
-    V logarithms = logarithm(load(sum));
-    store(sum, logarithms);
-    b.totals[row] = values[0] == -__builtin_inff() ? values[0] : values[0] + sum[0];
+    store(sum, logarithm(load(sum)));
+    b.totals[row] = sum[0];
 }
 
 // values and places: rows * count; totals: rows. count is from 1 to width.

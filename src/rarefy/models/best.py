@@ -38,8 +38,7 @@ def best(logits: Tensor, count: int) -> Best:
     logits = logits.detach().float()
     kernel = kernels.find("best_of_rows", None, *_ARGUMENTS) if logits.device.type == "cpu" else None
     if kernel is None:
-        values, tokens = logits.topk(count, 1)
-        return Best(values - logits.logsumexp(1, keepdim=True), tokens)
+        return Best(*logits.log_softmax(1).topk(count, 1))
     rows, width = logits.shape
     logits = logits.resolve_neg().contiguous()
     values, totals = torch.empty(rows, count), torch.empty(rows, 1)
@@ -47,4 +46,4 @@ def best(logits: Tensor, count: int) -> Best:
     if rows:
         places = [kernels.address(each) for each in (values, tokens, totals)]
         kernel(kernels.address(logits), rows, width, count, *places, torch.get_num_threads())
-    return Best(values - totals, tokens)
+    return Best((values - values[:, :1]) - totals, tokens)
