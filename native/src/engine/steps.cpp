@@ -351,6 +351,33 @@ void gru(const Frame &f, const Step &s, int64_t at, int64_t images) {
     });
 }
 
+// Vectors of images that lie together: channels by images here, images by channels there.
+void port_vectors(const Frame &f, const Step &s, int64_t at, int64_t images, int32_t id, int32_t number,
+                  const Share &mine) {
+    constexpr int64_t SQUARE = 16;  // a line of a cache each way
+    const int64_t channels = f.plan->values[id].shape.channels, begin = (f.first_image + at) * channels;
+    const bool input = s.node.kind == Kind::INPUT;
+    const View ours = view(f, id, at);
+    const auto over = [&](const auto &move) {
+        for (int64_t c0 = mine.from; c0 < mine.to; c0 += SQUARE)
+            for (int64_t i0 = 0; i0 < images; i0 += SQUARE)
+                move(c0, std::min(mine.to, c0 + SQUARE), i0, std::min(images, i0 + SQUARE));
+    };
+    if (input) {
+        const float *in = f.inputs[number] + begin;
+        over([&](int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
+            for (int64_t c = c0; c < c1; ++c)
+                for (int64_t i = i0; i < i1; ++i) ours.at[c * ours.stride + i] = in[i * channels + c];
+        });
+    } else {
+        float *out = f.outputs[number] + begin;
+        over([&](int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
+            for (int64_t i = i0; i < i1; ++i)
+                for (int64_t c = c0; c < c1; ++c) out[i * channels + c] = ours.at[c * ours.stride + i];
+        });
+    }
+}
+
 // Between the caller's layout and ours.
 void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const bool input = s.node.kind == Kind::INPUT;
@@ -362,6 +389,8 @@ void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
     if (v.place == (input ? Place::INPUT : Place::OUTPUT) && v.port == number) return;
     const int64_t pixels = v.shape.pixels(), channels = v.shape.channels;
     const Share mine(f, channels);
+    const bool together = v.place == Place::ARENA && at % v.group + images <= v.group;
+    if (pixels == 1 && together) return port_vectors(f, s, at, images, id, number, mine);
     for (int64_t i = 0; i < images; ++i) {
         const View ours = view(f, id, at + i);
         const int64_t begin = (f.first_image + at + i) * v.shape.size();
