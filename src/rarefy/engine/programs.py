@@ -405,8 +405,8 @@ class Program:
 
 
 #: How an int8 layer takes its weights: any four that are not zero, those of four channels together, all of them, or, in
-#: layers of vectors, those that are not zero of some rows in windows of columns.
-Layout = Literal["quads", "blocks", "dense", "windows"]
+#: layers of vectors, those that are not zero of some rows in windows of columns or behind a bitmask.
+Layout = Literal["quads", "blocks", "dense", "windows", "bitmask"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
