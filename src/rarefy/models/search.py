@@ -174,10 +174,10 @@ class _Search:
         logits, state, weights = self.model.decode(self.token, self.memory, self.state or None)
         sentences, beam = self.total.shape
         # what is among the best of a sentence is among the best of its row
-        logp, tokens = best(logits[:, 0], min(beam, logits.shape[2]))
+        logp, words = best(logits[:, 0], min(beam, logits.shape[2]))
         score = logp.view(sentences, beam, -1) + self.total.unsqueeze(2)
         self.total, place = score.flatten(1).topk(beam, 1)
-        self.token = tokens.view(sentences, -1).gather(1, place).view(-1, 1)
+        self.token = words.view(sentences, -1).gather(1, place).view(-1, 1)
         seen = self.seen + weights[:, 0].float()
         if beam > 1:
             rows = (self.first + place // logp.shape[1]).flatten()
