@@ -97,7 +97,7 @@ def test_networks(name, budget, tmp_path):
 
 def test_what_has_no_form(tmp_path):
     x = [torch.randn(4, 3, 16, 16)]
-    with pytest.raises(ValueError, match=r"runs PyTorch's aten.\w+.*, which has no form in ONNX in int8: save_onnx"):
+    with pytest.raises(ValueError, match="has no form in ONNX in int8: save_onnx"):
         onnx_int8.save_int8_onnx(thinned(Vision()), x[0], x, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 

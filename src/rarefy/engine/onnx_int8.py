@@ -45,6 +45,7 @@ from rarefy.engine.plan import (
     Step,
     Table,
     Upsample,
+    parts,
 )
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
@@ -263,7 +264,9 @@ class _Graph:
                 return self._node("Resize", [xs[0], "", scales], output, **how)
             case Flatten():
                 return self._node("Flatten", xs, output, axis=1)
-        raise AssertionError(f"a {step.kind} has no form in float32")
+        raise ValueError(
+            f"{step.name} is a {step.kind}, which has no form in ONNX in int8: save_onnx writes the model in float32"
+        )
 
     def _weight(self, step: Conv | Linear, weight: Tensor) -> str:
         """The weights, those of a step in int8 as whole numbers and the scales of their channels."""
@@ -293,6 +296,9 @@ class _Graph:
         if activation == "relu6":
             ends = [self._constant(f"{output}/{each:g}", torch.tensor(each)) for each in (0.0, 6.0)]
             return self._node("Clip", [made, *ends], output)
+        if activation not in _SIMPLE:
+            function, mode, _ = parts(activation)
+            raise ValueError(f'{output}: ONNX has no {function} of mode "{mode}": use that of mode "exact" of PyTorch')
         kind, options = _SIMPLE[activation]
         return self._node(kind, [made], output, **options)
 
