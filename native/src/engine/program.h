@@ -1,7 +1,9 @@
 // What a builder collects and what a program is made of.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -178,6 +180,10 @@ struct Plan {
 Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains = {},
                const std::vector<int64_t> &windows = {});
 
+// What a tiling is made for, besides the kernels: a window, images, vectors and form.
+constexpr size_t WINDOW_NUMBERS = sizeof(Window) / sizeof(int32_t);
+typedef std::array<int32_t, WINDOW_NUMBERS + 3> TilingKey;
+
 Matrix matrix_of(const Graph &graph, const Node &node);
 
 // The first channel of x that a node makes a view of, where that is a range of channels as they are; -1 for another.
@@ -200,6 +206,7 @@ struct rarefy_program {
     std::vector<int32_t> inputs, outputs;                            // steps
     int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
     double tune_seconds = 0.0;
+    std::map<rarefy::engine::TilingKey, std::shared_ptr<const rarefy::engine::Tiling>> tilings;  // while it is made
 
     mutable rarefy::engine::Pool pool;
 
@@ -266,7 +273,8 @@ inline bool reads_in_place(const rarefy_program &program, const Step &step) {
     return step.node.window.pointwise() && x.place == Place::ARENA && x.stride % MAX_LANES == 0;
 }
 
-std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config,
+// Steps of the same window share their tiling.
+std::shared_ptr<const Tiling> tiling_of(rarefy_program &program, const Step &step, const Config &config,
                                         int32_t images);
 
 Workspace take(const rarefy_program &program, const Plan &plan);
