@@ -429,7 +429,7 @@ class _Reader:
             *(item.rows for item in engine._items if isinstance(item, NativeSegment)),
         ]
         for facts in engine._layers.values():
-            numbers += [each for each in asdict(facts).values() if each is not None]
+            numbers += [each for each in vars(facts).values() if each is not None]
         if not all(type(each) in (int, float) and 0 <= each <= 1 << 62 for each in numbers):
             raise ValueError("a number of the report is none")
         if any(facts.dense_macs < facts.macs or facts.weights < facts.nonzeros for facts in engine._layers.values()):
