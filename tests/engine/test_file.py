@@ -160,7 +160,11 @@ def test_other_files_are_refused(tmp_path):
 def test_another_version_says_so(saved, tmp_path):
     data = bytearray(saved[2].read_bytes())
     data[8] = 9
-    refused(tmp_path / "new.engine", bytes(data), f"has version 9 of the format, this rarefy reads {file.VERSION}: compile it again")
+    refused(
+        tmp_path / "new.engine",
+        bytes(data),
+        f"has version 9 of the format, this rarefy reads {file.VERSION}: compile it again",
+    )
 
 
 def test_without_a_native_engine_native_programs_are_refused(saved):

@@ -472,8 +472,7 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
         if (weights.chunks[part + 1] < weights.chunks[part] || weights.chunks[part + 1] > count)
             return "chunks are out of order";
         const int64_t block = part / chunks;
-        if (part % chunks == 0)
-            places.of(std::min<int64_t>(config.block, matrix.channels - block * config.block));
+        if (part % chunks == 0) places.of(std::min<int64_t>(config.block, matrix.channels - block * config.block));
         for (int64_t g = weights.chunks[part]; g < weights.chunks[part + 1]; ++g) {
             const Group &group = weights.groups[g];
             const int64_t weight_count = int64_t{group.length} * config.rows;

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,12 @@ from rarefy.act import operator
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.building_recurrent import RecurrentSegment
 from rarefy.engine.eager import Eager
+from rarefy.engine.functions import ACTIVATIONS
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Conv, Linear, Norm, Operator, Pointwise, Recurrence, Ref, Step, tensors
-from rarefy.engine.reference import ACTIVATIONS, check_pointwise, resolve, run_step
+from rarefy.engine.reference import check_pointwise, resolve, run_step
 
 #: Whose operators a file may name.
 NAMESPACES = ("aten", "rarefy", "python")
@@ -121,7 +123,7 @@ def plain_shape(step: Step, values: Mapping[str, Any]) -> tuple[int, ...] | None
             check_pointwise(step)
             shapes = [*(tuple(x.shape) for x in given), *(tuple(part.shape) for part in step.split())]
             for _, x, y in step.code:
-                shapes.append(shapes[x] if y < 0 else tuple(torch.broadcast_shapes(shapes[x], shapes[y])))
+                shapes.append(shapes[x] if y < 0 else np.broadcast_shapes(shapes[x], shapes[y]))
             return shapes[-1]
 
 

@@ -132,7 +132,12 @@ class _Writer:
             return {"int8": self._int8(item)}
         if isinstance(item, NativeSegment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
-            about = {"program": self.add(item.program.save(), program=True), **ports, "steps": list(item.steps), "rows": item.rows}
+            about = {
+                "program": self.add(item.program.save(), program=True),
+                **ports,
+                "steps": list(item.steps),
+                "rows": item.rows,
+            }
             return {**about, "reverse": item.reverse} if isinstance(item, RecurrentSegment) else about
         if isinstance(item, Eager):
             raise ValueError(
@@ -244,8 +249,8 @@ def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) 
     text, blobs = data[_HEAD.size : _HEAD.size + length].tobytes(), data[_HEAD.size + length :]
     try:
         header = json.loads(text)
-        if reserved or checksum(text, blobs, header) != digest:
-            raise ValueError("its checksum is wrong")  # noqa: TRY301 - as what comes of a header that is not right
+        if reserved or checksum(text, blobs.data, header) != digest:
+            raise ValueError("its checksum is wrong")
         if not programs.available() and any("program" in item for item in header["items"]):
             raise _UnusableError(
                 f"{path} holds native programs, and there is no native engine here (rarefy info says why): "
@@ -258,9 +263,7 @@ def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) 
         raise ValueError(_damaged(path, f"{type(error).__name__}: {error}")) from error
 
 
-def checksum(
-    text: bytes, blobs: bytes | np.ndarray[Any, np.dtype[np.uint8]], header: Mapping[str, _Json]
-) -> bytes:
+def checksum(text: bytes, blobs: bytes | memoryview, header: Mapping[str, _Json]) -> bytes:
     """The SHA-256 of a header's text and the blobs behind it, of native programs their first 64 bytes alone."""
     found, at = hashlib.sha256(text), 0
     for offset, size in sorted(map(_sizes, (item["program"] for item in header["items"] if "program" in item))):

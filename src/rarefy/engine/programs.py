@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ MOST_THREADS = 1024
 #: How weights are stored.
 STORAGES = {"float32": 0, "bfloat16": 1}
 
-_ERROR_BYTES, _ALIGNMENT = 512, 64
+_ERROR_BYTES, _ALIGNMENT, _LARGE = 512, 64, 1 << 18
 _POINTER, _TEXT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 _Int32x2, _Int32x3, _Int32x4 = _INT32 * 2, _INT32 * 3, _INT32 * 4
 
@@ -434,7 +435,13 @@ def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
 
 
 def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Memory for so many bytes that begins where :func:`load` wants it to."""
+    """Memory for so many bytes that begins where :func:`load` wants it to.
+
+    All pages of much are asked for at once: finding them missing one by one takes longer than filling them.
+    """
+    if size >= _LARGE and hasattr(mmap, "MAP_POPULATE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        return np.frombuffer(pages, np.uint8)
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     skip = -memory.ctypes.data % _ALIGNMENT
     return memory[skip : skip + size]
