@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import struct
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,10 +98,6 @@ class _Options(ctypes.Structure):
     )
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = (("data", _POINTER), ("floats", _INT64))
-
-
 class _ProgramInfo(ctypes.Structure):
     _fields_ = (
         ("inputs", _INT32),
@@ -149,7 +147,7 @@ class _Result(ctypes.Structure):
     )
 
 
-_BUFFERS = ctypes.POINTER(_Buffer)
+_BUFFERS = _POINTER  # rarefy_buffer, as bytes: structures of ctypes take longer to make than a small network to run
 
 #: The functions of the header: what they give back and take, without the error's two arguments where they have them.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
@@ -214,11 +212,21 @@ def _functions() -> dict[str, Callable[..., Any]] | None:
     return found
 
 
+class _Errors(threading.local):
+    """Where the functions of each thread say what is wrong."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_ERROR_BYTES)
+
+
+_errors = _Errors()
+
+
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, raising NativeError with the reason where it fails."""
 
     def call(*arguments: Any) -> Any:
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        error = _errors.buffer
         result = function(*arguments, error, _ERROR_BYTES)
         if result is None or result == -1:
             raise NativeError(error.value.decode(errors="replace"))
@@ -290,6 +298,7 @@ class Program:
     def __init__(self, address: int, keep: object = None) -> None:
         self._address = address
         self._keep = keep
+        self._run = (_functions() or {})[f"{self._kind}_run"]
         self._finalizer = weakref.finalize(self, _call, f"{self._kind}_free", address)
         about = _ProgramInfo()
         _call(f"{self._kind}_describe", address, ctypes.byref(about))
@@ -334,7 +343,7 @@ class Program:
         outside 1 to 1024; MemoryError without memory for the scratch.
         """
         ports, clock = _ports(inputs, outputs, batch, threads, seconds)
-        if _call(f"{self._kind}_run", self._address, *ports, batch, threads, *clock):
+        if self._run(self._address, *ports, batch, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
     def run_steps(
@@ -418,20 +427,22 @@ def _ports(
     seconds: np.ndarray[Any, np.dtype[np.float64]] | None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs and outputs, and the clock, as the functions that run a program take them."""
-    for number in (batch, threads):
-        if not 0 <= number < 1 << 31:
-            raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
+    if not (0 <= batch < 1 << 31 and 0 <= threads < 1 << 31):
+        raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
     if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
         raise NativeError("seconds must be contiguous float64")
     clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
     return (_buffers(inputs), len(inputs), _buffers(outputs), len(outputs)), clock
 
 
-def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
+def _buffers(tensors: Sequence[Tensor]) -> bytes:
+    """Where the numbers of each lie, and how many there are."""
+    places: list[int] = []
     for x in tensors:
         if x.dtype is not torch.float32 or not x.is_contiguous():
             raise NativeError(f"inputs and outputs must be contiguous float32, got {x.dtype} of strides {x.stride()}")
-    return (_Buffer * len(tensors))(*(_Buffer(kernels.address(x), x.numel()) for x in tensors))
+        places += (kernels.address(x), x.numel())
+    return struct.pack("Pq" * len(tensors), *places)
 
 
 def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
