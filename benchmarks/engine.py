@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import engine_models
 import engine_tables
@@ -185,9 +186,10 @@ def largest_activations(model: nn.Module, x: Tensor) -> int:
     sizes: dict[int, int] = {}
     kept = []
 
-    def look(module: nn.Module, given: object, output: Tensor) -> None:
-        kept.append(output)  # so that no storage is used again
-        sizes[output.untyped_storage().data_ptr()] = output.nbytes
+    def look(module: nn.Module, given: object, output: object) -> None:
+        made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]  # a recurrent layer's is a pair
+        kept.extend(made)  # so that no storage is used again
+        sizes.update((each.untyped_storage().data_ptr(), each.nbytes) for each in made)
 
     hooks = [module.register_forward_hook(look) for module in model.modules() if not list(module.children())]
     with torch.no_grad():

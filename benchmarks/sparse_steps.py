@@ -225,7 +225,25 @@ def break_even(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def tables(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """The tables of docs/results/sparse-steps.md."""
+    """The tables of docs/results/sparse-steps.md: whole steps on every processor, then each one's layers."""
+    cpus = dict.fromkeys(r["cpu"] for r in rows)
+    return [networks(rows), *itertools.chain(*(of_layers([r for r in rows if r["cpu"] == cpu]) for cpu in cpus))]
+
+
+def networks(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of whole steps."""
+    lines = [["network", "batch", "sparsity", "processor", "dense", "accelerated", "speedup"]]
+    lines.append(["---"] * len(lines[0]))
+    for r in (r for r in rows if r["what"] == "network"):
+        name = {"resnet50": "ResNet-50, 224x224", "mlp": "MLP, three layers of 1,024"}[r["name"]]
+        sparsity = f"{100 * (1 - float(r['density'])):g} %"
+        times = (f"{float(r['dense_ms']):.0f} ms", f"{float(r['sparse_ms']):.0f} ms", f"{float(r['speedup']):.2f}")
+        lines.append([name, r["batch"], sparsity, r["cpu"], *times])
+    return markdown(lines)
+
+
+def of_layers(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The tables of layers on one processor."""
     shown = (0.5, 0.3, 0.2, 0.1, 0.05)
     head = ["layer", "batch", "dense", *(f"{100 * (1 - d):g} %" for d in shown), "break-even density"]
     lines = [head, ["---"] * len(head)]
@@ -241,14 +259,12 @@ def tables(rows: Sequence[Mapping[str, str]]) -> list[str]:
         mine = [r for r in rows if r["name"] == name and float(r["density"]) == 0.1]
         found = {r["product"]: f"{float(r['speedup']):.2f}" for r in mine}
         products.append([name, *(found[product] for product in PRODUCTS)])
-    whole = ["network", "batch", "sparsity", "dense", "accelerated", "speedup"]
-    networks = [whole, ["---"] * len(whole)]
-    for r in (r for r in rows if r["what"] == "network"):
-        name = {"resnet50": "ResNet-50, 224x224", "mlp": "MLP, three layers of 1,024"}[r["name"]]
-        sparsity = f"{100 * (1 - float(r['density'])):g} %"
-        times = (f"{float(r['dense_ms']):.0f} ms", f"{float(r['sparse_ms']):.0f} ms", f"{float(r['speedup']):.2f}")
-        networks.append([name, r["batch"], sparsity, *times])
-    return ["\n".join(f"| {' | '.join(line)} |" for line in part) for part in (networks, lines, products)]
+    return [markdown(lines), markdown(products)] if names else []
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of these lines."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -261,12 +277,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     fresh = layers() if arguments.what == "layers" else network(arguments.what, arguments.density)
-    keys = ("what", "name", "density", "product")
+    keys = ("cpu", "what", "name", "density", "product")
     measured = {tuple(str(r[key]) for key in keys) for r in fresh}
-    if arguments.what == "layers":
-        kept = [r for r in results.read(NAME) if r["what"] != "layer"]
-    else:
-        kept = [r for r in results.read(NAME) if tuple(r[key] for key in keys) not in measured]
+    kept = [r for r in results.read(NAME) if tuple(r[key] for key in keys) not in measured]
     rows: list[Mapping[str, Any]] = [*kept, *fresh]
     rows.sort(key=lambda r: (r["what"] == "layer", r["name"] == "mlp", r["what"] == "network" and -float(r["density"])))
     print(results.write(NAME, rows))

@@ -99,21 +99,23 @@ def run(turns: int) -> None:
             row |= {"seconds": "", "tokens_per_s": "", "activation_share": "", "refused": refused[entry]}
         rows.append({**row, **about})
         print(*row.values())
-    results.write(NAME, rows)
+    results.write(NAME, [*(row for row in results.read(NAME) if row["cpu"] != about["cpu"]), *rows])
 
 
 def table() -> str:
     """Return the file's rows in Markdown."""
-    lines = [["LSTM", "format", "tokens/s", "over nn.LSTM, float32", "tanh and sigmoid"], ["---", "---", *["--:"] * 3]]
-    rows = results.read(NAME)
-    first = float(rows[0]["tokens_per_s"])
-    for row in rows:
+    lines = [["processor", "LSTM", "format", "tokens/s", "over nn.LSTM, float32", "tanh and sigmoid"]]
+    lines.append(["---", "---", "---", *["--:"] * 3])
+    first = 0.0
+    for row in results.read(NAME):
+        if (row["mode"], row["dtype"]) == ENTRIES[0]:
+            first = float(row["tokens_per_s"])
         name = "`nn.LSTM`" if row["mode"] == "torch" else f"`act.LSTM`, {row['mode']}"
         figures = ["does not run", "", ""]
         if row["tokens_per_s"]:
             rate, share = float(row["tokens_per_s"]), float(row["activation_share"])
             figures = [f"{rate:.0f}", f"{rate / first:.2f}", f"{100 * share:.1f} %"]
-        lines.append([name, row["dtype"], *figures])
+        lines.append([row["cpu"], name, row["dtype"], *figures])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rarefy.act.spec.reference import MODES
 from rarefy.models import GNMT
 from rarefy.models import compiled as module
 from rarefy.models.compiled import CompiledGNMT
@@ -52,6 +53,17 @@ def test_it_says_what_the_network_says(mode, options, monkeypatch):
             for (h, c), (own_h, own_c) in zip(state, after, strict=True):
                 torch.testing.assert_close(own_h, h, atol=2e-5, rtol=1e-4)
                 torch.testing.assert_close(own_c, c, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["torch", *MODES])
+def test_greedy_translations_are_the_same(mode, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", (16,))
+    model = network(mode, hidden_size=32)
+    fast = CompiledGNMT(model, threads=1, tune_seconds=0.0)
+    source, lengths = sentences(16, 9)
+    expected = translate(model, source, lengths, begin=1, end=2)
+    found = translate(fast, source, lengths, begin=1, end=2)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
 
 
 def test_the_search_finds_the_same(monkeypatch):

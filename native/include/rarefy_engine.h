@@ -23,6 +23,8 @@
 
 #include <stdint.h>
 
+#include "rarefy.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -47,6 +49,17 @@ enum rarefy_activation {
     RAREFY_HARDSWISH = 8,
     RAREFY_HARDSIGMOID = 9,
     RAREFY_LEAKY_RELU = 10,  // slope 0.01
+};
+
+// How RAREFY_TANH, RAREFY_SIGMOID, RAREFY_SILU, RAREFY_GELU and RAREFY_GELU_TANH and the gates of recurrent layers are
+// computed. All but the first are modes of rarefy.act, where SiLU and GELU of minus infinity are -0; RAREFY_HARD and
+// RAREFY_KTANH give its bits.
+enum rarefy_mode {
+    RAREFY_PLAIN = 0,  // to a few units of the last place; x times a gate is NaN at minus infinity, as in PyTorch
+    RAREFY_EXACT = 1,  // the same but for that
+    RAREFY_HARD = 2,   // HardTanh, and the lines of the others
+    RAREFY_KTANH = 3,  // K-TanH by a table, and what derives from it
+    RAREFY_MODES
 };
 
 enum rarefy_storage {
@@ -221,6 +234,10 @@ typedef struct {
 } rarefy_tensor;
 int32_t rarefy_builder_tensor(rarefy_builder *builder, const rarefy_tensor *tensor, const char *name, char *error,
                               int64_t size);
+// The activation of the convolution, binary or affine step that makes x, or the gates of the recurrent one, are
+// computed in a mode (enum rarefy_mode); table is that of RAREFY_KTANH, NULL in the others. Returns 0.
+int32_t rarefy_builder_mode(rarefy_builder *builder, int32_t x, int32_t mode, const rarefy_shift32 *table, char *error,
+                            int64_t size);
 // Makes a value a result of the program; returns 0.
 int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error, int64_t size);
 // The shape of a value: channels, height, width. Returns 0.

@@ -41,7 +41,7 @@ typedef struct {
     int64_t rows;                       // how many of each
     const uint8_t *table;               // affine: 256
     int32_t layout;                     // conv: 0 by rule, 1 single weights, 2 blocks of four, 3 all weights,
-                                        // 4 windows
+                                        // 4 windows, 5 a bitmask
 } rarefy_int8_result;
 
 // A program of the builder's steps; `results` says of each of its `count` steps, in order (inputs and outputs among

@@ -1,6 +1,7 @@
 // The engine against sums in double, under every instruction set of this CPU; saved programs, whole, cut and altered;
 // threads. For sanitizers: every input and output ends where its numbers end. Usage: engine [cases [kernels]]; with
 // "kernels" no files and no threads, which take an emulated processor too long.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -444,6 +445,190 @@ void recurrences(const char *isa) {
     }
 }
 
+// K-TanH as the paper's table has it (arXiv 1909.07729) where only the form matters: rows of any shifts and bases.
+rarefy_shift32 some_table() {
+    rarefy_shift32 t = {0x3E800000, 0x406FFFFF, 0x3F800000, 0x7F800000, 20, 0x7FFFFF, {0, 0}, {}, {}};
+    for (uint32_t row = 0; row < 32; ++row) {
+        t.shift[row] = row % 5;
+        t.base[row] = (124 + row / 11) << 23 | row << 17;
+    }
+    return t;
+}
+
+uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+float tanh_by(const rarefy_shift32 &t, float x) {
+    const uint32_t u = bits_of(x) & 0x7FFFFFFF, row = u >> t.index_shift & 31;
+    uint32_t y = ((u & t.mantissa_mask) >> t.shift[row]) + t.base[row];
+    if (u < t.identity_below) y = u;
+    if (u > t.saturate_above) y = t.one;
+    if (u > t.last) y = u;
+    return float_of((bits_of(x) & 0x80000000) | y);
+}
+
+float relu6(float x) { return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x; }
+
+// What a function is in a mode, by the definitions of rarefy.act.spec.reference.
+float by_mode(int32_t mode, const rarefy_shift32 &t, int32_t activation, float x) {
+    const bool tanh = activation == RAREFY_TANH, sigmoid = activation == RAREFY_SIGMOID,
+               gelu = activation != RAREFY_SILU;
+    if (std::isinf(x) && x < 0.0f && !tanh && !sigmoid) return -0.0f;
+    if (mode == RAREFY_HARD) {
+        if (tanh) return x < -1.0f ? -1.0f : x > 1.0f ? 1.0f : x;
+        if (sigmoid) return relu6(x + 3.0f) / 6.0f;
+        const float inner = gelu ? 1.702f * x : x;
+        return x * (relu6(inner + 3.0f) / 6.0f);
+    }
+    const float half = 0.5f * x;
+    if (tanh) return tanh_by(t, x);
+    if (sigmoid) return 0.5f + 0.5f * tanh_by(t, half);
+    const float square = x * x, cube = 0.0356774069f * square, factor = 0.797884583f + cube, z = x * factor;
+    return half * (1.0f + tanh_by(t, gelu ? z : half));
+}
+
+bool same(const Floats &a, const Floats &b) {
+    for (size_t i = 0; i < a.size(); ++i)
+        if (bits_of(a[i]) != bits_of(b[i]) && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+    return a.size() == b.size();
+}
+
+// Activations and gates of the modes, bit by bit: numbers of every exponent, infinities, NaN, signed zeros, subnormals.
+void modes(const char *isa) {
+    const rarefy_shift32 table = some_table();
+    Floats x = numbers(100);
+    for (float &v : x) v *= 5.0f;
+    for (uint32_t u = 0; u <= 0x7FC00000; u += 0x00311111) x.insert(x.end(), {float_of(u), float_of(u | 0x80000000)});
+    for (const uint32_t u : {0u, 1u, 0x7FFFFFu, 0x7F800000u, 0x7FC00000u, table.identity_below, table.saturate_above})
+        x.insert(x.end(), {float_of(u), float_of(u | 0x80000000), float_of(u + 1)});
+    const int32_t n = static_cast<int32_t>(x.size());
+    const auto set = [&](Builder &b, int32_t value, int32_t mode) {
+        expect(rarefy_builder_mode(b.b, value, mode, mode == RAREFY_KTANH ? &table : nullptr, b.error, 256) == 0,
+               b.error);
+    };
+    for (const int32_t mode : {RAREFY_HARD, RAREFY_KTANH}) {
+        for (int32_t activation = RAREFY_SILU; activation <= RAREFY_SIGMOID; ++activation) {
+            Builder b;
+            const int32_t given = b.input(1, 1, n);
+            const int32_t y =
+                b.check(rarefy_builder_affine(b.b, given, nullptr, nullptr, 0, activation, "y", b.error, 256));
+            set(b, y, mode);
+            b.output(y);
+            Floats wanted;
+            for (const float v : x) wanted.push_back(by_mode(mode, table, activation, v));
+            expect(same(run(b.finish(isa).get(), {x}, n, 1, 1), wanted),
+                   "activation " + std::to_string(activation) + " of mode " + std::to_string(mode));
+
+            Builder layer;  // a product behind whose sums the activation stands
+            const int32_t in = layer.input(1, 3, 50);
+            rarefy_conv c = {in, -1, 2,       {1, 1}, {1, 1},  {1, 1}, {0, 0, 0, 0}, 1, activation,
+                             0,  0,  nullptr, 0,      nullptr, 0};
+            const int32_t out = layer.conv(c, {2.0f, -0.5f});
+            set(layer, out, mode);
+            layer.output(out);
+            const Floats some(x.begin(), x.begin() + 150);
+            wanted.clear();
+            for (const float weight : {2.0f, -0.5f})
+                for (const float v : some) wanted.push_back(by_mode(mode, table, activation, weight * v + 0.0f));
+            expect(same(run(layer.finish(isa).get(), {some}, 300, 1, 1), wanted),
+                   "a layer before activation " + std::to_string(activation) + " of mode " + std::to_string(mode));
+        }
+        const auto sigmoid = [&](float v) { return by_mode(mode, table, RAREFY_SIGMOID, v); };
+        const auto tanh = [&](float v) { return by_mode(mode, table, RAREFY_TANH, v); };
+        const int32_t size = 29;
+        Builder b;
+        const int32_t gates = b.input(4 * size, 1, 1), c = b.input(size, 1, 1);
+        const int32_t cell = b.check(rarefy_builder_lstm_cell(b.b, gates, c, "cell", b.error, 256));
+        const int32_t hidden = b.check(rarefy_builder_lstm_hidden(b.b, gates, c, "hidden", b.error, 256));
+        const int32_t xs = b.input(3 * size, 1, 1), hs = b.input(3 * size, 1, 1);
+        const int32_t fresh = b.check(rarefy_builder_gru(b.b, xs, hs, c, "gru", b.error, 256));
+        for (const int32_t value : {cell, hidden, fresh}) set(b, value, mode);
+        const int32_t all[] = {cell, hidden, fresh};
+        b.output(b.check(rarefy_builder_concat(b.b, all, 3, "all", b.error, 256)));
+        Floats g = numbers(4 * size), s = numbers(size), p = numbers(3 * size), q = numbers(3 * size), wanted;
+        for (Floats *each : {&g, &s, &p, &q})
+            for (float &v : *each) v *= 3.0f;
+        for (int32_t i = 0; i < size; ++i) {
+            const float kept = sigmoid(g[size + i]) * s[i], taken = sigmoid(g[i]) * tanh(g[2 * size + i]);
+            wanted.push_back(kept + taken);
+        }
+        for (int32_t i = 0; i < size; ++i) wanted.push_back(sigmoid(g[3 * size + i]) * tanh(s[i]));
+        for (int32_t i = 0; i < size; ++i) {
+            const float r = sigmoid(p[i] + q[i]), z = sigmoid(p[size + i] + q[size + i]), inner = r * q[2 * size + i],
+                        f = tanh(p[2 * size + i] + inner), moved = (s[i] - f) * z;
+            wanted.push_back(moved + f);
+        }
+        expect(same(run(b.finish(isa).get(), {g, s, p, q}, 3 * size, 1, 1), wanted),
+               "gates of mode " + std::to_string(mode));
+    }
+}
+
+// A table in a file: it is there again, and one that was altered, checksum and all, is refused.
+void tables_in_files(const char *isa) {
+    rarefy_shift32 table = some_table();
+    Builder b;
+    const int32_t y =
+        b.check(rarefy_builder_affine(b.b, b.input(1, 1, 100), nullptr, nullptr, 0, RAREFY_SILU, "y", b.error, 256));
+    b.check(rarefy_builder_mode(b.b, y, RAREFY_KTANH, &table, b.error, 256));
+    b.output(y);
+    const Program p = b.finish(isa);
+    const size_t size = static_cast<size_t>(rarefy_program_size(p.get()));
+    std::unique_ptr<uint8_t, void (*)(void *)> memory(
+        static_cast<uint8_t *>(std::aligned_alloc(64, (size + 63) / 64 * 64)), std::free);
+    uint8_t *data = memory.get();
+    const auto load = [&] {
+        const uint64_t sum = rarefy::engine::block_sum(data, size);
+        std::memcpy(data + rarefy::engine::CHECKSUM_AT, &sum, sizeof sum);
+        return Program(rarefy_program_load(data, static_cast<int64_t>(size), isa, b.error, 256), rarefy_program_free);
+    };
+    rarefy_program_save(p.get(), data);
+    const Floats x = numbers(100);
+    const Program again = load();
+    expect(again && same(run(p.get(), {x}, 100, 1, 1), run(again.get(), {x}, 100, 1, 1)), "a table in a file");
+    const std::vector<int64_t> numbers = rarefy::engine::numbers_of(table);
+    const uint8_t *first = reinterpret_cast<const uint8_t *>(numbers.data()), *end = first + numbers.size() * 8;
+    uint8_t *at = std::search(data, data + size, first, end);
+    expect(at != data + size, "the numbers of a table");
+    // identity_below, saturate_above, one, last, index_shift, mantissa_mask; shifts; none of them fits
+    for (const auto &[field, value] : std::initializer_list<std::pair<int32_t, int64_t>>{
+             {0, 0}, {1, 0}, {2, 1}, {3, 1}, {4, 40}, {5, -1}, {8, 32}, {39, -1}, {71, int64_t{1} << 32}}) {
+        rarefy_program_save(p.get(), data);
+        std::memcpy(at + 8 * field, &value, sizeof value);
+        expect(load() == nullptr, "a table with another number " + std::to_string(field));
+    }
+}
+
+// Modes that a builder refuses.
+void refused_modes() {
+    Builder b;
+    const int32_t x = b.input(4, 1, 1);
+    const int32_t relu = b.check(rarefy_builder_affine(b.b, x, nullptr, nullptr, 0, RAREFY_RELU, "y", b.error, 256));
+    const int32_t tanh = b.check(rarefy_builder_affine(b.b, x, nullptr, nullptr, 0, RAREFY_TANH, "y", b.error, 256));
+    const rarefy_shift32 table = some_table();
+    rarefy_shift32 wide = table, turned = table;
+    wide.shift[7] = 32;
+    turned.saturate_above = turned.identity_below - 1;
+    const auto refused = [&](int32_t value, int32_t mode, const rarefy_shift32 *given) {
+        return rarefy_builder_mode(b.b, value, mode, given, b.error, 256) == -1;
+    };
+    expect(refused(99, RAREFY_HARD, nullptr) && refused(x, RAREFY_HARD, nullptr) && refused(relu, RAREFY_HARD, nullptr),
+           "a mode of what has none");
+    expect(refused(tanh, RAREFY_MODES, nullptr) && refused(tanh, -1, nullptr), "a mode that is none");
+    expect(refused(tanh, RAREFY_KTANH, nullptr) && refused(tanh, RAREFY_KTANH, &wide) &&
+               refused(tanh, RAREFY_KTANH, &turned),
+           "a table that is none");
+    expect(!refused(tanh, RAREFY_KTANH, &table) && !refused(tanh, RAREFY_PLAIN, nullptr), "a mode");
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -458,12 +643,15 @@ int main(int argc, char **argv) {
         for (int64_t i = 0; i < cases; ++i) conv_case(isa.c_str(), i);
         activations(isa.c_str());
         recurrences(isa.c_str());
+        modes(isa.c_str());
         if (all) {
+            tables_in_files(isa.c_str());
             threads(isa);
             groups(isa.c_str());
         }
         std::printf("%s: %lld convolutions\n", isa.c_str(), static_cast<long long>(cases));
     }
+    refused_modes();
     if (all) files(isas);
     std::printf("%d failures\n", failures);
     return failures != 0 || isas.empty();

@@ -245,7 +245,7 @@ class Network {
         c.weights = static_cast<int64_t>(weight.size());
         rarefy_int8_result r = any();
         r.rows = c.out_channels;
-        r.layout = one_of({0, 1, 2, 3, 4});
+        r.layout = one_of({0, 1, 2, 3, 4, 5});
         r.other = factor(255.0);
         Floats multipliers, biases;
         for (int64_t row = 0; row < r.rows; ++row) {
@@ -337,6 +337,7 @@ enum Way {
     SINGLE_VECTOR,
     BLOCK_VECTOR,
     WINDOW_VECTOR,
+    BITMASK_VECTOR,
     STRIDE,
     TABLE,
     INPUT,
@@ -350,6 +351,7 @@ const char *const WAY_NAMES[WAYS] = {"of single weights",
                                      "of a vector and single weights",
                                      "of a vector and blocks",
                                      "of vectors and windows",
+                                     "of vectors and a bitmask",
                                      "copies of every second pixel",
                                      "tables",
                                      "inputs with their channels last",
@@ -370,6 +372,7 @@ struct Counts {
             const bool last = s.node.layout == RAREFY_CHANNELS_LAST && x.pixels() > 1 && whole(x.channels);
             if (s.copy) ran[STRIDE] += s.node.window.stride[1] == 2 && whole(s.node.window.out_w);
             else if (s.layout == rarefy::int8::WINDOWS) ++ran[WINDOW_VECTOR];
+            else if (s.layout == rarefy::int8::BITMASK) ++ran[BITMASK_VECTOR];
             else if (kind == Kind::CONV && !s.vector) ++ran[dense ? DENSE : blocks ? BLOCKS : SINGLE];
             else if (kind == Kind::CONV) ++ran[dense ? DENSE_VECTOR : blocks ? BLOCK_VECTOR : SINGLE_VECTOR];
             else if (kind == Kind::AFFINE) ran[TABLE] += whole(x.width);

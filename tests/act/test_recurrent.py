@@ -40,6 +40,9 @@ def step(
     b_i, b_h = (zero if b is None else b.float() for b in (b_ih, b_hh))
     p, q = x.float() @ w_ih.float().t(), h.float() @ w_hh.float().t()
 
+    def as_made(p: Tensor) -> Tensor:
+        return p.to(dtype).float() if cells.multiplies(x) else p
+
     def sigmoid(a: Tensor) -> Tensor:
         return act.sigmoid(a.to(dtype), mode, table=table).float()
 
@@ -47,13 +50,13 @@ def step(
         return act.tanh(a.to(dtype), mode, table=table).float()
 
     if kind == "LSTM":
-        a = p + (b_i + b_h) + q
+        a = as_made(p + (b_i + b_h)) + q
         i, f, g, o = a.chunk(4, -1)
         c = (sigmoid(f) * states[1].float() + sigmoid(i) * tanh(g)).to(dtype)
         h = (sigmoid(o) * tanh(c)).to(dtype)
         return [h if w_hr is None else (h.float() @ w_hr.float().t()).to(dtype), c]
     width = h.shape[-1]
-    p = p + b_i + (zero if b_hh is None else F.pad(b_hh[: 2 * width].float(), (0, width)))
+    p = as_made(p + b_i + (zero if b_hh is None else F.pad(b_hh[: 2 * width].float(), (0, width))))
     inner = q[..., 2 * width :] + (zero if b_hh is None else b_hh[2 * width :].float())
     a = (p + q)[..., : 2 * width]
     r, z = sigmoid(a).chunk(2, -1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy import engine, kernels
 from rarefy.engine import compiler, measure, profile
@@ -159,6 +159,35 @@ def test_a_layer_is_measured_once():
     for step in again:
         if step.name in known and step.name != left and step.tuned_seconds:
             assert (step.kernel, step.tuned_seconds) == (known[step.name].kernel, known[step.name].tuned_seconds)
+
+
+class _Scan(nn.Module):
+    """Steps over the rows of one input, each followed by one of PyTorch's on another, and at last on the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        rows, state = self.layer(x), torch.zeros(x.shape[0], 6)
+        for step in range(4):
+            state = torch.tanh(state * 0.5 + rows[:, step]) + torch.cumsum(y[:, step], -1)
+        return torch.cumsum(self.layer(state), -1)
+
+
+def test_what_pytorch_runs_does_not_cut_a_program_that_it_does_not_read():
+    x, y = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    model = _Scan().eval()
+    compiled = engine.compile(model, (x, y), 1, choose="native", tune_seconds=0.0)
+    steps = compiled.steps()
+    assert {step.program for step in steps} == {None, 0}
+    of_pytorch = [index for index, step in enumerate(steps) if step.kind == "cumsum"]
+    inside = [index for index, step in enumerate(steps) if step.program == 0]
+    assert [index < inside[0] for index in of_pytorch] == [True] * 4 + [False]
+    for batch in (1, 2, 5):
+        inputs = torch.randn(batch, 4, 6), torch.randn(batch, 4, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_that_loses_is_chosen(monkeypatch):

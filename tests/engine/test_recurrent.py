@@ -233,6 +233,8 @@ def test_other_modes_are_those_of_the_layer(mode, steps):
     torch.testing.assert_close(*first, atol=1e-6, rtol=0)
     for a, b in zip(compiled(*given), expected, strict=True):
         torch.testing.assert_close(a, b, atol=0.02 if mode == "ktanh" else 1e-5, rtol=0)
+    if available():
+        assert {"lstm cell", "lstm hidden"} <= {*kinds(compiled)}
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")

@@ -1,5 +1,7 @@
 // The builder: checks every step and collects them.
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "engine/program.h"
 #include "engine/tensor.h"
@@ -158,7 +160,43 @@ std::string infer_kind(const Graph &graph, const Node &n, const Given &given, Sh
     }
 }
 
+// An empty string, or why a step's activations are not computed in its mode.
+std::string wrong_mode(const Node &n, const std::vector<int64_t> &numbers) {
+    if (n.mode == RAREFY_PLAIN) return "";
+    if (!between(n.mode, 0, RAREFY_MODES - 1)) return "mode " + std::to_string(n.mode) + " is unknown";
+    const bool gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU;
+    const bool layer = n.kind == Kind::CONV || n.kind == Kind::BINARY || n.kind == Kind::AFFINE;
+    if (!gates && !(layer && between(n.activation, RAREFY_SILU, RAREFY_SIGMOID)))
+        return "there is no activation that has modes";
+    if (n.mode == RAREFY_KTANH) {
+        if (numbers.size() != numbers_of({}).size() ||
+            !std::all_of(numbers.begin(), numbers.end(), [](int64_t x) { return between(x, 0, UINT32_MAX); }))
+            return "mode RAREFY_KTANH needs a table";
+        const rarefy_shift32 t = table_of(numbers);
+        const bool shifts = std::all_of(t.shift, t.shift + 32, [](uint32_t x) { return x < 32; });
+        if (t.one != 0x3F800000 || t.last != 0x7F800000 || t.mantissa_mask != 0x7FFFFF || !shifts ||
+            !between(t.index_shift, 18, 23) || !between(t.identity_below, 1, t.one) ||
+            !between(t.saturate_above, t.identity_below, t.last))
+            return "the table is none of tanh in float32";
+    }
+    return "";
+}
+
 }  // namespace
+
+rarefy_shift32 table_of(const std::vector<int64_t> &numbers) {
+    uint32_t fields[sizeof(rarefy_shift32) / sizeof(uint32_t)];
+    for (size_t i = 0; i < std::size(fields); ++i) fields[i] = static_cast<uint32_t>(numbers[i]);
+    rarefy_shift32 table;
+    std::memcpy(&table, fields, sizeof table);
+    return table;
+}
+
+std::vector<int64_t> numbers_of(const rarefy_shift32 &table) {
+    uint32_t fields[sizeof table / sizeof(uint32_t)];
+    std::memcpy(fields, &table, sizeof table);
+    return {std::begin(fields), std::end(fields)};
+}
 
 std::string infer(const Graph &graph, const Node &n, const Given &given, Shape *out) {
     if (n.activation < RAREFY_NONE || n.activation > RAREFY_LEAKY_RELU)
@@ -169,7 +207,8 @@ std::string infer(const Graph &graph, const Node &n, const Given &given, Shape *
         if (!known(graph, n.x)) return no_value(n.x);
         *out = graph.values[n.x];
     }
-    const std::string wrong = infer_kind(graph, n, given, out);
+    std::string wrong = infer_kind(graph, n, given, out);
+    if (wrong.empty()) wrong = wrong_mode(n, given.numbers);
     if (!wrong.empty()) return wrong;
     if (!between(out->channels, 1, LARGEST) || !between(out->height, 1, LARGEST) || !between(out->width, 1, LARGEST) ||
         out->pixels() > LARGEST || out->size() > LARGEST)
@@ -379,6 +418,23 @@ RAREFY_API int32_t rarefy_builder_tensor(rarefy_builder *builder, const rarefy_t
     const int32_t out = append(builder, n, name, error, size, std::move(given));
     if (out >= 0) builder->graph.constants.back().assign(tensor->constants, tensor->constants + tensor->constant_count);
     return out;
+}
+
+RAREFY_API int32_t rarefy_builder_mode(rarefy_builder *builder, int32_t x, int32_t mode, const rarefy_shift32 *table,
+                                       char *error, int64_t size) {
+    Graph &g = builder->graph;
+    if (!known(g, x)) return fail(error, size, no_value(x));
+    size_t i = 0;
+    while (g.nodes[i].out != x) ++i;
+    Node n = g.nodes[i];
+    n.mode = mode;
+    std::vector<int64_t> numbers = n.kind == Kind::TENSOR ? g.numbers[i] : std::vector<int64_t>();
+    if (mode == RAREFY_KTANH && table) numbers = numbers_of(*table);
+    const std::string wrong = wrong_mode(n, numbers);
+    if (!wrong.empty()) return fail(error, size, wrong);
+    g.nodes[i] = n;
+    g.numbers[i] = std::move(numbers);
+    return 0;
 }
 
 RAREFY_API int32_t rarefy_builder_output(rarefy_builder *builder, int32_t x, int32_t layout, char *error,

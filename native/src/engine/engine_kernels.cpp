@@ -5,6 +5,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "rarefy_act.h"
 #include "rarefy_engine.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -20,6 +21,7 @@ using namespace engine;
 #include "vec-inl.h"
 
 #include "activations-inl.h"
+#include "modes-inl.h"
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 32")
 
@@ -395,13 +397,24 @@ inline void map(const float *x, float *out, int64_t n, const F &f) {
     over(n, [=](int64_t i, uint32_t lanes) { store_some(out + i, lanes, f(load_some(x + i, lanes))); });
 }
 
-void activate(int32_t activation, const float *x, float *out, int64_t n) {
+template <class M>
+void activate_by(const M &by, int32_t activation, const float *x, float *out, int64_t n) {
     switch (activation) {
-        case RAREFY_SILU: return map(x, out, n, [](V v) { return silu(v); });
-        case RAREFY_GELU: return map(x, out, n, [](V v) { return gelu(v); });
-        case RAREFY_GELU_TANH: return map(x, out, n, [](V v) { return gelu_tanh(v); });
-        case RAREFY_TANH: return map(x, out, n, [](V v) { return tanh(v); });
-        case RAREFY_SIGMOID: return map(x, out, n, [](V v) { return sigmoid(v); });
+        case RAREFY_SILU: return map(x, out, n, [&](V v) { return by.silu_of(v); });
+        case RAREFY_GELU: return map(x, out, n, [&](V v) { return by.gelu_of(v); });
+        case RAREFY_GELU_TANH: return map(x, out, n, [&](V v) { return by.gelu_tanh_of(v); });
+        case RAREFY_TANH: return map(x, out, n, [&](V v) { return by.tanh_of(v); });
+        default: return map(x, out, n, [&](V v) { return by.sigmoid_of(v); });
+    }
+}
+
+void activate(int32_t activation, const Mode &mode, const float *x, float *out, int64_t n) {
+    switch (activation) {
+        case RAREFY_SILU:
+        case RAREFY_GELU:
+        case RAREFY_GELU_TANH:
+        case RAREFY_TANH:
+        case RAREFY_SIGMOID: return with_mode(mode, [&](const auto &by) { activate_by(by, activation, x, out, n); });
         case RAREFY_HARDSWISH: return map(x, out, n, [](V v) { return hardswish(v); });
         case RAREFY_HARDSIGMOID: return map(x, out, n, [](V v) { return hardsigmoid(v); });
         case RAREFY_LEAKY_RELU: return map(x, out, n, [](V v) { return leaky_relu(v); });
@@ -634,35 +647,47 @@ void pointwise(const PointwiseCall *call) {
         float *y = c.y + row * c.y_row;
         const int32_t activation = c.operation - RAREFY_OP_ACTIVATION;
         if (c.step[0]) {
-            activate(activation, x, y, c.n);
+            activate(activation, {}, x, y, c.n);
             continue;
         }
-        activate(activation, x, some, 1);
+        activate(activation, {}, x, some, 1);
         for (int64_t i = 0; i < c.n; ++i) y[i] = some[0];
     }
 }
 
 // ---- gates
 
-void lstm_cell(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n) {
-    over(n, [=](int64_t k, uint32_t lanes) {
-        const auto at = [=](const float *p) { return load_some(p + k, lanes); };
-        store_some(out + k, lanes, fma(sigmoid(at(f)), at(c), mul(sigmoid(at(i)), tanh(at(g)))));
+// Products and sums are rounded one after another, as PyTorch's operators do it: a table has steps.
+
+void lstm_cell(const Mode &mode, const float *i, const float *f, const float *g, const float *c, float *out,
+               int64_t n) {
+    with_mode(mode, [&](const auto &by) {
+        over(n, [&](int64_t k, uint32_t lanes) {
+            const auto at = [=](const float *p) { return load_some(p + k, lanes); };
+            const V kept = mul(by.sigmoid_of(at(f)), at(c)), taken = mul(by.sigmoid_of(at(i)), by.tanh_of(at(g)));
+            store_some(out + k, lanes, add(kept, taken));
+        });
     });
 }
 
-void lstm_hidden(const float *o, const float *c, float *out, int64_t n) {
-    over(n, [=](int64_t k, uint32_t lanes) {
-        store_some(out + k, lanes, mul(sigmoid(load_some(o + k, lanes)), tanh(load_some(c + k, lanes))));
+void lstm_hidden(const Mode &mode, const float *o, const float *c, float *out, int64_t n) {
+    with_mode(mode, [&](const auto &by) {
+        over(n, [&](int64_t k, uint32_t lanes) {
+            const V gate = by.sigmoid_of(load_some(o + k, lanes)), value = by.tanh_of(load_some(c + k, lanes));
+            store_some(out + k, lanes, mul(gate, value));
+        });
     });
 }
 
-void gru(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n) {
-    over(n, [=](int64_t k, uint32_t lanes) {
-        const auto at = [=](const float *p) { return load_some(p + k, lanes); };
-        const V r = sigmoid(add(at(x[0]), at(h[0]))), z = sigmoid(add(at(x[1]), at(h[1])));
-        const V fresh = tanh(fma(r, at(h[2]), at(x[2])));
-        store_some(out + k, lanes, fma(sub(at(state), fresh), z, fresh));
+void gru(const Mode &mode, const float *const x[3], const float *const h[3], const float *state, float *out,
+         int64_t n) {
+    with_mode(mode, [&](const auto &by) {
+        over(n, [&](int64_t k, uint32_t lanes) {
+            const auto at = [=](const float *p) { return load_some(p + k, lanes); };
+            const V r = by.sigmoid_of(add(at(x[0]), at(h[0]))), z = by.sigmoid_of(add(at(x[1]), at(h[1])));
+            const V fresh = by.tanh_of(add(at(x[2]), mul(r, at(h[2]))));
+            store_some(out + k, lanes, add(mul(sub(at(state), fresh), z), fresh));
+        });
     });
 }
 
@@ -673,17 +698,19 @@ struct Additive {
     const float *keys, *queries, *vector;
     float *scores;
     int64_t tokens, width;
+    Mode mode;
 };
 
 // Of N tokens at once: a tanh alone would wait for itself.
-template <int N>
-inline void additive_tokens(const Additive &a, int64_t row, int64_t token) {
+template <int N, class M>
+inline void additive_tokens(const Additive &a, const M &by, int64_t row, int64_t token) {
     const float *keys = a.keys + (row * a.tokens + token) * a.width, *query = a.queries + row * a.width;
     V sum[N];
     RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] = all(0.0f);
     const auto add_span = [&](int64_t i, const auto &at) {
         const V q = at(query + i), v = at(a.vector + i);
-        RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] = fma(v, tanh(add(at(keys + t * a.width + i), q)), sum[t]);
+        RAREFY_UNROLL for (int t = 0; t < N; ++t) sum[t] =
+            fma(v, by.tanh_of(add(at(keys + t * a.width + i), q)), sum[t]);
     };
     int64_t i = 0;
     for (; i + L <= a.width; i += L) add_span(i, [](const float *p) { return loadu(p); });
@@ -693,17 +720,23 @@ inline void additive_tokens(const Additive &a, int64_t row, int64_t token) {
 
 void additive_row(void *context, int64_t row) {
     const Additive &a = *static_cast<const Additive *>(context);
-    int64_t token = 0;
-    for (; token + 4 <= a.tokens; token += 4) additive_tokens<4>(a, row, token);
-    for (; token < a.tokens; ++token) additive_tokens<1>(a, row, token);
+    with_mode(a.mode, [&](const auto &by) {
+        int64_t token = 0;
+        for (; token + 4 <= a.tokens; token += 4) additive_tokens<4>(a, by, row, token);
+        for (; token < a.tokens; ++token) additive_tokens<1>(a, by, row, token);
+    });
 }
 
 void additive_scores(const float *keys, const float *queries, const float *vector, float *scores, int64_t rows,
-                     int64_t tokens, int64_t width, int32_t threads) {
-    Additive call{keys, queries, vector, scores, tokens, width};
+                     int64_t tokens, int64_t width, int32_t mode, const rarefy_shift32 *table, int32_t threads) {
+    Additive call{keys, queries, vector, scores, tokens, width, {mode, table}};
     constexpr int64_t SERIAL = 1 << 16;  // numbers up to which one thread is enough: not measured apart
     parallel_for(rows * tokens * width < SERIAL ? 1 : threads, rows, additive_row, &call);
 }
+
+// ---- search
+
+#include "best-inl.h"
 
 // ---- the table
 
@@ -765,7 +798,8 @@ const Kernels *engine_functions() {
 }  // namespace
 
 extern const rarefy_kernel engine_kernels[] = {RAREFY_KERNEL("engine", engine_functions),
-                                               RAREFY_KERNEL("additive_scores", additive_scores)};
+                                               RAREFY_KERNEL("additive_scores", additive_scores),
+                                               RAREFY_KERNEL("best_of_rows", best_of_rows)};
 extern const int64_t engine_kernel_count = sizeof engine_kernels / sizeof *engine_kernels;
 
 }  // namespace RAREFY_ISA

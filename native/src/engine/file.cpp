@@ -16,7 +16,7 @@ namespace rarefy::engine {
 namespace {
 
 constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
-constexpr uint32_t VERSION = 4;
+constexpr uint32_t VERSION = 5;
 
 struct Header {
     char magic[8];
@@ -194,12 +194,13 @@ bool plain(const Node &n) {
     if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right;
     if (n.kind == Kind::UPSAMPLE) std::memcpy(only.window.stride, n.window.stride, sizeof only.window.stride);
     if (conv || binary || n.kind == Kind::AFFINE) only.activation = n.activation;
+    if (conv || binary || gates || n.kind == Kind::AFFINE) only.mode = n.mode;
     if (conv)
         only.out_channels = n.out_channels, only.groups = n.groups, only.storage = n.storage, only.choice = n.choice;
     if (pool) only.average = n.average != 0, only.count_padding = n.count_padding != 0;
     if (binary) only.multiply = n.multiply != 0;
     if (port) only.layout = n.layout;
-    static_assert(sizeof(Node) == 29 * sizeof(int32_t), "nodes are integers alone");
+    static_assert(sizeof(Node) == 30 * sizeof(int32_t), "nodes are integers alone");
     return std::memcmp(&only, &n, sizeof n) == 0;
 }
 
@@ -226,7 +227,7 @@ std::string check_graph(const Graph &given, const std::vector<Saved> &saved) {
         if (n.kind == Kind::INPUT || n.kind == Kind::CONCAT ? n.x != -1 : n.x < 0) return at + "its operands are wrong";
         if (!plain(n)) return at + "it says what a step of its kind does not have";
         Shape shape = n.kind == Kind::INPUT ? given.values[next] : Shape{1, 1, 1};
-        if (n.kind != Kind::TENSOR && !given.numbers[i].empty())
+        if (n.kind != Kind::TENSOR && n.mode != RAREFY_KTANH && !given.numbers[i].empty())
             return at + "it says what a step of its kind does not have";
         const std::string wrong =
             infer(graph, n, {given.operands[i], given.numbers[i], saved[i].constants.size()}, &shape);

@@ -27,6 +27,8 @@
 
 #include <stdint.h>
 
+#include "rarefy.h"
+
 namespace rarefy {
 namespace engine {
 
@@ -213,6 +215,12 @@ struct PointwiseCall {
 
 enum WeightKind { SPARSE_F32, SPARSE_BF16, SPARSE_KINDS, DENSE_F32 = SPARSE_KINDS, DENSE_BF16, WEIGHT_KINDS };
 
+// How activations are computed: enum rarefy_mode, and the table of RAREFY_KTANH, null in the others.
+struct Mode {
+    int32_t kind;
+    const rarefy_shift32 *table;
+};
+
 struct Kernels {
     int32_t lanes;
     int32_t permutes;  // 1: PACK_ONE and PACK_TWO are fast
@@ -233,9 +241,11 @@ struct Kernels {
     float (*squares)(const float *x, float mean, int64_t n);
     // sigmoid(f) c + sigmoid(i) tanh(g); sigmoid(o) tanh(c); z state + (1 - z) tanh(x_n + r h_n), r and z the sigmoid
     // of x + h.
-    void (*lstm_cell)(const float *i, const float *f, const float *g, const float *c, float *out, int64_t n);
-    void (*lstm_hidden)(const float *o, const float *c, float *out, int64_t n);
-    void (*gru)(const float *const x[3], const float *const h[3], const float *state, float *out, int64_t n);
+    void (*lstm_cell)(const Mode &mode, const float *i, const float *f, const float *g, const float *c, float *out,
+                      int64_t n);
+    void (*lstm_hidden)(const Mode &mode, const float *o, const float *c, float *out, int64_t n);
+    void (*gru)(const Mode &mode, const float *const x[3], const float *const h[3], const float *state, float *out,
+                int64_t n);
     void (*norm)(const NormCall *call);
     void (*matmul)(const MatmulCall *call);
     void (*softmax)(const SoftmaxCall *call);
@@ -245,8 +255,9 @@ struct Kernels {
     // (1 - share) a + share b
     void (*between)(const float *a, const float *b, float share, float *y, int64_t n);
     void (*pointwise)(const PointwiseCall *call);
-    // An activation of enum rarefy_activation that is no clamp, in place or not.
-    void (*activate)(int32_t activation, const float *x, float *out, int64_t n);
+    // An activation of enum rarefy_activation that is no clamp, in place or not. Those that have no modes are computed
+    // as they are.
+    void (*activate)(int32_t activation, const Mode &mode, const float *x, float *out, int64_t n);
 };
 
 }  // namespace engine

@@ -78,6 +78,7 @@ void make_steps(rarefy_program &program) {
         int32_t channel = 0, before = 0;
         if (step.node.kind == Kind::GRU || step.node.kind == Kind::TENSOR) step.operands = g.operands[i];
         step.numbers = g.numbers[i];
+        step.table = step.node.mode == RAREFY_KTANH ? table_of(step.numbers) : rarefy_shift32{};
         for (const int32_t k : program.plan.copied[i]) {
             for (; before < k; ++before) channel += g.values[g.operands[i][before]].channels;
             step.operands.push_back(g.operands[i][k]);

@@ -58,6 +58,7 @@ struct Node {
     int32_t groups, storage, choice;
     int32_t operands;  // CONCAT: number of them; GRU: the state; TENSOR: those after x
     int32_t function;  // TENSOR: enum rarefy_function
+    int32_t mode;      // of activations: enum rarefy_mode
 };
 
 struct Graph {
@@ -65,7 +66,7 @@ struct Graph {
     std::vector<Node> nodes;
     std::vector<std::string> names;                // of the nodes
     std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT, GRU or TENSOR
-    std::vector<std::vector<int64_t>> numbers;     // of TENSOR
+    std::vector<std::vector<int64_t>> numbers;     // of TENSOR; of mode RAREFY_KTANH: a rarefy_shift32
     std::vector<std::vector<float>> weights;       // of CONV: as given; empty in a program
     std::vector<std::vector<float>> bias;          // of CONV
     std::vector<std::vector<float>> scale, shift;  // of AFFINE
@@ -110,6 +111,7 @@ struct Step {
     Array<float> bias;             // CONV: one number a row
     Array<float> scale, shift;     // AFFINE: one number a channel
     std::vector<int64_t> numbers;  // TENSOR
+    rarefy_shift32 table;          // of mode RAREFY_KTANH
     Array<float> constants;        // TENSOR
     std::shared_ptr<const Tiling> tiling_one, tiling_group;
     std::vector<float> column_scale;  // average pooling: a factor for every column
@@ -119,6 +121,7 @@ struct Step {
     int64_t weight_bytes() const {
         return weights.bytes() + bias.bytes() + scale.bytes() + shift.bytes() + constants.bytes();
     }
+    Mode mode() const { return {node.mode, &table}; }
     const Tiling &tiling(int64_t images) const { return images == 1 ? *tiling_one : *tiling_group; }
 };
 
@@ -185,6 +188,10 @@ constexpr size_t WINDOW_NUMBERS = sizeof(Window) / sizeof(int32_t);
 typedef std::array<int32_t, WINDOW_NUMBERS + 3> TilingKey;
 
 Matrix matrix_of(const Graph &graph, const Node &node);
+
+// The table of mode RAREFY_KTANH from its numbers, one for each of its fields in order; and the numbers of a table.
+rarefy_shift32 table_of(const std::vector<int64_t> &numbers);
+std::vector<int64_t> numbers_of(const rarefy_shift32 &table);
 
 // The first channel of x that a node makes a view of, where that is a range of channels as they are; -1 for another.
 int32_t range_of(const Graph &graph, const Node &node, const std::vector<int64_t> &numbers);

@@ -58,7 +58,7 @@ void conv_vector(const Frame &f, const Step &s, int64_t at) {
         const int64_t n = std::min<int64_t>(call.rows - from, 64);
         float *at_row = call.y + from * y.stride;
         for (int64_t r = 0; r < n; ++r) some[r] = at_row[r * y.stride];
-        f.program->kernels->activate(s.node.activation, some, some, n);
+        f.program->kernels->activate(s.node.activation, s.mode(), some, some, n);
         for (int64_t r = 0; r < n; ++r) at_row[r * y.stride] = some[r];
     }
 }
@@ -143,7 +143,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
         if (clamp.rest) {
             const int64_t last_row = std::min<int64_t>(rows, last_chunk * CHUNK_ROWS);
             for (int64_t r = first_chunk * CHUNK_ROWS; r < last_row; ++r)
-                k.activate(s.node.activation, call.y + r * y.stride, call.y + r * y.stride, tile.pixels);
+                k.activate(s.node.activation, s.mode(), call.y + r * y.stride, call.y + r * y.stride, tile.pixels);
         }
     }
 }
@@ -191,7 +191,8 @@ void depthwise(const Frame &f, const Step &s, int64_t at, int64_t first_unit, in
             f.program->kernels->depthwise(&call);
             if (clamp.rest) {
                 float *done = call.y + call.first_row * w.out_w;
-                f.program->kernels->activate(s.node.activation, done, done, (call.last_row - call.first_row) * w.out_w);
+                f.program->kernels->activate(s.node.activation, s.mode(), done, done,
+                                             (call.last_row - call.first_row) * w.out_w);
             }
             unit = end;
         }
@@ -262,7 +263,7 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
         } else {
             (s.node.multiply ? k.multiply : k.add)(from, other.at + c * other.stride, to, n, clamp.low, clamp.high);
         }
-        if (clamp.rest) k.activate(s.node.activation, to, to, n);
+        if (clamp.rest) k.activate(s.node.activation, s.mode(), to, to, n);
     }
 }
 
@@ -331,8 +332,8 @@ void lstm(const Frame &f, const Step &s, int64_t at, int64_t images) {
         const auto gate = [&](int64_t i) { return gates.at + (i * n + unit) * gates.stride; };
         const float *state = c.at + unit * c.stride;
         float *out = y.at + unit * y.stride;
-        if (s.node.kind == Kind::LSTM_CELL) k.lstm_cell(gate(0), gate(1), gate(2), state, out, count);
-        else k.lstm_hidden(gate(3), state, out, count);
+        if (s.node.kind == Kind::LSTM_CELL) k.lstm_cell(s.mode(), gate(0), gate(1), gate(2), state, out, count);
+        else k.lstm_hidden(s.mode(), gate(3), state, out, count);
     });
 }
 
@@ -346,8 +347,35 @@ void gru(const Frame &f, const Step &s, int64_t at, int64_t images) {
             xs[i] = x.at + (i * n + unit) * x.stride;
             hs[i] = h.at + (i * n + unit) * h.stride;
         }
-        f.program->kernels->gru(xs, hs, state.at + unit * state.stride, y.at + unit * y.stride, count);
+        f.program->kernels->gru(s.mode(), xs, hs, state.at + unit * state.stride, y.at + unit * y.stride, count);
     });
+}
+
+// Vectors of images that lie together: channels by images here, images by channels there.
+void port_vectors(const Frame &f, const Step &s, int64_t at, int64_t images, int32_t id, int32_t number,
+                  const Share &mine) {
+    constexpr int64_t SQUARE = 16;  // a line of a cache each way
+    const int64_t channels = f.plan->values[id].shape.channels, begin = (f.first_image + at) * channels;
+    const bool input = s.node.kind == Kind::INPUT;
+    const View ours = view(f, id, at);
+    const auto over = [&](const auto &move) {
+        for (int64_t c0 = mine.from; c0 < mine.to; c0 += SQUARE)
+            for (int64_t i0 = 0; i0 < images; i0 += SQUARE)
+                move(c0, std::min(mine.to, c0 + SQUARE), i0, std::min(images, i0 + SQUARE));
+    };
+    if (input) {
+        const float *in = f.inputs[number] + begin;
+        over([&](int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
+            for (int64_t c = c0; c < c1; ++c)
+                for (int64_t i = i0; i < i1; ++i) ours.at[c * ours.stride + i] = in[i * channels + c];
+        });
+    } else {
+        float *out = f.outputs[number] + begin;
+        over([&](int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
+            for (int64_t i = i0; i < i1; ++i)
+                for (int64_t c = c0; c < c1; ++c) out[i * channels + c] = ours.at[c * ours.stride + i];
+        });
+    }
 }
 
 // Between the caller's layout and ours.
@@ -361,6 +389,8 @@ void port(const Frame &f, const Step &s, int64_t at, int64_t images) {
     if (v.place == (input ? Place::INPUT : Place::OUTPUT) && v.port == number) return;
     const int64_t pixels = v.shape.pixels(), channels = v.shape.channels;
     const Share mine(f, channels);
+    const bool together = v.place == Place::ARENA && at % v.group + images <= v.group;
+    if (pixels == 1 && together) return port_vectors(f, s, at, images, id, number, mine);
     for (int64_t i = 0; i < images; ++i) {
         const View ours = view(f, id, at + i);
         const int64_t begin = (f.first_image + at + i) * v.shape.size();

@@ -24,7 +24,7 @@ float from_bf16(uint16_t half) {
 namespace {
 
 template <class T>
-void append(std::vector<uint8_t> &bytes, T value) {
+void append(Buffer<uint8_t> &bytes, T value) {
     const size_t at = bytes.size();
     bytes.resize(at + sizeof value);
     std::memcpy(bytes.data() + at, &value, sizeof value);
@@ -39,9 +39,9 @@ void put(uint8_t *at, int32_t kind, float value, uint32_t offset) {
 
 Weights make_vector_weights(const Matrix &matrix, const Entries &entries, const Config &config, int32_t lanes) {
     Weights out;
-    std::vector<uint8_t> values;
-    std::vector<uint16_t> index;
-    std::vector<int64_t> starts{0};
+    Buffer<uint8_t> values;
+    Buffer<uint16_t> index;
+    Buffer<int64_t> starts{0};
     for (const auto &row : entries) {
         int64_t count = 0;
         // a dense row has all its columns in order; a sparse one's padding reads the zero behind the vector
@@ -64,7 +64,7 @@ Weights make_vector_weights(const Matrix &matrix, const Entries &entries, const 
 
 // Every row's taps, one after the other.
 Weights make_plane_weights(const Entries &entries, const Config &config) {
-    std::vector<uint8_t> values;
+    Buffer<uint8_t> values;
     Weights out;
     for (const auto &row : entries) {
         for (const Entry &e : row) {
@@ -248,10 +248,10 @@ class Maker {
     const int64_t places_;  // of a row's weights
     int64_t span_;
     int64_t stored_ = 0;
-    std::vector<uint8_t> values_;
-    std::vector<uint16_t> offsets_;
-    std::vector<Group> groups_;
-    std::vector<int32_t> row_ids_, chunks_;
+    Buffer<uint8_t> values_;
+    Buffer<uint16_t> offsets_;
+    Buffer<Group> groups_;
+    Buffer<int32_t> row_ids_, chunks_;
     std::map<std::vector<uint16_t>, int32_t> known_;
 };
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/memory.h"
 #include "engine/tiling.h"
 
 namespace rarefy::engine {
@@ -15,8 +16,9 @@ template <class T>
 class Array {
  public:
     Array() = default;
-    explicit Array(std::vector<T> items)
+    explicit Array(Buffer<T> items)
         : own_(std::move(items)), data_(own_.data()), size_(static_cast<int64_t>(own_.size())) {}
+    explicit Array(const std::vector<T> &items) : Array(Buffer<T>(items.begin(), items.end())) {}
     Array(const T *data, int64_t size) : data_(data), size_(size) {}
     Array(Array &&other) noexcept { *this = std::move(other); }
     Array &operator=(Array &&other) noexcept {
@@ -32,7 +34,7 @@ class Array {
     const T &operator[](int64_t i) const { return data_[i]; }
 
  private:
-    std::vector<T> own_;
+    Buffer<T> own_;
     const T *data_ = nullptr;
     int64_t size_ = 0;
 };

@@ -461,14 +461,28 @@ def gru_backward(
     return d, through, carry
 
 
-# ---- what gradients of weights take
+# ---- products over all rows
+
+
+def multiplies(like: Tensor) -> bool:
+    """Tell whether the device multiplies matrices of such a tensor as they are; else float32 is faster, and closer."""
+    if like.device.type != "cpu" or like.dtype == torch.float32:
+        return True
+    return like.dtype == torch.bfloat16 and _has_bfloat16_products()
+
+
+@functools.cache
+def _has_bfloat16_products() -> bool:
+    """Tell whether the processor has products of bfloat16 numbers, which oneDNN takes: AVX512_BF16 or AMX."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of a weight, d^T x, in the format of x: one product over all rows."""
-    if x.device.type == "cpu":
-        return (d.float().t() @ x.float()).to(x.dtype)
-    return d.to(x.dtype).t() @ x
+    if multiplies(x):
+        return d.to(x.dtype).t() @ x
+    return (d.float().t() @ x.float()).to(x.dtype)
 
 
 def projected(gates: Tensor, cells: Tensor) -> Tensor:

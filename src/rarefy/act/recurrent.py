@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from rarefy.act import operator
-from rarefy.act.cells import offsets_of
+from rarefy.act.cells import multiplies, offsets_of
 from rarefy.act.kernels.aten import table_of
 from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.act.spec import reference
@@ -74,10 +74,10 @@ def _is_autocast(device: str) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the products of the input, of all steps at once: in float32 on the CPU, else in the format."""
-    if x.device.type == "cpu":
-        return F.linear(x.float(), weight.float(), bias)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    """Return the products of the input, of all steps at once: in float32 where the format has none of its own."""
+    if multiplies(x):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.linear(x.float(), weight.float(), bias)
 
 
 def _lstm_layer(

@@ -507,16 +507,15 @@ class Building:
         return None if len(made) == 1 else layout, number
 
     def _gates(self, step: LSTMCell | GRUGates) -> int:
-        check_mode(step.mode)
         if any(len(self._shape(name)) != 1 for name in step.inputs):
             raise CannotError("its state is no vector")
-        values = self._values(step.inputs, CHANNELS_FIRST)
+        values, mode, table = self._values(step.inputs, CHANNELS_FIRST), step.mode, step.table
         match step:
             case LSTMHidden():
-                return self.builder.lstm_hidden(*values, name=step.output)
+                return self.builder.lstm_hidden(*values, mode=mode, table=table, name=step.output)
             case LSTMCell():
-                return self.builder.lstm_cell(*values, name=step.output)
-        return self.builder.gru(*values, name=step.output)
+                return self.builder.lstm_cell(*values, mode=mode, table=table, name=step.output)
+        return self.builder.gru(*values, mode=mode, table=table, name=step.output)
 
     def _pool(self, step: Pool, x: int) -> int:
         sizes = self._shape(step.input)[1:]
@@ -697,12 +696,6 @@ def places(step: Resize, sizes: Sequence[int], axis: int) -> tuple[Tensor, Tenso
         at = (torch.tensor(1.0 / factor if factor else size / out) * (to + 0.5) - 0.5).clamp(min=0)
     taken = at.long().clamp(max=size - 1)
     return taken, (at - taken).clamp(0, 1)
-
-
-def check_mode(mode: str) -> None:
-    """Raise CannotError for a mode of activation functions that native programs do not have."""
-    if mode not in ("exact", "fast"):
-        raise CannotError(f'native gates are of mode "exact", not {mode!r}')
 
 
 def samples(shape: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.engine.building import CannotError, NativeSegment, Options, SegmentPort, check_mode
+from rarefy.engine.building import CannotError, NativeSegment, Options, SegmentPort
 from rarefy.engine.plan import Layer, Plan, Recurrence
 from rarefy.engine.programs import CHANNELS_FIRST, Builder, Program
 
@@ -63,12 +63,11 @@ class RecurrentSegment(NativeSegment):
 
 def recurrent(plan: Plan, step: Recurrence, options: Options, measured: Mapping[str, Program]) -> RecurrentSegment:
     """The program of a recurrence. Raises CannotError or NativeError where there is none, or none that is of use."""
-    check_mode(step.mode)
     batch, hidden = options.shapes[step.states[0]]
     builder, count = Builder(), len(step.weight)
     products = builder.input((count, 1, 1), CHANNELS_FIRST, step.products)
     states = [builder.input((hidden, 1, 1), CHANNELS_FIRST, name) for name in step.states]
-    lstm = step.kind == "lstm"
+    lstm, how = step.kind == "lstm", {"mode": step.mode, "table": step.table}
     bias = None if step.bias is None else torch.nn.functional.pad(step.bias, (2 * hidden, 0))
     gates = builder.conv(
         states[0],
@@ -80,10 +79,10 @@ def recurrent(plan: Plan, step: Recurrence, options: Options, measured: Mapping[
         name=step.output,
     )
     if lstm:
-        cell = builder.lstm_cell(gates, states[1], name=f"{step.name} cell")
-        after = [builder.lstm_hidden(gates, cell, name=f"{step.name} hidden"), cell]
+        cell = builder.lstm_cell(gates, states[1], **how, name=f"{step.name} cell")
+        after = [builder.lstm_hidden(gates, cell, **how, name=f"{step.name} hidden"), cell]
     else:
-        after = [builder.gru(products, gates, states[0], name=f"{step.name} gates")]
+        after = [builder.gru(products, gates, states[0], **how, name=f"{step.name} gates")]
     for value in (after[0], *after):  # y is h of every step
         builder.output(value, CHANNELS_FIRST)
     layers = sum(isinstance(each, (Layer, Recurrence)) for each in plan.steps)

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.act import operator
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.building_recurrent import RecurrentSegment
 from rarefy.engine.eager import Eager
-from rarefy.engine.functions import ACTIVATIONS
+from rarefy.engine.functions import check_mode
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Conv, Linear, Norm, Operator, Pointwise, Recurrence, Ref, Step, tensors
+from rarefy.engine.plan import ACTIVATIONS, Conv, Linear, Norm, Operator, Pointwise, Recurrence, Ref, Step, tensors
 from rarefy.engine.reference import check_pointwise, resolve, run_step
 
 #: Whose operators a file may name.
@@ -156,7 +155,7 @@ def check_recurrence(step: Recurrence, given: Sequence[Tensor]) -> None:
         raise ValueError(f"weights of {found[0]} do not fit products of {tuple(products.shape)} and {found[1:]}")
     if not isinstance(step.reverse, bool):
         raise ValueError("its direction is none")
-    operator.check_dtype("tanh", torch.float32, step.mode, step.table)
+    check_mode("tanh", step.mode, step.table)
 
 
 def check_conv(step: Conv, shape: tuple[int, ...]) -> None:

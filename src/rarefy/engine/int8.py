@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rarefy.engine.functions import CONVOLUTIONS, activate, symmetric_padding
 from rarefy.engine.plan import (
+    ACTIVATIONS,
     Activation,
     Binary,
     Concat,
@@ -301,9 +302,13 @@ def dequantize(q: Tensor, of: Quantized) -> Tensor:
 
 
 def table(function: Activation, of: Quantized, to: Quantized) -> Tensor:
-    """The 256 bytes of an activation function ("none" goes to another quantisation), computed in float64."""
+    """The 256 bytes of an activation function ("none" goes to another quantisation).
+
+    They are computed in float64; the modes of :mod:`rarefy.act`, which has none, in float32.
+    """
     x = of.scale * (torch.arange(256, dtype=torch.float64) - of.zero_point)
-    return _bytes(activate(x, function) / to.scale + to.zero_point, 0, 255)
+    y = activate(x if function in ACTIVATIONS else x.float(), function).double()
+    return _bytes(y / to.scale + to.zero_point, 0, 255)
 
 
 def bounds(activation: Activation, of: Quantized) -> tuple[int, int]:

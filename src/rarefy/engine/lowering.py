@@ -64,7 +64,8 @@ class _Lowering:
             runnable = item(self.plan, step)
             reason = self._add(runnable)
             if reason is not None:
-                self._flush()
+                if self._reads_own(runnable):
+                    self._flush()
                 self._in_torch(runnable, reason)
         self._flush()
         for name in self.plan.outputs:
@@ -81,17 +82,26 @@ class _Lowering:
         if isinstance(step, Recurrence):
             return self._add_recurrence(step)
         kind = Int8Building if isinstance(runnable, Int8) else Building
-        if type(self.building) is kind and self.building.steps:
-            if self.building.add(step) is None:
-                return None
-            self._flush()
-        self._flush()
-        self.building = (
+        if type(self.building) is kind and self.building.add(step) is None:
+            return None
+        fresh = (
             Int8Building(self.plan, self.options, quantizers=self.quantizers)
             if kind is Int8Building
             else Building(self.plan, self.options, self.measured)
         )
-        return self.building.add(step)
+        reason = fresh.add(step)
+        if reason is None:
+            self._flush()
+            self.building = fresh
+        return reason
+
+    def _reads_own(self, runnable: Step | Int8) -> bool:
+        """Whether a step reads what the program that is being built makes; otherwise it may run before that."""
+        if self.building is None:
+            return False
+        own = {step.output for step in self.building.steps}
+        quantizers = self.quantizers
+        return any((quantizers[name].input if name in quantizers else name) in own for name in runnable.inputs)
 
     def _add_recurrence(self, step: Recurrence) -> str | None:
         """Add a program of its own; gives the reason if it cannot be."""

@@ -45,6 +45,7 @@ from rarefy.engine.plan import (
     Step,
     Table,
     Upsample,
+    parts,
 )
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
@@ -293,6 +294,9 @@ class _Graph:
         if activation == "relu6":
             ends = [self._constant(f"{output}/{each:g}", torch.tensor(each)) for each in (0.0, 6.0)]
             return self._node("Clip", [made, *ends], output)
+        if activation not in _SIMPLE:
+            function, mode, _ = parts(activation)
+            raise ValueError(f'{output}: ONNX has no {function} of mode "{mode}": use that of mode "exact" of PyTorch')
         kind, options = _SIMPLE[activation]
         return self._node(kind, [made], output, **options)
 

@@ -14,8 +14,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, fx
 
+from rarefy.engine.functions import whole_table
 from rarefy.engine.places import contiguous
 from rarefy.engine.plan import (
+    MODED,
     Activation,
     Affine,
     Binary,
@@ -398,6 +400,18 @@ def _activation(call: Call, function: Activation) -> Step | None:
 
 for _name in ("relu", "relu6", "silu", "tanh", "sigmoid", "hardswish", "hardsigmoid"):
     _HANDLERS[f"aten.{_name}.default"] = partial(_activation, function=_name)
+
+
+def _of_mode(call: Call) -> Step | None:
+    """A function of :mod:`rarefy.act`, in its mode."""
+    x, args = call.value("x"), call.args
+    if x is None or args["function"] not in MODED:
+        return None
+    activation = " ".join((args["function"], args["mode"], whole_table(args["table"]))).rstrip()
+    return Affine(**call.labels, input=x, activation=activation)
+
+
+_HANDLERS["rarefy.activation.default"] = _of_mode
 
 
 @_handles("gelu.default")

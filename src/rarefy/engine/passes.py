@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rarefy.engine.attending import absorb_views, float_masks, join_attention
 from rarefy.engine.plan import (
+    ACTIVATIONS,
     MOST_INSTRUCTIONS,
     MOST_TERMS,
     Affine,
@@ -166,6 +167,7 @@ def _expression(plan: Plan, step: Pointwise | Affine | Binary) -> Pointwise | No
     shape, operands = plan.values[step.output].shape, tuple(dict.fromkeys(step.inputs))
     if (
         shape is None
+        or step.activation not in ACTIVATIONS
         or not 1 <= len(shape) <= 3
         or any(len(plan.values[name].shape or ()) != len(shape) for name in operands)
     ):

@@ -16,20 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Activation = Literal[
-    "none",
-    "relu",
-    "relu6",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "tanh",
-    "sigmoid",
-    "hardswish",
-    "hardsigmoid",
+#: The name of a function; or, as ``rarefy::activation`` has them, function, mode and, where there is one, the JSON of a
+#: table, with spaces between: "silu ktanh".
+Activation: TypeAlias = str
+#: The functions, as PyTorch has them.
+ACTIVATIONS: tuple[Activation, ...] = (
+    *("none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "hardswish", "hardsigmoid"),
     "leaky_relu",
-]
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+)
+#: Those that have modes.
+MODED: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
 _Name = TypeVar("_Name", bound=Hashable)
 
 
@@ -541,8 +537,8 @@ class GroupNorm(Step):
 class LSTMCell(Step):
     """``sigmoid(f) state + sigmoid(i) tanh(g)``: (B, n), of gates (B, 4 n) in PyTorch's order i, f, g, o.
 
-    ``mode`` and ``table`` say how the activations are computed, as ``rarefy::activation`` has them; so in all steps of
-    recurrent layers.
+    ``mode`` and ``table``, one's JSON or "", say how the activations are computed, as ``rarefy::activation`` has them;
+    so in all steps of recurrent layers.
     """
 
     gates: str
@@ -765,6 +761,12 @@ class Plan:
             for name in dict.fromkeys(step.inputs):
                 found.setdefault(name, []).append(step)
         return found
+
+
+def parts(activation: Activation) -> tuple[str, str, str]:
+    """Function, mode and table of an activation; both are empty for a function of PyTorch's."""
+    function, mode, table = (*activation.split(" ", 2), "", "")[:3]
+    return function, mode, table
 
 
 def last_uses(

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
-from rarefy.engine.plan import ACTIVATIONS, OF_ONE, OF_TWO, Activation
+from rarefy.act.kernels import aten, native
+from rarefy.act.spec import formats, reference
+from rarefy.engine.plan import ACTIVATIONS, OF_ONE, OF_TWO, Activation, parts
 from rarefy.kernels import _library
 
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
@@ -30,6 +32,8 @@ FUNCTIONS: tuple[Function, ...] = get_args(Function)
 OPERATIONS: tuple[str, ...] = (*OF_TWO, *OF_ONE, *ACTIVATIONS)
 #: What a convolution may be computed by.
 CHOICES = {"measure": 0, "sparse": 1, "dense": 2}
+#: The modes of :mod:`rarefy.act` by their numbers in ``rarefy_mode``.
+_MODES = {"exact": 1, "fast": 1, "hard": 2, "ktanh": 3}
 #: Threads that a program runs on at most.
 MOST_THREADS = 1024
 #: How weights are stored.
@@ -42,6 +46,33 @@ _Int32x2, _Int32x3, _Int32x4 = _INT32 * 2, _INT32 * 3, _INT32 * 4
 
 class NativeError(ValueError):
     """What the native engine refused, in its words."""
+
+
+def _function(activation: Activation) -> int:
+    """The number of an activation's function in ``rarefy_activation``."""
+    return ACTIVATIONS.index(parts(activation)[0])
+
+
+def native_mode(function: str, mode: str, table: str) -> tuple[int, int | None]:
+    """A mode of :mod:`rarefy.act` in float32 as kernels take it: ``rarefy_mode``, and the address of its table.
+
+    Raises NativeError for a table that they do not have.
+    """
+    block = None
+    if mode == "ktanh":
+        block = _table(function, table)
+        if block is None:
+            raise NativeError("its table is none of tanh in 32 rows of shifts")
+    return _MODES[mode], None if block is None else block.ctypes.data
+
+
+@functools.lru_cache(maxsize=64)
+def _table(function: str, text: str) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+    """A ``rarefy_shift32``, which lives as long as it is in the cache: kernels copy it at once or run in the call."""
+    given = aten.given_table(text)
+    if given is not None and given.function != "tanh":
+        return None
+    return native.shift(reference.core(formats.FP32, given))
 
 
 class _Conv(ctypes.Structure):
@@ -166,6 +197,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_lstm_hidden": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
     "builder_gru": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
     "builder_tensor": (_INT32, (_POINTER, ctypes.POINTER(_Tensor), _TEXT), True),
+    "builder_mode": (_INT32, (_POINTER, _INT32, _INT32, _POINTER), True),
     "builder_output": (_INT32, (_POINTER, _INT32, _INT32), True),
     "builder_shape": (_INT32, (_POINTER, _INT32, ctypes.POINTER(_Int32x3)), True),
     "builder_finish": (_POINTER, (_POINTER, ctypes.POINTER(_Options)), True),
@@ -383,8 +415,8 @@ class Program:
 
 
 #: How an int8 layer takes its weights: any four that are not zero, those of four channels together, all of them, or, in
-#: layers of vectors, those that are not zero of some rows in windows of columns.
-Layout = Literal["quads", "blocks", "dense", "windows"]
+#: layers of vectors, those that are not zero of some rows in windows of columns or behind a bitmask.
+Layout = Literal["quads", "blocks", "dense", "windows", "bitmask"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
@@ -537,7 +569,7 @@ class Builder:
             dilation=_Int32x2(*dilation),
             padding=_Int32x4(*padding),
             groups=groups,
-            activation=ACTIVATIONS.index(activation),
+            activation=_function(activation),
             storage=STORAGES[storage],
             choice=CHOICES[choice],
             weight=_address(weights),
@@ -545,7 +577,7 @@ class Builder:
             bias=_address(biases),
             biases=0 if biases is None else biases.numel(),
         )
-        return self._add("conv", ctypes.byref(about), name=name)
+        return self._moded(self._add("conv", ctypes.byref(about), name=name), activation)
 
     def pool(
         self,
@@ -577,7 +609,7 @@ class Builder:
 
     def binary(self, x: int, y: int, *, multiply: bool, activation: Activation, name: str) -> int:
         """The sum or the product of two values."""
-        return self._add("binary", x, y, multiply, ACTIVATIONS.index(activation), name=name)
+        return self._moded(self._add("binary", x, y, multiply, _function(activation), name=name), activation)
 
     def affine(self, x: int, scale: Tensor | None, shift: Tensor | None, activation: Activation, *, name: str) -> int:
         """A factor and a summand for every channel."""
@@ -586,7 +618,7 @@ class Builder:
         if len(counts) > 1:
             raise NativeError(f"scale and shift must have one number a channel, got {sorted(counts)}")
         given = (_address(scales), _address(shifts), max(counts, default=0))
-        return self._add("affine", x, *given, ACTIVATIONS.index(activation), name=name)
+        return self._moded(self._add("affine", x, *given, _function(activation), name=name), activation)
 
     def concat(self, xs: Sequence[int], *, name: str) -> int:
         """The channels of all."""
@@ -600,17 +632,17 @@ class Builder:
         """All numbers as a vector."""
         return self._add("flatten", x, name=name)
 
-    def lstm_cell(self, gates: int, c: int, *, name: str) -> int:
+    def lstm_cell(self, gates: int, c: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """An LSTM's new cell, of the gates before their activations and the cell before."""
-        return self._add("lstm_cell", gates, c, name=name)
+        return self._moded(self._add("lstm_cell", gates, c, name=name), f"tanh {mode} {table}")
 
-    def lstm_hidden(self, gates: int, c: int, *, name: str) -> int:
+    def lstm_hidden(self, gates: int, c: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """An LSTM's result, of the same gates and the new cell."""
-        return self._add("lstm_hidden", gates, c, name=name)
+        return self._moded(self._add("lstm_hidden", gates, c, name=name), f"tanh {mode} {table}")
 
-    def gru(self, x: int, h: int, state: int, *, name: str) -> int:
+    def gru(self, x: int, h: int, state: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """A GRU's result, of the products of input and state with their weights, and the state before."""
-        return self._add("gru", x, h, state, name=name)
+        return self._moded(self._add("gru", x, h, state, name=name), f"tanh {mode} {table}")
 
     def tensor(
         self,
@@ -669,6 +701,13 @@ class Builder:
         )
         options = _Options(isa(whole=True), batch, threads, 0.0, None)
         return Int8Program(_call("int8_finish", self._address, given, len(results), ctypes.byref(options)))
+
+    def _moded(self, value: int, activation: Activation) -> int:
+        """The value, whose step has now the mode of the activation."""
+        function, mode, table = parts(activation)
+        if mode:
+            _call("builder_mode", self._address, value, *native_mode(function, mode, table))
+        return value
 
     def _add(self, function: str, *arguments: Any, name: str) -> int:
         result: int = _call(f"builder_{function}", self._address, *arguments, _label(name))

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch._C import DispatchKey
 
 import rarefy.act.sequences  # noqa: F401 - registers the operators
+from rarefy.engine.functions import whole_table
 from rarefy.engine.operators import Call
 from rarefy.engine.plan import GRUGates, Linear, LSTMCell, LSTMHidden, Recurrence, Step
 
@@ -179,7 +180,7 @@ def steps_of(call: Call) -> Steps | None:
     if call.given("projection" if lstm else "bias") and (lstm or call.constant("bias") is None):
         return None
     bias = None if lstm else call.constant("bias")
-    how = {"mode": args["mode"], "table": args["table"]}
+    how = {"mode": args["mode"], "table": whole_table(args["table"])}
     labels, states = call.layer(), [args[name] for name in ("h", "c")[: 1 + lstm]]
     one = str(args["products"].meta["val"].shape[0]) == str(h.meta["val"].shape[0])
     if not one or any(call.value(name) is None for name in ("h", "c")[: 1 + lstm]):

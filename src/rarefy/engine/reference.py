@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.engine import views
-from rarefy.engine.functions import ACTIVATIONS, CONVOLUTIONS, TRANSPOSED, activate, symmetric_padding
+from rarefy.engine.functions import CONVOLUTIONS, TRANSPOSED, activate, function_of, symmetric_padding
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.plan import (
+    ACTIVATIONS,
     MOST_INSTRUCTIONS,
     MOST_TERMS,
     OF_ONE,
@@ -136,7 +137,7 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
         case Linear():
             compute = functools.partial(_linear, step)
         case Affine():
-            compute = ACTIVATIONS[step.activation] if step.kind == "activation" else functools.partial(_affine, step)
+            compute = function_of(step.activation) if step.kind == "activation" else functools.partial(_affine, step)
         case Binary():
             both = torch.add if step.op == "add" else torch.mul
             compute = both if step.activation == "none" else functools.partial(_binary, both, step.activation)
@@ -441,7 +442,7 @@ def _pointwise(step: Pointwise) -> tuple[Callable[..., Any], tuple[Any, ...], Ma
 
 
 def _operation(operation: str) -> Callable[..., Tensor]:
-    return OPERATIONS.get(operation) or ACTIVATIONS[cast(Activation, operation)]
+    return OPERATIONS.get(operation) or function_of(operation)
 
 
 def _evaluate(code: Sequence[tuple[str, int, int]], constants: Sequence[Tensor], *operands: Tensor) -> Tensor:
@@ -467,8 +468,7 @@ def check_pointwise(step: Pointwise) -> None:
 def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:
     if step.mode == "exact":
         return torch.sigmoid(x) if function == "sigmoid" else torch.tanh(x)
-    result: Tensor = resolve("rarefy.activation.default")(x, function, step.mode, "y", step.table)
-    return result
+    return activate(x, f"{function} {step.mode} {step.table}".rstrip())
 
 
 def _lstm_cell(step: LSTMCell, gates: Tensor, c: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy import engine
+from rarefy import act, engine
+from rarefy.act.kernels import aten
 from rarefy.engine import Engine
 from rarefy.engine.attention import additive_scores
+from rarefy.engine.functions import whole_table
 from rarefy.models.gnmt import GNMT, Attention, Decoder, LayerState, Memory, reversed_steps
 
 #: Rows that a part is made for: a batch is padded to the first that is not smaller, or to some times the last. They are
@@ -56,9 +58,8 @@ class CompiledGNMT:
         attention = model.decoder.attention
         with torch.no_grad():
             self._direction = attention.scale * attention.vector / attention.vector.norm()
-        # in these modes act.Tanh is right to float rounding, too
-        exact = isinstance(attention.tanh, nn.Tanh) or getattr(attention.tanh, "mode", "") in ("exact", "fast")
-        self._tanh = None if exact else attention.tanh
+        tanh = attention.tanh
+        self._mode = (tanh.mode, whole_table(aten.text_of(tanh.table))) if isinstance(tanh, act.Tanh) else ("exact", "")
         encoder, decoder = model.encoder, model.decoder
         self._parts: dict[str, nn.Module] = {
             "ahead": _Layer(encoder.forwards),
@@ -115,17 +116,11 @@ class CompiledGNMT:
         before = [part[0] for layer in state for part in layer]
         x, query, *first = self._run("begin", rows, embedding(target.squeeze(1)), *before[:2])
         # Decoder.forward and Attention.forward have the formulas
-        scores = self._scores(memory.keys, query[:batch])
+        scores = additive_scores(memory.keys, query[:batch], self._direction, *self._mode)
         weights = scores.masked_fill_(memory.padding, -math.inf).softmax(1).unsqueeze(1)
         logits, *others = self._run("finish", rows, x, (weights @ memory.values).squeeze(1), *before[2:])
         after = [part[:batch].unsqueeze(0) for part in (*first, *others)]
         return logits[:batch].unsqueeze(1), list(zip(after[::2], after[1::2], strict=True)), weights
-
-    def _scores(self, keys: Tensor, query: Tensor) -> Tensor:
-        if self._tanh is None:
-            return additive_scores(keys, query, self._direction)
-        scores: Tensor = self._tanh(keys + query.unsqueeze(1)) @ self._direction
-        return scores
 
     def _sequence(self, part: str, x: Tensor) -> Tensor:
         """What a layer of the encoder makes of (rows, steps, size)."""

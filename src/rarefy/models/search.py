@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rarefy.models.best import best
 from rarefy.models.gnmt import LayerState, Memory
 
 
@@ -145,7 +146,7 @@ class _Search:
                 break
             if 2 * len(open_) <= len(self.numbers):
                 self._keep(open_)
-        return [best for best in self.best if best is not None]
+        return [each for each in self.best if each is not None]
 
     def _open(self) -> list[int]:
         """Return the places of those of which something partial can still win.
@@ -154,8 +155,8 @@ class _Search:
         """
         found = []
         for place, total in enumerate(self.total.amax(1).tolist()):
-            best, hope = self.best[self.numbers[place]], total / length_penalty(self.limits[place], self.alpha)
-            if best is None or best.score < hope:
+            before, hope = self.best[self.numbers[place]], total / length_penalty(self.limits[place], self.alpha)
+            if before is None or before.score < hope:
                 found.append(place)
         return found
 
@@ -171,16 +172,19 @@ class _Search:
 
     def _step(self, length: int) -> None:
         logits, state, weights = self.model.decode(self.token, self.memory, self.state or None)
-        logp = logits[:, 0].float().log_softmax(1)
-        seen = self.seen + weights[:, 0].float()
-        sentences, beam, vocabulary = *self.total.shape, logp.shape[1]
-        score = logp.view(sentences, beam, vocabulary).add_(self.total.unsqueeze(2))  # large: in its own memory
+        sentences, beam = self.total.shape
+        # what is among the best of a sentence is among the best of its row
+        logp, words = best(logits[:, 0], min(beam, logits.shape[2]))
+        score = logp.view(sentences, beam, -1) + self.total.unsqueeze(2)
         self.total, place = score.flatten(1).topk(beam, 1)
-        rows = (self.first + place // vocabulary).flatten()
-        self.token = (place % vocabulary).view(-1, 1)
-        self.state = [(h[:, rows], c[:, rows]) for h, c in state]
-        self.seen = seen[rows]
-        self.said = torch.cat([self.said[rows], self.token], 1)
+        self.token = words.view(sentences, -1).gather(1, place).view(-1, 1)
+        seen = self.seen + weights[:, 0].float()
+        if beam > 1:
+            rows = (self.first + place // logp.shape[1]).flatten()
+            state = [(h.index_select(1, rows), c.index_select(1, rows)) for h, c in state]
+            seen, self.said = seen.index_select(0, rows), self.said.index_select(0, rows)
+        self.state, self.seen = state, seen
+        self.said = torch.cat([self.said, self.token], 1)
 
         ended = (self.token == self.end).view_as(self.total)
         over = ended | torch.tensor([length == limit for limit in self.limits], device=ended.device).unsqueeze(1)
@@ -189,8 +193,8 @@ class _Search:
         value, which = final.masked_fill(~over, -math.inf).max(1)
         for index, (number, row) in enumerate(zip(value.tolist(), which.tolist(), strict=True)):
             sentence = self.numbers[index]
-            best = self.best[sentence]
-            if number > (-math.inf if best is None else best.score):
+            before = self.best[sentence]
+            if number > (-math.inf if before is None else before.score):
                 tokens = self.said[index * beam + row].tolist()
                 self.best[sentence] = Translation(tokens[:-1] if tokens[-1] == self.end else tokens, number)
         self.total[over] = -math.inf

@@ -317,6 +317,7 @@ int32_t dot_sparse(const uint8_t *x, const int8_t *w, const uint16_t *index, int
 }
 #endif
 
+#include "bitmask-inl.h"
 #include "windows-inl.h"
 
 #if defined(__AVX512F__) || defined(RAREFY_NEON_BUILD)
@@ -341,6 +342,9 @@ Kernels make() {
 #if defined(__AVX2__)
     k.shuffles = 1;
 #endif
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+    k.spreads = 1;
+#endif
     k.rows[ANY][QUARTERS] = rows<Any, QUARTERS>;
     k.rows[ANY][2 * QUARTERS] = rows<Any, 2 * QUARTERS>;
     if constexpr (MANY_REGISTERS) k.rows[ANY][4 * QUARTERS] = rows<Any, 4 * QUARTERS>;
@@ -360,6 +364,7 @@ Kernels make() {
     k.dot_sparse = dot_sparse;
     k.dot_blocks = dot_blocks;
     k.windows = windows;
+    k.bitmask = bitmask;
     return k;
 }
 

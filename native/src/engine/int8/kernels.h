@@ -42,6 +42,11 @@
 //
 // Weights are from -127 to 127, and pixels 128 less than they are: what vpmaddubsw adds up is the size of two pixels
 // times weights with the pixels' signs, at most 2 * 128 * 127 < 2^15, and never saturates.
+//
+// Where the processor spreads bytes by a mask (AVX512_VBMI2), such weights lie behind a `bitmask` instead: a bit each,
+// and a byte of those that are not zero. MASK_ROWS rows of QUAD columns are a mask, bit QUAD r + k that of row r's
+// column k, and what it spreads out is one vector of products with the QUAD pixels. The masks of MASK_QUADS quads,
+// MASK_BYTES bytes, are followed by the quads' weights, in the order of the bits.
 #pragma once
 
 #include <stdint.h>
@@ -49,7 +54,7 @@
 namespace rarefy {
 namespace int8 {
 
-enum Layout { ANY, BLOCKS, DENSE, WINDOWS, LAYOUTS };
+enum Layout { ANY, BLOCKS, DENSE, WINDOWS, BITMASK, LAYOUTS };
 enum { MOST_PIXELS = 64, MOST_TILE = 4, QUAD = 4, QUARTERS = 4, PAIR_LIMIT = 128, ROWS = 4, PART = 16 };
 enum {
     WINDOW = 16,
@@ -59,9 +64,13 @@ enum {
     MOVES_AT = FIRSTS_AT + WINDOW_ROWS,
     WEIGHTS_AT = MOVES_AT + WINDOW_STEPS,
     WINDOW_BYTES = WEIGHTS_AT + WINDOW_STEPS * WINDOW_ROWS * QUAD,
-    MOST_IMAGES = 4,  // of a call of windows
+    MOST_IMAGES = 4,  // of a call of windows or of a bitmask
     WINDOW_CENTRE = 128,
-    BEHIND = 32  // bytes behind a vector's pixels that may be read
+    MASK_ROWS = 16,
+    MASK_QUADS = 8,
+    MASK_BYTES = 8 * MASK_QUADS,
+    MASK_BEHIND = 64,  // bytes behind the last weight that may be read
+    BEHIND = 32        // and behind a vector's pixels
 };
 
 // Rows of results for one tile of pixels.
@@ -109,6 +118,7 @@ struct Kernels {
     int32_t pairs;     // 1: the sums of pairs saturate
     int32_t together;  // DENSE: rows of a group
     int32_t shuffles;  // 1: windows are fast
+    int32_t spreads;   // 1: bitmasks are
     int32_t centre;    // the sums of rows and of dot are those of w (x - centre)
     // for weights as they come, in blocks and dense, which not all have; for tiles of so many quarters of a vector,
     // null where there is none: single weights take whole vectors
@@ -136,6 +146,9 @@ struct Kernels {
     // sums[WINDOW_ROWS i + r] = sum_k w[r][k] x[i][k] of WINDOW_ROWS rows whose weights are the bytes [from, to), whole
     // WINDOW_BYTES, for 1 to MOST_IMAGES images less WINDOW_CENTRE. BEHIND bytes behind each are read.
     void (*windows)(const int8_t *const *x, int64_t images, const int8_t *from, const int8_t *to, int32_t *sums);
+    // sums[MASK_ROWS i + r] = sum_k w[r][k] x[i][k] of MASK_ROWS rows, whose bytes begin at `from`, for so many groups
+    // of MASK_QUADS quads and 1 to MOST_IMAGES images
+    void (*bitmask)(const uint8_t *const *x, int64_t images, const int8_t *from, int64_t groups, int32_t *sums);
 };
 
 }  // namespace int8

@@ -113,7 +113,7 @@ class Planner {
         }
         if (n.kind == Kind::CONV) {
             step.layout = layouts_[i];
-            step.vector = step.layout == WINDOWS || of_vectors(program_.graph, n, step.group);
+            step.vector = of_several(step.layout) || of_vectors(program_.graph, n, step.group);
             if (in_place(n.window) && n.window.taps() > 1) program_.values[n.x].around = true;
             if (!in_place(n.window) || (step.layout != ANY && !step.vector)) step.node.x = copy(step);
         }

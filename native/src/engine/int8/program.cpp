@@ -224,13 +224,17 @@ RAREFY_API int32_t rarefy_int8_step(const rarefy_int8_program *program, int32_t 
     put(graph.values[n.x >= 0 ? n.x : operands.empty() ? n.out : operands[0]], info->x_shape);
     if (n.kind != Kind::CONV) return 0;
     info->weight_bytes = found->weight_bytes();
-    static const char *const NAMES[LAYOUTS][2] = {
-        {"quads", "vector"}, {"blocks", "vector of blocks"}, {"dense", "dense vector"}, {"", "vector of windows"}};
+    static const char *const NAMES[LAYOUTS][2] = {{"quads", "vector"},
+                                                  {"blocks", "vector of blocks"},
+                                                  {"dense", "dense vector"},
+                                                  {"", "vector of windows"},
+                                                  {"", "vector of bits"}};
     std::snprintf(info->kernel, sizeof info->kernel, "int8 %s", NAMES[found->layout][found->vector]);
     info->weights = found->total_weights;
     info->nonzeros = found->nonzeros;
     info->stored = static_cast<int64_t>(found->weights.values.size() + found->shared.values.size());
     if (found->layout == WINDOWS) info->stored = info->stored / WINDOW_BYTES * (WINDOW_BYTES - WEIGHTS_AT);
+    if (found->layout == BITMASK) info->stored = info->nonzeros;
     const int64_t pixels = graph.values[n.out].pixels();
     info->macs = info->nonzeros * pixels;
     info->dense_macs = info->weights * pixels;

@@ -46,7 +46,7 @@ struct Value {
 // The weights of a convolution: as quads of every row, as quads of groups of rows, or of vectors as numbers for dot
 // products. Those that are zero are left out, where they are not among others.
 struct Weights {
-    std::vector<int8_t> values;
+    engine::Buffer<int8_t> values;
     std::vector<int32_t> offsets;  // of quads
     std::vector<uint16_t> index;   // of dot products of single weights or of blocks
     std::vector<int64_t> starts;   // of rows
@@ -122,8 +122,14 @@ inline bool of_vectors(const Graph &graph, const Node &node, int32_t group) {
     return node.window.pointwise() && x.pixels() == 1 && group == 1 && node.groups == 1 && x.channels <= 65535;
 }
 
-// Whether it can be computed by dot products with weights in windows, which takes any number of images.
-inline bool of_windows(const Graph &graph, const Node &node) {
+// Of a row of so many columns.
+inline int64_t mask_groups(int64_t columns) { return (columns + MASK_QUADS * QUAD - 1) / (MASK_QUADS * QUAD); }
+
+// Whether its weights are read once for several images.
+inline bool of_several(Layout layout) { return layout == WINDOWS || layout == BITMASK; }
+
+// Whether it can be computed by dot products with weights in windows or behind a bitmask, of any number of images.
+inline bool of_images(const Graph &graph, const Node &node) {
     const Shape &x = graph.values[node.x];
     return node.window.pointwise() && x.pixels() == 1 && node.groups == 1;
 }
@@ -131,6 +137,9 @@ inline bool of_windows(const Graph &graph, const Node &node) {
 // The weights of a layer of vectors in windows: values are their bytes, starts the first byte of each WINDOW_ROWS rows,
 // offsets the rows in the order in which they are taken.
 Weights make_windows(const engine::Matrix &m, const std::vector<float> &weight);
+
+// The same behind a bitmask, of each MASK_ROWS rows.
+Weights make_bitmask(const engine::Matrix &m, const std::vector<float> &weight);
 
 // Makes the weights of a convolution whose steps are planned.
 void make_weights(const rarefy_int8_program &program, Step &step, const std::vector<float> &weight);

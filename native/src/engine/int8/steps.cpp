@@ -121,28 +121,34 @@ void vector(const Frame &f, const Step &s, int64_t at) {
     }
 }
 
-// Up to MOST_IMAGES vectors, for which weights in windows are read once.
-void windows(const Frame &f, const Step &s, int64_t at, int64_t images) {
+// Up to MOST_IMAGES vectors, for which weights in windows or behind a bitmask are read once.
+void vectors(const Frame &f, const Step &s, int64_t at, int64_t images) {
+    const bool bits = s.layout == BITMASK;
     const int64_t rows = f.program->values[s.node.out].shape.channels;
-    const int64_t room = f.program->values[s.node.x].shape.channels + BEHIND;
-    const int8_t *lines[MOST_IMAGES];
+    const int64_t channels = f.program->values[s.node.x].shape.channels;
+    const uint8_t turned = bits ? 0 : WINDOW_CENTRE;  // x less 128 is x with its first bit turned
+    uint8_t *lines[MOST_IMAGES];
+    const int8_t *centred[MOST_IMAGES];
     for (int64_t i = 0; i < images; ++i) {
-        int8_t *line = reinterpret_cast<int8_t *>(f.scratch) + i * room;
+        lines[i] = f.scratch + i * (channels + BEHIND);
         const View x = view(f, s.node.x, at + i);
-        for (int64_t c = 0; c < room - BEHIND; ++c) line[c] = static_cast<int8_t>(*x.plane(c) - WINDOW_CENTRE);
-        lines[i] = line;
+        for (int64_t c = 0; c < channels; ++c) lines[i][c] = *x.plane(c) ^ turned;
+        centred[i] = reinterpret_cast<const int8_t *>(lines[i]);
     }
+    const Kernels &k = *f.program->kernels;
+    const int64_t together = bits ? MASK_ROWS : WINDOW_ROWS, groups = mask_groups(channels);
     const Share mine(f, static_cast<int64_t>(s.weights.starts.size()) - 1);
-    int32_t sums[MOST_IMAGES * WINDOW_ROWS];
+    int32_t sums[MOST_IMAGES * std::max<int64_t>(MASK_ROWS, WINDOW_ROWS)];
     for (int64_t block = mine.from; block < mine.to; ++block) {
-        const int8_t *all = s.weights.values.data();
-        f.program->kernels->windows(lines, images, all + s.weights.starts[block], all + s.weights.starts[block + 1],
-                                    sums);
-        const int64_t first = block * WINDOW_ROWS, last = std::min<int64_t>(rows, first + WINDOW_ROWS);
+        const int8_t *from = s.weights.values.data() + s.weights.starts[block];
+        const int8_t *to = s.weights.values.data() + s.weights.starts[block + 1];
+        if (bits) k.bitmask(lines, images, from, groups, sums);
+        else k.windows(centred, images, from, to, sums);
+        const int64_t first = block * together, last = std::min(rows, first + together);
         for (int64_t i = 0; i < images; ++i) {
             const View y = view(f, s.node.out, at + i);
             for (int64_t r = first; r < last; ++r)
-                finish(f, s, at + i, y, s.weights.offsets[r], sums[i * WINDOW_ROWS + r - first]);
+                finish(f, s, at + i, y, s.weights.offsets[r], sums[i * together + r - first]);
         }
     }
 }
@@ -270,9 +276,10 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const View y = view(f, s.node.out, at);
     Share rows(f, y.value->shape.channels);
     if (s.vector) {
-        const int64_t some = s.layout == WINDOWS ? MOST_IMAGES : 1;
+        const bool several = of_several(s.layout);
+        const int64_t some = several ? MOST_IMAGES : 1;
         for (int64_t i = 0; i < images; i += some) {
-            if (s.layout == WINDOWS) windows(f, s, at + i, std::min(some, images - i));
+            if (several) vectors(f, s, at + i, std::min(some, images - i));
             else vector(f, s, at + i);
         }
         for (int64_t r = rows.from; r < rows.to && !y.value->floats; ++r) fill_gaps(y, r, at, images);

@@ -407,6 +407,9 @@ constexpr double VECTOR_BLOCK_COST = 1.2;
 // same processor windows took 1.07, 0.83 and 0.62 of the time of all weights at densities of 0.5, 0.3 and 0.1, from
 // memory.
 constexpr double WINDOWS_ABOVE = 0.04, WINDOWS_BELOW = 0.45;
+// And between these a bitmask, where that is fast: 0.89, 0.64, 0.49 and 0.33 of the time of all weights at densities of
+// 0.8, 0.5, 0.3 and 0.05, from memory, on an Intel Xeon with AVX512_VBMI2.
+constexpr double BITMASK_ABOVE = 0.04, BITMASK_BELOW = 0.85;
 // Above this density the dot products of vectors take all weights, whose pixels are then read in a row: on an AMD EPYC
 // with AVX2 both take as long at about this density, from memory.
 constexpr double VECTOR_DENSE_ABOVE = 0.12;
@@ -438,6 +441,10 @@ void make_weights(const rarefy_int8_program &program, Step &step, const std::vec
     }
     if (step.layout == WINDOWS) {
         step.weights = make_windows(m, weight);
+        return;
+    }
+    if (step.layout == BITMASK) {
+        step.weights = make_bitmask(m, weight);
         return;
     }
     if (step.vector) {
@@ -480,12 +487,16 @@ Layout choose_layout(const Graph &graph, const Node &node, int32_t group, const 
     const engine::Matrix m = engine::matrix_of(graph, node);
     const bool vector = of_vectors(graph, node, group);
     if (m.groups > 1) return ANY;
-    const bool fits = of_windows(graph, node) && std::find(weight.begin(), weight.end(), -128.0f) == weight.end();
+    const bool some = of_images(graph, node);
+    const bool fits = some && std::find(weight.begin(), weight.end(), -128.0f) == weight.end();
     if (asked == WINDOWS + 1 && fits) return WINDOWS;
+    if (asked == BITMASK + 1 && some) return BITMASK;
     const double all = static_cast<double>(weight.size());
     const double nonzeros = all - static_cast<double>(std::count(weight.begin(), weight.end(), 0.0f));
     const bool windows = kernels.shuffles && fits && group <= MOST_IMAGES;
+    const bool bits = kernels.spreads && some && group <= MOST_IMAGES;
     const bool asked_for = asked > 0 && asked <= WINDOWS;
+    if (!asked_for && bits && nonzeros > BITMASK_ABOVE * all && nonzeros < BITMASK_BELOW * all) return BITMASK;
     if (!asked_for && windows && nonzeros > WINDOWS_ABOVE * all && nonzeros < WINDOWS_BELOW * all) return WINDOWS;
     if (!vector && !kernels.rows[DENSE][QUARTERS]) return ANY;
     if (asked_for) return static_cast<Layout>(asked - 1);

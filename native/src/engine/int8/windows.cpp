@@ -53,7 +53,7 @@ Quad take(Row &row, int32_t columns, int32_t begin) {
     return quad;
 }
 
-void put(std::vector<int8_t> &bytes, size_t at, int32_t step, int32_t row, const Quad &quad) {
+void put(engine::Buffer<int8_t> &bytes, size_t at, int32_t step, int32_t row, const Quad &quad) {
     const auto add = [&](int32_t where, int32_t bits) {
         int8_t &to = bytes[at + static_cast<size_t>(where)];
         to = static_cast<int8_t>(static_cast<uint8_t>(to) | static_cast<uint8_t>(bits << 2 * step));
