@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import faulthandler
-import hashlib
 import json
 import math
 import random
@@ -31,6 +30,7 @@ from torch import nn
 import rarefy
 from rarefy import act, engine
 from rarefy.act.spec.table import Table
+from rarefy.engine import file
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import Choose, build
 from rarefy.engine.passes import optimize
@@ -156,9 +156,12 @@ def _engine(folder: Path, choose: Choose) -> Mutant:
             behind = blobs[:offset] + program + blobs[offset + size :]
         text = json.dumps(about).encode()
         text += b" " * (-len(text) % 64)
-        rest = text + behind
-        head = HEAD.pack(magic, version, zero, HEAD.size + len(rest), len(text), hashlib.sha256(rest).digest())
-        path.write_bytes(head + rest)
+        try:
+            right = file.checksum(text, behind, about)
+        except Exception:  # a header that says nothing of where programs lie
+            right = bytes(32)
+        head = HEAD.pack(magic, version, zero, HEAD.size + len(text) + len(behind), len(text), right)
+        path.write_bytes(head + text + behind)
 
         def use() -> None:
             loaded = engine.load(path)

@@ -1,12 +1,15 @@
 """Recurrent layers on the engine: against PyTorch's in float64, one step and sequences, in files and out of them."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rarefy import act, engine, kernels
+from rarefy.engine import recurrent
 from rarefy.engine.attention import additive_scores
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
@@ -451,3 +454,22 @@ def test_a_plan_holds_no_operator_of_pytorchs_layers():
 def test_what_is_meant_is_said():
     with pytest.raises(TypeError, match=r"threads got a tensor: the inputs .* go in one tuple"):
         engine.compile(nn.GRU(3, 4).eval(), torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_pytorchs_layers_are_its_own_again_after_a_capture(kind):
+    model = made(kind, num_layers=2, bidirectional=True)
+    layer = model.layer
+    capture(model, inputs(model, 2, 3, True))
+    own = torch.ops.aten.lstm.input if kind == "lstm" else torch.ops.aten.gru.input
+    with FakeTensorMode() as mode, torch.no_grad():
+        fake = [
+            mode.from_tensor(x) for x in (torch.zeros(5, 2, layer.input_size), torch.zeros(4, 2, layer.hidden_size))
+        ]
+        weights = [mode.from_tensor(each) for each in layer.parameters()]
+        states = [fake[1], fake[1]] if kind == "lstm" else fake[1]
+        found = list[list[tuple[int, ...]]]()
+        for block in (contextlib.nullcontext(), recurrent.by_layers()):
+            with block:
+                found.append([tuple(y.shape) for y in own(fake[0], states, weights, True, 2, 0.0, False, True, False)])
+    assert found[0] == found[1] == [(5, 2, 2 * layer.hidden_size), *[(4, 2, layer.hidden_size)] * (len(found[0]) - 1)]

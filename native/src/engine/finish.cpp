@@ -1,14 +1,23 @@
 // What follows from a program's graph, plan, and the steps' configs and weights: tilings, scratch, bands.
 #include <algorithm>
+#include <cstring>
 
 #include "engine/tensor.h"
 
 namespace rarefy::engine {
 
-std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config,
+std::shared_ptr<const Tiling> tiling_of(rarefy_program &program, const Step &step, const Config &config,
                                         int32_t images) {
-    return std::make_shared<const Tiling>(
-        make_tiling(step.node.window, images, *program.kernels, config.vectors, static_cast<Form>(config.form)));
+    TilingKey key;
+    std::memcpy(key.data(), &step.node.window, sizeof(Window));
+    key[WINDOW_NUMBERS] = images;
+    key[WINDOW_NUMBERS + 1] = config.vectors;
+    key[WINDOW_NUMBERS + 2] = config.form;
+    std::shared_ptr<const Tiling> &tiling = program.tilings[key];
+    if (!tiling)
+        tiling = std::make_shared<const Tiling>(
+            make_tiling(step.node.window, images, *program.kernels, config.vectors, static_cast<Form>(config.form)));
+    return tiling;
 }
 
 Layout layout_for(const Step &step, const Config &config, int32_t lanes) {
@@ -110,6 +119,7 @@ void finish_program(rarefy_program &program) {
             if (n.kind == Kind::TENSOR && n.function == RAREFY_EMBEDDING && n.x == input.out)
                 program.looked_up.push_back({static_cast<int32_t>(i), static_cast<int32_t>(k)});
         }
+    program.tilings.clear();  // the steps hold those that they run with
     for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.discard_floats})
         *floats = (*floats + 63) / 32 * 32;
     program.banded = make_banded_plan(program);

@@ -1,7 +1,9 @@
 // What a builder collects and what a program is made of.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -181,6 +183,10 @@ struct Plan {
 Plan make_plan(const Graph &graph, int32_t batch, int32_t threads, std::vector<Chain> chains = {},
                const std::vector<int64_t> &windows = {});
 
+// What a tiling is made for, besides the kernels: a window, images, vectors and form.
+constexpr size_t WINDOW_NUMBERS = sizeof(Window) / sizeof(int32_t);
+typedef std::array<int32_t, WINDOW_NUMBERS + 3> TilingKey;
+
 Matrix matrix_of(const Graph &graph, const Node &node);
 
 // The table of mode RAREFY_KTANH from its numbers, one for each of its fields in order; and the numbers of a table.
@@ -208,6 +214,7 @@ struct rarefy_program {
     std::vector<std::pair<int32_t, int32_t>> looked_up;              // embeddings of inputs: step, input
     int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
     double tune_seconds = 0.0;
+    std::map<rarefy::engine::TilingKey, std::shared_ptr<const rarefy::engine::Tiling>> tilings;  // while it is made
 
     mutable rarefy::engine::Pool pool;
 
@@ -275,7 +282,8 @@ inline bool reads_in_place(const rarefy_program &program, const Step &step) {
     return step.node.window.pointwise() && x.place == Place::ARENA && x.stride % MAX_LANES == 0;
 }
 
-std::shared_ptr<const Tiling> tiling_of(const rarefy_program &program, const Step &step, const Config &config,
+// Steps of the same window share their tiling.
+std::shared_ptr<const Tiling> tiling_of(rarefy_program &program, const Step &step, const Config &config,
                                         int32_t images);
 
 Workspace take(const rarefy_program &program, const Plan &plan);

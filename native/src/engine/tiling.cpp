@@ -14,7 +14,7 @@ namespace {
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 struct Copy {
-    int32_t plane, phase_y, column, shift;  // element f is the input for pixel f + shift there (see source())
+    int32_t plane, phase_y, column, shift;  // element f is the input for pixel f + shift there (see sources())
     int64_t low, high;                      // offsets of its taps, from the pixel's position
     int64_t start;                          // first float of the copy, in the channel's packed floats
 };
@@ -56,19 +56,29 @@ struct Grid {
                               : dx_high - dx_low;
     }
 
-    // The input pixel of position f, moved by planes, by dy rows of the phase and by columns; -1 for padding.
-    int64_t source(int64_t f, const Copy &copy) const {
-        const int64_t row = floor_div(f, stride), x = f - row * stride, from = row - dy_low;
-        const int64_t plane = planes > 1 ? floor_div(from, plane_rows) : 0;
-        const int64_t y = planes > 1 ? from - plane * plane_rows + dy_low : row;
-        const int64_t in_y = y * w.stride[0] + copy.phase_y, in_x = x * w.stride[1] + copy.column;
-        if (plane < 0 || plane >= planes || in_y < 0 || in_y >= w.in_h || in_x < 0 || in_x >= w.in_w) return -1;
-        // beyond the row's pixels lie, in the forms with whole gaps, lanes that no result reads
-        if (form != Form::SINGLE && x >= w.out_w) return -1;
+    // The input pixels of the positions from f on, a vector of them, moved by planes, by dy rows of the phase and by
+    // columns; -1 for padding.
+    void sources(int64_t f, const Copy &copy, int64_t *index) const {
+        int64_t row = floor_div(f, stride), x = f - row * stride, first = first_of(row, copy);
+        for (int32_t lane = 0; lane < lanes; ++lane) {
+            const int64_t in_x = x * w.stride[1] + copy.column;
+            // beyond the row's pixels lie, in the forms with whole gaps, lanes that no result reads
+            const bool outside = first < 0 || in_x < 0 || in_x >= w.in_w || (form != Form::SINGLE && x >= w.out_w);
+            index[lane] = outside ? -1 : first + in_x;
+            if (++x < stride) continue;
+            x = 0;
+            first = first_of(++row, copy);
+        }
+    }
+
+    // The first input pixel of a row, or -1 for padding.
+    int64_t first_of(int64_t row, const Copy &copy) const {
+        const int64_t from = row - dy_low, plane = planes > 1 ? floor_div(from, plane_rows) : 0;
+        const int64_t y = planes > 1 ? from - plane * plane_rows + dy_low : row, in_y = y * w.stride[0] + copy.phase_y;
+        if (plane < 0 || plane >= planes || in_y < 0 || in_y >= w.in_h) return -1;
         const Depth &d = w.depth;
         const int64_t image = plane / d.out, in_plane = (plane - image * d.out) * d.stride + copy.plane;
-        if (in_plane < 0 || in_plane >= d.in) return -1;
-        return ((image * d.in + in_plane) * w.in_h + in_y) * w.in_w + in_x;
+        return in_plane < 0 || in_plane >= d.in ? -1 : ((image * d.in + in_plane) * w.in_h + in_y) * w.in_w;
     }
 
     int64_t positions() const { return ((planes - 1) * plane_rows + w.out_h) * stride; }
@@ -269,8 +279,9 @@ std::vector<Pack> packs_of(const Grid &grid, const Copies &copies, int64_t from,
             int64_t index[MAX_LANES];
             const int64_t f = from * L + copy.low + copy.shift + v * L;
             const bool wanted = v < copies.vectors[c] - (most - tile.vectors);
+            if (wanted) grid.sources(f, copy, index);
+            else std::fill(index, index + L, -1);
             for (int32_t lane = 0; lane < L; ++lane) {
-                index[lane] = wanted ? grid.source(f + lane, copy) : -1;
                 if (index[lane] < 0) continue;
                 tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
                 tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));

@@ -1,6 +1,7 @@
 #include "engine/weights.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <map>
 
@@ -404,10 +405,57 @@ struct Row {
     }
 };
 
+// The offsets that weights of a block may have: a kernel position of one of its channels, or the zeros behind the
+// block. A bit for each, since every weight of a file is looked up.
+class Places {
+ public:
+    Places(const Config &config, const Layout &layout)
+        : taps_(config.direct() ? std::vector<uint16_t>{0} : layout.taps), step_(config.channel_step(layout)),
+          zero_(config.block * step_) {}
+
+    // For a block of so many channels.
+    void of(int64_t channels) {
+        if (channels == channels_) return;
+        channels_ = channels;
+        std::fill(bits_.begin(), bits_.end(), 0);
+        for (int64_t channel = 0; channel < channels; ++channel)
+            for (const uint16_t tap : taps_) add(channel * step_ + tap);
+        add(zero_);
+    }
+
+    // Whether all offsets of a group are such.
+    bool all(const Weights &weights, const Config &config, const Group &group) const {
+        const int64_t count = int64_t{group.length} * (config.sparse() ? config.rows : 1);
+        uint64_t right = 1;
+        if (config.kind == SPARSE_BF16) {
+            const uint8_t *words = weights.values.data() + int64_t{group.weight} * 4;
+            for (int64_t i = 0; i < count; ++i) {
+                uint32_t word;
+                std::memcpy(&word, words + i * 4, sizeof word);
+                right &= has(word & 0xFFFF);
+            }
+        } else {
+            const uint16_t *offsets = weights.offsets.data() + group.offset;
+            for (int64_t i = 0; i < count; ++i) right &= has(offsets[i]);
+        }
+        return right;
+    }
+
+ private:
+    uint64_t has(uint32_t offset) const { return bits_[offset / 64] >> offset % 64 & 1; }
+    void add(int64_t offset) {
+        if (offset < 1 << 16) bits_[static_cast<size_t>(offset / 64)] |= uint64_t{1} << offset % 64;
+    }
+
+    const std::vector<uint16_t> taps_;
+    const int64_t step_, zero_;
+    int64_t channels_ = 0;
+    std::array<uint64_t, (1 << 16) / 64> bits_ = {};
+};
+
 std::string check_tiles(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout,
                         int64_t stored) {
-    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS),
-                  step = config.channel_step(layout);
+    const int64_t blocks = ceil_div(matrix.channels, config.block), chunks = ceil_div(matrix.rows, CHUNK_ROWS);
     const int64_t count = weights.groups.size();
     if (weights.starts.size()) return "there is more than its kernel takes";
     if (weights.chunks.size() != blocks * chunks + 1 || weights.chunks[0] != 0 ||
@@ -417,15 +465,14 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
     if (weights.offsets.size() > stored || (config.kind == SPARSE_F32 && weights.offsets.size() != stored) ||
         (config.kind == SPARSE_BF16 && weights.offsets.size()))
         return "offsets do not fit the weights";
-    std::vector<uint8_t> tap(static_cast<size_t>(step), 0);  // offsets in a channel where a kernel position is
-    for (const uint16_t at : layout.taps) tap[config.direct() ? 0 : at] = 1;
+    Places places(config, layout);
     std::vector<Row> rows(static_cast<size_t>(matrix.rows));
     int64_t next = 0;  // weights lie in the order of their groups, so that no work is more than what the file holds
     for (int64_t part = 0; part < blocks * chunks; ++part) {
         if (weights.chunks[part + 1] < weights.chunks[part] || weights.chunks[part + 1] > count)
             return "chunks are out of order";
-        const int64_t block = part / chunks,
-                      channels = std::min<int64_t>(config.block, matrix.channels - block * config.block);
+        const int64_t block = part / chunks;
+        if (part % chunks == 0) places.of(std::min<int64_t>(config.block, matrix.channels - block * config.block));
         for (int64_t g = weights.chunks[part]; g < weights.chunks[part + 1]; ++g) {
             const Group &group = weights.groups[g];
             const int64_t weight_count = int64_t{group.length} * config.rows;
@@ -442,14 +489,7 @@ std::string check_tiles(const Matrix &matrix, const Weights &weights, const Conf
                     return "a row is out of range";
                 if (!rows[static_cast<size_t>(id)].take(group.flags)) return "a row begins twice, or not at all";
             }
-            for (int64_t k = 0; k < group.length; ++k)
-                for (int32_t r = 0; r < (config.sparse() ? config.rows : 1); ++r) {
-                    const int64_t offset = offset_at(weights, config, group, k, r);
-                    // the zeros behind the block, or a kernel position of one of its channels
-                    if (offset != config.block * step &&
-                        (offset >= channels * step || !tap[static_cast<size_t>(offset % step)]))
-                        return "an offset is out of range";
-                }
+            if (!places.all(weights, config, group)) return "an offset is out of range";
         }
     }
     if (next != stored) return "there are weights that no group has";

@@ -66,6 +66,8 @@ _READS_PLANES = tuple(kind for kind in NATIVE if kind is not View)
 
 #: Whole numbers that programs read, by their bytes.
 INTEGERS = {4: torch.int32, 8: torch.int64}
+#: Of so many shapes of inputs a segment remembers what it makes of them.
+_MOST_KNOWN = 64
 
 
 @dataclass(frozen=True)
@@ -141,22 +143,46 @@ class NativeSegment:
     ) -> list[Tensor]:
         """The outputs for the inputs; the time of each step is added to ``seconds``."""
         inputs = [self._input(x, port) for x, port in zip(values, self.inputs, strict=True)]
-        batch = self.inputs[0].batch(values[0].shape)
-        for x, port in zip(values, self.inputs, strict=True):
-            if port.batch(x.shape) != batch:  # the program would read past the end of the shorter
-                raise ValueError(
-                    f"{port.value} of the shape {tuple(x.shape)} and {self.inputs[0].value} of the shape "
-                    f"{tuple(values[0].shape)} must have the same axes before the last {len(port.shape)}"
-                )
-        outputs = [torch.empty(port.whole(batch), dtype=torch.float32) for port in self.outputs]
-        if (count := math.prod(batch)) > 0:
+        shapes = tuple([x.shape for x in values])
+        if (known := self._known.get(shapes)) is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            known = self._known[shapes] = self._sizes(shapes)
+        count, sizes = known
+        outputs = [torch.empty(size, dtype=torch.float32) for size in sizes]
+        if count:
             self.program.run(inputs, outputs, count, threads, seconds)
+        if not self._gives_bytes:
+            return outputs
         return [_as_bytes(y, port) for y, port in zip(outputs, self.outputs, strict=True)]
+
+    @cached_property
+    def _known(self) -> dict[tuple[torch.Size, ...], tuple[int, list[tuple[int, ...]]]]:
+        """What :meth:`_sizes` said of inputs."""
+        return {}
+
+    @cached_property
+    def _gives_bytes(self) -> bool:
+        return any(port.quantized is not None for port in self.outputs)
+
+    def _sizes(self, shapes: Sequence[Sequence[int]]) -> tuple[int, list[tuple[int, ...]]]:
+        """How many samples inputs of these shapes are, and the shapes of the outputs."""
+        batch = self.inputs[0].batch(shapes[0])
+        for shape, port in zip(shapes, self.inputs, strict=True):
+            if port.batch(shape) != batch:  # the program would read past the end of the shorter
+                raise ValueError(
+                    f"{port.value} of the shape {tuple(shape)} and {self.inputs[0].value} of the shape "
+                    f"{tuple(shapes[0])} must have the same axes before the last {len(port.shape)}"
+                )
+        return math.prod(batch), [port.whole(batch) for port in self.outputs]
 
     def _input(self, x: Tensor, port: SegmentPort) -> Tensor:
         if x.dtype is not port.dtype:
             raise ValueError(f"{port.value} must be {port.dtype}, got {x.dtype}")
-        return x.contiguous().view(torch.float32) if port.integer else x.float().resolve_neg().contiguous()
+        if port.integer:
+            return x.contiguous().view(torch.float32)
+        plain = x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg()
+        return x if plain else x.float().resolve_neg().contiguous()
 
 
 def _as_bytes(y: Tensor, port: SegmentPort) -> Tensor:

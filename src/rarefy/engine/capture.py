@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import operator
 import re
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -53,10 +54,22 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | Non
     tensors.
     """
     quiet = contextlib.redirect_stderr(cast(TextIO, _Others(sys.stderr)))
-    with quiet, torch.no_grad(), kept_operators(), warnings.catch_warnings():
+    with quiet, torch.no_grad(), kept_operators(), recurrent.by_layers(), _uncollected(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = _export(model, tuple(inputs), fixed_because)
         return _Graph(program, fixed_because, model).plan()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Look for no garbage in the block: a trace is many objects, all of which are still in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Others:
@@ -94,7 +107,29 @@ def _export(
         raise CaptureError(_explain(model, inputs, error)) from error
 
 
+_IN_PLACE = frozenset(
+    f"aten.{name}_.default"
+    for name in ("relu", "hardswish", "hardtanh", "hardsigmoid", "silu", "gelu", "leaky_relu", "elu", "mish", "sigmoid")
+)
+#: Operators whose result is new memory.
+_FRESH = frozenset(f"aten.{name}.default" for name in ("batch_norm", "conv1d", "conv2d", "conv3d", "linear"))
+
+
+def _out_of_place(graph: fx.Graph) -> None:
+    """Activations that overwrite what a layer made, and what nothing else reads, make something new instead.
+
+    It is the same, and ``run_decompositions`` takes far longer for what is in place.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, OpOverload) or not node.args:
+            continue
+        x, name = node.args[0], str(node.target)
+        if name in _IN_PLACE and isinstance(x, fx.Node) and str(x.target) in _FRESH and len(x.users) == 1:
+            node.target = reference.resolve(name.replace("_.default", ".default"))
+
+
 def _functional(program: ExportedProgram) -> ExportedProgram:
+    _out_of_place(program.graph)
     result: ExportedProgram = program.run_decompositions(
         {**recurrent.decompositions(), **contractions.decompositions(), **rearranged.decompositions()}
     )

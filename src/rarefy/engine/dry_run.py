@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from rarefy.engine.functions import check_mode
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Conv, Operator, Recurrence, Ref, Step, tensors
-from rarefy.engine.reference import resolve, run_step
+from rarefy.engine.plan import ACTIVATIONS, Conv, Linear, Norm, Operator, Pointwise, Recurrence, Ref, Step, tensors
+from rarefy.engine.reference import check_pointwise, resolve, run_step
 
 #: Whose operators a file may name.
 NAMESPACES = ("aten", "rarefy", "python")
@@ -91,8 +92,42 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
         check_recurrence(step, [values[name] for name in step.inputs])
     if isinstance(step, Operator) and not step.target.startswith("python."):
         _check_axes(step, values)
+    if step is item and (shape := plain_shape(step, values)) is not None:
+        return {item.output: torch.empty(shape, device="meta")}
     bare = _without_numbers(step)
     return {item.output: run_step(replace(item, step=bare) if isinstance(item, Int8) else bare, values)}
+
+
+def plain_shape(step: Step, values: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of what a layer, a norm or an expression makes where all it reads is contiguous float32 and fits.
+
+    None for anything else: PyTorch decides, which takes up to a millisecond a step on the device "meta".
+    """
+    if not isinstance(step, (Linear, Norm, Pointwise)):
+        return None
+    given = [values[name] for name in step.inputs]
+    if not all(_is_plain(x) for x in (*given, *tensors(step).values())):
+        return None
+    shape = tuple(given[0].shape)
+    match step:
+        case Linear(weight=weight, bias=bias):
+            out = (*shape[:-1], *weight.shape[:1])
+            fits = weight.dim() == 2 and shape[-1:] == weight.shape[1:] and step.activation in ACTIVATIONS
+            biased = bias is None or bias.shape == weight.shape[:1]
+            return out if fits and biased and all(x.shape == out for x in given[1:]) else None
+        case Norm(weight=weight, bias=bias):
+            fits = bool(shape) and all(each is None or each.shape == shape[-1:] for each in (weight, bias))
+            return shape if fits and step.axis == -1 and type(step.eps) is float else None
+        case Pointwise():
+            check_pointwise(step)
+            shapes = [*(tuple(x.shape) for x in given), *(tuple(part.shape) for part in step.split())]
+            for _, x, y in step.code:
+                shapes.append(shapes[x] if y < 0 else np.broadcast_shapes(shapes[x], shapes[y]))
+            return shapes[-1]
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype is torch.float32 and x.layout is torch.strided and x.is_contiguous()
 
 
 def _recurrent(item: RecurrentSegment, given: list[Tensor]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -83,8 +84,12 @@ class Runner:
         source = _Source(inputs, constants)
         for number, (item, freed) in enumerate(zip(items, _freed(items, outputs), strict=True)):
             source.add(item, freed, number)
+        self._source = source
         self._run = source.function(outputs, timed=False)
-        self._timed = source.function(outputs, timed=True)
+
+    @cached_property
+    def _timed(self) -> Callable[..., Any]:
+        return self._source.function(self._made_of[2], timed=True)
 
     def __reduce__(self) -> Any:
         return Runner, self._made_of  # a function made of source has no name to be found by

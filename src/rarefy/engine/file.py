@@ -1,8 +1,11 @@
 """An engine in one file: written whole or not at all, checked before anything of it is used.
 
-    bytes 0 to 63     magic, version, size of the file, size of the header, SHA-256 of all that follows
+    bytes 0 to 63     magic, version, size of the file, size of the header, SHA-256 of what follows
     from 64           the header, JSON: inputs and outputs, items in order, facts for the profile
     then              native programs and tensors, each at a multiple of 64
+
+A native program has a checksum of its own in its first 64 bytes, which the native engine compares: of a program the
+SHA-256 is of these alone, so that its weights are read once and not twice.
 
 Nothing in a file is code: steps that PyTorch runs are named operators with plain arguments (:func:`check_target` says
 which), and all steps are run dry, on shapes alone, when it is loaded. Whoever can write a file can still make it
@@ -43,11 +46,12 @@ from rarefy.engine.quantization import Quantization
 from rarefy.engine.shapes import Engines
 from rarefy.engine.structure import read, read_call
 
-VERSION = 1
+VERSION = 2
 
 _MAGIC = b"rarefy\x00e"
 _HEAD = struct.Struct("<8sIIQQ32s")
 _ALIGNMENT = 64
+_PROGRAM_HEAD = 64
 _STEPS: dict[str, type[Step]] = {kind.__name__: kind for kind in (*plan.NATIVE, *plan.INT8, plan.Operator)}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -64,18 +68,20 @@ _Json: TypeAlias = Any
 
 
 class _Writer:
-    """Collects blobs, and gives their places."""
+    """Collects blobs, and gives their places; ``summed`` is what counts of them for the file's checksum."""
 
     def __init__(self) -> None:
         self.blobs: list[bytes | bytearray | memoryview] = []
+        self.summed: list[bytes | bytearray | memoryview] = []
         self.size = 0
 
-    def add(self, blob: bytes | bytearray | memoryview) -> list[int]:
+    def add(self, blob: bytes | bytearray | memoryview, *, program: bool = False) -> list[int]:
         """Where the blob will lie behind the header: offset and size."""
         place = [self.size, len(blob)]
-        padding = -len(blob) % _ALIGNMENT
-        self.blobs += [blob, bytes(padding)]
-        self.size += len(blob) + padding
+        padding = bytes(-len(blob) % _ALIGNMENT)
+        self.blobs += [blob, padding]
+        self.summed += [blob[:_PROGRAM_HEAD] if program else blob, padding]
+        self.size += len(blob) + len(padding)
         return place
 
     def tensor(self, tensor: Tensor) -> _Json:
@@ -126,7 +132,12 @@ class _Writer:
             return {"int8": self._int8(item)}
         if isinstance(item, NativeSegment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
-            about = {"program": self.add(item.program.save()), **ports, "steps": list(item.steps), "rows": item.rows}
+            about = {
+                "program": self.add(item.program.save(), program=True),
+                **ports,
+                "steps": list(item.steps),
+                "rows": item.rows,
+            }
             return {**about, "reverse": item.reverse} if isinstance(item, RecurrentSegment) else about
         if isinstance(item, Eager):
             raise ValueError(
@@ -190,10 +201,10 @@ def save(engine: Engine, path: str | Path) -> None:
     }
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest = hashlib.sha256(text)
-    for blob in writer.blobs:
-        digest.update(blob)
-    head = _HEAD.pack(_MAGIC, VERSION, 0, _HEAD.size + len(text) + writer.size, len(text), digest.digest())
+    checksum = hashlib.sha256(text)
+    for blob in writer.summed:
+        checksum.update(blob)
+    head = _HEAD.pack(_MAGIC, VERSION, 0, _HEAD.size + len(text) + writer.size, len(text), checksum.digest())
 
     def fill(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -235,20 +246,31 @@ def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) 
         raise ValueError(f"{path} has version {version} of the format, this rarefy reads {VERSION}: compile it again")
     if whole != size or length % _ALIGNMENT or _HEAD.size + length > size:
         raise ValueError(_damaged(path, f"it has {size} bytes and should have {whole}"))
-    if reserved or hashlib.sha256(data[_HEAD.size :].data).digest() != digest:
-        raise ValueError(_damaged(path, "its checksum is wrong"))
+    text, blobs = data[_HEAD.size : _HEAD.size + length].tobytes(), data[_HEAD.size + length :]
     try:
-        header = json.loads(data[_HEAD.size : _HEAD.size + length].tobytes())
+        header = json.loads(text)
+        if reserved or checksum(text, blobs.data, header) != digest:
+            raise ValueError("its checksum is wrong")
         if not programs.available() and any("program" in item for item in header["items"]):
             raise _UnusableError(
                 f"{path} holds native programs, and there is no native engine here (rarefy info says why): "
                 "compile the model again"
             )
-        return _Reader(data[_HEAD.size + length :], classes).engine(header)
+        return _Reader(blobs, classes).engine(header)
     except _UnusableError:
         raise
     except Exception as error:  # there is no end to what a reader stumbles over in a forged file
         raise ValueError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+
+
+def checksum(text: bytes, blobs: bytes | memoryview, header: Mapping[str, _Json]) -> bytes:
+    """The SHA-256 of a header's text and the blobs behind it, of native programs their first 64 bytes alone."""
+    found, at = hashlib.sha256(text), 0
+    for offset, size in sorted(map(_sizes, (item["program"] for item in header["items"] if "program" in item))):
+        found.update(blobs[at : offset + _PROGRAM_HEAD])
+        at = max(at, offset + size)
+    found.update(blobs[at:])
+    return found.digest()
 
 
 def _copied(path: Path, file: BufferedReader, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -410,7 +432,7 @@ class _Reader:
             *(item.rows for item in engine._items if isinstance(item, NativeSegment)),
         ]
         for facts in engine._layers.values():
-            numbers += [each for each in asdict(facts).values() if each is not None]
+            numbers += [each for each in vars(facts).values() if each is not None]
         if not all(type(each) in (int, float) and 0 <= each <= 1 << 62 for each in numbers):
             raise ValueError("a number of the report is none")
         if any(facts.dense_macs < facts.macs or facts.weights < facts.nonzeros for facts in engine._layers.values()):

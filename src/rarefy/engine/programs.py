@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
+import struct
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +49,7 @@ MOST_THREADS = 1024
 #: How weights are stored.
 STORAGES = {"float32": 0, "bfloat16": 1}
 
-_ERROR_BYTES, _ALIGNMENT = 512, 64
+_ERROR_BYTES, _ALIGNMENT, _LARGE = 512, 64, 1 << 18
 _POINTER, _TEXT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 _Int32x2, _Int32x3, _Int32x4 = _INT32 * 2, _INT32 * 3, _INT32 * 4
 
@@ -148,10 +151,6 @@ class _Options(ctypes.Structure):
     )
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = (("data", _POINTER), ("floats", _INT64))
-
-
 class _ProgramInfo(ctypes.Structure):
     _fields_ = (
         ("inputs", _INT32),
@@ -201,7 +200,7 @@ class _Result(ctypes.Structure):
     )
 
 
-_BUFFERS = ctypes.POINTER(_Buffer)
+_BUFFERS = _POINTER  # rarefy_buffer, as bytes: structures of ctypes take longer to make than a small network to run
 
 #: The functions of the header: what they give back and take, without the error's two arguments where they have them.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
@@ -267,11 +266,21 @@ def _functions() -> dict[str, Callable[..., Any]] | None:
     return found
 
 
+class _Errors(threading.local):
+    """Where the functions of each thread say what is wrong."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_ERROR_BYTES)
+
+
+_errors = _Errors()
+
+
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, raising NativeError with the reason where it fails."""
 
     def call(*arguments: Any) -> Any:
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        error = _errors.buffer
         result = function(*arguments, error, _ERROR_BYTES)
         if result is None or result == -1:
             raise NativeError(error.value.decode(errors="replace"))
@@ -353,6 +362,7 @@ class Program:
     def __init__(self, address: int, keep: object = None) -> None:
         self._address = address
         self._keep = keep
+        self._run = (_functions() or {})[f"{self._kind}_run"]
         self._finalizer = weakref.finalize(self, _call, f"{self._kind}_free", address)
         about = _ProgramInfo()
         _call(f"{self._kind}_describe", address, ctypes.byref(about))
@@ -397,7 +407,7 @@ class Program:
         outside 1 to 1024; MemoryError without memory for the scratch.
         """
         ports, clock = _ports(inputs, outputs, batch, threads, seconds)
-        if _call(f"{self._kind}_run", self._address, *ports, batch, threads, *clock):
+        if self._run(self._address, *ports, batch, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
     def run_steps(
@@ -481,24 +491,32 @@ def _ports(
     seconds: np.ndarray[Any, np.dtype[np.float64]] | None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs and outputs, and the clock, as the functions that run a program take them."""
-    for number in (batch, threads):
-        if not 0 <= number < 1 << 31:
-            raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
+    if not (0 <= batch < 1 << 31 and 0 <= threads < 1 << 31):
+        raise NativeError(f"batch and threads must be between 0 and 2^31, got {batch} and {threads}")
     if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
         raise NativeError("seconds must be contiguous float64")
     clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
     return (_buffers(inputs), len(inputs), _buffers(outputs), len(outputs)), clock
 
 
-def _buffers(tensors: Sequence[Tensor]) -> ctypes.Array[_Buffer]:
+def _buffers(tensors: Sequence[Tensor]) -> bytes:
+    """Where the numbers of each lie, and how many there are."""
+    places: list[int] = []
     for x in tensors:
         if x.dtype is not torch.float32 or not x.is_contiguous():
             raise NativeError(f"inputs and outputs must be contiguous float32, got {x.dtype} of strides {x.stride()}")
-    return (_Buffer * len(tensors))(*(_Buffer(kernels.address(x), x.numel()) for x in tensors))
+        places += (kernels.address(x), x.numel())
+    return struct.pack("Pq" * len(tensors), *places)
 
 
 def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Memory for so many bytes that begins where :func:`load` wants it to."""
+    """Memory for so many bytes that begins where :func:`load` wants it to.
+
+    All pages of much are asked for at once: finding them missing one by one takes longer than filling them.
+    """
+    if size >= _LARGE and hasattr(mmap, "MAP_POPULATE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        return np.frombuffer(pages, np.uint8)
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     skip = -memory.ctypes.data % _ALIGNMENT
     return memory[skip : skip + size]

@@ -8,13 +8,17 @@ What is not covered stays an operator that PyTorch runs: projections, other dtyp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._C import DispatchKey
 
 import rarefy.act.sequences  # noqa: F401 - registers the operators
 from rarefy.engine.functions import whole_table
@@ -23,6 +27,9 @@ from rarefy.engine.plan import GRUGates, Linear, LSTMCell, LSTMHidden, Recurrenc
 
 #: One layer in one direction over rows of all steps: (rows, weights, states, reverse) to (y, states after the last).
 _Layer = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], bool], tuple[Tensor, ...]]
+
+
+_by_layers: ContextVar[bool] = ContextVar("by_layers", default=False)
 
 
 # ---- a graph's layers as operators of one layer each
@@ -112,6 +119,35 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.lstm_cell.default: _lstm_cell,
         aten.gru_cell.default: _gru_cell,
     }
+
+
+@functools.cache
+def _install() -> None:
+    """Have PyTorch's recurrent operators take their shapes from ours in a block of :func:`by_layers`."""
+    for operator, ours in ((torch.ops.aten.lstm.input, _lstm), (torch.ops.aten.gru.input, _gru)):
+        for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
+            if key in operator.py_kernels:
+                operator.py_kernels[key] = functools.partial(_either, operator.py_kernels[key], ours)
+        operator._dispatch_cache.clear()
+
+
+def _either(theirs: Callable[..., Any], ours: Callable[..., Any], *args: Any) -> Any:
+    made = ours(*args) if _by_layers.get() else NotImplemented
+    return theirs(*args) if made is NotImplemented else made
+
+
+@contextlib.contextmanager
+def by_layers() -> Iterator[None]:
+    """Trace recurrent layers as wholes in the block.
+
+    ``torch.export`` runs them on tensors without numbers, step by step: some milliseconds for each step of a sequence.
+    """
+    _install()
+    token = _by_layers.set(True)
+    try:
+        yield
+    finally:
+        _by_layers.reset(token)
 
 
 # ---- an operator of one layer as steps

@@ -430,7 +430,7 @@ def _resize(step: Resize) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[
 
 def _pointwise(step: Pointwise) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
     """What computes an expression, as :func:`bind` gives it: the operator alone where there is one."""
-    _check_pointwise(step)
+    check_pointwise(step)
     constants, operands = step.split(), tuple(map(Ref, step.operands))
     if len(step.code) > 1:
         return functools.partial(_evaluate, step.code, constants), operands, {}
@@ -457,7 +457,7 @@ def _evaluate(code: Sequence[tuple[str, int, int]], constants: Sequence[Tensor],
     return terms[-1]
 
 
-def _check_pointwise(step: Pointwise) -> None:
+def check_pointwise(step: Pointwise) -> None:
     """Raise ValueError for an expression that is none."""
     given = len(step.operands) + len(step.sizes)
     if not (1 <= len(step.code) <= MOST_INSTRUCTIONS and 1 <= len(step.operands) <= given <= MOST_TERMS):

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, strided
-from torch._C import _functorch
+from torch import Tensor, empty, inference_mode, strided
+from torch._C import _dispatch_keys, _functorch
+
+#: What PyTorch looks at to call an operator on a plain tensor of the CPU, and on one made in inference mode: whatever
+#: :func:`_not_plain` tells has another key. One look is half of that function's ten.
+_PLAIN = [_dispatch_keys(empty(0, device="cpu"))]
+with inference_mode():
+    _PLAIN.append(_dispatch_keys(empty(0, device="cpu")))
 
 
 def address(tensor: Tensor, device: str = "cpu") -> int:
@@ -17,6 +23,8 @@ def address(tensor: Tensor, device: str = "cpu") -> int:
     another device, sparse, quantised, nested, distributed, conjugated or negated when read, seen by ``torch.func``,
     freed.
     """
+    if type(tensor) is Tensor and device == "cpu" and _dispatch_keys(tensor) in _PLAIN and (at := tensor.data_ptr()):
+        return at
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a kernel takes a tensor, got {type(tensor).__name__}")
     why = _not_plain(tensor, device)

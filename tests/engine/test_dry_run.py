@@ -1,0 +1,55 @@
+"""What a dry run works out itself is what PyTorch makes."""
+
+import itertools
+
+import pytest
+import torch
+
+from rarefy.engine.dry_run import plain_shape
+from rarefy.engine.plan import Linear, Norm, Pointwise
+from rarefy.engine.reference import run_step
+
+SHAPES = [(6,), (4, 6), (1, 6), (2, 4, 6), (2, 1, 6), (4, 1), (6, 4), (2, 4, 5), (), (0, 6)]
+ABOUT = {"name": "a", "output": "y"}
+
+
+def steps():
+    """Layers, norms and expressions, of weights that fit some of the shapes."""
+    for weight, bias in itertools.product([(5, 6), (6, 4), (5,)], [None, (5,), (6,), (1,)]):
+        tensors = {"weight": torch.randn(weight), "bias": None if bias is None else torch.randn(bias)}
+        yield Linear(**ABOUT, input="x", activation="relu", **tensors)
+        yield Linear(**ABOUT, input="x", residual="z", **tensors)
+    for weight, bias, centred in itertools.product([None, (6,), (4,)], [None, (6,), (1,)], [True, False]):
+        made = [None if size is None else torch.randn(size) for size in (weight, bias)]
+        yield Norm(**ABOUT, input="x", weight=made[0], bias=made[1], eps=1e-5, centred=centred)
+    for sizes in ((), ((),), ((4, 1),)):
+        constants = torch.randn(4) if sizes == ((4, 1),) else torch.randn(len(sizes))
+        code = (("add", 0, 1), ("relu", 2, -1)) if not sizes else (("mul", 0, 2), ("add", 3, 1), ("neg", 4, -1))
+        yield Pointwise(**ABOUT, operands=("x", "z"), code=code, constants=constants, sizes=sizes)
+
+
+@pytest.mark.parametrize("step", list(steps()), ids=lambda step: type(step).__name__)
+def test_a_shape_that_is_worked_out_is_that_of_pytorch(step):
+    known = 0
+    for x, z in itertools.product(SHAPES, SHAPES):
+        values = {"x": torch.randn(x), "z": torch.randn(z)}
+        try:
+            found = plain_shape(step, values)
+        except ValueError:  # shapes that do not broadcast
+            with pytest.raises(RuntimeError):
+                run_step(step, values)
+            continue
+        if found is not None:
+            made = run_step(step, values)
+            assert (found, torch.float32) == (tuple(made.shape), made.dtype)
+            assert made.is_contiguous()
+            known += 1
+    fits = isinstance(step, Pointwise) or (step.weight is None and step.bias is None)
+    assert known or not fits
+
+
+def test_other_numbers_are_left_to_pytorch():
+    step = Norm(**ABOUT, input="x", weight=None, bias=None, eps=1e-5)
+    assert plain_shape(step, {"x": torch.randn(4, 6)}) == (4, 6)
+    for x in (torch.randn(4, 6).double(), torch.randn(6, 4).t(), torch.randn(4, 6).to_sparse(), 3):
+        assert plain_shape(step, {"x": x}) is None
