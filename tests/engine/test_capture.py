@@ -187,6 +187,15 @@ def test_several_inputs():
     assert plan.inputs == ("inputs_0", "inputs_1")
 
 
+def test_one_tensor_as_several_inputs():
+    x, other = torch.randn(3, 6, 8), torch.randn(2, 6, 8)
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    compiled = engine.compile(model, (x, x, x), 1, choose="native")
+    for given in ((x, x, x), (other, other, other.flip(1))):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*given)[0], model(*given)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_of_one_batch_size_says_why():
     plan = captured(f(lambda fc, x: fc(x.reshape(2, -1)), nn.Linear(8, 4)), torch.randn(2, 2, 4))
     assert plan.batch == 2

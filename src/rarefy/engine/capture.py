@@ -92,8 +92,8 @@ def _export(
     """The model as functional operators, and why it takes one batch size alone where it does."""
     because = fixed_because or "the inputs have no common dimension 0"
     if fixed_because is None and all(x.dim() and x.shape[0] == inputs[0].shape[0] for x in inputs):
-        # A batch of one would be traced as the constant 1.
-        several = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in inputs)
+        # A batch of one would be traced as the constant 1, and one tensor given twice has its shape said twice.
+        several = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x.detach() for x in inputs)
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
         for x in several:
             shapes[x] = {0: Dim("batch", min=1)}
