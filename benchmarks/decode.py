@@ -157,22 +157,17 @@ def measure(batch: int, threads: int, rounds: int, ways: Mapping[Name, Way]) -> 
 
 
 def tables(rows: Sequence[Mapping[str, str]]) -> str:
-    """The stored results, a table for each processor."""
-    parts = []
-    for cpu in dict.fromkeys(row["cpu"] for row in rows):
-        parts.append(f"{cpu}\n\n{table([row for row in rows if row['cpu'] == cpu])}")
-    return "\n\n".join(parts)
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of one processor."""
+    """The stored results."""
     lines = []
     for row in rows:
         name = f"{row['runtime']}, {row['precision']}" + (f", {float(row['zeros']):.0%} zeros" if float(row["zeros"])
                                                           else ", dense")  # fmt: skip
         ratios = (f"{float(row[key]):.2f}" if row[key] else "" for key in ("against_int8", "against_bfloat16"))
-        lines.append([row["batch"], row["threads"], name, row["ms"], *ratios, row["weight_mb"], row["gb_s"]])
+        lines.append(
+            [row["cpu"], row["batch"], row["threads"], name, row["ms"], *ratios, row["weight_mb"], row["gb_s"]]
+        )
     head = [
+        "processor",
         "batch",
         "threads",
         "",
