@@ -80,9 +80,9 @@ def run(corpus: Path, name: str, batch: int, beam: int, rounds: int) -> None:
     percents = NETWORKS[name][2]
     entries: dict[str, Network] = {"PyTorch": network(name, percents[0])}
     entries |= {f"engine, {percent} % zeros": CompiledGNMT(network(name, percent), threads=1) for percent in percents}
-    part = {"network": name, "batch": str(batch), "beam": str(beam)}
-    rows: list[Any] = [row for row in results.read(NAME) if any(row[key] != part[key] for key in part)]
-    about = results.provenance()
+    part, about = {"network": name, "batch": str(batch), "beam": str(beam)}, results.provenance()
+    of_part = {**part, "cpu": about["cpu"]}
+    rows: list[Any] = [row for row in results.read(NAME) if any(row[key] != of_part[key] for key in of_part)]
     found = measure(entries, given, beam, rounds)
     for entry, seconds in found.items():
         row = {**part, "entry": entry, "sentences": count, "longest": longest}
@@ -91,17 +91,19 @@ def run(corpus: Path, name: str, batch: int, beam: int, rounds: int) -> None:
             {**row, "sentences_per_s": rate, "ms_per_sentence": f"{1e3 * seconds / count:.4g}", "gain": gain, **about}
         )
         print(*row.values(), f"{rate} sentences/s, {gain} times PyTorch")
-    rows.sort(key=lambda row: (list(NETWORKS).index(row["network"]), int(row["batch"]), int(row["beam"])))
+    names = list(NETWORKS)
+    rows.sort(key=lambda row: (row["cpu"], names.index(row["network"]), int(row["batch"]), int(row["beam"])))
     results.write(NAME, rows)
 
 
 def table() -> str:
     """The measurements as Markdown: sentences a second, and how many times as many as PyTorch's."""
-    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in results.read(NAME):
-        found.setdefault((row["network"], row["batch"], row["beam"]), {})[row["entry"]] = row
+        found.setdefault((row["cpu"], row["network"], row["batch"], row["beam"]), {})[row["entry"]] = row
     entries = list(dict.fromkeys(row["entry"] for row in results.read(NAME)))
-    lines = ["| network | sentences at once | beam | " + " | ".join(entries) + " |", "|---" * (3 + len(entries)) + "|"]
+    head = ("processor", "network", "sentences at once", "beam", *entries)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for part, rows in found.items():
         cells = (f"{rows[e]['sentences_per_s']} ({rows[e]['gain']}x)" if e in rows else "" for e in entries)
         lines.append("| " + " | ".join((*part, *cells)) + " |")
