@@ -86,6 +86,21 @@ def against(rows: Rows, reference: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def by_training(rows: Rows) -> str:
+    """A row for each method and number of epochs, by the training FLOPs in epochs of the dense network."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        epochs = int(row["epochs"])
+        costs = found.setdefault((row["label"], epochs), [])
+        costs.append((epochs * float(row["training_flops"]), float(row["test_accuracy"])))
+    lines = ["| training FLOPs, dense epochs | method | epochs | seeds | accuracy |", "| --- | --- | --- | --- | --- |"]
+    for (label, epochs), runs in sorted(found.items(), key=lambda item: statistics.mean(cost for cost, _ in item[1])):
+        cost, accuracies = statistics.mean(cost for cost, _ in runs), [accuracy for _, accuracy in runs]
+        spread = f" ± {half_interval(accuracies):.2f}" if len(runs) > 1 else ""
+        lines.append(f"| {cost:.2f} | {label} | {epochs} | {len(runs)} | {statistics.mean(accuracies):.2f}{spread} |")
+    return "\n".join(lines)
+
+
 def differences(rows: Rows) -> str:
     """A row for each pair of ``ORDERINGS`` and target: the difference in accuracy, paired by the seeds."""
     lines = ["| published | here | target | points | holds? |", "| --- | --- | --- | --- | --- |"]
@@ -119,6 +134,7 @@ def main() -> None:
         for target in sorted({float(row["target"]) for row in rows if row["target"]}, reverse=True):
             print(table(rows, [target]), end="\n\n")
         print(against(rows, reference), end="\n\n")
+    print(by_training([*read("training-flops"), *(row for row in read("equal-flops") if row["target"] == "0.07")]))
 
 
 if __name__ == "__main__":
