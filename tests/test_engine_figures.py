@@ -70,7 +70,9 @@ def test_the_tables_of_an_example() -> None:
     assert text.count("| missed |") == 2 * 3
 
 
-@pytest.mark.parametrize("part", [engine_tables.speeds, engine_tables.precisions, engine_tables.judged, engine_tables.others])
+@pytest.mark.parametrize(
+    "part", [engine_tables.speeds, engine_tables.precisions, engine_tables.judged, engine_tables.others]
+)
 def test_the_tables_in_the_docs_are_those_of_the_results(part: object) -> None:
     assert callable(part)
     for rows in engine_tables.machines(ROWS).values():
