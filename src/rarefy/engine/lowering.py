@@ -99,8 +99,7 @@ class _Lowering:
         """Whether a step reads what the program that is being built makes; otherwise it may run before that."""
         if self.building is None:
             return False
-        own = {step.output for step in self.building.steps}
-        quantizers = self.quantizers
+        own, quantizers = self.building.layouts, self.quantizers
         return any((quantizers[name].input if name in quantizers else name) in own for name in runnable.inputs)
 
     def _add_recurrence(self, step: Recurrence) -> str | None:
