@@ -16,6 +16,7 @@ import yaml
 
 from rarefy import environment, kernels
 from rarefy.cli import main
+from rarefy.kernels import _library
 from rarefy.train.batches import Batches
 from tests.cli import printed, refused
 from tests.train.runs import AUTOSPARSE, outcome, plain, prepare
@@ -325,7 +326,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_without_native_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kernels, "library_path", lambda: None)
-    monkeypatch.setattr(kernels, "table", tuple)
+    for module in (kernels, _library):
+        monkeypatch.setattr(module, "table", tuple)
     assert main(["info"]) == 0
     assert "none: built without a C++ compiler, everything runs in PyTorch" in capsys.readouterr().out
     about = printed(capsys, "info")
@@ -336,7 +338,8 @@ def test_the_instruction_set_that_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tuple(kernels.Kernel("k", isa, isa != "best", 0) for isa in ("best", "good", "portable"))
-    monkeypatch.setattr(kernels, "table", lambda: table)
+    for module in (kernels, _library):
+        monkeypatch.setattr(module, "table", lambda: table)
     assert environment.native_isa() == "good"
     assert environment.native_kernels() == {"k": "good"}
     for asked, found in (("portable", "portable"), ("pytorch", "pytorch"), ("best", "pytorch")):

@@ -48,12 +48,7 @@ def cpu_features() -> list[str]:
 
 def native_kernels() -> dict[str, str]:
     """List the native kernels that run here, each with its instruction set: the best there is, or the one asked for."""
-    asked = kernels.isa()
-    best: dict[str, str] = {}
-    for kernel in kernels.table():
-        if kernel.supported and asked in (None, kernel.isa):
-            best.setdefault(kernel.name, kernel.isa)
-    return best
+    return {name: kernel.isa for name, kernel in kernels.in_use().items()}
 
 
 def native_isa() -> str:

@@ -13,7 +13,7 @@ from rarefy.act.fit.quartic import fit_quartic
 from rarefy.act.kernels import native
 from rarefy.act.spec import formats, oracle, quartic, reference
 
-ISAS = sorted({kernel.isa for kernel in kernels.table() if kernel.supported})
+ISAS = sorted({kernel.isa for kernel in kernels.table() if kernel.supported and kernel.name == "act_lut16"})
 KTANH = {f: act.load("tanh_bf16_ktanh").to_format(f) for f in ("bf16", "fp16", "fp32")}
 TABLES = [act.load(name) for name in act.list_tables()] + [KTANH["fp16"]]
 

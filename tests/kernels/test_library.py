@@ -36,6 +36,15 @@ def test_forced_path():
         kernels.find("mask_f32", None)
 
 
+@pytest.mark.parametrize("isa", sorted({k.isa for k in kernels.table() if k.supported}))
+def test_an_instruction_set_brings_the_kernels_of_its_base(isa):
+    with kernels.forced(isa):
+        used = kernels.in_use()
+    assert used.keys() == {k.name for k in kernels.table() if k.isa in (isa, kernels.BASE.get(isa))}
+    assert all(k.isa == isa or (k.name, isa) not in {(t.name, t.isa) for t in kernels.table()} for k in used.values())
+    assert {"mask_f32", "act_tanh32", "engine"} <= used.keys()
+
+
 def test_unknown_kernel_is_none():
     assert kernels.find("no_such_kernel", None) is None
 

@@ -37,7 +37,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, output: Callable[[
     for step in range(STEPS):
         part = slice(step * 64 % 512, step * 64 % 512 + 64)
         optimizer.zero_grad()
-        F.cross_entropy(output(IMAGES[part]), LABELS[part]).backward()
+        F.cross_entropy(output(IMAGES[part].to(torch.get_default_dtype())), LABELS[part]).backward()
         optimizer.step()
 
 
@@ -128,7 +128,10 @@ def test_autosparse_with_fixed_thresholds_bit_for_bit():
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_st3_bit_for_bit(rescale):
+def test_st3_bit_for_bit(rescale, request):
+    if rescale:  # The order of sums over channels: in float32 it moves a weight over its threshold, and the runs part.
+        torch.set_default_dtype(torch.float64)
+        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     # The thresholds of the first masks, throughout
     options = {"target": 0.8, "total_steps": 1000, "update_every": 1000, "start": 0.0, "end": 0.0, "rescale": rescale}
     thresholds = [state.threshold for state in sparse.create("st3", network(), **options).layers()]
@@ -143,8 +146,8 @@ def test_st3_bit_for_bit(rescale):
 
     dense, shown, _ = trained("st3", **options)
     for index, (mine, seen, theirs) in enumerate(zip(dense, shown, reference(used), strict=True)):
-        if rescale:  # sums over channels
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        if rescale:
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
         else:
             assert torch.equal(mine, theirs)
         torch.testing.assert_close(seen, used(index, theirs), rtol=1e-4, atol=1e-6)

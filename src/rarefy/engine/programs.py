@@ -300,14 +300,10 @@ def available() -> bool:
     return _functions() is not None and kernels.isa() != "pytorch"
 
 
-#: Instruction sets that are of no use to float32, and what it is computed with where they are forced.
-_FLOAT32 = {"avx512_vbmi2": "avx512", "avx_vnni": "avx2", "neon_i8mm": "neon", "neon_dotprod": "neon"}
-
-
 def isa(*, whole: bool = False) -> bytes | None:
     """The instruction set to use, as the header takes it: for float32, or with ``whole`` for int8, which has more."""
     asked = kernels.isa()
-    return None if asked is None else (asked if whole else _FLOAT32.get(asked, asked)).encode()
+    return None if asked is None else (asked if whole else kernels.BASE.get(asked, asked)).encode()
 
 
 class Depth(NamedTuple):

@@ -16,8 +16,11 @@ import rarefy.kernels
 
 _NAMES = ("librarefy.so", "librarefy.dylib", "rarefy.dll")
 
-#: Set to "portable", "avx2", "avx512", ... to use that instruction set alone, or to "pytorch" to use no native kernel.
+#: Set to "portable", "avx2", "avx512", ... to use no other instruction set, or to "pytorch" to use no native kernel.
 ENVIRONMENT = "RAREFY_ISA"
+
+#: Instruction sets that some kernels alone have a use for, and that of the other kernels.
+BASE = {"avx512_vbmi2": "avx512", "avx_vnni": "avx2", "neon_i8mm": "neon", "neon_dotprod": "neon"}
 
 _ASKED = os.environ.get(ENVIRONMENT)
 _forced: ContextVar[str | None] = ContextVar("forced_isa", default=_ASKED)
@@ -90,17 +93,32 @@ def table() -> tuple[Kernel, ...]:
     )
 
 
-@functools.cache
-def _function(name: str, isa: str | None, restype: Any, argtypes: tuple[Any, ...]) -> Any:
+def _best(isa: str | None) -> dict[str, Kernel]:
+    """The kernel of each name that runs here: the best there is, or the one of this instruction set or of its base."""
     if isa == "pytorch":
-        return None
+        return {}
     known = {kernel.isa for kernel in table()} | {"pytorch"}
     if isa is not None and table() and isa not in known:
         raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(sorted(known))}, got {isa!r}")
+    best: dict[str, Kernel] = {}
     for kernel in table():
-        if kernel.name == name and kernel.supported and isa in (None, kernel.isa):
-            return ctypes.CFUNCTYPE(restype, *argtypes)(kernel.address)
-    return None
+        if kernel.supported and (isa is None or kernel.isa in (isa, BASE.get(isa))):
+            best.setdefault(kernel.name, kernel)
+    return best
+
+
+def in_use() -> dict[str, Kernel]:
+    """Return the kernel that :func:`find` takes now for each name that it knows.
+
+    Raises ValueError when ``RAREFY_ISA`` names an instruction set that the library was not built for.
+    """
+    return _best(_forced.get())
+
+
+@functools.cache
+def _function(name: str, isa: str | None, restype: Any, argtypes: tuple[Any, ...]) -> Any:
+    kernel = _best(isa).get(name)
+    return None if kernel is None else ctypes.CFUNCTYPE(restype, *argtypes)(kernel.address)
 
 
 def find(name: str, restype: Any, *argtypes: Any) -> Any:
@@ -118,7 +136,10 @@ def isa() -> str | None:
 
 @contextlib.contextmanager
 def forced(isa: str | None) -> Iterator[None]:
-    """Within the block use this instruction set alone ("pytorch": no native kernel; None: the best there is)."""
+    """Within the block use this instruction set and, for kernels that have no use for it, what it builds on.
+
+    "pytorch": no native kernel; None: the best there is.
+    """
     token = _forced.set(isa)
     try:
         yield
