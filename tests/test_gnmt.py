@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rarefy import cost
-from rarefy.models import GNMT
+from rarefy.models import GNMT, gnmt
 from rarefy.models.search import length_penalty, translate
 
 LENGTHS = torch.tensor([5, 1, 3])
@@ -186,3 +186,20 @@ def test_what_cannot_be_is_told():
         with pytest.raises(ValueError, match=message):
             translate(model, source, lengths, begin=1, end=2, **options)
     assert translate(model, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), begin=1, end=2) == []
+
+
+@pytest.mark.parametrize("mode", ["torch", "exact"])
+def test_attention_in_training_is_the_same_in_pieces(mode, monkeypatch):
+    """Some sentences at a time, the last piece smaller: values and gradients but for the order of sums."""
+    torch.manual_seed(0)
+    model = GNMT(50, hidden_size=32, num_layers=2, dropout=0.0, mode=mode).train()
+    source, target = torch.randint(1, 50, (5, 6)), torch.randint(1, 50, (5, 4))
+    lengths = torch.tensor([6, 6, 4, 2, 1])
+    found = []
+    for cached in (gnmt.CACHED, 4 * 6 * 32 * 2, 1):  # five, two and one sentence
+        monkeypatch.setattr(gnmt, "CACHED", cached)
+        logits = model(source, lengths, target)
+        found.append([logits.detach(), *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    for whole, *pieces in zip(*found, strict=True):
+        for piece in pieces:
+            assert torch.allclose(piece, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))

@@ -67,7 +67,7 @@ inline int64_t place(int64_t gate) {
 #include "cell-panels-inl.h"
 #endif
 
-constexpr int64_t TILE = 16 * ROWS;  // rows times units whose gates are computed together
+constexpr int64_t TILE = 32 * ROWS;  // rows times units whose gates are computed together
 
 // Numbers as a product takes them.
 inline void as_factors(const uint16_t *from, uint16_t *to, int64_t n) {

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 #: (h, c) of one layer, each (1, batch, hidden_size).
 LayerState = tuple[Tensor, Tensor]
 
+#: Numbers of the attention that a CPU computes at a time while it trains.
+CACHED = 1 << 20
+
 
 class Memory(NamedTuple):
     """A source sentence as the decoder sees it, for a batch of B and at most S tokens.
@@ -89,13 +92,21 @@ class Attention(nn.Module):
 
             self.tanh = act.Tanh(mode)
 
+    def _scores(self, query: Tensor, keys: Tensor, direction: Tensor) -> Tensor:
+        # (B, T, 1, H) + (B, 1, S, H)
+        mixed = query.unsqueeze(2) + keys.unsqueeze(1)
+        return self.tanh(mixed) @ direction.to(mixed.dtype)
+
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
-        # (B, T, 1, H) + (B, 1, S, H)
         keys = memory.keys + self.bias.to(memory.keys.dtype)  # under autocast the parameter is the wider
-        mixed = self.query(x).unsqueeze(2) + keys.unsqueeze(1)
+        query = self.query(x)
         direction = self.scale * self.vector / self.vector.norm()
-        scores = self.tanh(mixed) @ direction.to(mixed.dtype)
+        # what a CPU trains with stays in its caches, some sentences at a time
+        some = max(1, CACHED // (x.shape[1] * keys[0].numel())) if self.training and x.device.type == "cpu" else len(x)
+        scores = torch.cat(
+            [self._scores(q, k, direction) for q, k in zip(query.split(some), keys.split(some), strict=True)]
+        )
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = scores.masked_fill(memory.padding.unsqueeze(1), -math.inf).softmax(2, dtype=wide).to(x.dtype)
         return weights @ memory.values, weights
@@ -221,7 +232,7 @@ class GNMT(nn.Module):
         """
         embedding = self.source_embedding if self.target_embedding is None else self.target_embedding
         x, states, weights = self.decoder(embedding(target), memory, state)
-        return self.output(x), states, weights
+        return self.output(x.contiguous()), states, weights  # or the bias is added by itself
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """Return the logits (B, T, vocab_size) of what follows each token of ``target`` (B, T).
