@@ -95,7 +95,8 @@ class Attention(nn.Module):
     def _scores(self, query: Tensor, keys: Tensor, direction: Tensor) -> Tensor:
         # (B, T, 1, H) + (B, 1, S, H)
         mixed = query.unsqueeze(2) + keys.unsqueeze(1)
-        return self.tanh(mixed) @ direction.to(mixed.dtype)
+        activated: Tensor = self.tanh(mixed)
+        return activated @ direction.to(mixed.dtype)
 
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
@@ -104,9 +105,8 @@ class Attention(nn.Module):
         direction = self.scale * self.vector / self.vector.norm()
         # what a CPU trains with stays in its caches, some sentences at a time
         some = max(1, CACHED // (x.shape[1] * keys[0].numel())) if self.training and x.device.type == "cpu" else len(x)
-        scores = torch.cat(
-            [self._scores(q, k, direction) for q, k in zip(query.split(some), keys.split(some), strict=True)]
-        )
+        pieces = zip(torch.split(query, some), torch.split(keys, some), strict=True)
+        scores = torch.cat([self._scores(q, k, direction) for q, k in pieces])
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = scores.masked_fill(memory.padding.unsqueeze(1), -math.inf).softmax(2, dtype=wide).to(x.dtype)
         return weights @ memory.values, weights
