@@ -15,9 +15,6 @@ from torch import Tensor, nn
 #: (h, c) of one layer, each (1, batch, hidden_size).
 LayerState = tuple[Tensor, Tensor]
 
-#: Numbers of the attention that a CPU computes at a time while it trains.
-CACHED = 1 << 20
-
 
 class Memory(NamedTuple):
     """A source sentence as the decoder sees it, for a batch of B and at most S tokens.
@@ -42,6 +39,19 @@ def _lstm(input_size: int, hidden_size: int, mode: str) -> nn.LSTM:
     return act.LSTM(input_size, hidden_size, batch_first=True, mode=mode)
 
 
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` by 16 random bits a number on a CPU, where PyTorch draws them one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Leave out round(65536 p) / 65536 of the numbers in training; x of any shape."""
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        count = x.numel()
+        drawn = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = drawn[:count].view(x.shape) >= round(65536 * self.p) - 32768
+        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
+
+
 def reversed_steps(x: Tensor, lengths: Tensor) -> Tensor:
     """Turn the first ``lengths[b]`` of the steps of each sentence around; x (B, S, C), the padding stays last."""
     steps = torch.arange(x.shape[1], device=x.device)
@@ -59,7 +69,7 @@ class Encoder(nn.Module):
         self.backwards = _lstm(hidden_size, hidden_size, mode)
         sizes = [2 * hidden_size] + [hidden_size] * (num_layers - 2)
         self.layers = nn.ModuleList(_lstm(size, hidden_size, mode) for size in sizes[: num_layers - 1])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Take embeddings (B, S, hidden_size) of sentences of these lengths, padded at the end; return the same shape.
@@ -92,21 +102,13 @@ class Attention(nn.Module):
 
             self.tanh = act.Tanh(mode)
 
-    def _scores(self, query: Tensor, keys: Tensor, direction: Tensor) -> Tensor:
-        # (B, T, 1, H) + (B, 1, S, H)
-        mixed = query.unsqueeze(2) + keys.unsqueeze(1)
-        activated: Tensor = self.tanh(mixed)
-        return activated @ direction.to(mixed.dtype)
-
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
+        # (B, T, 1, H) + (B, 1, S, H)
         keys = memory.keys + self.bias.to(memory.keys.dtype)  # under autocast the parameter is the wider
-        query = self.query(x)
+        mixed = self.query(x).unsqueeze(2) + keys.unsqueeze(1)
         direction = self.scale * self.vector / self.vector.norm()
-        # what a CPU trains with stays in its caches, some sentences at a time
-        some = max(1, CACHED // (x.shape[1] * keys[0].numel())) if self.training and x.device.type == "cpu" else len(x)
-        pieces = zip(torch.split(query, some), torch.split(keys, some), strict=True)
-        scores = torch.cat([self._scores(q, k, direction) for q, k in pieces])
+        scores = self.tanh(mixed) @ direction.to(mixed.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = scores.masked_fill(memory.padding.unsqueeze(1), -math.inf).softmax(2, dtype=wide).to(x.dtype)
         return weights @ memory.values, weights
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
         self.first = _lstm(hidden_size, hidden_size, mode)
         self.attention = Attention(hidden_size, mode)
         self.layers = nn.ModuleList(_lstm(2 * hidden_size, hidden_size, mode) for _ in range(num_layers - 1))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, memory: Memory, state: list[LayerState] | None
