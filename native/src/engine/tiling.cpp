@@ -71,6 +71,19 @@ struct Grid {
         }
     }
 
+    // The same for most vectors of most layers, without a look at every lane: whether they lie in one row, and read
+    // pixels that follow one another. Then lane i is pixel *base + i, for i in [*begin, *end).
+    bool straight(int64_t f, const Copy &copy, int64_t *base, int64_t *begin, int64_t *end) const {
+        const int64_t row = floor_div(f, stride), x = f - row * stride;
+        if (w.stride[1] != 1 || x + lanes > stride) return false;
+        const int64_t first = first_of(row, copy), in_x = x + copy.column;
+        *base = first + in_x;
+        *begin = std::max<int64_t>(0, -in_x);
+        *end = first < 0 ? 0 : std::min<int64_t>(lanes, w.in_w - in_x);
+        if (form != Form::SINGLE) *end = std::min(*end, w.out_w - x);
+        return true;
+    }
+
     // The first input pixel of a row, or -1 for padding.
     int64_t first_of(int64_t row, const Copy &copy) const {
         const int64_t from = row - dy_low, plane = planes > 1 ? floor_div(from, plane_rows) : 0;
@@ -83,16 +96,37 @@ struct Grid {
 
     int64_t positions() const { return ((planes - 1) * plane_rows + w.out_h) * stride; }
 
-    // The output pixel of position f, or -1.
-    int64_t result(int64_t f) const {
-        const int64_t row = f / stride, x = f - row * stride, plane = row / plane_rows, y = row - plane * plane_rows;
-        return plane < planes && y < w.out_h && x < w.out_w ? (plane * w.out_h + y) * w.out_w + x : -1;
+    // The output pixels of the positions from f on, a vector of them; -1 where there is none.
+    void results(int64_t f, int64_t *pixel) const {
+        int64_t row = f / stride, x = f - row * stride, first = result_of(row);
+        for (int32_t lane = 0; lane < lanes; ++lane) {
+            pixel[lane] = first < 0 || x >= w.out_w ? -1 : first + x;
+            if (++x < stride) continue;
+            x = 0;
+            first = result_of(++row);
+        }
+    }
+
+    // The first output pixel of a row, or -1.
+    int64_t result_of(int64_t row) const {
+        const int64_t plane = row / plane_rows, y = row - plane * plane_rows;
+        return plane < planes && y < w.out_h ? (plane * w.out_h + y) * w.out_w : -1;
     }
 };
 
 class Classifier {
  public:
     Classifier(const Kernels &kernels, Tiling &tiling) : kernels_(kernels), tiling_(tiling) {}
+
+    // For pixels that follow one another; see Grid::straight().
+    Pack pack(int64_t base, int64_t begin, int64_t end) const {
+        Pack op = {};
+        if (begin >= end) return op;
+        op.lanes = static_cast<uint16_t>((1u << end) - (1u << begin));
+        op.kind = end - begin == kernels_.lanes ? PACK_FULL : PACK_COPY;
+        op.a = static_cast<int32_t>(base);
+        return op;
+    }
 
     Pack pack(const int64_t *index) {
         const int32_t L = kernels_.lanes;
@@ -272,20 +306,25 @@ std::vector<Pack> packs_of(const Grid &grid, const Copies &copies, int64_t from,
                            Tile &tile) {
     const int32_t L = grid.lanes;
     tile.first = std::numeric_limits<int32_t>::max();
+    const auto reads = [&](int64_t first, int64_t need) {
+        tile.first = std::min(tile.first, static_cast<int32_t>(first));
+        tile.need = std::max(tile.need, static_cast<int32_t>(need));
+    };
     std::vector<Pack> packs;
     for (size_t c = 0; c < copies.all.size(); ++c) {
         const Copy &copy = copies.all[c];
         for (int64_t v = 0; v < copies.vectors[c]; ++v) {
-            int64_t index[MAX_LANES];
             const int64_t f = from * L + copy.low + copy.shift + v * L;
             const bool wanted = v < copies.vectors[c] - (most - tile.vectors);
-            if (wanted) grid.sources(f, copy, index);
-            else std::fill(index, index + L, -1);
-            for (int32_t lane = 0; lane < L; ++lane) {
-                if (index[lane] < 0) continue;
-                tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
-                tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
+            int64_t index[MAX_LANES], base = 0, begin = 0, end = 0;
+            if (!wanted || grid.straight(f, copy, &base, &begin, &end)) {
+                packs.push_back(classifier.pack(base, begin, end));
+                if (begin < end) reads(base + begin, base + end);
+                continue;
             }
+            grid.sources(f, copy, index);
+            for (int32_t lane = 0; lane < L; ++lane)
+                if (index[lane] >= 0) reads(index[lane], index[lane] + 1);
             packs.push_back(classifier.pack(index));
         }
     }
@@ -311,10 +350,11 @@ std::vector<Store> stores_of(const Grid &grid, int64_t from, int64_t to, Tile &t
     for (int64_t v = from; v < to; ++v) {
         Store store = {};
         int32_t lanes = 0;
+        int64_t pixel[MAX_LANES];
+        grid.results(v * L, pixel);
         for (int32_t lane = 0; lane < L; ++lane) {
-            const int64_t y = grid.result(v * L + lane);
-            if (y < 0) continue;
-            if (!lanes) store.at = static_cast<int32_t>(y);
+            if (pixel[lane] < 0) continue;
+            if (!lanes) store.at = static_cast<int32_t>(pixel[lane]);
             store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
             ++lanes;
         }

@@ -172,7 +172,8 @@ class _Source:
         source.append(f"return ({results})")
         namespace = dict(self.known)
         exec("\n    ".join(source), namespace)
-        result: Callable[..., Any] = namespace["run"]
+        # out of the names that it sees: with itself among them, a dropped engine would keep its memory for a while
+        result: Callable[..., Any] = namespace.pop("run")
         return result
 
     def _variable(self, name: str) -> str:
