@@ -111,13 +111,16 @@ struct BlockCall {
 };
 typedef void Block(const BlockCall *);
 
-// Vectors: y = act(W x + bias) for one vector, weights in rows.
+// Vectors: y = act(W x + bias) for one vector. The weights lie in panels of L rows, each row's next weight beside those
+// of the other rows of its panel.
 struct VectorCall {
     const void *weights;
-    const uint16_t *index;  // null for a dense matrix
-    const int64_t *starts;  // first weight of every row, rows + 1; multiples of L
-    int32_t rows;
-    const float *x;  // followed by a zero
+    const uint16_t *index;  // columns; of a dense matrix, which has all of them in order, there are none
+    const int64_t *starts;  // first weight of every panel, panels + 1
+    const int32_t *rows;    // L for each panel, -1: none; null for a dense matrix, whose rows are in order, too
+    int32_t first_row, last_row;  // of a dense matrix
+    int32_t panels, columns;
+    const float *x;  // of a sparse matrix followed by a zero
     float *y;        // y[r * y_stride]
     int64_t y_stride;
     const float *residual;
@@ -246,6 +249,8 @@ struct Kernels {
     void (*lstm_hidden)(const Mode &mode, const float *o, const float *c, float *out, int64_t n);
     void (*gru)(const Mode &mode, const float *const x[3], const float *const h[3], const float *state, float *out,
                 int64_t n);
+    // y[c y_stride + r] = x[r x_stride + c]
+    void (*transpose)(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *y, int64_t y_stride);
     void (*norm)(const NormCall *call);
     void (*matmul)(const MatmulCall *call);
     void (*softmax)(const SoftmaxCall *call);
