@@ -383,14 +383,16 @@ inline void dense_panels(const VectorCall &c, int32_t panel) {
 
 template <class W>
 void dense_vector(const VectorCall &c) {
-    int32_t panel = 0;
-    for (; panel + 4 <= c.panels; panel += 4) dense_panels<4, W>(c, panel);
-    for (; panel < c.panels; ++panel) dense_panels<1, W>(c, panel);
+    constexpr int32_t N = 4;
+    const int32_t whole = c.panels / N;
+    for (int32_t i = 0; i < whole; ++i) dense_panels<N, W>(c, (c.backwards ? whole - 1 - i : i) * N);
+    for (int32_t panel = whole * N; panel < c.panels; ++panel) dense_panels<1, W>(c, panel);
 }
 
 template <class W>
 void sparse_vector(const VectorCall &c) {
-    for (int32_t panel = 0; panel < c.panels; ++panel) {
+    for (int32_t i = 0; i < c.panels; ++i) {
+        const int32_t panel = c.backwards ? c.panels - 1 - i : i;
         V whole = all(0.0f);
         for (int64_t from = c.starts[panel], stop = c.starts[panel + 1]; from < stop; from += SPAN_TERMS * L) {
             const int64_t end = stop - from < SPAN_TERMS * L ? stop : from + SPAN_TERMS * L;
@@ -441,6 +443,15 @@ void affine(const float *x, float scale, float shift, float *out, int64_t n, flo
     const V lo = all(low), hi = all(high), a = all(scale), b = all(shift);
     over(n, [=](int64_t i, uint32_t lanes) {
         store_some(out + i, lanes, smaller(hi, larger(lo, fma(a, load_some(x + i, lanes), b))));
+    });
+}
+
+void affine_each(const float *x, const float *scale, const float *shift, float *out, int64_t n, float low,
+                 float high) {
+    const V lo = all(low), hi = all(high);
+    over(n, [=](int64_t i, uint32_t lanes) {
+        const V y = fma(load_some(scale + i, lanes), load_some(x + i, lanes), load_some(shift + i, lanes));
+        store_some(out + i, lanes, smaller(hi, larger(lo, y)));
     });
 }
 
@@ -900,6 +911,7 @@ Kernels make() {
     k.add = add_rows;
     k.multiply = multiply_rows;
     k.affine = affine;
+    k.affine_each = affine_each;
     k.sum = sum;
     k.squares = squares;
     k.lstm_cell = lstm_cell;

@@ -120,6 +120,7 @@ struct VectorCall {
     const int32_t *rows;    // L for each panel, -1: none; null for a dense matrix, whose rows are in order, too
     int32_t first_row, last_row;  // of a dense matrix
     int32_t panels, columns;
+    int32_t backwards;  // the last panel first: what was read last is still in a near cache
     const float *x;  // of a sparse matrix followed by a zero
     float *y;        // y[r * y_stride]
     int64_t y_stride;
@@ -239,6 +240,9 @@ struct Kernels {
     void (*add)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*affine)(const float *x, float scale, float shift, float *out, int64_t n, float low, float high);
+    // The same with a factor and a summand for each number.
+    void (*affine_each)(const float *x, const float *scale, const float *shift, float *out, int64_t n, float low,
+                        float high);
     float (*sum)(const float *x, int64_t n);
     // The sum of (x - mean)^2.
     float (*squares)(const float *x, float mean, int64_t n);

@@ -74,7 +74,8 @@ void run_images(const Frame &f, const Step &step, const Sizes &s, int64_t at) {
             const float *given = own.given + now * s.gates * s.images;
             float *made = own.made + now * s.channels * s.images;
             const auto gate = [&](const float *all, int64_t i) { return all + i * numbers; };
-            Operands o = {{own.h, s.images}, {own.products, s.images}, {nullptr, 0}};
+            // there and back again
+            Operands o = {{own.h, s.images}, {own.products, s.images}, {nullptr, 0}, t % 2 != 0};
             if (s.lstm()) o.residual = {const_cast<float *>(given), s.images};
             if (step.config.vector) multiply_vector(f, step, o);
             else multiply_tiles(f, step, o, s.images, 0, static_cast<int64_t>(step.tiling(s.images).tiles.size()));

@@ -82,6 +82,7 @@ void multiply_vector(const Frame &f, const Step &s, const Operands &o) {
     call.last_row = static_cast<int32_t>(last);
     call.panels = static_cast<int32_t>(mine.to - mine.from);
     call.columns = static_cast<int32_t>(columns);
+    call.backwards = o.backwards;
     call.x = line;
     call.y = o.y.at;
     call.y_stride = o.y.stride;
@@ -274,6 +275,17 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const int64_t n = shape.pixels() * images;
     const Clamp clamp = clamp_of(s.node.activation);
     const Share mine(f, shape.channels);
+    if (n == 1 && !broadcast && x.stride == 1 && y.stride == 1 && (!other.at || other.stride == 1)) {  // vectors
+        const float *from = x.at + mine.from;
+        float *to = y.at + mine.from;
+        const int64_t count = mine.to - mine.from;
+        if (s.node.kind == Kind::AFFINE)
+            k.affine_each(from, s.scale.data() + mine.from, s.shift.data() + mine.from, to, count, clamp.low,
+                          clamp.high);
+        else (s.node.multiply ? k.multiply : k.add)(from, other.at + mine.from, to, count, clamp.low, clamp.high);
+        if (clamp.rest) k.activate(s.node.activation, s.mode(), to, to, count);
+        return;
+    }
     for (int64_t c = mine.from; c < mine.to; ++c) {
         const float *from = x.at + c * x.stride;
         float *to = y.at + c * y.stride;

@@ -15,6 +15,7 @@ View view(const Frame &frame, int32_t id, int64_t image);
 // What the weights of a layer multiply, where the products go, and what is added to them (null: nothing).
 struct Operands {
     View x, y, residual;
+    bool backwards = false;  // VectorCall
 };
 // The products of one vector, and of the tiles [first_tile, last_tile) of so many images (1 or step.group); this
 // thread's share of them.
