@@ -244,16 +244,16 @@ int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_
 // gates of a step are those of x and the product of weight with the state before it, as above. The result has the
 // states after every step: h, and behind its channels c where `cells` is set.
 typedef struct {
-    int32_t x;              // value id: 4 or 3 channels for each of a state's, the products of the input
-    int32_t h, c;           // value ids of vectors, the states to begin with; -1: zeros. Of a GRU c is always -1
-    int32_t hidden;         // channels of a state
-    int32_t reverse;        // 1: the last step runs first
-    int32_t cells;          // of an LSTM
-    int32_t storage;        // enum rarefy_storage
-    int32_t choice;         // enum rarefy_choice
-    const float *weight;    // (channels of x, hidden); read during the call only
+    int32_t x;            // value id: 4 or 3 channels for each of a state's, the products of the input
+    int32_t h, c;         // value ids of vectors, the states to begin with; -1: zeros. Of a GRU c is always -1
+    int32_t hidden;       // channels of a state
+    int32_t reverse;      // 1: the last step runs first
+    int32_t cells;        // of an LSTM
+    int32_t storage;      // enum rarefy_storage
+    int32_t choice;       // enum rarefy_choice
+    const float *weight;  // (channels of x, hidden); read during the call only
     int64_t weights;
-    const float *bias;      // (channels of x), added to the product of the state, or NULL
+    const float *bias;  // (channels of x), added to the product of the state, or NULL
     int64_t biases;
 } rarefy_recurrence;
 int32_t rarefy_builder_recurrence(rarefy_builder *builder, const rarefy_recurrence *recurrence, const char *name,

@@ -516,14 +516,13 @@ void recurrences(const char *isa, int64_t cases) {
         const Recurrence r;
         Builder b;
         r.add(b);
-        const Program p = b.finish(isa, one_of({1, static_cast<int32_t>(r.batch)}), one_of({1, 2, 3}),
-                                   below(8) == 0 ? 0.02 : 0.0);
+        const Program p =
+            b.finish(isa, one_of({1, static_cast<int32_t>(r.batch)}), one_of({1, 2, 3}), below(8) == 0 ? 0.02 : 0.0);
         if (!p) continue;
         rarefy_step_info info;
         rarefy_program_step(p.get(), r.given ? r.gates - 1 : 1, &info);
         const Floats wanted = r.wanted();
-        const Floats got =
-            run(p.get(), r.inputs(), static_cast<int64_t>(wanted.size()), r.batch, one_of({1, 1, 2, 3}));
+        const Floats got = run(p.get(), r.inputs(), static_cast<int64_t>(wanted.size()), r.batch, one_of({1, 1, 2, 3}));
         expect(close(got, wanted, 2e-5), std::string(isa) + " recurrence " + std::to_string(i) + ", " + info.kernel);
     }
 }
@@ -540,9 +539,9 @@ void recurrences_in_files(const std::vector<std::string> &isas) {
             const Aligned saved(rarefy_program_size(p.get()));
             rarefy_program_save(p.get(), saved.bytes);
             for (const std::string &other : isas) {
-                const Program again(rarefy_program_load(saved.bytes, rarefy_program_size(p.get()), other.c_str(),
-                                                        b.error, 256),
-                                    rarefy_program_free);
+                const Program again(
+                    rarefy_program_load(saved.bytes, rarefy_program_size(p.get()), other.c_str(), b.error, 256),
+                    rarefy_program_free);
                 expect(again && close(run(again.get(), r.inputs(), static_cast<int64_t>(wanted.size()), r.batch, 1),
                                       wanted, 2e-5),
                        "a recurrence in a file of " + isa + " under " + other + ": " + b.error);

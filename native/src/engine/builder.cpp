@@ -177,7 +177,8 @@ std::string infer_recurrence(const Graph &graph, const Node &n, const std::vecto
         return "a recurrence has 3 or 4 gates for each channel of its state, got " + std::to_string(channels) +
                " channels for a state of " + std::to_string(hidden);
     if (channels * hidden > MOST_WEIGHTS) return "a layer has at most 2^31 - 1 weights";
-    if (!between(n.reverse, 0, 1) || !between(n.cells, 0, lstm)) return "reverse and cells must be 0 or 1, cells of an LSTM";
+    if (!between(n.reverse, 0, 1) || !between(n.cells, 0, lstm))
+        return "reverse and cells must be 0 or 1, cells of an LSTM";
     if (n.groups != 1 || n.activation != RAREFY_NONE) return "a recurrence has one group and no activation";
     const std::string wrong = wrong_weights(n);
     if (!wrong.empty()) return wrong;
@@ -220,8 +221,8 @@ std::string infer_kind(const Graph &graph, const Node &n, const Given &given, Sh
 std::string wrong_mode(const Node &n, const std::vector<int64_t> &numbers) {
     if (n.mode == RAREFY_PLAIN) return "";
     if (!between(n.mode, 0, RAREFY_MODES - 1)) return "mode " + std::to_string(n.mode) + " is unknown";
-    const bool gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU ||
-                       n.kind == Kind::RECURRENCE;
+    const bool gates =
+        n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU || n.kind == Kind::RECURRENCE;
     const bool layer = n.kind == Kind::CONV || n.kind == Kind::BINARY || n.kind == Kind::AFFINE;
     if (!gates && !(layer && between(n.activation, RAREFY_SILU, RAREFY_SIGMOID)))
         return "there is no activation that has modes";

@@ -16,6 +16,10 @@ namespace {
 
 // By rule: sparse kernels below this density. Weights of a vector layer below it are not dense when measured, either.
 constexpr double SPARSE_BELOW = 0.45;
+// The same for a recurrence, one sequence at a time, whose weights stay in a cache of so many bytes between its steps:
+// a sparse vector is gathered.
+constexpr double RECURRENT_SPARSE_BELOW = 0.15;
+constexpr int64_t RECURRENT_CACHE = 1 << 20;
 // Measuring: above this density sparse kernels are not tried.
 constexpr double SPARSE_TRIED_TO = 0.7;
 // Measuring: all tiles and blocks are tried for sparse kernels below the first density, and for dense ones above the
@@ -87,11 +91,14 @@ Config planes(const Step &step) {
 
 // The config of tiles, or of vectors; no rows where there is none.
 Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
-    const bool sparse = step.node.choice == RAREFY_SPARSE ||
-                        (step.node.choice == RAREFY_MEASURE && density < SPARSE_BELOW && !depthwise(step, m));
     Config c = {};
-    c.kind = kind_of(sparse, step.node.storage);
     c.vector = is_vector(program, step);
+    const bool cached =
+        c.vector && step.node.kind == Kind::RECURRENCE && int64_t{m.rows} * m.channels * 4 < RECURRENT_CACHE;
+    const double below = cached ? RECURRENT_SPARSE_BELOW : SPARSE_BELOW;
+    const bool sparse = step.node.choice == RAREFY_SPARSE ||
+                        (step.node.choice == RAREFY_MEASURE && density < below && !depthwise(step, m));
+    c.kind = kind_of(sparse, step.node.storage);
     const Kernels &k = *program.kernels;
     const int32_t all = vectors_of(program, step);
     for (const Form form : {Form::DIRECT, Form::SHIFTED, Form::SINGLE}) {
@@ -145,9 +152,7 @@ class Measurer {
         for (const auto &port : inputs_) input_pointers_.push_back(port.data());
         for (auto &port : outputs_) output_pointers_.push_back(port.data());
     }
-    ~Measurer() {
-        program_.packed_floats = program_.discard_floats = program_.sums_floats = program_.state_floats = 0;
-    }
+    ~Measurer() { program_.packed_floats = program_.discard_floats = program_.sums_floats = program_.state_floats = 0; }
 
     void refill() {
         std::minstd_rand noise(1);

@@ -417,7 +417,6 @@ void vector(const VectorCall *call, int32_t bf16) {
 
 // ---- elementwise
 
-
 template <class F>
 inline void over(int64_t n, const F &f) {
     int64_t i = 0;
@@ -446,8 +445,7 @@ void affine(const float *x, float scale, float shift, float *out, int64_t n, flo
     });
 }
 
-void affine_each(const float *x, const float *scale, const float *shift, float *out, int64_t n, float low,
-                 float high) {
+void affine_each(const float *x, const float *scale, const float *shift, float *out, int64_t n, float low, float high) {
     const V lo = all(low), hi = all(high);
     over(n, [=](int64_t i, uint32_t lanes) {
         const V y = fma(load_some(scale + i, lanes), load_some(x + i, lanes), load_some(shift + i, lanes));

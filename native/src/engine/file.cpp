@@ -183,8 +183,9 @@ bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 // Whether a node has the fields of its kind alone: all others are as a builder leaves them.
 bool plain(const Node &n) {
     const bool conv = n.kind == Kind::CONV, recurrence = n.kind == Kind::RECURRENCE, pool = n.kind == Kind::POOL,
-               binary = n.kind == Kind::BINARY, port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT, gru = n.kind == Kind::GRU,
-               gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru, tensor = n.kind == Kind::TENSOR;
+               binary = n.kind == Kind::BINARY, port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT,
+               gru = n.kind == Kind::GRU, gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru,
+               tensor = n.kind == Kind::TENSOR;
     Node only = node_of(n.kind, n.x, conv || binary || gates || recurrence ? n.other_operand : -1);
     only.out = n.out;
     if (n.kind == Kind::CONCAT || gru || recurrence || tensor) only.operands = n.operands;
@@ -338,7 +339,8 @@ std::string restore(rarefy_program &program, Step &step, Saved &saved, int32_t l
     const int64_t channels = program.graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
     const bool affine = step.node.kind == Kind::AFFINE, layer = step.node.layer();
     const int64_t factors = affine ? channels : 0;
-    if (step.bias.size() != (layer ? product_of(program.graph, step.node).channels : 0) || step.scale.size() != factors || step.shift.size() != factors)
+    if (step.bias.size() != (layer ? product_of(program.graph, step.node).channels : 0) ||
+        step.scale.size() != factors || step.shift.size() != factors)
         return "its bias is wrong";
     if (!layer) return step.weights.bytes() ? "it has weights" : "";
     const Matrix m = matrix_of(program.graph, step.node);

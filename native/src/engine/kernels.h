@@ -115,14 +115,14 @@ typedef void Block(const BlockCall *);
 // of the other rows of its panel.
 struct VectorCall {
     const void *weights;
-    const uint16_t *index;  // columns; of a dense matrix, which has all of them in order, there are none
-    const int64_t *starts;  // first weight of every panel, panels + 1
-    const int32_t *rows;    // L for each panel, -1: none; null for a dense matrix, whose rows are in order, too
+    const uint16_t *index;        // columns; of a dense matrix, which has all of them in order, there are none
+    const int64_t *starts;        // first weight of every panel, panels + 1
+    const int32_t *rows;          // L for each panel, -1: none; null for a dense matrix, whose rows are in order, too
     int32_t first_row, last_row;  // of a dense matrix
     int32_t panels, columns;
     int32_t backwards;  // the last panel first: what was read last is still in a near cache
-    const float *x;  // of a sparse matrix followed by a zero
-    float *y;        // y[r * y_stride]
+    const float *x;     // of a sparse matrix followed by a zero
+    float *y;           // y[r * y_stride]
     int64_t y_stride;
     const float *residual;
     int64_t residual_stride;

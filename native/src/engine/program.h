@@ -57,9 +57,9 @@ struct Node {
     Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
     int32_t bottom, right, back;    // padding
     int32_t groups, storage, choice;
-    int32_t operands;  // CONCAT: number of them; GRU: the state; RECURRENCE: c; TENSOR: those after x
-    int32_t function;  // TENSOR: enum rarefy_function
-    int32_t mode;      // of activations: enum rarefy_mode
+    int32_t operands;        // CONCAT: number of them; GRU: the state; RECURRENCE: c; TENSOR: those after x
+    int32_t function;        // TENSOR: enum rarefy_function
+    int32_t mode;            // of activations: enum rarefy_mode
     int32_t reverse, cells;  // RECURRENCE: from the last step on; whether the result has c, too
     // Whether it has weights.
     bool layer() const { return kind == Kind::CONV || kind == Kind::RECURRENCE; }
@@ -218,8 +218,8 @@ struct rarefy_program {
     rarefy::engine::Plan plan;    // of whole values; for threads that share an image
     rarefy::engine::Plan banded;  // with chains; for threads that have images of their own
     std::vector<rarefy::engine::Step> steps;
-    std::vector<int32_t> inputs, outputs;                            // steps
-    std::vector<std::pair<int32_t, int32_t>> looked_up;              // embeddings of inputs: step, input
+    std::vector<int32_t> inputs, outputs;                // steps
+    std::vector<std::pair<int32_t, int32_t>> looked_up;  // embeddings of inputs: step, input
     int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0, state_floats = 0;  // scratch, in this order
     double tune_seconds = 0.0;
     std::map<rarefy::engine::TilingKey, std::shared_ptr<const rarefy::engine::Tiling>> tilings;  // while it is made
@@ -280,14 +280,15 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
 
 // Whether a kernel can slide over the planes of a step: a depthwise one whose columns are at most 2 apart.
 inline bool slides(const Step &step, const Matrix &m) {
-    return step.node.kind == Kind::CONV && step.node.groups == m.channels && step.node.window.stride[1] <= 2 && step.node.window.depth.in == 1 &&
-           step.node.window.depth.pointwise();
+    return step.node.kind == Kind::CONV && step.node.groups == m.channels && step.node.window.stride[1] <= 2 &&
+           step.node.window.depth.in == 1 && step.node.window.depth.pointwise();
 }
 
 // Whether the tiles of a pointwise step can be read where they lie: in planes that may be read by whole vectors.
 inline bool reads_in_place(const rarefy_program &program, const Step &step) {
     const Value &x = program.plan.values[step.node.x];
-    return step.node.kind == Kind::CONV && step.node.window.pointwise() && x.place == Place::ARENA && x.stride % MAX_LANES == 0;
+    return step.node.kind == Kind::CONV && step.node.window.pointwise() && x.place == Place::ARENA &&
+           x.stride % MAX_LANES == 0;
 }
 
 // Steps of the same window share their tiling.

@@ -53,22 +53,18 @@ void run_images(const Frame &f, const Step &step, const Sizes &s, int64_t at) {
     const Kernels &k = *f.program->kernels;
     const Scratch own(f.scratch + f.program->scratch_floats() - f.program->state_floats, s);
     const int64_t steps = f.plan->values[step.node.x].shape.pixels(), numbers = s.hidden * s.images;
+    const View x = view(f, step.node.x, at), y = view(f, step.node.out, at);
     begin(f, s, step.node.other_operand, at, own.h);
     if (s.lstm()) begin(f, s, step.operands.empty() ? -1 : step.operands[0], at, own.c);
     const int64_t blocks = (steps + TURNED - 1) / TURNED;
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = (step.node.reverse ? blocks - 1 - block : block) * TURNED,
                       some = std::min(TURNED, steps - first);
-        for (int64_t i = 0; i < s.images; ++i) {
-            const View x = view(f, step.node.x, at + i);
-            if (s.images == 1) {
-                k.transpose(x.at + first, x.stride, s.gates, some, own.given, s.gates);
-            } else {
-                for (int64_t r = 0; r < s.gates; ++r)
-                    for (int64_t t = 0; t < some; ++t)
-                        own.given[(t * s.gates + r) * s.images + i] = x.at[r * x.stride + first + t];
-            }
-        }
+        if (s.images == 1) k.transpose(x.at + first, x.stride, s.gates, some, own.given, s.gates);
+        else  // channel by channel: images lie one after the other
+            for (int64_t r = 0; r < s.gates; ++r)
+                k.transpose(x.at + r * x.stride + first, steps, s.images, some, own.given + r * s.images,
+                            s.gates * s.images);
         for (int64_t t = 0; t < some; ++t) {
             const int64_t now = step.node.reverse ? some - 1 - t : t;
             const float *given = own.given + now * s.gates * s.images;
@@ -91,16 +87,11 @@ void run_images(const Frame &f, const Step &step, const Sizes &s, int64_t at) {
             std::memcpy(made, own.h, static_cast<size_t>(numbers) * sizeof(float));
             if (step.node.cells) std::memcpy(made + numbers, own.c, static_cast<size_t>(numbers) * sizeof(float));
         }
-        for (int64_t i = 0; i < s.images; ++i) {
-            const View y = view(f, step.node.out, at + i);
-            if (s.images == 1) {
-                k.transpose(own.made, s.channels, some, s.channels, y.at + first, y.stride);
-            } else {
-                for (int64_t u = 0; u < s.channels; ++u)
-                    for (int64_t t = 0; t < some; ++t)
-                        y.at[u * y.stride + first + t] = own.made[(t * s.channels + u) * s.images + i];
-            }
-        }
+        if (s.images == 1) k.transpose(own.made, s.channels, some, s.channels, y.at + first, y.stride);
+        else
+            for (int64_t u = 0; u < s.channels; ++u)
+                k.transpose(own.made + u * s.images, s.channels * s.images, some, s.images, y.at + u * y.stride + first,
+                            steps);
     }
 }
 

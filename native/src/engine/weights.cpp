@@ -330,8 +330,8 @@ Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &c
             for (int64_t i = weights.starts[panel]; i < weights.starts[panel + 1]; ++i) {
                 const int64_t at = panel * lanes + i % lanes;
                 const int32_t row = config.sparse() ? weights.row_ids[at] : static_cast<int32_t>(at);
-                const int32_t column = config.sparse() ? weights.offsets[i]
-                                                       : static_cast<int32_t>((i - weights.starts[panel]) / lanes);
+                const int32_t column =
+                    config.sparse() ? weights.offsets[i] : static_cast<int32_t>((i - weights.starts[panel]) / lanes);
                 if (row >= 0 && row < matrix.rows && column < matrix.channels)
                     rows[row].push_back({column, 0, value_at(weights, config, i)});
             }

@@ -152,7 +152,7 @@ class NativeSegment:
         count, sizes = known
         outputs = [torch.empty(size, dtype=torch.float32) for size in sizes]
         if count:
-            self.program.run(inputs, outputs, count, threads, seconds)
+            self.program.run(inputs, outputs, count, threads, seconds, known=True)
         if not self._gives_bytes:
             return outputs
         return [_as_bytes(y, port) for y, port in zip(outputs, self.outputs, strict=True)]

@@ -409,13 +409,17 @@ class Program:
         batch: int,
         threads: int,
         seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
+        *,
+        known: bool = False,
     ) -> None:
         """Fill ``outputs`` from ``inputs``, all contiguous float32; the time of each step is added to ``seconds``.
+
+        The tensors are not looked at where they are ``known`` to be that, and plain ones.
 
         Raises NativeError where a tensor has not ``batch`` times the numbers of its port, and for a number of threads
         outside 1 to 1024; MemoryError without memory for the scratch.
         """
-        ports, clock = _ports(inputs, outputs, batch, threads, seconds)
+        ports, clock = _ports(inputs, outputs, batch, threads, seconds, known)
         if self._run(self._address, *ports, batch, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
@@ -479,6 +483,7 @@ def _ports(
     batch: int,
     threads: int,
     seconds: np.ndarray[Any, np.dtype[np.float64]] | None,
+    known: bool,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs and outputs, and the clock, as the functions that run a program take them."""
     if not (0 <= batch < 1 << 31 and 0 <= threads < 1 << 31):
@@ -486,13 +491,16 @@ def _ports(
     if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
         raise NativeError("seconds must be contiguous float64")
     clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
-    return (_buffers(inputs), len(inputs), _buffers(outputs), len(outputs)), clock
+    return (_buffers(inputs, known), len(inputs), _buffers(outputs, known), len(outputs)), clock
 
 
-def _buffers(tensors: Sequence[Tensor]) -> bytes:
+def _buffers(tensors: Sequence[Tensor], known: bool) -> bytes:
     """Where the numbers of each lie, and how many there are."""
     places: list[int] = []
     for x in tensors:
+        if known:
+            places += (x.data_ptr(), x.numel())
+            continue
         if x.dtype is not torch.float32 or not x.is_contiguous():
             raise NativeError(f"inputs and outputs must be contiguous float32, got {x.dtype} of strides {x.stride()}")
         places += (kernels.address(x), x.numel())
