@@ -282,7 +282,7 @@ def _is_zero(node: fx.Node, constants: Mapping[str, Tensor]) -> bool:
     if node.name in constants:
         return not bool(constants[node.name].any())
     at = _FULL.get(str(node.target))
-    return str(node.target) in _ZEROS or (at is not None and node.args[at] == 0)
+    return str(node.target) in _ZEROS or (at is not None and bool(node.args[at] == 0))
 
 
 def _sequence(call: Call) -> Steps | None:

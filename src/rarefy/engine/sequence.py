@@ -25,14 +25,16 @@ def over_sequence(
     batch, steps, gates = products.shape
     hidden = weight.shape[1]
     lstm = gates == 4 * hidden
-    given = states or [products.new_zeros(batch, hidden) for _ in range(1 + lstm)]
+    zeros = products.new_zeros(batch, hidden)
+    h, c = states[0] if states else zeros, states[-1] if states else zeros
     rows = products.transpose(0, 1).reshape(steps * batch, gates)
-    how = (None, reverse, mode, table)
     if cells:  # which are kept for a gradient, each beside its tanh
-        y, *_, kept = torch.ops.rarefy.lstm(rows, weight, None, *given, *how, True)
+        y, *_, kept = torch.ops.rarefy.lstm(rows, weight, None, h, c, None, reverse, mode, table, True)
         y = torch.cat([y, kept[:, :hidden]], 1)
+    elif lstm:
+        y, *_ = run_lstm(rows, weight, None, h, c, None, reverse, mode, table)
     else:
-        y = run_lstm(rows, weight, None, *given, *how)[0] if lstm else run_gru(rows, weight, bias, *given, *how)[0]
+        y, *_ = run_gru(rows, weight, bias, h, None, reverse, mode, table)
     return y.view(steps, batch, y.shape[1]).transpose(0, 1).contiguous()
 
 
