@@ -62,7 +62,12 @@ def recipe(mode: str, method: dict[str, Any], seed: int, given: argparse.Namespa
     data = {"folder": str(given.corpus.resolve()), "longest": given.longest, "train_size": given.pairs}
     if given.tokenizer is not None:
         data["tokenizer"] = str(given.tokenizer.resolve())
-    schedule = {"epochs": given.epochs, "batch_size": given.tokens, "warmup_epochs": 0.5, "label_smoothing": 0.1}
+    schedule = {
+        "epochs": given.epochs,
+        "batch_size": given.tokens,
+        "warmup_epochs": given.warmup,
+        "label_smoothing": 0.1,
+    }
     return {
         "name": "gnmt",
         "model": {"name": "gnmt", "mode": mode, **options},
@@ -195,6 +200,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, help="of a batch (default: 8000)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=float, default=0.5, help="epochs of rising learning rate (default: 0.5)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--at-once", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--only", nargs="*", help="runs, such as ktanh-dense-0 or exact-autosparse-90")

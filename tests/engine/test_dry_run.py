@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from rarefy.engine.dry_run import plain_shape
-from rarefy.engine.plan import Linear, Norm, Pointwise
+from rarefy.engine.dry_run import _BY_NUMBER, _by_number, plain_shape
+from rarefy.engine.plan import Linear, Norm, Operator, Pointwise, Ref
 from rarefy.engine.reference import run_step
 
 SHAPES = [(6,), (4, 6), (1, 6), (2, 4, 6), (2, 1, 6), (4, 1), (6, 4), (2, 4, 5), (), (0, 6)]
@@ -53,3 +53,33 @@ def test_other_numbers_are_left_to_pytorch():
     assert plain_shape(step, {"x": torch.randn(4, 6)}) == (4, 6)
     for x in (torch.randn(4, 6).double(), torch.randn(6, 4).t(), torch.randn(4, 6).to_sparse(), 3):
         assert plain_shape(step, {"x": x}) is None
+
+
+#: What an operator may be given; the last four are left to PyTorch.
+GIVEN = {
+    "f": [torch.rand(shape) for shape in ((4, 6), (1, 6), (2, 4, 6), (), (0, 6))],
+    "b": [torch.rand(shape) > 0.5 for shape in ((4, 6), (2, 1, 6), ())],
+    "d": [0.5, float("inf")],
+    "i": [3],
+    "?": [torch.rand(6, 4).t(), torch.rand(4, 6).double(), torch.ones(4, 6, dtype=torch.int64), True],
+}
+
+
+@pytest.mark.parametrize("target", _BY_NUMBER)
+def test_what_is_worked_out_number_by_number_is_that_of_pytorch(target):
+    known = 0
+    for args in itertools.product(*[[*itertools.chain(*GIVEN.values())]] * len(_BY_NUMBER[target][0])):
+        values = {str(i): x for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
+        refs = tuple(Ref(str(i)) if str(i) in values else x for i, x in enumerate(args))
+        step = Operator(**ABOUT, target=target, args=refs)
+        try:
+            found = _by_number(step, values)
+        except ValueError:  # shapes that do not broadcast
+            with pytest.raises(RuntimeError):
+                run_step(step, values)
+            continue
+        if found is not None:
+            made = run_step(step, values)
+            assert (found.shape, found.dtype, found.stride()) == (made.shape, made.dtype, made.stride())
+            known += 1
+    assert known

@@ -1,6 +1,8 @@
 """How an engine's items run: the functions that they are bound to, and what is timed."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -277,3 +279,15 @@ def test_torch_compile_that_cannot_is_said(monkeypatch):
         engine.compile(model, torch.zeros(2, 4), torch_compile=True)
     with pytest.raises(ValueError, match="torch_compile is measured beside the others"):
         engine.compile(model, torch.zeros(2, 4), torch_compile=True, choose="native")
+
+
+def test_an_engine_that_nobody_needs_gives_its_memory_back_at_once():
+    compiled = engine.compile(nn.Linear(8, 8).eval(), torch.randn(1, 8), 1, choose="native")
+    parts = [weakref.ref(each) for each in (compiled, compiled._runner, compiled._items[0])]
+    gc.collect()
+    gc.disable()
+    try:
+        del compiled
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()

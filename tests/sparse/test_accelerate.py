@@ -577,9 +577,11 @@ def test_masks_that_change_in_every_step_cost_no_more_than_they_save(monkeypatch
     handle.restore()
 
 
-def test_both_are_timed():
+def test_both_are_timed_in_turn():
     order = []
     timed = FASTEST(lambda: order.append("a"), lambda: order.append("b"))
-    assert order == ["a", "b"] * acceleration.ROUNDS
+    least, most = acceleration.ROUNDS
+    assert least <= len(order) // 2 <= most
+    assert order == ["a", "b"] * (len(order) // 2)
     assert len(timed) == 2
     assert all(0.0 <= t < 1.0 for t in timed)

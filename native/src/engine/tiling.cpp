@@ -1,11 +1,13 @@
 #include "engine/tiling.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <map>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 
 namespace rarefy::engine {
 
@@ -57,18 +59,36 @@ struct Grid {
     }
 
     // The input pixels of the positions from f on, a vector of them, moved by planes, by dy rows of the phase and by
-    // columns; -1 for padding.
-    void sources(int64_t f, const Copy &copy, int64_t *index) const {
-        int64_t row = floor_div(f, stride), x = f - row * stride, first = first_of(row, copy);
-        for (int32_t lane = 0; lane < lanes; ++lane) {
-            const int64_t in_x = x * w.stride[1] + copy.column;
+    // columns, which grow; -1 for padding.
+    void sources(int64_t f, const Copy &copy, int32_t *index) const {
+        std::fill(index, index + lanes, -1);
+        int64_t row = floor_div(f, stride), x = f - row * stride;
+        for (int64_t lane = 0; lane < lanes; ++row) {
+            const int64_t count = std::min<int64_t>(lanes - lane, stride - x), first = first_of(row, copy);
             // beyond the row's pixels lie, in the forms with whole gaps, lanes that no result reads
-            const bool outside = first < 0 || in_x < 0 || in_x >= w.in_w || (form != Form::SINGLE && x >= w.out_w);
-            index[lane] = outside ? -1 : first + in_x;
-            if (++x < stride) continue;
+            const int64_t inside = form == Form::SINGLE ? count : std::min<int64_t>(count, w.out_w - x);
+            if (first >= 0) {
+                const int64_t s = w.stride[1], in_x = x * s + copy.column;
+                const int64_t begin = in_x < 0 ? (-in_x + s - 1) / s : 0;
+                const int64_t end = in_x < w.in_w ? std::min<int64_t>(inside, (w.in_w - in_x + s - 1) / s) : 0;
+                for (int64_t i = begin; i < end; ++i) index[lane + i] = static_cast<int32_t>(first + in_x + i * s);
+            }
+            lane += count;
             x = 0;
-            first = first_of(++row, copy);
         }
+    }
+
+    // The same for most vectors of most layers, without a look at every lane: whether they lie in one row, and read
+    // pixels that follow one another. Then lane i is pixel *base + i, for i in [*begin, *end).
+    bool straight(int64_t f, const Copy &copy, int64_t *base, int64_t *begin, int64_t *end) const {
+        const int64_t row = floor_div(f, stride), x = f - row * stride;
+        if (w.stride[1] != 1 || x + lanes > stride) return false;
+        const int64_t first = first_of(row, copy), in_x = x + copy.column;
+        *base = first + in_x;
+        *begin = std::max<int64_t>(0, -in_x);
+        *end = first < 0 ? 0 : std::min<int64_t>(lanes, w.in_w - in_x);
+        if (form != Form::SINGLE) *end = std::min(*end, w.out_w - x);
+        return true;
     }
 
     // The first input pixel of a row, or -1 for padding.
@@ -83,10 +103,21 @@ struct Grid {
 
     int64_t positions() const { return ((planes - 1) * plane_rows + w.out_h) * stride; }
 
-    // The output pixel of position f, or -1.
-    int64_t result(int64_t f) const {
-        const int64_t row = f / stride, x = f - row * stride, plane = row / plane_rows, y = row - plane * plane_rows;
-        return plane < planes && y < w.out_h && x < w.out_w ? (plane * w.out_h + y) * w.out_w + x : -1;
+    // The output pixels of the positions from f on, a vector of them; -1 where there is none.
+    void results(int64_t f, int64_t *pixel) const {
+        int64_t row = f / stride, x = f - row * stride, first = result_of(row);
+        for (int32_t lane = 0; lane < lanes; ++lane) {
+            pixel[lane] = first < 0 || x >= w.out_w ? -1 : first + x;
+            if (++x < stride) continue;
+            x = 0;
+            first = result_of(++row);
+        }
+    }
+
+    // The first output pixel of a row, or -1.
+    int64_t result_of(int64_t row) const {
+        const int64_t plane = row / plane_rows, y = row - plane * plane_rows;
+        return plane < planes && y < w.out_h ? (plane * w.out_h + y) * w.out_w : -1;
     }
 };
 
@@ -94,41 +125,45 @@ class Classifier {
  public:
     Classifier(const Kernels &kernels, Tiling &tiling) : kernels_(kernels), tiling_(tiling) {}
 
-    Pack pack(const int64_t *index) {
+    // For pixels that follow one another; see Grid::straight().
+    Pack pack(int64_t base, int64_t begin, int64_t end) const {
+        Pack op = {};
+        if (begin >= end) return op;
+        op.lanes = static_cast<uint16_t>((1u << end) - (1u << begin));
+        op.kind = end - begin == kernels_.lanes ? PACK_FULL : PACK_COPY;
+        op.a = static_cast<int32_t>(base);
+        return op;
+    }
+
+    // For any pixels that grow; see Grid::sources().
+    Pack pack(const int32_t *index) {
         const int32_t L = kernels_.lanes;
         Pack op = {};
-        int64_t low = -1, high = -1;
+        int32_t low = -1, high = -1, beyond = -1, base = 0, bent = 0;
         for (int32_t i = 0; i < L; ++i) {
             if (index[i] < 0) continue;
+            if (low < 0) low = index[i], base = low - i;
+            if (beyond < 0 && index[i] - low >= L) beyond = index[i];
+            high = index[i];
             op.lanes = static_cast<uint16_t>(op.lanes | 1u << i);
-            low = low < 0 ? index[i] : std::min(low, index[i]);
-            high = std::max(high, index[i]);
+            bent |= index[i] - i - base;
         }
         if (!op.lanes) return op;
-        bool straight = true;
-        int64_t base = 0, beyond = high;
-        for (int32_t i = 0; i < L; ++i) {
-            if (index[i] < 0) continue;
-            if (op.lanes >> i == 1 || !(op.lanes & ((1u << i) - 1)))
-                base = op.lanes & ((1u << i) - 1) ? base : index[i] - i;
-            straight = straight && index[i] - i == base;
-            if (index[i] >= low + L) beyond = std::min(beyond, index[i]);
-        }
-        if (straight) {
+        if (!bent) {
             op.kind = op.lanes == (1u << L) - 1 ? PACK_FULL : PACK_COPY;
-            op.a = static_cast<int32_t>(base);
+            op.a = base;
             return op;
         }
         if (!kernels_.permutes && half(index, op)) return op;
-        op.a = static_cast<int32_t>(low);
-        op.b = static_cast<int32_t>(beyond);
-        std::vector<int32_t> lane(L, 0);
-        if (kernels_.permutes && (high < low + L || high < beyond + L)) {
-            op.kind = high < low + L ? PACK_ONE : PACK_TWO;
+        op.a = low;
+        op.b = beyond;
+        std::array<int32_t, MAX_LANES> lane = {};
+        if (kernels_.permutes && (high - low < L || high - beyond < L)) {
+            op.kind = high - low < L ? PACK_ONE : PACK_TWO;
             for (int32_t i = 0; i < L; ++i) {
                 if (index[i] < 0) continue;
-                const bool second = index[i] >= low + L;
-                const int32_t from = static_cast<int32_t>(index[i] - (second ? beyond : low));
+                const bool second = index[i] - low >= L;
+                const int32_t from = index[i] - (second ? beyond : low);
                 lane[i] = from + (second ? L : 0);
                 uint16_t &load = second ? op.load_b : op.load_a;
                 load = static_cast<uint16_t>(load | 1u << from);
@@ -136,21 +171,21 @@ class Classifier {
         } else {
             op.kind = PACK_GATHER;
             op.b = 0;
-            for (int32_t i = 0; i < L; ++i) lane[i] = index[i] < 0 ? 0 : static_cast<int32_t>(index[i] - low);
+            for (int32_t i = 0; i < L; ++i) lane[i] = index[i] < 0 ? 0 : index[i] - low;
         }
         const auto found = tables_.emplace(lane, static_cast<int32_t>(tiling_.tables.size()));
-        if (found.second) tiling_.tables.insert(tiling_.tables.end(), lane.begin(), lane.end());
+        if (found.second) tiling_.tables.insert(tiling_.tables.end(), lane.begin(), lane.begin() + L);
         op.table = found.first->second;
         return op;
     }
 
  private:
     // Every second pixel, as columns 2 apart want them: whether these are so, and how they are packed then.
-    bool half(const int64_t *index, Pack &op) const {
+    bool half(const int32_t *index, Pack &op) const {
         const int32_t L = kernels_.lanes;
         int32_t first = 0;
         while (index[first] < 0) ++first;
-        const int64_t base = index[first] - 2 * first;
+        const int32_t base = index[first] - 2 * first;
         for (int32_t i = first; i < L; ++i)
             if (index[i] >= 0 && index[i] != base + 2 * i) return false;
         for (int32_t i = 0; i < L; ++i) {
@@ -159,18 +194,18 @@ class Classifier {
             else op.load_b = static_cast<uint16_t>(op.load_b | 1u << (2 * i - L + 1));
         }
         op.kind = PACK_HALF;
-        op.a = static_cast<int32_t>(base);
+        op.a = base;
         return true;
     }
 
     const Kernels &kernels_;
     Tiling &tiling_;
-    std::map<std::vector<int32_t>, int32_t> tables_;
+    std::map<std::array<int32_t, MAX_LANES>, int32_t> tables_;
 };
 
 // The place of `items` in `all`, where they are put if they are not there yet.
 template <class T>
-int32_t place(const std::vector<T> &items, std::vector<T> &all, std::map<std::string, int32_t> &known) {
+int32_t place(const std::vector<T> &items, std::vector<T> &all, std::unordered_map<std::string, int32_t> &known) {
     const std::string key(reinterpret_cast<const char *>(items.data()), items.size() * sizeof(T));
     const auto found = known.emplace(key, static_cast<int32_t>(all.size()));
     if (found.second) all.insert(all.end(), items.begin(), items.end());
@@ -272,20 +307,26 @@ std::vector<Pack> packs_of(const Grid &grid, const Copies &copies, int64_t from,
                            Tile &tile) {
     const int32_t L = grid.lanes;
     tile.first = std::numeric_limits<int32_t>::max();
+    const auto reads = [&](int64_t first, int64_t need) {
+        tile.first = std::min(tile.first, static_cast<int32_t>(first));
+        tile.need = std::max(tile.need, static_cast<int32_t>(need));
+    };
     std::vector<Pack> packs;
     for (size_t c = 0; c < copies.all.size(); ++c) {
         const Copy &copy = copies.all[c];
         for (int64_t v = 0; v < copies.vectors[c]; ++v) {
-            int64_t index[MAX_LANES];
             const int64_t f = from * L + copy.low + copy.shift + v * L;
             const bool wanted = v < copies.vectors[c] - (most - tile.vectors);
-            if (wanted) grid.sources(f, copy, index);
-            else std::fill(index, index + L, -1);
-            for (int32_t lane = 0; lane < L; ++lane) {
-                if (index[lane] < 0) continue;
-                tile.first = std::min(tile.first, static_cast<int32_t>(index[lane]));
-                tile.need = std::max(tile.need, static_cast<int32_t>(index[lane] + 1));
+            int64_t base = 0, begin = 0, end = 0;
+            if (!wanted || grid.straight(f, copy, &base, &begin, &end)) {
+                packs.push_back(classifier.pack(base, begin, end));
+                if (begin < end) reads(base + begin, base + end);
+                continue;
             }
+            int32_t index[MAX_LANES];
+            grid.sources(f, copy, index);
+            for (int32_t lane = 0; lane < L; ++lane)
+                if (index[lane] >= 0) reads(index[lane], index[lane] + 1);
             packs.push_back(classifier.pack(index));
         }
     }
@@ -311,10 +352,11 @@ std::vector<Store> stores_of(const Grid &grid, int64_t from, int64_t to, Tile &t
     for (int64_t v = from; v < to; ++v) {
         Store store = {};
         int32_t lanes = 0;
+        int64_t pixel[MAX_LANES];
+        grid.results(v * L, pixel);
         for (int32_t lane = 0; lane < L; ++lane) {
-            const int64_t y = grid.result(v * L + lane);
-            if (y < 0) continue;
-            if (!lanes) store.at = static_cast<int32_t>(y);
+            if (pixel[lane] < 0) continue;
+            if (!lanes) store.at = static_cast<int32_t>(pixel[lane]);
             store.lanes = static_cast<uint16_t>(store.lanes | 1u << lane);
             ++lanes;
         }
@@ -347,7 +389,7 @@ Tiling make_tiling(const Window &original, int32_t images, const Kernels &kernel
 
     const int64_t total = (grid.positions() + L - 1) / L, count = (total + vectors - 1) / vectors;
     Classifier classifier(kernels, tiling);
-    std::map<std::string, int32_t> known_packs, known_stores;
+    std::unordered_map<std::string, int32_t> known_packs, known_stores;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t from = total * i / count, to = total * (i + 1) / count;
         Tile tile = {};

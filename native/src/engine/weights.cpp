@@ -1,7 +1,6 @@
 #include "engine/weights.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -426,18 +425,18 @@ struct Row {
 };
 
 // The offsets that weights of a block may have: a kernel position of one of its channels, or the zeros behind the
-// block. A bit for each, since every weight of a file is looked up.
+// block. A byte for each, not a bit, since every weight of a file is looked up.
 class Places {
  public:
     Places(const Config &config, const Layout &layout)
         : taps_(config.direct() ? std::vector<uint16_t>{0} : layout.taps), step_(config.channel_step(layout)),
-          zero_(config.block * step_) {}
+          zero_(config.block * step_), there_(static_cast<size_t>(std::min<int64_t>(zero_, LARGEST_OFFSET)) + 1) {}
 
     // For a block of so many channels.
     void of(int64_t channels) {
         if (channels == channels_) return;
         channels_ = channels;
-        std::fill(bits_.begin(), bits_.end(), 0);
+        std::fill(there_.begin(), there_.end(), 0);
         for (int64_t channel = 0; channel < channels; ++channel)
             for (const uint16_t tap : taps_) add(channel * step_ + tap);
         add(zero_);
@@ -445,32 +444,36 @@ class Places {
 
     // Whether all offsets of a group are such.
     bool all(const Weights &weights, const Config &config, const Group &group) const {
-        const int64_t count = int64_t{group.length} * (config.sparse() ? config.rows : 1);
-        uint64_t right = 1;
         if (config.kind == SPARSE_BF16) {
             const uint8_t *words = weights.values.data() + int64_t{group.weight} * 4;
-            for (int64_t i = 0; i < count; ++i) {
-                uint32_t word;
-                std::memcpy(&word, words + i * 4, sizeof word);
-                right &= has(word & 0xFFFF);
-            }
-        } else {
-            const uint16_t *offsets = weights.offsets.data() + group.offset;
-            for (int64_t i = 0; i < count; ++i) right &= has(offsets[i]);
+            return all(int64_t{group.length} * config.rows, [=](int64_t i) {
+                uint16_t offset;  // the lower half of a word
+                std::memcpy(&offset, words + i * 4, sizeof offset);
+                return offset;
+            });
         }
-        return right;
+        const uint16_t *offsets = weights.offsets.data() + group.offset;
+        return all(int64_t{group.length} * (config.sparse() ? config.rows : 1), [=](int64_t i) { return offsets[i]; });
     }
 
  private:
-    uint64_t has(uint32_t offset) const { return bits_[offset / 64] >> offset % 64 & 1; }
+    template <class Offset>
+    bool all(int64_t count, const Offset &offset) const {
+        uint16_t most = 0;
+        for (int64_t i = 0; i < count; ++i) most = std::max(most, offset(i));
+        if (most >= there_.size()) return false;
+        uint8_t right = 1;
+        for (int64_t i = 0; i < count; ++i) right &= there_[offset(i)];
+        return right;
+    }
     void add(int64_t offset) {
-        if (offset < 1 << 16) bits_[static_cast<size_t>(offset / 64)] |= uint64_t{1} << offset % 64;
+        if (offset < static_cast<int64_t>(there_.size())) there_[static_cast<size_t>(offset)] = 1;
     }
 
     const std::vector<uint16_t> taps_;
     const int64_t step_, zero_;
     int64_t channels_ = 0;
-    std::array<uint64_t, (1 << 16) / 64> bits_ = {};
+    std::vector<uint8_t> there_;
 };
 
 std::string check_tiles(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout,

@@ -137,15 +137,15 @@ class _Source:
 
     def add(self, item: Item, freed: Sequence[str], number: int) -> None:
         """Add the line of an item."""
-        function: Callable[..., Any] = (
-            item.run if isinstance(item, NativeSegment | PackedConv | Eager) else bind(item)[0]
-        )
         if isinstance(item, NativeSegment | Eager):
+            function: Callable[..., Any] = item.run
             threads = ["threads"] if isinstance(item, NativeSegment) else []
             given = ", ".join([*threads, *(self.variables[name] for name in item.reads)])
             made = "".join(f"{self._variable(name)}, " for name in item.makes)
         else:
-            args, kwargs = (map(Ref, item.inputs), {}) if isinstance(item, PackedConv) else bind(item)[1:]
+            function, args, kwargs = (
+                (item.run, tuple(map(Ref, item.inputs)), {}) if isinstance(item, PackedConv) else bind(item)
+            )
             for name in kwargs:
                 if not name.isidentifier() or keyword.iskeyword(name):
                     raise ValueError(f"{item.output} has an argument of the name {name!r}")
@@ -171,7 +171,8 @@ class _Source:
         source.append(f"return ({results})")
         namespace = dict(self.known)
         exec("\n    ".join(source), namespace)
-        result: Callable[..., Any] = namespace["run"]
+        # out of the names that it sees: with itself among them, a dropped engine would keep its memory for a while
+        result: Callable[..., Any] = namespace.pop("run")
         return result
 
     def _variable(self, name: str) -> str:

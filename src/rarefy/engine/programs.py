@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -49,7 +50,8 @@ MOST_THREADS = 1024
 #: How weights are stored.
 STORAGES = {"float32": 0, "bfloat16": 1}
 
-_ERROR_BYTES, _ALIGNMENT, _LARGE = 512, 64, 1 << 18
+_ERROR_BYTES, _ALIGNMENT = 512, 64
+_LARGE, _POPULATE = 1 << 21, 23  # a large page, and MADV_POPULATE_WRITE, which Python's mmap does not name
 _POINTER, _TEXT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 _Int32x2, _Int32x3, _Int32x4 = _INT32 * 2, _INT32 * 3, _INT32 * 4
 
@@ -510,11 +512,17 @@ def _buffers(tensors: Sequence[Tensor], known: bool) -> bytes:
 def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Memory for so many bytes that begins where :func:`load` wants it to.
 
-    All pages of much are asked for at once: finding them missing one by one takes longer than filling them.
+    All pages of much are asked for at once, and large ones where the system gives them: finding 512 small ones missing
+    one by one takes longer than filling them.
     """
-    if size >= _LARGE and hasattr(mmap, "MAP_POPULATE"):
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-        return np.frombuffer(pages, np.uint8)
+    if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = np.frombuffer(pages, np.uint8)
+        begin = -memory.ctypes.data % _LARGE
+        for wish, at, length in ((mmap.MADV_HUGEPAGE, 0, len(pages)), (_POPULATE, begin, size)):
+            with contextlib.suppress(OSError):  # they need not be granted: pages then come as they are written
+                pages.madvise(wish, at, length)
+        return memory[begin : begin + size]
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     skip = -memory.ctypes.data % _ALIGNMENT
     return memory[skip : skip + size]
