@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="an encoding, in place of a new one for each run")
     parser.add_argument("--made-up", action="store_true", help="a made-up language, in minutes on a CPU")
     parser.add_argument("--methods", nargs="*", default=["autosparse"], help="sparse methods (default: autosparse)")
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", help="default: bf16, and fp32 of the made-up language")
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
@@ -213,9 +213,10 @@ def main() -> None:
         return
     if given.corpus is None and not given.made_up:
         parser.error("--corpus is missing")
+    given.precision = given.precision or ("fp32" if given.made_up else "bf16")
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.made_up:
-        given.corpus, given.name, given.precision = made_up(given.folder / "made-up.tsv"), "gnmt-made-up", "fp32"
+        given.corpus, given.name = made_up(given.folder / "made-up.tsv"), "gnmt-made-up"
         given.width, given.vocabulary, given.tokens, given.longest = 128, 500, 1000, 16
     names = runs(given)
     try:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rarefy import cost
-from rarefy.models import GNMT
+from rarefy.models import GNMT, gnmt
 from rarefy.models.search import length_penalty, translate
 
 LENGTHS = torch.tensor([5, 1, 3])
@@ -186,3 +186,22 @@ def test_what_cannot_be_is_told():
         with pytest.raises(ValueError, match=message):
             translate(model, source, lengths, begin=1, end=2, **options)
     assert translate(model, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), begin=1, end=2) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.75])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(share, dtype):
+    torch.manual_seed(0)
+    layer = gnmt.Dropout(share)
+    x = torch.ones(501, 201, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    kept = torch.tensor(1 / (1 - share)).to(dtype)
+    assert ((y == 0) | (y == kept)).all()
+    # five standard deviations of the mean of so many
+    assert abs((y == 0).double().mean().item() - share) <= 5 * (share * (1 - share) / x.numel()) ** 0.5
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert share == 0 or not torch.equal(layer(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    assert layer.eval()(x) is x

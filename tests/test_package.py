@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 #: What CMakeLists.txt builds for each kind of processor.
 ISAS = {
-    "x86_64": {"avx512_vbmi2", "avx512", "avx_vnni", "avx2", "portable"},
+    "x86_64": {"amx_bf16", "avx512_vbmi2", "avx512", "avx_vnni", "avx2", "portable"},
     "aarch64": {"neon_i8mm", "neon_dotprod", "neon", "portable"},
 }
 

@@ -144,23 +144,25 @@ typedef struct {
     int64_t steps, batch, hidden, reverse, threads;
     const int64_t *offsets;  // [steps + 1] or null
     rarefy_gate sigmoid, tanh;
-    const float *products;  // [rows, G hidden]: x W_ih^T and the biases, of a GRU's third gate only the input's
-    const void *weights;    // W_hh, values [G hidden, hidden]
-    const float *bias;      // [hidden]: that of a GRU's third gate in the product with h, or null
-    void *h, *c;            // values [batch, hidden]: before the first step, then after the last; c of an LSTM
-    void *y;                // values [rows, hidden]: h of every step
-    void *gates;            // values [rows, 4 hidden], null where no gradient is needed. GRU: r, z, n, h W_hn^T + b_hn
-    void *cells;            // values [rows, 2 hidden]: c and tanh(c) of an LSTM, null as gates
-    float *scratch;         // G hidden (hidden + 15) + batch hidden forward, (G hidden + batch) (hidden + 63) backward
+    int64_t narrow;        // products are values, not floats
+    const void *products;  // [rows, G hidden]: x W_ih^T and the biases, of a GRU's third gate only the input's
+    const void *weights;   // W_hh, values [G hidden, hidden]
+    const float *bias;     // [hidden]: that of a GRU's third gate in the product with h, or null
+    void *h, *c;           // values [batch, hidden]: before the first step, then after the last; c of an LSTM
+    void *y;               // values [rows, hidden]: h of every step
+    void *gates;           // values [rows, 4 hidden], null where no gradient is needed. GRU: r, z, n, h W_hn^T + b_hn
+    void *cells;           // values [rows, 2 hidden]: c and tanh(c) of an LSTM, null as gates
+    float *scratch;        // with B = batch + 15, D = G hidden + 31: (G (hidden + 15) + B) (hidden + 31) forward,
+                           // (B + D) (hidden + 63) + B D backward
 } rarefy_recurrent;
 
-// The gradients of what comes out (values; null for zeros) and of what goes in (float).
+// The gradients of what comes out (values; null for zeros) and of what goes in.
 typedef struct {
     const void *y, *h_n;
-    float *products;  // [rows, G hidden]
-    float *hidden;    // [rows, G hidden], GRU: that of the product with h
-    float *h, *c;     // [batch, hidden]; c of an LSTM holds the gradient of the last c before
-    int64_t hard;     // the activations are the clamped ones
+    void *products;  // values [rows, G hidden]
+    void *hidden;    // values [rows, G hidden], GRU: that of the product with h
+    float *h, *c;    // [batch, hidden]; c of an LSTM holds the gradient of the last c before
+    int64_t hard;    // the activations are the clamped ones
 } rarefy_recurrent_gradients;
 
 // "lstm_f32", "lstm_bf16", "gru_f32", "gru_bf16": all steps. Sums of products are float; gates, c and h are rounded to
@@ -168,7 +170,7 @@ typedef struct {
 // h = (h - n) z + n.
 typedef void rarefy_recurrent_forward(const rarefy_recurrent *op);
 // "lstm_backward_f32", ... : op as it went forward with gates (and cells), but h and c as they were before the first
-// step. Everything is computed in float.
+// step. Everything is computed in float from the gradients of gates as values.
 typedef void rarefy_recurrent_backward(const rarefy_recurrent *op, const rarefy_recurrent_gradients *to);
 
 // "fma_peak_f32": multiplies and adds between registers, and gives back how many floating-point operations that were.

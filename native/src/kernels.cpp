@@ -7,13 +7,17 @@
 
 #if defined(RAREFY_X86)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(RAREFY_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 // Every source that holds kernels, and every instruction set they are built for, best first.
 #define RAREFY_SOURCES(X, isa) \
-    X(isa, thresholds) X(isa, act) X(isa, act32) X(isa, act_double) X(isa, gated) X(isa, cell) X(isa, peak)
+    X(isa, thresholds) X(isa, act) X(isa, act32) X(isa, act_double) X(isa, gated) X(isa, peak)
 #if defined(RAREFY_X86)
 #define RAREFY_ENGINE_ISAS(X) X(avx512) X(avx2) X(portable)
 #define RAREFY_ISAS(X) X(avx512_vbmi2) RAREFY_ENGINE_ISAS(X)
@@ -22,13 +26,20 @@
 #else
 #define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
 #endif
+#if defined(RAREFY_AMX)
+#define RAREFY_CELL_ISAS(X) X(amx_bf16) RAREFY_ISAS(X)
+#else
+#define RAREFY_CELL_ISAS(X) RAREFY_ISAS(X)
+#endif
 #elif defined(RAREFY_NEON)
 #define RAREFY_ENGINE_ISAS(X) X(neon) X(portable)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_CELL_ISAS(X) RAREFY_ISAS(X)
 #define RAREFY_INT8_ISAS(X) X(neon_i8mm) X(neon_dotprod) RAREFY_ISAS(X)
 #else
 #define RAREFY_ENGINE_ISAS(X) X(portable)
 #define RAREFY_ISAS(X) RAREFY_ENGINE_ISAS(X)
+#define RAREFY_CELL_ISAS(X) RAREFY_ISAS(X)
 #define RAREFY_INT8_ISAS(X) RAREFY_ISAS(X)
 #endif
 
@@ -39,8 +50,10 @@
     }
 #define RAREFY_DECLARE_ISA(isa) RAREFY_SOURCES(RAREFY_DECLARE, isa)
 #define RAREFY_DECLARE_ENGINE(isa) RAREFY_DECLARE(isa, engine) RAREFY_DECLARE(isa, training)
+#define RAREFY_DECLARE_CELL(isa) RAREFY_DECLARE(isa, cell)
 #define RAREFY_DECLARE_INT8(isa) RAREFY_DECLARE(isa, int8)
 RAREFY_ISAS(RAREFY_DECLARE_ISA)
+RAREFY_CELL_ISAS(RAREFY_DECLARE_CELL)
 RAREFY_ENGINE_ISAS(RAREFY_DECLARE_ENGINE)
 RAREFY_INT8_ISAS(RAREFY_DECLARE_INT8)
 
@@ -52,6 +65,18 @@ bool has_avx_vnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+
+// Tiles, products of bfloat16 in them, and the system's permission, which is the process's: threads save 8 KB more.
+bool may_use_amx() {
+#if defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    const long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 bool runs(std::string_view isa) {
@@ -59,6 +84,10 @@ bool runs(std::string_view isa) {
     __builtin_cpu_init();
     if (isa == "avx2" || isa == "avx_vnni")
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (isa == "avx2" || has_avx_vnni());
+    if (isa == "amx_bf16") {
+        static const bool allowed = runs("avx512_vbmi2") && may_use_amx();
+        return allowed;
+    }
     if (isa == "avx512" || isa == "avx512_vbmi2") {
         const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -86,8 +115,10 @@ std::vector<rarefy_kernel> collect() {
 #define RAREFY_ADD(isa, source) add(rarefy::isa::source##_kernels, rarefy::isa::source##_kernel_count);
 #define RAREFY_ADD_ISA(isa) RAREFY_SOURCES(RAREFY_ADD, isa)
 #define RAREFY_ADD_ENGINE(isa) RAREFY_ADD(isa, engine) RAREFY_ADD(isa, training)
+#define RAREFY_ADD_CELL(isa) RAREFY_ADD(isa, cell)
 #define RAREFY_ADD_INT8(isa) RAREFY_ADD(isa, int8)
     RAREFY_ISAS(RAREFY_ADD_ISA)
+    RAREFY_CELL_ISAS(RAREFY_ADD_CELL)
     RAREFY_ENGINE_ISAS(RAREFY_ADD_ENGINE)
     RAREFY_INT8_ISAS(RAREFY_ADD_INT8)
     return all;

@@ -15,7 +15,7 @@ from rarefy.kernels import _library, _thresholds_native
 
 
 def test_the_best_instruction_set_comes_first_and_training_has_a_portable_one():
-    order = ["avx512_vbmi2", "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "portable"]
+    order = ["amx_bf16", "avx512_vbmi2", "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "portable"]
     names = {kernel.name for kernel in kernels.table()}
     training = {"thresholds_before_f32", "thresholds_after_f32", "thresholds_count_f32", "mask_f32"}
     assert training <= names
@@ -40,9 +40,46 @@ def test_forced_path():
 def test_an_instruction_set_brings_the_kernels_of_its_base(isa):
     with kernels.forced(isa):
         used = kernels.in_use()
-    assert used.keys() == {k.name for k in kernels.table() if k.isa in (isa, kernels.BASE.get(isa))}
-    assert all(k.isa == isa or (k.name, isa) not in {(t.name, t.isa) for t in kernels.table()} for k in used.values())
+    built = {(k.name, k.isa) for k in kernels.table()}
+    chain = kernels.chain(isa)
+    assert used.keys() == {name for name, each in built if each in chain}
+    assert all(k.isa == next(each for each in chain if (k.name, each) in built) for k in used.values())
     assert {"mask_f32", "act_tanh32", "engine"} <= used.keys()
+
+
+def test_an_instruction_set_is_that_of_the_kernels_that_it_is_for():
+    chains = {isa: kernels.chain(isa) for isa in ("amx_bf16", "avx_vnni", "avx2", "portable")}
+    assert chains == {
+        "amx_bf16": ("amx_bf16", "avx512_vbmi2", "avx512"),
+        "avx_vnni": ("avx_vnni", "avx2"),
+        "avx2": ("avx2",),
+        "portable": ("portable",),
+    }
+    only = {k.name for k in kernels.table() if k.isa == "amx_bf16"}
+    assert only in (set(), {"lstm_bf16", "gru_bf16", "lstm_backward_bf16", "gru_backward_bf16"})
+
+
+# A stack for signals that has no room for tiles, for which the system refuses them; the kernels are asked for after it.
+REFUSED = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+room = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
+import torch
+from rarefy import act, kernels
+print(*{k.isa for k in kernels.table() if k.supported}, kernels.in_use()["lstm_bf16"].isa)
+act.LSTM(64, 64, dtype=torch.bfloat16)(torch.zeros(2, 8, 64, dtype=torch.bfloat16))
+"""
+
+
+@pytest.mark.skipif(
+    not any(k.isa == "amx_bf16" and k.supported for k in kernels.table()), reason="no AMX, or no permission for it"
+)
+def test_amx_is_used_only_where_the_system_lets():
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True)
+    assert "amx_bf16" not in done.stdout.split()
+    assert done.stdout.split()[-1] == "avx512_vbmi2"
 
 
 def test_unknown_kernel_is_none():

@@ -40,6 +40,7 @@ CASES = {
     "acdc": ("acdc", {"target": 0.9, "phase": 0.1}),
     "st3": ("st3", {"target": 0.9, "rescale": False}),
     "st3-sigma": ("st3", {"target": 0.7, "sigma": True}),
+    "band": ("band", {"target": 0.9}),
     "feather": ("feather", {"target": 0.9, "theta": 0.5}),
     "topk": ("topk", {"target": 0.8}),
     "powerprop": ("powerprop", {"target": 0.9}),

@@ -20,7 +20,7 @@ BLOCKS = [(8, 4), (2, 2), (1, 4), (4, 1)]
 def takes_blocks(method: str) -> bool:
     """Whether the method has the option, and more than one value for it."""
     options = {option.name for option in dataclasses.fields(METHODS[method])}
-    return "block" in options and method not in ("st3", "feather")
+    return "block" in options and method not in ("st3", "feather", "band")
 
 
 TAKING = [method for method in sparse.list_methods() if takes_blocks(method)]
@@ -182,7 +182,7 @@ def test_blocks_of_outputs_share_a_threshold():
 
 @pytest.mark.parametrize("block", [4, (1, 4), [1, 4]])
 def test_thresholds_of_single_weights_take_no_blocks(block):
-    for method in ("st3", "feather"):
+    for method in ("st3", "feather", "band"):
         with pytest.raises(ValueError, match="thresholds single weights: leave block out"):
             sparse.create(method, nn.Linear(16, 16), target=0.5, total_steps=20, block=block)
 

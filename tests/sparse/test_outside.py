@@ -25,6 +25,7 @@ OTHERS = {
     "granet": {"initial_density": 0.7},
     "acdc": {"phase": 0.2},
     "st3": {"alpha": 0.5},
+    "band": {"band": 2.0},
     "feather": {"power": 2.0},
     "powerprop": {"power": 3.0},
     "topkast": {"power": 2.0},
@@ -239,7 +240,7 @@ def test_a_linear_layer_whose_weight_is_no_parameter_stays_out():
     assert [layer.name for layer in sparse.create("gmp", model, target=0.5, total_steps=20).layers()] == ["0"]
 
 
-@pytest.mark.parametrize("method", ["gmp", "st3", "feather", "powerprop", "optg", "granet"])
+@pytest.mark.parametrize("method", ["gmp", "st3", "band", "feather", "powerprop", "optg", "granet"])
 def test_named_sparsities_are_reached_along_the_ramp(method):
     torch.manual_seed(1)
     model = network()

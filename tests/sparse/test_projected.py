@@ -11,7 +11,7 @@ from rarefy.sparse.schedules import cubic_ramp, sigmoid_cosine
 from tests.sparse.by_hand import ByHand
 from tests.sparse.methods import Run, batch
 
-PROJECTED = ("st3", "st3-sigma", "feather", "topk", "powerprop", "topkast", "topkast-power", "optg")
+PROJECTED = ("st3", "band", "st3-sigma", "feather", "topk", "powerprop", "topkast", "topkast-power", "optg")
 
 WEIGHT = torch.tensor([[4.0, -3.0, 2.0, -1.0, 0.5, -0.25, 0.125, 0.0625]])
 
@@ -148,6 +148,21 @@ def test_st3_is_autosparse_with_alpha_1():
     assert other.step() == run.step()
 
 
+def test_band_by_hand():
+    run = layer("band", [[4.0, -3.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625]], target=0.75, start=0.0, end=0.1).rest()
+    threshold = run.sparsifier.layers()[0].threshold
+    assert 2.0 <= threshold < 3.0
+    assert run.used == pytest.approx([4.0 - threshold, threshold - 3.0, 0, 0, 0, 0, 0, 0])
+    assert run.step() == [1, 1, 1, 1, 1, 1, 0, 0]  # three times two
+    assert run.sparsifier.weight_grad_density(0.25) == 0.75
+    assert run.sparsifier.weight_grad_density(0.5) == 1.0
+
+
+def test_a_wide_band_is_st3_without_rescaling():
+    runs = [Run("band", band=10.0).train(40), Run("st3").train(40)]
+    assert all(torch.equal(a, b) for a, b in zip(*(run.sparsifier.latents() for run in runs), strict=True))
+
+
 def test_feather_by_hand():
     run = layer("feather", start=0.0, end=0.1, theta=0.5).rest()
     first, second = (64 - 2.5**3) ** (1 / 3), (27 - 2.5**3) ** (1 / 3)
@@ -246,6 +261,8 @@ def test_finalize_early_warns_and_lands():
         ("feather", {"block": 4}, "Feather thresholds single weights"),
         ("st3", {"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2"),
         ("st3", {"anneal": "never"}, "anneal must be one of"),
+        ("band", {"band": 0.5}, "band must be a finite number of at least 1, got 0.5"),
+        ("band", {"block": 4}, "Band thresholds single weights"),
         ("st3", {"block": 4}, "ST3 thresholds single weights"),
         ("optg", {"target": None}, "OptG needs a target"),
     ],

@@ -1,8 +1,8 @@
 """The recurrence of one layer of an LSTM or a GRU in one direction: native kernels, or PyTorch operators step by step.
 
 Rows are those of all steps, one step after another. What is stored is in the format of h: activated gates, c, tanh(c)
-and h, each rounded once as it is computed. Sums of products with the weights, and all gradients, are float32; but on a
-GPU the gradients of gates, which products and sums take, are rounded to the format.
+and h, each rounded once as it is computed. Sums of products with the weights, and all gradients, are float32; but the
+gradients of gates, which products and sums take, are rounded to bfloat16, and on a GPU to any format.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class _Recurrent(ctypes.Structure):
         ("offsets", ctypes.c_void_p),
         ("sigmoid", _Gate),
         ("tanh", _Gate),
+        ("narrow", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
             for name in ("products", "weights", "bias", "h", "c", "y", "gates", "cells", "scratch")
@@ -127,8 +128,17 @@ def _described(
     steps = offsets.numel() - 1 if offsets is not None else rows // batch if batch else 0
     work = rows * hidden * weight.shape[0]
     threads = max(1, min(torch.get_num_threads(), work // _THREADED))
+    narrow = products is not None and products.dtype != torch.float32
     places = map(_place, (products, weight, bias, h, c, *kept, scratch))
-    return _Recurrent(steps, batch, hidden, reverse, threads, _place(offsets), *gates, *places)
+    return _Recurrent(steps, batch, hidden, reverse, threads, _place(offsets), *gates, narrow, *places)
+
+
+def _scratch(gates: int, batch: int, hidden: int, *, backward: bool) -> Tensor:
+    """Return the room of so many gates that a call needs, as the header says."""
+    rows, depth = batch + 15, gates * hidden + 31
+    forward_size = (gates * (hidden + 15) + rows) * (hidden + 31)
+    backward_size = (rows + depth) * (hidden + 63) + rows * depth
+    return torch.empty(backward_size if backward else forward_size, dtype=torch.float32)
 
 
 # ---- steps
@@ -194,8 +204,8 @@ def _tanh_slope(y: Tensor, hard: bool) -> Tensor:
 
 
 def gradient_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype of gradients of gates of such a tensor."""
-    return torch.float32 if like.device.type == "cpu" else like.dtype
+    """Return the dtype of gradients of gates of such a tensor; float16 on the CPU has not the range for them."""
+    return torch.float32 if like.device.type == "cpu" and like.dtype == torch.float16 else like.dtype
 
 
 def _triton(like: Tensor, gates: Gates | None = None) -> Any:
@@ -248,8 +258,8 @@ def lstm(
     kernel = _native("lstm", h.dtype, tensors, ctypes.c_void_p) if projection is None else None
     chosen = None if kernel is None else _native_gates(gates, h.dtype)
     if kernel is not None and chosen is not None:
-        scratch = torch.empty(weight.shape[0] * (hidden + 15) + h.numel(), dtype=torch.float32)
-        products, weight = products.float().contiguous(), weight.contiguous()
+        scratch = _scratch(4, h.shape[0], hidden, backward=False)
+        products, weight = products.contiguous(), weight.contiguous()
         call = _described(products, weight, None, h, c, offsets, reverse, chosen, (y, *kept), scratch)
         kernel(ctypes.byref(call))
         return y, h, c, kept[0], kept[1]
@@ -304,7 +314,7 @@ def lstm_backward(
     pointers = (ctypes.c_void_p, ctypes.c_void_p)
     kernel = _native("lstm_backward", c.dtype, tensors, *pointers) if projection is None else None
     if kernel is not None:
-        scratch = torch.empty((4 * hidden + batch) * (hidden + 63), dtype=torch.float32)
+        scratch = _scratch(4, batch, hidden, backward=True)
         weight, c = weight.contiguous(), c.contiguous()
         dy, dh = (None if t is None else t.contiguous() for t in (dy, dh))
         carry, dc = torch.empty(batch, hidden), dc.contiguous()
@@ -376,8 +386,8 @@ def gru(
     chosen = None if kernel is None else _native_gates(gates, h.dtype)
     added = None if bias is None else bias.float()
     if kernel is not None and chosen is not None:
-        scratch = torch.empty(3 * hidden * (hidden + 15) + h.numel(), dtype=torch.float32)
-        products, weight = products.float().contiguous(), weight.contiguous()
+        scratch = _scratch(3, h.shape[0], hidden, backward=False)
+        products, weight = products.contiguous(), weight.contiguous()
         added = None if added is None else added.contiguous()
         call = _described(products, weight, added, h, None, offsets, reverse, chosen, (y, kept, None), scratch)
         kernel(ctypes.byref(call))
@@ -430,7 +440,7 @@ def gru_backward(
     tensors = (dy, dh, weight, h, y, gates, offsets)
     kernel = _native("gru_backward", h.dtype, tensors, ctypes.c_void_p, ctypes.c_void_p)
     if kernel is not None:
-        scratch = torch.empty((3 * hidden + batch) * (hidden + 63), dtype=torch.float32)
+        scratch = _scratch(3, batch, hidden, backward=True)
         weight, h, y = weight.contiguous(), h.contiguous(), y.contiguous()
         dy, dh = (None if t is None else t.contiguous() for t in (dy, dh))
         carry = torch.empty(batch, hidden)

@@ -8,10 +8,13 @@ float32, the format of the weights::
            c' = f c + i g,   h' = o tanh(c')           (in float32, each rounded to the format once)
     GRU:   r, z = sigmoid(a),  n = tanh(W_in x + b_in + r (W_hn h + b_hn)),   h' = (h - n) z + n
 
-On the CPU the products take the format's numbers and are float32; on a GPU, in formats of 16 bits, those of the input
-are rounded to the format. Gradients are computed in float32 from what was stored, by the results of the activations
-(y (1 - y), 1 - y^2; in mode "hard" the slope of the lines), and rounded once at the end. The order of sums in float32
-depends on sizes and on the machine. Second derivatives and vmap are refused.
+Products take the format's numbers. Those of the input are rounded to the format on a GPU, in formats of 16 bits, and in
+bfloat16 on a CPU that multiplies such numbers (AVX512_BF16 or AMX); else they are float32. Gradients are computed in
+float32 from what was stored, by the results of the activations (y (1 - y), 1 - y^2; in mode "hard" the slope of the
+lines), and rounded once at the end; but those of the gates, which the products with the weights take, are rounded to
+bfloat16, and on a GPU to float16 as well. The order of sums in float32 depends on sizes and on the machine. Where the
+processor has AMX and Linux lets a process use it, its tiles make the products of bfloat16 with W_hh: to them numbers
+below 2^-126 in size are zeros, factors and sums alike. Second derivatives and vmap are refused.
 
 On the CPU a layer is one product for all steps and one native call, in bfloat16 and float32; float16, projections, and
 other devices go step by step in PyTorch operators, in formats of 16 bits on a GPU by one Triton kernel a step.

@@ -318,7 +318,10 @@ def available() -> bool:
 def isa(*, whole: bool = False) -> bytes | None:
     """The instruction set to use, as the header takes it: for float32, or with ``whole`` for int8, which has more."""
     asked = kernels.isa()
-    return None if asked is None else (asked if whole else kernels.BASE.get(asked, asked)).encode()
+    if asked is None:
+        return None
+    built = {kernel.isa for kernel in kernels.table() if kernel.name == ("int8" if whole else "engine")}
+    return next((each for each in kernels.chain(asked) if each in built), asked).encode()
 
 
 class Depth(NamedTuple):

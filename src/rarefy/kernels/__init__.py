@@ -4,7 +4,7 @@ The library holds one table of kernels; :func:`table` is that table, and :func:`
 When the library is missing (no compiler when the package was built) both come back empty and callers run in PyTorch.
 """
 
-from rarefy.kernels._library import BASE, ENVIRONMENT, Kernel, find, forced, in_use, isa, library_path, table
+from rarefy.kernels._library import ENVIRONMENT, Kernel, chain, find, forced, in_use, isa, library_path, table
 from rarefy.kernels._memory import address
 
-__all__ = ["BASE", "ENVIRONMENT", "Kernel", "address", "find", "forced", "in_use", "isa", "library_path", "table"]
+__all__ = ["ENVIRONMENT", "Kernel", "address", "chain", "find", "forced", "in_use", "isa", "library_path", "table"]

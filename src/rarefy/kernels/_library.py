@@ -20,7 +20,13 @@ _NAMES = ("librarefy.so", "librarefy.dylib", "rarefy.dll")
 ENVIRONMENT = "RAREFY_ISA"
 
 #: Instruction sets that some kernels alone have a use for, and that of the other kernels.
-BASE = {"avx512_vbmi2": "avx512", "avx_vnni": "avx2", "neon_i8mm": "neon", "neon_dotprod": "neon"}
+BASE = {
+    "amx_bf16": "avx512_vbmi2",
+    "avx512_vbmi2": "avx512",
+    "avx_vnni": "avx2",
+    "neon_i8mm": "neon",
+    "neon_dotprod": "neon",
+}
 
 _ASKED = os.environ.get(ENVIRONMENT)
 _forced: ContextVar[str | None] = ContextVar("forced_isa", default=_ASKED)
@@ -43,6 +49,11 @@ class Kernel:
     isa: str
     supported: bool
     address: int
+
+
+def chain(isa: str) -> tuple[str, ...]:
+    """Return an instruction set, that of the kernels that have no use for it, that of those left, and so on."""
+    return (isa,) if isa not in BASE else (isa, *chain(BASE[isa]))
 
 
 def library_path() -> Path | None:
@@ -94,7 +105,7 @@ def table() -> tuple[Kernel, ...]:
 
 
 def _best(isa: str | None) -> dict[str, Kernel]:
-    """The kernel of each name that runs here: the best there is, or the one of this instruction set or of its base."""
+    """The kernel of each name that runs here: the best there is, or the best of this instruction set and its bases."""
     if isa == "pytorch":
         return {}
     known = {kernel.isa for kernel in table()} | {"pytorch"}
@@ -102,7 +113,7 @@ def _best(isa: str | None) -> dict[str, Kernel]:
         raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(sorted(known))}, got {isa!r}")
     best: dict[str, Kernel] = {}
     for kernel in table():
-        if kernel.supported and (isa is None or kernel.isa in (isa, BASE.get(isa))):
+        if kernel.supported and (isa is None or kernel.isa in chain(isa)):
             best.setdefault(kernel.name, kernel)
     return best
 

@@ -39,6 +39,19 @@ def _lstm(input_size: int, hidden_size: int, mode: str) -> nn.LSTM:
     return act.LSTM(input_size, hidden_size, batch_first=True, mode=mode)
 
 
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` by 16 random bits a number on a CPU, where PyTorch draws them one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Leave out round(65536 p) / 65536 of the numbers in training; x of any shape."""
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        count = x.numel()
+        drawn = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = drawn[:count].view(x.shape) >= round(65536 * self.p) - 32768
+        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
+
+
 def reversed_steps(x: Tensor, lengths: Tensor) -> Tensor:
     """Turn the first ``lengths[b]`` of the steps of each sentence around; x (B, S, C), the padding stays last."""
     steps = torch.arange(x.shape[1], device=x.device)
@@ -56,7 +69,7 @@ class Encoder(nn.Module):
         self.backwards = _lstm(hidden_size, hidden_size, mode)
         sizes = [2 * hidden_size] + [hidden_size] * (num_layers - 2)
         self.layers = nn.ModuleList(_lstm(size, hidden_size, mode) for size in sizes[: num_layers - 1])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Take embeddings (B, S, hidden_size) of sentences of these lengths, padded at the end; return the same shape.
@@ -109,7 +122,7 @@ class Decoder(nn.Module):
         self.first = _lstm(hidden_size, hidden_size, mode)
         self.attention = Attention(hidden_size, mode)
         self.layers = nn.ModuleList(_lstm(2 * hidden_size, hidden_size, mode) for _ in range(num_layers - 1))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, memory: Memory, state: list[LayerState] | None
@@ -221,7 +234,7 @@ class GNMT(nn.Module):
         """
         embedding = self.source_embedding if self.target_embedding is None else self.target_embedding
         x, states, weights = self.decoder(embedding(target), memory, state)
-        return self.output(x), states, weights
+        return self.output(x.contiguous()), states, weights  # or the bias is added by itself
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """Return the logits (B, T, vocab_size) of what follows each token of ``target`` (B, T).

@@ -8,6 +8,7 @@ from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.families.soft_threshold import SoftThreshold
 from rarefy.sparse.methods.acdc import ACDC
 from rarefy.sparse.methods.autosparse import AutoSparse
+from rarefy.sparse.methods.band import Band
 from rarefy.sparse.methods.cs import ContinuousSparsification
 from rarefy.sparse.methods.dst import DST
 from rarefy.sparse.methods.feather import Feather
@@ -41,6 +42,7 @@ __all__ = [
     "STR",
     "Acceleration",
     "AutoSparse",
+    "Band",
     "Choice",
     "ContinuousSparsification",
     "Feather",

@@ -15,6 +15,7 @@ from rarefy._names import unknown
 from rarefy.sparse.base import Info, Sparsifier
 from rarefy.sparse.methods.acdc import ACDC
 from rarefy.sparse.methods.autosparse import AutoSparse
+from rarefy.sparse.methods.band import Band
 from rarefy.sparse.methods.cs import ContinuousSparsification
 from rarefy.sparse.methods.dst import DST
 from rarefy.sparse.methods.feather import Feather
@@ -37,6 +38,7 @@ from rarefy.sparse.methods.topkast import TopKAST
 METHODS: dict[str, type[Sparsifier]] = {
     "acdc": ACDC,
     "autosparse": AutoSparse,
+    "band": Band,
     "cs": ContinuousSparsification,
     "dst": DST,
     "feather": Feather,

@@ -28,6 +28,7 @@ from rarefy.sparse import Sparsifier
 from rarefy.sparse.layers import local
 from rarefy.train.averaging import Average, tensors
 from rarefy.train.batches import mixed_seed
+from rarefy.train.memory import keep_freed
 from rarefy.train.optimizer import learning_rate, make_optimizer
 from rarefy.train.recipe import Recipe, differences, load
 from rarefy.train.recorder import Recorder, histograms
@@ -115,6 +116,8 @@ class Run(ABC):
             raise ValueError(f"precision: fp16 does not run on {self.accelerator.device.type}; take bf16 or fp32")
         if recipe.accelerate and self.accelerator.device.type != "cpu":
             raise ValueError(f"accelerate: true is for the CPU, and this run is on {self.accelerator.device.type}")
+        if self.accelerator.device.type == "cpu":
+            keep_freed()
         self._load_data()
         self._build()
         self.step = 0

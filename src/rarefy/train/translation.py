@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from rarefy.models import GNMT
 from rarefy.models.search import Translation as Found
 from rarefy.models.search import translate
 from rarefy.train import activation_share
+from rarefy.train.cross_entropy import cross_entropy
 from rarefy.train.recipe import Translation as Data
 from rarefy.train.recipe import load
 from rarefy.train.run import Run
@@ -128,11 +128,8 @@ class Translation(Run):
     def _loss(self, model: nn.Module, batch: Batch, smoothing: float = 0.0) -> Tensor:
         """The sum over the batch's target tokens."""
         device = self.accelerator.device
-        logits = model(batch.source.to(device), batch.lengths.to(device), batch.target.to(device)).float()
-        following = batch.following.to(device)
-        return F.cross_entropy(
-            logits.flatten(0, 1), following.flatten(), ignore_index=PADDING, label_smoothing=smoothing, reduction="sum"
-        )
+        logits = model(batch.source.to(device), batch.lengths.to(device), batch.target.to(device))
+        return cross_entropy(logits.flatten(0, 1), batch.following.to(device).flatten(), PADDING, smoothing)
 
     def _evaluate(self) -> dict[str, float]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

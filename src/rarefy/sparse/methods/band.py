@@ -1,0 +1,72 @@
+"""Band: AutoSparse with its thresholds on the budget, and full gradients in a band of weights below them.
+
+    forward     W^ = sign(W) * max(|W| - T, 0)
+    backward    dL/dW = dL/dW^    for the `band` times as many largest weights of a layer as live, 0 for the others
+
+AutoSparse (arXiv 2304.06941) lets every masked weight have alpha of its gradient; ST-3 (arXiv 2212.01076), whose curve
+the thresholds follow, all of it, which costs a dense product a step. Those far below their threshold hardly come back:
+left out, they cost nothing. The share of gradients that are computed falls with the density, as alpha would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from rarefy.sparse import _checks
+from rarefy.sparse.base import Info
+from rarefy.sparse.buckets import Bucket
+from rarefy.sparse.families.latent import Exploring, Thresholding
+from rarefy.sparse.layers import Layer
+
+
+@dataclass(eq=False, repr=False)
+class Band(Thresholding, Exploring):
+    """Soft thresholds on the budget, with gradients for the largest weights alone.
+
+    Args:
+        start, end: shares of the run between which the sparsity rises; None takes 0.05 and 0.5.
+        band: how many times as many weights of a layer get a gradient as live, at least 1.
+
+    Raises:
+        ValueError: as :class:`Budgeted`; blocks; an option out of its range.
+    """
+
+    _: KW_ONLY
+    band: float = 3.0
+
+    info = Info(
+        title="AutoSparse, band",
+        paper="of this library, after Kundu et al., 2023, arXiv 2304.06941, and ST-3",
+        start="dense",
+        targeted="always",
+        training_flops="at band times the density of the weights",
+    )
+    ramp = (0.05, 0.5)
+
+    def __post_init__(self) -> None:
+        _checks.number("band", self.band, least=1.0)
+        super().__post_init__()
+
+    def prepare(self, bucket: Bucket) -> None:
+        """See :class:`Sparsifier`."""
+        Thresholding.prepare(self, bucket)
+        Exploring.prepare(self, bucket)
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """W^ = sign(W) max(|W| - T, 0)."""
+        return (weight.abs() - self.threshold(bucket)).clamp(min=0.0).copysign(weight)
+
+    def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
+        """dL/dW = dL/dW^ where W lives and in the band, else 0."""
+        return torch.where(self.live(bucket) | bucket.kept["explore"], grad, 0.0)
+
+    def reach(self, layer: Layer, live: int) -> int:
+        """Count the weights of the layer that get a gradient."""
+        return min(layer.size, int(self.band * live))
+
+    def weight_grad_density(self, density: float) -> float:
+        """See :class:`Sparsifier`."""
+        return min(1.0, self.band * density)
