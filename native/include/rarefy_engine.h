@@ -240,6 +240,24 @@ int32_t rarefy_builder_lstm_hidden(rarefy_builder *builder, int32_t gates, int32
 // state with their weights, biases added; state is one of n.  z state + (1 - z) tanh(x_n + sigmoid(x_r + h_r) h_n)
 int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_t state, const char *name, char *error,
                            int64_t size);
+// A layer of an LSTM or a GRU in one direction over a sequence, whose steps are the pixels of x, one after another: the
+// gates of a step are those of x and the product of weight with the state before it, as above. The result has the
+// states after every step: h, and behind its channels c where `cells` is set.
+typedef struct {
+    int32_t x;            // value id: 4 or 3 channels for each of a state's, the products of the input
+    int32_t h, c;         // value ids of vectors, the states to begin with; -1: zeros. Of a GRU c is always -1
+    int32_t hidden;       // channels of a state
+    int32_t reverse;      // 1: the last step runs first
+    int32_t cells;        // of an LSTM
+    int32_t storage;      // enum rarefy_storage
+    int32_t choice;       // enum rarefy_choice
+    const float *weight;  // (channels of x, hidden); read during the call only
+    int64_t weights;
+    const float *bias;  // (channels of x), added to the product of the state, or NULL
+    int64_t biases;
+} rarefy_recurrence;
+int32_t rarefy_builder_recurrence(rarefy_builder *builder, const rarefy_recurrence *recurrence, const char *name,
+                                  char *error, int64_t size);
 // A function of one or more values, `xs`, which numbers and constants describe: see enum rarefy_function.
 typedef struct {
     int32_t function;  // enum rarefy_function
@@ -291,14 +309,6 @@ typedef struct {
 int32_t rarefy_program_run(const rarefy_program *program, const rarefy_buffer *inputs, int32_t input_count,
                            const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int32_t threads,
                            double *seconds, int64_t second_count, char *error, int64_t size);
-
-// Runs a program that is one step of a recurrence so many times. Its first input and output are those of all `steps`
-// steps, one after another, or with `reverse` the other way round; every further output is the same further input of
-// the step that runs next, and what it is after the last comes back. Otherwise as rarefy_program_run.
-int32_t rarefy_program_run_steps(const rarefy_program *program, const rarefy_buffer *inputs, int32_t input_count,
-                                 const rarefy_buffer *outputs, int32_t output_count, int64_t batch, int64_t steps,
-                                 int32_t reverse, int32_t threads, double *seconds, int64_t second_count, char *error,
-                                 int64_t size);
 
 typedef struct {
     int32_t inputs, outputs, steps;

@@ -407,38 +407,25 @@ void groups(const char *isa) {
     }
 }
 
-// Gates of an LSTM and of a GRU, and the LSTM's over some steps, against double; every size leaves lanes over.
-void recurrences(const char *isa) {
-    const int32_t n = 11, steps = 3;
+// Gates of an LSTM and of a GRU against double; every size leaves lanes over.
+void gates(const char *isa) {
+    const int32_t n = 11;
     const auto sigmoid = [](double v) { return 1.0 / (1.0 + std::exp(-v)); };
     for (const int32_t batch : {1, 3, 16}) {
         Builder b;
-        const int32_t x = b.input(4 * n, 1, 1), h = b.input(n, 1, 1), c = b.input(n, 1, 1);
-        const int32_t gates = b.check(rarefy_builder_binary(b.b, x, x, 0, RAREFY_NONE, "twice", b.error, 256));
-        const int32_t cell = b.check(rarefy_builder_lstm_cell(b.b, gates, c, "cell", b.error, 256));
-        const int32_t hidden = b.check(rarefy_builder_lstm_hidden(b.b, gates, cell, "hidden", b.error, 256));
-        const int32_t mixed = b.check(rarefy_builder_binary(b.b, hidden, h, 0, RAREFY_NONE, "mixed", b.error, 256));
-        for (const int32_t value : {mixed, mixed, cell}) b.output(value);
-        const Program p = b.finish(isa, batch);
-        Floats xs = numbers(int64_t{steps} * batch * 4 * n), h0 = numbers(int64_t{batch} * n),
-               c0 = numbers(int64_t{batch} * n);
-        Floats ys(static_cast<size_t>(steps * batch * n)), h1(h0.size()), c1(c0.size()), wanted, hs = h0, cs = c0;
-        for (int32_t step = 0; step < steps; ++step)
-            for (int32_t i = 0; i < batch; ++i)
-                for (int32_t u = 0; u < n; ++u) {
-                    const float *g = xs.data() + (step * batch + i) * 4 * n + u;
-                    const int32_t at = i * n + u;
-                    cs[at] = static_cast<float>(sigmoid(2.0 * g[n]) * cs[at] +
-                                                sigmoid(2.0 * g[0]) * std::tanh(2.0 * g[2 * n]));
-                    hs[at] += static_cast<float>(sigmoid(2.0 * g[3 * n]) * std::tanh(cs[at]));
-                    wanted.push_back(hs[at]);
-                }
-        const auto size = [](const Floats &v) { return static_cast<int64_t>(v.size()); };
-        const rarefy_buffer in[] = {{xs.data(), size(xs)}, {h0.data(), size(h0)}, {c0.data(), size(c0)}};
-        const rarefy_buffer out[] = {{ys.data(), size(ys)}, {h1.data(), size(h1)}, {c1.data(), size(c1)}};
-        expect(rarefy_program_run_steps(p.get(), in, 3, out, 3, batch, steps, 0, 1, nullptr, 0, b.error, 256) == 0,
-               b.error);
-        expect(close(ys, wanted, 1e-5) && close(h1, hs, 1e-5) && close(c1, cs, 1e-5), "an LSTM");
+        const int32_t x = b.input(4 * n, 1, 1), c = b.input(n, 1, 1);
+        const int32_t cell = b.check(rarefy_builder_lstm_cell(b.b, x, c, "cell", b.error, 256));
+        b.output(b.check(rarefy_builder_lstm_hidden(b.b, x, cell, "hidden", b.error, 256)));
+        const Floats xs = numbers(int64_t{batch} * 4 * n), h0 = numbers(int64_t{batch} * n);
+        Floats wanted;
+        for (int32_t i = 0; i < batch; ++i)
+            for (int32_t u = 0; u < n; ++u) {
+                const float *g = xs.data() + i * 4 * n + u;
+                const double made = sigmoid(g[n]) * h0[i * n + u] + sigmoid(g[0]) * std::tanh(g[2 * n]);
+                wanted.push_back(static_cast<float>(sigmoid(g[3 * n]) * std::tanh(made)));
+            }
+        expect(close(run(b.finish(isa, batch).get(), {xs, h0}, int64_t{batch} * n, batch, 2), wanted, 1e-5),
+               "an LSTM's gates");
 
         Builder other;
         const int32_t from_x = other.input(3 * n, 1, 1), from_h = other.input(3 * n, 1, 1),
@@ -454,8 +441,112 @@ void recurrences(const char *isa) {
                 expected.push_back(static_cast<float>((h0[i * n + u] - fresh) * z + fresh));
             }
         expect(close(run(other.finish(isa, batch).get(), {a, w, h0}, int64_t{batch} * n, batch, 2), expected, 1e-5),
-               "a GRU");
+               "a GRU's gates");
     }
+}
+
+// A layer of random sizes through its whole sequence, and what it computes in double.
+struct Recurrence {
+    int32_t hidden = one_of({1, 3, 8, 16, 17, 40}), steps = one_of({1, 2, 7, 16, 17, 35}), gates = one_of({3, 4});
+    bool reverse = below(2), given = below(2), cells = gates == 4 && below(2), biased = below(2);
+    int32_t storage = one_of({RAREFY_F32, RAREFY_F32, RAREFY_BF16}),
+            choice = one_of({RAREFY_MEASURE, RAREFY_SPARSE, RAREFY_DENSE});
+    Floats weight = numbers(int64_t{gates} * hidden * hidden), bias = numbers(int64_t{gates} * hidden);
+    int64_t batch = one_of({1, 1, 2, 5, 9, 17});
+    Floats x = numbers(batch * gates * hidden * steps), h = numbers(batch * hidden), c = numbers(batch * hidden);
+
+    Recurrence() {
+        const int32_t keep = one_of({0, 10, 50, 100});
+        for (float &v : weight)
+            if (below(100) >= keep) v = 0.0f;
+    }
+    int64_t channels() const { return cells ? 2 * hidden : hidden; }
+    std::vector<Floats> inputs() const {
+        if (!given) return {x};
+        return gates == 4 ? std::vector<Floats>{x, h, c} : std::vector<Floats>{x, h};
+    }
+    void add(Builder &b) const {
+        rarefy_recurrence r = {};
+        r.x = b.input(gates * hidden, 1, steps, RAREFY_CHANNELS_LAST);
+        r.h = given ? b.input(hidden, 1, 1) : -1;
+        r.c = given && gates == 4 ? b.input(hidden, 1, 1) : -1;
+        r.hidden = hidden, r.reverse = reverse, r.cells = cells, r.storage = storage, r.choice = choice;
+        r.weight = weight.data(), r.weights = static_cast<int64_t>(weight.size());
+        r.bias = biased ? bias.data() : nullptr, r.biases = biased ? static_cast<int64_t>(bias.size()) : 0;
+        b.output(b.check(rarefy_builder_recurrence(b.b, &r, "recurrence", b.error, 256)), RAREFY_CHANNELS_LAST);
+    }
+    Floats wanted() const {
+        const auto sigmoid = [](double v) { return 1.0 / (1.0 + std::exp(-v)); };
+        Floats all(static_cast<size_t>(batch * steps * channels()));
+        for (int64_t i = 0; i < batch; ++i) {
+            std::vector<double> hs(hidden), cs(hidden), sums(static_cast<size_t>(gates * hidden));
+            for (int32_t u = 0; given && u < hidden; ++u) hs[u] = h[i * hidden + u], cs[u] = c[i * hidden + u];
+            for (int32_t step = 0; step < steps; ++step) {
+                const int32_t now = reverse ? steps - 1 - step : step;
+                const float *at = x.data() + (i * steps + now) * gates * hidden;
+                for (int32_t row = 0; row < gates * hidden; ++row) {
+                    sums[row] = biased ? bias[row] : 0.0;
+                    for (int32_t k = 0; k < hidden; ++k) {
+                        const float w = weight[row * hidden + k];
+                        sums[row] += hs[k] * (storage == RAREFY_BF16 ? rounded(w) : w);
+                    }
+                }
+                for (int32_t u = 0; u < hidden; ++u) {
+                    const auto sum = [&](int32_t gate) { return sums[gate * hidden + u]; };
+                    const auto both = [&](int32_t gate) { return sum(gate) + at[gate * hidden + u]; };
+                    if (gates == 4) {
+                        cs[u] = sigmoid(both(1)) * cs[u] + sigmoid(both(0)) * std::tanh(both(2));
+                        hs[u] = sigmoid(both(3)) * std::tanh(cs[u]);
+                    } else {
+                        const double fresh = std::tanh(at[2 * hidden + u] + sigmoid(both(0)) * sum(2));
+                        hs[u] = (hs[u] - fresh) * sigmoid(both(1)) + fresh;
+                    }
+                    float *to = all.data() + (i * steps + now) * channels() + u;
+                    to[0] = static_cast<float>(hs[u]);
+                    if (cells) to[hidden] = static_cast<float>(cs[u]);
+                }
+            }
+        }
+        return all;
+    }
+};
+
+void recurrences(const char *isa, int64_t cases) {
+    for (int64_t i = 0; i < cases; ++i) {
+        const Recurrence r;
+        Builder b;
+        r.add(b);
+        const Program p =
+            b.finish(isa, one_of({1, static_cast<int32_t>(r.batch)}), one_of({1, 2, 3}), below(8) == 0 ? 0.02 : 0.0);
+        if (!p) continue;
+        rarefy_step_info info;
+        rarefy_program_step(p.get(), r.given ? r.gates - 1 : 1, &info);
+        const Floats wanted = r.wanted();
+        const Floats got = run(p.get(), r.inputs(), static_cast<int64_t>(wanted.size()), r.batch, one_of({1, 1, 2, 3}));
+        expect(close(got, wanted, 2e-5), std::string(isa) + " recurrence " + std::to_string(i) + ", " + info.kernel);
+    }
+}
+
+// A layer in a file is the same under every instruction set.
+void recurrences_in_files(const std::vector<std::string> &isas) {
+    for (const std::string &isa : isas)
+        for (int32_t i = 0; i < 20; ++i) {
+            const Recurrence r;
+            Builder b;
+            r.add(b);
+            const Program p = b.finish(isa.c_str(), static_cast<int32_t>(r.batch));
+            const Floats wanted = r.wanted();
+            const Aligned saved(rarefy_program_size(p.get()));
+            rarefy_program_save(p.get(), saved.bytes);
+            for (const std::string &other : isas) {
+                const Program again(
+                    rarefy_program_load(saved.bytes, rarefy_program_size(p.get()), other.c_str(), b.error, 256),
+                    rarefy_program_free);
+                expect(again && close(run(again.get(), r.inputs(), static_cast<int64_t>(wanted.size()), r.batch, 1),
+                                      wanted, 2e-5),
+                       "a recurrence in a file of " + isa + " under " + other + ": " + b.error);
+            }
+        }
 }
 
 // K-TanH as the paper's table has it (arXiv 1909.07729) where only the form matters: rows of any shifts and bases.
@@ -655,7 +746,8 @@ int main(int argc, char **argv) {
     for (const std::string &isa : isas) {
         for (int64_t i = 0; i < cases; ++i) conv_case(isa.c_str(), i);
         activations(isa.c_str());
-        recurrences(isa.c_str());
+        gates(isa.c_str());
+        recurrences(isa.c_str(), cases);
         modes(isa.c_str());
         if (all) {
             tables_in_files(isa.c_str());
@@ -666,6 +758,7 @@ int main(int argc, char **argv) {
     }
     refused_modes();
     if (all) files(isas);
+    if (all) recurrences_in_files(isas);
     std::printf("%d failures\n", failures);
     return failures != 0 || isas.empty();
 }

@@ -99,10 +99,6 @@ bool run(const rarefy_program *program) {
     const int32_t threads = 1 + static_cast<int32_t>(below(2));
     const bool ran = rarefy_program_run(program, ports[0].data(), info.inputs, ports[1].data(), info.outputs, batch,
                                         threads, nullptr, 0, error, sizeof error) == 0;
-    // and two steps of it, which most programs are none of
-    for (std::vector<rarefy_buffer> &some : ports) some[0].floats *= 2;
-    rarefy_program_run_steps(program, ports[0].data(), info.inputs, ports[1].data(), info.outputs, batch, 2,
-                             static_cast<int32_t>(below(2)), threads, nullptr, 0, error, sizeof error);
     return ran;
 }
 

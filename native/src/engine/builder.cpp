@@ -79,6 +79,13 @@ bool known(const Graph &graph, int32_t id) { return id >= 0 && id < static_cast<
 
 std::string no_value(int32_t id) { return "there is no value " + std::to_string(id); }
 
+// An empty string, or why a layer's weights are not stored or computed with as it says.
+std::string wrong_weights(const Node &n) {
+    if (n.storage != RAREFY_F32 && n.storage != RAREFY_BF16)
+        return "storage " + std::to_string(n.storage) + " is unknown";
+    return between(n.choice, RAREFY_MEASURE, RAREFY_DENSE) ? "" : "choice " + std::to_string(n.choice) + " is unknown";
+}
+
 std::string infer_conv(const Graph &graph, const Node &n, const Shape &x, Shape *out) {
     if (!between(n.groups, 1, x.channels) || x.channels % n.groups || !between(n.out_channels, 1, LARGEST) ||
         n.out_channels % n.groups)
@@ -89,9 +96,8 @@ std::string infer_conv(const Graph &graph, const Node &n, const Shape &x, Shape 
     if (!wrong.empty()) return wrong;
     if (int64_t{n.out_channels} * (x.channels / n.groups) > MOST_WEIGHTS / n.window.taps())
         return "a layer has at most 2^31 - 1 weights";
-    if (n.storage != RAREFY_F32 && n.storage != RAREFY_BF16)
-        return "storage " + std::to_string(n.storage) + " is unknown";
-    if (!between(n.choice, RAREFY_MEASURE, RAREFY_DENSE)) return "choice " + std::to_string(n.choice) + " is unknown";
+    const std::string unknown = wrong_weights(n);
+    if (!unknown.empty()) return unknown;
     if (n.other_operand == -1) return "";
     if (!known(graph, n.other_operand)) return no_value(n.other_operand);
     const Shape &residual = graph.values[n.other_operand];
@@ -163,6 +169,33 @@ std::string infer_gru(const Graph &graph, const Node &n, const std::vector<int32
     return wrong.empty() ? infer_gates(graph, n.other_operand, 3, *out) : wrong;
 }
 
+// A layer of an LSTM, of four gates for each channel of its state, or of a GRU, of three.
+std::string infer_recurrence(const Graph &graph, const Node &n, const std::vector<int32_t> &operands, Shape *out) {
+    const int64_t hidden = n.out_channels, channels = out->channels;
+    const bool lstm = channels == 4 * hidden;
+    if (hidden < 1 || (!lstm && channels != 3 * hidden))
+        return "a recurrence has 3 or 4 gates for each channel of its state, got " + std::to_string(channels) +
+               " channels for a state of " + std::to_string(hidden);
+    if (channels * hidden > MOST_WEIGHTS) return "a layer has at most 2^31 - 1 weights";
+    if (!between(n.reverse, 0, 1) || !between(n.cells, 0, lstm))
+        return "reverse and cells must be 0 or 1, cells of an LSTM";
+    if (n.groups != 1 || n.activation != RAREFY_NONE) return "a recurrence has one group and no activation";
+    const std::string wrong = wrong_weights(n);
+    if (!wrong.empty()) return wrong;
+    const size_t others = n.other_operand >= 0 && lstm;
+    if (n.other_operand < -1 || operands.size() != others)
+        return "a recurrence begins from all of its states, or from zeros";
+    std::vector<int32_t> states = operands;
+    if (n.other_operand >= 0) states.push_back(n.other_operand);
+    for (const int32_t id : states) {
+        if (!known(graph, id)) return no_value(id);
+        if (!(graph.values[id] == Shape{n.out_channels, 1, 1}))
+            return "a state must be a vector of " + std::to_string(hidden) + " channels, got " + text(graph.values[id]);
+    }
+    out->channels = static_cast<int32_t>(n.cells ? 2 * hidden : hidden);
+    return "";
+}
+
 // The shape that the kind of node makes of x, which is in *out already.
 std::string infer_kind(const Graph &graph, const Node &n, const Given &given, Shape *out) {
     const Shape x = *out;
@@ -178,6 +211,7 @@ std::string infer_kind(const Graph &graph, const Node &n, const Given &given, Sh
         case Kind::LSTM_CELL:
         case Kind::LSTM_HIDDEN: return infer_lstm(graph, n, out);
         case Kind::GRU: return infer_gru(graph, n, operands, out);
+        case Kind::RECURRENCE: return infer_recurrence(graph, n, operands, out);
         case Kind::TENSOR: return infer_tensor(graph, n, given, out);
         default: return "";
     }
@@ -187,7 +221,8 @@ std::string infer_kind(const Graph &graph, const Node &n, const Given &given, Sh
 std::string wrong_mode(const Node &n, const std::vector<int64_t> &numbers) {
     if (n.mode == RAREFY_PLAIN) return "";
     if (!between(n.mode, 0, RAREFY_MODES - 1)) return "mode " + std::to_string(n.mode) + " is unknown";
-    const bool gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU;
+    const bool gates =
+        n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || n.kind == Kind::GRU || n.kind == Kind::RECURRENCE;
     const bool layer = n.kind == Kind::CONV || n.kind == Kind::BINARY || n.kind == Kind::AFFINE;
     if (!gates && !(layer && between(n.activation, RAREFY_SILU, RAREFY_SIGMOID)))
         return "there is no activation that has modes";
@@ -240,7 +275,16 @@ std::string infer(const Graph &graph, const Node &n, const Given &given, Shape *
 }
 
 Matrix matrix_of(const Graph &graph, const Node &node) {
-    return {graph.values[node.out].channels, graph.values[node.x].channels, node.window.taps(), node.groups};
+    return {product_of(graph, node).channels, multiplied(graph, node).channels,
+            node.kind == Kind::RECURRENCE ? 1 : node.window.taps(), node.groups};
+}
+
+Shape multiplied(const Graph &graph, const Node &node) {
+    return node.kind == Kind::RECURRENCE ? Shape{node.out_channels, 1, 1} : graph.values[node.x];
+}
+
+Shape product_of(const Graph &graph, const Node &node) {
+    return node.kind == Kind::RECURRENCE ? Shape{graph.values[node.x].channels, 1, 1} : graph.values[node.out];
 }
 
 Node node_of(Kind kind, int32_t x, int32_t other_operand) {
@@ -430,6 +474,35 @@ RAREFY_API int32_t rarefy_builder_lstm_hidden(rarefy_builder *builder, int32_t g
 RAREFY_API int32_t rarefy_builder_gru(rarefy_builder *builder, int32_t x, int32_t h, int32_t state, const char *name,
                                       char *error, int64_t size) {
     return append(builder, node_of(Kind::GRU, x, h), name, error, size, {{state}, {}, 0});
+}
+
+RAREFY_API int32_t rarefy_builder_recurrence(rarefy_builder *builder, const rarefy_recurrence *recurrence,
+                                             const char *name, char *error, int64_t size) {
+    Node n = node_of(Kind::RECURRENCE, recurrence->x, recurrence->h);
+    n.out_channels = recurrence->hidden;
+    n.reverse = recurrence->reverse != 0;
+    n.cells = recurrence->cells != 0;
+    n.storage = recurrence->storage;
+    n.choice = recurrence->choice;
+    Given given;
+    if (recurrence->c != -1) given.operands.push_back(recurrence->c);
+    Shape shape = {1, 1, 1};
+    if (infer(builder->graph, n, given, &shape).empty()) {  // otherwise append says why not
+        const int64_t rows = builder->graph.values[n.x].channels, wanted = rows * n.out_channels;
+        if (!recurrence->weight || recurrence->weights != wanted || (recurrence->bias && recurrence->biases != rows))
+            return fail(error, size,
+                        "there must be " + std::to_string(wanted) + " weights, got " +
+                            std::to_string(recurrence->weight ? recurrence->weights : 0) + ", and " +
+                            std::to_string(rows) + " biases or none, got " + std::to_string(recurrence->biases));
+    }
+    const int32_t out = append(builder, n, name, error, size, std::move(given));
+    if (out < 0) return out;
+    Graph &g = builder->graph;
+    const int32_t rows = g.values[n.x].channels;
+    g.weights.back().assign(recurrence->weight, recurrence->weight + recurrence->weights);
+    g.bias.back().assign(rows, 0.0f);
+    if (recurrence->bias) g.bias.back().assign(recurrence->bias, recurrence->bias + rows);
+    return out;
 }
 
 RAREFY_API int32_t rarefy_builder_tensor(rarefy_builder *builder, const rarefy_tensor *tensor, const char *name,

@@ -16,6 +16,10 @@ namespace {
 
 // By rule: sparse kernels below this density. Weights of a vector layer below it are not dense when measured, either.
 constexpr double SPARSE_BELOW = 0.45;
+// The same for a recurrence, one sequence at a time, whose weights stay in a cache of so many bytes between its steps:
+// a sparse vector is gathered.
+constexpr double RECURRENT_SPARSE_BELOW = 0.15;
+constexpr int64_t RECURRENT_CACHE = 1 << 20;
 // Measuring: above this density sparse kernels are not tried.
 constexpr double SPARSE_TRIED_TO = 0.7;
 // Measuring: all tiles and blocks are tried for sparse kernels below the first density, and for dense ones above the
@@ -43,7 +47,7 @@ constexpr double SHARES = 2.0;
 constexpr double NEVER = 1e30;  // seconds of what was not measured
 
 bool is_vector(const rarefy_program &program, const Step &step) {
-    const Shape &x = program.graph.values[step.node.x];
+    const Shape x = multiplied(program.graph, step.node);
     return step.group == 1 && x.pixels() == 1 && step.node.window.pointwise() && step.node.groups == 1 &&
            x.channels < 65535;
 }
@@ -52,7 +56,7 @@ bool depthwise(const Step &step, const Matrix &m) { return step.node.groups == m
 
 // Vectors of pixels that a step has.
 int32_t vectors_of(const rarefy_program &program, const Step &step) {
-    const int64_t pixels = program.graph.values[step.node.out].pixels() * step.group;
+    const int64_t pixels = product_of(program.graph, step.node).pixels() * step.group;
     return static_cast<int32_t>(
         std::min<int64_t>(1 << 20, (pixels + program.kernels->lanes - 1) / program.kernels->lanes));
 }
@@ -87,11 +91,14 @@ Config planes(const Step &step) {
 
 // The config of tiles, or of vectors; no rows where there is none.
 Config tiles(const rarefy_program &program, const Step &step, const Matrix &m, double density) {
-    const bool sparse = step.node.choice == RAREFY_SPARSE ||
-                        (step.node.choice == RAREFY_MEASURE && density < SPARSE_BELOW && !depthwise(step, m));
     Config c = {};
-    c.kind = kind_of(sparse, step.node.storage);
     c.vector = is_vector(program, step);
+    const bool cached =
+        c.vector && step.node.kind == Kind::RECURRENCE && int64_t{m.rows} * m.channels * 4 < RECURRENT_CACHE;
+    const double below = cached ? RECURRENT_SPARSE_BELOW : SPARSE_BELOW;
+    const bool sparse = step.node.choice == RAREFY_SPARSE ||
+                        (step.node.choice == RAREFY_MEASURE && density < below && !depthwise(step, m));
+    c.kind = kind_of(sparse, step.node.storage);
     const Kernels &k = *program.kernels;
     const int32_t all = vectors_of(program, step);
     for (const Form form : {Form::DIRECT, Form::SHIFTED, Form::SINGLE}) {
@@ -138,12 +145,14 @@ class Measurer {
         program_.packed_floats = 65536 + 1024;
         program_.discard_floats = MAX_VECTORS * MAX_LANES;
         program_.sums_floats = 2 * channels * MAX_VECTORS * MAX_LANES;
+        for (const Step &step : program.steps)
+            program_.state_floats = std::max(program_.state_floats, recurrence_floats(program, step));
         space_ = take(program_, program_.plan);
         if (!space_.memory) throw std::bad_alloc();
         for (const auto &port : inputs_) input_pointers_.push_back(port.data());
         for (auto &port : outputs_) output_pointers_.push_back(port.data());
     }
-    ~Measurer() { program_.packed_floats = program_.discard_floats = program_.sums_floats = 0; }
+    ~Measurer() { program_.packed_floats = program_.discard_floats = program_.sums_floats = program_.state_floats = 0; }
 
     void refill() {
         std::minstd_rand noise(1);
@@ -289,7 +298,7 @@ bool worth_trying(const Step &step, const Matrix &m, double density, bool sparse
     if (step.node.choice != RAREFY_MEASURE) return step.node.choice == (sparse ? RAREFY_SPARSE : RAREFY_DENSE);
     if (sparse) return !depthwise(step, m) && density <= SPARSE_TRIED_TO;
     // weights that are read once an image come from memory, not from the cache that measuring fills
-    return !step.config.vector || density >= SPARSE_BELOW;
+    return !step.config.vector || density >= SPARSE_BELOW || step.node.kind == Kind::RECURRENCE;
 }
 
 // Chooses the config of one convolution after the other.
@@ -297,7 +306,7 @@ class Chooser {
  public:
     Chooser(rarefy_program &program, const Graph &graph, double seconds, const rarefy_program *measured)
         : program_(program), graph_(graph), begin_(thread_seconds()), end_(begin_ + seconds) {
-        for (const Step &step : program.steps) left_ += step.node.kind == Kind::CONV;
+        for (const Step &step : program.steps) left_ += step.node.layer();
         if (seconds > 0.0) measurer_ = std::make_unique<Measurer>(program);
         if (!measured || measured->isa != program.isa) return;
         for (const Step &step : measured->steps)
@@ -388,7 +397,7 @@ class Chooser {
 std::string choose(rarefy_program &program, const Graph &graph, double seconds, const rarefy_program *measured) {
     Chooser chooser(program, graph, seconds, measured);
     for (size_t i = 0; i < program.steps.size(); ++i) {
-        if (program.steps[i].node.kind != Kind::CONV) continue;
+        if (!program.steps[i].node.layer()) continue;
         const std::string wrong = chooser.choose_one(program.steps[i], graph.weights[i]);
         if (!wrong.empty()) return wrong;
     }

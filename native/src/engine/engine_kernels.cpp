@@ -322,45 +322,100 @@ void window(const WindowCall *call) {
 
 // ---- vectors
 
+inline uint32_t low_lanes(int64_t n) { return (1u << n) - 1; }
+
 inline V weights_at(const float *w) { return loadu(w); }
 inline V weights_at(const uint16_t *w) { return widen(w); }
 
-template <class W>
-void vector_rows(const VectorCall &c) {
-    const W *w = static_cast<const W *>(c.weights);
-    for (int32_t row = 0; row < c.rows; ++row) {
-        const int64_t from = c.starts[row], to = c.starts[row + 1];
-        V a = all(0.0f), b = all(0.0f);
-        int64_t k = from;
-        if (c.index) {
-            for (; k + 2 * L <= to; k += 2 * L) {
-                a = fma(weights_at(w + k), gather(c.x, c.index + k), a);
-                b = fma(weights_at(w + k + L), gather(c.x, c.index + k + L), b);
-            }
-            if (k < to) a = fma(weights_at(w + k), gather(c.x, c.index + k), a);
-        } else {
-            const float *x = c.x - from;
-            for (; k + 2 * L <= to; k += 2 * L) {
-                a = fma(weights_at(w + k), loadu(x + k), a);
-                b = fma(weights_at(w + k + L), loadu(x + k + L), b);
-            }
-            if (k < to) a = fma(weights_at(w + k), loadu(x + k), a);
-        }
-        float y = total(add(a, b)) + c.bias[row];
+// The sums of a panel's rows, residual, clamp, store.
+inline void finish_panel(const VectorCall &c, int32_t panel, V sums) {
+    const V low = all(c.low), high = all(c.high);
+    if (!c.rows && c.y_stride == 1 && (!c.residual || c.residual_stride == 1)) {
+        const int32_t row = c.first_row + panel * L;
+        const uint32_t lanes = low_lanes(c.last_row - row < L ? c.last_row - row : L);
+        V v = add(sums, load_some(c.bias + row, lanes));
+        if (c.residual) v = add(v, load_some(c.residual + row, lanes));
+        store_some(c.y + row, lanes, smaller(high, larger(low, v)));
+        return;
+    }
+    alignas(64) float lane[L];
+    store(lane, sums);
+    for (int32_t i = 0; i < L; ++i) {
+        const int32_t row = c.rows ? c.rows[int64_t{panel} * L + i] : c.first_row + panel * L + i;
+        if (row < 0 || (!c.rows && row >= c.last_row)) continue;
+        float y = lane[i] + c.bias[row];
         if (c.residual) y += c.residual[row * c.residual_stride];
         y = y < c.low ? c.low : y;
         c.y[row * c.y_stride] = y > c.high ? c.high : y;
     }
 }
 
+// Terms that are added one after the other: the error of one sum grows with them (weights.cpp).
+enum { SPAN_TERMS = 256 };
+
+// N panels at once, in whose sums two columns go on in turn.
+template <int N, class W>
+inline void dense_panels(const VectorCall &c, int32_t panel) {
+    const int64_t each = int64_t{c.columns} * L;
+    const W *w = static_cast<const W *>(c.weights) + c.starts[panel];
+    V whole[N];
+    RAREFY_UNROLL for (int n = 0; n < N; ++n) whole[n] = all(0.0f);
+    for (int32_t from = 0; from < c.columns; from += SPAN_TERMS) {
+        const int32_t end = c.columns - from < SPAN_TERMS ? c.columns : from + SPAN_TERMS;
+        V a[N], b[N];
+        RAREFY_UNROLL for (int n = 0; n < N; ++n) a[n] = b[n] = all(0.0f);
+        int32_t k = from;
+        for (; k + 2 <= end; k += 2) {
+            const V x = all(c.x[k]), next = all(c.x[k + 1]);
+            RAREFY_UNROLL for (int n = 0; n < N; ++n) {
+                a[n] = fma(weights_at(w + n * each + int64_t{k} * L), x, a[n]);
+                b[n] = fma(weights_at(w + n * each + int64_t{k} * L + L), next, b[n]);
+            }
+        }
+        if (k < end) {
+            const V x = all(c.x[k]);
+            RAREFY_UNROLL for (int n = 0; n < N; ++n) a[n] = fma(weights_at(w + n * each + int64_t{k} * L), x, a[n]);
+        }
+        RAREFY_UNROLL for (int n = 0; n < N; ++n) whole[n] = add(whole[n], add(a[n], b[n]));
+    }
+    RAREFY_UNROLL for (int n = 0; n < N; ++n) finish_panel(c, panel + n, whole[n]);
+}
+
+template <class W>
+void dense_vector(const VectorCall &c) {
+    constexpr int32_t N = 4;
+    const int32_t whole = c.panels / N;
+    for (int32_t i = 0; i < whole; ++i) dense_panels<N, W>(c, (c.backwards ? whole - 1 - i : i) * N);
+    for (int32_t panel = whole * N; panel < c.panels; ++panel) dense_panels<1, W>(c, panel);
+}
+
+template <class W>
+void sparse_vector(const VectorCall &c) {
+    for (int32_t i = 0; i < c.panels; ++i) {
+        const int32_t panel = c.backwards ? c.panels - 1 - i : i;
+        V whole = all(0.0f);
+        for (int64_t from = c.starts[panel], stop = c.starts[panel + 1]; from < stop; from += SPAN_TERMS * L) {
+            const int64_t end = stop - from < SPAN_TERMS * L ? stop : from + SPAN_TERMS * L;
+            const W *w = static_cast<const W *>(c.weights);
+            V a = all(0.0f), b = all(0.0f);
+            int64_t k = from;
+            for (; k + 2 * L <= end; k += 2 * L) {
+                a = fma(weights_at(w + k), gather(c.x, c.index + k), a);
+                b = fma(weights_at(w + k + L), gather(c.x, c.index + k + L), b);
+            }
+            if (k < end) a = fma(weights_at(w + k), gather(c.x, c.index + k), a);
+            whole = add(whole, add(a, b));
+        }
+        finish_panel(c, panel, whole);
+    }
+}
+
 void vector(const VectorCall *call, int32_t bf16) {
-    if (bf16) vector_rows<uint16_t>(*call);
-    else vector_rows<float>(*call);
+    if (call->rows) bf16 ? sparse_vector<uint16_t>(*call) : sparse_vector<float>(*call);
+    else bf16 ? dense_vector<uint16_t>(*call) : dense_vector<float>(*call);
 }
 
 // ---- elementwise
-
-inline uint32_t low_lanes(int64_t n) { return (1u << n) - 1; }
 
 template <class F>
 inline void over(int64_t n, const F &f) {
@@ -387,6 +442,14 @@ void affine(const float *x, float scale, float shift, float *out, int64_t n, flo
     const V lo = all(low), hi = all(high), a = all(scale), b = all(shift);
     over(n, [=](int64_t i, uint32_t lanes) {
         store_some(out + i, lanes, smaller(hi, larger(lo, fma(a, load_some(x + i, lanes), b))));
+    });
+}
+
+void affine_each(const float *x, const float *scale, const float *shift, float *out, int64_t n, float low, float high) {
+    const V lo = all(low), hi = all(high);
+    over(n, [=](int64_t i, uint32_t lanes) {
+        const V y = fma(load_some(scale + i, lanes), load_some(x + i, lanes), load_some(shift + i, lanes));
+        store_some(out + i, lanes, smaller(hi, larger(lo, y)));
     });
 }
 
@@ -691,6 +754,78 @@ void gru(const Mode &mode, const float *const x[3], const float *const h[3], con
     });
 }
 
+// ---- rows as columns
+
+// Of a square of L rows and columns.
+#if defined(__AVX512F__)
+inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t y_stride) {
+    __m512 a[16], b[16];
+    RAREFY_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(x + i * x_stride);
+    // pairs, fours, eights and sixteens of rows
+    RAREFY_UNROLL for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    RAREFY_UNROLL for (int i = 0; i < 16; i += 4) {
+        RAREFY_UNROLL for (int j = 0; j < 2; ++j) {
+            const __m512d p = _mm512_castps_pd(b[i + j]), q = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, q));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));
+        }
+    }
+    RAREFY_UNROLL for (int i = 0; i < 16; i += 8) {
+        RAREFY_UNROLL for (int j = 0; j < 4; ++j) {
+            b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0x88);
+            b[i + j + 4] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0xdd);
+        }
+    }
+    RAREFY_UNROLL for (int j = 0; j < 8; ++j) {
+        _mm512_storeu_ps(y + j * y_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_ps(y + (j + 8) * y_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
+    }
+}
+#elif defined(__AVX2__)
+inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t y_stride) {
+    __m256 a[8], b[8];
+    RAREFY_UNROLL for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(x + i * x_stride);
+    RAREFY_UNROLL for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    RAREFY_UNROLL for (int i = 0; i < 8; i += 4) {
+        RAREFY_UNROLL for (int j = 0; j < 2; ++j) {
+            const __m256d p = _mm256_castps_pd(b[i + j]), q = _mm256_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(p, q));
+            a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(p, q));
+        }
+    }
+    RAREFY_UNROLL for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_ps(y + j * y_stride, _mm256_permute2f128_ps(a[j], a[j + 4], 0x20));
+        _mm256_storeu_ps(y + (j + 4) * y_stride, _mm256_permute2f128_ps(a[j], a[j + 4], 0x31));
+    }
+}
+#else
+inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t y_stride) {
+    for (int i = 0; i < L; ++i)
+        for (int j = 0; j < L; ++j) y[j * y_stride + i] = x[i * x_stride + j];
+}
+#endif
+
+void transpose(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *y, int64_t y_stride) {
+    for (int64_t r = 0; r < rows; r += L)
+        for (int64_t c = 0; c < columns; c += L) {
+            const float *from = x + r * x_stride + c;
+            float *to = y + c * y_stride + r;
+            if (r + L <= rows && c + L <= columns) {
+                transpose_square(from, x_stride, to, y_stride);
+                continue;
+            }
+            for (int64_t i = 0; i < (rows - r < L ? rows - r : L); ++i)
+                for (int64_t j = 0; j < (columns - c < L ? columns - c : L); ++j)
+                    to[j * y_stride + i] = from[i * x_stride + j];
+        }
+}
+
 // ---- additive attention
 
 // scores[b][t] = sum over h of vector[h] tanh(keys[b][t][h] + queries[b][h])
@@ -774,11 +909,13 @@ Kernels make() {
     k.add = add_rows;
     k.multiply = multiply_rows;
     k.affine = affine;
+    k.affine_each = affine_each;
     k.sum = sum;
     k.squares = squares;
     k.lstm_cell = lstm_cell;
     k.lstm_hidden = lstm_hidden;
     k.gru = gru;
+    k.transpose = transpose;
     k.norm = norm;
     k.matmul = matmul;
     k.softmax = softmax;

@@ -16,7 +16,7 @@ namespace rarefy::engine {
 namespace {
 
 constexpr char MAGIC[8] = {'r', 'a', 'r', 'e', 'f', 'y', 'E', '\n'};
-constexpr uint32_t VERSION = 6;
+constexpr uint32_t VERSION = 7;
 
 struct Header {
     char magic[8];
@@ -182,25 +182,27 @@ bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
 // Whether a node has the fields of its kind alone: all others are as a builder leaves them.
 bool plain(const Node &n) {
-    const bool conv = n.kind == Kind::CONV, pool = n.kind == Kind::POOL, binary = n.kind == Kind::BINARY,
-               port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT, gru = n.kind == Kind::GRU,
-               gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru, tensor = n.kind == Kind::TENSOR;
-    Node only = node_of(n.kind, n.x, conv || binary || gates ? n.other_operand : -1);
+    const bool conv = n.kind == Kind::CONV, recurrence = n.kind == Kind::RECURRENCE, pool = n.kind == Kind::POOL,
+               binary = n.kind == Kind::BINARY, port = n.kind == Kind::INPUT || n.kind == Kind::OUTPUT,
+               gru = n.kind == Kind::GRU, gates = n.kind == Kind::LSTM_CELL || n.kind == Kind::LSTM_HIDDEN || gru,
+               tensor = n.kind == Kind::TENSOR;
+    Node only = node_of(n.kind, n.x, conv || binary || gates || recurrence ? n.other_operand : -1);
     only.out = n.out;
-    if (n.kind == Kind::CONCAT || gru || tensor) only.operands = n.operands;
+    if (n.kind == Kind::CONCAT || gru || recurrence || tensor) only.operands = n.operands;
     if (tensor) only.function = n.function;
     only.window.in_h = n.window.in_h, only.window.in_w = n.window.in_w, only.window.out_h = n.window.out_h,
     only.window.out_w = n.window.out_w;
     if (conv || pool) only.window = n.window, only.bottom = n.bottom, only.right = n.right, only.back = n.back;
     if (n.kind == Kind::UPSAMPLE) std::memcpy(only.window.stride, n.window.stride, sizeof only.window.stride);
     if (conv || binary || n.kind == Kind::AFFINE) only.activation = n.activation;
-    if (conv || binary || gates || n.kind == Kind::AFFINE) only.mode = n.mode;
-    if (conv)
-        only.out_channels = n.out_channels, only.groups = n.groups, only.storage = n.storage, only.choice = n.choice;
+    if (conv || binary || gates || recurrence || n.kind == Kind::AFFINE) only.mode = n.mode;
+    if (n.layer()) only.out_channels = n.out_channels, only.storage = n.storage, only.choice = n.choice;
+    if (conv) only.groups = n.groups;
+    if (recurrence) only.reverse = n.reverse, only.cells = n.cells;
     if (pool) only.average = n.average != 0, only.count_padding = n.count_padding != 0;
     if (binary) only.multiply = n.multiply != 0;
     if (port) only.layout = n.layout;
-    static_assert(sizeof(Node) == 37 * sizeof(int32_t), "nodes are integers alone");
+    static_assert(sizeof(Node) == 39 * sizeof(int32_t), "nodes are integers alone");
     return std::memcmp(&only, &n, sizeof n) == 0;
 }
 
@@ -250,7 +252,7 @@ std::string check_graph(const Graph &given, const std::vector<Saved> &saved) {
 std::string check_config(const rarefy_program &p, const Step &step, int32_t lanes) {
     const Config &c = step.config;
     if (c.reserved[0] || c.reserved[1]) return "its kernel is unknown";
-    const Shape &x = p.graph.values[step.node.x];
+    const Shape x = multiplied(p.graph, step.node);
     if (!in(c.kind, 0, WEIGHT_KINDS - 1) || !in(c.vector, 0, 1)) return "its kernel is unknown";
     if (c.bf16() != (step.node.storage == RAREFY_BF16)) return "its kernel does not fit its weights";
     if (c.vector)
@@ -335,11 +337,12 @@ std::string restore(rarefy_program &program, Step &step, Saved &saved, int32_t l
     if (step.node.kind != Kind::TENSOR && step.constants.size()) return "it has constants";
     step.weights = std::move(saved.weights);
     const int64_t channels = program.graph.values[step.node.out >= 0 ? step.node.out : step.node.x].channels;
-    const bool affine = step.node.kind == Kind::AFFINE, conv = step.node.kind == Kind::CONV;
+    const bool affine = step.node.kind == Kind::AFFINE, layer = step.node.layer();
     const int64_t factors = affine ? channels : 0;
-    if (step.bias.size() != (conv ? channels : 0) || step.scale.size() != factors || step.shift.size() != factors)
+    if (step.bias.size() != (layer ? product_of(program.graph, step.node).channels : 0) ||
+        step.scale.size() != factors || step.shift.size() != factors)
         return "its bias is wrong";
-    if (!conv) return step.weights.bytes() ? "it has weights" : "";
+    if (!layer) return step.weights.bytes() ? "it has weights" : "";
     const Matrix m = matrix_of(program.graph, step.node);
     const int64_t total = int64_t{m.rows} * (m.channels / m.groups) * m.taps;
     const int64_t pixels = program.graph.values[step.node.out].pixels();

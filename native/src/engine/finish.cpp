@@ -63,12 +63,13 @@ int64_t pool_margin(const Step &step) {
 
 void finish_step(rarefy_program &program, Step &step) {
     const int32_t lanes = program.kernels->lanes;
-    if (step.node.kind == Kind::CONV && step.config.vector) {
+    program.state_floats = std::max(program.state_floats, recurrence_floats(program, step));
+    if (step.node.layer() && step.config.vector) {
         program.packed_floats =
-            std::max<int64_t>(program.packed_floats, program.graph.values[step.node.x].channels + 2 * lanes);
-    } else if (step.node.kind == Kind::CONV && step.config.planes()) {
+            std::max<int64_t>(program.packed_floats, multiplied(program.graph, step.node).channels + 2 * lanes);
+    } else if (step.node.layer() && step.config.planes()) {
         program.packed_floats = std::max<int64_t>(program.packed_floats, step.node.window.taps());
-    } else if (step.node.kind == Kind::CONV) {
+    } else if (step.node.layer()) {
         step.tiling_one = tiling_of(program, step, step.config, 1);
         step.tiling_group = step.group == 1 ? step.tiling_one : tiling_of(program, step, step.config, step.group);
         const int64_t width = int64_t{step.config.vectors} * lanes;
@@ -79,7 +80,7 @@ void finish_step(rarefy_program &program, Step &step) {
         program.packed_floats = std::max(program.packed_floats, held + width);
         if (keeps_sums(step.weights))
             program.sums_floats =
-                std::max(program.sums_floats, program.graph.values[step.node.out].channels * width * 2);
+                std::max(program.sums_floats, product_of(program.graph, step.node).channels * width * 2);
         program.discard_floats = std::max(program.discard_floats, width);
     } else if (step.node.kind == Kind::TENSOR) {
         const int64_t floats = function_of(step.node).scratch(program.graph, step);
@@ -100,7 +101,7 @@ double preparation(const rarefy_program &program) {
         if (step.node.kind == Kind::POOL)
             work += UNIT_WORK * w.depth.out * w.out_h +
                     (step.node.average ? static_cast<double>(w.out_w) * w.kernel[1] : 0.0);
-        if (step.node.kind != Kind::CONV || step.config.vector) continue;
+        if (!step.node.layer() || step.config.vector) continue;
         if (step.config.planes()) work += UNIT_WORK * w.out_h;
         else
             for (const int32_t images : {1, step.group})
@@ -120,7 +121,8 @@ void finish_program(rarefy_program &program) {
                 program.looked_up.push_back({static_cast<int32_t>(i), static_cast<int32_t>(k)});
         }
     program.tilings.clear();  // the steps hold those that they run with
-    for (int64_t *floats : {&program.packed_floats, &program.sums_floats, &program.discard_floats})
+    for (int64_t *floats :
+         {&program.packed_floats, &program.sums_floats, &program.discard_floats, &program.state_floats})
         *floats = (*floats + 63) / 32 * 32;
     program.banded = make_banded_plan(program);
 }

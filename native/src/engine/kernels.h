@@ -111,14 +111,18 @@ struct BlockCall {
 };
 typedef void Block(const BlockCall *);
 
-// Vectors: y = act(W x + bias) for one vector, weights in rows.
+// Vectors: y = act(W x + bias) for one vector. The weights lie in panels of L rows, each row's next weight beside those
+// of the other rows of its panel.
 struct VectorCall {
     const void *weights;
-    const uint16_t *index;  // null for a dense matrix
-    const int64_t *starts;  // first weight of every row, rows + 1; multiples of L
-    int32_t rows;
-    const float *x;  // followed by a zero
-    float *y;        // y[r * y_stride]
+    const uint16_t *index;        // columns; of a dense matrix, which has all of them in order, there are none
+    const int64_t *starts;        // first weight of every panel, panels + 1
+    const int32_t *rows;          // L for each panel, -1: none; null for a dense matrix, whose rows are in order, too
+    int32_t first_row, last_row;  // of a dense matrix
+    int32_t panels, columns;
+    int32_t backwards;  // the last panel first: what was read last is still in a near cache
+    const float *x;     // of a sparse matrix followed by a zero
+    float *y;           // y[r * y_stride]
     int64_t y_stride;
     const float *residual;
     int64_t residual_stride;
@@ -236,6 +240,9 @@ struct Kernels {
     void (*add)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*multiply)(const float *x, const float *y, float *out, int64_t n, float low, float high);
     void (*affine)(const float *x, float scale, float shift, float *out, int64_t n, float low, float high);
+    // The same with a factor and a summand for each number.
+    void (*affine_each)(const float *x, const float *scale, const float *shift, float *out, int64_t n, float low,
+                        float high);
     float (*sum)(const float *x, int64_t n);
     // The sum of (x - mean)^2.
     float (*squares)(const float *x, float mean, int64_t n);
@@ -246,6 +253,8 @@ struct Kernels {
     void (*lstm_hidden)(const Mode &mode, const float *o, const float *c, float *out, int64_t n);
     void (*gru)(const Mode &mode, const float *const x[3], const float *const h[3], const float *state, float *out,
                 int64_t n);
+    // y[c y_stride + r] = x[r x_stride + c]
+    void (*transpose)(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *y, int64_t y_stride);
     void (*norm)(const NormCall *call);
     void (*matmul)(const MatmulCall *call);
     void (*softmax)(const SoftmaxCall *call);

@@ -39,6 +39,12 @@ std::vector<int32_t> choose_groups(const Graph &graph, int32_t images) {
         for (const int32_t id : reads(graph, i)) pixels = std::max(pixels, graph.values[id].pixels());
         groups.push_back(n.kind == Kind::INPUT ? vector : pixels == 1 ? vector : pixels <= SMALL_PLANE ? small : 1);
     }
+    // The weights of a recurrence are read once for each step of its sequence: all images take one together.
+    int32_t least = 1;
+    for (size_t i = 0; i < groups.size(); ++i) {
+        if (graph.nodes[i].kind == Kind::RECURRENCE) least = vector;
+        groups[i] = std::max(groups[i], least);
+    }
     for (size_t i = groups.size(); i-- > 1;) groups[i - 1] = std::min(groups[i - 1], groups[i]);
     return groups;
 }

@@ -43,6 +43,7 @@ const char *kind_name(const Graph &graph, const Node &node) {
         case Kind::LSTM_CELL: return "lstm cell";
         case Kind::LSTM_HIDDEN: return "lstm hidden";
         case Kind::GRU: return "gru";
+        case Kind::RECURRENCE: return graph.values[node.x].channels == 4 * node.out_channels ? "lstm" : "gru";
         case Kind::TENSOR: return function_of(node).name;
         default: return "output";
     }
@@ -76,7 +77,10 @@ void make_steps(rarefy_program &program) {
         step.group = program.plan.groups[i];
         step.config = {};
         int32_t channel = 0, before = 0;
-        if (step.node.kind == Kind::GRU || step.node.kind == Kind::TENSOR) step.operands = g.operands[i];
+        if (step.node.kind == Kind::GRU || step.node.kind == Kind::TENSOR || step.node.kind == Kind::RECURRENCE)
+            step.operands = g.operands[i];
+        // the weights of a recurrence see one step at a time
+        if (step.node.kind == Kind::RECURRENCE) step.node.window = {1, 1, 1, 1, {1, 1}, {1, 1}, {1, 1}, 0, 0, {}};
         step.numbers = g.numbers[i];
         step.table = step.node.mode == RAREFY_KTANH ? table_of(step.numbers) : rarefy_shift32{};
         for (const int32_t k : program.plan.copied[i]) {
@@ -169,7 +173,7 @@ RAREFY_API int32_t rarefy_program_step(const rarefy_program *program, int32_t i,
                                                  : operands[0]],
         info->x_shape);
     info->weight_bytes = step.weight_bytes();
-    if (step.node.kind != Kind::CONV) return 0;
+    if (!step.node.layer()) return 0;
     describe_kernel(step, info->kernel, sizeof info->kernel);
     info->weights = step.total_weights;
     info->nonzeros = step.nonzeros;

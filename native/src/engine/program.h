@@ -29,6 +29,7 @@ enum class Kind : int32_t {
     LSTM_CELL,
     LSTM_HIDDEN,
     GRU,
+    RECURRENCE,
     TENSOR,
     OUTPUT,
     KINDS
@@ -47,28 +48,31 @@ struct Shape {
 struct Node {
     Kind kind;
     int32_t x, other_operand, out;  // values; -1: none. other_operand: CONV: the residual; BINARY: y;
-                                    // LSTM_*: c; GRU: the products of the state
+                                    // LSTM_*: c; GRU: the products of the state; RECURRENCE: h
     int32_t activation, layout;     // enums of rarefy_engine.h
-    int32_t out_channels;           // CONV
+    int32_t out_channels;           // CONV; RECURRENCE: of its state
     int32_t average;                // POOL: 0 for the maximum
     int32_t multiply;               // BINARY: 0 for the sum
     int32_t count_padding;          // POOL: of an average
     Window window;                  // CONV, POOL; UPSAMPLE: stride holds the factors
     int32_t bottom, right, back;    // padding
     int32_t groups, storage, choice;
-    int32_t operands;  // CONCAT: number of them; GRU: the state; TENSOR: those after x
-    int32_t function;  // TENSOR: enum rarefy_function
-    int32_t mode;      // of activations: enum rarefy_mode
+    int32_t operands;        // CONCAT: number of them; GRU: the state; RECURRENCE: c; TENSOR: those after x
+    int32_t function;        // TENSOR: enum rarefy_function
+    int32_t mode;            // of activations: enum rarefy_mode
+    int32_t reverse, cells;  // RECURRENCE: from the last step on; whether the result has c, too
+    // Whether it has weights.
+    bool layer() const { return kind == Kind::CONV || kind == Kind::RECURRENCE; }
 };
 
 struct Graph {
     std::vector<Shape> values;
     std::vector<Node> nodes;
     std::vector<std::string> names;                // of the nodes
-    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT, GRU or TENSOR
+    std::vector<std::vector<int32_t>> operands;    // of the nodes that are CONCAT, GRU, RECURRENCE or TENSOR
     std::vector<std::vector<int64_t>> numbers;     // of TENSOR; of mode RAREFY_KTANH: a rarefy_shift32
-    std::vector<std::vector<float>> weights;       // of CONV: as given; empty in a program
-    std::vector<std::vector<float>> bias;          // of CONV
+    std::vector<std::vector<float>> weights;       // of layers: as given; empty in a program
+    std::vector<std::vector<float>> bias;          // of layers
     std::vector<std::vector<float>> scale, shift;  // of AFFINE
     std::vector<std::vector<float>> constants;     // of TENSOR; empty in a program
 };
@@ -108,7 +112,7 @@ struct Step {
     int32_t group;  // images at once
     Config config;
     Weights weights;
-    Array<float> bias;             // CONV: one number a row
+    Array<float> bias;             // of layers: one number a row
     Array<float> scale, shift;     // AFFINE: one number a channel
     std::vector<int64_t> numbers;  // TENSOR
     rarefy_shift32 table;          // of mode RAREFY_KTANH
@@ -189,6 +193,10 @@ typedef std::array<int32_t, WINDOW_NUMBERS + 3> TilingKey;
 
 Matrix matrix_of(const Graph &graph, const Node &node);
 
+// What the weights of a layer multiply, and what that gives: of a recurrence those of one step, vectors.
+Shape multiplied(const Graph &graph, const Node &node);
+Shape product_of(const Graph &graph, const Node &node);
+
 // The table of mode RAREFY_KTANH from its numbers, one for each of its fields in order; and the numbers of a table.
 rarefy_shift32 table_of(const std::vector<int64_t> &numbers);
 std::vector<int64_t> numbers_of(const rarefy_shift32 &table);
@@ -210,15 +218,15 @@ struct rarefy_program {
     rarefy::engine::Plan plan;    // of whole values; for threads that share an image
     rarefy::engine::Plan banded;  // with chains; for threads that have images of their own
     std::vector<rarefy::engine::Step> steps;
-    std::vector<int32_t> inputs, outputs;                            // steps
-    std::vector<std::pair<int32_t, int32_t>> looked_up;              // embeddings of inputs: step, input
-    int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0;  // scratch
+    std::vector<int32_t> inputs, outputs;                // steps
+    std::vector<std::pair<int32_t, int32_t>> looked_up;  // embeddings of inputs: step, input
+    int64_t packed_floats = 0, sums_floats = 0, discard_floats = 0, state_floats = 0;  // scratch, in this order
     double tune_seconds = 0.0;
     std::map<rarefy::engine::TilingKey, std::shared_ptr<const rarefy::engine::Tiling>> tilings;  // while it is made
 
     mutable rarefy::engine::Pool pool;
 
-    int64_t scratch_floats() const { return packed_floats + sums_floats + discard_floats; }
+    int64_t scratch_floats() const { return packed_floats + sums_floats + discard_floats + state_floats; }
 
     // Whether each of so many threads has images of its own; and the plan for that.
     static bool threads_own_images(int64_t images, int32_t running) { return images >= running; }
@@ -259,7 +267,7 @@ enum : int64_t {
 };
 enum : int32_t { MOST_THREADS = 1024 };
 
-// Chooses the config of every convolution and makes its weights; an empty string, or what cannot be. Where measuring,
+// Chooses the config of every layer and makes its weights; an empty string, or what cannot be. Where measuring,
 // layers like those of a program that is not null take their configs.
 std::string choose(rarefy_program &program, const Graph &graph, double seconds, const rarefy_program *measured);
 
@@ -272,14 +280,15 @@ std::string adopt(rarefy_program &program, Step &step, int32_t lanes);
 
 // Whether a kernel can slide over the planes of a step: a depthwise one whose columns are at most 2 apart.
 inline bool slides(const Step &step, const Matrix &m) {
-    return step.node.groups == m.channels && step.node.window.stride[1] <= 2 && step.node.window.depth.in == 1 &&
-           step.node.window.depth.pointwise();
+    return step.node.kind == Kind::CONV && step.node.groups == m.channels && step.node.window.stride[1] <= 2 &&
+           step.node.window.depth.in == 1 && step.node.window.depth.pointwise();
 }
 
 // Whether the tiles of a pointwise step can be read where they lie: in planes that may be read by whole vectors.
 inline bool reads_in_place(const rarefy_program &program, const Step &step) {
     const Value &x = program.plan.values[step.node.x];
-    return step.node.window.pointwise() && x.place == Place::ARENA && x.stride % MAX_LANES == 0;
+    return step.node.kind == Kind::CONV && step.node.window.pointwise() && x.place == Place::ARENA &&
+           x.stride % MAX_LANES == 0;
 }
 
 // Steps of the same window share their tiling.
@@ -309,6 +318,10 @@ void run_step(const Frame &frame, const Step &step, int64_t at, int64_t images);
 // The checksum of a saved program, whose own 8 bytes from CHECKSUM_AT on count as 0. size is at least 64.
 enum { CHECKSUM_AT = 24 };
 uint64_t block_sum(const uint8_t *data, size_t size);
+
+// A recurrence, its states and what belongs to a few of its steps in scratch memory of so many floats.
+int64_t recurrence_floats(const rarefy_program &program, const Step &step);
+void run_recurrence(const Frame &frame, const Step &step, int64_t at, int64_t images);
 
 // CPU time of this thread.
 double thread_seconds();

@@ -138,37 +138,3 @@ rarefy_program_run(const rarefy_program *program, const rarefy_buffer *read, int
         return 1;
     }
 }
-
-extern "C" __attribute__((visibility("default"))) int32_t rarefy_program_run_steps(
-    const rarefy_program *program, const rarefy_buffer *read, int32_t input_count, const rarefy_buffer *written,
-    int32_t output_count, int64_t batch, int64_t steps, int32_t reverse, int32_t threads, double *seconds,
-    int64_t second_count, char *error, int64_t size) {
-    const auto fits = [&](const rarefy_buffer &b) { return b.floats >= 0 && b.floats % steps == 0; };
-    if (steps < 1 || input_count < 1 || input_count != output_count || !fits(read[0]) || !fits(written[0]))
-        return fail(error, size, "a recurrence has as many inputs as outputs, the first of each for every step");
-    for (int32_t i = 1; i < input_count; ++i)
-        if (read[i].floats != written[i].floats) return fail(error, size, "a state must keep its size");
-    try {
-        std::vector<rarefy_buffer> in(read, read + input_count), out(written, written + output_count);
-        std::vector<std::vector<float>> spare;  // states of every other step; the last ones are the caller's
-        for (int32_t i = 1; i < output_count; ++i)
-            spare.emplace_back(static_cast<size_t>(steps > 1 ? std::max<int64_t>(written[i].floats, 0) : 0));
-        in[0].floats /= steps;
-        out[0].floats /= steps;
-        for (int64_t step = 0; step < steps; ++step) {
-            const int64_t at = reverse ? steps - 1 - step : step;
-            in[0].data = read[0].data + at * in[0].floats;
-            out[0].data = written[0].data + at * out[0].floats;
-            for (int32_t i = 1; i < output_count; ++i) {
-                if (step > 0) in[i].data = out[i].data;
-                out[i].data = (steps - 1 - step) % 2 ? spare[i - 1].data() : written[i].data;
-            }
-            const int32_t failed = rarefy_program_run(program, in.data(), input_count, out.data(), output_count, batch,
-                                                      threads, seconds, second_count, error, size);
-            if (failed) return failed;
-        }
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
-}

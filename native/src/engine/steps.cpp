@@ -24,47 +24,14 @@ Clamp clamp_of(int32_t activation) {
     return c;
 }
 
-void conv_vector(const Frame &f, const Step &s, int64_t at) {
-    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const Shape &in = f.plan->values[s.node.x].shape;
-    const int32_t L = f.program->kernels->lanes;
-    float *line = f.scratch;
-    for (int32_t c = 0; c < in.channels; ++c) line[c] = x.at[c * x.stride];
-    for (int32_t c = in.channels; c < in.channels + L; ++c) line[c] = 0.0f;
-    const int32_t rows = f.plan->values[s.node.out].shape.channels;
-    const Share mine(f, rows);
-    const Clamp clamp = clamp_of(s.node.activation);
-    VectorCall call = {};
-    call.weights = s.weights.values.data();
-    call.index = s.config.sparse() ? s.weights.offsets.data() : nullptr;
-    call.starts = s.weights.starts.data() + mine.from;
-    call.rows = static_cast<int32_t>(mine.to - mine.from);
-    call.x = line;
-    call.y = y.at + mine.from * y.stride;
-    call.y_stride = y.stride;
-    if (s.node.other_operand >= 0) {
-        const View r = view(f, s.node.other_operand, at);
-        call.residual = r.at + mine.from * r.stride;
-        call.residual_stride = r.stride;
-    }
-    call.bias = s.bias.data() + mine.from;
-    call.low = clamp.low;
-    call.high = clamp.high;
-    f.program->kernels->vector(&call, s.config.bf16());
-    if (!clamp.rest) return;
-    // one number a row: some at a time, side by side
-    float some[64];
-    for (int64_t from = 0; from < call.rows; from += 64) {
-        const int64_t n = std::min<int64_t>(call.rows - from, 64);
-        float *at_row = call.y + from * y.stride;
-        for (int64_t r = 0; r < n; ++r) some[r] = at_row[r * y.stride];
-        f.program->kernels->activate(s.node.activation, s.mode(), some, some, n);
-        for (int64_t r = 0; r < n; ++r) at_row[r * y.stride] = some[r];
-    }
+// The operands of a convolution's images from `at` on.
+Operands operands_of(const Frame &f, const Step &s, int64_t at) {
+    return {view(f, s.node.x, at), view(f, s.node.out, at),
+            s.node.other_operand >= 0 ? view(f, s.node.other_operand, at) : View{nullptr, 0}};
 }
 
 // The call of a convolution's kernels, as far as it is the same for all tiles.
-BlockCall call_of(const Frame &f, const Step &s, const View &y, const View &residual, const Clamp &clamp) {
+BlockCall call_of(const Frame &f, const Step &s, const Operands &o, const Clamp &clamp) {
     BlockCall call = {};
     call.packed = f.scratch;
     call.weights = s.weights.values.data();
@@ -72,8 +39,8 @@ BlockCall call_of(const Frame &f, const Step &s, const View &y, const View &resi
     call.sums = f.scratch + f.program->packed_floats;
     call.totals = call.sums + f.program->sums_floats / 2;
     call.discard = call.sums + f.program->sums_floats;
-    call.y_stride = y.stride;
-    call.residual_stride = residual.stride;
+    call.y_stride = o.y.stride;
+    call.residual_stride = o.residual.stride;
     call.bias = s.bias.data();
     call.low = clamp.low;
     call.high = clamp.high;
@@ -83,6 +50,7 @@ BlockCall call_of(const Frame &f, const Step &s, const View &y, const View &resi
 // How a kernel stores a tile. The last one of a plane may go beyond its end where there is room in the arena.
 int32_t shape_of(const Frame &f, const Step &s, int64_t images, const Tile &tile) {
     if (tile.shape != STORE_TAIL) return tile.shape;
+    if (s.node.kind == Kind::RECURRENCE) return STORE_PREFIX;
     const std::vector<Value> &values = f.plan->values;
     const Value &y = values[s.node.out];
     const int64_t end = tile.y + int64_t{tile.vectors} * f.program->kernels->lanes - f.begins[s.node.out];
@@ -92,12 +60,66 @@ int32_t shape_of(const Frame &f, const Step &s, int64_t images, const Tile &tile
     return last && room && read ? STORE_PLAIN : STORE_PREFIX;
 }
 
-void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t first_tile, int64_t last_tile) {
+}  // namespace
+
+void multiply_vector(const Frame &f, const Step &s, const Operands &o) {
+    const int64_t columns = multiplied(f.program->graph, s.node).channels,
+                  rows = product_of(f.program->graph, s.node).channels, lanes = f.program->kernels->lanes;
+    float *line = f.scratch;
+    if (o.x.stride == 1) std::memcpy(line, o.x.at, static_cast<size_t>(columns) * sizeof(float));
+    else
+        for (int64_t c = 0; c < columns; ++c) line[c] = o.x.at[c * o.x.stride];
+    line[columns] = 0.0f;
+    const Share mine(f, s.weights.starts.size() - 1);  // of panels
+    const int64_t first = mine.from * lanes, last = std::min(rows, mine.to * lanes);
+    const Clamp clamp = clamp_of(s.node.activation);
+    VectorCall call = {};
+    call.weights = s.weights.values.data();
+    call.index = s.config.sparse() ? s.weights.offsets.data() : nullptr;
+    call.starts = s.weights.starts.data() + mine.from;
+    call.rows = s.config.sparse() ? s.weights.row_ids.data() + first : nullptr;
+    call.first_row = static_cast<int32_t>(first);
+    call.last_row = static_cast<int32_t>(last);
+    call.panels = static_cast<int32_t>(mine.to - mine.from);
+    call.columns = static_cast<int32_t>(columns);
+    call.backwards = o.backwards;
+    call.x = line;
+    call.y = o.y.at;
+    call.y_stride = o.y.stride;
+    call.residual = o.residual.at;
+    call.residual_stride = o.residual.stride;
+    call.bias = s.bias.data();
+    call.low = clamp.low;
+    call.high = clamp.high;
+    f.program->kernels->vector(&call, s.config.bf16());
+    if (!clamp.rest) return;
+    const auto activate = [&](float *at, int64_t n) {
+        f.program->kernels->activate(s.node.activation, s.mode(), at, at, n);
+    };
+    if (o.y.stride == 1 && f.parts == 1) return activate(o.y.at, rows);
+    // one number a row: some at a time, side by side
+    constexpr int64_t SOME = 64;
+    float some[SOME];
+    for (int64_t from = first; from < mine.to * lanes; from += SOME) {
+        float *at[SOME];
+        int64_t n = 0;
+        for (int64_t i = from; i < std::min(from + SOME, mine.to * lanes); ++i) {
+            const int64_t row = call.rows ? call.rows[i - first] : i;
+            if (row >= 0 && row < rows) at[n++] = o.y.at + row * o.y.stride;
+        }
+        for (int64_t i = 0; i < n; ++i) some[i] = *at[i];
+        activate(some, n);
+        for (int64_t i = 0; i < n; ++i) *at[i] = some[i];
+    }
+}
+
+void multiply_tiles(const Frame &f, const Step &s, const Operands &o, int64_t images, int64_t first_tile,
+                    int64_t last_tile) {
     const Kernels &k = *f.program->kernels;
     const Tiling &tiling = s.tiling(images);
-    const View x = view(f, s.node.x, at), y = view(f, s.node.out, at);
-    const View residual = s.node.other_operand >= 0 ? view(f, s.node.other_operand, at) : View{nullptr, 0};
-    const int32_t channels = f.plan->values[s.node.x].shape.channels, rows = f.plan->values[s.node.out].shape.channels;
+    const View &x = o.x, &y = o.y, &residual = o.residual;
+    const int32_t channels = multiplied(f.program->graph, s.node).channels,
+                  rows = product_of(f.program->graph, s.node).channels;
     const int32_t blocks = ceil_div(channels, s.config.block), chunks = ceil_div(rows, CHUNK_ROWS);
     const Clamp clamp = clamp_of(s.node.activation);
     const bool direct = s.config.direct();
@@ -107,7 +129,7 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
     std::memset(packed + zero, 0, static_cast<size_t>(width) * sizeof(float));
     const float **planes = reinterpret_cast<const float **>(packed + width);  // of direct kernels, after the zeros
     if (direct) planes[s.config.block] = packed;
-    BlockCall call = call_of(f, s, y, residual, clamp);
+    BlockCall call = call_of(f, s, o, clamp);
     call.planes = planes;
 
     // threads share tiles, which the next layer's same tiles read, and the rows of a tile where there are few tiles
@@ -147,6 +169,8 @@ void conv(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t fir
         }
     }
 }
+
+namespace {
 
 // Rows of results in a unit of a depthwise step: as many as its kernels compute at once for a 3 x 3 kernel (see
 // depthwise-inl.h). Not measured apart.
@@ -251,6 +275,17 @@ void elementwise(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const int64_t n = shape.pixels() * images;
     const Clamp clamp = clamp_of(s.node.activation);
     const Share mine(f, shape.channels);
+    if (n == 1 && !broadcast && x.stride == 1 && y.stride == 1 && (!other.at || other.stride == 1)) {  // vectors
+        const float *from = x.at + mine.from;
+        float *to = y.at + mine.from;
+        const int64_t count = mine.to - mine.from;
+        if (s.node.kind == Kind::AFFINE)
+            k.affine_each(from, s.scale.data() + mine.from, s.shift.data() + mine.from, to, count, clamp.low,
+                          clamp.high);
+        else (s.node.multiply ? k.multiply : k.add)(from, other.at + mine.from, to, count, clamp.low, clamp.high);
+        if (clamp.rest) k.activate(s.node.activation, s.mode(), to, to, count);
+        return;
+    }
     for (int64_t c = mine.from; c < mine.to; ++c) {
         const float *from = x.at + c * x.stride;
         float *to = y.at + c * y.stride;
@@ -449,14 +484,14 @@ Unit unit_of(const Step &s, int64_t images, int64_t i) {
 void run_units(const Frame &f, const Step &s, int64_t at, int64_t images, int64_t from, int64_t to) {
     if (s.node.kind == Kind::POOL) pool(f, s, at, from, to);
     else if (s.config.planes()) depthwise(f, s, at, from, to);
-    else conv(f, s, at, images, from, to);
+    else multiply_tiles(f, s, operands_of(f, s, at), images, from, to);
 }
 
 void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
     switch (s.node.kind) {
         case Kind::CONV:
             if (s.config.vector) {
-                for (int64_t i = 0; i < images; ++i) conv_vector(f, s, at + i);
+                for (int64_t i = 0; i < images; ++i) multiply_vector(f, s, operands_of(f, s, at + i));
                 return;
             }
             if (s.config.tiled()) return run_units(f, s, at, images, 0, unit_count(s, images));
@@ -474,6 +509,7 @@ void run_step(const Frame &f, const Step &s, int64_t at, int64_t images) {
         case Kind::LSTM_CELL:
         case Kind::LSTM_HIDDEN: return lstm(f, s, at, images);
         case Kind::GRU: return gru(f, s, at, images);
+        case Kind::RECURRENCE: return run_recurrence(f, s, at, images);
         case Kind::TENSOR: return run_tensor(f, s, at, images);
         default: return port(f, s, at, images);
     }

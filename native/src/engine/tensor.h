@@ -12,6 +12,17 @@ struct View {
 };
 View view(const Frame &frame, int32_t id, int64_t image);
 
+// What the weights of a layer multiply, where the products go, and what is added to them (null: nothing).
+struct Operands {
+    View x, y, residual;
+    bool backwards = false;  // VectorCall
+};
+// The products of one vector, and of the tiles [first_tile, last_tile) of so many images (1 or step.group); this
+// thread's share of them.
+void multiply_vector(const Frame &frame, const Step &step, const Operands &operands);
+void multiply_tiles(const Frame &frame, const Step &step, const Operands &operands, int64_t images, int64_t first_tile,
+                    int64_t last_tile);
+
 // This thread's share of count things.
 struct Share {
     int64_t from, to;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <numeric>
 
 namespace rarefy::engine {
 
@@ -36,28 +37,37 @@ void put(uint8_t *at, int32_t kind, float value, uint32_t offset) {
     else std::memcpy(at, &value, sizeof value);
 }
 
+// Panels of as many rows as there are lanes: a dense matrix's in order, a sparse one's by their length.
 Weights make_vector_weights(const Matrix &matrix, const Entries &entries, const Config &config, int32_t lanes) {
     Weights out;
+    const int32_t panels = ceil_div(matrix.rows, lanes);
+    std::vector<int32_t> order(static_cast<size_t>(panels * lanes), -1);
+    std::iota(order.begin(), order.begin() + matrix.rows, 0);
+    if (config.sparse())
+        std::stable_sort(order.begin(), order.begin() + matrix.rows,
+                         [&](int32_t a, int32_t b) { return entries[a].size() > entries[b].size(); });
     Buffer<uint8_t> values;
     Buffer<uint16_t> index;
     Buffer<int64_t> starts{0};
-    for (const auto &row : entries) {
-        int64_t count = 0;
-        // a dense row has all its columns in order; a sparse one's padding reads the zero behind the vector
-        const auto put = [&](int32_t column, float value) {
-            if (config.bf16()) append(values, to_bf16(value));
-            else append(values, value);
-            if (config.sparse()) index.push_back(static_cast<uint16_t>(column));
-            ++count;
-        };
-        for (const Entry &e : row) put(e.channel, e.value);
-        while (count % lanes) put(matrix.channels, 0.0f);
-        starts.push_back(starts.back() + count);
+    for (int32_t panel = 0; panel < panels; ++panel) {
+        const int32_t *rows = order.data() + panel * lanes;
+        const size_t length = entries[rows[0]].size();
+        for (size_t k = 0; k < length; ++k)
+            for (int32_t i = 0; i < lanes; ++i) {
+                // padding reads the zero behind the vector
+                const bool some = rows[i] >= 0 && k < entries[rows[i]].size();
+                const Entry e = some ? entries[rows[i]][k] : Entry{matrix.channels, 0, 0.0f};
+                if (config.bf16()) append(values, to_bf16(e.value));
+                else append(values, e.value);
+                if (config.sparse()) index.push_back(static_cast<uint16_t>(e.channel));
+            }
+        starts.push_back(starts.back() + static_cast<int64_t>(length) * lanes);
     }
     out.stored = starts.back();
     out.values = Array<uint8_t>(std::move(values));
     out.offsets = Array<uint16_t>(std::move(index));
     out.starts = Array<int64_t>(std::move(starts));
+    if (config.sparse()) out.row_ids = Array<int32_t>(order);
     return out;
 }
 
@@ -314,11 +324,15 @@ uint32_t offset_at(const Weights &weights, const Config &config, const Group &gr
 Entries entries_of(const Matrix &matrix, const Weights &weights, const Config &config, const Layout &layout) {
     Entries rows(matrix.rows);
     if (config.vector) {
-        for (int32_t row = 0; row < matrix.rows; ++row)
-            for (int64_t i = weights.starts[row]; i < weights.starts[row + 1]; ++i) {
+        const int32_t lanes = layout.lanes;
+        for (int64_t panel = 0; panel + 1 < weights.starts.size(); ++panel)
+            for (int64_t i = weights.starts[panel]; i < weights.starts[panel + 1]; ++i) {
+                const int64_t at = panel * lanes + i % lanes;
+                const int32_t row = config.sparse() ? weights.row_ids[at] : static_cast<int32_t>(at);
                 const int32_t column =
-                    config.sparse() ? weights.offsets[i] : static_cast<int32_t>(i - weights.starts[row]);
-                if (column < matrix.channels) rows[row].push_back({column, 0, value_at(weights, config, i)});
+                    config.sparse() ? weights.offsets[i] : static_cast<int32_t>((i - weights.starts[panel]) / lanes);
+                if (row >= 0 && row < matrix.rows && column < matrix.channels)
+                    rows[row].push_back({column, 0, value_at(weights, config, i)});
             }
     } else if (config.planes()) {
         for (int32_t row = 0; row < matrix.rows; ++row)
@@ -369,21 +383,27 @@ namespace {
 
 std::string check_vector(const Matrix &matrix, const Weights &weights, const Config &config, int32_t lanes,
                          int64_t stored) {
-    if (weights.groups.size() || weights.row_ids.size() || weights.chunks.size())
-        return "there is more than its kernel takes";
-    if (weights.starts.size() != int64_t{matrix.rows} + 1 || weights.starts[0] != 0 ||
-        weights.starts[matrix.rows] != stored)
+    const int64_t panels = ceil_div(matrix.rows, lanes);
+    if (weights.groups.size() || weights.chunks.size()) return "there is more than its kernel takes";
+    if (weights.starts.size() != panels + 1 || weights.starts[0] != 0 || weights.starts[panels] != stored)
         return "rows do not fit the weights";
     if (weights.offsets.size() != (config.sparse() ? stored : 0)) return "columns do not fit the weights";
-    for (int32_t row = 0; row < matrix.rows; ++row) {
-        const int64_t from = weights.starts[row], to = weights.starts[row + 1];
+    if (weights.row_ids.size() != (config.sparse() ? panels * lanes : 0)) return "rows do not fit the weights";
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t from = weights.starts[panel], to = weights.starts[panel + 1];
         if (to < from || to > stored || (to - from) % lanes) return "a row is out of range";
-        if (!config.sparse() && to - from != (int64_t{matrix.channels} + lanes - 1) / lanes * lanes)
-            return "a row is out of range";
+        if (!config.sparse() && to - from != int64_t{matrix.channels} * lanes) return "a row is out of range";
     }
     for (int64_t i = 0; i < weights.offsets.size(); ++i)
         if (weights.offsets[i] > matrix.channels) return "a column is out of range";
-    return "";
+    std::vector<bool> there(static_cast<size_t>(matrix.rows));
+    for (int64_t i = 0; i < weights.row_ids.size(); ++i) {
+        const int32_t row = weights.row_ids[i];
+        if (row < -1 || row >= matrix.rows || (row >= 0 && there[row])) return "a row is out of range";
+        if (row >= 0) there[row] = true;
+    }
+    const bool whole = !config.sparse() || std::find(there.begin(), there.end(), false) == there.end();
+    return whole ? "" : "a row has no result";
 }
 
 // What is there of a row, group by group.

@@ -42,7 +42,7 @@ class Array {
 // How a convolution is computed.
 struct Config {
     int32_t kind;     // enum WeightKind
-    int32_t vector;   // 1: one pixel at a time, by dot products (vectors in, vectors out)
+    int32_t vector;   // 1: one pixel at a time, in panels of rows (vectors in, vectors out)
     int32_t rows;     // R
     int32_t vectors;  // T
     int32_t form;     // enum Form
@@ -80,9 +80,9 @@ struct Weights {
     Array<uint8_t> values;    // float, uint16, or uint32 words of bf16 and offset
     Array<uint16_t> offsets;  // of packed floats; column numbers for Config::vector
     Array<Group> groups;
-    Array<int32_t> row_ids;  // rows for each group
+    Array<int32_t> row_ids;  // rows for each group; sparse Config::vector: lanes for each panel
     Array<int32_t> chunks;   // first group of each (block, chunk), and the number of groups
-    Array<int64_t> starts;   // Config::vector: first weight of every row, and the number of weights
+    Array<int64_t> starts;   // Config::vector: first weight of every panel, and the number of weights
     int64_t stored = 0;      // weights, padding included
 
     int64_t bytes() const {

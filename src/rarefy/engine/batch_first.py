@@ -65,10 +65,8 @@ class _Rewriting:
                 self.places[node] = place
 
     def gains(self) -> bool:
-        """Whether there is an operator to rewrite; recurrent layers go through steps of their own with rows as is."""
-        nodes = self.graph.nodes
-        recurrent = any(str(node.target) in ("rarefy.lstm.default", "rarefy.gru.default") for node in nodes)
-        return not recurrent and any(self._is_astray(node) and _rows(node) is not None for node in nodes)
+        """Whether there is an operator to rewrite."""
+        return any(self._is_astray(node) and _rows(node) is not None for node in self.graph.nodes)
 
     def run(self) -> None:
         """Give every value that is astray a twin with the batch in front, and compute it from that."""
@@ -232,7 +230,7 @@ _KEEP = frozenset(
         *("bmm.default", "baddbmm.default", "matmul.default", "softmax.int", "_softmax.default"),
         "scaled_dot_product_attention.default",
     )
-)
+) | {"rarefy.recurrence.default"}
 
 
 def _last(node: fx.Node) -> int:

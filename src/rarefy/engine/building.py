@@ -38,6 +38,7 @@ from rarefy.engine.plan import (
     Pointwise,
     Pool,
     Quantized,
+    Recurrence,
     Reduce,
     Resize,
     Step,
@@ -151,7 +152,7 @@ class NativeSegment:
         count, sizes = known
         outputs = [torch.empty(size, dtype=torch.float32) for size in sizes]
         if count:
-            self.program.run(inputs, outputs, count, threads, seconds)
+            self.program.run(inputs, outputs, count, threads, seconds, known=True)
         if not self._gives_bytes:
             return outputs
         return [_as_bytes(y, port) for y, port in zip(outputs, self.outputs, strict=True)]
@@ -233,6 +234,7 @@ class Building:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     rows: bool = False  # all axes but the last count as batch
+    sequences: bool = False  # dimension 0 counts as batch where the graph has it elsewhere: recurrences alone
 
     @cached_property
     def users(self) -> Mapping[str, Sequence[Step]]:
@@ -243,6 +245,7 @@ class Building:
         """Add a step; gives the reason if it cannot be."""
         if not self.steps:
             self.rows = isinstance(step, Linear) and self.plan.values[step.input].sample is None
+            self.sequences = isinstance(step, Recurrence) and self.plan.values[step.products].sample is None
         try:
             made = self._add(step)
         except (CannotError, NativeError) as error:
@@ -253,6 +256,8 @@ class Building:
         self.layouts[step.output] = layout
         channels, height, width = self.builder.shape(number)
         known = self.plan.values[step.output].sample
+        if self.sequences:
+            known = self.options.shapes[step.output][1:]
         self.shapes[step.output] = (channels,) if self.rows else known if known is not None else ()
         expected = geometry(self.shapes[step.output], CHANNELS_FIRST if layout is None else layout)
         if (channels, height, width) != expected:
@@ -283,7 +288,7 @@ class Building:
 
     def _port(self, value: str, shape: tuple[int, ...]) -> SegmentPort:
         """The port of a value whose sample has that shape."""
-        fold = 1 if self.rows else self.plan.values[value].fold
+        fold = 1 if self.rows or self.sequences else self.plan.values[value].fold
         return SegmentPort(value, shape if fold == 1 else shape[1:], fold=fold)
 
     def _program(self, batch: int) -> Program:
@@ -295,12 +300,15 @@ class Building:
 
     def _tune_seconds(self) -> float:
         """Give this program's share of the time to measure in."""
-        layers = [len([s for s in steps if isinstance(s, (Conv, Linear))]) for steps in (self.steps, self.plan.steps)]
+        kinds = (Conv, Linear, Recurrence)
+        layers = [len([s for s in steps if isinstance(s, kinds)]) for steps in (self.steps, self.plan.steps)]
         return self.options.tune_seconds * layers[0] / max(1, layers[1])
 
     def _add(self, step: Step) -> tuple[int | None, int]:
         """Layout and number of the value that the step makes."""
         name = step.output  # what it is known by in the profile
+        if isinstance(step, Recurrence) if self.rows else self.sequences and not isinstance(step, Recurrence):
+            raise CannotError("its samples are not those of the steps before")
         match step:
             case Conv():
                 x, *residual = self._values(step.inputs, CHANNELS_FIRST)
@@ -383,6 +391,8 @@ class Building:
                 return self._placed(step)
             case Pointwise():
                 return self._pointwise(step)
+            case Recurrence():
+                return CHANNELS_LAST, self._recurrence(step)
             case LSTMCell() | GRUGates():
                 return None, self._gates(step)
         raise CannotError(f"there is no native {step.kind}")
@@ -540,6 +550,24 @@ class Building:
                 return self.builder.lstm_cell(*values, mode=mode, table=table, name=step.output)
         return self.builder.gru(*values, mode=mode, table=table, name=step.output)
 
+    def _recurrence(self, step: Recurrence) -> int:
+        (products,) = self._values((step.products,), CHANNELS_LAST)
+        states = self._values(step.states, CHANNELS_FIRST)
+        hidden = step.weight.shape[1]
+        return self.builder.recurrence(
+            products,
+            states,
+            step.weight,
+            None if step.bias is None else torch.nn.functional.pad(step.bias, (2 * hidden, 0)),
+            reverse=step.reverse,
+            cells=step.cells,
+            mode=step.mode,
+            table=step.table,
+            storage=self.options.storage,
+            choice=self.options.choice,
+            name=step.output,
+        )
+
     def _pool(self, step: Pool, x: int) -> int:
         sizes = self._shape(step.input)[1:]
         outs = (self.plan.values[step.output].shape or ())[1:]
@@ -567,6 +595,8 @@ class Building:
         """The shape of a value behind the axes that count as batch; of at most so many axes."""
         if self.rows and value not in self.shapes:
             return self.options.shapes[value][-1:]
+        if self.sequences and value not in self.shapes:
+            return self.options.shapes[value][1:]
         shape = self.shapes.get(value, self.plan.values[value].sample)
         if not shape or (most is not None and len(shape) > most):
             raise CannotError("its shape is only known when it runs" if not shape else "it has too many axes")
@@ -590,7 +620,7 @@ class Building:
     def _wanted(self, value: str) -> int | None:
         """The layout that the first reader of a value which has one needs it in."""
         for user in self.users.get(value, ()):
-            if isinstance(user, Linear) or (isinstance(user, Norm) and user.axis == -1):
+            if isinstance(user, (Linear, Recurrence)) or (isinstance(user, Norm) and user.axis == -1):
                 return CHANNELS_LAST
             if isinstance(user, (Conv, Pool, GlobalAverage, Upsample, Concat, Norm)):
                 return CHANNELS_FIRST

@@ -57,6 +57,8 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | Non
     with quiet, torch.no_grad(), kept_operators(), recurrent.by_layers(), _uncollected(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = _export(model, tuple(inputs), fixed_because)
+        if fixed_because is None and recurrent.along_batch(program.graph):
+            program, fixed_because = _export(model, tuple(inputs), "a recurrent layer's sequence is along it")
         return _Graph(program, fixed_because, model).plan()
 
 
@@ -236,6 +238,7 @@ class _Graph:
         shape = nodes[self.inputs[0]].meta["val"].shape
         self.inputs = [*labels.values()]
         self.batch = str(shape[0]) if shape else "1"
+        recurrent.without_cells(program.graph)
         if fixed_because is None:
             batch_first(program.graph, self.inputs)
 

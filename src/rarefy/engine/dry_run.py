@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.building import NativeSegment
-from rarefy.engine.building_recurrent import RecurrentSegment
 from rarefy.engine.eager import Eager
 from rarefy.engine.functions import check_mode
 from rarefy.engine.int8 import Int8
@@ -74,8 +73,6 @@ def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapp
 
 
 def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(item, RecurrentSegment):
-        return {item.output: _recurrent(item, [values[name] for name in item.reads])}
     if isinstance(item, NativeSegment):
         xs = [values[port.value] for port in item.inputs]
         batches = {port.batch(x.shape) for x, port in zip(xs, item.inputs, strict=True)}
@@ -164,31 +161,20 @@ def _is_plain(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype is torch.float32 and x.layout is torch.strided and x.is_contiguous()
 
 
-def _recurrent(item: RecurrentSegment, given: list[Tensor]) -> tuple[Tensor, ...]:
-    """What a program of a recurrence makes."""
-    for x, port in zip(given, item.inputs, strict=True):
-        if x.dtype is not torch.float32 or tuple(x.shape[1:]) != port.shape:
-            raise ValueError("its inputs have other shapes")
-    products, *states = (tuple(x.shape) for x in given)
-    item.check(products, states)
-    rows = [products[0], *(state[0] for state in states)]
-    return tuple(torch.empty(count, *port.shape, device="meta") for count, port in zip(rows, item.outputs, strict=True))
-
-
 def check_recurrence(step: Recurrence, given: Sequence[Tensor]) -> None:
     """Raise ValueError for a recurrence whose weights and operands do not fit together, or that has no such gates."""
     products, *states = given
-    gates = {1: 3, 2: 4}.get(len(states), 0)
-    batch, hidden = states[0].shape if states and states[0].dim() == 2 else (0, 0)
-    expected = [(gates * hidden, hidden), *((batch, hidden) for _ in states)]
-    found = [tuple(x.shape) for x in (step.weight, *states)]
-    steps = products.dim() == 2 and products.shape[1] == gates * hidden and batch and products.shape[0] % batch == 0
+    rows, hidden = step.weight.shape if step.weight.dim() == 2 else (0, 0)
+    gates = rows // hidden if hidden else 0
+    fits = products.dim() == 3 and products.shape[2] == rows == gates * hidden and products.shape[1] > 0
+    begins = len(states) in (0, gates - 2) and all(x.shape == (products.shape[0], hidden) for x in states)
     floats = all(x.dtype is torch.float32 for x in (*given, step.weight, *(() if step.bias is None else (step.bias,))))
     biased = step.bias is None or (gates == 3 and tuple(step.bias.shape) == (hidden,))
-    if not (gates and hidden and steps and floats and biased) or found != expected:
-        raise ValueError(f"weights of {found[0]} do not fit products of {tuple(products.shape)} and {found[1:]}")
-    if not isinstance(step.reverse, bool):
-        raise ValueError("its direction is none")
+    if gates not in (3, 4) or not (fits and begins and floats and biased):
+        found = [tuple(x.shape) for x in given]
+        raise ValueError(f"weights of {tuple(step.weight.shape)} do not fit products and states of {found}")
+    if not isinstance(step.reverse, bool) or not isinstance(step.cells, bool) or (step.cells and gates == 3):
+        raise ValueError("its direction or what it gives is none")
     check_mode("tanh", step.mode, step.table)
 
 

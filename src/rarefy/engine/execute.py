@@ -96,8 +96,7 @@ class Runner:
 
     def __call__(self, inputs: Sequence[Tensor], threads: int) -> tuple[Any, ...]:
         """The outputs."""
-        outputs: tuple[Any, ...] = self._run(threads, *inputs)
-        return outputs
+        return self._run(threads, *inputs)  # type: ignore[no-any-return]
 
     def timed(self, inputs: Sequence[Tensor], rounds: int) -> Timed:
         """Time every step on one thread, and whole calls beside that.

@@ -33,7 +33,6 @@ from rarefy._files import write_atomically
 from rarefy.engine import int8, plan, programs
 from rarefy.engine.building import INTEGERS, NativeSegment, Options, SegmentPort
 from rarefy.engine.building_int8 import Int8Segment, again
-from rarefy.engine.building_recurrent import RecurrentSegment
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
 from rarefy.engine.eager import Eager
 from rarefy.engine.engine import Engine, Port, Report
@@ -46,7 +45,7 @@ from rarefy.engine.quantization import Quantization
 from rarefy.engine.shapes import Engines
 from rarefy.engine.structure import read, read_call
 
-VERSION = 2
+VERSION = 3
 
 _MAGIC = b"rarefy\x00e"
 _HEAD = struct.Struct("<8sIIQQ32s")
@@ -132,13 +131,12 @@ class _Writer:
             return {"int8": self._int8(item)}
         if isinstance(item, NativeSegment):
             ports = {name: [asdict(port) for port in getattr(item, name)] for name in ("inputs", "outputs")}
-            about = {
+            return {
                 "program": self.add(item.program.save(), program=True),
                 **ports,
                 "steps": list(item.steps),
                 "rows": item.rows,
             }
-            return {**about, "reverse": item.reverse} if isinstance(item, RecurrentSegment) else about
         if isinstance(item, Eager):
             raise ValueError(
                 "this engine runs the model itself, since nothing made of its graph is as fast: save the model, or "
@@ -308,22 +306,6 @@ def _with_weights(fields: dict[str, Any]) -> dict[str, Any]:
     if not (scale.isfinite() & (scale > 0)).all():
         raise ValueError("a scale of weights is not above 0")
     return {**fields, "weight": int8.weights(whole, scale)}
-
-
-def _recurrence(
-    program: programs.Program,
-    inputs: tuple[SegmentPort, ...],
-    outputs: tuple[SegmentPort, ...],
-    steps: tuple[str, ...],
-    rows: float,
-    reverse: _Json,
-) -> RecurrentSegment:
-    """The program of a recurrence; its states are vectors, and come out as they go in."""
-    shapes = [[port.shape for port in ports[1:]] for ports in (inputs, outputs)]
-    vectors = all(len(port.shape) == 1 for port in (*inputs, *outputs))
-    if shapes[0] != shapes[1] or not shapes[0] or not vectors or len(steps) != 1 or not isinstance(reverse, bool):
-        raise ValueError("a program is no step of a recurrence")
-    return RecurrentSegment(program=program, inputs=inputs, outputs=outputs, steps=steps, rows=rows, reverse=reverse)
 
 
 def _meanings(item: Int8) -> tuple[Quantized | None, ...]:
@@ -529,8 +511,6 @@ class _Reader:
                     raise ValueError(f"a program has other {name}")
                 ports.append(told)
             steps = tuple(map(_text, about["steps"]))
-            if "reverse" in about:
-                return _recurrence(program, ports[0], ports[1], steps, about["rows"], about["reverse"])
             return NativeSegment(program, ports[0], ports[1], steps, about["rows"])
         kind = _STEPS[about["step"]]
         given_fields = {name: self._value(value) for name, value in about["fields"].items()}

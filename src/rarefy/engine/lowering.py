@@ -9,11 +9,10 @@ from typing import TypeAlias
 
 from rarefy.engine.building import Building, CannotError, NativeSegment, Options
 from rarefy.engine.building_int8 import Int8Building
-from rarefy.engine.building_recurrent import recurrent
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
-from rarefy.engine.plan import Embedding, Norm, Operator, Plan, Pointwise, Quantize, Recurrence, Step
+from rarefy.engine.plan import Embedding, Norm, Operator, Plan, Pointwise, Quantize, Step
 from rarefy.engine.programs import NativeError, Program
 
 #: What an engine runs one after the other.
@@ -79,8 +78,6 @@ class _Lowering:
             return "PyTorch alone has it"
         if step.output in self.leave:
             return "PyTorch is faster"
-        if isinstance(step, Recurrence):
-            return self._add_recurrence(step)
         kind = Int8Building if isinstance(runnable, Int8) else Building
         if type(self.building) is kind and self.building.add(step) is None:
             return None
@@ -101,18 +98,6 @@ class _Lowering:
             return False
         own, quantizers = self.building.layouts, self.quantizers
         return any((quantizers[name].input if name in quantizers else name) in own for name in runnable.inputs)
-
-    def _add_recurrence(self, step: Recurrence) -> str | None:
-        """Add a program of its own; gives the reason if it cannot be."""
-        try:
-            segment = recurrent(self.plan, step, self.options, self.measured)
-        except (CannotError, NativeError) as error:
-            return str(error)
-        self._flush()
-        for name in step.inputs:
-            self._quantize(name)
-        self.items.append(segment)
-        return None
 
     def _flush(self) -> None:
         """Finish the program that is being built, where there is one."""

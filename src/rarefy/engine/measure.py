@@ -109,8 +109,8 @@ def walk(
         if isinstance(step, ConvTranspose):  # once for each place of the input channel that it belongs to
             given = shapes[step.input]
             layers[step.output] = _facts(step.weight, math.prod(given) // given[1], samples(inputs[0].shape), took)
-        if isinstance(step, Recurrence):  # once for each row of every step
-            layers[step.output] = _facts(step.weight, len(result[0]), samples(inputs[0].shape), None)
+        if isinstance(step, Recurrence):  # once for each step of every sequence
+            layers[step.output] = _facts(step.weight, math.prod(result.shape[:2]), samples(inputs[0].shape), None)
         if isinstance(result, Tensor):
             shapes[step.output] = tuple(result.shape)
         for name in freed:

@@ -35,7 +35,7 @@ def optimize(plan: Plan) -> Plan:
     """Fold per-channel factors into the layer before, then fuse residual additions and activations into it."""
     plan = _before_reshapes(plan)
     plan = float_masks(join_attention(_without_unused(absorb_views(_without_unused(simplify(plan))))))
-    for rewrite in (_fuse_padding, _fold_affine, _fuse_residual, _fuse_activation):
+    for rewrite in (_fuse_padding, _fold_affine, _fold_into_next, _fuse_residual, _fuse_activation):
         plan = _rewritten(_without_unused(plan), rewrite)
     plan, before = _rewritten(plan, _fuse_pointwise), plan
     while len(plan.steps) < len(before.steps):
@@ -148,6 +148,24 @@ def _fold_affine(plan: Plan, only_use: Callable[[str], Step | None], step: Step)
     bias = _sum(None if layer.bias is None else layer.bias.double() * scale.double(), shift)
     made = replace(layer, output=step.output, weight=folded.float(), bias=bias, activation=step.activation)
     return layer, made if isinstance(made, ConvTranspose) else replace(made, weight_scale=None)
+
+
+def _fold_into_next(plan: Plan, only_use: Callable[[str], Step | None], step: Step) -> tuple[Step, Step] | None:
+    """``w (scale x + shift) + b`` is ``(w scale) x + (w shift + b)``."""
+    if not isinstance(step, Linear) or step.weight_scale is not None or step.residual == step.input:
+        return None
+    before = only_use(step.input)
+    if not isinstance(before, Affine) or before.activation != "none" or before.scale is before.shift is None:
+        return None
+    channels = step.weight.shape[1]
+    # One axis behind the batch is the last one, too.
+    same_axis = before.axis == -1 or len(plan.values[step.input].shape or ()) == 1
+    scale, shift = (_along(each, channels, same_axis) for each in (before.scale, before.shift))
+    if (scale is None and before.scale is not None) or (shift is None and before.shift is not None):
+        return None
+    weight = step.weight if scale is None else (step.weight.double() * scale.double()).float()
+    moved = None if shift is None else step.weight.double() @ shift.double()
+    return before, replace(step, input=before.input, weight=weight, bias=_sum(moved, step.bias))
 
 
 def _along(numbers: Tensor | None, channels: int, same_axis: bool) -> Tensor | None:

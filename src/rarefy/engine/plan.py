@@ -609,11 +609,11 @@ class GRUGates(Step):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Recurrence(Step):
-    """One layer of an LSTM or, where there is one state, of a GRU over a sequence, in one direction.
+    """One layer of an LSTM or a GRU over a sequence, in one direction: (B, steps, 4 n or 3 n) -> (B, steps, n or 2 n).
 
-    Its value is a tuple: y (steps B, n), and each of the states (B, n), h and c, after the last step. ``products``
-    (steps B, 4 n or 3 n) are those of the input with its weights, one step after another; ``weight`` is (4 n or 3 n,
-    n) float32; ``bias`` (n,) is that of a GRU's third gate.
+    ``products`` are those of the input with its weights; ``weight`` is (4 n or 3 n, n) float32; ``bias`` (n,) is that
+    of a GRU's third gate. It begins from ``states``, h and of an LSTM c, (B, n) each, or from zeros where there are
+    none, with the last step where ``reverse``. The result is h after every step, and with ``cells`` c behind it.
     """
 
     products: str
@@ -621,6 +621,7 @@ class Recurrence(Step):
     weight: Tensor
     bias: Tensor | None = None
     reverse: bool
+    cells: bool
     mode: str
     table: str
 
@@ -630,7 +631,7 @@ class Recurrence(Step):
 
     @property
     def kind(self) -> str:  # noqa: D102
-        return "gru" if len(self.states) == 1 else "lstm"
+        return "lstm" if len(self.weight) == 4 * self.weight.shape[1] else "gru"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

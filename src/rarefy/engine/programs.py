@@ -131,6 +131,23 @@ class _Pool(ctypes.Structure):
     )
 
 
+class _Recurrence(ctypes.Structure):
+    _fields_ = (
+        ("x", _INT32),
+        ("h", _INT32),
+        ("c", _INT32),
+        ("hidden", _INT32),
+        ("reverse", _INT32),
+        ("cells", _INT32),
+        ("storage", _INT32),
+        ("choice", _INT32),
+        ("weight", _POINTER),
+        ("weights", _INT64),
+        ("bias", _POINTER),
+        ("biases", _INT64),
+    )
+
+
 class _Tensor(ctypes.Structure):
     _fields_ = (
         ("function", _INT32),
@@ -220,6 +237,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_lstm_cell": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
     "builder_lstm_hidden": (_INT32, (_POINTER, _INT32, _INT32, _TEXT), True),
     "builder_gru": (_INT32, (_POINTER, _INT32, _INT32, _INT32, _TEXT), True),
+    "builder_recurrence": (_INT32, (_POINTER, ctypes.POINTER(_Recurrence), _TEXT), True),
     "builder_tensor": (_INT32, (_POINTER, ctypes.POINTER(_Tensor), _TEXT), True),
     "builder_mode": (_INT32, (_POINTER, _INT32, _INT32, _POINTER), True),
     "builder_output": (_INT32, (_POINTER, _INT32, _INT32), True),
@@ -229,11 +247,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "program_run": (
         _INT32,
         (_POINTER, _BUFFERS, _INT32, _BUFFERS, _INT32, _INT64, _INT32, _POINTER, _INT64),
-        True,
-    ),
-    "program_run_steps": (
-        _INT32,
-        (_POINTER, _BUFFERS, _INT32, _BUFFERS, _INT32, _INT64, _INT64, _INT32, _INT32, _POINTER, _INT64),
         True,
     ),
     "program_describe": (None, (_POINTER, ctypes.POINTER(_ProgramInfo)), False),
@@ -401,33 +414,18 @@ class Program:
         batch: int,
         threads: int,
         seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
+        *,
+        known: bool = False,
     ) -> None:
         """Fill ``outputs`` from ``inputs``, all contiguous float32; the time of each step is added to ``seconds``.
+
+        The tensors are not looked at where they are ``known`` to be that, and plain ones.
 
         Raises NativeError where a tensor has not ``batch`` times the numbers of its port, and for a number of threads
         outside 1 to 1024; MemoryError without memory for the scratch.
         """
-        ports, clock = _ports(inputs, outputs, batch, threads, seconds)
+        ports, clock = _ports(inputs, outputs, batch, threads, seconds, known)
         if self._run(self._address, *ports, batch, threads, *clock):
-            raise MemoryError(f"no memory for the scratch of a batch of {batch}")
-
-    def run_steps(
-        self,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        batch: int,
-        threads: int,
-        seconds: np.ndarray[Any, np.dtype[np.float64]] | None = None,
-        *,
-        steps: int,
-        reverse: bool,
-    ) -> None:
-        """Run a program that is one step of a recurrence, so many times; see ``rarefy_program_run_steps``.
-
-        The first input and output are those of all steps, the others are states. Otherwise as :meth:`run`.
-        """
-        ports, clock = _ports(inputs, outputs, batch, threads, seconds)
-        if _call("program_run_steps", self._address, *ports, batch, steps, reverse, threads, *clock):
             raise MemoryError(f"no memory for the scratch of a batch of {batch}")
 
     def ports(self, *, outputs: bool) -> list[tuple[tuple[int, int, int], int]]:
@@ -490,6 +488,7 @@ def _ports(
     batch: int,
     threads: int,
     seconds: np.ndarray[Any, np.dtype[np.float64]] | None,
+    known: bool,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs and outputs, and the clock, as the functions that run a program take them."""
     if not (0 <= batch < 1 << 31 and 0 <= threads < 1 << 31):
@@ -497,13 +496,16 @@ def _ports(
     if seconds is not None and (seconds.dtype != np.float64 or not seconds.flags.c_contiguous):
         raise NativeError("seconds must be contiguous float64")
     clock = (None, 0) if seconds is None else (seconds.ctypes.data, seconds.size)
-    return (_buffers(inputs), len(inputs), _buffers(outputs), len(outputs)), clock
+    return (_buffers(inputs, known), len(inputs), _buffers(outputs, known), len(outputs)), clock
 
 
-def _buffers(tensors: Sequence[Tensor]) -> bytes:
+def _buffers(tensors: Sequence[Tensor], known: bool) -> bytes:
     """Where the numbers of each lie, and how many there are."""
     places: list[int] = []
     for x in tensors:
+        if known:
+            places += (x.data_ptr(), x.numel())
+            continue
         if x.dtype is not torch.float32 or not x.is_contiguous():
             raise NativeError(f"inputs and outputs must be contiguous float32, got {x.dtype} of strides {x.stride()}")
         places += (kernels.address(x), x.numel())
@@ -690,6 +692,40 @@ class Builder:
     def gru(self, x: int, h: int, state: int, *, mode: str = "exact", table: str = "", name: str) -> int:
         """A GRU's result, of the products of input and state with their weights, and the state before."""
         return self._moded(self._add("gru", x, h, state, name=name), f"tanh {mode} {table}")
+
+    def recurrence(
+        self,
+        x: int,
+        states: Sequence[int],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reverse: bool,
+        cells: bool,
+        mode: str = "exact",
+        table: str = "",
+        storage: str,
+        choice: str,
+        name: str,
+    ) -> int:
+        """A layer over a sequence, of an LSTM (weight: 4 n x n) or a GRU (3 n x n); without states it begins at 0."""
+        weights, biases = _float32(weight), _float32(bias)
+        assert weights is not None
+        about = _Recurrence(
+            x=x,
+            h=states[0] if states else -1,
+            c=states[1] if len(states) > 1 else -1,
+            hidden=weights.shape[1],
+            reverse=reverse,
+            cells=cells,
+            storage=STORAGES[storage],
+            choice=CHOICES[choice],
+            weight=_address(weights),
+            weights=weights.numel(),
+            bias=_address(biases),
+            biases=0 if biases is None else biases.numel(),
+        )
+        return self._moded(self._add("recurrence", ctypes.byref(about), name=name), f"tanh {mode} {table}")
 
     def tensor(
         self,

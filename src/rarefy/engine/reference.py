@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.act.sequences import run_gru, run_lstm
 from rarefy.engine import views
 from rarefy.engine.functions import CONVOLUTIONS, MAX_POOLS, TRANSPOSED, activate, function_of, symmetric_padding
 from rarefy.engine.int8 import Int8, item
@@ -56,6 +55,7 @@ from rarefy.engine.plan import (
     Upsample,
     View,
 )
+from rarefy.engine.sequence import over_sequence
 
 #: The functions on numbers (sizes) that a graph may hold beside operators.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -493,14 +493,11 @@ def _gru_gates(step: GRUGates, x: Tensor, h: Tensor, state: Tensor) -> Tensor:
     return (state - fresh) * z + fresh
 
 
-def _recurrence(step: Recurrence, products: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-    how = (None, step.reverse, step.mode, step.table)
-    extra = None if step.kind == "lstm" else step.bias  # a projection, which it has not, or a bias
+def _recurrence(step: Recurrence, products: Tensor, *states: Tensor) -> Tensor:
     if products.is_meta:
-        result = resolve(f"rarefy.{step.kind}.default")(products, step.weight, extra, *states, *how, False)
-        return tuple(result[: 1 + len(states)])
-    run: Callable[..., tuple[Tensor, ...]] = run_lstm if step.kind == "lstm" else run_gru
-    return run(products, step.weight, extra, *states, *how)
+        return products.new_empty(*products.shape[:2], step.weight.shape[1] * (1 + step.cells))
+    options = (step.reverse, step.cells, step.mode, step.table)
+    return over_sequence(products, step.weight, step.bias, states, *options)
 
 
 def _given(argument: Any, values: Mapping[str, Any]) -> Any:
