@@ -128,14 +128,28 @@ def network() -> nn.Module:
     ).eval()
 
 
+class Recurrent(nn.Module):
+    """An LSTM, and a cell that begins with zeros of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.cell = nn.LSTM(5, 4, batch_first=True), nn.LSTMCell(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.layer(x)
+        h, _ = self.cell(y[:, -1])
+        return h
+
+
 def engines(folder: Path) -> Mutant:
-    """Mutants of the files of an engine of native programs, and of one of operators of PyTorch."""
-    makers = [_engine(folder, choose) for choose in ("native", "native", "torch")]
+    """Mutants of the files of engines of native programs, and of one of operators of PyTorch."""
+    images, steps = torch.randn(2, 2, 6, 6), torch.randn(2, 3, 5)
+    makers = [_engine(folder, network(), images, choose) for choose in ("native", "torch")]
+    makers.append(_engine(folder, Recurrent().eval(), steps, "native"))
     return lambda picked, path: picked.choice(makers)(picked, path)
 
 
-def _engine(folder: Path, choose: Choose) -> Mutant:
-    model, x = network(), torch.randn(2, 2, 6, 6)
+def _engine(folder: Path, model: nn.Module, x: torch.Tensor, choose: Choose) -> Mutant:
     compiled = build(optimize(capture(model, (x,))), (x,), None, "float32", choose, 0.0)
     engine.save(compiled, folder / "whole.engine")
     data = (folder / "whole.engine").read_bytes()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rarefy.engine.dry_run import _BY_NUMBER, _by_number, plain_shape
+from rarefy.engine.dry_run import _BY_NUMBER, _by_number, _without_numbers, plain_shape
 from rarefy.engine.plan import Linear, Norm, Operator, Pointwise, Ref
 from rarefy.engine.reference import run_step
 
@@ -83,3 +83,13 @@ def test_what_is_worked_out_number_by_number_is_that_of_pytorch(target):
             assert (found.shape, found.dtype, found.stride()) == (made.shape, made.dtype, made.stride())
             known += 1
     assert known
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"device": torch.device("cuda")}, {"device": torch.device("meta")}, {"pin_memory": True}], ids=str
+)
+def test_new_tensors_lie_where_the_engines_numbers_do(kwargs):
+    step = Operator(**ABOUT, target="aten.zeros.default", args=([2, 3],), kwargs=kwargs)
+    with pytest.raises(ValueError, match=r"aten.zeros.default makes tensors on the CPU, not pinned; got device"):
+        _without_numbers(step)
+    _without_numbers(Operator(**ABOUT, target="aten.zeros.default", args=([2, 3],), kwargs={"pin_memory": False}))

@@ -202,10 +202,26 @@ def check_conv(step: Conv, shape: tuple[int, ...]) -> None:
         raise ValueError(f"its bias has the shape {tuple(step.bias.shape)}")
 
 
+def _given(step: Operator) -> dict[str, Any]:
+    """The arguments of an operator of PyTorch by their names."""
+    schema = resolve(step.target)._schema  # type: ignore[attr-defined]
+    return dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | {**step.kwargs}
+
+
+def _check_place(step: Operator) -> None:
+    """New tensors lie where the engine's numbers do, which the device "meta" does not see."""
+    given = _given(step)
+    device, pinned = given.get("device"), given.get("pin_memory")
+    if device not in (None, torch.device("cpu")) or pinned not in (None, False):
+        raise ValueError(
+            f"{step.target} makes tensors on the CPU, not pinned; got device={device}, pin_memory={pinned}"
+        )
+
+
 def _check_axes(step: Operator, values: Mapping[str, Any]) -> None:
     """Not every operator looks at its axes on the device "meta": softmax, sort and some others do not."""
     schema = resolve(step.target)._schema  # type: ignore[attr-defined]
-    given = dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | {**step.kwargs}
+    given = _given(step)
     first = next(iter(given.values()), None)
     tensor = values[first.name] if isinstance(first, Ref) else first
     if isinstance(tensor, Tensor):
@@ -222,6 +238,7 @@ def _without_numbers(step: Step) -> Step:
         if step.target.startswith("python."):
             _check_numbers(step.target, args)
         elif schema is not None and any(argument.name == "device" for argument in schema.arguments):
+            _check_place(step)
             kwargs["device"] = torch.device("meta")
         return replace(step, args=tuple(args), kwargs=kwargs)
     bare: dict[str, Any] = {name: value.to("meta") for name, value in tensors(step).items()}
