@@ -182,7 +182,11 @@ def test_nothing_is_left_of_a_simulation_that_is_ended(number: signal.Signals, s
     reader = os.open(told, os.O_RDONLY | os.O_NONBLOCK)
     process = subprocess.Popen(
         [sys.executable, "-m", "rarefy.cli", "rtl", "verify", "tanh_fp16_shifts", "--stages", "2", "--handshake"],
-        env={**os.environ, "TMPDIR": str(temporary), "TOLD": str(told), "PYTHONPATH": str(here)},
+        env={
+            **os.environ,
+            **{"TMPDIR": str(temporary), "TOLD": str(told), "PYTHONPATH": str(here)},
+            "TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"),  # or PyTorch puts it into TMPDIR
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
