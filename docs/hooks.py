@@ -36,4 +36,6 @@ def on_post_build(config: MkDocsConfig) -> None:
             for name in getattr(room, "__all__", ()):
                 whole = f"{path}.{name}"
                 if not (inspect.ismodule(getattr(room, name)) or whole in shown or f"{whole}.{name}" in shown):
-                    raise PluginError(f"{page.name} has no {whole}: it needs a docstring, or a comment of #:")
+                    raise PluginError(
+                        f"{page.name} has no {whole}: it needs a docstring or a comment of #:, and a line in members"
+                    )
