@@ -29,6 +29,7 @@ import yaml
 
 import results
 from rarefy.compare.table import half_interval
+from rarefy.data.loading import cores
 
 MODES = ("exact", "ktanh", "hard")
 SPARSITIES = (0.8, 0.9)
@@ -158,7 +159,7 @@ def table(name: str) -> str:
 def train(names: dict[str, dict[str, Any]], folder: Path, at_once: int) -> None:
     """Run what is not finished, so many processes at once; raises RuntimeError if one failed."""
     waiting = [name for name in names if not (folder / name / "summary.json").exists()]
-    share = str(max(1, (os.cpu_count() or 1) // at_once))
+    share = str(cores(at_once))
     threads = {"OMP_NUM_THREADS": share, "RAYON_NUM_THREADS": share}  # of PyTorch, and of the encoding
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed = []

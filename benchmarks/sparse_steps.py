@@ -179,7 +179,7 @@ def network(name: str, density: float) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         model = resnet50() if name == "resnet50" else mlp()
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
         sparsifier = sparse.Static(model, target=1.0 - density, distribution="uniform", total_steps=10_000)
         sparsifier.attach(optimizer)
         if accelerated:
