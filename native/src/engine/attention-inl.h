@@ -2,6 +2,11 @@
 // by side. Included by engine_kernels.cpp.
 #pragma once
 
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
 // Lanes of T vectors that are there.
 template <int T>
 struct Lanes {

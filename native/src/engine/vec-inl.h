@@ -228,3 +228,6 @@ inline V pick(const float *table, V v, int shift) {
 }
 
 #endif
+
+// Lanes 0 to n - 1.
+inline uint32_t low_lanes(int64_t n) { return (1u << n) - 1; }
