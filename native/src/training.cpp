@@ -22,8 +22,9 @@ namespace {
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 32")
 
+#include "engine/transpose-inl.h"
+
 constexpr int MOST = RAREFY_TILE;  // vectors of a tile
-constexpr int B = 8;               // positions and channels of a block that is transposed at once
 constexpr int LINE = 16;           // floats of a cache line
 constexpr int AHEAD = 32;          // rows that are fetched ahead, by hand: they are too many streams for the machine
 
@@ -32,31 +33,7 @@ inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- transposing
 
-// to[c * to_row + p] = from[p][c] for p, c < 8.
-#ifdef __AVX2__
-inline __attribute__((always_inline)) void transpose(const float *const (&from)[B], float *const (&to)[B]) {
-    const auto halves = [&](int p, int c) __attribute__((always_inline)) {
-        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[p] + c)), _mm_loadu_ps(from[p + 4] + c),
-                                    1);
-    };
-    RAREFY_UNROLL for (int c = 0; c < B; c += 4) {
-        const __m256 a = halves(0, c), b = halves(1, c), d = halves(2, c), e = halves(3, c);
-        const __m256 ab = _mm256_unpacklo_ps(a, b), de = _mm256_unpacklo_ps(d, e);
-        const __m256 high_ab = _mm256_unpackhi_ps(a, b), high_de = _mm256_unpackhi_ps(d, e);
-        _mm256_storeu_ps(to[c], _mm256_shuffle_ps(ab, de, 0x44));
-        _mm256_storeu_ps(to[c + 1], _mm256_shuffle_ps(ab, de, 0xEE));
-        _mm256_storeu_ps(to[c + 2], _mm256_shuffle_ps(high_ab, high_de, 0x44));
-        _mm256_storeu_ps(to[c + 3], _mm256_shuffle_ps(high_ab, high_de, 0xEE));
-    }
-}
-#else
-inline void transpose(const float *const (&from)[B], float *const (&to)[B]) {
-    for (int p = 0; p < B; p += L)
-        for (int c = 0; c < B; ++c) storeu(to[c] + p, V{from[p][c], from[p + 1][c], from[p + 2][c], from[p + 3][c]});
-}
-#endif
-
-alignas(64) const float ZEROS[B] = {};
+alignas(64) const float ZEROS[L] = {};
 
 // n positions of a tensor, one every `step` floats, into planes; zeros behind them up to a whole vector.
 void pack_run(const float *from, int64_t step, int64_t n, int64_t channels, int64_t channel_step, float *to,
@@ -73,19 +50,16 @@ void pack_run(const float *from, int64_t step, int64_t n, int64_t channels, int6
         }
         return;
     }
-    for (int64_t p = 0; p < end; p += B) {
+    for (int64_t p = 0; p < end; p += L) {
         int64_t c = 0;
-        for (; c + B <= channels; c += B) {
-            const float *x[B];
-            float *out[B];
-            RAREFY_UNROLL for (int i = 0; i < B; ++i) x[i] = p + i < n ? from + (p + i) * step + c : ZEROS;
-            RAREFY_UNROLL for (int i = 0; i < B; ++i) out[i] = to + (c + i) * plane + p;
-            if (c % LINE == 0) RAREFY_UNROLL for (int i = 0; i < B; ++i) __builtin_prefetch(x[i] + AHEAD * step, 0, 2);
-            transpose(x, out);
+        for (; c + L <= channels; c += L) {
+            const auto row = [=](int i) { return p + i < n ? from + (p + i) * step + c : ZEROS; };
+            if (c % LINE == 0)
+                RAREFY_UNROLL for (int i = 0; i < L; ++i) __builtin_prefetch(row(i) + AHEAD * step, 0, 2);
+            transpose_square(row, [=](int i) { return to + (c + i) * plane + p; });
         }
         for (; c < channels; ++c)
-            for (int i = 0; i < B && p + i < end; ++i)
-                to[c * plane + p + i] = p + i < n ? from[(p + i) * step + c] : 0.0f;
+            for (int i = 0; i < L; ++i) to[c * plane + p + i] = p + i < n ? from[(p + i) * step + c] : 0.0f;
     }
 }
 
@@ -102,19 +76,17 @@ void unpack_run(const float *from, int64_t row, int64_t n, int64_t channels, flo
         }
         return;
     }
-    float waste[B];
-    for (int64_t p = 0; p < n; p += B) {
+    float waste[L];
+    for (int64_t p = 0; p < n; p += L) {
         int64_t c = 0;
-        for (; c + B <= channels; c += B) {
-            const float *sums[B];
-            float *y[B];
-            RAREFY_UNROLL for (int i = 0; i < B; ++i) sums[i] = from + (c + i) * row + p;
-            RAREFY_UNROLL for (int i = 0; i < B; ++i) y[i] = p + i < n ? to + (p + i) * step + c : waste;
-            if (c % LINE == 0) RAREFY_UNROLL for (int i = 0; i < B; ++i) __builtin_prefetch(y[i] + AHEAD * step, 1, 2);
-            transpose(sums, y);
+        for (; c + L <= channels; c += L) {
+            const auto place = [=, &waste](int i) { return p + i < n ? to + (p + i) * step + c : waste; };
+            if (c % LINE == 0)
+                RAREFY_UNROLL for (int i = 0; i < L; ++i) __builtin_prefetch(place(i) + AHEAD * step, 1, 2);
+            transpose_square([=](int i) { return from + (c + i) * row + p; }, place);
         }
         for (; c < channels; ++c)
-            for (int i = 0; i < B && p + i < n; ++i) to[(p + i) * step + c] = from[c * row + p + i];
+            for (int i = 0; i < L && p + i < n; ++i) to[(p + i) * step + c] = from[c * row + p + i];
     }
 }
 
@@ -311,7 +283,7 @@ void sums(const Entries &e, const float *weights, const float *bias, const float
     if (rows == 0 || columns == 0) return;
     const int64_t size = (rows - 1) * out.columns + columns;
     const Tiles tiles(size, most);
-    const int64_t row = MOST * L + 16;
+    const int64_t row = tiles.width() + LINE;  // so that rows begin in different sets of the cache
     for (int64_t i = 0; i < tiles.count; ++i) {
         Tile t = {};
         t.planes = planes + i * tiles.width();
@@ -325,13 +297,37 @@ void sums(const Entries &e, const float *weights, const float *bias, const float
 
 // ---- whole layers
 
-// Weights lie as far apart as the rows do, in an order that the machine does not foresee; so do their gradients.
-constexpr int64_t ENTRIES_AHEAD = 48;
+inline void in_order(const Entries &e, const float *values, float *out) {
+    for (int64_t i = 0; i < e.begin[e.blocks]; ++i) out[i] = values[e.which[i]];
+}
 
-inline void gather_weights(const float *weight, const int32_t *place, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; ++i) {
-        __builtin_prefetch(weight + place[least(i + ENTRIES_AHEAD, n - 1)]);
-        out[i] = weight[place[i]];
+// A dense weight is passed over once, part by part: it is larger than the caches, its live values are not.
+constexpr int64_t PART = 4096;
+
+void take(const float *weight, int64_t n, const int32_t *place, int64_t entries, float *values, int64_t *counts) {
+    counts[0] = counts[1] = 0;
+    int64_t i = 0;
+    for (int64_t begin = 0; begin < n; begin += PART) {
+        const int64_t end = least(n, begin + PART);
+        int32_t some = 0, taken = 0;
+        for (int64_t k = begin; k < end; ++k) some += weight[k] != 0.0f;
+        for (; i < entries && place[i] < end; ++i) {
+            values[i] = weight[place[i]];
+            taken += values[i] != 0.0f;
+        }
+        counts[0] += some, counts[1] += taken;
+    }
+}
+
+// The way back, for the weights from `begin` to `end`; 0 where none lives.
+void put(const float *values, const int32_t *place, int64_t entries, int64_t begin, int64_t end, float *weight) {
+    int64_t i = 0;
+    for (int64_t step = entries; step > 0; step /= 2)  // the first place from `begin` on
+        while (i + step <= entries && place[i + step - 1] < begin) i += step;
+    for (; begin < end; begin += PART) {
+        const int64_t stop = least(end, begin + PART);
+        __builtin_memset(weight + begin, 0, static_cast<size_t>(stop - begin) * sizeof *weight);
+        for (; i < entries && place[i] < stop; ++i) weight[place[i]] = values[i];
     }
 }
 
@@ -356,12 +352,18 @@ Work work(const rarefy_layer_step &op) {
     return {&op, units, least(op.slices, units)};
 }
 
+// Planes have zeros where a tensor has no place. Where every unit fills them there is none.
+inline void clear(const rarefy_layer_step &op, float *begin, const float *end) {
+    if (op.chunk == 0 || op.x.width % op.chunk != 0)
+        __builtin_memset(begin, 0, static_cast<size_t>(end - begin) * sizeof *begin);
+}
+
 void forward_slice(void *context, int64_t slice) {
     const DefaultMode mode;
     const Work &w = *static_cast<const Work *>(context);
     const rarefy_layer_step &op = *w.op;
     float *planes = op.scratch + slice * op.scratch_size, *scratch = planes + op.x.channels * op.x.plane;
-    __builtin_memset(planes, 0, static_cast<size_t>(op.x.channels * op.x.plane) * sizeof *planes);
+    clear(op, planes, scratch);
     for (int64_t i = slice * w.units / w.slices; i < (slice + 1) * w.units / w.slices; ++i) {
         const Unit u = unit(op, i);
         pack(op.x, op.input + u.x, u.width_x, planes);
@@ -371,7 +373,7 @@ void forward_slice(void *context, int64_t slice) {
 
 void forward(const rarefy_layer_step *op) {
     const DefaultMode mode;
-    gather_weights(op->weight, op->forward.place, op->forward.begin[op->forward.blocks], op->forward_weights);
+    in_order(op->forward, op->values, op->forward_weights);
     Work w = work(*op);
     parallel_for(op->slices, w.slices, forward_slice, &w);
 }
@@ -382,7 +384,7 @@ void backward_slice(void *context, int64_t slice) {
     const rarefy_layer_step &op = *w.op;
     float *x = op.scratch + slice * op.scratch_size, *y = x + op.x.channels * op.x.plane;
     float *scratch = y + op.y.channels * op.y.plane;
-    __builtin_memset(x, 0, static_cast<size_t>(scratch - x) * sizeof *x);
+    clear(op, x, scratch);
     const int64_t entries = op.forward.begin[op.forward.blocks];
     float *products = op.products ? op.products + slice * entries : nullptr;
     if (products) __builtin_memset(products, 0, static_cast<size_t>(entries) * sizeof *products);
@@ -406,20 +408,27 @@ void backward_slice(void *context, int64_t slice) {
     }
 }
 
+void gradient_slice(void *context, int64_t slice) {
+    const Work &w = *static_cast<const Work *>(context);
+    const rarefy_layer_step &op = *w.op;
+    put(op.gradients, op.place, op.forward.begin[op.forward.blocks], slice * op.weights / w.slices,
+        (slice + 1) * op.weights / w.slices, op.weight_gradient);
+}
+
 void backward(const rarefy_layer_step *op) {
     const DefaultMode mode;
-    if (op->input_gradient)
-        gather_weights(op->weight, op->backward.place, op->backward.begin[op->backward.blocks], op->backward_weights);
+    if (op->input_gradient) in_order(op->backward, op->values, op->backward_weights);
     Work w = work(*op);
     parallel_for(op->slices, w.slices, backward_slice, &w);
     if (!op->products) return;
     const int64_t entries = op->forward.begin[op->forward.blocks];
     for (int64_t i = 0; i < entries; ++i) {
-        __builtin_prefetch(op->weight_gradient + op->forward.place[least(i + ENTRIES_AHEAD, entries - 1)], 1);
         float sum = op->products[i];
         for (int64_t slice = 1; slice < w.slices; ++slice) sum += op->products[slice * entries + i];
-        op->weight_gradient[op->forward.place[i]] = sum;
+        op->gradients[op->forward.which[i]] = sum;
     }
+    w.slices = op->slices;
+    parallel_for(op->slices, w.slices, gradient_slice, &w);
 }
 
 // ---- which weights live
@@ -479,17 +488,17 @@ void index(const rarefy_index *op) {
     start[rows] = static_cast<int32_t>(at);
     const auto each = [=](auto f) {
         for (int64_t row = 0; row < rows; ++row)
-            for (int32_t i = start[row]; i < start[row + 1]; ++i) f(place[i], row, place[i] - row * columns);
+            for (int32_t i = start[row]; i < start[row + 1]; ++i) f(i, row, place[i] - row * columns);
     };
     // forward: row o, in the block of its column
     __builtin_memset(counts, 0, static_cast<size_t>(blocks * rows) * sizeof *counts);
     const int32_t *const block = op->column_block, *const offset = op->column_offset;
     each([=](int32_t, int64_t row, int64_t column) { ++counts[block[column] * rows + row]; });
     order(blocks, rows, counts, op->forward_rows, op->forward_begin, next, heads, columns);
-    int32_t *out = op->forward_place, *to = op->forward_offset;
-    each([=](int32_t p, int64_t row, int64_t column) {
+    int32_t *out = op->forward_which, *to = op->forward_offset;
+    each([=](int32_t i, int64_t row, int64_t column) {
         const int32_t k = next[block[column] * rows + row]++;
-        out[k] = p;
+        out[k] = i;
         to[k] = offset[column];
     });
     // backward: the row of its column, in the block of o
@@ -498,23 +507,12 @@ void index(const rarefy_index *op) {
     const int64_t a_block = op->rows_a_block, plane = op->plane;
     each([=](int32_t, int64_t row, int64_t column) { ++counts[row / a_block * others + other[column]]; });
     order(other_blocks, others, counts, op->backward_entry_rows, op->backward_begin, next, heads, op->most);
-    out = op->backward_place, to = op->backward_offset;
-    each([=](int32_t p, int64_t row, int64_t column) {
+    out = op->backward_which, to = op->backward_offset;
+    each([=](int32_t i, int64_t row, int64_t column) {
         const int32_t k = next[row / a_block * others + other[column]]++;
-        out[k] = p;
+        out[k] = i;
         to[k] = static_cast<int32_t>(row * plane) + tap[column];
     });
-}
-
-void count(const float *weight, int64_t n, const int32_t *place, int64_t entries, int64_t *counts) {
-    counts[0] = counts[1] = 0;
-    for (int64_t begin = 0; begin < n; begin += 1 << 20) {
-        const int64_t end = least(n, begin + (1 << 20));
-        int32_t some = 0;
-        for (int64_t i = begin; i < end; ++i) some += weight[i] != 0.0f;
-        counts[0] += some;
-    }
-    for (int64_t i = 0; i < entries; ++i) counts[1] += weight[place[i]] != 0.0f;
 }
 
 int64_t lanes() { return L; }
@@ -524,7 +522,7 @@ int64_t lanes() { return L; }
 extern const rarefy_kernel training_kernels[] = {
     RAREFY_KERNEL("sparse_forward_f32", forward), RAREFY_KERNEL("sparse_backward_f32", backward),
     RAREFY_KERNEL("sparse_index", index),         RAREFY_KERNEL("sparse_live_f32", live),
-    RAREFY_KERNEL("sparse_count_f32", count),     RAREFY_KERNEL("sparse_lanes", lanes),
+    RAREFY_KERNEL("sparse_take_f32", take),       RAREFY_KERNEL("sparse_lanes", lanes),
 };
 extern const int64_t training_kernel_count = sizeof training_kernels / sizeof *training_kernels;
 

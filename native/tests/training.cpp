@@ -58,7 +58,7 @@ bool check(const std::string &isa, const Layer &l, int32_t threads) {
     const int64_t plane = odd_lines(positions + reach + 2 * tile * L + 2 * grid);
     const int64_t step_c = l.channels_last || flat ? 1 : area;
     std::vector<float> weight(l.outputs * columns), bias(l.outputs), x(images * area * l.inputs),
-        g(images * area * l.outputs), y(g.size(), NAN), to_x(x.size(), NAN), to_weight(weight.size());
+        g(images * area * l.outputs), y(g.size(), NAN), to_x(x.size(), NAN), to_weight(weight.size(), NAN);
     for (float &w : weight) w = random_bits() % 1000 < l.density * 1000 ? draw() : 0.0f;
     for (auto *values : {&bias, &x, &g})
         for (float &v : *values) v = draw();
@@ -87,7 +87,9 @@ bool check(const std::string &isa, const Layer &l, int32_t threads) {
     const int64_t entries =
         find<rarefy_sparse_live_f32>("sparse_live_f32", isa)(weight.data(), nullptr, weight.size(), place.data());
     int64_t counts[2];
-    find<rarefy_sparse_count_f32>("sparse_count_f32", isa)(weight.data(), weight.size(), place.data(), entries, counts);
+    std::vector<float> live(entries), gradients(entries);
+    find<rarefy_sparse_take_f32>("sparse_take_f32", isa)(weight.data(), weight.size(), place.data(), entries,
+                                                         live.data(), counts);
     if (counts[0] != entries || counts[1] != entries)
         return std::printf("%ld weights are not 0\n", long(counts[0])), false;
     const int64_t some = 10, blocks = (l.inputs + some - 1) / some, inner = (l.outputs + some - 1) / some;
@@ -103,7 +105,7 @@ bool check(const std::string &isa, const Layer &l, int32_t threads) {
     std::vector<int32_t> rows(2 * blocks * l.outputs), inner_rows(2 * inner * l.inputs),
         scratch(2 * lists + std::max(columns, most) + 2 + l.outputs + 1);
     std::vector<int64_t> begin(blocks + 1), inner_begin(inner + 1);
-    std::vector<int32_t> offsets(entries), places(entries), inner_offsets(entries), inner_places(entries);
+    std::vector<int32_t> offsets(entries), which(entries), inner_offsets(entries), inner_which(entries);
     const rarefy_index index{l.outputs,
                              columns,
                              entries,
@@ -123,9 +125,9 @@ bool check(const std::string &isa, const Layer &l, int32_t threads) {
                              begin.data(),
                              inner_begin.data(),
                              offsets.data(),
-                             places.data(),
+                             which.data(),
                              inner_offsets.data(),
-                             inner_places.data(),
+                             inner_which.data(),
                              scratch.data()};
     find<rarefy_sparse_index>("sparse_index", isa)(&index);
 
@@ -141,9 +143,10 @@ bool check(const std::string &isa, const Layer &l, int32_t threads) {
     op.x = planes(l.inputs, low, high), op.y = planes(l.outputs, low, high);
     op.out = planes(l.outputs, 0, height), op.in = planes(l.inputs, 0, height);
     op.y_begin = pad * grid + pad;
-    op.forward = {l.outputs, blocks, rows.data(), begin.data(), offsets.data(), places.data()};
-    op.backward = {l.inputs, inner, inner_rows.data(), inner_begin.data(), inner_offsets.data(), inner_places.data()};
-    op.weight = weight.data(), op.bias = bias.data(), op.input = x.data(), op.output_gradient = g.data();
+    op.forward = {l.outputs, blocks, rows.data(), begin.data(), offsets.data(), which.data()};
+    op.backward = {l.inputs, inner, inner_rows.data(), inner_begin.data(), inner_offsets.data(), inner_which.data()};
+    op.values = live.data(), op.place = place.data(), op.weights = to_weight.size(), op.gradients = gradients.data();
+    op.bias = bias.data(), op.input = x.data(), op.output_gradient = g.data();
     op.output = y.data(), op.input_gradient = to_x.data(), op.weight_gradient = to_weight.data();
     op.forward_weights = values.data(), op.backward_weights = values.data() + entries;
     op.products = products.data();

@@ -65,18 +65,19 @@ def check(layer, density, memory, with_bias=True):
         sizes = ((1, 1), (1, 1)) if flat else ((height, width), (kernel, kernel))
         shape = Shape(outputs, inputs, *sizes[0], sizes[1], (stride,) * 2, (padding,) * 2, (dilation,) * 2, flat)
         places = sparse_layers.live_places(weight)
-        assert sparse_layers.count(weight, places) == (len(places), len(places))
+        values, *counts = sparse_layers.take(weight, places)
+        assert counts == [len(places), len(places)]
         index = Index(sparse_layers.grid(shape), places, last)
         y = torch.full_like(g, torch.nan)
-        index.forward(form(x), weight, bias, form(y))
+        index.forward(form(x), values, bias, form(y))
         assert off(y, expected) < 2e-6
-        to_x, to_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        index.backward(form(x), weight, form(g), form(to_x), to_weight)
+        to_x, to_weight = torch.zeros_like(x), torch.full_like(weight, torch.nan)
+        index.backward(form(x), values, form(g), form(to_x), to_weight)
         assert off(to_x, of_x) < 2e-6
         assert off(to_weight, of_weight * (weight != 0)) < 2e-6
         if flat or sparse_layers.grid(shape).all_phases:  # every place is written to
             alone = torch.full_like(x, torch.nan)
-            index.backward(form(x), weight, form(g), form(alone), None)
+            index.backward(form(x), values, form(g), form(alone), None)
             assert torch.equal(alone, to_x)
 
 
@@ -93,7 +94,7 @@ def test_one_weight_of_a_last_row(isa):
     weight[63, 31, 2, 2] = 2.0
     index = Index(sparse_layers.grid(shape), sparse_layers.live_places(weight), False)
     x, y = torch.randn(2, 32, 10, 10), torch.full((2, 64, 10, 10), torch.nan)
-    index.forward(x, weight, None, y)
+    index.forward(x, torch.tensor([2.0]), None, y)
     assert len(index) == 1
     assert torch.equal(y, F.conv2d(x, weight, padding=1))
 
@@ -104,7 +105,8 @@ def test_places_are_those_of_the_mask_too(isa):
     mask = torch.zeros(5, 3, dtype=torch.bool).t()
     mask[1, 0] = mask[2, 4] = True
     assert sparse_layers.live_places(weight, mask).tolist() == [2, 5, 14]
-    assert sparse_layers.count(weight, torch.tensor([2, 5], dtype=torch.int32)) == (2, 1)
+    values, nonzero, inside = sparse_layers.take(weight, torch.tensor([2, 5], dtype=torch.int32))
+    assert (values.tolist(), nonzero, inside) == ([-1.0, 0.0], 2, 1)
     assert sparse_layers.live_places(torch.zeros(2, 2)).tolist() == []
 
 
@@ -112,15 +114,16 @@ def test_threads_change_no_more_than_the_rounding():
     layer = torch.randn(24, 16, 3, 3) * (torch.rand(24, 16, 3, 3) < 0.2)
     shape = Shape(24, 16, 9, 9, (3, 3), (2, 2), (1, 1))
     index = Index(sparse_layers.grid(shape), sparse_layers.live_places(layer), False)
+    values, _, _ = sparse_layers.take(layer, index.places)
     x, g = torch.randn(5, 16, 9, 9), torch.randn(5, 24, 5, 5)
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 3, 8):
             torch.set_num_threads(threads)
-            y, to_x, to_weight = torch.empty_like(g), torch.empty_like(x), torch.zeros_like(layer)
-            index.forward(x, layer, None, y)
-            index.backward(x, layer, g, to_x, to_weight)
+            y, to_x, to_weight = torch.empty_like(g), torch.empty_like(x), torch.full_like(layer, torch.nan)
+            index.forward(x, values, None, y)
+            index.backward(x, values, g, to_x, to_weight)
             found.append((y, to_x, to_weight))
     finally:
         torch.set_num_threads(before)
@@ -137,7 +140,7 @@ def test_nan_and_infinity_stay_where_they_are():
     x = torch.zeros(3, 8)
     x[0, 1], x[2, 3] = torch.nan, torch.inf
     y = torch.empty(3, 4)
-    index.forward(x.t()[None, :, None, :], weight, None, y.t()[None, :, None, :])
+    index.forward(x.t()[None, :, None, :], torch.ones(4), None, y.t()[None, :, None, :])
     torch.testing.assert_close(y, x[:, :4], equal_nan=True)
 
 
@@ -153,6 +156,33 @@ def test_the_matrix_may_be_smaller_than_a_vector_or_a_block():
     for outputs, inputs, batch in [(1, 1, 1), (3, 2, 5), (9, 17, 31), (300, 700, 1)]:
         weight = torch.randn(outputs, inputs) * (torch.rand(outputs, inputs) < 0.5)
         index = Index(sparse_layers.grid(Shape(outputs, inputs, flat=True)), sparse_layers.live_places(weight), False)
+        values, _, _ = sparse_layers.take(weight, index.places)
         x, y = torch.randn(batch, inputs), torch.full((batch, outputs), torch.nan)
-        index.forward(x.t()[None, :, None, :], weight, None, y.t()[None, :, None, :])
+        index.forward(x.t()[None, :, None, :], values, None, y.t()[None, :, None, :])
         torch.testing.assert_close(y, x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_values_of_another_number_of_weights_are_refused():
+    index = Index(sparse_layers.grid(Shape(2, 3, flat=True)), torch.tensor([0, 4], dtype=torch.int32), False)
+    with pytest.raises(ValueError, match="2 weights live, got values of 3"):
+        index.forward(torch.zeros(1, 3, 1, 5), torch.zeros(3), None, torch.zeros(1, 2, 1, 5))
+
+
+def test_weights_of_several_parts_are_taken_and_gradients_put_back():
+    """A weight is passed over 4,096 numbers at a time; here by parts and a rest, with parts in which none lives."""
+    weight = torch.zeros(130, 131)
+    places = torch.tensor([0, 4095, 4096, 12287, 17028, 17029], dtype=torch.int32)
+    weight.view(-1)[places.long()] = torch.arange(1.0, 7.0)
+    values, nonzero, inside = sparse_layers.take(weight, places)
+    assert (values.tolist(), nonzero, inside) == ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 6, 6)
+    index = Index(sparse_layers.grid(Shape(130, 131, flat=True)), places, False)
+    x, g = torch.randn(7, 131), torch.randn(7, 130)
+    to_weight = torch.full_like(weight, torch.nan)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            index.backward(x.t()[None, :, None, :], values, g.t()[None, :, None, :], None, to_weight)
+            torch.testing.assert_close(to_weight, (g.t() @ x) * (weight != 0), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)

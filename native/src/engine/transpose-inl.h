@@ -1,11 +1,12 @@
-// Rows as columns. Included by engine_kernels.cpp, after vec-inl.h.
+// Rows as columns. Included by engine_kernels.cpp and training.cpp, after vec-inl.h.
 #pragma once
 
-// Of a square of L rows and columns.
+// A square of L rows and columns: from(i) is where row i begins, to(j) where column j goes.
+template <class From, class To>
+inline __attribute__((always_inline)) void transpose_square(const From &from, const To &to) {
 #if defined(__AVX512F__)
-inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t y_stride) {
     __m512 a[16], b[16];
-    RAREFY_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(x + i * x_stride);
+    RAREFY_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from(i));
     // pairs, fours, eights and sixteens of rows
     RAREFY_UNROLL for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
@@ -25,44 +26,37 @@ inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t
         }
     }
     RAREFY_UNROLL for (int j = 0; j < 8; ++j) {
-        _mm512_storeu_ps(y + j * y_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
-        _mm512_storeu_ps(y + (j + 8) * y_stride, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
+        _mm512_storeu_ps(to(j), _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_ps(to(j + 8), _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
     }
-}
 #elif defined(__AVX2__)
-inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t y_stride) {
-    __m256 a[8], b[8];
-    RAREFY_UNROLL for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(x + i * x_stride);
-    RAREFY_UNROLL for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    // the halves of rows i and i + 4 side by side as they are read: half of the shuffles
+    const auto halves = [&](int i, int j) __attribute__((always_inline)) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from(i) + j)), _mm_loadu_ps(from(i + 4) + j),
+                                    1);
+    };
+    RAREFY_UNROLL for (int j = 0; j < 8; j += 4) {
+        const __m256 a = halves(0, j), b = halves(1, j), c = halves(2, j), d = halves(3, j);
+        const __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+        const __m256 high_ab = _mm256_unpackhi_ps(a, b), high_cd = _mm256_unpackhi_ps(c, d);
+        _mm256_storeu_ps(to(j), _mm256_shuffle_ps(ab, cd, 0x44));
+        _mm256_storeu_ps(to(j + 1), _mm256_shuffle_ps(ab, cd, 0xEE));
+        _mm256_storeu_ps(to(j + 2), _mm256_shuffle_ps(high_ab, high_cd, 0x44));
+        _mm256_storeu_ps(to(j + 3), _mm256_shuffle_ps(high_ab, high_cd, 0xEE));
     }
-    RAREFY_UNROLL for (int i = 0; i < 8; i += 4) {
-        RAREFY_UNROLL for (int j = 0; j < 2; ++j) {
-            const __m256d p = _mm256_castps_pd(b[i + j]), q = _mm256_castps_pd(b[i + j + 2]);
-            a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(p, q));
-            a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(p, q));
-        }
-    }
-    RAREFY_UNROLL for (int j = 0; j < 4; ++j) {
-        _mm256_storeu_ps(y + j * y_stride, _mm256_permute2f128_ps(a[j], a[j + 4], 0x20));
-        _mm256_storeu_ps(y + (j + 4) * y_stride, _mm256_permute2f128_ps(a[j], a[j + 4], 0x31));
-    }
-}
 #else
-inline void transpose_square(const float *x, int64_t x_stride, float *y, int64_t y_stride) {
     for (int i = 0; i < L; ++i)
-        for (int j = 0; j < L; ++j) y[j * y_stride + i] = x[i * x_stride + j];
-}
+        for (int j = 0; j < L; ++j) to(j)[i] = from(i)[j];
 #endif
+}
 
-void transpose(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *y, int64_t y_stride) {
+inline void transpose(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *y, int64_t y_stride) {
     for (int64_t r = 0; r < rows; r += L)
         for (int64_t c = 0; c < columns; c += L) {
             const float *from = x + r * x_stride + c;
             float *to = y + c * y_stride + r;
             if (r + L <= rows && c + L <= columns) {
-                transpose_square(from, x_stride, to, y_stride);
+                transpose_square([=](int i) { return from + i * x_stride; }, [=](int j) { return to + j * y_stride; });
                 continue;
             }
             for (int64_t i = 0; i < (rows - r < L ? rows - r : L); ++i)

@@ -1,7 +1,7 @@
 """Linear layers and convolutions with sparse weights, forward and backward, on native kernels (rarefy_training.h).
 
-A :class:`Grid` says how a layer's tensors lie in planes, an :class:`Index` which weights live; :func:`forward` and
-:func:`backward` take the weights' values from the dense weight, anew in each call. float32 on the CPU.
+A :class:`Grid` says how a layer's tensors lie in planes, an :class:`Index` which weights live; :func:`take` gives their
+values, in one pass over the dense weight that counts what else is not 0. float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class _Entries(ctypes.Structure):
     _fields_ = [
         ("count", _INT64),
         ("blocks", _INT64),
-        *((name, _POINTER) for name in ("rows", "begin", "offset", "place")),
+        *((name, _POINTER) for name in ("rows", "begin", "offset", "which")),
     ]
 
 
@@ -194,11 +194,11 @@ class _Step(ctypes.Structure):
         ("y_begin", _INT64),
         ("forward", _Entries),
         ("backward", _Entries),
-        *((name, _POINTER) for name in ("weight", "bias", "input", "output_gradient", "output", "input_gradient")),
-        *(
-            (name, _POINTER)
-            for name in ("weight_gradient", "forward_weights", "backward_weights", "products", "scratch")
-        ),
+        *((name, _POINTER) for name in ("values", "place")),
+        ("weights", _INT64),
+        *((name, _POINTER) for name in ("bias", "input", "output_gradient", "output", "input_gradient")),
+        *((name, _POINTER) for name in ("weight_gradient", "forward_weights", "backward_weights", "gradients")),
+        *((name, _POINTER) for name in ("products", "scratch")),
         ("scratch_size", _INT64),
     ]
 
@@ -209,7 +209,7 @@ class _IndexCall(ctypes.Structure):
         *((name, _INT64) for name in ("backward_blocks", "rows_a_block", "plane", "most")),
         *((name, _POINTER) for name in ("place", "column_block", "column_offset", "column_row", "column_tap")),
         *((name, _POINTER) for name in ("forward_rows", "backward_entry_rows", "forward_begin", "backward_begin")),
-        *((name, _POINTER) for name in ("forward_offset", "forward_place", "backward_offset", "backward_place")),
+        *((name, _POINTER) for name in ("forward_offset", "forward_which", "backward_offset", "backward_which")),
         ("scratch", _POINTER),
     ]
 
@@ -242,12 +242,12 @@ def live_places(weight: Tensor, mask: Tensor | None = None) -> Tensor:
     return places[:count]
 
 
-def count(weight: Tensor, places: Tensor) -> tuple[int, int]:
-    """Return how many elements of a weight are not 0, and how many of those are at the places."""
-    counts = (_INT64 * 2)()
-    kernel = find("sparse_count_f32", None, _POINTER, _INT64, _POINTER, _INT64, _POINTER)
-    kernel(address(weight), weight.numel(), address(places), len(places), counts)
-    return counts[0], counts[1]
+def take(weight: Tensor, places: Tensor) -> tuple[Tensor, int, int]:
+    """Return the elements of a weight at the places, how many of all are not 0, and how many of these."""
+    values, counts = torch.empty(len(places)), (_INT64 * 2)()
+    kernel = find("sparse_take_f32", None, _POINTER, _INT64, _POINTER, _INT64, _POINTER, _POINTER)
+    kernel(address(weight), weight.numel(), address(places), len(places), address(values), counts)
+    return values, counts[0], counts[1]
 
 
 class Index:
@@ -270,8 +270,8 @@ class Index:
         self._rows, self._inner_rows = whole(blocks, rows, 2), whole(inner_blocks, inner_rows, 2)
         self._begin = torch.zeros(blocks + 1, dtype=torch.int64)
         self._inner_begin = torch.zeros(inner_blocks + 1, dtype=torch.int64)
-        self._offset, self._place = whole(entries), whole(entries)
-        self._inner_offset, self._inner_place = whole(entries), whole(entries)
+        self._offset, self._which = whole(entries), whole(entries)
+        self._inner_offset, self._inner_which = whole(entries), whole(entries)
         most = grid.inner_block * taps
         scratch = whole(2 * max(blocks * rows, inner_blocks * inner_rows) + max(columns, most) + rows + 3)
         made = grid.columns_of(channels_last)
@@ -281,25 +281,27 @@ class Index:
                     *(rows, columns, entries, blocks, inner_rows, inner_blocks, grid.inner_block, grid.y_plane, most),
                     *(tensor.data_ptr() for tensor in (places, *made)),
                     *(tensor.data_ptr() for tensor in (self._rows, self._inner_rows, self._begin, self._inner_begin)),
-                    *(tensor.data_ptr() for tensor in (self._offset, self._place)),
-                    *(tensor.data_ptr() for tensor in (self._inner_offset, self._inner_place, scratch)),
+                    *(tensor.data_ptr() for tensor in (self._offset, self._which)),
+                    *(tensor.data_ptr() for tensor in (self._inner_offset, self._inner_which, scratch)),
                 )
             )
         )
         self._forward = _Entries(
-            rows, blocks, *(t.data_ptr() for t in (self._rows, self._begin, self._offset, self._place))
+            rows, blocks, *(t.data_ptr() for t in (self._rows, self._begin, self._offset, self._which))
         )
         self._backward = _Entries(
             inner_rows,
             inner_blocks,
-            *(t.data_ptr() for t in (self._inner_rows, self._inner_begin, self._inner_offset, self._inner_place)),
+            *(t.data_ptr() for t in (self._inner_rows, self._inner_begin, self._inner_offset, self._inner_which)),
         )
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def _step(self, x: Tensor, y: Tensor, weight: Tensor) -> _Step:
+    def _step(self, x: Tensor, y: Tensor, values: Tensor) -> _Step:
         """What both directions need."""
+        if len(values) != len(self):
+            raise ValueError(f"{len(self)} weights live, got values of {len(values)}")
         grid, shape = self.grid, self.grid.shape
         columns = grid.columns
         phases = grid.phases.data_ptr()
@@ -321,7 +323,7 @@ class Index:
         step.inner = _Planes(*sizes_x, *steps_x, *stride, 0, 0, x.shape[2], columns, 0, 0, len(grid.phases), phases)
         step.y_begin = grid.y_begin
         step.forward, step.backward = self._forward, self._backward
-        step.weight = weight.data_ptr()
+        step.values, step.place = address(values), self.places.data_ptr()
         return step
 
     def _scratch(self, step: _Step, planes: int, rows: int) -> Tensor:
@@ -330,31 +332,35 @@ class Index:
         step.scratch = -(-scratch.data_ptr() // 64) * 64
         return scratch
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """Compute y = W x + bias; x (N, in, height, width) and y (N, out, height, width) of any strides."""
-        step = self._step(x, y, weight)
+    def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Compute y = W x + bias; x (N, in, height, width) and y (N, out, height, width) of any strides.
+
+        ``values`` are those of the live weights, as :func:`take` gives them.
+        """
+        step = self._step(x, y, values)
         shape = self.grid.shape
-        values = torch.empty(len(self))
+        ordered = torch.empty(len(self))
         step.input, step.output = address(x), address(y)
         step.bias = None if bias is None else address(bias)
-        step.forward_weights = values.data_ptr()
+        step.forward_weights = ordered.data_ptr()
         scratch = self._scratch(step, shape.inputs * self.grid.plane, shape.outputs)
         find("sparse_forward_f32", None, _POINTER)(ctypes.byref(step))
         del scratch
 
     def backward(
-        self, x: Tensor, weight: Tensor, y_gradient: Tensor, x_gradient: Tensor | None, weight_gradient: Tensor | None
+        self, x: Tensor, values: Tensor, y_gradient: Tensor, x_gradient: Tensor | None, weight_gradient: Tensor | None
     ) -> None:
-        """Compute dx = W^T dy and dW = dy x^T, at the live weights alone; either may be None."""
-        step = self._step(x, y_gradient, weight)
+        """Compute dx = W^T dy and dW = dy x^T, 0 where no weight lives; either may be None."""
+        step = self._step(x, y_gradient, values)
         shape = self.grid.shape
-        values = torch.empty(len(self))
+        ordered, gradients = torch.empty(2, len(self)).unbind()
         step.input, step.output_gradient = address(x), address(y_gradient)
-        step.backward_weights = values.data_ptr()
+        step.backward_weights, step.gradients = ordered.data_ptr(), gradients.data_ptr()
         step.input_gradient = None if x_gradient is None else address(x_gradient)
         if weight_gradient is not None:
             products = torch.empty(step.slices * len(self) + 4)
-            step.weight_gradient, step.products = address(weight_gradient), products.data_ptr()
+            step.weight_gradient, step.weights = address(weight_gradient), weight_gradient.numel()
+            step.products = products.data_ptr()
         planes = shape.inputs * self.grid.plane + shape.outputs * self.grid.y_plane
         scratch = self._scratch(step, planes, len(self.grid.phases) * shape.inputs)
         find("sparse_backward_f32", None, _POINTER)(ctypes.byref(step))

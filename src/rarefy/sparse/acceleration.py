@@ -225,6 +225,7 @@ class _Layer:
     def __init__(self, layer: Layer, owner: Acceleration) -> None:
         self.layer, self.owner = layer, weakref.ref(owner)
         self.places: Tensor | None = None
+        self.values = torch.empty(0)  # of the weights there, in the call that goes on
         self.seen: object = None
         self.indices: dict[tuple[Shape, int], Index | None] = {}
         self.choices: dict[object, dict[str, Choice]] = {}
@@ -240,7 +241,7 @@ class _Layer:
         if owner is None or not owner.active:
             return False
         known = _NOWHERE if self.places is None else self.places
-        nonzero, inside = sparse_layers.count(weight, known)
+        self.values, nonzero, inside = sparse_layers.take(weight, known)
         needed = [True, graded[0], graded[1] and not owner.dense_gradients()]
         wanted = [product for product, need in zip(PRODUCTS, needed, strict=True) if need]
         density = nonzero / weight.numel()
@@ -262,6 +263,7 @@ class _Layer:
             began = time.perf_counter()
             self._forget()
             self.places, self.seen = sparse_layers.live_places(weight, mask), seen
+            self.values, _, _ = sparse_layers.take(weight, self.places)
             self._spend(time.perf_counter() - began)
         return True
 
@@ -316,6 +318,8 @@ class _Call:
 
     layer: _Layer
     index: Index
+    #: The live weights, as they were in the forward pass.
+    values: Tensor
     memory: torch.memory_format
     #: stride, padding and dilation of a convolution; None of a linear layer.
     geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None
@@ -351,7 +355,7 @@ class _Call:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute y = W x + b."""
         output: Tensor = self.chosen(
-            "output", lambda: self.dense_forward(x, weight, bias), lambda: self.sparse_forward(x, weight, bias)
+            "output", lambda: self.dense_forward(x, weight, bias), lambda: self.sparse_forward(x, bias)
         )
         return output
 
@@ -361,7 +365,7 @@ class _Call:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, *self.geometry)
 
-    def sparse_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def sparse_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same by the kernel."""
         grid = self.index.grid
         if self.geometry is None:
@@ -370,7 +374,7 @@ class _Call:
             out = x.shape[2:] if grid.chunk else grid.shape.out
             y = self._empty((len(x), grid.shape.outputs, *out))
         self.index.forward(
-            self._flat(self._plain(x)), weight, None if bias is None else bias.contiguous(), self._flat(y)
+            self._flat(self._plain(x)), self.values, None if bias is None else bias.contiguous(), self._flat(y)
         )
         return y
 
@@ -392,8 +396,9 @@ class _Call:
         # What no tap reads gets no sum.
         make = torch.empty_like if grid.all_phases else torch.zeros_like
         to_x = make(x) if wanted[0] else None
-        to_weight = torch.zeros_like(weight) if wanted[1] else None
-        self.index.backward(self._flat(x), weight, self._flat(g), None if to_x is None else self._flat(to_x), to_weight)
+        to_weight = torch.empty_like(weight) if wanted[1] else None
+        to = None if to_x is None else self._flat(to_x)
+        self.index.backward(self._flat(x), self.values, self._flat(g), to, to_weight)
         return [to_x, to_weight]
 
     def backward(
@@ -513,7 +518,7 @@ def _compute(
     index = layer.index(shape, channels_last)
     if index is None:
         return None
-    call = _Call(layer, index, memory, geometry, choices)
+    call = _Call(layer, index, layer.values, memory, geometry, choices)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         output: Tensor = _Products.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return output
