@@ -130,6 +130,11 @@ class Bucket:
         """A tensor by rows as one tensor a layer, on the same memory."""
         return list(values.split_with_sizes(self.rows))
 
+    def shaped(self, values: Tensor) -> list[Tensor]:
+        """A tensor by rows as one tensor a layer to compare its weight with, (1, ..., 1) or (out, 1, ..., 1)."""
+        rows = zip(self.parts(values), self.shapes, strict=True)
+        return [part.view(-1, *[1] * (len(shape) - 1)) for part, shape in rows]
+
     def keep(self, name: str, flat: Tensor) -> Tensor:
         """Keep a flat tensor under this name, whose views are always the same tensors."""
         self._views = [(kept, views) for kept, views in self._views if kept is not self.kept.get(name)]
@@ -176,6 +181,10 @@ class Bucket:
         else:
             summed = torch.stack([part.sum() for part in flat.split_with_sizes(self.sizes)])
         return total(summed, [layer.shard for layer in self.layers])
+
+    def means(self, flat: Tensor) -> Tensor:
+        """(N,) to (L,): the mean over each layer, over all processes that hold a part of it."""
+        return self.sums(flat) / torch.tensor([float(layer.size) for layer in self.layers], device=self.device)
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""

@@ -3,7 +3,8 @@
     forward     W^ = sign(W) * max(|W| - g(s), 0)          (equation 3; g the sigmoid)
     backward    dL/dW = dL/dW^ for |W| > g(s), else 0
 
-The formula, its pressure and its landing on a target are :class:`rarefy.sparse.families.soft_threshold.SoftThreshold`.
+The formula is :mod:`rarefy.sparse.families.reparameterized`, its pressure and its landing on a target
+:class:`rarefy.sparse.families.soft_threshold.SoftThreshold`.
 """
 
 from __future__ import annotations
