@@ -80,6 +80,11 @@ class Bucket:
             if any(parameter is weight for group in each.param_groups for parameter in group["params"])
         ]
 
+    def accompany(self, rate: float) -> None:
+        """Have what the method learns here stepped as the weights are, at this multiple of their learning rate."""
+        if self.own and self.optimizer is not None and self.group is not None:
+            self.companion = Companion(self.trainers, self.group, self.own, rate)
+
     @property
     def maximized(self) -> bool:
         """Whether the optimizer goes up the gradients."""

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import PIController
 from rarefy.sparse.families.soft_threshold import SoftThreshold
 from rarefy.sparse.masks import least_kept, top_k
+from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import Annealed
 
 

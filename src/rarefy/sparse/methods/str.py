@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rarefy.sparse.base import Info
 from rarefy.sparse.families.soft_threshold import SoftThreshold
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)
