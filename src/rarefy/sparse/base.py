@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -154,10 +153,6 @@ class Sparsifier(Method):
 
     # What a method provides, besides what the contract asks of its family
 
-    @abstractmethod
-    def live_masks(self) -> dict[str, Tensor]:
-        """Return which weights are used, by the layer's name: boolean, this process's part of the layer."""
-
     def prepare(self, bucket: Bucket) -> None:
         """Make what the method learns and keeps in a bucket besides, from the dense weights."""
 
@@ -230,6 +225,11 @@ class Sparsifier(Method):
         owners.take(self._layers, self)
         self._show_all()
         return self
+
+    def live_masks(self) -> dict[str, Tensor]:
+        """Return which weights are used, by the layer's name: boolean, this process's part of the layer."""
+        self._ready()
+        return dict(zip([layer.name for layer in self._layers], self._live(), strict=True))
 
     def sparsity(self) -> float:
         """Share of zeros among the weights of the sparsified layers, in [0, 1]."""

@@ -95,6 +95,10 @@ class Method(ABC):
     # At the end, and when asked
 
     @abstractmethod
+    def _live(self) -> list[Tensor]:
+        """Which weights are used, one mask a layer."""
+
+    @abstractmethod
     def _settle(self) -> list[Tensor]:
         """The final masks, one a layer, on the budget exactly; what the method keeps is made to agree with them."""
 

@@ -70,11 +70,6 @@ class Latent(Sparsifier):
 
     # What all have
 
-    def live_masks(self) -> dict[str, Tensor]:
-        """See :meth:`Sparsifier.live_masks`."""
-        self._ready()
-        return dict(zip([layer.name for layer in self._layers], self._live(), strict=True))
-
     def dense_weights(self) -> dict[str, Tensor]:
         """See :meth:`Sparsifier.dense_weights`."""
         self._ready()
@@ -86,7 +81,6 @@ class Latent(Sparsifier):
         return self.kept("latent")
 
     def _live(self) -> list[Tensor]:
-        """Which weights are used, one mask a layer."""
         self._take_all()
         return self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
 
