@@ -263,15 +263,15 @@ class Sparsifier(Method):
         Raises:
             ValueError: weights that are not finite; a model given without one of the layers; called twice.
         """
-        own = model is None or unwrapped(model) is self.model
-        reshard(self.model if model is None else model)
+        given, own = self.model if model is None else model, model is None or unwrapped(model) is self.model
+        reshard(given)
         if own and self._finalized:
             raise ValueError("the model is a plain one: already finalized; to go on, make a new sparsifier")
-        copies = [] if model is None or own else copies_of(self._layers, model)
+        copies = [] if own else copies_of(self._layers, given)
         if self._finalized:
             for layer, parameter in zip(self._layers, copies, strict=True):
                 write_sparse(local(parameter.detach()), local(parameter.detach()), layer.local != 0)
-            return self.model if model is None else model
+            return given
         self._ready(by_value=True)
         targets = [layer.parameter for layer in self._layers] if own else copies
         if own:
@@ -288,11 +288,11 @@ class Sparsifier(Method):
             write_sparse(local(parameter.detach()), value, mask)
         if before is not None:
             state.restore(self._buckets, before)
-            return self.model if model is None else model
+            return given
         self._detach()
         self._buckets, self._finalized = [], True
         self._places.clear()
-        return self.model if model is None else model
+        return given
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the states of model and optimizer; tensors of shards are DTensors."""

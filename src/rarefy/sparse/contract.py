@@ -52,6 +52,9 @@ class Method(ABC):
     def _make_budget(self) -> Budget | None:
         return None
 
+    def _relayer(self) -> None:  # noqa: B027
+        """What a method derives from its layers, made again when they have become fewer."""
+
     @abstractmethod
     def _begin(self) -> None:
         """Make what the method keeps, in every bucket, from the dense weights that the parameters hold."""
@@ -122,9 +125,6 @@ class Method(ABC):
         return None
 
     # What the sparsifier does for all of them
-
-    def _relayer(self) -> None:  # noqa: B027
-        """What a method derives from its layers, made again when they have become fewer."""
 
     @abstractmethod
     def _notice(self, bucket: Bucket) -> None:
