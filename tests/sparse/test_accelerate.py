@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import kernels, sparse
-from rarefy.sparse import acceleration
+from rarefy.sparse.acceleration import Choice, choices, interception
 
 from .methods import EVERY, Run
 
@@ -19,15 +19,15 @@ pytestmark = pytest.mark.skipif(
     not any(k.name == "sparse_forward_f32" for k in kernels.table()), reason="no native library"
 )
 
-FASTEST = acceleration._fastest
+FASTEST = choices.fastest
 
 
 @pytest.fixture(autouse=True)
 def _sparse_wins(monkeypatch):
     """Nothing here depends on what is faster: the kernels win wherever they may run, and they may everywhere."""
-    monkeypatch.setattr(acceleration, "_fastest", lambda dense, sparse: (2.0, 1.0))
-    monkeypatch.setattr(acceleration, "DENSEST", 1.0)
-    monkeypatch.setattr(acceleration, "AGAIN", 1.0)
+    monkeypatch.setattr(choices, "fastest", lambda dense, sparse: (2.0, 1.0))
+    monkeypatch.setattr(choices, "DENSEST", 1.0)
+    monkeypatch.setattr(choices, "AGAIN", 1.0)
 
 
 def thinned(model, density):
@@ -143,7 +143,7 @@ def test_only_what_is_wanted_is_computed():
     x = torch.randn(9, 40)
 
     def calls():
-        return [sum(c.calls for c in handle.choices() if c.product == product) for product in acceleration.PRODUCTS]
+        return [sum(c.calls for c in handle.choices() if c.product == product) for product in choices.PRODUCTS]
 
     model(x).sum().backward()
     assert calls() == [1, 0, 1]
@@ -333,9 +333,9 @@ def test_restore():
     assert torch.equal(model[0](x), F.conv2d(x, model[0].weight, model[0].bias, 1, 1))
     other.restore()
     gc.collect()
-    acceleration._uninstall()
-    assert nn.Linear.forward is acceleration._linear_forward
-    assert nn.Conv2d._conv_forward is acceleration._conv_forward
+    interception.let_go([])
+    assert nn.Linear.forward is interception.linear_forward
+    assert nn.Conv2d._conv_forward is interception.conv_forward
 
 
 def test_a_backward_pass_after_restore():
@@ -356,10 +356,10 @@ def test_accelerating_twice_replaces():
 def test_it_goes_with_the_sparsifier():
     model, sparsifier, handle = accelerated()
     weight = model[2].weight
-    assert acceleration._find(weight) is not None
+    assert interception.find(weight) is not None
     del handle, sparsifier
     gc.collect()
-    assert acceleration._find(weight) is None
+    assert interception.find(weight) is None
     model(torch.randn(2, 8, 6, 6)).sum().backward()
 
 
@@ -504,13 +504,13 @@ def test_ddp():
 
 @pytest.fixture
 def choice():
-    return acceleration.Choice("fc", "output", (2, 4))
+    return Choice("fc", "output", (2, 4))
 
 
 @pytest.fixture
 def _as_it_is(monkeypatch):
-    monkeypatch.setattr(acceleration, "DENSEST", 0.6)
-    monkeypatch.setattr(acceleration, "AGAIN", 0.8)
+    monkeypatch.setattr(choices, "DENSEST", 0.6)
+    monkeypatch.setattr(choices, "AGAIN", 0.8)
 
 
 @pytest.mark.usefixtures("_as_it_is")
@@ -518,7 +518,7 @@ def test_a_choice_narrows_down_where_the_two_meet(choice, monkeypatch):
     seconds = {0.6: (1.0, 1.5), 0.3: (1.0, 0.8), 0.4: (1.0, 1.1), 0.12: (1.0, 0.3)}
 
     def time(density):
-        monkeypatch.setattr(acceleration, "_fastest", lambda dense, sparse: seconds[density])
+        monkeypatch.setattr(choices, "fastest", lambda dense, sparse: seconds[density])
         choice.measure(density, lambda: None, lambda: None)
 
     assert not choice.open(0.7)  # too dense to be asked
@@ -544,24 +544,24 @@ def test_a_choice_narrows_down_where_the_two_meet(choice, monkeypatch):
 
 @pytest.mark.usefixtures("_as_it_is")
 def test_a_kernel_that_loses_is_not_used(monkeypatch):
-    monkeypatch.setattr(acceleration, "_fastest", lambda dense, sparse: (1.0, 2.0))
+    monkeypatch.setattr(choices, "fastest", lambda dense, sparse: (1.0, 2.0))
     model, _, handle = accelerated()
     x = torch.randn(2, 8, 6, 6)
     model(x).sum().backward()
     assert count(handle) == 0
-    assert {c.product for c in handle.choices()} == {*acceleration.PRODUCTS}
+    assert {c.product for c in handle.choices()} == {*choices.PRODUCTS}
     assert -1.0 < handle.seconds_saved <= 0.0  # what the indices took
-    monkeypatch.setattr(acceleration, "_fastest", lambda dense, sparse: pytest.fail("it was timed already"))
+    monkeypatch.setattr(choices, "fastest", lambda dense, sparse: pytest.fail("it was timed already"))
     model(x).sum().backward()
 
 
 def test_masks_that_change_in_every_step_cost_no_more_than_they_save(monkeypatch):
     model, _, handle = accelerated()
-    layer = acceleration._find(model[0].weight)
+    layer = interception.find(model[0].weight)
     x = torch.randn(2, 8, 6, 6)
     gains = {True: 10.0, False: 1e-9}  # what a product saves, in seconds
     for pays, gain in gains.items():
-        monkeypatch.setattr(acceleration, "_fastest", lambda dense, sparse, gain=gain: (gain, 0.0))
+        monkeypatch.setattr(choices, "fastest", lambda dense, sparse, gain=gain: (gain, 0.0))
         layer.choices.clear()
         layer.upkeep, used = 0.0, []
         for _ in range(5):
@@ -580,7 +580,7 @@ def test_masks_that_change_in_every_step_cost_no_more_than_they_save(monkeypatch
 def test_both_are_timed_in_turn():
     order = []
     timed = FASTEST(lambda: order.append("a"), lambda: order.append("b"))
-    least, most = acceleration.ROUNDS
+    least, most = choices.ROUNDS
     assert least <= len(order) // 2 <= most
     assert order == ["a", "b"] * (len(order) // 2)
     assert len(timed) == 2

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from rarefy import cost, sparse
 from rarefy.sparse import AutoSparse, schedules
-from rarefy.sparse.families.soft_threshold import THRESHOLD_FUNCTIONS
+from rarefy.sparse.families.threshold_functions import THRESHOLD_FUNCTIONS
 from tests.sparse.by_hand import ByHand
 from tests.sparse.methods import EVERY, STEPS, TARGETED, Run, accuracy, latency
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import sparse
-from rarefy.sparse.families.soft_threshold import is_restored
+from rarefy.sparse.families.freedom import is_restored
 
 
 class Tagger(nn.Module):

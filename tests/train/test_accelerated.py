@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rarefy import kernels, report
-from rarefy.sparse import acceleration
+from rarefy.sparse.acceleration import choices
 from rarefy.train import Classification, parse
 from tests.train.runs import plain, recipe, run, use_model, without_norm
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceleration, "_fastest", lambda dense, sparse: (3.0, 1.0))
+    monkeypatch.setattr(choices, "fastest", lambda dense, sparse: (3.0, 1.0))
     use_model(monkeypatch, without_norm)
 
 

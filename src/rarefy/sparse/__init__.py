@@ -1,7 +1,7 @@
 """Which weights live while a network trains: one method a file, all under the contract of :class:`Sparsifier`."""
 
 from rarefy.sparse.acceleration import Acceleration, Choice, accelerate
-from rarefy.sparse.base import Info, LayerState, Sparsifier
+from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.families.latent import Latent, Projected
 from rarefy.sparse.families.learned import Learned
 from rarefy.sparse.families.masked import Masked
@@ -28,6 +28,7 @@ from rarefy.sparse.methods.str import STR
 from rarefy.sparse.methods.topk import TopK
 from rarefy.sparse.methods.topkast import TopKAST
 from rarefy.sparse.registry import create, list_methods, names, options, register
+from rarefy.sparse.reports import Info, LayerState
 
 __all__ = [
     "ACDC",

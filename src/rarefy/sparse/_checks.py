@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from rarefy._names import unknown
+
+#: What users of other libraries write, and what it is called here.
+_OTHER_WORDS = {"sparsity": "target", "density": "target", "final_sparsity": "target", "steps": "total_steps"}
+
+
+def known(what: str, given: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ValueError for a name that is not there, naming the nearest one that is."""
+    for name in given:
+        if name not in names:
+            meant = _OTHER_WORDS.get(name)
+            hint = f" (did you mean {meant!r}?)" if meant in names else ""
+            raise ValueError(unknown(what, name, sorted(names)) + hint)
 
 
 def fraction(name: str, value: Any, *, zero: bool = True, one: bool = True, percent: bool = False) -> None:

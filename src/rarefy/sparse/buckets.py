@@ -80,6 +80,11 @@ class Bucket:
             if any(parameter is weight for group in each.param_groups for parameter in group["params"])
         ]
 
+    def accompany(self, rate: float) -> None:
+        """Have what the method learns here stepped as the weights are, at this multiple of their learning rate."""
+        if self.own and self.optimizer is not None and self.group is not None:
+            self.companion = Companion(self.trainers, self.group, self.own, rate)
+
     @property
     def maximized(self) -> bool:
         """Whether the optimizer goes up the gradients."""
@@ -130,6 +135,11 @@ class Bucket:
         """A tensor by rows as one tensor a layer, on the same memory."""
         return list(values.split_with_sizes(self.rows))
 
+    def shaped(self, values: Tensor) -> list[Tensor]:
+        """A tensor by rows as one tensor a layer to compare its weight with, (1, ..., 1) or (out, 1, ..., 1)."""
+        rows = zip(self.parts(values), self.shapes, strict=True)
+        return [part.view(-1, *[1] * (len(shape) - 1)) for part, shape in rows]
+
     def keep(self, name: str, flat: Tensor) -> Tensor:
         """Keep a flat tensor under this name, whose views are always the same tensors."""
         self._views = [(kept, views) for kept, views in self._views if kept is not self.kept.get(name)]
@@ -176,6 +186,10 @@ class Bucket:
         else:
             summed = torch.stack([part.sum() for part in flat.split_with_sizes(self.sizes)])
         return total(summed, [layer.shard for layer in self.layers])
+
+    def means(self, flat: Tensor) -> Tensor:
+        """(N,) to (L,): the mean over each layer, over all processes that hold a part of it."""
+        return self.sums(flat) / torch.tensor([float(layer.size) for layer in self.layers], device=self.device)
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""

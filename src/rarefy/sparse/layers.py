@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rarefy._names import layer_name, unknown
 from rarefy.sparse import _checks
-from rarefy.sparse.shards import Shard, reshard, shard_of, shared_group
+from rarefy.sparse.shards import Shard, reshard, shard_of, shared_group, total
 
 #: The least density of a layer, where nothing else is asked for.
 DEFAULT_FLOOR = 0.005
@@ -276,12 +277,70 @@ def resolve(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     return moved
 
 
+def check_same(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise RuntimeError for a layer whose parameter has become another object."""
+    replaced = resolve(model, layers)
+    if replaced:
+        raise RuntimeError(
+            f"the model has another parameter as {replaced[0].key!r} than when the sparsifier was attached; "
+            "call attach() with the optimizer that trains it"
+        )
+
+
+def copies_of(layers: Sequence[Layer], model: nn.Module) -> list[nn.Parameter]:
+    """Look the layers up in a copy of the trained model that finalize() is given. Raises ValueError for any other."""
+    parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    missing = [layer.key for layer in layers if layer.key not in parameters]
+    if missing:
+        inside = "; give what it wraps, its .module" if f"module.{missing[0]}" in parameters else ""
+        raise ValueError(
+            f"the model given to finalize() has no parameter {missing[0]!r}{inside}; give a copy of the trained one"
+        )
+    for layer in layers:
+        if tuple(parameters[layer.key].shape) != layer.shape:
+            raise ValueError(
+                f"{layer.key!r} of the model given to finalize() has the shape "
+                f"{tuple(parameters[layer.key].shape)}, that of the trained one {layer.shape}; "
+                "give a copy of that"
+            )
+        if getattr(parameters[layer.key], "placements", None) != getattr(layer.parameter, "placements", None):
+            raise ValueError(
+                f"{layer.key!r} of the model given to finalize() is not sharded as that of the trained one: "
+                "give a copy that fully_shard has split alike, or finalize a whole copy with the sparsifier of a "
+                "whole model, whose load_state_dict() takes this one's state"
+            )
+    return [parameters[layer.key] for layer in layers]
+
+
+def check_memory(layers: Sequence[Layer]) -> None:
+    """Raise ValueError for a weight that has none."""
+    for layer in layers:
+        if layer.parameter.is_meta:
+            raise ValueError(f"the weight of layer {layer.name!r} is on the meta device; give it memory first")
+
+
+def without_gradient(layers: Sequence[Layer]) -> list[Layer]:
+    """Those of the layers that train and have no gradient, on any process."""
+    training = [layer for layer in layers if layer.parameter.requires_grad]
+    graded = torch.tensor([int(layer.grad is not None) for layer in training], device=training[0].local.device)
+    used = total(graded, [layer.shard for layer in training]).tolist()
+    return [layer for layer, anywhere in zip(training, used, strict=True) if not anywhere]
+
+
+def not_finite(layers: Sequence[Layer]) -> list[Layer]:
+    """Those of the layers that have a weight which is NaN or infinite, on any process."""
+    # w - w is 0 for what is finite, and the same is decided wherever a part of the layer lies.
+    odd = torch.stack([((w - w).sum() != 0).long() for w in (layer.local for layer in layers)])
+    counts = total(odd, [layer.shard for layer in layers]).tolist()
+    return [layer for layer, count in zip(layers, counts, strict=True) if count]
+
+
 def _warn_of_dense(candidates: Sequence[_Candidate], chosen: Sequence[_Candidate], share: float = 0.05) -> None:
     """Warn if more than ``share`` of the weights that train and could be sparse stay dense, naming where."""
     able = [c for c in candidates if c.parameter.requires_grad and not c.lazy and not c.embedding]
     outside = sorted((c for c in able if c not in chosen), key=lambda c: c.parameter.numel(), reverse=True)
-    total = sum(c.parameter.numel() for c in able) or 1
-    left = sum(c.parameter.numel() for c in outside) / total
+    weights = sum(c.parameter.numel() for c in able) or 1
+    left = sum(c.parameter.numel() for c in outside) / weights
     if left > share:
         warnings.warn(
             f"{100 * left:.0f} % of the matrix weights stay dense, {', '.join(c.keys[0] for c in outside[:3])} among "

@@ -166,6 +166,16 @@ def means(values: Sequence[Tensor], shards: Sequence[Shard | None] | None = None
     return [part / count for part, count in sums.tolist()]
 
 
+def least_kept(scores: Sequence[Tensor], masks: Sequence[Tensor], shards: Sequence[Shard | None]) -> Tensor:
+    """The least score inside the masks, over all layers and processes; infinite where there is none. 0-dim."""
+    kept = torch.cat([score.masked_fill(~mask, torch.inf).flatten() for score, mask in zip(scores, masks, strict=True)])
+    least = kept.amin() if kept.numel() else kept.new_full((), torch.inf)
+    group = shared_group(shards)
+    if group is not None:
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+    return least
+
+
 def write_sparse(weight: Tensor, values: Tensor, mask: Tensor) -> None:
     """Put ``values`` where ``mask`` is and exact zeros elsewhere; a live value that is 0 is made the least nonzero."""
     tiny = torch.finfo(weight.dtype).tiny

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from rarefy._names import unknown
-from rarefy.sparse.base import Info, Sparsifier
+from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.methods.acdc import ACDC
 from rarefy.sparse.methods.autosparse import AutoSparse
 from rarefy.sparse.methods.band import Band
@@ -34,6 +34,7 @@ from rarefy.sparse.methods.static import Static
 from rarefy.sparse.methods.str import STR
 from rarefy.sparse.methods.topk import TopK
 from rarefy.sparse.methods.topkast import TopKAST
+from rarefy.sparse.reports import Info
 
 METHODS: dict[str, type[Sparsifier]] = {
     "acdc": ACDC,

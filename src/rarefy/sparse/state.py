@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,6 +35,23 @@ def _by_layer(bucket: Bucket, name: str, value: Tensor) -> tuple[bool, Sequence[
     if per == "layer":
         return False, value.split_with_sizes([1] * len(value))
     return True, bucket.views(value) if per is None else value.split_with_sizes([shape[0] for shape in bucket.shapes])
+
+
+def options(sparsifier: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What a checkpoint's sparsifier must have in common with the one that goes on: all options, and the layers."""
+    elsewhere = {"model", "include", "exclude", "example_input"}
+    given = {
+        option.name: dict(value) if isinstance(value, Mapping) else [*value] if isinstance(value, tuple) else value
+        for option in fields(sparsifier)
+        if option.init and option.name not in elsewhere
+        for value in [getattr(sparsifier, option.name)]
+        if value is None or isinstance(value, (bool, int, float, str, tuple, Mapping))
+    }
+    return {
+        "method": type(sparsifier).__name__,
+        **given,
+        "layers": {layer.name: list(layer.shape) for layer in layers},
+    }
 
 
 def check(saved: Any, ours: Mapping[str, Any]) -> None:
@@ -100,6 +118,14 @@ def restore(buckets: Sequence[Bucket], saved: Mapping[str, Mapping[str, Tensor]]
                     raise ValueError(
                         f"the checkpoint has no {name!r} of layer {layer.name!r}; it is not of this method"
                     )
+
+
+def of_companions(saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Of what the buckets keep, what the steps of the method's own parameters remember."""
+    return {
+        name: {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+        for name, tensors in saved.items()
+    }
 
 
 def _part(layer: Layer, given: Any, mine: Tensor, split: bool) -> Any:

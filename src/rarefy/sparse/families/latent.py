@@ -70,13 +70,6 @@ class Latent(Sparsifier):
 
     # What all have
 
-    def live_masks(self) -> dict[str, Tensor]:
-        """See :meth:`Sparsifier.live_masks`."""
-        self._ready()
-        self._take_all()
-        masks = self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
-        return dict(zip([layer.name for layer in self._layers], masks, strict=True))
-
     def dense_weights(self) -> dict[str, Tensor]:
         """See :meth:`Sparsifier.dense_weights`."""
         self._ready()
@@ -86,6 +79,10 @@ class Latent(Sparsifier):
         """Return the dense weights, one tensor a layer: this process's part of it."""
         self._take_all()
         return self.kept("latent")
+
+    def _live(self) -> list[Tensor]:
+        self._take_all()
+        return self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
 
     def _begin(self) -> None:
         for bucket in self._buckets:
@@ -247,7 +244,7 @@ class Thresholding(Projected):
         for layer, weight, mask in zip(self._layers, self.latents(), masks, strict=True):
             bucket, place = self.where(layer)
             threshold = bucket.kept["threshold"][place]
-            one = threshold.double().view((1,) * weight.dim())
+            one = bucket.shaped(bucket.kept["threshold"].double())[place]
             threshold.copy_(separate(weight.double().abs(), one, mask, layer.shard).view(()))
 
     def _thresholds(self) -> list[float]:

@@ -22,7 +22,7 @@ from rarefy.sparse.budget import PIController, log_error
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.families.targeted import Targeted
 from rarefy.sparse.layers import Layer
-from rarefy.sparse.masks import count_all, means, separate, top_k, within_budget
+from rarefy.sparse.masks import count_all, least_kept, means, separate, top_k, within_budget
 
 #: Share of the run after which thresholds are trimmed to the target.
 TRIM_FROM = 0.6
@@ -111,10 +111,6 @@ class Learned(Targeted, Latent):
         super()._learn(bucket)
         self.bound(bucket)
 
-    def _live(self) -> list[Tensor]:
-        self._take_all()
-        return self._by_layer(lambda bucket: bucket.views(self.live(bucket)))
-
     def _margins(self) -> list[Tensor]:
         self._take_all()
         return self._by_layer(lambda bucket: bucket.views(self.margin(bucket)))
@@ -151,14 +147,9 @@ class Learned(Targeted, Latent):
         if density >= 1.0:
             return
         margins = self._margins()
-        kept = zip(margins, self._select(margins, density), strict=True)
-        least_kept = torch.cat([torch.where(c, m, torch.inf).flatten() for m, c in kept])
-        least_kept = least_kept.amin() if least_kept.numel() else least_kept.new_full((), torch.inf)
-        group = next((layer.shard.group for layer in self._layers if layer.shard is not None), None)
-        if group is not None:
-            torch.distributed.all_reduce(least_kept, torch.distributed.ReduceOp.MIN, group=group)
+        least = float(least_kept(margins, self._select(margins, density), self._shards()))
         for bucket in self._buckets:
-            self.shift(bucket, (TRIM_GAIN + (1.0 - TRIM_GAIN) * self.progress) * float(least_kept))
+            self.shift(bucket, (TRIM_GAIN + (1.0 - TRIM_GAIN) * self.progress) * least)
 
     def _select(self, margins: list[Tensor], density: float) -> list[Tensor]:
         """The masks that a common shift gives, cut exactly where the network has this density."""
@@ -220,7 +211,7 @@ class LearnedThreshold(Learned):
         bucket, place = self.where(layer)
         size = bucket.views(self.size(bucket.kept["latent"].double(), bucket))[place]
         threshold = bucket.parts(bucket.own["threshold"].detach())[place]
-        shaped = threshold.double().view(-1, *[1] * (size.dim() - 1))
+        shaped = bucket.shaped(bucket.own["threshold"].detach().double())[place]
         threshold.copy_(separate(size, shaped, mask, None if self.channels else layer.shard).flatten())
         bucket.parts(bucket.kept["previous"])[place].copy_(threshold)
 

@@ -46,11 +46,6 @@ class Masked(Budgeted):
         """Return the weights, one tensor a layer: this process's part of it."""
         return [layer.local for layer in self._layers]
 
-    def live_masks(self) -> dict[str, Tensor]:
-        """See :meth:`Sparsifier.live_masks`."""
-        self._ready()
-        return dict(zip([layer.name for layer in self._layers], self.kept("mask"), strict=True))
-
     def magnitudes(self) -> list[Tensor]:
         """|W| where the masks are, -1 elsewhere: whatever lives comes before whatever does not."""
         rows = zip(self.weights(), self.kept("mask"), strict=True)
@@ -98,6 +93,9 @@ class Masked(Budgeted):
     def due(self, every: int, until: float = 1.0) -> bool:
         """Say whether masks that change every so often change after this step, last at ``until`` or just after."""
         return self.steps % every == 0 and self.steps - every < until * self.total_steps
+
+    def _live(self) -> list[Tensor]:
+        return self.kept("mask")
 
     def _begin(self) -> None:
         for bucket in self._buckets:

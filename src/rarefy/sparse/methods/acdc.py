@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.families.masked import Masked
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

@@ -6,7 +6,8 @@
 
 alpha = 0 is STR, which lets sparsity run away since what is pruned early cannot come back; alpha = 1 is the identity
 straight-through estimator, which holds on to too many weights. Forward and backward are the two passes of
-:mod:`rarefy.kernels.thresholds`; the thresholds are :class:`rarefy.sparse.families.soft_threshold.SoftThreshold`.
+:mod:`rarefy.kernels.thresholds`, called in :mod:`rarefy.sparse.families.reparameterized`; what moves the thresholds is
+:class:`rarefy.sparse.families.soft_threshold.SoftThreshold`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import PIController
 from rarefy.sparse.families.soft_threshold import SoftThreshold
-from rarefy.sparse.masks import top_k
+from rarefy.sparse.masks import least_kept, top_k
+from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import Annealed
 
 
@@ -152,9 +152,7 @@ class AutoSparse(SoftThreshold):
             threshold = self._shaped(bucket)[place]
             excess = weight.float().abs() - threshold
             best = top_k(excess, max(1, int(self.backward_density * layer.size)), layer.shard)
-            least = torch.where(best, excess, torch.inf).amin() if excess.numel() else excess.new_full((), torch.inf)
-            if layer.shard is not None:
-                torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=layer.shard.group)
+            least = least_kept([excess], [best], [layer.shard])
             # What the forward uses always gets its gradient: the bound is never above the threshold.
             bucket.parts(bucket.kept["lower"])[place].copy_((threshold + least.clamp(max=0.0)).flatten())
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.latent import Exploring, Thresholding
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.learned import Learned
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.learned import LearnedThreshold
 from rarefy.sparse.masks import count_all
+from rarefy.sparse.reports import Info
 
 #: The share of live weights at which a layer's thresholds are set to 0 in a run without a target.
 RESET_AT = 0.01

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.budget import RAMP
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import count_all
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

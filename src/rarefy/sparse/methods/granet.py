@@ -15,8 +15,8 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.methods.rigl import RigL
+from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import cosine_decay
 
 

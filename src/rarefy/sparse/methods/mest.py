@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import block_expand, block_sum, top_k
+from rarefy.sparse.reports import Info
 
 #: The shares of the run from which on the moved share is halved, and 0.
 STAGES = (90 / 160, 120 / 160)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.masks import check_divisible
+from rarefy.sparse.reports import Info
 
 
 def best_of_each(scores: Tensor, n: int, m: int) -> Tensor:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import RAMP
 from rarefy.sparse.families.latent import Projected
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

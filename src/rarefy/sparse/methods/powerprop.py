@@ -15,10 +15,10 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.budget import RAMP
 from rarefy.sparse.families.latent import Projected
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.reports import Info
 
 
 def check_power(power: float, layers: Sequence[Layer] = ()) -> None:

@@ -17,9 +17,9 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import drop_and_grow
+from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import cosine_decay
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.methods.set import SET
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

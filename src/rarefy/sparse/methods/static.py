@@ -12,11 +12,11 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.budget import Budget, sparsity_budget
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.layers import DEFAULT_FLOOR
 from rarefy.sparse.masks import count_all
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

@@ -3,15 +3,16 @@
     forward     W^ = sign(W) * max(|W| - g(s), 0)          (equation 3; g the sigmoid)
     backward    dL/dW = dL/dW^ for |W| > g(s), else 0
 
-The formula, its pressure and its landing on a target are :class:`rarefy.sparse.families.soft_threshold.SoftThreshold`.
+The formula is :mod:`rarefy.sparse.families.reparameterized`, its pressure and its landing on a target
+:class:`rarefy.sparse.families.soft_threshold.SoftThreshold`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rarefy.sparse.base import Info
 from rarefy.sparse.families.soft_threshold import SoftThreshold
+from rarefy.sparse.reports import Info
 
 
 @dataclass(eq=False, repr=False)

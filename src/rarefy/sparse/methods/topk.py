@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.latent import Exploring
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import Annealed
 
 

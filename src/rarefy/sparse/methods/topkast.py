@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse import _checks
-from rarefy.sparse.base import Info
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.latent import Exploring
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.methods.powerprop import check_power, from_phi, to_phi
+from rarefy.sparse.reports import Info
 
 #: Optimizers that add lambda W to the gradient, unless their decay is decoupled.
 _COUPLED = (
