@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rarefy import act, cost
 from rarefy._names import layer_name
 from rarefy.cost import Cost
+from tests.apart import apart
 
 # These networks are so small that attention's products are a large part.
 pytestmark = [
@@ -442,10 +443,7 @@ class TestExamples:
             cost.count(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), torch.zeros(1, 4))
 
 
-def test_sharded_parameters_are_counted_whole(tmp_path: Path) -> None:
-    dist = pytest.importorskip("torch.distributed")
-    if not dist.is_available():
-        pytest.skip("PyTorch was built without torch.distributed")
+def _sharded() -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
 
@@ -455,11 +453,13 @@ def test_sharded_parameters_are_counted_whole(tmp_path: Path) -> None:
         encoder.linear1.weight[:6] = 0
     x = torch.zeros(2, 5, 8)
     plain = cost.count(model, x)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        fully_shard(model[1], mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert cost.count(model, x) == plain
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert cost.count(model, x) == plain
+
+
+def test_sharded_parameters_are_counted_whole(tmp_path: Path) -> None:
+    if not torch.distributed.is_available():
+        pytest.skip("PyTorch was built without torch.distributed")
+    apart(_sharded, tmp_path)

@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode
 
 from rarefy import act
 from tests.act.test_functional import same
+from tests.apart import apart
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -759,22 +760,20 @@ def test_a_perceptron_that_is_written_otherwise_is_no_unit():
     assert [name for name, _ in report.replaced] == ["act_fn"]
 
 
-def test_distributed_data_parallel(tmp_path):
-    import torch.distributed as dist
-
+def _replica():
     net, want, x = nets()
     act.swap(net, "hard")
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        y = wrapped(x)
-        assert same(y, want(x))
-        y.sum().backward()
-    finally:
-        dist.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    y = wrapped(x)
+    assert same(y, want(x))
+    y.sum().backward()
     want(x).sum().backward()
     for a, b in zip(net.parameters(), want.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_distributed_data_parallel(tmp_path):
+    apart(_replica, tmp_path)
 
 
 def test_an_encoder_of_padded_sequences():

@@ -12,6 +12,7 @@ from rarefy import act
 from rarefy.act.kernels import plain
 from rarefy.act.spec import oracle
 from tests.act.test_functional import CASES, SMALL, bits_of, call, everything, floats, same
+from tests.apart import apart
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -161,28 +162,27 @@ def test_tensor_subclasses_keep_their_class():
     assert same(y.as_subclass(Tensor), act.silu(x))
 
 
-def test_distributed_tensors_are_computed_shard_by_shard(tmp_path):
-    dist = pytest.importorskip("torch.distributed")
-    if not dist.is_available():
-        pytest.skip("PyTorch was built without torch.distributed")
+def _shards() -> None:
     from torch.distributed.tensor import DTensor, Partial, Shard, init_device_mesh
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        x = torch.randn(4, 8)
-        for placement in (Shard(0), Partial()):
-            given = DTensor.from_local(x.clone(), mesh, [placement]).requires_grad_()
-            y = act.silu(given)
-            assert isinstance(y, DTensor)
-            assert not any(place.is_partial() for place in y.placements)
-            assert same(y.full_tensor().detach(), act.silu(x))
-        plain_x = x.clone().requires_grad_()
-        act.silu(plain_x).sum().backward()  # type: ignore[no-untyped-call]
-        shard = DTensor.from_local(x.clone(), mesh, [Shard(0)]).requires_grad_()
-        act.silu(shard).sum().backward()
-        assert shard.grad is not None
-        assert plain_x.grad is not None
-        assert torch.allclose(shard.grad.full_tensor(), plain_x.grad)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    x = torch.randn(4, 8)
+    for placement in (Shard(0), Partial()):
+        given = DTensor.from_local(x.clone(), mesh, [placement]).requires_grad_()
+        y = act.silu(given)
+        assert isinstance(y, DTensor)
+        assert not any(place.is_partial() for place in y.placements)
+        assert same(y.full_tensor().detach(), act.silu(x))
+    plain_x = x.clone().requires_grad_()
+    act.silu(plain_x).sum().backward()  # type: ignore[no-untyped-call]
+    shard = DTensor.from_local(x.clone(), mesh, [Shard(0)]).requires_grad_()
+    act.silu(shard).sum().backward()
+    assert shard.grad is not None
+    assert plain_x.grad is not None
+    assert torch.allclose(shard.grad.full_tensor(), plain_x.grad)
+
+
+def test_distributed_tensors_are_computed_shard_by_shard(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("PyTorch was built without torch.distributed")
+    apart(_shards, tmp_path)

@@ -13,6 +13,7 @@ from torch import nn
 from rarefy import kernels, sparse
 from rarefy.sparse.acceleration import Choice, choices, interception
 
+from ..apart import apart
 from .methods import EVERY, Run
 
 pytestmark = pytest.mark.skipif(
@@ -484,19 +485,21 @@ def test_checkpointed_activations():
     handle.restore()
 
 
-def test_ddp():
-    found = []
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        for accelerate in (False, True):
-            run = Run("rigl", total_steps=20, wrap=nn.parallel.DistributedDataParallel)
-            handle = sparse.accelerate(run.sparsifier) if accelerate else None
-            run.train(10)
-            assert handle is None or count(handle) > 0
-            found.append(torch.cat([p.detach().flatten() for p in run.plain.parameters()]))
-    finally:
-        torch.distributed.destroy_process_group()
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+def _replica(accelerate):
+    run = Run("rigl", total_steps=20, wrap=nn.parallel.DistributedDataParallel)
+    handle = sparse.accelerate(run.sparsifier) if accelerate else None
+    run.train(10)
+    return torch.cat([p.detach().flatten() for p in run.plain.parameters()]), handle and count(handle)
+
+
+def _replicas():
+    return [_replica(accelerate) for accelerate in (False, True)]
+
+
+def test_ddp(tmp_path):
+    (((plain, _), (found, used)),) = apart(_replicas, tmp_path)
+    assert used > 0
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 # What is chosen

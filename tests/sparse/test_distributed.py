@@ -1,12 +1,9 @@
 """Training by two processes: shards (FSDP2) give what replicas (DDP) give, and what is chosen over shards is exact."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -18,6 +15,7 @@ from rarefy import sparse
 from rarefy._prices import Prices
 from rarefy.sparse import masks
 from rarefy.sparse.shards import shard_of
+from tests.apart import apart
 from tests.sparse.methods import CASES, assert_equal, batch, create, network
 
 pytestmark = [
@@ -147,16 +145,8 @@ def refusals():
     return said
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {case: two(case, folder) for case in CASES}
-    chosen = choices(rank)
-    refused = refusals()
-    torch.save((found, chosen, refused), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # the end of the interpreter may abort (pytorch/pytorch#190489)
+def work(folder):
+    return {case: two(case, folder) for case in CASES}, choices(dist.get_rank()), refusals()
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +157,7 @@ def both(tmp_path_factory):
         run = Run(case, "one").train(range(STEPS // 2))
         dcp.save(run.checkpoint(), checkpoint_id=folder / "one" / case, no_dist=True)
         middles[case] = entire(run.checkpoint())
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return *found, middles, folder
+    return *apart(work, folder, str(folder), count=2), middles, folder
 
 
 @pytest.mark.parametrize("case", CASES)

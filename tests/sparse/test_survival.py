@@ -3,17 +3,16 @@
 import copy
 import io
 import math
-import os
 import pickle
 import warnings
 
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
+from tests.apart import apart
 from tests.sparse.methods import CASES, EVERY, FAMILIES, SOFT, Run, assert_equal, batch, create, network
 
 HALF, ALL = 6, 12
@@ -363,10 +362,8 @@ def test_export(case):
     torch.testing.assert_close(program.module()(images), plain(images))
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    states = {}
+def _replicas():
+    states, rank = {}, torch.distributed.get_rank()
     for case in CASES:
         run = Run(case, total_steps=TOGETHER, wrap=nn.parallel.DistributedDataParallel)
         for step in range(TOGETHER):
@@ -375,15 +372,12 @@ def _rank(rank, folder):
             F.cross_entropy(run.model(images), labels).backward()
             run.optimizer.step()
         states[case] = (run.sparsifier.steps, run.sparsifier.state_dict(), run.sparsifier.finalize().state_dict())
-    torch.save(states, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # the end of the interpreter may abort (pytorch/pytorch#190489)
+    return states
 
 
 @pytest.mark.slow
 def test_two_processes_keep_identical_masks(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    first, second = apart(_replicas, tmp_path, count=2)
     for case in CASES:
         assert first[case][0] == TOGETHER
         assert_equal(first[case][1], second[case][1], case)
