@@ -1,4 +1,4 @@
-"""What moves numbers and computes none: rows of tables, concatenations, rolls, images of other sizes."""
+"""What moves numbers: rows of tables, concatenations, rolls, images of other sizes."""
 
 from __future__ import annotations
 
