@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.engine.binding import CHANNELS_FIRST, CHANNELS_LAST, NativeError
+from rarefy.engine.builder import OPERATIONS, Builder, Depth, Function, Layout, bits
 from rarefy.engine.building_places import describe
 from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
@@ -45,18 +47,7 @@ from rarefy.engine.plan import (
     Upsample,
     View,
 )
-from rarefy.engine.programs import (
-    CHANNELS_FIRST,
-    CHANNELS_LAST,
-    OPERATIONS,
-    Builder,
-    Depth,
-    Function,
-    Layout,
-    NativeError,
-    Program,
-    bits,
-)
+from rarefy.engine.programs import Program
 from rarefy.engine.reference import bind
 from rarefy.engine.transposed import phases
 from rarefy.engine.views import apart, in_order, of_places, row_major

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rarefy.engine.builder import LAYOUTS, Layout, Result
 from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort
 from rarefy.engine.int8 import Int8, bounds, levels, packed, unpacked
 from rarefy.engine.places import geometry
@@ -26,7 +27,7 @@ from rarefy.engine.plan import (
     Step,
     Table,
 )
-from rarefy.engine.programs import LAYOUTS, Int8Program, Layout, Result
+from rarefy.engine.programs import Int8Program
 
 #: What a layer may end with where it gives float32.
 _FLOAT_BOUNDS = {"none": (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rarefy.engine.binding import CHANNELS_LAST
+from rarefy.engine.builder import Function, bits
 from rarefy.engine.places import by_axes, contiguous, geometry
 from rarefy.engine.plan import Attention, MatMul, Placed, Places, Softmax
-from rarefy.engine.programs import CHANNELS_LAST, Function, bits
 
 #: Channels and pixels from one index of an axis to the next.
 _Move = tuple[int, int]
@@ -31,7 +32,7 @@ class _Native:
 
 @dataclass(frozen=True)
 class Described:
-    """The arguments of :meth:`rarefy.engine.programs.Builder.tensor`: values with their layouts, and the result's."""
+    """The arguments of :meth:`rarefy.engine.builder.Builder.tensor`: values with their layouts, and the result's."""
 
     function: Function
     values: tuple[tuple[str, int], ...]
