@@ -55,6 +55,29 @@ class Depth(NamedTuple):
     padding: tuple[int, int] = (0, 0)
 
 
+class Windows:
+    """Windows along one, two or three axes of these sizes, as :class:`Builder` takes them."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+    ) -> None:
+        self.kernel, self.stride, self.dilation = (_two(each, 1) for each in (kernel, stride, dilation))
+        top_bottom, left_right = _two(padding, (0, 0))
+        self.padding = (*top_bottom, *left_right)
+        deep = len(sizes) == 3
+        self.depth = Depth(sizes[0], kernel[0], stride[0], dilation[0], padding[0]) if deep else None
+
+
+def _two(sizes: Sequence[Any], first: Any) -> tuple[Any, Any]:
+    """A pair, of rows and columns, from sizes along one axis or more."""
+    return (first, sizes[0]) if len(sizes) == 1 else (sizes[-2], sizes[-1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """How the results of a step of an int8 program become bytes; see ``rarefy_int8_result``.

@@ -85,7 +85,7 @@ class _Lowering:
         fresh = (
             Int8Building(self.plan, self.options, quantizers=self.quantizers)
             if kind is Int8Building
-            else Building(self.plan, self.options, self.measured)
+            else Building(self.plan, self.options, measured=self.measured)
         )
         reason = fresh.add(step)
         if reason is None:
