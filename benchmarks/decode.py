@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import results
-from rarefy.engine import programs
-from rarefy.engine.programs import Int8Program, Result
+from rarefy.engine.binding import CHANNELS_FIRST
+from rarefy.engine.builder import Builder, Result
+from rarefy.engine.programs import Int8Program
 
 HIDDEN, BETWEEN = 4096, 11008
 ZEROS = (0.0, 0.5, 0.7, 0.9)
@@ -59,7 +60,7 @@ class Block(nn.Module):
 def program(zeros: float, batch: int) -> Int8Program:
     """The same block in the engine's int8, of random weights: all of them, or taken as the engine does by rule."""
     chance = torch.Generator().manual_seed(0)
-    builder, made = programs.Builder(), [Result(zero_point=128, multiplier=32.0, bias=128.0)]
+    builder, made = Builder(), [Result(zero_point=128, multiplier=32.0, bias=128.0)]
 
     def layer(x: int, outputs: int, inputs: int, name: str, residual: int = -1) -> int:
         weight = torch.empty(outputs, inputs).normal_(generator=chance)
@@ -81,7 +82,7 @@ def program(zeros: float, batch: int) -> Int8Program:
             x, weight[:, :, None, None], None, residual=residual, storage="float32", choice="measure", name=name
         )
 
-    x = builder.input((HIDDEN, 1, 1), programs.CHANNELS_FIRST, "x")
+    x = builder.input((HIDDEN, 1, 1), CHANNELS_FIRST, "x")
     q, k, v = (layer(x, HIDDEN, HIDDEN, name) for name in "qkv")
     h = layer(v, HIDDEN, HIDDEN, "o", residual=x)
     gate, up = (layer(h, BETWEEN, HIDDEN, name) for name in ("gate", "up"))
@@ -92,7 +93,7 @@ def program(zeros: float, batch: int) -> Int8Program:
     both = builder.binary(gated, up, multiply=True, activation="none", name="product")
     y = layer(both, HIDDEN, BETWEEN, "down", residual=h)
     for each in (y, q, k):
-        builder.output(each, programs.CHANNELS_FIRST)
+        builder.output(each, CHANNELS_FIRST)
         made.append(Result(multiplier=1 / 32))
     return builder.finish_int8(made, batch=batch, threads=1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
-from rarefy.engine import measure, programs, reference
+from rarefy.engine import binding, measure, reference
 from rarefy.engine.building import Options
 from rarefy.engine.compiler import build
 from rarefy.engine.lowering import Lowered, lower
@@ -16,7 +16,7 @@ from rarefy.engine.plan import Conv, Linear, Plan, Step, Value
 def paths():
     """Every way to compute a step here: PyTorch, and the native kernels of each instruction set."""
     isas = {kernel.isa for kernel in kernels.table() if kernel.name == "engine" and kernel.supported}
-    return ["pytorch", *(sorted(isas) if programs.available() else [])]
+    return ["pytorch", *(sorted(isas) if binding.available() else [])]
 
 
 def sparse(weight: Tensor, density: float) -> Tensor:

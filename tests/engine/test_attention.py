@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import engine
-from rarefy.engine import programs, reference
+from rarefy.engine import reference
+from rarefy.engine.binding import CHANNELS_FIRST, NativeError, available
+from rarefy.engine.builder import Builder, bits
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
@@ -24,7 +26,7 @@ from rarefy.engine.places import contiguous
 from rarefy.engine.plan import Attention, Linear, MatMul, Placed, Places, Plan, Softmax, Step, Value, View
 
 BATCH = 3
-native = pytest.mark.skipif(not programs.available(), reason="there is no native library")
+native = pytest.mark.skipif(not available(), reason="there is no native library")
 
 
 def plan_of(*steps: Step, outputs: tuple[str, ...] | None = None, **shapes: tuple[int, ...]) -> Plan:
@@ -320,12 +322,12 @@ def test_random_strides_are_right() -> None:
 @native
 def test_numbers_outside_of_a_value_are_refused() -> None:
     """Every number of a description changed a little: it is refused, or lies inside."""
-    builder = programs.Builder()
-    x = builder.input((8, 1, 10), programs.CHANNELS_FIRST, "x")
+    builder = Builder()
+    x = builder.input((8, 1, 10), CHANNELS_FIRST, "x")
     result = [0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
     key, value = [0, 0, 0, 0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 1, 0]
     place = [0, 0, 0, 1, 0, 0, 1, 0, 0, 0]
-    whole = [4, 10, 10, 8, 8, 8, 1, 10, *place, *key, *value, *result, programs.bits(0.5), 0, 1]
+    whole = [4, 10, 10, 8, 8, 8, 1, 10, *place, *key, *value, *result, bits(0.5), 0, 1]
     builder.tensor("attention", [x, x, x], whole, name="a")
     refused = 0
     for at, change in itertools.product(range(len(whole) - 3), (-1, 1, 10, 2**31, 2**62)):
@@ -333,13 +335,13 @@ def test_numbers_outside_of_a_value_are_refused() -> None:
         numbers[at] += change
         try:
             builder.tensor("attention", [x, x, x], numbers, name="a")
-        except programs.NativeError:
+        except NativeError:
             refused += 1
     assert refused > 0.75 * 5 * (len(whole) - 3)
     for wrong in ([], [4], whole[:-1], [*whole, 0], [*whole[:-1], 2], [13, *whole[1:]]):
-        with pytest.raises(programs.NativeError, match="axes|must be 0 or 1"):
+        with pytest.raises(NativeError, match="axes|must be 0 or 1"):
             builder.tensor("attention", [x, x, x], wrong, name="a")
-    with pytest.raises(programs.NativeError, match="a query, keys, values"):
+    with pytest.raises(NativeError, match="a query, keys, values"):
         builder.tensor("attention", [x, x], whole, name="a")
 
 

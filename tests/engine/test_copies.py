@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rarefy import engine
-from rarefy.engine import programs
+from rarefy.engine.binding import CHANNELS_FIRST, NativeError
+from rarefy.engine.builder import Builder
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
@@ -44,7 +45,7 @@ def test_a_copy_outlives_its_engine_and_gives_the_same_bits(compiled, how):
 def test_a_builder_refuses_to_be_copied():
     for how in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="a Builder cannot be copied or pickled"):
-            how(programs.Builder())
+            how(Builder())
 
 
 @pytest.mark.slow
@@ -67,17 +68,17 @@ def test_a_program_checks_every_length(choose):
         (inputs, outputs, 2, 0),
         (inputs, outputs, 2, 1 << 40),
     ):
-        with pytest.raises(programs.NativeError):
+        with pytest.raises(NativeError):
             program.run(*wrong)
 
 
 def test_a_builder_checks_weights_and_biases():
-    builder = programs.Builder()
-    x = builder.input((3, 8, 8), programs.CHANNELS_FIRST, "x")
+    builder = Builder()
+    x = builder.input((3, 8, 8), CHANNELS_FIRST, "x")
     options = {"storage": "float32", "choice": "dense", "name": "a"}
-    with pytest.raises(programs.NativeError, match="there must be 108 weights, got 72"):
+    with pytest.raises(NativeError, match="there must be 108 weights, got 72"):
         builder.conv(x, torch.zeros(4, 2, 3, 3), None, **options)
-    with pytest.raises(programs.NativeError, match="there must be 4 biases, got 3"):
+    with pytest.raises(NativeError, match="there must be 4 biases, got 3"):
         builder.conv(x, torch.zeros(4, 3, 3, 3), torch.zeros(3), **options)
-    with pytest.raises(programs.NativeError, match="there must be 3 factors and summands, got 2"):
+    with pytest.raises(NativeError, match="there must be 3 factors and summands, got 2"):
         builder.affine(x, torch.zeros(2), None, "none", name="a")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rarefy import engine, kernels
+from rarefy.engine.binding import NativeError, available
 from rarefy.engine.plan import Embedding
-from rarefy.engine.programs import NativeError, available
 from tests.engine.layers import paths
 
 native = pytest.mark.skipif(not available(), reason="there is no native engine")

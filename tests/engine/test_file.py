@@ -13,11 +13,11 @@ from torch import nn
 
 from rarefy import act, engine, kernels
 from rarefy.engine import file, measure
+from rarefy.engine.binding import available
 from rarefy.engine.building_int8 import Int8Building
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.passes import optimize
-from rarefy.engine.programs import available
 from tests.engine.networks import UNet, Vision, thinned
 
 HEAD = struct.Struct("<8sIIQQ32s")

@@ -9,6 +9,7 @@ import torch
 
 from rarefy import kernels
 from rarefy.engine import int8
+from rarefy.engine.builder import LAYOUTS
 from rarefy.engine.building import NativeSegment, Options
 from rarefy.engine.execute import Runner
 from rarefy.engine.lowering import lower
@@ -28,7 +29,6 @@ from rarefy.engine.plan import (
     Upsample,
     Value,
 )
-from rarefy.engine.programs import LAYOUTS
 
 ISAS = (
     sorted({each.isa for each in kernels.table() if each.name == "int8" and each.supported}) if kernels.table() else []

@@ -10,10 +10,10 @@ from rarefy import act, engine
 from rarefy.act.spec.table import Table, load
 from rarefy.engine import int8
 from rarefy.engine.attention import additive_scores
+from rarefy.engine.binding import available
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.onnx_int8 import save_int8_onnx
 from rarefy.engine.plan import MODED, Affine, GRUGates, LSTMCell, LSTMHidden, Quantized
-from rarefy.engine.programs import available
 from rarefy.kernels import forced
 from tests.engine.layers import paths, run
 from tests.engine.test_file import forged, refused

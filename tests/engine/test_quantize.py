@@ -12,11 +12,11 @@ from torch import nn
 
 from rarefy import engine, models
 from rarefy.engine import EngineError, int8, reference, verify
+from rarefy.engine.binding import available
 from rarefy.engine.calibrate import METHODS, Histogram, weight_scales
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Affine, Binary, Concat, Conv, GlobalAverage, Layer, Pool, Quantize, Quantized, Table
-from rarefy.engine.programs import available
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import quantize
 from tests.engine.networks import Signal, UNet, Vision, thinned

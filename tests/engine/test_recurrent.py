@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rarefy import act, engine, kernels
 from rarefy.engine import recurrent
 from rarefy.engine.attention import additive_scores
+from rarefy.engine.binding import CHANNELS_FIRST, NativeError, available
+from rarefy.engine.builder import Builder
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
 from rarefy.engine.eager import Eager
@@ -18,7 +20,6 @@ from rarefy.engine.execute import Runner
 from rarefy.engine.onnx_int8 import serialized
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import GRUGates, Linear, LSTMCell, LSTMHidden, Operator, Recurrence
-from rarefy.engine.programs import CHANNELS_FIRST, Builder, NativeError, available
 from tests.engine.layers import PATTERNS, paths, sparse
 from tests.engine.test_file import forged, refused
 

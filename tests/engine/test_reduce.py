@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from rarefy import engine
 from rarefy.engine import reference
+from rarefy.engine.binding import CHANNELS_FIRST, CHANNELS_LAST, NativeError
+from rarefy.engine.builder import Builder
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import REDUCTIONS, Linear, Operator, Plan, Reduce
-from rarefy.engine.programs import CHANNELS_FIRST, CHANNELS_LAST, Builder, NativeError
 from tests.engine.layers import wide
 from tests.engine.test_norms import ISAS, native
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import engine
-from rarefy.engine import compiler, programs, verify
+from rarefy.engine import binding, compiler, verify
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import Conv
@@ -111,7 +111,7 @@ def test_linear_layers_on_other_numbers_of_rows(forward):
         agrees(model, compiled, torch.randn(batch, 13, 16))
 
 
-@pytest.mark.skipif(not programs.available(), reason="needs native programs")
+@pytest.mark.skipif(not binding.available(), reason="needs native programs")
 def test_a_program_refuses_inputs_of_other_rows():
     model = f(lambda a, b, x, y: (a(x), b(y)), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
     inputs = (torch.zeros(3, 4), torch.zeros(3, 4))

@@ -7,7 +7,9 @@ from torch import nn
 
 from rarefy import engine
 from rarefy.engine import plan as steps
-from rarefy.engine import programs, reference, views
+from rarefy.engine import reference, views
+from rarefy.engine.binding import CHANNELS_FIRST, NativeError
+from rarefy.engine.builder import Builder
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
@@ -285,13 +287,13 @@ NATIVE = [6, 1, 4, 1, 2, 0, 0, 0, 0, 4, 1, 0, 0, 1, 6, 0, 1, 1, 0]
     ],
 )
 def test_native_views_that_leave_their_values_are_refused(at, number):
-    builder = programs.Builder()
-    x = builder.input((4, 2, 3), programs.CHANNELS_FIRST, "x")
+    builder = Builder()
+    x = builder.input((4, 2, 3), CHANNELS_FIRST, "x")
     assert builder.shape(builder.tensor("view", [x], NATIVE, name="whole")) == (6, 1, 4)
     forged = [*NATIVE[:at], number, *NATIVE[at + 1 :]]
-    with pytest.raises(programs.NativeError, match="view"):
+    with pytest.raises(NativeError, match="view"):
         builder.tensor("view", [x], forged, name="forged")
-    with pytest.raises(programs.NativeError, match="view"):
+    with pytest.raises(NativeError, match="view"):
         builder.tensor("view", [x], NATIVE[:-1], name="cut")
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rarefy import kernels
+from rarefy.engine.binding import NativeError, native_mode
 from rarefy.engine.functions import activate, check_mode
-from rarefy.engine.programs import NativeError, native_mode
 
 _SIZES = (ctypes.c_int64,) * 3
 _MODE = (ctypes.c_int32, ctypes.c_void_p)

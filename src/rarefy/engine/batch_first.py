@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from rarefy.engine.operators import ASTRAY, RESHAPES, whole_number
+from rarefy.engine.nodes import ASTRAY, RESHAPES, whole_number
 from rarefy.engine.views import VIEWS
 
 _aten = torch.ops.aten
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 def batch_first(graph: fx.Graph, inputs: Sequence[str]) -> None:
     """Rewrite a graph of any batch size, the batch dimension 0 of its inputs.
 
-    Values that have the batch elsewhere are marked :data:`rarefy.engine.operators.ASTRAY`.
+    Values that have the batch elsewhere are marked :data:`rarefy.engine.nodes.ASTRAY`.
     """
     rewriting = _Rewriting(graph, inputs)
     if rewriting.gains():

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort
+from rarefy.engine.builder import LAYOUTS, Layout, Result
+from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort, laid
 from rarefy.engine.int8 import Int8, bounds, levels, packed, unpacked
 from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
@@ -26,7 +27,7 @@ from rarefy.engine.plan import (
     Step,
     Table,
 )
-from rarefy.engine.programs import LAYOUTS, Int8Program, Layout, Result
+from rarefy.engine.programs import Int8Program
 
 #: What a layer may end with where it gives float32.
 _FLOAT_BOUNDS = {"none": (-np.inf, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
@@ -102,16 +103,18 @@ class Int8Building(Building):
         return made
 
     def _table(self, step: Table) -> tuple[int | None, int]:
-        layout = self._elementwise_layout(step)
-        (x,) = self._values(step.inputs, layout)
-        return self._layout_of(step.input, layout), self.builder.affine(x, None, None, "none", name=step.output)
+        layout = self.elementwise_layout(step)
+        (x,) = self.values(step.inputs, layout)
+        return laid(self.shape(step.input), layout), self.builder.affine(x, None, None, "none", name=step.output)
 
-    def _turn(self, name: str, layout: int) -> None:
+    def turn(self, name: str, layout: int) -> None:
+        """Raise CannotError: bytes lie as they were made."""
         raise CannotError("it needs its input in another order of axes")
 
-    def _value(self, name: str, layout: int) -> int:
-        shape = self._shape(name)
-        key = self._key(name, layout)
+    def value(self, name: str, layout: int) -> int:
+        """The number of a value in that layout; one made elsewhere becomes an input, of bytes or of their numbers."""
+        shape = self.shape(name)
+        key = self.key(name, layout)
         if key not in self.ids:
             of = self.plan.values[name].quantized
             assert of is not None  # all that a step on bytes reads
@@ -119,12 +122,12 @@ class Int8Building(Building):
             quantizer = self.quantizers.get(name)
             if quantizer is None:
                 self.results.append(Result(zero_point=of.zero_point, multiplier=1.0))
-                self.inputs[key] = replace(self._port(name, shape), quantized=of)
+                self.inputs[key] = replace(self.port(name, shape), quantized=of)
             else:
                 self.results.append(
                     Result(zero_point=of.zero_point, multiplier=_float32(1 / of.scale), bias=of.zero_point)
                 )
-                self.inputs[key] = replace(self._port(name, shape), value=quantizer.input)
+                self.inputs[key] = replace(self.port(name, shape), value=quantizer.input)
         return self.ids[key]
 
     def _output(self, value: str, layout: int) -> SegmentPort:

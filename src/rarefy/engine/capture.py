@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rarefy.act.functional import kept_operators
-from rarefy.engine import attending, contractions, operators, rearranged, recurrent, reference, views
+from rarefy.engine import contractions, nodes, operators, rearranged, recurrent, reference, views
 from rarefy.engine.batch_first import batch_first
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 from rarefy.engine.structure import Flat, title, unwrapped
@@ -263,7 +263,7 @@ class _Graph:
             if isinstance(node.meta.get("val"), Tensor):
                 value = node.meta["val"]
                 rows = str(tuple(value.shape[:-1]))
-                shape, fold, inner = operators.sample_shapes(node, self.batch)
+                shape, fold, inner = nodes.sample_shapes(node, self.batch)
                 values[node.name] = Value(shape, value.dtype, rows, fold=fold, inner=inner)
         outputs, single = self._outputs(result)
         read = {name for step in steps for name in step.inputs} | {*outputs}
@@ -293,7 +293,7 @@ class _Graph:
         )
         if self._has_been(node):
             return True
-        if (target in operators.IDENTITIES or _is_whole(node)) and isinstance(first, fx.Node) and not copied:
+        if (target in nodes.IDENTITIES or _is_whole(node)) and isinstance(first, fx.Node) and not copied:
             self.aliases[node.name] = first
             return True
         if node.target is operator.getitem:
@@ -329,7 +329,7 @@ class _Graph:
 
     def _has_been(self, node: fx.Node) -> bool:
         """Whether reshapes come back to a shape that the same numbers had before: then it is the tensor of then."""
-        if not operators.keeps_order(node):
+        if not nodes.keeps_order(node):
             return False
         x = cast(fx.Node, node.args[0])
         if x.name in self.constants:
@@ -358,7 +358,7 @@ class _Graph:
 
     def _step(self, node: fx.Node) -> Step:
         if isinstance(node.target, OpOverload):
-            handler = attending.handler(str(node.target)) or operators.handler(str(node.target))
+            handler = operators.handler(str(node.target))
             float32 = getattr(node.meta.get("val"), "dtype", None) is torch.float32
             first = str(node.target).startswith(_FIRST)
             if handler is not None and (float32 or first):

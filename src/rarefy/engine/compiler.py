@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import kernels
-from rarefy.engine import measure, programs, pt2e, verify
+from rarefy.engine import binding, measure, programs, pt2e, verify
 from rarefy.engine.building import NativeSegment, Options, samples
 from rarefy.engine.capture import CaptureError, capture, other_dtype
 from rarefy.engine.eager import Eager
@@ -483,7 +483,7 @@ def _choose(
 ) -> tuple[measure.Decision, dict[str, tuple[int, ...]]]:
     """What runs the plan, and the shapes of its values on the inputs."""
     begun = time.perf_counter()
-    usable = programs.available()
+    usable = binding.available()
     quantized = any(value.quantized is not None for value in plan.values.values())
     timed = choose == "measure" and usable
     native_alone = native_alone or quantized  # PyTorch has no int8 that is any match

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from rarefy._files import write_atomically
-from rarefy.engine import int8, plan, programs
+from rarefy.engine import binding, int8, plan, programs
+from rarefy.engine.builder import LAYOUTS
 from rarefy.engine.building import INTEGERS, NativeSegment, Options, SegmentPort
 from rarefy.engine.building_int8 import Int8Segment, again
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target, dry_run
@@ -249,7 +250,7 @@ def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) 
         header = json.loads(text)
         if reserved or checksum(text, blobs.data, header) != digest:
             raise ValueError("its checksum is wrong")
-        if not programs.available() and any("program" in item for item in header["items"]):
+        if not binding.available() and any("program" in item for item in header["items"]):
             raise _UnusableError(
                 f"{path} holds native programs, and there is no native engine here (rarefy info says why): "
                 "compile the model again"
@@ -449,7 +450,7 @@ class _Reader:
         """The int8 program, made again; without the native engine its steps, which PyTorch runs."""
         items: list[Int8] = []
         meanings: dict[str, Quantized | None] = {}
-        native = programs.available()
+        native = binding.available()
         for each in about["steps"]:
             item = self._item(each)
             if not isinstance(item, Int8):
@@ -487,8 +488,8 @@ class _Reader:
         if not 1 <= threads <= programs.MOST_THREADS or samples < 1:
             raise ValueError(f"it is for {threads} threads and {samples} samples")
         layouts = {_text(name): layout for name, layout in about["layouts"].items()}
-        if not all(layout in programs.LAYOUTS for layout in layouts.values()):
-            raise ValueError(f"weights are taken in one of {', '.join(programs.LAYOUTS)}, not in {layouts}")
+        if not all(layout in LAYOUTS for layout in layouts.values()):
+            raise ValueError(f"weights are taken in one of {', '.join(LAYOUTS)}, not in {layouts}")
         return [again(source, Options("measure", "float32", threads, 0.0, shapes, samples, layouts))]
 
     def _item(self, about: _Json) -> Item:

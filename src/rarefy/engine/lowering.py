@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from rarefy.engine.binding import NativeError
 from rarefy.engine.building import Building, CannotError, NativeSegment, Options
 from rarefy.engine.building_int8 import Int8Building
 from rarefy.engine.eager import Eager
 from rarefy.engine.int8 import Int8, item
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import Embedding, Norm, Operator, Plan, Pointwise, Quantize, Step
-from rarefy.engine.programs import NativeError, Program
+from rarefy.engine.programs import Program
 
 #: What an engine runs one after the other.
 Item: TypeAlias = NativeSegment | PackedConv | Eager | Step | Int8
@@ -84,7 +85,7 @@ class _Lowering:
         fresh = (
             Int8Building(self.plan, self.options, quantizers=self.quantizers)
             if kind is Int8Building
-            else Building(self.plan, self.options, self.measured)
+            else Building(self.plan, self.options, measured=self.measured)
         )
         reason = fresh.add(step)
         if reason is None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from rarefy.engine.binding import CHANNELS_LAST
 from rarefy.engine.plan import Places, View
-from rarefy.engine.programs import CHANNELS_LAST
 
 
 class Digits(NamedTuple):

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from rarefy.engine.operators import ASTRAY, Call, sample_shapes, whole_number
+from rarefy.engine.nodes import ASTRAY, sample_shapes, whole_number
+from rarefy.engine.operators import Call
 from rarefy.engine.places import through as through_view
 from rarefy.engine.plan import Join, Operator, Places, Plan, Ref, Step, View
 

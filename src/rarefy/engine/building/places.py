@@ -1,4 +1,4 @@
-"""Steps whose values lie at places (:class:`rarefy.engine.plan.Placed`), as native programs are told of them."""
+"""How the steps of :mod:`rarefy.engine.plan.places` are added to a program."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rarefy.engine.binding import CHANNELS_FIRST, CHANNELS_LAST
+from rarefy.engine.builder import Function, bits
+from rarefy.engine.building.draft import CannotError, Draft, Made, laid
 from rarefy.engine.places import by_axes, contiguous, geometry
-from rarefy.engine.plan import Attention, MatMul, Placed, Places, Softmax
-from rarefy.engine.programs import CHANNELS_LAST, Function, bits
+from rarefy.engine.plan import Attention, Linear, MatMul, Norm, Placed, Places, Softmax
 
 #: Channels and pixels from one index of an axis to the next.
 _Move = tuple[int, int]
@@ -30,8 +32,8 @@ class _Native:
 
 
 @dataclass(frozen=True)
-class Described:
-    """The arguments of :meth:`rarefy.engine.programs.Builder.tensor`: values with their layouts, and the result's."""
+class _Described:
+    """The arguments of :meth:`rarefy.engine.builder.Builder.tensor`: values with their layouts, and the result's."""
 
     function: Function
     values: tuple[tuple[str, int], ...]
@@ -40,9 +42,29 @@ class Described:
     constants: tuple[Tensor, ...] = ()
 
 
-def describe(
+def placed(draft: Draft, step: Placed) -> Made:
+    """A step whose values lie at places: a product of values, a softmax, an attention."""
+    if draft.rows:
+        raise CannotError("its samples are not those of the network")
+    shapes = {name: draft.shape(name) for name in step.inputs}
+    layouts = dict[str, tuple[int, ...]]()
+    for name in step.inputs:
+        made = draft.layouts.get(name)
+        layouts[name] = (CHANNELS_LAST, CHANNELS_FIRST) if made is None else (made,)
+    users = draft.users[step.output]
+    linear = any(isinstance(user, Linear) or (isinstance(user, Norm) and user.axis == -1) for user in users)
+    layouts[step.output] = (CHANNELS_LAST,) if linear else (CHANNELS_LAST, CHANNELS_FIRST)
+    found = _describe(step, shapes, layouts)
+    if found is None:
+        raise CannotError("its numbers lie in another order than a program has them")
+    xs = [draft.value(name, layout) for name, layout in found.values]
+    number = draft.builder.tensor(found.function, xs, found.numbers, found.constants, name=step.output)
+    return laid(step.shape, found.layout), number
+
+
+def _describe(
     step: Placed, shapes: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Sequence[int]]
-) -> Described | None:
+) -> _Described | None:
     """How a program computes a step, of values of these shapes in one of these layouts, and of the result.
 
     None where the numbers lie as they do in no layout.
@@ -87,7 +109,7 @@ def describe(
         numbers += native.numbers(order)
     operands = step.operands
     values = tuple((operands[name].value, native.layout) for name, native in found.items())
-    return Described(function, values, result.layout, (*numbers, *last, *own), tuple(constants))
+    return _Described(function, values, result.layout, (*numbers, *last, *own), tuple(constants))
 
 
 def _native(
