@@ -27,7 +27,7 @@ class Band(Thresholding, Exploring):
     """Soft thresholds on the budget, with gradients for the largest weights alone.
 
     Args:
-        start, end: shares of the run between which the sparsity rises; None takes 0.05 and 0.5.
+        start, end: shares of the run between which the sparsity rises; None takes 0 and 0.2.
         band: how many times as many weights of a layer get a gradient as live, at least 1.
 
     Raises:
@@ -44,7 +44,7 @@ class Band(Thresholding, Exploring):
         targeted="always",
         training_flops="at band times the density of the weights",
     )
-    ramp = (0.05, 0.5)
+    ramp = (0.0, 0.2)
 
     def __post_init__(self) -> None:
         _checks.number("band", self.band, least=1.0)
