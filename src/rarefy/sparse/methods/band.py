@@ -21,6 +21,9 @@ from rarefy.sparse.families.latent import Exploring, Thresholding
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.reports import Info
 
+#: The share of a layer's weights that get a gradient at least: a layer that starts at 0 would hardly ever come to life.
+LEAST = 0.05
+
 
 @dataclass(eq=False, repr=False)
 class Band(Thresholding, Exploring):
@@ -28,7 +31,7 @@ class Band(Thresholding, Exploring):
 
     Args:
         start, end: shares of the run between which the sparsity rises; None takes 0 and 0.2.
-        band: how many times as many weights of a layer get a gradient as live, at least 1.
+        band: how many times as many weights of a layer get a gradient as live, at least 1; 5 % of them always do.
 
     Raises:
         ValueError: as :class:`Budgeted`; blocks; an option out of its range.
@@ -65,8 +68,8 @@ class Band(Thresholding, Exploring):
 
     def reach(self, layer: Layer, live: int) -> int:
         """Count the weights of the layer that get a gradient."""
-        return min(layer.size, int(self.band * live))
+        return min(layer.size, max(int(self.band * live), int(LEAST * layer.size)))
 
     def weight_grad_density(self, density: float) -> float:
         """See :class:`Sparsifier`."""
-        return min(1.0, self.band * density)
+        return min(1.0, max(self.band * density, LEAST))
