@@ -32,8 +32,8 @@ def make_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimize
         {"params": weights, "lr": options.lr, "weight_decay": options.weight_decay, "peak_lr": options.lr},
         {"params": vectors, "lr": options.lr, "weight_decay": options.norm_weight_decay, "peak_lr": options.lr},
     ]
-    # On a CPU they go over each parameter several times unless they are asked to go once, which SGD cannot over shards.
-    fused = True if all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters()) else None
     if options.name == "adamw":
+        # on a CPU it goes over each parameter seven times unless it is asked to go once
+        fused = True if all(p.device.type == "cpu" for p in model.parameters()) else None
         return torch.optim.AdamW(groups, lr=options.lr, fused=fused)
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=fused)
+    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
