@@ -181,6 +181,9 @@ class Result(ctypes.Structure):
 
 _BUFFERS = _POINTER  # rarefy_buffer, as bytes: structures of ctypes take longer to make than a small network to run
 
+#: A program is run, of either kind.
+_RUN = (INT32, (_POINTER, _BUFFERS, INT32, _BUFFERS, INT32, INT64, INT32, _POINTER, INT64), True)
+
 #: The functions of the header: what they give back and take, without the error's two arguments where they have them.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_new": (_POINTER, (), False),
@@ -204,11 +207,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "builder_shape": (INT32, (_POINTER, INT32, ctypes.POINTER(Int32x3)), True),
     "builder_finish": (_POINTER, (_POINTER, ctypes.POINTER(Options)), True),
     "program_free": (None, (_POINTER,), False),
-    "program_run": (
-        INT32,
-        (_POINTER, _BUFFERS, INT32, _BUFFERS, INT32, INT64, INT32, _POINTER, INT64),
-        True,
-    ),
+    "program_run": _RUN,
     "program_describe": (None, (_POINTER, ctypes.POINTER(ProgramInfo)), False),
     "program_step": (INT32, (_POINTER, INT32, ctypes.POINTER(StepInfo)), False),
     "program_port": (INT32, (_POINTER, INT32, INT32, ctypes.POINTER(Int32x3), ctypes.POINTER(INT32)), False),
@@ -217,11 +216,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "program_load": (_POINTER, (_POINTER, INT64, _TEXT), True),
     "int8_finish": (_POINTER, (_POINTER, ctypes.POINTER(Result), INT64, ctypes.POINTER(Options)), True),
     "int8_free": (None, (_POINTER,), False),
-    "int8_run": (
-        INT32,
-        (_POINTER, _BUFFERS, INT32, _BUFFERS, INT32, INT64, INT32, _POINTER, INT64),
-        True,
-    ),
+    "int8_run": _RUN,
     "int8_describe": (None, (_POINTER, ctypes.POINTER(ProgramInfo)), False),
     "int8_step": (INT32, (_POINTER, INT32, ctypes.POINTER(StepInfo)), False),
 }

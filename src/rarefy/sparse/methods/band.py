@@ -1,7 +1,8 @@
 """Band: AutoSparse with its thresholds on the budget, and full gradients in a band of weights below them.
 
     forward     W^ = sign(W) * max(|W| - T, 0)
-    backward    dL/dW = dL/dW^    for the `band` times as many largest weights of a layer as live, 0 for the others
+    backward    dL/dW = dL/dW^    for the `band` times as many largest weights of a layer as live, and at least 5 %
+                                  of them; 0 for the others
 
 AutoSparse (arXiv 2304.06941) lets every masked weight have alpha of its gradient; ST-3 (arXiv 2212.01076), whose curve
 the thresholds follow, all of it, which costs a dense product a step. Those far below their threshold hardly come back:
