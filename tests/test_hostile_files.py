@@ -30,9 +30,9 @@ from torch import nn
 import rarefy
 from rarefy import act, engine
 from rarefy.act.spec.table import Table
-from rarefy.engine import file
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import Choose, build
+from rarefy.engine.file import format
 from rarefy.engine.passes import optimize
 from rarefy.sparse_files import digest
 from rarefy.train import recipe
@@ -171,7 +171,7 @@ def _engine(folder: Path, model: nn.Module, x: torch.Tensor, choose: Choose) -> 
         text = json.dumps(about).encode()
         text += b" " * (-len(text) % 64)
         try:
-            right = file.checksum(text, behind, about)
+            right = format.checksum(text, behind, about)
         except Exception:  # a header that says nothing of where programs lie
             right = bytes(32)
         head = HEAD.pack(magic, version, zero, HEAD.size + len(text) + len(behind), len(text), right)

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from rarefy import act, engine, kernels
-from rarefy.engine import file, measure
+from rarefy.engine import measure
 from rarefy.engine.binding import available
 from rarefy.engine.building_int8 import Int8Building
 from rarefy.engine.capture import capture
 from rarefy.engine.compiler import build
+from rarefy.engine.file import format, reading, writing
 from rarefy.engine.passes import optimize
 from tests.engine.networks import UNet, Vision, thinned
 
@@ -65,7 +66,7 @@ def sealed(data: bytes, header, blobs: bytes | None = None) -> bytes:
 def checksum(text: bytes, blobs: bytes) -> bytes:
     """The right one; any for a header that says nothing of where programs lie, which is refused before."""
     try:
-        return file.checksum(text, blobs, json.loads(text))
+        return format.checksum(text, blobs, json.loads(text))
     except Exception:
         return bytes(32)
 
@@ -170,7 +171,7 @@ def test_another_version_says_so(saved, tmp_path):
     refused(
         tmp_path / "new.engine",
         bytes(data),
-        f"has version 9 of the format, this rarefy reads {file.VERSION}: compile it again",
+        f"has version 9 of the format, this rarefy reads {format.VERSION}: compile it again",
     )
 
 
@@ -363,9 +364,9 @@ def test_only_engines_are_saved(tmp_path):
 
 def test_arguments_of_every_kind_come_back():
     given = [1, 2.5, float("inf"), True, None, "a", torch.float16, torch.channels_last, torch.strided, (1, [2])]
-    writer = file._Writer()
+    writer = writing._Writer()
     text = json.loads(json.dumps(writer.value(given)))
-    reader = file._Reader(torch.zeros(0, dtype=torch.uint8).numpy(), ())
+    reader = reading._Reader(torch.zeros(0, dtype=torch.uint8).numpy(), ())
     assert reader._value(text) == given
     with pytest.raises(ValueError, match="an argument of type complex cannot be saved"):
         writer.value(1j)
