@@ -9,7 +9,7 @@ layers go back to float32, those first without which the error falls most.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,25 +18,18 @@ from torch import Tensor
 
 from rarefy.engine import int8, reference
 from rarefy.engine.calibrate import METHODS, Histogram, Method, checked, weight_scales
+from rarefy.engine.int8_layout import OTHERS, Layout, key, lay_out
+from rarefy.engine.int8_plan import Int8Plan, levels
 from rarefy.engine.passes import fuse_activations
 from rarefy.engine.plan import (
     Affine,
     Binary,
-    Concat,
     Conv,
-    Dequantize,
-    Flatten,
-    GlobalAverage,
     Layer,
     Linear,
     Plan,
-    Pool,
-    Quantize,
     Quantized,
     Step,
-    Table,
-    Upsample,
-    Value,
 )
 from rarefy.engine.quantization import Quantization, QuantizedLayer
 
@@ -45,8 +38,6 @@ from rarefy.engine.quantization import Quantization, QuantizedLayer
 BUDGET = 0.1
 #: The examples that errors are measured on, and those that layers are tried one by one on.
 _EXAMINED, _TRIED = 64, 16
-#: What computes in int8 beside layers.
-_OTHERS = (Affine, Binary, Pool, GlobalAverage, Concat, Upsample, Flatten)
 _Inputs = tuple[Tensor, ...]
 
 
@@ -112,11 +103,6 @@ def _with_tables(plan: Plan) -> Plan:
     return replace(plan, steps=tuple(steps), values=values)
 
 
-def _key(step: Step) -> str:
-    """What a step is known by however it is taken apart: the value it made at first."""
-    return step.output.partition(".")[0]
-
-
 @dataclass
 class _Loss:
     """What a layer loses, summed over examples: of each channel the error, its square and the signal's."""
@@ -136,20 +122,6 @@ class _Loss:
         """In dB; None without noise or signal."""
         noise = float((torch.as_tensor(self.squares) - self.count * self.shift().square()).clamp(min=0).sum())
         return 10 * math.log10(self.signal / noise) if noise > 0 and self.signal > 0 else None
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What of a plan runs in int8: the plan, taken apart as needed, what those steps make, and the bytes they read."""
-
-    plan: Plan
-    inside: frozenset[str]
-    quantized: Mapping[str, Quantized]
-    users: Mapping[str, Sequence[Step]]
-
-    def wanted(self, value: str) -> bool:
-        """Whether a step in int8 reads the value."""
-        return any(user.output in self.inside for user in self.users[value])
 
 
 @dataclass
@@ -174,35 +146,20 @@ class _Network:
     def _begin(self, step: Layer) -> None:
         """The scales of a layer's weights, or why it cannot be quantised."""
         if not step.weight.isfinite().all() or (step.bias is not None and not step.bias.isfinite().all()):
-            self.kept[_key(step)] = "a weight is not finite"
+            self.kept[key(step)] = "a weight is not finite"
             return
         if isinstance(step, Conv) and not 1 <= len(step.stride) <= 2:
-            self.kept[_key(step)] = f"it has {len(step.stride)} axes"  # and native layers of three are float32
+            self.kept[key(step)] = f"it has {len(step.stride)} axes"  # and native layers of three are float32
             return
-        self.scales[_key(step)] = scale = weight_scales(step.weight)
-        if (_levels(step.weight, scale).abs().flatten(1).double().sum(1).max() * 255) >= 1 << 31:
-            self.kept[_key(step)] = "its sums may not fit 32 bits"
+        self.scales[key(step)] = scale = weight_scales(step.weight)
+        if (levels(step.weight, scale).abs().flatten(1).double().sum(1).max() * 255) >= 1 << 31:
+            self.kept[key(step)] = "its sums may not fit 32 bits"
 
-    def layout(self, kept: Iterable[str] | None = None) -> _Layout:
-        """What runs in int8 when these layers do not."""
-        left, plan = {*(self.kept if kept is None else kept)}, self.base
-        while True:
-            inside, float32 = _inside(plan, left)
-            users = plan.users()
-            read = {name for step in plan.steps if step.output in inside for name in step.inputs}
-            # A sum with what is float32 for its own reasons, or that nothing in int8 reads, is better float32.
-            apart = {
-                step.output
-                for step in plan.steps
-                if isinstance(step, Layer) and step.residual is not None and step.output in inside
-                if step.residual in float32 or step.output not in read
-            }
-            if not apart:
-                groups = _groups(plan, inside, users)
-                return _Layout(plan, frozenset(inside), self._quantized(read, groups), users)
-            plan = _without_residuals(plan, apart)
+    def _layout(self, kept: Iterable[str] | None = None) -> Layout:
+        """What runs in int8 when these layers do not; by custom those that were given back."""
+        return lay_out(self.base, self.kept if kept is None else kept, self._quantized)
 
-    def _quantized(self, read: set[str], groups: Mapping[str, str]) -> dict[str, Quantized]:
+    def _quantized(self, read: Collection[str], groups: Mapping[str, str]) -> dict[str, Quantized]:
         """The quantisation of values that steps in int8 read: one for each group."""
         whole: dict[str, Histogram] = {}
         for name, seen in self.seen.items():
@@ -215,7 +172,7 @@ class _Network:
 
     def examine(self, batches: Sequence[_Inputs]) -> None:
         """Measure what each layer loses on these batches."""
-        layout = self.layout()
+        layout = self._layout()
         plan = layout.plan
         for batch in batches:
             values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, batch, strict=True))}
@@ -226,16 +183,16 @@ class _Network:
                 for name in freed:
                     del values[name]
 
-    def _examine(self, step: Layer, layout: _Layout, values: Mapping[str, Any]) -> None:
+    def _examine(self, step: Layer, layout: Layout, values: Mapping[str, Any]) -> None:
         x, of, to = values[step.input], layout.quantized[step.input], layout.quantized.get(step.output)
         alone = replace(step, residual=None, activation="none")
         exact = reference.run_step(alone, {step.input: x})
         near = int8.dequantize(int8.quantize(x, of), of)
-        scale = self.scales[_key(step)]
-        rounded = replace(alone, weight=int8.weights(_levels(step.weight, scale), scale))
+        scale = self.scales[key(step)]
+        rounded = replace(alone, weight=int8.weights(levels(step.weight, scale), scale))
         channels = -1 if isinstance(step, Linear) else 1
         error = (reference.run_step(rounded, {step.input: near}) - exact).double().movedim(channels, 0).flatten(1)
-        loss = self.losses.setdefault(_key(step), _Loss())
+        loss = self.losses.setdefault(key(step), _Loss())
         loss.count += error.shape[1]
         loss.error, loss.squares = loss.error + error.sum(1), loss.squares + error.square().sum(1)
         loss.signal += float(exact.double().square().sum())
@@ -281,32 +238,25 @@ class _Network:
 
     def plan(self, kept: Iterable[str] | None = None) -> Plan:
         """The plan in int8 when these layers stay float32; by custom those that were given back."""
-        layout = self.layout(kept)
-        made = _Emitted(layout, self)
-        return fuse_activations(made.plan())
+        shifts = {name: loss.shift() for name, loss in self.losses.items()}
+        return fuse_activations(Int8Plan(self._layout(kept), self.scales, shifts).plan())
 
     def layers(self) -> tuple[QuantizedLayer, ...]:
         """The report of each layer."""
         found = []
         for step in self.base.steps:
             if isinstance(step, Layer):
-                loss, weight = self.losses.get(_key(step), _Loss()), step.weight
+                loss, weight = self.losses.get(key(step), _Loss()), step.weight
                 bounds = tuple(float(each) for each in weight.nan_to_num().aminmax()) if weight.numel() else (0.0, 0.0)
                 saturated = loss.saturated / max(loss.numbers, 1)
-                kept = self.kept.get(_key(step))
+                kept = self.kept.get(key(step))
                 found.append(QuantizedLayer(step.name, step.kind, loss.sqnr(), saturated, bounds, kept))  # type: ignore[arg-type]
         return tuple(found)
 
 
-def _levels(weight: Tensor, scale: Tensor) -> Tensor:
-    """The whole numbers nearest to weights."""
-    wide = scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    return (weight / wide).round().clamp(-int8.LARGEST, int8.LARGEST)
-
-
 def _observed(plan: Plan, batches: Sequence[_Inputs]) -> dict[str, Histogram]:
     """Histograms of the float32 values that steps which may be int8 read or make."""
-    steps = [step for step in plan.steps if isinstance(step, (Conv, Linear, *_OTHERS))]
+    steps = [step for step in plan.steps if isinstance(step, (Conv, Linear, *OTHERS))]
     seen = {name: Histogram() for step in steps for name in (*step.inputs, step.output)}
     names = {step.output: step.name for step in plan.steps}
     for batch in batches:
@@ -336,193 +286,3 @@ def _observed(plan: Plan, batches: Sequence[_Inputs]) -> dict[str, Histogram]:
                 "for; give some hundred examples of what the model will see"
             )
     return seen
-
-
-def _inside(plan: Plan, kept: set[str]) -> tuple[set[str], set[str]]:
-    """The values that steps in int8 make, and those that are float32 for reasons of their own.
-
-    What is no layer is int8 where it reads something that is, and nothing of what PyTorch's operators make; and where
-    something in int8 reads it.
-    """
-    inside, float32 = set[str](), {name for name in plan.inputs if plan.values[name].dtype is not torch.float32}
-    float32.update(plan.constants)
-    for step in plan.steps:
-        if isinstance(step, Layer):
-            if _key(step) not in kept:
-                inside.add(step.output)
-        elif not isinstance(step, _OTHERS) or not _has_int8(plan, step) or float32.intersection(step.inputs):
-            float32.add(step.output)
-        elif inside.intersection(step.inputs):
-            inside.add(step.output)
-    read = set[str]()
-    for step in reversed(plan.steps):
-        if step.output in inside and (isinstance(step, Layer) or step.output in read):
-            read.update(step.inputs)
-        else:
-            inside.discard(step.output)
-    return inside, float32
-
-
-def _has_int8(plan: Plan, step: Step) -> bool:
-    """A factor for each channel is a depthwise convolution, which needs places."""
-    shape = plan.values[step.output].shape
-    per_channel = shape is not None and 2 <= len(shape) <= 4 and getattr(step, "axis", 1) == 1
-    return not isinstance(step, Affine) or step.kind == "activation" or per_channel
-
-
-def _without_residuals(plan: Plan, apart: set[str]) -> Plan:
-    """The plan with the additions of these layers in steps of their own."""
-    steps, values = list[Step](), dict(plan.values)
-    for step in plan.steps:
-        if step.output not in apart:
-            steps.append(step)
-            continue
-        assert isinstance(step, Layer)
-        assert step.residual is not None
-        own = f"{step.output}.own"
-        values[own] = values[step.output]
-        steps += [
-            replace(step, output=own, residual=None, activation="none"),
-            Binary(name=step.name, op="add", x=own, y=step.residual, output=step.output, activation=step.activation),
-        ]
-    return replace(plan, steps=tuple(steps), values=values)
-
-
-def _groups(plan: Plan, inside: set[str], users: Mapping[str, Sequence[Step]]) -> dict[str, str]:
-    """Values that must have the same bytes, by the name of one of them: what copies bytes, copies their meaning.
-
-    An operand of a concatenation that others read, too, keeps its own.
-    """
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while name in parent:
-            name = parent[name]
-        return name
-
-    for step in plan.steps:
-        if step.output in inside and int8.copies(step):
-            for name in dict.fromkeys(step.inputs):
-                alone = not isinstance(step, Concat) or len(users[name]) == 1
-                if alone and root(name) != root(step.output):
-                    parent[root(name)] = root(step.output)
-    return {name: root(name) for name in parent}
-
-
-@dataclass
-class _Emitted:
-    """The steps of a plan in int8, as they come."""
-
-    layout: _Layout
-    network: _Network
-    steps: list[Step] = field(default_factory=list)
-    values: dict[str, Value] = field(init=False)
-    made: set[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = dict(self.layout.plan.values)
-        self.made = {*self.layout.plan.inputs, *self.layout.plan.constants}
-
-    def plan(self) -> Plan:
-        """The whole plan."""
-        base = self.layout.plan
-        for step in base.steps:
-            if step.output in self.layout.inside:
-                self._add(self._int8(step))
-            else:
-                for name in dict.fromkeys(step.inputs):
-                    self._float32(name)
-                self._add(step)
-        for name in base.outputs:
-            self._float32(name)
-        known = {*base.inputs, *base.outputs, *(name for step in self.steps for name in (*step.inputs, step.output))}
-        values = {name: value for name, value in self.values.items() if name in known}
-        return replace(base, steps=tuple(self.steps), values=values)
-
-    def _add(self, step: Step) -> None:
-        self.steps.append(step)
-        self.made.add(step.output)
-
-    def _float32(self, name: str) -> None:
-        """Make sure that a value is there in float32."""
-        if name not in self.made:
-            self._add(Dequantize(name=name, input=f"{name}.uint8", output=name))
-
-    def _uint8(self, name: str, to: Quantized | None = None) -> str:
-        """The bytes of a value, of another quantisation where one is given."""
-        own, of = f"{name}.uint8", self.layout.quantized[name]
-        if own not in self.made:
-            self._bytes(own, name, of)
-            self._add(Quantize(name=name, input=name, output=own))
-        if to is None or to == of:
-            return own
-        other = f"{own}.{to.scale}.{to.zero_point}"
-        if other not in self.made:
-            self._bytes(other, name, to)
-            self._add(Table(name=name, input=own, output=other, table=int8.table("none", of, to)))
-        return other
-
-    def _bytes(self, name: str, like: str, quantized: Quantized) -> None:
-        self.values[name] = replace(self.values[like], dtype=torch.uint8, quantized=quantized)
-
-    def _int8(self, step: Step) -> Step:
-        """The step on bytes."""
-        output, to = step.output, self.layout.quantized.get(step.output)
-        if to is not None:
-            output = f"{step.output}.uint8"
-            self._bytes(output, step.output, to)
-        match step:
-            case Conv() | Linear():
-                return self._layer(step, output)
-            case Affine(activation=activation) if step.kind == "activation":
-                assert to is not None
-                bytes_of = int8.table(activation, self.layout.quantized[step.input], to)
-                return Table(name=step.name, input=self._uint8(step.input), output=output, table=bytes_of)
-            case Affine():
-                shape = self.values[step.input].shape
-                assert shape is not None
-                return replace(_depthwise(step, shape), input=self._uint8(step.input), output=output)
-            case Binary():
-                return replace(step, x=self._uint8(step.x), y=self._uint8(step.y), output=output)
-            case Concat():
-                operands = tuple(self._uint8(name, to) for name in step.operands)
-                return replace(step, operands=operands, output=output)
-            case Pool() | GlobalAverage() | Upsample() | Flatten():
-                return replace(step, input=self._uint8(step.input), output=output)
-        raise AssertionError(f"a {step.kind} is not computed in int8")
-
-    def _layer(self, step: Layer, output: str) -> Layer:
-        scale, loss = self.network.scales[_key(step)], self.network.losses.get(_key(step))
-        bias = step.bias
-        if loss is not None:
-            bias = ((0.0 if bias is None else bias.double()) - loss.shift()).float()
-        return replace(
-            step,
-            input=self._uint8(step.input),
-            residual=None if step.residual is None else self._uint8(step.residual),
-            output=output,
-            weight=int8.weights(_levels(step.weight, scale), scale),
-            weight_scale=scale,
-            bias=bias,
-        )
-
-
-def _depthwise(step: Affine, shape: tuple[int, ...]) -> Conv:
-    """Factors for channels as a convolution, whose weights are then exact: 127 or -127 times a scale, or 0."""
-    factors = torch.ones(shape[0]) if step.scale is None else step.scale
-    scale = weight_scales(factors[:, None])
-    axes = len(shape) - 1
-    weight = int8.weights(_levels(factors, scale), scale).reshape(-1, *(1,) * (axes + 1))
-    return Conv(
-        name=step.name,
-        input=step.input,
-        output=step.output,
-        weight=weight,
-        bias=step.shift,
-        stride=(1,) * axes,
-        padding=((0, 0),) * axes,
-        dilation=(1,) * axes,
-        groups=shape[0],
-        activation=step.activation,
-        weight_scale=scale,
-    )

@@ -31,6 +31,7 @@ from rarefy.engine.file.format import (
     Json,
     check_runs,
     checksum,
+    meanings,
     sizes,
 )
 from rarefy.engine.int8 import Int8
