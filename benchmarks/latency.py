@@ -27,7 +27,8 @@ import results
 from rarefy import engine, models, sparse
 from rarefy.data import fashion_mnist
 from rarefy.engine import by_density
-from rarefy.engine.compiler import checked, prepare
+from rarefy.engine.arguments import checked
+from rarefy.engine.preparing import prepare
 from rarefy.engine.quantize import BUDGET
 from rarefy.latency import Latency
 from rarefy.train.batches import normalise

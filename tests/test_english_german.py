@@ -1,10 +1,13 @@
 """The corpus out of packages: what becomes of texts, in small; the whole is built by `rarefy data translation`."""
 
+from collections import Counter
+
 import pytest
 
 from rarefy.cli.main import main
 from rarefy.data import english_german
-from rarefy.data.english_german import _clean, _cut, _distinct, _is_pair, _paragraphs, _sections, _sentences, _split
+from rarefy.data.english_german.sentences import _cut, _is_pair, distinct, sentences, split
+from rarefy.data.english_german.texts import _clean, _paragraphs, _sections
 
 
 def test_texts_are_cleaned():
@@ -18,8 +21,8 @@ def test_sentences_end_at_their_ends():
     assert _cut("It works, e.g. Here it does. Really? Yes.") == ["It works, e.g. Here it does.", "Really?", "Yes."]
     assert _cut("Version 2. Then more") == ["Version 2. Then more"]
     pairs = [("s", "One is here. Two is there.", "Eins ist hier. Zwei ist dort."), ("s", "One. Two.", "Nur eins.")]
-    raw = english_german.Counter()
-    assert list(_sentences(iter(pairs), raw)) == [
+    raw = Counter()
+    assert list(sentences(iter(pairs), raw)) == [
         ("s", "One is here.", "Eins ist hier."),
         ("s", "Two is there.", "Zwei ist dort."),
         ("s", "One. Two.", "Nur eins."),
@@ -34,7 +37,7 @@ def test_which_pairs_are_kept():
     assert not _is_pair("open the file now", "open the file jetzt")  # not translated
     assert not _is_pair("the house is small", "the home is not big")  # English
     assert not _is_pair("see 1 2 3 4 5 6 7 8 9 as", "siehe 1 2 3 4 5 6 7 8 9 als")  # numbers
-    kept = _distinct(
+    kept = distinct(
         iter(
             [
                 ("a", "The house is small.", "Das Haus ist klein."),
@@ -49,13 +52,13 @@ def test_which_pairs_are_kept():
 def test_what_is_held_out_is_new():
     words = "one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
     pairs = [("s", f"{a} {b} {c} {d} {a} {c}", "x") for a in words for b in words for c in words for d in words[:3]]
-    splits = _split(pairs)
+    splits = split(pairs)
     known = set(splits["train"])
     assert len(splits["train"]) > 0.9 * len(pairs)
     for pair in (*splits["valid"], *splits["test"]):
         assert pair not in known
     assert not set(splits["valid"]) & set(splits["test"])
-    assert _split(pairs) == splits
+    assert split(pairs) == splits
 
 
 def test_manuals_and_descriptions_become_paragraphs():

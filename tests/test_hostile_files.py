@@ -30,8 +30,9 @@ from torch import nn
 import rarefy
 from rarefy import act, engine
 from rarefy.act.spec.table import Table
+from rarefy.engine.arguments import Choose
+from rarefy.engine.assembling import build
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import Choose, build
 from rarefy.engine.file import format
 from rarefy.engine.passes import optimize
 from rarefy.sparse_files import digest

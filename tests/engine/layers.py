@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rarefy import kernels
 from rarefy.engine import binding, measure, reference
+from rarefy.engine.assembling import build
 from rarefy.engine.building import Options
-from rarefy.engine.compiler import build
 from rarefy.engine.lowering import Lowered, lower
 from rarefy.engine.plan import Conv, Linear, Plan, Step, Value
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from rarefy import engine
 from rarefy.engine import reference
+from rarefy.engine.assembling import build
 from rarefy.engine.binding import CHANNELS_FIRST, NativeError, available
 from rarefy.engine.builder import Builder, bits
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
 from rarefy.engine.engine import Engine
 from rarefy.engine.passes import optimize
 from rarefy.engine.places import contiguous

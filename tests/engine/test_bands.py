@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from rarefy import kernels
+from rarefy.engine.assembling import build
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
 from rarefy.engine.passes import optimize
 from tests.engine.layers import paths
 from tests.engine.networks import thinned

@@ -9,8 +9,9 @@ from torch.nn.utils import parametrizations
 from rarefy import act, engine
 from rarefy.engine import plan as steps
 from rarefy.engine import reference
-from rarefy.engine.capture import CaptureError, capture
+from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
+from rarefy.engine.tracing import CaptureError
 
 
 def captured(model, *inputs):

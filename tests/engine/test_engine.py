@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import engine, kernels
-from rarefy.engine import compiler, measure, profile
+from rarefy.engine import assembling, measure, profile
 from rarefy.engine.building import NativeSegment, Options
 from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner, Timed
@@ -141,7 +141,7 @@ def test_a_forced_instruction_set_is_what_runs():
     plan = optimize(capture(thinned(UNet()), (IMAGE,)))
     for isa in paths():
         with kernels.forced(isa):
-            compiled = compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0)
+            compiled = assembling.build(plan, (IMAGE,), 1, "float32", "native", 0.0)
         assert compiled.report.chosen == ("PyTorch" if isa == "pytorch" else "native")
         assert {step.isa for step in compiled.steps()} <= {isa, None}
 
@@ -201,10 +201,10 @@ def test_nothing_that_loses_is_chosen(monkeypatch):
 
         monkeypatch.setattr(measure, "race", race)
         monkeypatch.setattr(measure, "slower_than_torch", lambda *a: {plan.steps[1].output})
-        found = compiler.build(plan, (IMAGE,), 1, "float32", "measure", 0.01)
+        found = assembling.build(plan, (IMAGE,), 1, "float32", "measure", 0.01)
         assert found.report.chosen == fastest
         assert found.report.candidates[fastest] == 1.0
-        torch.testing.assert_close(found(IMAGE), compiler.build(plan, (IMAGE,), 1, "float32", "torch", 0.0)(IMAGE))
+        torch.testing.assert_close(found(IMAGE), assembling.build(plan, (IMAGE,), 1, "float32", "torch", 0.0)(IMAGE))
     steps = found.steps()
     # before and after the layer that PyTorch was told to be faster at
     assert {step.program for step in steps} == {0, None, 1}
@@ -235,7 +235,7 @@ def test_a_layer_goes_to_pytorch_where_that_is_clearly_faster_and_matters(monkey
 
 def test_without_measuring_the_result_is_the_same_every_time():
     plan = optimize(capture(thinned(UNet()), (IMAGE,)))
-    first, second = (compiler.build(plan, (IMAGE,), 1, "float32", "native", 0.0) for _ in range(2))
+    first, second = (assembling.build(plan, (IMAGE,), 1, "float32", "native", 0.0) for _ in range(2))
     assert torch.equal(first(IMAGE), second(IMAGE))
     assert first.report.candidates == {}
     assert first.measuring_seconds == 0

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy import engine
-from rarefy.engine import measure, profile, reference
+from rarefy.engine import measure, named, profile
 from rarefy.engine.capture import capture
 from rarefy.engine.execute import Runner, Timed
 from rarefy.engine.passes import optimize
@@ -79,11 +79,11 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("target", sorted(reference._BINDINGS))
+@pytest.mark.parametrize("target", sorted(named._BINDINGS))
 def test_a_binding_is_the_operator_that_it_stands_for(target):
     args = ARGUMENTS.get(target.removeprefix("aten."), (X,))
     results, names = [], []
-    for function in (reference.resolve(target), reference.binding(target)):
+    for function in (named.resolve(target), named.binding(target)):
         with Seen() as seen, torch.no_grad():
             results.append(function(*args))
         names.append(seen.names)

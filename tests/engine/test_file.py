@@ -13,10 +13,10 @@ from torch import nn
 
 from rarefy import act, engine, kernels
 from rarefy.engine import measure
+from rarefy.engine.assembling import build
 from rarefy.engine.binding import available
 from rarefy.engine.building_int8 import Int8Building
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
 from rarefy.engine.file import format, reading, writing
 from rarefy.engine.passes import optimize
 from tests.engine.networks import UNet, Vision, thinned

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy import engine, kernels
+from rarefy.engine.assembling import build
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
 from rarefy.engine.passes import optimize
 from tests.engine.layers import paths
 from tests.engine.networks import NETWORKS, thinned

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rarefy import act, engine, kernels
 from rarefy.engine import recurrent
+from rarefy.engine.assembling import build
 from rarefy.engine.attention import additive_scores
 from rarefy.engine.binding import CHANNELS_FIRST, NativeError, available
 from rarefy.engine.builder import Builder
 from rarefy.engine.capture import capture
-from rarefy.engine.compiler import build
 from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner
 from rarefy.engine.onnx_int8 import serialized

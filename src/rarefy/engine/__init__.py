@@ -6,7 +6,6 @@ is skipped where a sparse kernel computes a layer: zero times infinity or NaN is
 """
 
 from rarefy.engine.by_density import latency
-from rarefy.engine.capture import CaptureError
 from rarefy.engine.compiler import compile
 from rarefy.engine.engine import Engine, Port, Report
 from rarefy.engine.file import load, save
@@ -15,6 +14,7 @@ from rarefy.engine.profile import Profile, Row
 from rarefy.engine.quantization import Quantization, QuantizedLayer
 from rarefy.engine.shapes import Engines
 from rarefy.engine.steps import StepInfo
+from rarefy.engine.tracing import CaptureError
 from rarefy.engine.verify import EngineError
 from rarefy.latency import Latency, LayerLatency
 

@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy import environment
-from rarefy.engine.compiler import COMPILING, Precision, build, checked, flattened, prepare
+from rarefy.engine.arguments import Precision, checked
+from rarefy.engine.assembling import build
+from rarefy.engine.compiler import COMPILING
 from rarefy.engine.engine import Engine
 from rarefy.engine.plan import Layer, Plan, Step
+from rarefy.engine.preparing import flattened, prepare
 from rarefy.engine.quantize import BUDGET
 from rarefy.latency import Latency, LayerLatency
 from rarefy.sparse import _checks

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.eager import Eager
+from rarefy.engine.expressions import check_pointwise
 from rarefy.engine.functions import check_mode
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
+from rarefy.engine.named import resolve
 from rarefy.engine.onednn import PackedConv
 from rarefy.engine.plan import ACTIVATIONS, Conv, Linear, Norm, Operator, Pointwise, Recurrence, Ref, Step, tensors
-from rarefy.engine.reference import check_pointwise, resolve, run_step
+from rarefy.engine.reference import run_step
 
 #: Whose operators a file may name.
 NAMESPACES = ("aten", "rarefy", "python")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.engine import views
+from rarefy.engine.expressions import pointwise
 from rarefy.engine.functions import CONVOLUTIONS, MAX_POOLS, TRANSPOSED, activate, function_of, symmetric_padding
 from rarefy.engine.int8 import Int8, item
+from rarefy.engine.named import binding, resolve
 from rarefy.engine.plan import (
-    ACTIVATIONS,
-    MOST_INSTRUCTIONS,
-    MOST_TERMS,
-    OF_ONE,
-    OF_TWO,
     Activation,
     Affine,
     Attention,
@@ -57,73 +53,7 @@ from rarefy.engine.plan import (
 )
 from rarefy.engine.sequence import over_sequence
 
-#: The functions on numbers (sizes) that a graph may hold beside operators.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"python.{name}": getattr(operator, name)
-        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "getitem")
-    },
-    **{f"python.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")},
-    **{f"python.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    "python.sym_max": torch.sym_max,
-    "python.sym_min": torch.sym_min,
-    "python.sym_not": torch.sym_not,
-    "python.sym_float": torch.sym_float,
-    "python.sym_int": torch.sym_int,
-}
-
 _AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-@functools.cache
-def resolve(target: str) -> Callable[..., Any]:
-    """The function that an :class:`Operator` names. Raises ValueError for one that is not there."""
-    if target in FUNCTIONS:
-        return FUNCTIONS[target]
-    found: Any = torch.ops
-    if target.startswith("rarefy."):
-        importlib.import_module("rarefy.act.functional")  # registers them
-    try:
-        namespace, name, overload = target.split(".")
-        found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"PyTorch {torch.__version__} has no operator {target!r}") from error
-    result: Callable[..., Any] = found
-    return result
-
-
-#: Operators that PyTorch's own Python functions reach in half the time that ``torch.ops`` takes; the arguments are the
-#: same, those of the schema in its order.
-_BINDINGS: dict[str, Callable[..., Any]] = {
-    **{
-        f"aten.{name}": getattr(torch._C._VariableFunctions, name.partition(".")[0])  # torch.split is a Python function
-        for name in (
-            *("abs.default", "add.Tensor", "addcmul.default", "addmm.default", "amax.default", "argmax.default"),
-            *("baddbmm.default", "bitwise_and.Tensor", "bitwise_not.default", "bmm.default", "cat.default"),
-            *("chunk.default", "clamp.default", "clamp_min.default", "cos.default", "cumsum.default", "div.Tensor"),
-            *("embedding.default", "eq.Scalar", "eq.Tensor", "erf.default", "exp.default", "flatten.using_ints"),
-            *("flip.default", "gather.default", "ge.Scalar", "gt.Scalar", "index_select.default", "le.Tensor"),
-            *("layer_norm.default", "log.default", "log1p.default", "logical_and.default", "logical_not.default"),
-            *("lt.Scalar", "lt.Tensor", "masked_fill.Scalar", "matmul.default", "mean.dim", "mm.default"),
-            *("mul.Tensor", "ne.Scalar", "neg.default", "permute.default", "pow.Tensor_Scalar", "reciprocal.default"),
-            *("relu.default", "reshape.default", "roll.default", "rsqrt.default", "rsub.Scalar", "select.int"),
-            *("sigmoid.default", "sin.default", "softmax.int", "split.Tensor", "split_with_sizes.default"),
-            *("sqrt.default", "squeeze.dim"),
-            *("stack.default", "sub.Tensor", "sum.dim_IntList", "tanh.default", "transpose.int", "unbind.int"),
-            *("unsqueeze.default", "where.self"),
-        )
-    },
-    **{
-        f"aten.{name}.default": getattr(torch._C._nn, name)
-        for name in ("gelu", "linear", "pad", "scaled_dot_product_attention", "silu", "softplus")
-    },
-    "aten.expand.default": torch.Tensor.expand,
-}
-
-
-def binding(target: str) -> Callable[..., Any]:
-    """The fastest function that computes what :func:`resolve` names, called with the same arguments."""
-    return _BINDINGS.get(target) or resolve(target)
 
 
 def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
@@ -169,7 +99,7 @@ def bind(step: Step | Int8) -> tuple[Callable[..., Any], tuple[Any, ...], Mappin
         case Attention():
             compute = functools.partial(_attention, step)
         case Pointwise():
-            return _pointwise(step)
+            return pointwise(step)
         case LSTMHidden():
             compute = functools.partial(_lstm_hidden, step)
         case LSTMCell():
@@ -404,70 +334,11 @@ def _attention(step: Attention, *values: Tensor) -> Tensor:
     return _result(step, (*range(outer), queries, results), y)
 
 
-def _leaky(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x < 0, x * y, x)
-
-
-def _elu(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x < 0, y * torch.expm1(x), x)
-
-
-#: The operations of a :class:`Pointwise` step besides the activations.
-OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    **{"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div},
-    **{"min": torch.minimum, "max": torch.maximum, "leaky": _leaky, "elu": _elu},
-    **{"neg": torch.neg, "abs": torch.abs, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "exp": torch.exp},
-    **{"log": torch.log, "softplus": F.softplus, "mish": F.mish},
-}
-
-
 def _resize(step: Resize) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
     sizes, factors = (list(step.sizes), None) if step.factors is None else (None, list(step.factors))
     if step.mode == "nearest":
         return resolve("aten.upsample_nearest2d.vec"), (Ref(step.input), sizes, factors), {}
     return resolve("aten.upsample_bilinear2d.vec"), (Ref(step.input), sizes, step.align_corners, factors), {}
-
-
-def _pointwise(step: Pointwise) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
-    """What computes an expression, as :func:`bind` gives it: the operator alone where there is one."""
-    check_pointwise(step)
-    constants, operands = step.split(), tuple(map(Ref, step.operands))
-    if len(step.code) > 1:
-        return functools.partial(_evaluate, step.code, constants), operands, {}
-    ((operation, x, y),) = step.code
-    terms: list[Any] = [*operands, *constants]
-    if (
-        y >= len(operands)
-        and not terms[y].is_meta
-        and terms[y].dim() == 0
-        and operation in ("add", "sub", "mul", "div")
-    ):
-        terms[y] = terms[y].item()  # which PyTorch takes faster
-    return _operation(operation), (terms[x], *([terms[y]] if y >= 0 else [])), {}
-
-
-def _operation(operation: str) -> Callable[..., Tensor]:
-    return OPERATIONS.get(operation) or function_of(operation)
-
-
-def _evaluate(code: Sequence[tuple[str, int, int]], constants: Sequence[Tensor], *operands: Tensor) -> Tensor:
-    terms = [*operands, *constants]
-    for operation, x, y in code:
-        terms.append(_operation(operation)(terms[x], *([terms[y]] if y >= 0 else [])))
-    return terms[-1]
-
-
-def check_pointwise(step: Pointwise) -> None:
-    """Raise ValueError for an expression that is none."""
-    given = len(step.operands) + len(step.sizes)
-    if not (1 <= len(step.code) <= MOST_INSTRUCTIONS and 1 <= len(step.operands) <= given <= MOST_TERMS):
-        raise ValueError(f"an expression has {len(step.code)} instructions and {given} terms")
-    for index, (operation, x, y) in enumerate(step.code):
-        two = operation in OF_TWO
-        if not two and operation not in (*OF_ONE, *ACTIVATIONS):
-            raise ValueError(f"there is no operation {operation!r:.80}")
-        if not (0 <= x < given + index and (0 <= y < given + index if two else y == -1)):
-            raise ValueError(f"instruction {index} reads terms {x!r:.80} and {y!r:.80}, which are not there")
 
 
 def _activated(x: Tensor, function: str, step: LSTMCell | GRUGates) -> Tensor:

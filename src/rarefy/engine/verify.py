@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.engine import reference
+from rarefy.engine import named, reference
 from rarefy.engine.building import NativeSegment
 from rarefy.engine.engine import Engine
 from rarefy.engine.execute import Runner
@@ -138,9 +138,7 @@ def _difference(
 def _draws(plan: Plan) -> bool:
     """Whether a step draws random numbers."""
     targets = (step.target for step in plan.steps if isinstance(step, Operator))
-    return any(
-        torch.Tag.nondeterministic_seeded in getattr(reference.resolve(target), "tags", ()) for target in targets
-    )
+    return any(torch.Tag.nondeterministic_seeded in getattr(named.resolve(target), "tags", ()) for target in targets)
 
 
 def _tolerance(plan: Plan) -> float:

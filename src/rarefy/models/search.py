@@ -188,6 +188,8 @@ class _Search:
 
         ended = (self.token == self.end).view_as(self.total)
         over = ended | torch.tensor([length == limit for limit in self.limits], device=ended.device).unsqueeze(1)
+        if not over.any():
+            return
         coverage = coverage_penalty(self.seen, self.memory.padding, self.beta).view_as(self.total)
         final = self.total / length_penalty(length, self.alpha) + coverage
         value, which = final.masked_fill(~over, -math.inf).max(1)

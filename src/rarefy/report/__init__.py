@@ -9,7 +9,8 @@ The page needs no network and no other file. :func:`load` reads the same folder 
 
 try:
     from rarefy.report.page import write
-    from rarefy.report.run import Run, RunError, load
+    from rarefy.report.reading import RunError, load
+    from rarefy.report.run import Run
 except ModuleNotFoundError as missing:
     if (missing.name or "").startswith("rarefy"):
         raise

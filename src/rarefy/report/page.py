@@ -13,7 +13,8 @@ from markupsafe import Markup, escape
 from rarefy._files import write_atomically
 from rarefy.report import plots
 from rarefy.report.figure import Plot
-from rarefy.report.run import Layer, Run, load
+from rarefy.report.reading import load
+from rarefy.report.run import Layer, Run
 from rarefy.report.wording import (
     NONE,
     baseline_name,
