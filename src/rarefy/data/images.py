@@ -10,11 +10,13 @@ A set is indexed by number, in an order that is the same on every machine, and r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,17 @@ class Images(ABC):
         """How many pictures each class has."""
         return np.bincount(self.labels, minlength=len(self.classes))
 
+    def digest(self) -> str:
+        """Give a SHA-256 of the classes, of every picture's name below its place, and of its label."""
+        found = hashlib.sha256(json.dumps(self.classes).encode())
+        for part in (*self._named(), self.labels.astype("<i8").data):
+            found.update(part)
+        return found.hexdigest()
+
+    def _named(self) -> Iterable[bytes | memoryview]:
+        """What tells the pictures apart by name, wherever they lie."""
+        return ()
+
     @abstractmethod
     def name(self, index: int) -> str:
         """Say which picture it is: its path, or its place in a file."""
@@ -79,6 +92,10 @@ class _Names:
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+    def parts(self) -> tuple[bytes | memoryview, ...]:
+        """The bytes of all, and where each ends."""
+        return self._bytes.data, self._ends.astype("<i8").data
 
 
 class FolderImages(Images):
@@ -104,6 +121,9 @@ class FolderImages(Images):
         super().__init__(str(folder), classes, np.array(labels, np.int64), problems)
         self._names, self.ignored = _Names(names), ignored
 
+    def _named(self) -> Iterable[bytes | memoryview]:
+        return self._names.parts()
+
     def name(self, index: int) -> str:  # noqa: D102
         return os.path.join(self.place, self.classes[self.labels[index]], self._names[index])
 
@@ -113,9 +133,16 @@ class FolderImages(Images):
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """Give the files in a folder and in those below it, by their paths from there; hidden folders are left out."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Give the files in a folder and in those below it, by their paths from there; hidden folders are left out.
+
+    Links are followed, but not to a folder that it is in: that would have no end.
+    """
+    above: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        within = above.pop(place)
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name in real if real[name] not in within]
+        above.update({os.path.join(place, name): (*within, real[name]) for name in folders})
         for name in files:
             yield os.path.relpath(os.path.join(place, name), folder)
 
@@ -153,6 +180,9 @@ class ShardImages(Images):
         self.ignored = ignored
         self._names, self._places = _Names(names), np.array(places, np.int64).reshape(-1, 3)
 
+    def _named(self) -> Iterable[bytes | memoryview]:
+        return self._names.parts()
+
     def name(self, index: int) -> str:  # noqa: D102
         return f"{self.shards[self._places[index, 0]]}:{self._names[index]}"
 
@@ -169,7 +199,8 @@ class ShardImages(Images):
 def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, int], int, list[str]]:
     """Look through a shard: its pictures and its labels by key, how many other files it has, and what is wrong."""
     pictures: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
+    held: dict[str, tuple[int, int]] = {}  # where a picture lies, by its whole name
+    told: dict[str, dict[str, tuple[str, bytes]]] = {"cls": {}, "json": {}}
     others = 0
     last = "its beginning"
     wrong: list[str] = []
@@ -180,7 +211,7 @@ def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
                 if member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"it ends in {member.name}")
                 last = member.name
-                if not member.isfile():
+                if not (member.isfile() or member.islnk()):
                     continue
                 # webdataset's key ends at the first dot of the last part of the name
                 above, _, base = member.name.rpartition("/")
@@ -189,14 +220,17 @@ def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
                 if f".{ending}" in ENDINGS:
                     if key in pictures:
                         wrong.append(f"{shard} has two pictures of the key {stem!r}")
-                    pictures[key] = (member.name, member.offset_data, member.size)
+                    # A second name of one file is stored as a link to the first.
+                    place = held.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
+                    if place is None:
+                        wrong.append(f"{shard}: {member.name} is a link to {member.linkname}, which is not before it")
+                        continue
+                    held[member.name] = place
+                    pictures[key] = (member.name, *place)
                 elif ending in ("cls", "json"):
                     content = tar.extractfile(member)
                     assert content is not None
-                    try:
-                        labels[key] = _label(content.read(), ending)
-                    except ValueError as error:
-                        wrong.append(f"{shard}: {member.name} {error}")
+                    told[ending][key] = member.name, content.read()
                 else:
                     others += 1
             end = tar.offset
@@ -210,6 +244,12 @@ def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         wrong.append(f"{shard} is damaged or cut off after {last} ({reason}): fetch it again")
+    labels: dict[str, int] = {}
+    for key, (name, text) in {**told["json"], **told["cls"]}.items():  # what has both may tell of other things in JSON
+        try:
+            labels[key] = _label(text, "cls" if key in told["cls"] else "json")
+        except ValueError as error:
+            wrong.append(f"{shard}: {name} {error}")
     return pictures, labels, others, wrong
 
 
@@ -286,7 +326,7 @@ def find(folder: str | os.PathLike[str], split: str) -> Images:
         return _hub(root, names, list(map(str, parquet)))
     for name in names:
         place = root / name
-        shards = sorted(place.glob("*.tar")) if place.is_dir() else sorted(root.glob(f"*{name}*.tar"))
+        shards = sorted(place.glob("*.tar")) if place.is_dir() else [*_shards_of(name, root)]
         if shards:
             return ShardImages(place if place.is_dir() else root, shards)
         if place.is_dir():
@@ -296,6 +336,14 @@ def find(folder: str | os.PathLike[str], split: str) -> Images:
         f"{root} has no {' or '.join(names)}; expected {_LAYOUT}; there is {', '.join(inside[:8]) or 'nothing'}"
         + (", ..." if len(inside) > 8 else "")
     )
+
+
+def _shards_of(split: str, root: Path) -> Iterator[Path]:
+    """Give the shards in a folder, NAME-train-00000.tar, of whose words the last that names a split names this one."""
+    known = {"train", "test", *_ALSO["val"], split}
+    for path in sorted(root.glob("*.tar")):
+        if [word for word in re.split(r"[-_.]|(?<=[a-z])(?=\d)", path.stem) if word in known][-1:] == [split]:
+            yield path
 
 
 def _hub(root: Path, names: Sequence[str], parquet: list[str]) -> Images:

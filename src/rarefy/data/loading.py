@@ -133,7 +133,9 @@ class _Given:
 
 
 def _begin(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks: it may want this batch yet
+    # Ctrl-C, and what ends a whole group of processes, are for who asks: it may want this batch yet.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -167,6 +167,8 @@ class HeldOut:
         requests = (Request(self._chosen[n * size : (n + 1) * size]) for n in self._mine)
         for number, batch in zip(self._mine, self._load(requests), strict=True):
             self.tell(batch.damaged)
+            if not len(batch.labels):
+                continue
             images, labels = (each.to(self.device, non_blocking=True) for each in (batch.images, batch.labels))
             if self.data.photograph:
                 generator = torch.Generator().manual_seed(mixed_seed(EVALUATION_SEED, number))

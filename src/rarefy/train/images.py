@@ -33,12 +33,16 @@ class ImageClassification(Classification):
         data, schedule = self._data, self.recipe.schedule
         assert data.folder is not None
         train, held_out = images.load(data.folder, data.held_out)
+        splits = {"train": train, "held_out": held_out}
         self.class_names = train.classes
         self.classes = len(train.classes)
-        self._about = {"classes": list(train.classes), "train": len(train), "held_out": len(held_out)}
+        self._about = {
+            "classes": list(train.classes),
+            **{name: {"pictures": len(some), "sha256": some.digest()} for name, some in splits.items()},
+        }
         self._damaged = {line[0] for line in _lines(self.folder.path / DAMAGED)} if self._resumed else set()
         if self._resumed:
-            self._compare_with(self.folder.path / ABOUT)
+            self.folder.compare(ABOUT, self._about, f"the pictures in {data.folder}")
         world = self.accelerator.num_processes
         share: dict[str, Any] = {
             "rank": self.accelerator.process_index,
@@ -64,22 +68,13 @@ class ImageClassification(Classification):
         assert isinstance(self.recipe.data, Data)
         return self.recipe.data
 
-    def _compare_with(self, path: Path) -> None:
-        """Refuse other pictures than the run began with: the order of an epoch follows from their number."""
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self._about:
-            raise ValueError(
-                f"the pictures in {self._data.folder} are not those that the run began with ({path} says what they "
-                "were): bring them back, or start a new run"
-            )
-
     def _tell(self, damaged: list[tuple[str, str]]) -> None:
         for path, why in damaged:
             if path not in self._damaged:
                 self._damaged.add(path)
                 _LOG.warning("%s is damaged (%s) and was not used", path, why)
                 self.folder.path.mkdir(parents=True, exist_ok=True)  # the main process may not have come to it yet
-                with (self.folder.path / DAMAGED).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([path, why]) + "\n")
+                self.folder.append_line(DAMAGED, json.dumps([path, why]))
 
     def _held_out(self) -> Iterable[tuple[Tensor, Tensor]]:
         return self._held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -52,8 +53,29 @@ class RunFolder:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record to the metrics."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.append_line(self.metrics.name, json.dumps(record))
+
+    def append_line(self, name: str, line: str) -> None:
+        """Add a line to the file ``name``, in the place of a last one that a crash cut off."""
+        with (self.path / name).open("ab+") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(f"{line}\n".encode())
+
+    def compare(self, name: str, now: Mapping[str, Any], what: str) -> None:
+        """Refuse to go on with other data than the file ``name`` tells of: batches follow from what the data are.
+
+        Raises ValueError.
+        """
+        path = self.path / name
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
+            raise ValueError(
+                f"{what} are not those that the run began with ({path} says what they were): bring them back, or start "
+                "a new run"
+            )
 
     def records(self) -> list[dict[str, Any]]:
         """The metrics so far; a last line cut off by a crash is left out."""
