@@ -149,13 +149,27 @@ def test_st3_is_autosparse_with_alpha_1():
 
 
 def test_band_by_hand():
-    run = layer("band", [[4.0, -3.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625]], target=0.75, start=0.0, end=0.1).rest()
+    row = [4.0, -3.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625]
+    run = layer("band", [row], target=0.75, start=0.0, end=0.1).rest()
     threshold = run.sparsifier.layers()[0].threshold
     assert 2.0 <= threshold < 3.0
-    assert run.used == pytest.approx([4.0 - threshold, threshold - 3.0, 0, 0, 0, 0, 0, 0])
+    scale = 1.01 / ((7.0 - 2 * threshold) / sum(map(abs, row)) + 0.01)
+    assert run.used == pytest.approx([scale * (4.0 - threshold), scale * (threshold - 3.0), 0, 0, 0, 0, 0, 0])
     assert run.step() == [1, 1, 1, 1, 1, 1, 0, 0]  # three times two
     assert run.sparsifier.weight_grad_density(0.25) == 0.75
     assert run.sparsifier.weight_grad_density(0.5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("after", "first", "scaled"), [(nn.LayerNorm(4), 1.0, 0), (nn.ReLU(), 1.0, 1), (nn.ReLU(), 0.0, 0)]
+)
+def test_the_band_gives_back_what_no_normalisation_does(after, first, scaled):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), after)
+    model[0].weight.data.mul_(first)
+    sparsifier = sparse.create("band", model, target=0.5, total_steps=10)
+    (bucket,) = sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1))._buckets
+    assert bucket.kept["rescaled"].tolist() == [scaled]
 
 
 def test_a_wide_band_is_st3_without_rescaling():

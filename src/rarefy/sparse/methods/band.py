@@ -1,6 +1,6 @@
 """Band: AutoSparse with its thresholds on the budget, and full gradients in a band of weights below them.
 
-    forward     W^ = sign(W) * max(|W| - T, 0)
+    forward     W^ = sign(W) * max(|W| - T, 0) * c,   c as in ST-3 where no normalisation gives the scale back, else 1
     backward    dL/dW = dL/dW^    for the `band` times as many largest weights of a layer as live, and at least 5 %
                                   of them; 0 for the others
 
@@ -18,16 +18,19 @@ from torch import Tensor
 
 from rarefy.sparse import _checks
 from rarefy.sparse.buckets import Bucket
-from rarefy.sparse.families.latent import Exploring, Thresholding
+from rarefy.sparse.families.freedom import is_restored
+from rarefy.sparse.families.latent import Exploring
+from rarefy.sparse.families.soft_on_budget import SoftOnBudget
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.reports import Info
+from rarefy.sparse.shards import total
 
 #: The share of a layer's weights that get a gradient at least: a layer that starts at 0 would hardly ever come to life.
 LEAST = 0.05
 
 
 @dataclass(eq=False, repr=False)
-class Band(Thresholding, Exploring):
+class Band(SoftOnBudget, Exploring):
     """Soft thresholds on the budget, with gradients for the largest weights alone.
 
     Args:
@@ -56,12 +59,13 @@ class Band(Thresholding, Exploring):
 
     def prepare(self, bucket: Bucket) -> None:
         """See :class:`Sparsifier`."""
-        Thresholding.prepare(self, bucket)
+        SoftOnBudget.prepare(self, bucket)
         Exploring.prepare(self, bucket)
 
-    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
-        """W^ = sign(W) max(|W| - T, 0)."""
-        return (weight.abs() - self.threshold(bucket)).clamp(min=0.0).copysign(weight)
+    def rescales(self, layer: Layer, weight: Tensor) -> bool:
+        """Tell whether nothing else gives back what the threshold takes; of a layer that starts at 0 it takes all."""
+        alive = total(weight.count_nonzero()[None].double(), [layer.shard]) > 0
+        return not is_restored(self.model, layer.key) and bool(alive)
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where W lives and in the band, else 0."""

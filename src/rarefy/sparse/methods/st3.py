@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rarefy.sparse import _checks
 from rarefy.sparse.buckets import Bucket
-from rarefy.sparse.families.latent import Thresholding
+from rarefy.sparse.families.soft_on_budget import SoftOnBudget
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import Annealed
@@ -24,7 +24,7 @@ from rarefy.sparse.shards import total
 
 
 @dataclass(eq=False, repr=False)
-class ST3(Thresholding):
+class ST3(SoftOnBudget):
     """Soft thresholds on the budget with a straight-through gradient.
 
     Args:
@@ -59,30 +59,9 @@ class ST3(Thresholding):
         self._annealed = Annealed(self.alpha, self.anneal)
         super().__post_init__()
 
-    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
-        """W^ = sign(W) max(|W| - T, 0) c."""
-        size = weight.abs()
-        shrunk = (size - self.threshold(bucket)).clamp(min=0.0)
-        if self.rescale:
-            # r of each channel, and c for each of its weights
-            left = bucket.channel_sums(shrunk) / bucket.channel_sums(size).clamp(min=1e-12)
-            shrunk = shrunk * bucket.spread(1.01 / (left + 0.01), channels=True)
-        return shrunk.copysign(weight)
-
-    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
-        """See :class:`Latent`: W^ / c + sign(W^) T, with the c that comes of these."""
-        threshold, latent = self.threshold(bucket), bucket.kept["latent"]
-        if self.rescale:
-            # With S = sum |W^| and A = sum of T where W lives and |W| elsewhere c = 1.01 / (r + 0.01) has
-            # r = (S / c) / (S / c + A), so that 0.01 A c^2 + 1.01 (S - A) c - 1.01 S = 0.
-            live = self.live(bucket) & (used != 0.0)
-            kept = bucket.channel_sums(used.float().abs() * live).double()
-            taken = bucket.channel_sums(torch.where(live, threshold, latent.float().abs())).double()
-            half = 0.5 * 1.01 * (taken - kept)
-            scale = (half + (half.square() + 0.0101 * taken * kept).sqrt()) / (0.01 * taken).clamp(min=1e-30)
-            scale = torch.where(taken > 0.0, scale, 1.0).clamp(min=1.0)
-            used = used / bucket.spread(scale.to(used.dtype), channels=True)
-        return used + threshold.to(used.dtype).copysign(used)
+    def rescales(self, layer: Layer, weight: Tensor) -> bool:
+        """See :class:`SoftOnBudget`."""
+        return self.rescale
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^, times alpha where masked; the scale is for the forward alone."""
