@@ -198,6 +198,44 @@ def test_a_process_told_to_end(twice: bool, here: Path) -> None:
         assert not list(Path("runs").rglob("*.partial"))
 
 
+def driven(*words: str, **options: Any) -> "subprocess.Popen[str]":
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.train.driver", "train", *words]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(root)}, text=True, **options)
+
+
+def test_training_goes_on_when_nobody_looks_any_more() -> None:
+    process = driven("small.yaml", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("training fashion_cnn")
+    process.stdout.close()
+    assert process.wait(100) == 1  # the summary could not be printed
+    assert Path("runs/test/summary.json").is_file()
+    assert Path("runs/test/report.html").is_file()
+
+
+def test_two_runs_into_one_folder() -> None:
+    both = [driven("small.yaml", "--run", "one", "--set", f"seed={seed}", stderr=subprocess.PIPE) for seed in (0, 1)]
+    said = [process.communicate(timeout=200)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 1]
+    lost = said[codes.index(1)].splitlines()[-1]
+    assert "another process trains in this folder" in lost or "holds a run already" in lost
+    seed = codes.index(0)
+    assert yaml.safe_load(Path("one/recipe.yaml").read_text())["seed"] == seed
+    steps = [json.loads(line)["step"] for line in Path("one/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "summary.json"])
+def test_resuming_a_run_that_lost_what_it_came_to(lost: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "small.yaml", "--run", "run"]) == 0
+    before = outcome(Path("run"))
+    Path("run", lost).unlink()
+    assert main(["train", "small.yaml", "--run", "run", "--resume"]) == 0
+    assert outcome(Path("run")) == before
+
+
 # Errors
 
 

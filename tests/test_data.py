@@ -160,6 +160,23 @@ def test_offline_without_any_the_error_names_the_three_ways(machine: Path) -> No
         fashion_mnist.load(download=False)
 
 
+def test_without_a_cache_the_error_names_the_three_ways(
+    tmp_path: Path, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # as one that may not be written
+    with pytest.raises(DataNotFoundError, match=r"Not a directory.*three ways"):
+        fashion_mnist.load()
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(DataNotFoundError, match=r"there is no home folder.*XDG_CACHE_HOME.*three ways"):
+        fashion_mnist.load()
+
+
 def test_a_folder_without_all_four_files(tmp_path: Path, machine: Path) -> None:
     write(machine)
     folder = write(tmp_path / "mine")

@@ -283,12 +283,15 @@ def test_a_run_to_sparse_weights_and_from_there(run: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("to", ["engine", "onnx"])
 def test_a_run_in_int8(to: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load() -> Any:
+    def load(folder: str) -> Any:
+        assert folder == "mine"
         return SimpleNamespace(train_images=torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8))
 
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": {"folder": "mine", "train_size": 200}}))
     monkeypatch.setattr(fashion_mnist, "load", load)
     found = printed(capsys, "export", "run", "--to", to, *INT8)
-    assert found["quantization"]["samples"] == 256
+    assert found["quantization"]["samples"] == 200
     assert 0 < found["quantization"]["error"] < 0.1
     np.save("few.npy", np.random.default_rng(0).standard_normal((70, *SHAPE), np.float32))
     assert main(["export", "run", "--to", to, *INT8, "--calibration", "few.npy"]) == 0
@@ -358,6 +361,11 @@ RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
         (["run", "--to", "engine", "--calibration", "a.npy"], "--calibration is for --precision int8, got float32"),
         (["weights", "--to", "onnx", *INT8, *RESNET, "--input", "1,28,28"], "int8 needs --calibration FILE.npy"),
         (["run", "--to", "engine", *INT8, "--calibration", "text"], "takes a file of numpy.save with float32 examples"),
+        (
+            ["run", "--to", "engine", *INT8, "--calibration", "empty"],
+            "takes a file of numpy.save with float32 examples",
+        ),
+        (["run", "--to", "engine", *INT8, "--calibration", "cut"], "takes a file of numpy.save with float32 examples"),
         (["run", "--to", "engine", *INT8, "--calibration", "few.npy"], "(2, 3, 28, 28) of float64"),
         (["weights", "--to", "safetensors", "--output", "weights"], "cannot write to weights, which is the weights"),
         (["weights", "--to", "safetensors", "--output", "run"], "cannot write to run, which is a folder"),
@@ -367,6 +375,8 @@ def test_what_cannot_be_exported(
     arguments: list[str], message: str, run: Path, no_work: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("text").write_text("nonsense " * 100)
+    Path("empty").write_bytes(b"")
+    Path("cut").write_bytes(b"PK\x03\x04abc")
     Path("weights").write_bytes((run / "model.safetensors").read_bytes())
     Path("unfinished").mkdir()
     Path("unfinished/recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())

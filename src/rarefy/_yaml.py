@@ -31,8 +31,21 @@ def parse_yaml(text: str, what: str) -> Any:
         raise ValueError(f"{what} is not valid YAML: {_line(error)}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes the last of keys that stand twice, without that."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        known = []
+        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            if (name := self.construct_object(key)) in known:
+                raise ValueError(f"the key {name!r} stands twice, again in line {key.start_mark.line + 1}")
+            known.append(name)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
 def _parsed(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = yaml.load(text, _Loader)  # a safe loader
     if _size(value, {}) > _LARGEST:
         raise ValueError(f"its aliases make more than {_LARGEST} characters and entries of it")
     return value

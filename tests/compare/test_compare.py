@@ -141,6 +141,18 @@ def test_runs_are_done_once_and_a_failure_stops_no_other(tmp_path):
 
 
 @pytest.mark.slow
+def test_runs_of_another_recipe_are_not_taken_for_these(tmp_path):
+    made = load(comparison(tmp_path), ["schedule.epochs=2"])
+    run_here(made, tmp_path / "runs")
+    assert run(made, tmp_path / "runs") == {}
+    assert {row["command"] for row in rows(made, tmp_path / "runs")} == {
+        f"rarefy compare {tmp_path / 'compare.yaml'} --set schedule.epochs=2"
+    }
+    other = load(tmp_path / "compare.yaml", ["optimizer.lr=0.001"])
+    with pytest.raises(ValueError, match=r"dense_seed0 is a run of another recipe.*schedule.epochs.*optimizer.lr|lr"):
+        run(other, tmp_path / "runs")
+
+
 def test_targets_may_be_of_flops(tmp_path):
     methods = {"GMP": {"name": "gmp"}, "own": {"name": "gmp", "target": 0.5}}
     made, folder = load(comparison(tmp_path, methods=methods, budget="flops", targets=[0.3])), tmp_path / "runs"

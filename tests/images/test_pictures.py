@@ -108,6 +108,17 @@ def test_a_picture_stands_upright(orientation, kind):
     assert torch.equal(one, other)
 
 
+def test_what_a_png_says_behind_its_pixels():
+    """eXIf may stand after IDAT."""
+    before = turned(6)
+    at = before.index(b"eXIf") - 4
+    size = 12 + int.from_bytes(before[at : at + 4], "big")
+    end = before.index(b"IEND") - 4
+    after = before[:at] + before[at + size : end] + before[at : at + size] + before[end:]
+    assert after.index(b"IDAT") < after.index(b"eXIf")
+    assert torch.equal(for_evaluation(after, 16, 1.0), for_evaluation(before, 16, 1.0))
+
+
 def test_damaged_metadata_harms_no_pixel():
     image = picture()
     plain, odd = encoded(image), encoded(image, exif=b"Exif\0\0MM\0*\xff\xff\xff\xffnonsense")

@@ -1,5 +1,6 @@
 """Finding pictures: class folders and tar shards as people have them, and what is said of what is out of order."""
 
+import io
 import os
 import sys
 import tarfile
@@ -64,6 +65,26 @@ def test_links_are_followed(root, tmp_path):
     assert found.name(3).endswith("gone.jpg")
     with pytest.raises(FileNotFoundError):
         found.read(3)
+
+
+def test_links_below_a_class_are_followed_to_their_end(root, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "more.png").write_bytes(ONE)
+    (root / "train" / "red" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "red" / "round").symlink_to(root / "train")
+    (root / "train" / "red" / "itself").symlink_to(root / "train" / "red")
+    found = find(root, "train")
+    names = [found.name(index) for index in range(len(found))]
+    assert str(root / "train" / "red" / "linked" / "more.png") in names
+    assert len(set(names)) == len(names) < 40
+
+
+def test_a_digest_tells_pictures_apart_wherever_they_lie(root, tmp_path):
+    before = find(root, "train").digest()
+    root.rename(tmp_path / "moved")
+    assert find(tmp_path / "moved", "train").digest() == before
+    (tmp_path / "moved" / "train" / "red" / "000.jpg").rename(tmp_path / "moved" / "train" / "red" / "zero.jpg")
+    assert find(tmp_path / "moved", "train").digest() != before
 
 
 def test_names_that_are_no_text(root):
@@ -200,6 +221,41 @@ def test_labels_of_shards(tmp_path):
     assert names == {"a.jpg": 2, "sub/a.JPEG": 0, "b.png": 1}
     assert (found.classes, found.ignored, found.problems) == (("0", "1", "2"), 2, [])
     assert all(found.read(i) == ONE for i in range(3))
+
+
+def test_what_has_cls_may_tell_of_other_things_in_json(tmp_path):
+    files = {"a.json": b'{"width": 3}', "a.cls": b"1", "a.jpg": ONE, "b.cls": b"0", "b.json": b"{", "b.jpg": ONE}
+    shard(tmp_path / "train" / "0.tar", files)
+    found = find(tmp_path, "train")
+    assert (found.labels.tolist(), found.problems) == ([1, 0], [])
+
+
+def test_a_second_name_of_a_picture(tmp_path):
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        for name, content in {"a.jpg": ONE, "a.cls": b"0", "b.cls": b"1", "c.cls": b"2", "d.cls": b"3"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, of in {"b.jpg": "a.jpg", "c.jpg": "b.jpg", "d.jpg": "nowhere.jpg"}.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, of
+            tar.addfile(member)
+    found = find(tmp_path, "train")
+    assert found.labels.tolist() == [0, 1, 2]
+    assert all(found.read(index) == ONE for index in range(3))
+    assert [each.partition(": ")[2] for each in found.problems[:1]] == [
+        "d.jpg is a link to nowhere.jpg, which is not before it"
+    ]
+    assert "1 labels without a picture, such as '/d'" in found.problems[1]
+
+
+@pytest.mark.parametrize("name", ["trains", "retrieval", "val-of-train", "imagenet1k"])
+@pytest.mark.parametrize("end", ["00000.tar", "00000-of-00001.tar"])
+def test_a_shard_is_of_the_split_that_its_name_ends_in(tmp_path, name, end):
+    shard(tmp_path / f"{name}-train-{end}", {"a.cls": b"0", "a.jpg": ONE})
+    shard(tmp_path / f"{name}-val-{end}", {"b.cls": b"1", "b.jpg": ONE})
+    assert [find(tmp_path, split).labels.tolist() for split in ("train", "val")] == [[0], [1]]
 
 
 def test_names_of_long_paths_in_either_format(tmp_path):

@@ -165,7 +165,7 @@ def test_photographs_of_a_batch_that_is_damaged_as_a_whole(root, monkeypatch):
     told: list[tuple[str, str]] = []
     data = Data(folder=str(root), size=16, workers=0, photograph=0.5)
     made = list(HeldOut(images.find(root, "val"), data, tell=told.extend))
-    assert [tuple(x.shape) for x, _ in made] == [(20, 3, 16, 16), (0, 3, 16, 16)]
+    assert [tuple(x.shape) for x, _ in made] == [(20, 3, 16, 16)]
     assert [path for path, _ in told] == [str(root / "val" / "red" / "006.jpg")]
 
 
@@ -261,6 +261,20 @@ def test_other_pictures_are_not_resumed_with(root, tmp_path):
     (root / "train" / "red" / "more.jpg").rename(root / "more.jpg")
     root.rename(root.parent / "moved")
     prepare(recipe(root.parent / "moved"), tmp_path / "run", resume=True).train()
+
+
+def test_half_a_line_of_what_was_damaged(root, tmp_path):
+    (root / "train" / "red" / "000.jpg").write_bytes(b"")
+    made = recipe(root)
+    with pytest.raises(TrainingInterruptedError):
+        prepare(made, tmp_path / "run").train(stop_at(1))
+    place = tmp_path / "run" / "damaged.jsonl"
+    place.write_text('["/a.png", "gone"]\n["/b.png", "cut o')
+    assert prepare(made, tmp_path / "run", resume=True).train()["damaged_pictures"] == 2
+    assert [json.loads(line)[0] for line in place.read_text().splitlines()] == [
+        "/a.png",
+        str(root / "train" / "red" / "000.jpg"),
+    ]
 
 
 def test_the_run_is_exported_and_measured(root, tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_a_misspelt_name_gets_the_nearest_right_one(changes: dict[str, Any], mes
         ({"shard": True, "accelerate": True, "method": {"name": "set"}}, "shard must be false with accelerate: true"),
         ({"compile": True, "shard": True}, "compile must be false with shard: true, got True"),
         ({"compile": True, "accelerate": True, "method": {"name": "set"}}, "compile must be false with accelerate: tr"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be in [1, 1024], or null, got 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_right(changes: dict[str, Any], message: str) -> None:
@@ -203,6 +203,12 @@ def test_set_of_nonsense(change: str, message: str, tmp_path: Path) -> None:
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(12))
 
 
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("model: {<<: {name: resnet20, width: 8}, width: 4}\nmethod: {name: dense}\n")
+    assert load(path).model.options == {"width": 4}
+
+
 def test_aliases_that_stay_small(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text("model: {name: resnet20, width: &n 8}\nmethod: {name: dense}\nseed: *n\n")
@@ -216,6 +222,8 @@ def test_aliases_that_stay_small(tmp_path: Path) -> None:
         (b"\xff\xfe\xfa", "small.yaml is not valid YAML"),
         (b"model: &m {name: *m}", "small.yaml is not valid YAML: its aliases make more than 1048576 characters"),
         (BOMB.encode(), "small.yaml is not valid YAML: its aliases make more than 1048576 characters"),
+        (b"model: {name: a}\nseed: 1\nmodel: {name: b}\n", "valid YAML: the key 'model' stands twice, again in line 3"),
+        (b"model: {name: a, name: b}", "valid YAML: the key 'name' stands twice, again in line 1"),
         (b"- a\n- b\n", r"must hold keys such as name, model and method, got \['a', 'b'\]"),
         (b"", "must hold keys such as name, model and method, got None"),
     ],

@@ -143,6 +143,18 @@ def test_resuming_changes_no_bit(corpus, tmp_path, changes):
         assert one["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
+def test_other_sentences_are_not_resumed_with(corpus, tmp_path):
+    with pytest.raises(TrainingInterruptedError):
+        prepare(recipe(corpus), tmp_path / "run").train(stop_at(3))
+    corpus.rename(tmp_path / "moved")
+    lines = (tmp_path / "moved" / "train.de").read_text().splitlines()
+    with pytest.raises(TrainingInterruptedError):
+        prepare(recipe(tmp_path / "moved"), tmp_path / "run", resume=True).train(stop_at(4))
+    (tmp_path / "moved" / "train.de").write_text("".join(f"{line}\n" for line in reversed(lines)))
+    with pytest.raises(ValueError, match=r"sentences in .*moved are not those that the run began with"):
+        prepare(recipe(tmp_path / "moved"), tmp_path / "run", resume=True)
+
+
 def test_micro_batches_weigh_their_tokens(corpus, tmp_path):
     """One step over two micro-batches has the gradient of all its tokens at once."""
     run = prepare(recipe(corpus, schedule={"accumulate": 2, "batch_size": 160}), tmp_path / "run")

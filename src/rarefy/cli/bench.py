@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from rarefy.engine import Engine, Profile
 
 #: The inputs of the networks that are known by name.
-_INPUTS = {"fashion_cnn": "1,28,28", "mobilenet_v1": "3,224,224", "resnet20": "3,32,32", "resnet50": "3,224,224"}
+_INPUTS = {"fashion_cnn": "1,28,28", "resnet20": "3,32,32"} | dict.fromkeys(
+    ("mobilenet_v1", "resnet18", "resnet50"), "3,224,224"
+)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -152,7 +154,10 @@ def _network(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     if arguments.model is not None:
         raise ValueError(f"there is no {path}; --model goes with a file of weights")
     model = create(arguments.source, **models.model_options(arguments.set))
-    shape = models.input_shape(arguments.input or _INPUTS[arguments.source])
+    given = arguments.input or _INPUTS.get(arguments.source)
+    if given is None:
+        raise ValueError(f"--input is missing: of one input of {arguments.source}, such as 3,224,224")
+    shape = models.input_shape(given)
     return model.eval(), torch.zeros(1, *shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -10,13 +11,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from rarefy.cli import bench, compare, data, export, info, plan, report, rtl, table, train, translate
+from rarefy.cli import bench, compare, data, export, info, options, plan, report, rtl, table, train, translate
 from rarefy.cli.outputs import NowhereToWriteError
 
 
@@ -77,7 +78,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _told(message: str, status: int) -> int:
     """Say what went wrong in one line; gives the status."""
-    print(f"rarefy: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    options.say(f"rarefy: {' '.join(message.split())}")
     return status
 
 
@@ -100,6 +101,9 @@ class _Parser(argparse.ArgumentParser):
 
 def script() -> NoReturn:
     """The ``rarefy`` command of a shell: :func:`main`, then the end of the process with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     leave(main())
 
 
@@ -109,10 +113,11 @@ def leave(status: int) -> NoReturn:
     There a thread of the process group that still lets go of a tensor would want the interpreter's lock, and abort
     (pytorch/pytorch#190489). Nor may a command destroy the group: the lock is held by who waits for that thread.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 

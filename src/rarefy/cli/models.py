@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def calibration(file: Path | None, source: Source, example: Tensor) -> list[Tens
         return list(torch.split(_pictures_of(source.run, _CALIBRATION), _BATCH))
     try:
         examples = torch.from_numpy(np.load(file, allow_pickle=False))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"--calibration takes a file of numpy.save with float32 examples, {file} is none: {error}"
         ) from error
@@ -132,7 +133,7 @@ def _pictures_of(run: Path, number: int) -> Tensor:
     from rarefy import train
     from rarefy.data import fashion_mnist
     from rarefy.train.batches import normalise
-    from rarefy.train.recipe import Images
+    from rarefy.train.recipe import Data, Images
 
     recipe, dice = train.load(run / "recipe.yaml"), torch.Generator().manual_seed(0)
     if isinstance(recipe.data, Images):
@@ -143,7 +144,8 @@ def _pictures_of(run: Path, number: int) -> Tensor:
         found = images.find(recipe.data.folder, "train")
         chosen = torch.randperm(len(found), generator=dice)[:number].tolist()
         return torch.cat([pictures for pictures, _ in HeldOut(found, recipe.data, only=chosen)])
-    grey = fashion_mnist.load().train_images
+    assert isinstance(recipe.data, Data)
+    grey = fashion_mnist.load(recipe.data.folder).train_images[: recipe.data.train_size]
     return normalise(grey[torch.randperm(len(grey), generator=dice)[:number]])
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import suppress
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     command.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def say(text: str) -> None:
+    """Say something beside the results, on standard error; who listened there may be gone."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def add_model(command: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from pathlib import Path
 
 from rarefy.cli import options
@@ -46,14 +45,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if run.is_main:
         begun = f", from step {run.step} of {run.total_steps}" if run.step else ""
         about = f"training {recipe.model.name} with {recipe.method.name} into {folder}{begun}"
-        print(about, file=sys.stderr, flush=True)
+        options.say(about)
     with watched(quiet=not run.is_main) as watch:
         try:
             summary = run.train(watch)
         except train.TrainingInterruptedError as stopped:
             summary = None
             if run.is_main:
-                print(f"rarefy: {stopped}; the same with --run {folder} --resume goes on", file=sys.stderr)
+                options.say(f"rarefy: {stopped}; the same with --run {folder} --resume goes on")
     if summary is None:
         return 128 + (watch.signal or signal.SIGTERM)  # another process may have got the signal
     if not run.is_main:

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from rarefy._names import unknown
 from rarefy._yaml import read_yaml
 from rarefy.train import Recipe
 from rarefy.train import load as load_recipe
-from rarefy.train.recipe import parse
+from rarefy.train.recipe import differences, parse
 
 _KEYS = ("name", "recipe", "seeds", "targets", "budget", "changes", "methods")
 
@@ -71,6 +71,7 @@ class Comparison:
     source: Path
     jobs: tuple[Job, ...] = field(repr=False)
     budget: str = "sparsity"
+    changes: tuple[str, ...] = ()
 
     def labels(self) -> list[str]:
         """List the methods' labels in the order of the file."""
@@ -91,7 +92,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
         recipe = load_recipe(path, changes)
         target = recipe.method.options.get("target", 0.9)
         every: dict[str, Any] = {"dense": {"name": "dense"}, **{name: {"name": name} for name in sparse.list_methods()}}
-        return _comparison(recipe.name, path, recipe, every, [target], 1)
+        return replace(_comparison(recipe.name, path, recipe, every, [target], 1), changes=tuple(changes))
     for key in plain:
         if key not in _KEYS:
             raise ValueError(unknown(f"key in {path}:", str(key), _KEYS))
@@ -110,7 +111,8 @@ def load(path: Path, changes: Sequence[str] = ()) -> Comparison:
     if not isinstance(budget, str) or budget not in BUDGETS:
         raise ValueError(unknown(f"budget in {path}:", str(budget), list(BUDGETS)))
     targets, seeds = plain.get("targets", [0.9]), plain.get("seeds", 3)
-    return _comparison(name, path, recipe, methods, targets, seeds, budget)
+    found = _comparison(name, path, recipe, methods, targets, seeds, budget)
+    return replace(found, changes=tuple(changes))
 
 
 def _comparison(
@@ -165,6 +167,19 @@ def _count(seeds: object, label: str) -> int:
     return seeds
 
 
-def pending(comparison: Comparison, folder: Path) -> Iterator[Job]:
-    """The runs that are not finished yet."""
-    return (job for job in comparison.jobs if not (folder / job.folder / "summary.json").is_file())
+def pending(comparison: Comparison, folder: Path) -> list[Job]:
+    """The runs that are not finished yet. Raises ValueError where one in the folder is of another recipe."""
+    for job in comparison.jobs:
+        begun = folder / job.folder / "recipe.yaml"
+        if begun.is_file():
+            free = {"threads": None, "shard": None}
+            old, new = ({**recipe.to_dict(), **free} for recipe in (load_recipe(begun), job.recipe))
+            for key in {"folder", "workers"} & new["data"].keys():
+                old["data"][key] = new["data"][key]
+            changed = differences(old, new)
+            if changed:
+                raise ValueError(
+                    f"{begun.parent} is a run of another recipe, which differs in {', '.join(changed)}: name another "
+                    "folder for this comparison (--run), or delete that run"
+                )
+    return [job for job in comparison.jobs if not (folder / job.folder / "summary.json").is_file()]

@@ -42,12 +42,12 @@ def run(
             finds one). Runs go to any machine, one core each, and their results come back into ``folder``.
         tell: called after each run.
 
-    A failed run does not stop the others; the next call tries it again. Raises ValueError for less than one job, and
-    ImportError if Ray is asked for and not installed.
+    A failed run does not stop the others; the next call tries it again. Raises ValueError for less than one job and for
+    a folder with a run of another recipe, and ImportError if Ray is asked for and not installed.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    todo = list(pending(comparison, folder))
+    todo = pending(comparison, folder)
     folder.mkdir(parents=True, exist_ok=True)
     began, done, failed = time.monotonic(), len(comparison.jobs) - len(todo), {}
     finished = 0

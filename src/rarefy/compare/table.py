@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
     GPU's name.
     """
     finished = [job for job in comparison.jobs if (folder / job.folder / "summary.json").is_file()]
-    return [_row(job, folder / job.folder, comparison.source) for job in finished]
+    return [_row(job, folder / job.folder, comparison) for job in finished]
 
 
-def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
+def _row(job: Job, path: Path, comparison: Comparison) -> dict[str, Any]:
     summary = json.loads((path / "summary.json").read_text())
     about = json.loads((path / "environment.json").read_text())
     name = job.recipe.method.name
@@ -40,6 +41,7 @@ def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
         for key, value in job.recipe.method.options.items()
         if key not in BUDGETS.values() or job.target is None
     }
+    changes = [part for change in comparison.changes for part in ("--set", change)]
     convention = "dense" if name == "dense" else sparse.list_methods(name, details=True)[name].training_flops
     return {
         "label": job.label,
@@ -60,7 +62,7 @@ def _row(job: Job, path: Path, source: Path) -> dict[str, Any]:
         **{key: about[key] for key in _ABOUT},
         "device": about["gpu"] if about["device"].startswith("cuda") else about["device"],
         "threads": 1,
-        "command": f"rarefy compare {source}",
+        "command": shlex.join(["rarefy", "compare", str(comparison.source), *changes]),
     }
 
 

@@ -98,26 +98,34 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         if found is None:
             raise DataNotFoundError(f"{folder} does not hold Fashion-MNIST: it needs {_LISTING}")
         return _assemble(found)
-    cache = cache_folder() / "fashion-mnist"
-    found = _find(_SYSTEM_FOLDER) or _find(cache)
+    found = _find(_SYSTEM_FOLDER)
     if found is not None:
         return _assemble(found)
-    failures = ["download=False"]
-    if download:
-        # In the cache's file system, so that a checked file moves to its place in one step.
-        cache.mkdir(parents=True, exist_ok=True)
-        failures = []
-        for source in (_debian_package, _own_home):
-            with tempfile.TemporaryDirectory(dir=cache, prefix="incoming-") as incoming:
-                try:
-                    found = source(Path(incoming))
-                    data = _assemble(found)
-                except (OSError, ValueError, subprocess.SubprocessError, http.client.HTTPException) as error:
-                    failures.append(f"{type(error).__name__}: {error}")
-                    continue
-                for path in found.values():
-                    path.replace(cache / path.name)
-                return data
+    failures = [] if download else ["download=False"]
+    try:
+        cache = cache_folder() / "fashion-mnist"
+        found = _find(cache)
+        if found is None and download:
+            # In the cache's file system, so that a checked file moves to its place in one step.
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix="incoming-"):
+                pass  # files can be made there
+    except OSError as error:
+        download = False
+        failures = [str(error)]
+    if found is not None:
+        return _assemble(found)
+    for source in (_debian_package, _own_home) if download else ():
+        with tempfile.TemporaryDirectory(dir=cache, prefix="incoming-") as incoming:
+            try:
+                found = source(Path(incoming))
+                data = _assemble(found)
+            except (OSError, ValueError, subprocess.SubprocessError, http.client.HTTPException) as error:
+                failures.append(f"{type(error).__name__}: {error}")
+                continue
+            for path in found.values():
+                path.replace(cache / path.name)
+            return data
     raise DataNotFoundError(
         f"Fashion-MNIST is not on this machine ({'; '.join(failures)}). There are three ways: put {_LISTING} into a "
         f"folder and name it (--data FOLDER, or load(FOLDER)); install Debian's package (apt-get install {_PACKAGE}); "

@@ -18,7 +18,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,13 +138,17 @@ def _below(folder: Path) -> Iterator[str]:
     Links are followed, but not to a folder that it is in: that would have no end.
     """
     above: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_raised, followlinks=True):
         within = above.pop(place)
         real = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
         folders[:] = [name for name in real if real[name] not in within]
         above.update({os.path.join(place, name): (*within, real[name]) for name in folders})
         for name in files:
             yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def _raised(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_picture(name: str) -> bool:
@@ -171,6 +175,9 @@ class ShardImages(Images):
             lost = sorted(pictures.keys() - classes.keys())
             if lost:
                 problems.append(f"{shard} has {len(lost)} pictures without .cls or .json, such as {lost[0]!r}")
+            alone = sorted(classes.keys() - pictures.keys())
+            if alone:
+                problems.append(f"{shard} has {len(alone)} labels without a picture, such as {alone[0]!r}")
             for key in sorted(pictures.keys() & classes.keys()):
                 name, offset, size = pictures[key]
                 names.append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -116,6 +117,8 @@ class Loader:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # which the loader draws from, and nobody else
         )
+        # At the end of the process, too, before multiprocessing waits for what it has told to end by SIGTERM.
+        weakref.finalize(self, _ended, self._loader)
 
     def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
         """Give what the dataset makes of each request, in order."""
@@ -130,6 +133,13 @@ class _Given:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.requests)
+
+
+def _ended(loader: DataLoader[Any]) -> None:
+    """Let a loader's workers end: they leave signals to others."""
+    workers: Any = loader._iterator  # which PyTorch has no public way to close
+    if workers is not None:
+        workers._shutdown_workers()
 
 
 def _begin(worker: int) -> None:

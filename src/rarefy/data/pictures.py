@@ -108,6 +108,8 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, which harms no pixel
         image = Image.open(io.BytesIO(data))
+        if image.format == "PNG":
+            image.load()  # whose metadata may stand behind its pixels
         yield image, _orientation(image)
 
 

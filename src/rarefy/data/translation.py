@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def digest(self) -> str:
+        """Give the SHA-256 of the sentences, which have no line ends, in their order."""
+        return hashlib.sha256("\n".join((*self.source, "", *self.target)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

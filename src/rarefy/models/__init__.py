@@ -81,8 +81,6 @@ def create(name: str, **arguments: Any) -> nn.Module:
     for option in arguments:
         if option not in known and "**" not in known:
             raise ValueError(unknown(f"option of model {name!r}:", option, known))
-    if name in _MODELS:
-        return _MODELS[name](**arguments)
     try:
         made = _function(name)(**arguments)
     except TypeError as error:

@@ -86,6 +86,10 @@ class Encoder(nn.Module):
         return x
 
 
+#: Numbers (B, T, S, H) of the additive attention that are there at once where no gradient is wanted.
+_MIXED = 1 << 24
+
+
 class Attention(nn.Module):
     """Additive attention, normalised: score = g v/|v| . tanh(W q + U k + b), weights = softmax of the scores."""
 
@@ -106,9 +110,11 @@ class Attention(nn.Module):
         """Take queries (B, T, hidden_size); return the contexts, of that shape, and the weights (B, T, S)."""
         # (B, T, 1, H) + (B, 1, S, H)
         keys = memory.keys + self.bias.to(memory.keys.dtype)  # under autocast the parameter is the wider
-        mixed = self.query(x).unsqueeze(2) + keys.unsqueeze(1)
-        direction = self.scale * self.vector / self.vector.norm()
-        scores = self.tanh(mixed) @ direction.to(mixed.dtype)
+        queries, direction = self.query(x), self.scale * self.vector / self.vector.norm()
+        # What has no gradient to come back for needs never be there whole: one long sentence would fill the memory.
+        steps = queries.shape[1] if torch.is_grad_enabled() else _MIXED // max(keys.numel(), 1)
+        mixed = (part.unsqueeze(2) + keys.unsqueeze(1) for part in queries.split(max(steps, 1), 1))
+        scores = torch.cat([self.tanh(part) @ direction.to(part.dtype) for part in mixed], 1)
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = scores.masked_fill(memory.padding.unsqueeze(1), -math.inf).softmax(2, dtype=wide).to(x.dtype)
         return weights @ memory.values, weights

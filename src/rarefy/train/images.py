@@ -16,9 +16,10 @@ from rarefy.data import images
 from rarefy.train.classification import Classification
 from rarefy.train.image_batches import HeldOut, ImageBatches
 from rarefy.train.recipe import Images as Data
+from rarefy.train.run_folder import ABOUT
 
-#: The files of a run that say what it trained on, and which pictures were found damaged.
-ABOUT, DAMAGED = "data.json", "damaged.jsonl"
+#: The file of a run that says which pictures were found damaged.
+DAMAGED = "damaged.jsonl"
 
 _LOG = logging.getLogger("rarefy")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from rich.console import Console
@@ -69,10 +69,19 @@ class Watch:
 
     def __call__(self, seen: Progress) -> bool:
         """Show where the run is; True if it is to stop."""
-        self._show(seen)
-        if self.signal is not None:
-            self._console.print("stopping: writing a checkpoint", highlight=False)
+        with suppress(OSError):  # who looked on may be gone: that is no reason to stop
+            self._show(seen)
+            if self.signal is not None:
+                self._console.print("stopping: writing a checkpoint", highlight=False)
         return self.signal is not None
+
+
+class _Console(Console):
+    """One that falls silent where nobody listens any more: by custom Rich ends the process then."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more."""
+        self.quiet = True
 
 
 @contextmanager
@@ -82,7 +91,7 @@ def watched(quiet: bool = False) -> Iterator[Watch]:
     A second Ctrl-C acts as usual: it ends the process at once. A second SIGTERM does not, since the system and a
     launcher may both send one: the checkpoint is written.
     """
-    console = Console(stderr=True, quiet=quiet)
+    console = _Console(stderr=True, quiet=quiet)
 
     def ask(number: int, frame: FrameType | None) -> None:
         watch.signal = number

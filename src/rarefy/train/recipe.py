@@ -367,7 +367,7 @@ def _check(recipe: Recipe) -> None:
         at_least(1, "data.train_size", data.train_size)
     _one_of("optimizer.name", optimizer.name, ["sgd", "adamw"])
     _one_of("precision", recipe.precision, ["fp32", "bf16", "fp16"])
-    for key, number in (("seed", recipe.seed), ("schedule.epochs", schedule.epochs), ("threads", recipe.threads or 0)):
+    for key, number in (("seed", recipe.seed), ("schedule.epochs", schedule.epochs)):
         require(abs(number) < 1 << 31, key, "below 2^31", number)
     require(schedule.batch_size < 1 << 31, "schedule.batch_size", "below 2^31", schedule.batch_size)
     folder = recipe.name not in ("", ".", "..") and not set(recipe.name) & set("/\\\0")
@@ -392,7 +392,7 @@ def _check(recipe: Recipe) -> None:
     require(clip is None or 0 < clip < math.inf, "optimizer.clip_norm", "above 0, and finite, or null", clip)
     ema = optimizer.ema
     require(ema is None or 0 < ema < 1, "optimizer.ema", "in (0, 1), or null", ema)
-    at_least(1, "threads", recipe.threads)
+    require(recipe.threads is None or 1 <= recipe.threads <= 1024, "threads", "in [1, 1024], or null", recipe.threads)
     sparse_steps = not recipe.accelerate or (recipe.method.name != "dense" and recipe.precision == "fp32")
     require(sparse_steps, "accelerate", "false for the method dense, and without precision: fp32", recipe.accelerate)
     for key in ("shard", "compile"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -32,7 +31,7 @@ from rarefy.train.memory import keep_freed
 from rarefy.train.optimizer import learning_rate, make_optimizer
 from rarefy.train.recipe import Recipe, differences, load
 from rarefy.train.recorder import Recorder, histograms
-from rarefy.train.run_folder import RunFolder, Writer
+from rarefy.train.run_folder import MODEL, RunFolder, Writer
 from rarefy.train.sharding import load_model, load_optimizer, shard, snapshot, whole
 
 #: Seconds after which a checkpoint is written in the middle of an epoch, with the next training record.
@@ -254,13 +253,15 @@ class Run(ABC):
         left alone.
 
         Raises TrainingDivergedError on a loss that is not finite, TrainingInterruptedError when the observer stops it,
-        OSError where something cannot be written; what was there before is whole then.
+        OSError where something cannot be written, where another process trains in the folder, or where it holds a run
+        that this one does not resume; what was there before is whole then.
         """
-        finished = self.folder.path / "summary.json"
-        if self.step == self.total_steps and finished.exists():
-            return dict(json.loads(finished.read_text())) if self.is_main else {}
+        if self.step == self.total_steps and (summary := self.folder.summary()) is not None:
+            return summary if self.is_main else {}
         with ExitStack() as ending:
             ending.enter_context(self._told_of_full_disks())
+            if self.is_main:
+                ending.enter_context(self.folder.held(new=not self._resumed))
             ending.callback(self.recorder.close)
             ending.callback(self._writer.wait)
             if self.is_main:
@@ -515,7 +516,7 @@ class Run(ABC):
         # Clones, since a file of tied weights holds each of them.
         form = torch.contiguous_format
         content = {key: value.clone(memory_format=form) for key, value in self.evaluated.state_dict().items()}
-        path = self.folder.path / "model.safetensors"
+        path = self.folder.path / MODEL
         data = save(content, metadata={"format": "pt"})
         write_atomically(path, lambda p: p.write_bytes(data))
         if magnitudes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import torch
 import yaml
 
 from rarefy._files import write_atomically, write_through
+
+#: The file of a finished model, and that which tells what a run learns from.
+MODEL, ABOUT = "model.safetensors", "data.json"
 
 #: What a checkpoint holds.
 _STATE = {
@@ -38,6 +44,40 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+
+    @contextmanager
+    def held(self, *, new: bool) -> Iterator[None]:
+        """Within it no other process of this machine trains here; ``new`` where a run begins.
+
+        Raises BlockingIOError where one does, FileExistsError where a new run finds another's checkpoint.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                reason = "another process trains in this folder: wait for it, or name another"
+                raise BlockingIOError(error.errno, reason, str(self.path)) from None
+            except OSError:
+                pass  # not every file system has locks
+            if new and self.checkpoint("last").exists():
+                raise FileExistsError(
+                    errno.EEXIST, "it holds a run already: resume it, or name another folder", str(self.path)
+                )
+            yield
+        finally:
+            os.close(folder)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run came to; None for one that has not finished, or of which a file is lost."""
+        if not (self.path / MODEL).is_file():
+            return None
+        try:
+            found = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) and "steps" in found else None
 
     def write_text(self, name: str, text: str) -> None:
         """Replace the file ``name``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ from rarefy.train.cross_entropy import cross_entropy
 from rarefy.train.recipe import Translation as Data
 from rarefy.train.recipe import load
 from rarefy.train.run import Run
+from rarefy.train.run_folder import ABOUT
 from rarefy.train.token_batches import TokenBatches
 
 if TYPE_CHECKING:
@@ -63,6 +65,10 @@ class Translation(Run):
         if size > len(self.corpus.train):
             raise ValueError(f"data.train_size must be at most {len(self.corpus.train)}, got {size}")
         pairs = Pairs(self.corpus.train.source[:size], self.corpus.train.target[:size])
+        splits = {"train": pairs, "valid": self.corpus.valid, "test": self.corpus.test}
+        self._about = {name: {"pairs": len(some), "sha256": some.digest()} for name, some in splits.items()}
+        if self._resumed:
+            self.folder.compare(ABOUT, self._about, f"the sentences in {data.folder}")
         self.tokenizer = self._tokenizer(pairs)
         world = self.accelerator.num_processes
         encoded = Encoded(pairs, self.tokenizer)
@@ -100,7 +106,7 @@ class Translation(Run):
         return translation.read_tokenizer(text[0])
 
     def _beside(self) -> dict[str, str]:
-        return {TOKENIZER: self.tokenizer.to_str()}
+        return {TOKENIZER: self.tokenizer.to_str(), ABOUT: json.dumps(self._about, indent=1) + "\n"}
 
     def _make_model(self) -> nn.Module:
         options, device = self.recipe.model.options, self.accelerator.device
