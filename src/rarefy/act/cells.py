@@ -149,7 +149,7 @@ def offsets_of(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
-def _steps(rows: int, batch: int, offsets: Tensor | None, reverse: bool) -> list[tuple[int, int]]:
+def steps_of(rows: int, batch: int, offsets: Tensor | None, reverse: bool) -> list[tuple[int, int]]:
     """Return the first row and the one after the last of every step, in the order of time."""
     if offsets is None:
         begins = list(range(0, rows, batch)) if batch else []
@@ -165,7 +165,7 @@ def previous(y: Tensor, h: Tensor, offsets: Tensor | None, reverse: bool) -> Ten
     if offsets is None:
         batch = h.shape[0]
         return torch.cat([y[batch:], h] if reverse else [h, y[: y.shape[0] - batch]])
-    steps = _steps(y.shape[0], h.shape[0], offsets, reverse)
+    steps = steps_of(y.shape[0], h.shape[0], offsets, reverse)
     parts: list[list[Tensor]] = []
     known, end = 0, 0  # rows of the step before
     for begin, stop in steps:
@@ -265,11 +265,11 @@ def lstm(
         return y, h, c, kept[0], kept[1]
     fused = _triton(h, gates) if projection is None else None
     if fused is not None:
-        fused.lstm(products, weight, c, h, y, kept, _steps(rows, h.shape[0], offsets, reverse), *gates)
+        fused.lstm(products, weight, c, h, y, kept, steps_of(rows, h.shape[0], offsets, reverse), *gates)
         return y, h, c, kept[0], kept[1]
     wide = _widened(weight).t()
     out = None if projection is None else _widened(projection).t()
-    for begin, end in _steps(rows, h.shape[0], offsets, reverse):
+    for begin, end in steps_of(rows, h.shape[0], offsets, reverse):
         n = end - begin
         a = (products[begin:end] + _product(h[:n], wide)).to(h.dtype)
         s, g = gates.sigmoid(a), gates.tanh(a[:, 2 * hidden : 3 * hidden])
@@ -325,7 +325,7 @@ def lstm_backward(
         return d, totals, carry, dc
     carry = torch.clone(carry, memory_format=torch.contiguous_format)
     c, dc = c.contiguous(), dc.contiguous()
-    steps = _steps(rows, batch, offsets, reverse)
+    steps = steps_of(rows, batch, offsets, reverse)
     fused = _triton(c) if projection is None else None
     if fused is not None:
         fused.lstm_backward(dy, carry, weight, c, gates, cells, dc, d, steps, hard)
@@ -392,7 +392,7 @@ def gru(
         call = _described(products, weight, added, h, None, offsets, reverse, chosen, (y, kept, None), scratch)
         kernel(ctypes.byref(call))
         return y, h, kept
-    steps = _steps(rows, h.shape[0], offsets, reverse)
+    steps = steps_of(rows, h.shape[0], offsets, reverse)
     fused = _triton(h, gates)
     if fused is not None:
         flat = torch.zeros(hidden, device=h.device) if added is None else added
@@ -448,7 +448,7 @@ def gru_backward(
         kernel(ctypes.byref(call), ctypes.byref(_gradients(dy, dh, d, through, carry, None, hard)))
         return d, through, carry
     h, fused = h.contiguous(), _triton(h)
-    steps = _steps(rows, batch, offsets, reverse)
+    steps = steps_of(rows, batch, offsets, reverse)
     if fused is not None:
         fused.gru_backward(dy, carry, weight, h, y, gates, d, through, steps, hard)
         return d, through, carry

@@ -14,10 +14,13 @@ float32 from what was stored, by the results of the activations (y (1 - y), 1 - 
 lines), and rounded once at the end; but those of the gates, which the products with the weights take, are rounded to
 bfloat16, and on a GPU to float16 as well. The order of sums in float32 depends on sizes and on the machine. Where the
 processor has AMX and Linux lets a process use it, its tiles make the products of bfloat16 with W_hh: to them numbers
-below 2^-126 in size are zeros, factors and sums alike. Second derivatives and vmap are refused.
+below 2^-126 in size are zeros, factors and sums alike. ``torch.func.grad`` and ``vjp`` take them; second derivatives
+and vmap are refused, but in forward mode.
 
 On the CPU a layer is one product for all steps and one native call, in bfloat16 and float32; float16, projections, and
-other devices go step by step in PyTorch operators, in formats of 16 bits on a GPU by one Triton kernel a step.
+other devices go step by step in PyTorch operators, in formats of 16 bits on a GPU by one Triton kernel a step. In
+forward mode (``torch.func.jvp``, ``jacfwd`` and ``hessian``, ``torch.autograd.forward_ad``) all do, in operators with
+derivatives of every order.
 """
 
 from __future__ import annotations

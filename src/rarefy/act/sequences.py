@@ -1,7 +1,8 @@
 """The operators ``rarefy::lstm`` and ``rarefy::gru``: one layer in one direction, over a sequence, with its gradient.
 
 They take the products of the input with its weights, which are ordinary operators, and do what is left: see
-:mod:`rarefy.act.cells`. Second derivatives and vmap are refused.
+:mod:`rarefy.act.cells`. Second derivatives and vmap are refused. While forward-mode derivatives are computed, calls go
+to :mod:`rarefy.act.steps` instead.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from rarefy.act import cells, operator
+from rarefy.act import cells, operator, steps
 from rarefy.act.cells import Gates
 from rarefy.act.kernels import launch
 
@@ -23,6 +25,10 @@ _TWICE = (
 _VMAP = (
     "an LSTM or GRU of rarefy.act does not run under torch.vmap (nor torch.func.jacrev and the like): call it outside,"
     " with what vmap maps over as its batch"
+)
+_FORWARD = (
+    "the operators of an LSTM or GRU of rarefy.act have no forward-mode derivative: call the module itself, and its"
+    " backward, within the level of forward mode"
 )
 
 
@@ -54,10 +60,23 @@ def _check(
         raise ValueError(f"offsets must go from 0 to {rows} by steps of at most {batch} that do not grow, got {places}")
 
 
+def _check_tangents(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError for a tensor with a tangent, which would be lost: an exported program calls the operators."""
+    if launch.in_forward_mode():
+        for t in tensors:
+            if t is not None and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
+                raise RuntimeError(_FORWARD)
+
+
 def _eager(*tensors: Tensor | None) -> bool:
     """Tell whether a call may go around the dispatcher, which takes more than a hundred microseconds."""
     plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
     return plain and not torch.compiler.is_compiling() and not launch.watched()
+
+
+def _transformed() -> bool:
+    """Tell whether a transform of ``torch.func`` watches: it takes functions of autograd, not custom operators."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # ---- LSTM
@@ -77,6 +96,7 @@ def _lstm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer; ``mode`` and ``table`` are those of ``rarefy::activation``, the rest as in ``cells.lstm``."""
     operator.check("tanh", h, mode, table)
+    _check_tangents(products, weight, projection, h, c)
     _check(products, 4, weight, h, c.shape[1], offsets, c)
     if projection is not None and projection.shape != (h.shape[1], c.shape[1]):
         raise ValueError(f"projection must be {[h.shape[1], c.shape[1]]}, [size, hidden], got {list(projection.shape)}")
@@ -122,6 +142,7 @@ def _lstm_backward(
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of products, weight, projection (without rows if there is none), h and c."""
+    _check_tangents(dy, dh, dc)
     with torch._C._DisableAutocast():
         d, totals, dh_0, dc_0 = cells.lstm_backward(
             dy, dh, dc, weight, projection, c, gates, kept, offsets, reverse, hard
@@ -172,7 +193,9 @@ def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _lstm_gradients(ctx: Any, dy: Any, dh: Any, dc: Any, *_: Any) -> tuple[Tensor | None, ...]:
     weight, projection, h, c, y, gates, kept, offsets = ctx.saved_tensors
     backward: Any = torch.ops.rarefy.lstm_backward
-    if not torch.is_grad_enabled() and _eager(dy, dh, dc, weight):
+    if _transformed():
+        backward = _LSTMBackward.apply
+    elif not torch.is_grad_enabled() and _eager(dy, dh, dc, weight):
         backward = _lstm_backward
     d, d_weight, d_projection, dh_0, dc_0 = backward(
         dy, dh, dc, weight, projection, h, c, y, gates, kept, offsets, ctx.reverse, ctx.mode == "hard"
@@ -200,6 +223,7 @@ def _gru(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer; ``mode`` and ``table`` are those of ``rarefy::activation``, the rest as in ``cells.gru``."""
     operator.check("tanh", h, mode, table)
+    _check_tangents(products, weight, bias, h)
     _check(products, 3, weight, h, h.shape[1], offsets, h)
     if bias is not None and bias.shape != h.shape[1:]:
         raise ValueError(f"bias must be {[h.shape[1]]}, [hidden], got {list(bias.shape)}")
@@ -239,6 +263,7 @@ def _gru_backward(
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of products, weight, bias and h."""
+    _check_tangents(dy, dh)
     with torch._C._DisableAutocast():
         d, through, dh_0 = cells.gru_backward(dy, dh, weight, h, y, gates, offsets, reverse, hard)
         d_weight = cells.weight_gradient(through, cells.previous(y, h, offsets, reverse))
@@ -280,7 +305,9 @@ def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _gru_gradients(ctx: Any, dy: Any, dh: Any, *_: Any) -> tuple[Tensor | None, ...]:
     weight, h, y, gates, offsets = ctx.saved_tensors
     backward: Any = torch.ops.rarefy.gru_backward
-    if not torch.is_grad_enabled() and _eager(dy, dh, weight):
+    if _transformed():
+        backward = _GRUBackward.apply
+    elif not torch.is_grad_enabled() and _eager(dy, dh, weight):
         backward = _gru_backward
     d, d_weight, d_bias, dh_0 = backward(dy, dh, weight, h, y, gates, offsets, ctx.reverse, ctx.mode == "hard")
     return d.to(ctx.dtype), d_weight, d_bias if ctx.biased else None, dh_0, None, None, None, None, None
@@ -309,9 +336,13 @@ for _operator in (lstm, gru, lstm_backward, gru_backward):
 # ---- calls
 
 
-class _LSTM(torch.autograd.Function):
-    """The operator where no one would see it: in eager mode."""
+class _Function(torch.autograd.Function):
+    """What the operators are where none is seen, in eager mode, and where none is taken, in ``torch.func``."""
 
+    vmap = staticmethod(_no_vmap)
+
+
+class _LSTM(_Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _lstm(*inputs)
@@ -320,9 +351,7 @@ class _LSTM(torch.autograd.Function):
     backward = staticmethod(_lstm_gradients)
 
 
-class _GRU(torch.autograd.Function):
-    """The operator where no one would see it: in eager mode."""
-
+class _GRU(_Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _gru(*inputs)
@@ -331,10 +360,34 @@ class _GRU(torch.autograd.Function):
     backward = staticmethod(_gru_gradients)
 
 
+class _Backward(_Function):
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_no_second)
+
+
+class _LSTMBackward(_Backward):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _lstm_backward(*inputs)
+
+
+class _GRUBackward(_Backward):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _gru_backward(*inputs)
+
+
 def _call(kind: str, tensors: tuple[Tensor | None, ...], *options: Any) -> tuple[Tensor, ...]:
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if launch.in_forward_mode():
+        plain: Any = steps.lstm if kind == "lstm" else steps.gru
+        stepped: tuple[Tensor, ...] = plain(*tensors, *options)
+        return stepped
+    transformed = _transformed()
+    # torch.jit.trace records a second time without gradients, and compares
+    wanted = torch.is_grad_enabled() or torch._C._is_tracing()
+    keep = transformed or (wanted and any(t is not None and t.requires_grad for t in tensors))
     way: Any
-    if not _eager(*tensors):
+    if not (transformed or _eager(*tensors)):
         way = torch.ops.rarefy.lstm if kind == "lstm" else torch.ops.rarefy.gru
     elif keep:
         way = _LSTM.apply if kind == "lstm" else _GRU.apply
