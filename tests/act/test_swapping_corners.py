@@ -1,6 +1,9 @@
 """What a stranger tried on act.swap: calls, hooks and classes as they are seldom written."""
 
+import abc
 import functools
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy import act
-from rarefy.act import gated
+from rarefy.act import gated, roles, swapping
 
 ACTS = {"tanh": torch.tanh, "gelu": F.gelu}
 
@@ -168,9 +171,59 @@ class Late(Registered):
         return torch.tanh(x)
 
 
-def test_a_swap_that_fails_leaves_the_model_as_it_was():
+class Named(nn.Module):
+    def __init_subclass__(cls, *, key: str) -> None:
+        cls.key = key
+
+
+class Keyed(Named, key="keyed"):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class Last(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+        if any(isinstance(base, Last) for base in bases):
+            raise TypeError("no class may derive from this one")
+        return super().__new__(cls, name, bases, members)
+
+
+class Final(nn.Module, metaclass=Last):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class Abstract(nn.Module, abc.ABC):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("kind", [Late, Keyed, Final, Abstract])
+def test_classes_with_a_say_in_what_derives_from_them_are_swapped_with_the_rest(kind):
+    model, x = nn.Sequential(nn.GELU(), kind()), torch.randn(3, 4).bfloat16()
+    known = dict(Registered.known)
+    report = act.swap(model, "hard")
+    assert torch.equal(model(x), act.tanh(act.gelu(x, "hard"), "hard"))
+    assert [name for name, _ in report.replaced] == ["0", "1"]
+    assert isinstance(model[1], kind)
+    assert not isinstance(kind(), type(model[1]))
+    assert isinstance(kind(), kind)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    assert Registered.known == known
+    report.restore()
+    assert [type(module) for module in model] == [nn.GELU, kind]
+
+
+def test_a_swap_that_fails_leaves_the_model_as_it_was(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), Late())
-    with pytest.raises(ValueError, match="duplicate Late"):
+
+    def interrupted(kind: type[nn.Module], role: roles.Role) -> type[nn.Module]:
+        if kind is Late:
+            raise KeyboardInterrupt
+        return roles.class_of(kind, role)
+
+    monkeypatch.setattr(swapping, "class_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         act.swap(model)
     assert [type(module) for module in model] == [nn.Linear, nn.GELU, Late]
     assert not any("_rarefy" in module.__dict__ for module in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import inspect
@@ -150,10 +151,27 @@ def class_of(kind: type[nn.Module], role: Role) -> type[nn.Module]:
                 made["activation_relu_or_gelu"] = property(_layer_fused, _setter("activation_relu_or_gelu"))
         if issubclass(kind, nn.TransformerEncoder):
             made["use_nested_tensor"] = property(_encoder_nested, _setter("use_nested_tensor"))
-        _classes[kind, role] = type(
-            kind.__name__, (RECURRENT.get(kind, kind) if role.kind == "recurrent" else kind,), made
-        )
+        _classes[kind, role] = _derived(RECURRENT.get(kind, kind) if role.kind == "recurrent" else kind, made)
     return _classes[kind, role]
+
+
+class _Silent:
+    """Keeps the ``__init_subclass__`` of other bases from being called."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def _derived(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """Return a class of the same name that derives from one, without running code of its own for classes.
+
+    Registries have the name already, and a class that none may derive from means other people's classes.
+    """
+    kind: Any = type(base)
+    make: Any = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
+    derived: type[nn.Module] = make(kind, base.__name__, (_Silent, base), members)
+    type.__setattr__(derived, "__bases__", (base,))
+    return derived
 
 
 def _not_scripted(self: Any) -> Any:

@@ -164,7 +164,7 @@ def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, tabl
                     _announce(modules[name], watch, example)
                 elif role.kind in ("watched", "attention", "quiet"):
                     watch.unchecked.update((True, False))
-    except BaseException:  # such as of a class that does not let others derive from it
+    except BaseException:  # such as KeyboardInterrupt
         report.restore()
         raise
     return report
