@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rarefy.act.spec.table import LinearTable, ShiftTable, Table
 from rarefy.rtl.check.definition import definition
@@ -15,10 +16,16 @@ from rarefy.rtl.design import Design, literal
 from rarefy.rtl.eda import tools
 from rarefy.rtl.emit import module
 
+#: Undefined values may be anything, and are it before passes that clean up choose for them.
 _SCRIPT = """read_verilog -sv harness.sv
 hierarchy -top {top}_harness
 proc -norom
 flatten
+opt_clean
+setundef -undriven -anyseq
+check
+write_json netlist.json
+async2sync
 opt -full
 memory_map
 opt_clean
@@ -39,10 +46,15 @@ class Counterexample(NamedTuple):
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proven, or the counterexample; and what the statement leaves out."""
+    """What was proven, or that it is not so, with the counterexample; and what the statement leaves out.
+
+    ``faults``: what is no registers at the rising edge of ``clk`` and logic between them, which alone a proof sees.
+    """
 
     statement: str
+    holds: bool
     counterexample: Counterexample | None
+    faults: tuple[str, ...]
     exceptions: tuple[str, ...]
     versions: dict[str, str]
 
@@ -77,9 +89,12 @@ def prove(design: Design, against: Design | None = None) -> Proof:
     with tempfile.TemporaryDirectory(prefix="rarefy-rtl-") as name:
         (Path(name) / "harness.sv").write_text(design.text + reference.text + harness)
         log = tools.yosys(_SCRIPT.format(top=design.top, seconds=_SECONDS, options=options), Path(name))
-    found = _counterexample(log)
-    if found is None and "SUCCESS!" not in log:
+        netlist = json.loads((Path(name) / "netlist.json").read_text())["modules"][f"{design.top}_harness"]
+    faults = _faults(netlist, log)
+    holds, refuted = "SUCCESS!" in log, "FAIL!" in log
+    if not (holds or refuted or faults):
         raise RuntimeError(f"Yosys came to no end with {design.top} within {_SECONDS} s: simulate it")
+    found = _counterexample(log) if refuted else None
     proven = f"{statement} for all 2^{fmt.bits} inputs"
     if design.handshake:
         proven += ", with nothing waiting"
@@ -87,7 +102,7 @@ def prove(design: Design, against: Design | None = None) -> Proof:
         found = _lane(design, found)
     if found is not None and low:
         found = found._replace(y=found.y >> low)
-    return Proof(proven, found, exceptions, {"yosys": tools.yosys_version()})
+    return Proof(proven, not refuted, found, faults, exceptions, {"yosys": tools.yosys_version()})
 
 
 def _reference(design: Design) -> tuple[Design, str]:
@@ -175,14 +190,31 @@ def _differing(wide: Table, narrow: Table) -> list[_Range]:
     return [_Range(a, b, f"x from {float(f.decode(a)):.9g} to {float(f.decode(b)):.9g}: a steep row") for a, b in steep]
 
 
+def _faults(netlist: dict[str, Any], log: str) -> tuple[str, ...]:
+    """Say what in a design is not made of registers at the rising edge of ``clk`` and logic between them."""
+    clock = netlist["ports"]["clk"]["bits"]
+    kinds: set[str] = set()
+    for cell in netlist["cells"].values():
+        if "latch" in cell["type"] or cell["type"] == "$sr":
+            kinds.add("a latch, where a register at the rising edge of clk was expected")
+        elif "CLK" in cell["connections"]:
+            if cell["connections"]["CLK"] != clock:
+                kinds.add("a register with a clock that is not clk")
+            elif not int(cell["parameters"]["CLK_POLARITY"], 2):
+                kinds.add("a register at the falling edge of clk")
+    if "multiple conflicting drivers" in log:
+        kinds.add("a signal with more than one driver")
+    if "found logic loop" in log:
+        kinds.add("a loop of logic without a register")
+    return tuple(sorted(kinds))
+
+
 def _counterexample(log: str) -> Counterexample | None:
-    """Read the last time step that Yosys shows, None when it shows none."""
-    if "FAIL!" not in log and "model found" not in log.replace("no model found", ""):
-        return None
-    shown = [re.findall(rf"\\{name}\s+(\d+)\s", log) for name in ("given", "y", "want")]
+    """Read the last time step that Yosys shows, None when it shows none; numbers in decimal end at 32 bits."""
+    shown = [re.findall(rf"\\{name}\s+\S+\s+\S+\s+([01]+)\s*$", log, re.MULTILINE) for name in ("given", "y", "want")]
     if not all(shown):
         return None
-    return Counterexample(*(int(values[-1]) for values in shown))
+    return Counterexample(*(int(values[-1], 2) for values in shown))
 
 
 def _lane(design: Design, found: Counterexample) -> Counterexample:

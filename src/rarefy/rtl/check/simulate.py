@@ -26,8 +26,8 @@ class Answers:
     """What a simulation gave.
 
     Attributes:
-        outputs: one bit pattern an input, int64; -1 where a bit of it is unknown, or where nothing came out.
-        faults: breaches of the handshake.
+        outputs: one bit pattern an input, int64 [words, lanes]; -1 where a bit is unknown, or where nothing came out.
+        faults: breaches of the handshake, and changes elsewhere than at a rising edge of the clock.
         versions: the simulator's and cocotb's.
 
     """
@@ -38,7 +38,7 @@ class Answers:
 
 
 def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus", seed: int = 0) -> Answers:
-    """Run a design on bit patterns, in their order; a design with ``lanes`` takes as many at a time.
+    """Run a design on bit patterns [words, lanes], a word at a time.
 
     With a handshake both sides wait at random clocks, drawn from ``seed``. Raises MissingToolError when the simulator
     is not installed, and RuntimeError with its last lines when it does not accept the design.
@@ -80,24 +80,27 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
             last = "\n".join("".join([*logs, result.stderr]).strip().splitlines()[-12:])
             raise RuntimeError(f"{tool} did not run {design.top}:\n{last}")
         found = json.loads(written.read_text())
-    return Answers(_unpacked(found["outputs"], design, len(inputs)), found["faults"], versions)
+    return Answers(_unpacked(found["outputs"], found["unknown"], design), found["faults"], versions)
 
 
-def _packed(inputs: npt.NDArray[np.int64], design: Design) -> list[int]:
-    if design.lanes == 1:
-        return [int(x) for x in inputs]
-    padded = np.concatenate([inputs, np.zeros(-len(inputs) % design.lanes, dtype=np.int64)])
-    lanes = padded.reshape(-1, design.lanes)
-    return [sum(int(x) << (design.format.bits * lane) for lane, x in enumerate(word)) for word in lanes]
+def _packed(inputs: npt.NDArray[np.int64], design: Design) -> list[str]:
+    """Write each word in hexadecimal, lane 0 in the lowest bits."""
+    size = design.format.bits // 8
+    data = inputs[:, ::-1].astype(f">u{size}").tobytes()
+    width = size * design.lanes
+    return [data[begin : begin + width].hex() for begin in range(0, len(data), width)]
 
 
-def _unpacked(outputs: list[int | str | None], design: Design, count: int) -> npt.NDArray[np.int64]:
-    n = design.format.bits
-    found = np.full(max(count, len(outputs) * design.lanes), -1, dtype=np.int64)
+def _unpacked(outputs: list[str | None], unknown: dict[str, str], design: Design) -> npt.NDArray[np.int64]:
+    """Read words: in hexadecimal, None for those that did not come, and the bits of those that are not all known."""
+    n, lanes = design.format.bits, design.lanes
+    found = np.full((len(outputs), lanes), -1, dtype=np.int64)
     for number, word in enumerate(outputs):
-        text = format(word, f"0{n * design.lanes}b") if isinstance(word, int) else word or "x" * n * design.lanes
-        for lane in range(design.lanes):
+        if word is not None:
+            found[number] = np.frombuffer(bytes.fromhex(word.zfill(n * lanes // 4)), f">u{n // 8}")[::-1]
+    for index, text in unknown.items():
+        for lane in range(lanes):
             bits = text[len(text) - n * (lane + 1) : len(text) - n * lane]
             if set(bits) <= {"0", "1"}:
-                found[number * design.lanes + lane] = int(bits, 2)
-    return found[:count]
+                found[int(index), lane] = int(bits, 2)
+    return found

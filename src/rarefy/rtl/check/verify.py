@@ -36,8 +36,9 @@ class Verification:
         statement: what was compared, in words.
         inputs: how many inputs that covers.
         mismatches: inputs whose result differs; a proof that fails counts one.
-        first: the first of them, None without any.
-        faults: breaches of the handshake (numbers lost, added, changed while they waited, or left over by a reset).
+        first: the first of them, None without any; of a proof that fails, None where Yosys shows none.
+        faults: breaches of the handshake (numbers lost, added, changed while they waited, late, or left over by a
+            reset), of the clock (what changes elsewhere than at its rising edge), or what a proof cannot see through.
         exceptions: inputs that the statement leaves out, in words.
         versions: of the tools.
         seconds: how long it took.
@@ -69,11 +70,16 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
     """Compare a design with its software model.
 
     "icarus" and "verilator" simulate (cocotb): all inputs of a format of at most 16 bits, one a clock in a shuffled
-    order where there are registers, and where there is a handshake with random stalls on both sides and with resets
-    while numbers are in flight; of float32 every value of the high 16 bits, with random low bits. "formal" proves
-    equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of the model, in
-    float32 with the table's definition written down row by row. A proof holds a handshake open (simulate its stalls),
-    and takes no programmable table.
+    order, in every lane in another; of float32 every value of the high 16 bits, with random low bits. Inputs change
+    between rising edges of the clock, too, where outputs of registers must not. Where there is a handshake both sides
+    stall at random, and resets come while numbers are in flight; where nothing waits a number a clock must be taken,
+    and come out after ``latency`` clocks; ``out_valid`` must not wait for ``out_ready``. A programmable table is
+    written in a shuffled order over other words, and not where ``we`` is 0.
+
+    "formal" proves equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of
+    the model, in float32 with the table's definition written down row by row. What is undefined equals nothing;
+    latches, other clocks and the falling edge are faults. A proof holds a handshake open (simulate its stalls), and
+    takes no programmable table.
 
     Args:
         design: what to verify.
@@ -102,21 +108,26 @@ def _prove(design: Design, against: Design | None) -> Verification:
     first = None if proof.counterexample is None else Mismatch(*proof.counterexample)
     every = 1 << design.format.bits
     return Verification(
-        design.top, "formal", proof.statement, every, int(first is not None), first, (), proof.exceptions,
+        design.top, "formal", proof.statement, every, int(not proof.holds), first, proof.faults, proof.exceptions,
         proof.versions, 0.0
     )  # fmt: skip
 
 
 def _simulate(design: Design, tool: str, seed: int) -> Verification:
-    x, statement = _inputs(design, np.random.default_rng(seed))
-    answers = simulate(design, x, tool, seed)
+    random = np.random.default_rng(seed)
+    x, statement = _inputs(design, random)
+    order = random.permuted(np.tile(np.arange(len(x))[:, None], design.lanes), axis=0)
+    answers = simulate(design, x[order], tool, seed)
     expected = design.compute(x).astype(np.int64)
-    wrong = np.flatnonzero(answers.outputs != expected)
+    differs = answers.outputs != expected[order]
+    wrong = np.unique(order[differs])
     first = None
     if wrong.size:
         i = int(wrong[0])
-        y = int(answers.outputs[i])
+        y = int(answers.outputs[differs & (order == i)][0])
         first = Mismatch(int(x[i]), None if y < 0 else y, int(expected[i]))
+    if design.lanes > 1:
+        statement += f", in each of {design.lanes} lanes"
     if design.handshake:
         statement += f", with random stalls on both sides and resets in between (seed {seed})"
     return Verification(
@@ -129,7 +140,5 @@ def _inputs(design: Design, random: np.random.Generator) -> tuple[npt.NDArray[np
     if fmt.bits > 16:
         low = fmt.bits - 16
         x = np.arange(1 << 16, dtype=np.int64) << low | random.integers(0, 1 << low, 1 << 16)
-        statement = f"equal to the software model on a sample: every value of the high 16 bits of {fmt.name}"
-    else:
-        x, statement = fmt.all_bits(), f"equal to the software model on all inputs of {fmt.name}"
-    return (random.permutation(x) if design.latency else x), statement
+        return x, f"equal to the software model on a sample: every value of the high 16 bits of {fmt.name}"
+    return fmt.all_bits().astype(np.int64), f"equal to the software model on all inputs of {fmt.name}"

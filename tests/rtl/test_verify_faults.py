@@ -1,0 +1,157 @@
+"""What verify must not pass: undefined results, lanes, tables, clocks and handshakes that are not as a Design says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rarefy import act, rtl
+from rarefy.rtl.check.simulate import simulate
+
+pytestmark = pytest.mark.slow
+
+PUBLISHED = act.load("tanh_bf16_ktanh")
+SMALL = act.load("tanh_e4m3fn")
+
+
+def changed(design, *changes):
+    """The design with parts of its text replaced."""
+    text = design.text
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return replace(design, text=text)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "assign y = x == 16'h9234 ? 16'hxxxx : result;",
+        "assign y = x[15] ? 16'hxxxx : result;",
+        "wire [15:0] nothing;\n  assign y = x == 16'h9234 ? nothing : result;",
+    ],
+)
+def test_a_proof_does_not_take_undefined_results(result):
+    found = rtl.verify(changed(rtl.emit(PUBLISHED), ("assign y = result;", result)), "formal")
+    assert not found.passed
+    assert found.first is not None
+    assert found.first.expected == int(PUBLISHED.compute([found.first.x])[0])
+
+
+def test_counterexamples_are_read_whatever_their_width_and_sign():
+    wide = PUBLISHED.to_format("fp32")
+    one = changed(rtl.emit(wide), ("assign y = result;", "assign y = x == 32'hbf001234 ? 32'h0 : result;"))
+    found = rtl.verify(one, "formal").first
+    assert found is not None
+    assert (found.x, found.y) == (0xBF001234, 0)
+    assert found.expected == int(wide.compute([0xBF001234])[0])
+    lanes = changed(
+        rtl.emit(PUBLISHED, lanes=4),
+        ("assign y[16*i +: 16] = result;", "assign y[16*i +: 16] = (i == 3 && a == 16'h9234) ? 16'h0 : result;"),
+    )
+    found = rtl.verify(lanes, "formal").first
+    assert found is not None
+    assert (found.x, found.y) == (0x9234, 0)
+
+
+def test_a_proof_that_fails_counts_without_a_counterexample(monkeypatch):
+    design = changed(rtl.emit(SMALL), ("assign y = result;", "assign y = ~result;"))
+    monkeypatch.setattr("rarefy.rtl.check.formal._counterexample", lambda log: None)
+    found = rtl.verify(design, "formal")
+    assert (found.passed, found.mismatches, found.first) == (False, 1, None)
+
+
+REGISTER = "always_ff @(posedge clk) y_q <= result;"
+CLOCKS = {
+    "falling edge": ("always_ff @(negedge clk) y_q <= result;", "falling edge"),
+    "latch": ("always_latch if (clk) y_q = result;", "latch"),
+    "latch of the other phase": ("always_latch if (!clk) y_q = result;", "latch"),
+    "another clock": ("wire other = clk & x[0];\n  always_ff @(posedge other) y_q <= result;", "not clk"),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_clocks_that_are_no_rising_edge_are_faults(name):
+    register, fault = CLOCKS[name]
+    design = changed(rtl.emit(SMALL, stages=1), (REGISTER, register))
+    assert not rtl.verify(design).passed
+    proof = rtl.verify(design, "formal")
+    assert not proof.passed
+    assert any(fault in each for each in proof.faults)
+
+
+def test_a_latch_between_two_stages_is_found():
+    design = rtl.emit(PUBLISHED, stages=2)
+    begin = design.text.index("always_ff @(posedge clk) begin")
+    latched = design.text[begin:].splitlines()[0]
+    other = latched.replace("always_ff @(posedge clk)", "always_latch if (clk)").replace("<=", "=")
+    assert not rtl.verify(changed(design, (latched, other))).passed
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [("assign y = result & {8{&x}}; assign y = result;", "more than one driver"), ("assign y = y ^ result;", "a loop")],
+)
+def test_a_proof_does_not_take_what_is_no_logic(result, fault):
+    found = rtl.verify(changed(rtl.emit(SMALL), ("assign y = result;", result)), "formal")
+    assert any(fault in each for each in found.faults)
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+def test_every_lane_sees_every_input(stages):
+    design = rtl.emit(SMALL, lanes=4, stages=stages)
+    found = rtl.verify(design)
+    assert found.passed, found
+    assert "in each of 4 lanes" in found.statement
+    for wrong in ("{x[8*i+1 +: 7], i == 1}", "(i == 3 && x[8*i +: 8] == 8'h21) ? 8'h00 : x[8*i +: 8]"):
+        found = rtl.verify(changed(design, ("wire [7:0] a = x[8*i +: 8];", f"wire [7:0] a = {wrong};")))
+        assert not found.passed
+    assert found.mismatches == 1
+    assert found.first is not None
+    assert (found.first.x, found.first.y) == (0x21, 0)
+
+
+def test_words_of_many_lanes_are_read():
+    x = np.random.default_rng(0).integers(0, 1 << 16, (3, 1024))
+    assert (simulate(rtl.emit(PUBLISHED, lanes=1024), x).outputs == PUBLISHED.compute(x)).all()
+
+
+ENABLED = {
+    "the write enable is ignored": ("if (we)", ""),
+    "the falling edge writes": ("always_ff @(posedge clk)\n    if (we)", "always_ff @(negedge clk)\n    if (we)"),
+    "addresses that there are not write": ("if (wa < 6'h20)", "if (wa < 6'h20 || wa > 6'h21)"),
+}
+
+
+@pytest.mark.parametrize("name", ENABLED)
+def test_tables_that_are_written_when_they_should_not_be_are_found(name):
+    design = rtl.emit(PUBLISHED, "programmable")
+    assert not rtl.verify(changed(design, ENABLED[name])).passed
+
+
+def test_a_programmable_table_with_a_handshake_is_not_written_by_what_passes():
+    design = rtl.emit(PUBLISHED, "programmable", stages=1, handshake=True)
+    assert not rtl.verify(changed(design, ("if (we)", "if (we || in_valid)"))).passed
+
+
+HANDSHAKES = {
+    "out_valid waits for out_ready": [("assign out_valid = valid_1;", "assign out_valid = valid_1 && out_ready;")],
+    "half the throughput": [
+        ("wire go_1 = !valid_1 || out_ready;", "wire go_1 = !valid_1 || out_ready; wire in_go = !valid_1;"),
+        ("valid_1 <= in_valid;", "valid_1 <= in_valid && in_go;"),
+        ("assign in_ready = rst_n && go_1;", "assign in_ready = rst_n && in_go;"),
+    ],
+    "the falling edge": [("posedge", "negedge")],
+}
+
+
+@pytest.mark.parametrize("name", HANDSHAKES)
+def test_handshakes_that_keep_no_promise_are_faults(name):
+    design = rtl.emit(SMALL, stages=1, handshake=True)
+    assert rtl.verify(changed(design, *HANDSHAKES[name])).faults
+
+
+def test_a_latency_that_is_not_the_designs_is_a_fault():
+    slow = rtl.emit(SMALL, stages=2, handshake=True)
+    assert rtl.verify(slow).passed
+    assert any("not 1" in fault for fault in rtl.verify(replace(slow, latency=1)).faults)
