@@ -218,12 +218,13 @@ async def stalled(
             if waiting is not None and out != waiting:
                 faults.append(f"clock {cycle}: the output changed from {waiting} to {out} while it waited")
             waiting = out if not taking else None
-            if out is not None and not flight:
-                faults.append(f"clock {cycle}: the output gives {out}, which nothing was sent for since the last reset")
+            if out is not None and (not flight or cycle - flight[0][1] < latency):
+                sent_for = f"nothing was sent for since the last reset, at least {latency} clocks before"
+                faults.append(f"clock {cycle}: the output gives {out}, which {sent_for}")
             elif out is not None and taking:
                 index, sent = flight.popleft()
                 took = cycle - sent
-                if took < latency or (took > latency and streak > settled + took):
+                if took > latency and streak > settled + took:
                     faults.append(f"clock {cycle}: {words[index]:#x} took {took} clocks, not {latency}")
                 if outputs[index] not in (None, out):
                     faults.append(f"clock {cycle}: {words[index]:#x} gives {out}, and gave {outputs[index]} before")
