@@ -1103,9 +1103,9 @@ def test_weights_written_by_somebody_else_are_gone_on_from(case, through):
     # What is used is what was written; a little less where half the weight makes a soft mask softer.
     place = [layer.name for layer in sparsifier.layers()].index("3")
     live = sparsifier.live_masks()["3"] & (wanted != 0)
-    with torch.no_grad():
+    with sparsifier._as_written(by_value=True):
         used = (
-            sparsifier._by_layer(sparsifier._values)[place]
+            sparsifier._by_layer(sparsifier._values)[place].clone()
             if state["layers"]["3"].get("latent") is not None
             else wanted
         )

@@ -5,9 +5,10 @@ What a method is asked, and when, is :mod:`rarefy.sparse.contract`.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -124,6 +125,7 @@ class Sparsifier(Method):
         self._places: dict[int, tuple[Bucket, int]] = {}
         self._parts: list[Part] = []
         self._shown = self._finalized = False
+        self._sound = True  # whether the weights were finite when they were last looked at
         self._initial: list[Tensor] | None = None
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._copied: dict[str, Any] | None = None
@@ -157,9 +159,9 @@ class Sparsifier(Method):
         """Make what the method learns and keeps in a bucket besides, from the dense weights."""
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """Return the weights as they would be without a mask, by the layer's name: this process's part of the layer."""
-        self._ready()
-        return {layer.name: layer.local for layer in self._layers}
+        """Copy the weights as they would be without a mask, by the layer's name: this process's part of the layer."""
+        with self._as_written():
+            return dict(zip([layer.name for layer in self._layers], [w.clone() for w in self._dense()], strict=True))
 
     def weight_grad_density(self, density: float) -> float:
         """Share of a layer's weights whose gradient is needed, when this share of them is live."""
@@ -227,9 +229,9 @@ class Sparsifier(Method):
         return self
 
     def live_masks(self) -> dict[str, Tensor]:
-        """Return which weights are used, by the layer's name: boolean, this process's part of the layer."""
-        self._ready()
-        return dict(zip([layer.name for layer in self._layers], self._live(), strict=True))
+        """Copy which weights are used, by the layer's name: boolean, this process's part of the layer."""
+        with self._as_written():
+            return dict(zip([layer.name for layer in self._layers], [m.clone() for m in self._live()], strict=True))
 
     def sparsity(self) -> float:
         """Share of zeros among the weights of the sparsified layers, in [0, 1]."""
@@ -245,9 +247,9 @@ class Sparsifier(Method):
                 LayerState(layer.name, layer.shape, live, live / layer.size)
                 for layer, live in zip(self._layers, used, strict=True)
             ]
-        self._ready()
-        live = self._count_live()
-        thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
+        with self._as_written():
+            live = self._count_live()
+            thresholds: Sequence[float | None] = self._thresholds() or [None] * len(live)
         return [
             LayerState(layer.name, layer.shape, n, self.weight_grad_density(n / layer.size), threshold, self._alpha())
             for layer, n, threshold in zip(self._layers, live, thresholds, strict=True)
@@ -272,7 +274,10 @@ class Sparsifier(Method):
             for layer, parameter in zip(self._layers, copies, strict=True):
                 write_sparse(local(parameter.detach()), local(parameter.detach()), layer.local != 0)
             return given
-        self._ready(by_value=True)
+        if not self._build() and self._shown:
+            resolve(self.model, self._layers)
+            for bucket in self._moved(by_value=True):
+                self._notice(bucket)
         targets = [layer.parameter for layer in self._layers] if own else copies
         if own:
             bad = not_finite(self._layers)
@@ -298,18 +303,14 @@ class Sparsifier(Method):
         """Return what a checkpoint needs beside the states of model and optimizer; tensors of shards are DTensors."""
         if self._finalized:
             raise RuntimeError("state_dict() after finalize(): the model is a plain one now, and its own state is all")
-        with torch.no_grad():
-            self._ready(by_value=True)
-        aside = [layer.name for layer in self._chosen if layer not in self._layers]
+        with self._as_written(by_value=True):
+            kept = state.export(self._buckets)
         return {
             "config": state.options(self, self._chosen),
             "steps": self.steps,
-            "aside": aside,
+            "aside": [layer.name for layer in self._chosen if layer not in self._layers],
             "method": self._state(),
-            "layers": {
-                name: {**self._waiting.get(name, {}), **tensors}
-                for name, tensors in state.export(self._buckets).items()
-            },
+            "layers": {name: {**self._waiting.get(name, {}), **tensors} for name, tensors in kept.items()},
         }
 
     @torch.no_grad()
@@ -321,7 +322,7 @@ class Sparsifier(Method):
         """
         state.check(state_dict, state.options(self, self._chosen))
         if not self._buckets:
-            self._ready()
+            self._build()
         # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
         for layer, weight in zip(self._layers, self._initial or [], strict=False):
             bucket, place = self.where(layer)
@@ -348,6 +349,8 @@ class Sparsifier(Method):
             self._waiting = state.of_companions(saved["layers"])
         for bucket in self._buckets:
             bucket.dense = False
+        self._sound = True
+        self._told.discard("finite")
 
     # Buckets and layers
 
@@ -360,23 +363,44 @@ class Sparsifier(Method):
             bucket.accompany(self.own_rate)
             bucket.seen = bucket.marks()
 
-    def _ready(self, by_value: bool = False) -> None:
-        """What the method keeps is there, and agrees with the weights; ``by_value`` sees what leaves no mark too."""
-        moved = [bucket for bucket in self._buckets if not bucket.dense and bucket.marks() != bucket.seen]
-        if not self._buckets or (moved and not self._shown):
-            resolve(self.model, self._chosen)
-            self._check_shapes()
-            check_memory(self._layers)
-            self._rebuild([(None, None)] * len(self._layers))
-            if self._copied is not None:
-                copied, self._copied = self._copied, None
-                self._restore(copied)
-        elif self._shown:
-            if by_value and resolve(self.model, self._layers):
-                moved = self._buckets
-            for bucket in self._buckets if by_value else moved:
-                if not bucket.dense:
-                    self._notice(bucket)
+    def _build(self) -> bool:
+        """Make what the method keeps, where it is not there or the weights have moved before :meth:`attach`."""
+        if self._buckets and (self._shown or not self._moved()):
+            return False
+        resolve(self.model, self._chosen)
+        self._check_shapes()
+        check_memory(self._layers)
+        self._rebuild([(None, None)] * len(self._layers))
+        if self._copied is not None:
+            copied, self._copied = self._copied, None
+            self._restore(copied)
+        return True
+
+    def _moved(self, by_value: bool = False) -> list[Bucket]:
+        """Where somebody else may have written weights; ``by_value``: also what leaves no mark."""
+        return [bucket for bucket in self._buckets if not bucket.dense and (by_value or bucket.marks() != bucket.seen)]
+
+    @contextlib.contextmanager
+    def _as_written(self, by_value: bool = False) -> Iterator[None]:
+        """Have what the method keeps agree with the weights that are there, for as long as a question takes.
+
+        Those that somebody else has written, such as an average to evaluate, may be put back: what is there in the next
+        step is what training goes on from.
+        """
+        with torch.no_grad(), contextlib.ExitStack() as after:
+            if not self._build() and self._shown:
+                if by_value:
+                    known = [layer.parameter for layer in self._layers]
+                    resolve(self.model, self._layers)
+                    for layer, parameter in zip(self._layers, known, strict=True):
+                        if layer.parameter is not parameter:
+                            after.callback(layer.take, parameter)
+                for bucket in self._moved(by_value):
+                    kept = {name: value.clone() for name, value in bucket.kept.items()}
+                    if self._changed(bucket):
+                        after.callback(bucket.put_back, kept)
+                        self._tell("changed", notices.CHANGED)
+            yield
 
     def _show_all(self) -> None:
         reshard(self.model)
@@ -386,7 +410,7 @@ class Sparsifier(Method):
         self._shown = True
 
     def _count_live(self) -> list[int]:
-        return count_all(list(self.live_masks().values()), self._shards())
+        return count_all(self._live(), self._shards())
 
     def where(self, layer: Layer) -> tuple[Bucket, int]:
         """Find the bucket that a layer is in, and its place there."""
@@ -420,11 +444,12 @@ class Sparsifier(Method):
         if self.steps % self.interval == 0 or self.steps == self.total_steps:
             check_same(self.model, self._layers)
             bad = not_finite(self._layers)
+            self._sound = not bad
             if bad:
                 self._tell("finite", f"{notices.not_finite(bad, self._layers, self.steps)}: {notices.MASKS_STAY}")
             else:
                 self._told.discard("finite")
-        return "finite" not in self._told
+        return self._sound
 
     def _set_aside(self, buckets: Sequence[Bucket]) -> None:
         unused = without_gradient([layer for bucket in buckets for layer in bucket.layers])
@@ -456,10 +481,12 @@ class Sparsifier(Method):
             part.find_buckets()
 
     def _notice(self, bucket: Bucket) -> None:
-        """Weights that were written by somebody else, found before a step or when asked."""
+        """Weights that were written by somebody else, found before a step or at the end."""
         if self._changed(bucket):
             self._tell("changed", notices.CHANGED)
-        bucket.seen = bucket.marks()
+        if bucket.marks() != bucket.seen:
+            self._sound = True  # until they are looked at
+            bucket.seen = bucket.marks()
 
     def _unattached(self, optimizer: Optimizer) -> None:
         """An optimizer that was not given to :meth:`attach` has stepped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -220,6 +220,12 @@ class Bucket:
         """
         rows = zip(self.layers, self.sizes, strict=True)
         return [(layer.place, layer.version) if size else (0, 0) for layer, size in rows]
+
+    def put_back(self, kept: Mapping[str, Tensor]) -> None:
+        """Have in ``kept`` what was there before weights that somebody else has written were looked at."""
+        for name, value in kept.items():
+            self.kept[name].copy_(value)
+        self.seen = [(0, -1)] * len(self.layers)  # they are looked at again, if they left a mark or not
 
     def check(self) -> None:
         """Raise RuntimeError if a parameter was cast, moved or laid out anew since the bucket was made."""

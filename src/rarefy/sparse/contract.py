@@ -75,7 +75,11 @@ class Method(ABC):
 
     def _learn(self, bucket: Bucket) -> None:
         """A step of what the method learns, where there is a gradient for it."""
-        if bucket.companion is not None and any(parameter.grad is not None for parameter in bucket.own.values()):
+        grads = [parameter.grad for parameter in bucket.own.values() if parameter.grad is not None]
+        for grad in grads:
+            # What is learned outlives a batch of NaN, as good weights that are loaded after it ask for.
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if bucket.companion is not None and grads:
             bucket.companion.step()
 
     @abstractmethod
@@ -96,6 +100,10 @@ class Method(ABC):
         bucket.dense, bucket.seen = False, bucket.marks()
 
     # At the end, and when asked
+
+    @abstractmethod
+    def _dense(self) -> list[Tensor]:
+        """The weights as they would be without a mask, one tensor a layer."""
 
     @abstractmethod
     def _live(self) -> list[Tensor]:

@@ -13,8 +13,8 @@ from rarefy.sparse.layers import Layer
 CUT = 0.05
 
 CHANGED = (
-    "weights were changed outside the optimizer's step() and are taken as they are now: after load_state_dict() that "
-    "is right; if an optimizer or a wrapper moves them, attach() that one"
+    "weights were changed outside the optimizer's step(), and training goes on from those that are there in its next "
+    "one: after load_state_dict() that is right; if an optimizer or a wrapper moves them, attach() that one"
 )
 
 MASKS_STAY = "masks stay as they are; lower the learning rate, clip, or skip such batches"

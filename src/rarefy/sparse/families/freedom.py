@@ -47,7 +47,8 @@ def see_step(bucket: Bucket, now: Tensor) -> None:
     """See how far the step to these weights, (N,), has moved those of each layer."""
     kept = bucket.kept
     step = bucket.means((now - kept["latent"]).float().abs())
-    kept["moved"].copy_(torch.fmax(kept["moved"], step))  # NaN leaves it as it is
+    # NaN and inf leave it as it is.
+    kept["moved"].copy_(torch.where(step.isfinite(), torch.maximum(kept["moved"], step), kept["moved"]))
 
 
 def see_reach(bucket: Bucket, steps: int) -> None:

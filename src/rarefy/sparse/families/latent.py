@@ -70,15 +70,13 @@ class Latent(Sparsifier):
 
     # What all have
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        """See :meth:`Sparsifier.dense_weights`."""
-        self._ready()
-        return {layer.name: self.dense(weight) for layer, weight in zip(self._layers, self.latents(), strict=True)}
-
     def latents(self) -> list[Tensor]:
         """Return the dense weights, one tensor a layer: this process's part of it."""
         self._take_all()
         return self.kept("latent")
+
+    def _dense(self) -> list[Tensor]:
+        return [self.dense(weight) for weight in self.latents()]
 
     def _live(self) -> list[Tensor]:
         self._take_all()
@@ -116,11 +114,13 @@ class Latent(Sparsifier):
         latent = bucket.kept["latent"]
         ours, theirs = self.value(latent, bucket).to(bucket.dtype), bucket.gather(bucket.weights())
         other = (theirs != ours) & ~(theirs.isnan() & ours.isnan())
-        # Rounding, as of a step aside and back (SAM), is no change.
-        close = max(1e-5, 2.0 * torch.finfo(bucket.dtype).eps)
-        if not bool(other.any()) or bool((theirs - ours).abs().amax() <= close * ours.abs().amax()):
+        # Rounding, as of a step aside and back (SAM), is no change; what replaces NaN and inf is.
+        close, lost = max(1e-5, 2.0 * torch.finfo(bucket.dtype).eps), other & ~(ours.isfinite() & latent.isfinite())
+        near = (theirs - ours).abs().amax() <= close * ours.abs().amax()
+        if not bool(other.any()) or bool(near & ~lost.any()):
             return False
-        stays = (ours != 0.0) & (theirs != 0.0)
+        stays = ((ours != 0.0) | lost) & (theirs != 0.0)
+        latent.copy_(torch.where(lost, self.latent(theirs), latent))  # what is taken from the others may hang on these
         found = torch.where(stays, self.unmasked(theirs, bucket), theirs)
         latent.copy_(torch.where(other, self.latent(found), latent))
         return True
@@ -206,7 +206,7 @@ class Projected(Budgeted, Latent):
         return 1.0
 
     def _settle(self) -> list[Tensor]:
-        used, best = list(self.live_masks().values()), self._best(self.budget.goal)
+        used, best = self._live(), self._best(self.budget.goal)
         now, then = (self.budget.density(count_all(masks, self._shards())) for masks in (used, best))
         if math.isclose(now, then, rel_tol=1e-9):  # landed: what the model computes stays as it is
             return used

@@ -94,6 +94,9 @@ class Masked(Budgeted):
         """Say whether masks that change every so often change after this step, last at ``until`` or just after."""
         return self.steps % every == 0 and self.steps - every < until * self.total_steps
 
+    def _dense(self) -> list[Tensor]:
+        return self.weights()
+
     def _live(self) -> list[Tensor]:
         return self.kept("mask")
 

@@ -103,6 +103,17 @@ class Reparameterized(Targeted, Latent):
             out.copy_(torch.where(size <= t, 0.0, kept))
         return used
 
+    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`: W^ + soft T sign(W^); for blocks W^ (1 + soft T/B^), B^ the mean |W^|."""
+        found = bucket.flat()
+        single = self._block == (1, 1)
+        rows = zip(bucket.views(found), bucket.views(used), self._shaped(bucket), bucket.kept["soft"], strict=True)
+        for out, w, t, soft in rows:
+            out.copy_(
+                w + (soft * t).copysign(w) if single else w * (1.0 + soft * t / self._magnitude(w).clamp(min=1e-30))
+            )
+        return found
+
     def live(self, bucket: Bucket) -> Tensor:
         """See :class:`Latent`."""
         live = bucket.flat(dtype=torch.bool)

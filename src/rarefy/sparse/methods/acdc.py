@@ -78,7 +78,7 @@ class ACDC(Masked):
         self._sparse = not self._sparse
         if self._sparse:
             return self.choose(self.magnitudes(), self.budget.goal)
-        return [torch.ones_like(mask) for mask in self.live_masks().values()]
+        return [torch.ones_like(mask) for mask in self._live()]
 
     def _state(self) -> dict[str, Any]:
         return {"sparse": self._sparse}

@@ -100,7 +100,7 @@ class MEST(Masked):
         scores, shards = self.magnitudes(), self._shards()
         seen, self._gradients = self._gradients, {}
         if seen:
-            rows = zip(self._layers, scores, self.live_masks().values(), strict=True)
+            rows = zip(self._layers, scores, self._live(), strict=True)
             scores = [
                 (score + self.gradient_weight * seen.get(layer.name, torch.zeros_like(score))).masked_fill(~mask, -1.0)
                 for layer, score, mask in rows

@@ -93,7 +93,7 @@ class NM(Latent):
         """Nothing: the masks follow from the weights."""
 
     def _settle(self) -> list[Tensor]:
-        return list(self.live_masks().values())
+        return self._live()
 
     def weight_grad_density(self, density: float) -> float:
         """See :class:`Sparsifier`."""

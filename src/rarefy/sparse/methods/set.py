@@ -77,9 +77,7 @@ class SET(Masked):
         if not self.due(self._every, self.stop):
             return None
         growth = self.growth_scores()
-        return (
-            None if growth is None else self.drop_and_grow(list(self.live_masks().values()), self.magnitudes(), growth)
-        )
+        return None if growth is None else self.drop_and_grow(self._live(), self.magnitudes(), growth)
 
     def drop_and_grow(
         self, masks: Sequence[Tensor], magnitudes: Sequence[Tensor], growth: Sequence[Tensor]

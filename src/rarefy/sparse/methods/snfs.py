@@ -52,7 +52,8 @@ class SNFS(SET):
             seen = [(momentum, grad) for momentum, grad in pairs if grad is not None]
             if seen:
                 torch._foreach_lerp_([m for m, _ in seen], [g for _, g in seen], 1.0 - self.growth_momentum)
-            self._next[id(bucket)] = following
+            # A batch of NaN is not remembered.
+            self._next[id(bucket)] = torch.where(following.isfinite(), following, bucket.kept["momentum"])
 
     def _learn(self, bucket: Bucket) -> None:
         super()._learn(bucket)
