@@ -94,6 +94,31 @@ def two(case, folder):
     return {"replicas": replicas, "shards": shards, "again": again, "middle": middle, "from one": loaded}
 
 
+def redundant(case, adam):
+    """Weights, learned thresholds and kinds of their optimizers, where each process has a part of the optimizer."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of its own scripts
+
+    torch.manual_seed(1)
+    model = network(norm=False)
+    replica = nn.parallel.DistributedDataParallel(model)
+    inner = {"optimizer_class": torch.optim.Adam, "lr": 3e-3}
+    if not adam:
+        inner = {"optimizer_class": torch.optim.SGD, "lr": 0.05, "momentum": 0.9}
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), **inner)
+    sparsifier = create(case, model, total_steps=STEPS).attach(optimizer)
+    for step in range(STEPS):
+        images, labels = batch(2 * step + dist.get_rank())
+        optimizer.zero_grad()
+        F.cross_entropy(replica(images), labels).backward()
+        optimizer.step()
+    kept = sparsifier.state_dict()["layers"]
+    return (
+        {name: p.detach() for name, p in model.named_parameters()},
+        kept,
+        [type(each).__name__ for bucket in sparsifier._buckets for each in bucket.trainers],
+    )
+
+
 def choices(rank):
     """What is chosen over parts of layers, with ties and uneven rows, and over the whole of them."""
     mesh = init_device_mesh("cpu", (2,))
@@ -206,3 +231,11 @@ def test_other_splits_are_refused(both):
         assert said == both[1][2][f"cut, {when}"]
         assert "layer '1' is split over the processes into parts of 6 outputs, and blocks of 4x4 would" in said
         assert said.endswith("pass exclude=['1']")
+
+
+@pytest.mark.parametrize(("case", "adam"), [("autosparse-accuracy", False), ("cs", True), ("rigl", False)])
+def test_processes_that_share_an_optimizer_train_one_model(case, adam, tmp_path):
+    one, other = apart(redundant, tmp_path, case, adam, count=2)
+    assert one[2] == other[2] == ["ZeroRedundancyOptimizer", "Adam" if adam else "SGD"]
+    assert_equal(one[0], other[0])
+    assert_equal(one[1], other[1])

@@ -72,13 +72,19 @@ class Bucket:
 
     @property
     def trainers(self) -> list[Optimizer]:
-        """The optimizer and those inside of it that hold the layers' weights."""
-        weight = self.layers[0].parameter
-        return [
-            each
-            for each in ([] if self.optimizer is None else with_nested(self.optimizer))
-            if any(parameter is weight for group in each.param_groups for parameter in group["params"])
-        ]
+        """The optimizer and those inside of it that hold any of the layers' weights, here or on another process."""
+        if self.optimizer is None:
+            return []
+        weights = {id(layer.parameter) for layer in self.layers}
+        held = {
+            each: {id(p) for group in each.param_groups for p in group["params"]}
+            for each in with_nested(self.optimizer)
+        }
+        holding = [each for each, mine in held.items() if mine & weights]
+        if len(holding) > 1:
+            return holding
+        # ZeroRedundancyOptimizer gives the one inside a part of its weights, of which these may be none.
+        return [each for each, mine in held.items() if mine <= held[self.optimizer]]
 
     def accompany(self, rate: float) -> None:
         """Have what the method learns here stepped as the weights are, at this multiple of their learning rate."""
@@ -189,7 +195,8 @@ class Bucket:
 
     def means(self, flat: Tensor) -> Tensor:
         """(N,) to (L,): the mean over each layer, over all processes that hold a part of it."""
-        return self.sums(flat) / torch.tensor([float(layer.size) for layer in self.layers], device=self.device)
+        sizes = torch.tensor([layer.size for layer in self.layers], dtype=torch.float32, device=self.device)
+        return self.sums(flat) / sizes
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""
