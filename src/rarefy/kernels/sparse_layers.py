@@ -244,7 +244,7 @@ def live_places(weight: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def take(weight: Tensor, places: Tensor) -> tuple[Tensor, int, int]:
     """Return the elements of a weight at the places, how many of all are not 0, and how many of these."""
-    values, counts = torch.empty(len(places)), (_INT64 * 2)()
+    values, counts = torch.empty(len(places), dtype=torch.float32), (_INT64 * 2)()
     kernel = find("sparse_take_f32", None, _POINTER, _INT64, _POINTER, _INT64, _POINTER, _POINTER)
     kernel(address(weight), weight.numel(), address(places), len(places), address(values), counts)
     return values, counts[0], counts[1]
@@ -328,7 +328,7 @@ class Index:
 
     def _scratch(self, step: _Step, planes: int, rows: int) -> Tensor:
         step.scratch_size = planes + rows * (MOST_VECTORS * self.grid.lanes + 16) + 16
-        scratch = torch.empty(step.slices * step.scratch_size + 16)
+        scratch = torch.empty(step.slices * step.scratch_size + 16, dtype=torch.float32)
         step.scratch = -(-scratch.data_ptr() // 64) * 64
         return scratch
 
@@ -339,7 +339,7 @@ class Index:
         """
         step = self._step(x, y, values)
         shape = self.grid.shape
-        ordered = torch.empty(len(self))
+        ordered = torch.empty(len(self), dtype=torch.float32)
         step.input, step.output = address(x), address(y)
         step.bias = None if bias is None else address(bias)
         step.forward_weights = ordered.data_ptr()
@@ -353,12 +353,12 @@ class Index:
         """Compute dx = W^T dy and dW = dy x^T, 0 where no weight lives; either may be None."""
         step = self._step(x, y_gradient, values)
         shape = self.grid.shape
-        ordered, gradients = torch.empty(2, len(self)).unbind()
+        ordered, gradients = torch.empty(2, len(self), dtype=torch.float32).unbind()
         step.input, step.output_gradient = address(x), address(y_gradient)
         step.backward_weights, step.gradients = ordered.data_ptr(), gradients.data_ptr()
         step.input_gradient = None if x_gradient is None else address(x_gradient)
         if weight_gradient is not None:
-            products = torch.empty(step.slices * len(self) + 4)
+            products = torch.empty(step.slices * len(self) + 4, dtype=torch.float32)
             step.weight_gradient, step.weights = address(weight_gradient), weight_gradient.numel()
             step.products = products.data_ptr()
         planes = shape.inputs * self.grid.plane + shape.outputs * self.grid.y_plane

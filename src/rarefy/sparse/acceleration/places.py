@@ -33,7 +33,7 @@ class AcceleratedLayer:
     def __init__(self, layer: Layer, owner: Acceleration) -> None:
         self.layer, self.owner = layer, weakref.ref(owner)
         self.places: Tensor | None = None
-        self.values = torch.empty(0)  # of the weights there, as refresh() found them
+        self.values = torch.empty(0, dtype=torch.float32)  # of the weights there, as refresh() found them
         self.seen: object = None
         self.indices: dict[tuple[Shape, int], Index | None] = {}
         self.choices: dict[object, dict[str, Choice]] = {}

@@ -59,7 +59,7 @@ class Call:
         return tensor.contiguous(memory_format=self.memory)
 
     def _empty(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, memory_format=self.memory)
+        return torch.empty(shape, dtype=torch.float32, memory_format=self.memory)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute y = W x + b."""

@@ -172,7 +172,8 @@ class Reparameterized(Targeted, Latent):
         grads = bucket.grads()
         threshold, s = self.threshold(bucket), bucket.own["s"]
         # A layer whose weights are all 0 gets its whole gradient.
-        alpha = torch.where(bucket.kept["awake"] > 0.0, self.alpha_now, 1.0)
+        awake = bucket.kept["awake"]
+        alpha = torch.full_like(awake, self.alpha_now).masked_fill_(awake == 0.0, 1.0)
         if self._by_kernel(bucket):
             slope = self._kernel(bucket).before(grads, threshold, alpha, self._lower(bucket))
         else:
@@ -181,7 +182,7 @@ class Reparameterized(Targeted, Latent):
             slope = total(slope, [layer.shard for layer in bucket.layers])
         # dL/ds = dL/dT g'(s)
         if any(grad is not None for grad in grads):
-            s.grad = slope * self._g.derivative(threshold) * self._rows_of(bucket, bucket.kept["awake"])
+            s.grad = slope * self._g.derivative(threshold) * self._rows_of(bucket, awake)
 
     def _before_by_formula(self, bucket: Bucket, grads: Sequence[Tensor | None], alpha: Tensor) -> Tensor:
         slopes = []

@@ -136,13 +136,13 @@ class SoftThreshold(Reparameterized):
         super().prepare(bucket)
         bucket.per.update(dict.fromkeys(["moved", "shrink", "restored"], "layer"))
         bucket.per.update(dict.fromkeys(["lowest", "previous", "lower", "answered"], self.granularity))
-        count, s = len(bucket.layers), bucket.own["s"].detach()
-        bucket.kept["moved"] = torch.zeros(count, device=bucket.device)
+        scale, s = bucket.kept["scale"], bucket.own["s"].detach()
+        bucket.kept["moved"] = torch.zeros_like(scale)
         # What no optimizer holds does not move.
-        bucket.kept["shrink"] = torch.full((count,), 0.0 if bucket.optimizer is None else 1.0, device=bucket.device)
+        bucket.kept["shrink"] = torch.full_like(scale, 0.0 if bucket.optimizer is None else 1.0)
         paper = self.budget is None  # without a target the formula is the paper's
         restored = [float(paper or freedom.is_restored(self.model, layer.key)) for layer in bucket.layers]
-        bucket.kept["restored"] = torch.tensor(restored, device=bucket.device)
+        bucket.kept["restored"] = torch.tensor(restored, dtype=scale.dtype, device=bucket.device)
         bucket.kept["soft"] = bucket.kept["shrink"] * bucket.kept["restored"]
         bucket.kept["lowest"] = s - MAX_FALL
         bucket.kept["previous"] = s.clone()

@@ -84,7 +84,7 @@ class LTP(LearnedThreshold):
         """See :class:`Sparsifier`."""
         super().prepare(bucket)
         bucket.per["variance"] = "layer"
-        sizes = torch.tensor([float(layer.size) for layer in bucket.layers], device=bucket.device)
+        sizes = torch.tensor([layer.size for layer in bucket.layers], dtype=torch.float32, device=bucket.device)
         weight = bucket.kept["latent"].float()
         mean = bucket.sums(weight) / sizes
         squares = bucket.sums((weight - bucket.spread(mean)).square())
