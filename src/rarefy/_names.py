@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable
 
 
@@ -14,6 +15,11 @@ def unknown(what: str, given: object, known: Iterable[str]) -> str:
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"unknown {what} {given!r}{hint} (there is {listed or 'none'})"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern is about this name; a name is about itself, whatever brackets it has."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def layer_name(parameter_name: str) -> str:

@@ -588,3 +588,12 @@ def test_both_are_timed_in_turn():
     assert order == ["a", "b"] * (len(order) // 2)
     assert len(timed) == 2
     assert all(0.0 <= t < 1.0 for t in timed)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_other_models_can_be_scripted():
+    _, _, handle = accelerated()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Conv2d(3, 3, 1), nn.Linear(4, 3))
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+    handle.restore()

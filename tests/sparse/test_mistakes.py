@@ -254,3 +254,162 @@ def test_an_embedding_of_sparse_gradients_is_told_of():
         ValueError, match="gradient of layer '0' is a sparse tensor; make the embedding with sparse=False"
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", sparse.list_methods())
+def test_a_weight_that_is_not_finite_is_told_before_anything_is_touched(method, value):
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] = value
+    before = copy.deepcopy(model.state_dict())
+    target = {"target": 0.9} if "target" in sparse.options(method) else {}
+    sparsifier = sparse.create(method, model, total_steps=20, **target)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layers, '0' first, are not finite.*before attach\(\).*exclude=\['0'\]"):
+        sparsifier.attach(optimizer)
+    assert all(torch.equal(now.nan_to_num(), before[name].nan_to_num()) for name, now in model.state_dict().items())
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0.5
+    sparsifier.attach(optimizer)
+
+
+class OwnRate(torch.optim.SGD):
+    """Makes its learning rate itself, as the Adafactor of transformers does unless told otherwise."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+
+@pytest.mark.parametrize("method", ["autosparse", "str", "dst", "ltp", "cs", "optg"])
+def test_an_optimizer_that_makes_its_learning_rate_is_refused_for_what_is_learned(method):
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"OwnRate gives no learning rate.*relative_step=False.*not learned \(gmp"):
+        sparse.create(method, model, target=0.5, total_steps=20).attach(OwnRate(model.parameters()))
+    assert_equal(model.state_dict(), before)
+    attached_to = gmp(model).attach(OwnRate(model.parameters()))
+    assert attached_to.sparsity() < 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude": ["head[0]"]},
+        {"include": ["body", "head[[]0]"]},
+        {"include": ["head[0]", "body"]},
+        {"floor": {"head[0]": 0.25}},
+        {"distribution": {"head[0]": 0.25}},
+    ],
+    ids=str,
+)
+def test_a_name_with_brackets_names_its_layer(options):
+    model = nn.ModuleDict({"head[0]": nn.Linear(8, 8), "body": nn.Linear(8, 8)})
+    sparsifier = GMP(model, target=0.5, total_steps=20, **options)
+    names = [layer.name for layer in sparsifier.layers()]
+    assert names == ["body"] if "exclude" in options else names == ["head[0]", "body"]
+    if "floor" in options:
+        assert sparsifier._layers[0].least == 16
+    if "distribution" in options:
+        assert sparsifier.live_counts(0.5)[0] == 48
+
+
+def test_layers_that_nobody_asks_for_do_not_matter():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 4))
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), normed)
+    for options in ({"include": ["0"]}, {"include": ["0"], "exclude": ["2"]}):
+        sparsifier = GMP(model, target=0.5, total_steps=20, **options)
+        assert [layer.name for layer in sparsifier.layers()] == ["0"]
+    for options in ({}, {"include": ["*"]}, {"include": ["0", "2"]}):
+        with pytest.raises(ValueError, match="the weight of layer '2' is not a parameter"):
+            GMP(model, target=0.5, total_steps=20, **options)
+
+
+def test_a_convolution_of_the_name_of_transformers_linear_layer():
+    class Conv1D(nn.Conv1d):
+        """A user's own."""
+
+    model = nn.Sequential(Conv1D(8, 16, 3), nn.ReLU(), nn.Conv1d(16, 8, 3))
+    assert len(sparse.create("nm", model, total_steps=20).layers()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:weights were changed outside")  # by the rounding
+@pytest.mark.parametrize("case", EVERY)
+def test_a_state_for_a_model_that_was_cast_since_says_what_to_do(case):
+    model = network()
+    sparsifier = create(case, model).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    saved = sparsifier.state_dict()
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match=r"bfloat16 .* now, and was torch.float32.*call attach\(optimizer\) again"):
+        sparsifier.load_state_dict(saved)
+    sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    sparsifier.load_state_dict(saved)
+
+
+class DPOptimizer(torch.optim.Optimizer):
+    """As Opacus's: makes the gradients in its own step, and has the optimizer inside take them."""
+
+    def __init__(self, optimizer):
+        self.original_optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.original_optimizer.param_groups
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = parameter.grad_sample
+        self.original_optimizer.step()
+
+
+DPOptimizer.__module__ = "opacus.optimizers.optimizer"
+
+
+@pytest.mark.parametrize("method", ["autosparse", "gmp", "cs"])
+def test_gradients_that_are_made_inside_the_step_are_seen(method):
+    ends = []
+    for private in (False, True):
+        model, (x, y) = mlp(), task()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparsifier = sparse.create(method, model, target=0.5, total_steps=20)
+        outer = DPOptimizer(optimizer) if private else optimizer
+        sparsifier.attach(outer)
+        for _ in range(20):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if private:
+                for parameter in model.parameters():
+                    parameter.grad_sample, parameter.grad = parameter.grad, None
+            outer.step()
+        ends.append(sparsifier.finalize().state_dict())
+    assert_equal(*ends)
+
+
+@pytest.fixture
+def _swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.filterwarnings("ignore:weights were changed outside")
+@pytest.mark.usefixtures("_swapping")
+@pytest.mark.parametrize("case", EVERY)
+def test_parameters_that_pytorch_swaps(case):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = create(case, model, 20).attach(optimizer)
+    acceleration = sparse.accelerate(sparsifier)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(8, 2, 8, 8, generator=generator)), torch.arange(8) % 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model.double()
+    model.float()
+    acceleration.restore()
+    sparsifier.attach(optimizer)
+    assert sparsifier.steps == 3

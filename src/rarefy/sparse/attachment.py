@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from rarefy.sparse.layers import local
 
 #: Packages whose wrappers hand every call on to the optimizer inside, which has the hooks that they lack.
-_WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+#: Opacus's makes the gradients in its own step, whole when it calls the one inside.
+_WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "opacus", "pytorch_lightning")
 
 
 class Listener(Protocol):
@@ -47,9 +48,10 @@ def unwrapped(optimizer: Any) -> Optimizer:
         )
     package = type(optimizer).__module__.partition(".")[0]
     if package in _WRAPPERS:
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
-        if inner is not None and inner is not optimizer:
-            return unwrapped(inner)
+        for name in ("optimizer", "_optimizer", "original_optimizer"):
+            inner = getattr(optimizer, name, None)
+            if inner is not None and inner is not optimizer:
+                return unwrapped(inner)
     if not isinstance(optimizer, Optimizer):
         hint = ""
         if isinstance(optimizer, (list, tuple)):

@@ -197,8 +197,8 @@ class Sparsifier(Method):
         Raises:
             TypeError: what is given is no optimizer.
             ValueError: none of them, or more than one, holds the weight of a sparsified layer; another sparsifier is
-                attached to a layer; an optimizer that keeps the weights elsewhere (DeepSpeed), or that gives no
-                learning rate for what the method learns (LBFGS).
+                attached to a layer; a weight that is NaN or infinite; an optimizer that keeps the weights elsewhere
+                (DeepSpeed), or that gives no learning rate for what the method learns (LBFGS).
             RuntimeError: after :meth:`finalize`.
         """
         if self._finalized:
@@ -213,6 +213,9 @@ class Sparsifier(Method):
         self._check_shapes()
         owners.check_free(self._layers, self)
         check_memory(self._layers)
+        if not self._shown and (bad := not_finite(self._layers)):
+            found = notices.not_finite(bad, self._layers, self.steps)
+            raise ValueError(f"{found}: load or initialise them before attach(), or pass exclude=[{bad[0].name!r}]")
         saved = self.state_dict() if self._shown else None
         self._detach()
         self._rebuild(trainers)
@@ -319,10 +322,12 @@ class Sparsifier(Method):
 
         Raises:
             ValueError: it is no sparsifier's state, or of one with other options.
+            RuntimeError: the model was moved or cast since :meth:`attach`.
         """
         state.check(state_dict, state.options(self, self._chosen))
-        if not self._buckets:
-            self._build()
+        self._build()
+        for bucket in self._buckets:
+            bucket.check()
         # Before the first step: if the model was loaded first, attach() has masked weights of the checkpoint.
         for layer, weight in zip(self._layers, self._initial or [], strict=False):
             bucket, place = self.where(layer)
@@ -508,4 +513,4 @@ class Sparsifier(Method):
             part.attachment.remove()
             self._known.difference_update(part.attachment.all)
         self._parts = []
-        owners.let_go(self._chosen, self)
+        owners.let_go(self)

@@ -40,17 +40,19 @@ class Companion:
         started: whether it has stepped.
 
     Raises:
-        ValueError: an optimizer without a learning rate to go by (LBFGS).
+        ValueError: an optimizer without a learning rate to go by (LBFGS, an Adafactor that makes its own).
     """
 
     def __init__(
         self, optimizers: Sequence[Optimizer], group: int, parameters: dict[str, nn.Parameter], rate: float
     ) -> None:
         optimizer = optimizers[0]
-        if any(isinstance(each, torch.optim.LBFGS) for each in optimizers) or "lr" not in optimizer.param_groups[group]:
+        own = optimizer.param_groups[group].get("lr") is None  # as Adafactor's, a function of the step and the weights
+        if own or any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
             raise ValueError(
                 f"{type(optimizer).__name__} gives no learning rate for what this method learns beside the weights; "
-                "take SGD, an Adam, or a method whose masks are not learned (gmp, rigl, acdc)"
+                "give it an lr (Adafactor: lr=1e-3, relative_step=False), take SGD, an Adam, or a method whose masks "
+                "are not learned (gmp, rigl, acdc)"
             )
         self._source, self._group, self.rate, self.parameters = optimizer, group, rate, parameters
         found = next((kind for each in optimizers for kind in _KINDS if isinstance(each, kind)), None)

@@ -11,10 +11,10 @@ Sources: SET (Mocanu et al. 2018) for the Erdos-Renyi rule; RigL (Evci et al. 20
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
+from rarefy._names import matches
 from rarefy._prices import Prices
 
 #: What can be asked for by name.
@@ -36,7 +36,7 @@ def fixed_densities(distribution: Distribution, names: Sequence[str]) -> list[fl
         return [None] * len(names)
     found = []
     for name in names:
-        matching = [s for pattern, s in distribution.items() if fnmatch.fnmatchcase(name, pattern)]
+        matching = [s for pattern, s in distribution.items() if matches(name, pattern)]
         found.append(1.0 - matching[0] if matching else None)
     return found
 

@@ -6,7 +6,6 @@ A *layer* is one parameter that takes part in products, under the name of the pa
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy._names import layer_name, unknown
+from rarefy._names import layer_name, matches, unknown
 from rarefy.sparse import _checks
 from rarefy.sparse.shards import Shard, reshard, shard_of, shared_group, total
 
@@ -134,8 +133,10 @@ def product_weights(module: nn.Module) -> list[str]:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of GPT-2 in transformers."""
-    return type(module).__name__ == "Conv1D"
+    """Whether this is the linear layer of GPT-2 in transformers, and no convolution that somebody calls so."""
+    weight = getattr(module, "weight", None)
+    other = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return type(module).__name__ == "Conv1D" and not other and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def _computed(module: nn.Module, name: str) -> bool:
@@ -164,11 +165,13 @@ class _Candidate:
 
 def _names(key: str, pattern: str) -> bool:
     """Whether a shell pattern is the name of a parameter, of its layer, or of the module that has it."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (key, layer_name(key), key.rpartition(".")[0]))
+    return any(matches(name, pattern) for name in (key, layer_name(key), key.rpartition(".")[0]))
 
 
-def _candidates(model: nn.Module, exclude: Sequence[str]) -> tuple[list[_Candidate], list[str]]:
-    """What could be a layer, and the names of weights that are computed from others and are excluded."""
+def _candidates(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[list[_Candidate], list[str]]:
+    """What could be a layer, and the names of weights that are computed from others and are not asked for."""
     computed = []
     found: dict[int, _Candidate] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -185,7 +188,8 @@ def _candidates(model: nn.Module, exclude: Sequence[str]) -> tuple[list[_Candida
             key = f"{prefix}.{name}" if prefix else name
             if not _computed(module, name):
                 continue
-            if not any(_names(key, pattern) for pattern in exclude):
+            asked = include is None or any(_names(key, pattern) for pattern in include)
+            if asked and not any(_names(key, pattern) for pattern in exclude):
                 raise ValueError(
                     f"the weight of layer {layer_name(key)!r} is not a parameter (a parametrization or "
                     f"torch.nn.utils.prune is on it); remove that first, or pass exclude=[{layer_name(key)!r}]"
@@ -203,7 +207,7 @@ def select_layers(
 ) -> list[Layer]:
     """The layers to sparsify, in the model's order. Raises ValueError as :class:`rarefy.sparse.Sparsifier` says."""
     reshard(model)
-    candidates, computed = _candidates(model, exclude or ())
+    candidates, computed = _candidates(model, include, exclude or ())
     usual = [c for c in candidates if c.usual and not c.embedding and (c.parameter.requires_grad or c.lazy)]
     names = [layer_name(c.keys[0]) for c in candidates]
     if include is None:
@@ -251,7 +255,7 @@ def select_layers(
 def check_patterns(patterns: Iterable[str], names: Sequence[str], option: str) -> None:
     """Raise ValueError for a pattern that matches no name."""
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ValueError(unknown(f"layer in {option}:", pattern, names))
 
 
@@ -354,7 +358,7 @@ def _floor_of(name: str, floor: float | Mapping[str, float]) -> float:
     """The floor of the layer of this name. Raises ValueError for one outside [0, 1]."""
     value: Any = floor
     if isinstance(floor, Mapping):
-        value = next((v for pattern, v in floor.items() if fnmatch.fnmatchcase(name, pattern)), DEFAULT_FLOOR)
+        value = next((v for pattern, v in floor.items() if matches(name, pattern)), DEFAULT_FLOOR)
     try:
         _checks.fraction("floor", value)
     except ValueError as error:

@@ -8,10 +8,8 @@ import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rarefy.sparse.layers import Layer
 
@@ -20,8 +18,9 @@ Owner = tuple[Optimizer | None, int | None]
 
 S = TypeVar("S")
 
-#: Which sparsifier is attached to a parameter.
-_TAKEN: MutableMapping[nn.Parameter, weakref.ref[Any]] = WeakIdKeyDictionary()
+#: The layers that each sparsifier is attached to. No weak references to parameters: PyTorch swaps no tensor that has
+#: one (torch.__future__.set_swap_module_params_on_conversion).
+_TAKEN: MutableMapping[Any, list[Layer]] = weakref.WeakKeyDictionary()
 
 #: Every sparsifier that is alive, and what it does about a step of any optimizer.
 _LIVING: MutableMapping[Any, Callable[[Any, Optimizer], None]] = weakref.WeakKeyDictionary()
@@ -59,32 +58,36 @@ def held(optimizer: Optimizer, layers: Sequence[Layer]) -> list[str]:
 
 def check_free(layers: Sequence[Layer], sparsifier: object) -> None:
     """Raise ValueError for a layer that another sparsifier is attached to."""
-    for layer in layers:
-        if _is_taken(layer, sparsifier):
-            gc.collect()  # what goes with an optimizer that is gone
-        if _is_taken(layer, sparsifier):
-            raise ValueError(
-                f"layer {layer.name!r} is being sparsified already, by {type(_TAKEN[layer.parameter]()).__name__}: "
-                f"finalize() that one, make the model and its optimizer anew, or pass exclude=[{layer.name!r}]"
-            )
+    if _taken(layers, sparsifier) is not None:
+        gc.collect()  # what goes with an optimizer that is gone
+    taken = _taken(layers, sparsifier)
+    if taken is not None:
+        name, by = taken
+        raise ValueError(
+            f"layer {name!r} is being sparsified already, by {by}: finalize() that one, make the model and its "
+            f"optimizer anew, or pass exclude=[{name!r}]"
+        )
 
 
-def _is_taken(layer: Layer, sparsifier: object) -> bool:
-    other = _TAKEN[layer.parameter]() if layer.parameter in _TAKEN else None
-    return other is not None and other is not sparsifier
+def _taken(layers: Sequence[Layer], sparsifier: object) -> tuple[str, str] | None:
+    """The first of the layers that another sparsifier is attached to, and the name of its class."""
+    others = {
+        id(layer.parameter): type(other).__name__
+        for other, theirs in _TAKEN.items()
+        if other is not sparsifier
+        for layer in theirs
+    }
+    return next(((layer.name, others[id(layer.parameter)]) for layer in layers if id(layer.parameter) in others), None)
 
 
 def take(layers: Sequence[Layer], sparsifier: object) -> None:
     """Say that this sparsifier is attached to the layers."""
-    for layer in layers:
-        _TAKEN[layer.parameter] = weakref.ref(sparsifier)
+    _TAKEN[sparsifier] = list(layers)
 
 
-def let_go(layers: Sequence[Layer], sparsifier: object) -> None:
-    """Take that back for those of the layers that it is attached to."""
-    for layer in layers:
-        if layer.parameter in _TAKEN and _TAKEN[layer.parameter]() is sparsifier:
-            del _TAKEN[layer.parameter]
+def let_go(sparsifier: object) -> None:
+    """Take that back."""
+    _TAKEN.pop(sparsifier, None)
 
 
 def watch(sparsifier: S, stepped: Callable[[S, Optimizer], None]) -> None:

@@ -7,31 +7,38 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rarefy.kernels import sparse_layers
 from rarefy.kernels.sparse_layers import Shape
 from rarefy.sparse.acceleration.places import AcceleratedLayer
 from rarefy.sparse.acceleration.products import Call, Geometry, compute, is_plain
 
-#: The layers that are accelerated, by their weights. The sparsifier holds them.
-LAYERS: MutableMapping[nn.Parameter, weakref.ref[AcceleratedLayer]] = WeakIdKeyDictionary()
+#: The layers that are accelerated, by the ids of their weights, which they hold and the sparsifier them. No weak
+#: references to weights: PyTorch swaps no tensor that has one (torch.__future__.set_swap_module_params_on_conversion).
+LAYERS: dict[int, weakref.ref[AcceleratedLayer]] = {}
 
 #: PyTorch's own.
 linear_forward, conv_forward = nn.Linear.forward, nn.Conv2d._conv_forward
 
+# TorchScript compiles what functools.wraps says is wrapped, and looks its names up here.
+for _given in (linear_forward, conv_forward):
+    for _name in _given.__code__.co_names:
+        if _name in _given.__globals__:
+            globals().setdefault(_name, _given.__globals__[_name])
+
 
 def find(weight: Any) -> AcceleratedLayer | None:
     """The accelerated layer of this weight, if there is one."""
-    reference = LAYERS.get(weight) if type(weight) is nn.Parameter else None
-    return None if reference is None else reference()
+    reference = LAYERS.get(id(weight)) if type(weight) is nn.Parameter else None
+    layer = None if reference is None else reference()
+    return layer if layer is not None and layer.layer.parameter is weight else None
 
 
 def _undisturbed() -> bool:
@@ -113,7 +120,7 @@ def _conv(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -
 def intercept(layers: Sequence[AcceleratedLayer]) -> None:
     """Let calls of these layers come here from now on."""
     for layer in layers:
-        LAYERS[layer.layer.parameter] = weakref.ref(layer)
+        LAYERS[id(layer.layer.parameter)] = weakref.ref(layer)
     nn.Linear.forward = _linear  # type: ignore[method-assign]
     nn.Conv2d._conv_forward = _conv  # type: ignore[method-assign]
 
@@ -123,9 +130,10 @@ def let_go(layers: Sequence[AcceleratedLayer]) -> None:
 
     The way in is taken back when nothing is accelerated any more, unless somebody has put his own over it.
     """
-    for layer in layers:
-        LAYERS.pop(layer.layer.parameter, None)
-    if any(reference() is not None for reference in LAYERS.values()):
+    for key, reference in list(LAYERS.items()):
+        if (layer := reference()) is None or any(layer is each for each in layers):
+            del LAYERS[key]
+    if LAYERS:
         return
     if nn.Linear.forward is _linear:
         nn.Linear.forward = linear_forward  # type: ignore[method-assign]

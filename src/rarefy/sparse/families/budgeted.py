@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -11,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rarefy._names import unknown
+from rarefy._names import matches, unknown
 from rarefy.sparse import _checks
 from rarefy.sparse import distribution as spread
 from rarefy.sparse.budget import Budget
@@ -80,7 +79,7 @@ class Budgeted(Targeted):
         if isinstance(distribution, Mapping):
             names = [layer.name for layer in self._layers]
             for pattern, sparsity in distribution.items():
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                if not any(matches(name, pattern) for name in names):
                     raise ValueError(unknown("layer in distribution:", pattern, names))
                 _checks.fraction(f"distribution: the sparsity of {pattern!r}", sparsity, one=False)
             return dict(distribution)
