@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy import engine
@@ -572,6 +573,22 @@ def test_softmax_of_images_and_linear_attention(axis: int) -> None:
     torch.testing.assert_close(reference.run(plan, inputs)[0], right, rtol=1e-5, atol=1e-5)
     made = build(plan, inputs, None, "float32", "native", 0.0)
     torch.testing.assert_close(made(*inputs), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("choose", ["native", "torch"])
+def test_attention_of_one_sequence(choose):
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(5, 5)
+
+        def forward(self, x, mask):
+            first = F.scaled_dot_product_attention(self.q(x), self.q(x), x)
+            return first, F.scaled_dot_product_attention(first, x, x, attn_mask=mask)
+
+    model, x, mask = Alone().eval(), torch.randn(3, 5), torch.eye(3, dtype=torch.bool)
+    with torch.no_grad():
+        torch.testing.assert_close(engine.compile(model, (x, mask), choose=choose)(x, mask), model(x, mask))
 
 
 def test_a_softmax_is_read_through_a_view_of_it():

@@ -99,6 +99,7 @@ def test_the_wrong_number_of_inputs(compiled):
         ({"error_budget": -1}, ValueError, "error_budget must be at least 0, got -1"),
         ({"choose": "best"}, ValueError, "choose must be one of measure, native, sparse, dense, torch, got 'best'"),
         ({"tune_seconds": -1}, ValueError, "tune_seconds must be at least 0, got -1"),
+        ({"tune_seconds": "8"}, TypeError, "tune_seconds must be a number of seconds, got '8'"),
         (
             {"model": nn.Linear(4, 4, device="meta").eval()},
             ValueError,
@@ -117,6 +118,38 @@ def test_one_part_in_training_mode_is_named():
     model.deep[2].train()
     with pytest.raises(ValueError, match=r"the module 'deep.2' of the model is in training mode"):
         engine.compile(model, IMAGE)
+
+
+def test_an_exported_program_has_one_mode():
+    net, x = nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.ReLU()).eval(), torch.randn(3, 5)
+    model = torch.export.export(net, (x,)).module()
+    assert model.training
+    torch.testing.assert_close(engine.compile(model, x, choose="native")(x), net(x))
+    head = nn.Sequential(model, nn.BatchNorm1d(6))
+    head.training = False  # a program inside raises when it is told so
+    with pytest.raises(ValueError, match="the module '1' of the model is in training mode"):
+        engine.compile(head, x)
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        engine.compile(torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm1d(5))), x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("script", [lambda net: torch.jit.trace(net, torch.ones(1, 5)), torch.jit.script])
+def test_torchscript_is_refused_by_its_name(script, inside):
+    made = script(nn.Linear(5, 5).eval())
+    message = "the model" if not inside else "the module '0' of the model"
+    with pytest.raises(TypeError, match=f"^{message} is TorchScript, .*: compile the nn.Module that it was traced"):
+        engine.compile(nn.Sequential(made).eval() if inside else made, torch.ones(3, 5))
+
+
+def test_a_model_of_inference_mode_is_copied():
+    with torch.inference_mode():
+        model, x = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).eval(), torch.randn(3, 5)
+    for inference in (False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            compiled = engine.compile(model, x, choose="native")
+            torch.testing.assert_close(compiled(x), model(x))
+    assert all(weight.is_inference() for weight in model.parameters())
 
 
 def test_a_model_that_is_being_sparsified_compiles_as_it_is():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -195,6 +196,44 @@ def test_the_model_itself_runs_where_nothing_made_of_it_is_as_fast(monkeypatch, 
     with pytest.raises(ValueError, match="runs the model itself"):
         engine.save(compiled, tmp_path / "e.engine")
     assert not [*tmp_path.iterdir()]
+
+
+class Held(nn.Module):
+    """Gives back what it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.parts = nn.Linear(4, 4), [torch.randn(5, 4)]
+        self.register_buffer("table", torch.randn(5, 4))
+
+    def forward(self, x):
+        table = self.table[: x.shape[0]]
+        return self.layer(x), self.table, table, table.T, self.parts[0], self.layer.bias, self.layer.weight.T, x
+
+
+@pytest.mark.parametrize("chosen", ["eager", "PyTorch", "native"])
+@pytest.mark.parametrize("made", [lambda each: each, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_what_is_given_away_is_nobody_elses(monkeypatch, chosen, made):
+    monkeypatch.setattr(measure, "race", lambda ways, *rest: {**dict.fromkeys(ways, 2.0), chosen: 1.0})
+    torch.manual_seed(0)
+    model, x = Held().eval(), torch.randn(3, 4)
+    compiled = made(engine.compile(model, x, tune_seconds=0.0))
+    assert compiled.report.chosen == chosen
+    first = [y.clone() for y in compiled(x)]
+    for index in range(len(first)):
+        outputs, given = compiled(x), x.clone()
+        assert not any(y.requires_grad for y in outputs)
+        outputs[index].add_(1)
+        assert torch.equal(x, given)
+        assert all(torch.equal(y, z) for i, (y, z) in enumerate(zip(outputs, first, strict=True)) if i != index)
+        assert all(torch.equal(y, z) for y, z in zip(compiled(x), first, strict=True))
+
+
+@pytest.mark.parametrize("model", [nn.Identity(), nn.Sequential()])
+def test_a_profile_of_nothing_to_do(model):
+    found = engine.compile(model.eval(), torch.randn(2, 3)).profile(rounds=1)
+    assert [row.kind for row in found.rows] in ([], ["call"])
+    assert "batch of 2" in str(found)
 
 
 class Product(nn.Module):

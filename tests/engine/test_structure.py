@@ -1,6 +1,7 @@
 """Engines that are called like their models, and give what these give, from memory, copies and files."""
 
 import copy
+import math
 import pickle
 import warnings
 from collections import OrderedDict, namedtuple
@@ -119,6 +120,27 @@ def test_an_engine_gives_what_its_model_gives(model, compiled, how, tmp_path):
 def test_a_call_that_is_not_like_the_example(compiled, args, named, message):
     with pytest.raises(TypeError, match=message):
         compiled(*args, **named)
+
+
+class Clamped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x, most=math.inf, name=None):
+        return self.layer(x).clamp(max=most)
+
+
+@pytest.mark.parametrize("most", [math.inf, -math.inf, math.nan, 0.0])
+def test_constants_of_every_float_are_kept_and_told_apart(most, tmp_path):
+    model, x = Clamped().eval(), torch.randn(3, 5)
+    compiled = engine.compile(model, (x, most), choose="native")
+    engine.save(compiled, tmp_path / "clamped.engine")
+    for made in (compiled, engine.load(tmp_path / "clamped.engine")):
+        torch.testing.assert_close(made(x, float(most)), model(x, most), equal_nan=True)
+        for other in (1.0, -math.inf if most == math.inf else math.inf, -0.0):
+            with pytest.raises(TypeError, match=f"'most' must be {most}, as it was compiled for, got {other}"):
+                made(x, other)
 
 
 def test_positions_and_names_are_the_models():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from rarefy import kernels
-from rarefy.engine import programs, pt2e
+from rarefy.engine import programs
 from rarefy.engine.engine import plain
 from rarefy.engine.quantize import BUDGET
 from rarefy.engine.structure import Flat, call_of
@@ -28,6 +30,12 @@ def checked(
     """The model as one of tensors alone, and the example's; raises for arguments that :func:`compile` does not take."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{_which(name)} is TorchScript, of which torch.export makes no graph: compile the nn.Module that it "
+                "was traced or scripted from"
+            )
     try:
         takes, inputs = call_of(model, example_input)
     except TypeError as error:
@@ -52,12 +60,15 @@ def checked(
     for name, value, known in (("precision", precision, get_args(Precision)), ("choose", choose, get_args(Choose))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if isinstance(tune_seconds, bool) or not isinstance(tune_seconds, (int, float)):
+        raise TypeError(f"tune_seconds must be a number of seconds, got {tune_seconds!r}")
     if not tune_seconds >= 0:
         raise ValueError(f"tune_seconds must be at least 0, got {tune_seconds}")
+    exported = [f"{name}." if name else "" for name, module in model.named_modules() if _is_exported(module)]
     for name, module in model.named_modules():
-        where = f"the module {name!r} of the model" if name else "the model"
-        if module.training and not pt2e.is_quantized(model):  # whose graph is one of evaluation, and cannot be told so
-            raise ValueError(f"{where} is in training mode: call model.eval() first")
+        fixed = any(f"{name}.".startswith(prefix) for prefix in exported)
+        if module.training and not fixed:
+            raise ValueError(f"{_which(name)} is in training mode: call model.eval() first")
     for name, weight in model.named_parameters():
         if precision == "int8" and weight.is_floating_point() and weight.dtype is not torch.float32:
             raise ValueError(
@@ -75,7 +86,21 @@ def checked(
             kernels.address(plain(x))
         except ValueError as error:
             raise ValueError(f"example_input: {error}") from None
+    if any(x.is_inference() for x in (*model.parameters(), *model.buffers())):
+        model = deepcopy(model)  # tracing takes no tensors of torch.inference_mode(), and copies of them are none
     return Flat(model, takes), tuple(map(plain, inputs))
+
+
+def _which(name: str) -> str:
+    return f"the module {name!r} of the model" if name else "the model"
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Whether it is a graph of operators, as of ``torch.export`` and PT2E: it has one mode, whatever it is told."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    modules = any(node.op == "call_module" and node.target != "_guards_fn" for node in module.graph.nodes)
+    return not modules and any(isinstance(node.target, OpOverload) for node in module.graph.nodes)
 
 
 def check_calibration(precision: str, calibration: object, error_budget: float, quantized: bool) -> None:

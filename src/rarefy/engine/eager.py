@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,11 @@ class Eager:
     note: str = "the model as it is, which is faster than what is made of its graph"
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The model's outputs."""
+        """The model's outputs, which may be parameters and buffers of it, without gradient."""
         result = self.model(*inputs)
-        return (result,) if self.single else tuple(result)
+        return tuple(x.detach() if x.requires_grad else x for x in ((result,) if self.single else result))
+
+    def tensors(self) -> list[Tensor]:
+        """What the model holds: parameters, buffers, and tensors among its attributes."""
+        held = (tree_leaves(vars(module)) for module in self.model.modules())
+        return [x for leaves in held for x in leaves if isinstance(x, Tensor)]

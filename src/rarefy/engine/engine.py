@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rarefy import kernels
 from rarefy.engine.building import NativeSegment, samples
+from rarefy.engine.eager import Eager
 from rarefy.engine.execute import Runner, most_in_torch, torch_threads
 from rarefy.engine.int8 import Int8
 from rarefy.engine.lowering import Item, uses
@@ -98,7 +99,15 @@ class Engine:
         made = [name for item in items if _makes_new(item) for name in uses(item)[1]]
         #: The outputs that may share memory with something else, and the memory that is the engine's own.
         self._views = [i for i, name in enumerate(names_out) if name not in made or name in names_out[:i]]
-        self._own = {_memory(x) for x in self._constants.values()}
+        self._own = self._own_memory()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._own = self._own_memory()  # a copy's lies elsewhere
+
+    def _own_memory(self) -> set[int | None]:
+        held = [x for item in self._items if isinstance(item, Eager) for x in item.tensors()]
+        return {_memory(x) for x in (*self._constants.values(), *held)}
 
     @property
     def compile_seconds(self) -> float:

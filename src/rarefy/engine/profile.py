@@ -96,7 +96,7 @@ def profile(steps: Sequence[StepInfo], took: Timed, batch: int) -> Profile:
     less, each by the same factor.
     """
     whole, most = float(np.median(took.calls)), peak()
-    seconds = np.concatenate([np.median(times, 0) for times in took.steps])
+    seconds = np.concatenate([np.zeros(0), *(np.median(times, 0) for times in took.steps)])
     if seconds.sum() > whole:
         seconds *= whole / seconds.sum()
     rows = [row(step, float(each), whole, batch, most) for step, each in zip(steps, seconds, strict=True)]

@@ -8,6 +8,7 @@ the name alone, and nothing is imported for it.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import warnings
 from collections import OrderedDict
@@ -73,7 +74,8 @@ class Node:
             found.append(value)  # whether it is one is for the engine to say
             return
         if self.kind == "constant":
-            if isinstance(value, Tensor) or type(value) is not type(self.value) or value != self.value:
+            # As they are written: NaN is the same as NaN, and -0.0 is not 0.0.
+            if type(value) is not type(self.value) or repr(value) != repr(self.value):
                 told = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
                 raise TypeError(f"input {where!r} must be {self.value!r}, as it was compiled for, got {told}")
             return
@@ -115,7 +117,8 @@ class Node:
         if self.kind in ("tensor", "number"):
             return self.kind
         if self.kind == "constant":
-            return {"constant": self.value}
+            finite = not isinstance(self.value, float) or math.isfinite(self.value)
+            return {"constant": self.value if finite else {"float": repr(self.value)}}
         children = [child.json() for child in self.children]
         if self.kind in _SEQUENCES:
             return {self.kind: children}
@@ -338,6 +341,8 @@ def read(about: Any, classes: Sequence[type], depth: int = 0) -> Node:
     kind = next(iter(about))
     if kind == "constant":
         (value,) = about.values()
+        if isinstance(value, dict):
+            value = float(_text(value["float"]))
         if value is not None and type(value) not in (str, bool, int, float):
             raise ValueError(f"a constant is {value!r:.80}")
         return Node("constant", value=value)

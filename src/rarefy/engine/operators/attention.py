@@ -24,6 +24,8 @@ def _attention(call: Call) -> Step | None:
     (q, folded), (k, _), (v, _) = samples
     if query is None or key is None or value is None or q is None or k is None or v is None or call.args["dropout_p"]:
         return None
+    if min(map(len, (q, k, v))) < 2:  # one sequence, whose tokens are in dimension 0
+        return None
     (*outer, queries, size), (*shared, keys, _), results = q, k, v[-1]
     if len({folded for _, folded in samples}) > 1 or not len(q) == len(k) == len(v) or k[:-1] != v[:-1]:
         return None
