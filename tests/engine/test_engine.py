@@ -133,6 +133,7 @@ def test_an_exported_program_has_one_mode():
         engine.compile(torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm1d(5))), x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("script", [lambda net: torch.jit.trace(net, torch.ones(1, 5)), torch.jit.script])
 def test_torchscript_is_refused_by_its_name(script, inside):

@@ -218,13 +218,17 @@ def float_masks(plan: Plan) -> Plan:
         for step in plan.steps
         if isinstance(step, Attention) and step.mask is not None and plan.values[step.mask.value].dtype is torch.bool
     }
+    if not seen:
+        return plan
     values, steps = dict(plan.values), list[Step]()
+    numbers = {str(number): torch.tensor(number, dtype=torch.float32) for number in (0.0, -math.inf)}
 
     def convert(name: str) -> None:
         if name in seen:
             made, of = f"{name}_added", values[name]
             values[made] = replace(of, dtype=torch.float32)
-            steps.append(Operator(name=made, output=made, target="aten.where.Scalar", args=(Ref(name), 0.0, -math.inf)))
+            args = (Ref(name), *map(Ref, numbers))
+            steps.append(Operator(name=made, output=made, target="aten.where.self", args=args))
 
     for name in plan.inputs:
         convert(name)
@@ -234,4 +238,4 @@ def float_masks(plan: Plan) -> Plan:
         else:
             steps.append(step)
         convert(step.output)
-    return replace(plan, steps=tuple(steps), values=values)
+    return replace(plan, steps=tuple(steps), values=values, constants={**plan.constants, **numbers})

@@ -185,8 +185,8 @@ class Int8Building(Building):
         open_ = {name: i for name, i in self.layers.items() if len({kernels[layout][i] for layout in LAYOUTS}) > 1}
         if not open_:
             return {}
-        outputs = [torch.empty((batch, *port.shape)) for port in self.makes]
-        inputs = [torch.zeros((batch, *port.shape)) for port in self.inputs.values()]
+        outputs = [torch.empty((batch, *port.shape), dtype=torch.float32) for port in self.makes]
+        inputs = [torch.zeros((batch, *port.shape), dtype=torch.float32) for port in self.inputs.values()]
         least = {layout: np.full(program.facts.steps, np.inf) for layout, program in programs.items()}
         end = time.thread_time() + self._tune_seconds()
         for done in range(_ROUNDS):

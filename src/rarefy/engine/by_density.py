@@ -139,7 +139,7 @@ def _masked(plan: Plan, density: float, block: Block) -> Plan:
         (outputs, inputs, *kernel), (rows, columns) = weight.shape, block
         if outputs % rows or inputs % columns:
             rows = columns = 1
-        blocks = torch.zeros(outputs // rows, inputs // columns, *kernel)
+        blocks = torch.zeros(outputs // rows, inputs // columns, *kernel, dtype=torch.float32)
         live = torch.randperm(blocks.numel(), generator=chance)[: max(1, round(density * blocks.numel()))]
         blocks.view(-1)[live] = 1.0
         mask = block_expand(blocks, (rows, columns)).to(weight.dtype)

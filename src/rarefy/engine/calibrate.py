@@ -86,7 +86,7 @@ class Histogram:
         """The middles of bins that are not empty, and their counts, in float64."""
         assert self.exponent is not None
         there = self.counts.nonzero().reshape(-1)
-        return (there - _BINS + 0.5).double() * 2.0**self.exponent, self.counts[there].double()
+        return ((there - _BINS).double() + 0.5) * 2.0**self.exponent, self.counts[there].double()
 
     def _percentile(self, low: float, high: float) -> tuple[float, float]:
         middles, counts = self._middles()

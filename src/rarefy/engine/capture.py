@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from rarefy.act.functional import kept_operators
 from rarefy.engine import named, nodes, operators, recurrent, views
 from rarefy.engine.batch_first import batch_first
+from rarefy.engine.explicit import explicit_dtypes
 from rarefy.engine.plan import Operator, Plan, Ref, Step, Value
 from rarefy.engine.structure import Flat
 from rarefy.engine.tracing import CaptureError, OthersAlone, export, uncollected
@@ -95,6 +96,7 @@ class _Graph:
         shape = nodes[self.inputs[0]].meta["val"].shape
         self.inputs = [*labels.values()]
         self.batch = str(shape[0]) if shape else "1"
+        explicit_dtypes(program.graph)
         recurrent.without_cells(program.graph)
         if fixed_because is None:
             batch_first(program.graph, self.inputs)
@@ -207,7 +209,7 @@ class _Graph:
                 if zero is None or not zero.any():
                     self.scales[node.name] = scale.float()
             case "quantized_decomposed.dequantize_per_tensor.default", [weight, float() as scale, 0, *_]:
-                self.scales[node.name] = torch.full(tuple(weight.shape[:1]), scale)
+                self.scales[node.name] = torch.full(tuple(weight.shape[:1]), scale, dtype=torch.float32)
 
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.constants[each.name])

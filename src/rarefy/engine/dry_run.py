@@ -94,20 +94,20 @@ def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:
         if (made := _by_number(step, values)) is not None:
             return {item.output: made}
     if step is item and (shape := plain_shape(step, values)) is not None:
-        return {item.output: torch.empty(shape, device="meta")}
+        return {item.output: torch.empty(shape, dtype=torch.float32, device="meta")}
     bare = _without_numbers(step)
     return {item.output: run_step(replace(item, step=bare) if isinstance(item, Int8) else bare, values)}
 
 
 #: Operators that compute number by number, and what they may be given: contiguous tensors of float32 (f) and of
-#: booleans (b), Python's floats (d) and integers (i). They make what their first argument is; where() takes two floats.
+#: booleans (b), Python's floats (d) and integers (i). They make what their first argument is; where() what its last is.
 _BY_NUMBER = {
     **{f"aten.{name}.Tensor": ("ff", "fd", "fi") for name in ("add", "sub", "mul", "div")},
     **{f"aten.{name}.default": ("f",) for name in ("abs", "cos", "exp", "neg", "rsqrt", "sin", "sqrt", "tanh")},
     **{f"aten.{name}.Tensor": ("bb",) for name in ("__and__", "__or__", "bitwise_and", "bitwise_or")},
     **{f"aten.{name}.default": ("b",) for name in ("bitwise_not", "logical_not")},
     "aten.masked_fill.Scalar": ("fbd", "fbi"),
-    "aten.where.Scalar": ("bdd",),
+    "aten.where.self": ("bff",),
 }
 
 
@@ -118,7 +118,7 @@ def _by_number(step: Operator, values: Mapping[str, Any]) -> Tensor | None:
     given = [values[each.name] if isinstance(each, Ref) else each for each in step.args]
     if "".join(map(_letter, given)) not in _BY_NUMBER[step.target]:
         return None
-    dtype = torch.get_default_dtype() if step.target == "aten.where.Scalar" else given[0].dtype
+    dtype = given[-1 if step.target == "aten.where.self" else 0].dtype
     shape = np.broadcast_shapes(*(x.shape for x in given if isinstance(x, Tensor)))
     return torch.empty(shape, dtype=dtype, device="meta")
 

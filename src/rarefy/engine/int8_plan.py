@@ -141,7 +141,7 @@ class Int8Plan:
 
 def _depthwise(step: Affine, shape: tuple[int, ...]) -> Conv:
     """Factors for channels as a convolution, whose weights are then exact: 127 or -127 times a scale, or 0."""
-    factors = torch.ones(shape[0]) if step.scale is None else step.scale
+    factors = torch.ones(shape[0], dtype=torch.float32) if step.scale is None else step.scale
     scale = weight_scales(factors[:, None])
     axes = len(shape) - 1
     weight = int8.weights(levels(factors, scale), scale).reshape(-1, *(1,) * (axes + 1))

@@ -259,7 +259,9 @@ class _Graph:
                 given = dict(zip(step.inputs, xs, strict=True))
                 return self._node("Concat", [given[name] for name in step.operands], output, axis=1)
             case Upsample():
-                scales = self._constant(f"{output}/factor", torch.tensor([1.0, 1.0, *map(float, step.factor)]))
+                scales = self._constant(
+                    f"{output}/factor", torch.tensor([1.0, 1.0, *map(float, step.factor)], dtype=torch.float32)
+                )
                 how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
                 return self._node("Resize", [xs[0], "", scales], output, **how)
             case Flatten():
@@ -294,7 +296,9 @@ class _Graph:
         if activation == "silu":
             return self._node("Mul", [made, self._node("Sigmoid", [made], f"{output}/gate")], output)
         if activation == "relu6":
-            ends = [self._constant(f"{output}/{each:g}", torch.tensor(each)) for each in (0.0, 6.0)]
+            ends = [
+                self._constant(f"{output}/{each:g}", torch.tensor(each, dtype=torch.float32)) for each in (0.0, 6.0)
+            ]
             return self._node("Clip", [made, *ends], output)
         if activation not in _SIMPLE:
             function, mode, _ = parts(activation)
@@ -305,7 +309,7 @@ class _Graph:
     def _meaning(self, name: str, of: Quantized) -> list[str]:
         """Scale and zero point as constants."""
         return [
-            self._constant(f"{name}/scale", torch.tensor(of.scale)),
+            self._constant(f"{name}/scale", torch.tensor(of.scale, dtype=torch.float32)),
             self._constant(f"{name}/zero", torch.tensor(of.zero_point, dtype=torch.uint8)),
         ]
 

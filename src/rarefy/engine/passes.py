@@ -143,7 +143,7 @@ def _fold_affine(plan: Plan, only_use: Callable[[str], Step | None], step: Step)
         return layer, replace(
             layer, output=step.output, scale=factors, shift=_sum(moved, shift), activation=step.activation
         )
-    scale = torch.ones(channels) if scale is None else scale
+    scale = torch.ones(channels, dtype=torch.float32) if scale is None else scale
     folded = layer.weight.double() * scale.double().reshape(-1, *(1,) * (layer.weight.dim() - 1))
     bias = _sum(None if layer.bias is None else layer.bias.double() * scale.double(), shift)
     made = replace(layer, output=step.output, weight=folded.float(), bias=bias, activation=step.activation)
@@ -234,7 +234,7 @@ def _expression(plan: Plan, step: Pointwise | Affine | Binary) -> Pointwise | No
         output=step.output,
         operands=operands,
         code=tuple(code),
-        constants=torch.cat([each.reshape(-1) for each in constants] or [torch.zeros(0)]),
+        constants=torch.cat([each.reshape(-1) for each in constants] or [torch.zeros(0, dtype=torch.float32)]),
         sizes=tuple((*ones, len(each)) if last else (len(each), *ones) for each in constants),
     )
 

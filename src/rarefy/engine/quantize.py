@@ -116,11 +116,13 @@ class _Loss:
 
     def shift(self) -> Tensor:
         """The mean error of each channel."""
-        return torch.as_tensor(self.error) / max(self.count, 1)
+        return torch.as_tensor(self.error, dtype=torch.float64) / max(self.count, 1)
 
     def sqnr(self) -> float | None:
         """In dB; None without noise or signal."""
-        noise = float((torch.as_tensor(self.squares) - self.count * self.shift().square()).clamp(min=0).sum())
+        noise = float(
+            (torch.as_tensor(self.squares, dtype=torch.float64) - self.count * self.shift().square()).clamp(min=0).sum()
+        )
         return 10 * math.log10(self.signal / noise) if noise > 0 and self.signal > 0 else None
 
 

@@ -45,7 +45,7 @@ def phases(step: ConvTranspose, given: tuple[int, ...]) -> Phases:
     kernel = [axis.last - axis.first + 1 for axis in axes]
     count = math.prod(step.stride)
     rows, inputs = step.weight.shape[:2]
-    weight = torch.zeros(rows, count, inputs, *kernel)
+    weight = torch.zeros(rows, count, inputs, *kernel, dtype=torch.float32)
     for taps in itertools.product(*(range(size) for size in step.weight.shape[2:])):
         shifts = [axis.shift(tap) for axis, tap in zip(axes, taps, strict=True)]
         phase = 0

@@ -163,7 +163,7 @@ def captured(call_of: Callable[[fx.Node], Call], node: fx.Node) -> View | None:
     # Where the batch is amid other axes on the way, it is known to come through whole: one sample is like all.
     alone = any(ASTRAY in each.node.meta for each, _ in path)
     for batch in [int(call.batch)] if call.batch.isdigit() else [1] if alone else [2, 3]:
-        whole = torch.empty((fold * batch, *behind), device="meta")
+        whole = torch.empty((fold * batch, *behind), dtype=torch.float32, device="meta")
         y = _traced(path, whole, batch)
         if y is None or tuple(y.shape) != (fold_out * batch, *made):
             return None

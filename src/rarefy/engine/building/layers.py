@@ -121,8 +121,8 @@ def group_norm(draft: Draft, step: GroupNorm) -> Made:
 
 def _normalised(draft: Draft, function: Function, step: Norm | GroupNorm, x: int, numbers: list[int]) -> int:
     channels = draft.builder.shape(x)[0]
-    weight = torch.ones(channels) if step.weight is None else step.weight
-    bias = torch.zeros(channels) if step.bias is None else step.bias
+    weight = torch.ones(channels, dtype=torch.float32) if step.weight is None else step.weight
+    bias = torch.zeros(channels, dtype=torch.float32) if step.bias is None else step.bias
     return draft.builder.tensor(function, [x], numbers, [weight, bias], name=step.output)
 
 

@@ -50,15 +50,17 @@ def _taken(step: Resize, sizes: Sequence[int], axis: int) -> tuple[Tensor, Tenso
     size, out = sizes[axis], step.sizes[axis]
     if step.mode == "nearest":
         compute, (_, *options), _ = bind(step)
-        ramp = torch.arange(float(size)).reshape((-1, 1) if axis == 0 else (1, -1)).expand(1, 1, *sizes)
+        ramp = torch.arange(size, dtype=torch.float32).reshape((-1, 1) if axis == 0 else (1, -1)).expand(1, 1, *sizes)
         taken = compute(ramp, *options)[0, 0].select(1 - axis, 0)
-        return taken.long(), torch.zeros(out)
+        return taken.long(), torch.zeros(out, dtype=torch.float32)
     factor = None if step.factors is None else step.factors[axis]
     to = torch.arange(out, dtype=torch.float32)
     if step.align_corners:
-        at = to * torch.tensor((size - 1) / (out - 1) if out > 1 else 0.0)
+        between = (size - 1) / (out - 1) if out > 1 else 0.0
     else:
-        at = (torch.tensor(1.0 / factor if factor else size / out) * (to + 0.5) - 0.5).clamp(min=0)
+        between = 1.0 / factor if factor else size / out
+    pixel = torch.tensor(between, dtype=torch.float32)
+    at = to * pixel if step.align_corners else (pixel * (to + 0.5) - 0.5).clamp(min=0)
     taken = at.long().clamp(max=size - 1)
     return taken, (at - taken).clamp(0, 1)
 

@@ -130,4 +130,6 @@ def _mask(
 
 def _added(mask: Tensor) -> Tensor:
     """What is added to scores for a mask that may be one of what is seen."""
-    return torch.where(mask, 0.0, -math.inf) if mask.dtype is torch.bool else mask
+    return (
+        torch.zeros(mask.shape, dtype=torch.float32).masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else mask
+    )

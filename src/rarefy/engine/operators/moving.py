@@ -180,7 +180,7 @@ def _repeated(call: Call, x: str, shape: tuple[int, ...], out: tuple[int, ...]) 
         return None
     # A scale that is no whole number (2.1), or rounds badly (1 / 49), takes other pixels though the sizes divide.
     for axis, (size, times) in enumerate(zip(sizes, factor, strict=True)):
-        ramp = torch.arange(float(size)).reshape(-1, *(1,) * (len(sizes) - 1 - axis))
+        ramp = torch.arange(size, dtype=torch.float32).reshape(-1, *(1,) * (len(sizes) - 1 - axis))
         given = ramp.expand(1, 1, *sizes)
         taken = call.node.target(given, call.args["output_size"], call.args["scale_factors"])  # type: ignore[operator]
         if not torch.equal(taken, ramp.repeat_interleave(times, 0).expand_as(taken)):

@@ -76,7 +76,7 @@ class _Expression:
 
     def number(self, number: float) -> Any:
         """A number as a term."""
-        return self.constant(torch.tensor(float(number)))
+        return self.constant(torch.tensor(float(number), dtype=torch.float32))
 
     def constant(self, constant: Tensor) -> Any:
         """A tensor as a term; None where it has more axes than the result, or one of its own for the batch."""
@@ -106,7 +106,7 @@ class _Expression:
             **self.call.layer("self"),
             operands=tuple(self.operands),
             code=tuple((operation, place(x), place(y)) for operation, x, y in self.code),
-            constants=torch.cat([each.reshape(-1) for each in self.constants] or [torch.zeros(0)]),
+            constants=torch.cat([each.reshape(-1) for each in self.constants] or [torch.zeros(0, dtype=torch.float32)]),
             sizes=tuple(tuple(each.shape) for each in self.constants),
         )
 
@@ -304,7 +304,7 @@ def _per_channel(call: Call, name: str, shape: tuple[int, ...] | None) -> Tensor
     if shape is None or not shape:
         return None
     if isinstance(given, (int, float)):
-        return torch.full((shape[0],), float(given))
+        return torch.full((shape[0],), float(given), dtype=torch.float32)
     constant = call.constant(name)
     if constant is None or constant.dim() > len(shape) + 1:
         return None
