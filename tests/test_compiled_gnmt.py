@@ -89,3 +89,21 @@ def test_what_it_does_not_take():
     fast = CompiledGNMT(network(num_layers=2), threads=1, tune_seconds=0.0)
     with pytest.raises(ValueError, match=r"one token of each sentence, \(B, 1\), got \(2, 3\)"):
         fast.decode(torch.ones(2, 3, dtype=torch.long), fast.encode(*sentences(2, 3)))
+
+
+def test_its_examples_are_its_own():
+    source, made = torch.full((2, 3), 4), []
+    model = network(num_layers=2)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        made.append(CompiledGNMT(model, threads=1, tune_seconds=0.0).encode(source, torch.full((2,), 3)).values)
+        assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(*made)
+
+
+def test_ktanh_compiles_where_rounding_goes_over_its_jumps():
+    torch.manual_seed(1)
+    model = GNMT(200, hidden_size=64, num_layers=3, mode="ktanh").eval()
+    fast = CompiledGNMT(model, threads=1, tune_seconds=0.0)
+    assert fast.encode(torch.randint(4, 200, (64, 8)), torch.full((64,), 8)).values.isfinite().all()

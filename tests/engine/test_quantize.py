@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 from dataclasses import replace
 
@@ -449,3 +450,33 @@ def test_another_default_dtype_changes_nothing(precision):
         assert torch.equal(engine.compile(model, x, precision=precision, choose="native", **options)(x), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        q, k, v = self.q(x).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2)) / 3 + mask[:, :, :5]
+        bounded = (self.k(x) + mask).clamp(min=-3.0).relu()  # what a layer's sum may become part of
+        logs = self.k(x).relu().log().sigmoid()
+        return self.o(scores.softmax(-1) @ v) + self.o(bounded) + self.o(logs)
+
+
+@pytest.mark.parametrize("least", [-math.inf, torch.finfo(torch.float32).min, 0.0])
+def test_what_has_no_range_stays_float32(least):
+    torch.manual_seed(0)
+    model, mask = Masked().eval(), torch.where(torch.rand(1, 5, 8) < 0.5, torch.tensor(least), torch.tensor(0.0))
+    mask[:, :, 0] = 0.0
+
+    def give(count):
+        return torch.randn(count, 5, 8), mask.repeat(count, 1, 1)
+
+    compiled = engine.compile(model, give(2), precision="int8", calibration=[give(64)], choose="native")
+    assert [each.name for each in compiled.report.quantization.layers if each.kept is None]
+    given = give(3)
+    with torch.no_grad():
+        exact, made = model(*given), compiled(*given)
+    assert ((made - exact).norm() / exact.norm()) < 0.1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rarefy import engine
+from rarefy import act, engine
 from rarefy.engine import binding, compiler, verify
 from rarefy.engine.capture import capture
 from rarefy.engine.passes import optimize
@@ -153,6 +153,48 @@ def test_a_constant_that_two_steps_read_is_kept_once():
     model = f(lambda table, x: table.weight[x] + table.weight[x + 1], nn.Embedding(9, 4)).eval()
     compiled = engine.compile(model, torch.randint(0, 8, (2, 5)), choose="torch")
     assert sum(each.numel() for each in compiled._constants.values()) == 36
+
+
+def beside_a_jump():
+    """The last number before K-TanH's widest jump above 1/2."""
+    x = torch.arange(0x3F00, 0x4000, dtype=torch.int16).view(torch.bfloat16).float()
+    before = x.nextafter(torch.zeros(()))
+    y = act.tanh(torch.stack([before, x]), mode="ktanh").diff(dim=0)[0].abs()
+    assert y.max() > 2**-8
+    return before[y.argmax()].item()
+
+
+@pytest.mark.parametrize(
+    ("function", "number"),
+    [
+        (lambda x: act.tanh(x, mode="ktanh"), beside_a_jump()),
+        (torch.round, 0.49999997),
+        (lambda x: (x > 0.75) * x, 0.75),
+        (lambda x: x.argmax(1), 4.0),
+    ],
+)
+@pytest.mark.parametrize("choose", ["native", "torch"])
+def test_what_rounding_takes_over_a_jump_is_no_error(monkeypatch, function, number, choose):
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8).eval().requires_grad_(False), torch.randn(16, 8)
+    model.weight.copy_(torch.eye(8)), model.bias.zero_()
+    x[0, :2] = number
+    parts, build, factor = f(lambda fc, x: function(fc(x)), model).eval(), compiler.build, 1 + 2**-21
+
+    def other(plan, *arguments):
+        first, *rest = plan.steps
+        weight = first.weight.clone()
+        weight[1] *= factor
+        return build(replace(plan, steps=(replace(first, weight=weight), *rest)), *arguments)
+
+    monkeypatch.setattr(compiler, "build", other)
+    compiled = engine.compile(parts, x, choose=choose)
+    assert not torch.equal(compiled(x), parts(x))
+    assert (compiled(x) - parts(x)).abs().max() > 2**-8
+    factor = 2.0
+    if parts(x).is_floating_point():
+        with pytest.raises(engine.EngineError, match="does not compute what the model does"):
+            engine.compile(parts, x, choose=choose)
 
 
 def test_a_wrong_engine_names_the_step(monkeypatch):

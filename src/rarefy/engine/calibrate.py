@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine.int8 import LARGEST
-from rarefy.engine.plan import Plan, Quantized
+from rarefy.engine.plan import Layer, Plan, Quantized
 
 #: "mse": the range that loses least, in the mean square; "percentile": all but the outermost 0.01 % of numbers on each
 #: side; "minmax": everything that was seen.
@@ -155,6 +155,16 @@ def checked(plan: Plan, batches: Iterable[Tensor | Sequence[Tensor]]) -> list[tu
     return found
 
 
+def read_by_layers(plan: Plan, name: str) -> bool:
+    """Whether a layer multiplies its weights with that value."""
+    return any(isinstance(step, Layer) and step.input == name for step in plan.steps)
+
+
+def is_wild(x: Tensor) -> bool:
+    """Whether no 256 numbers can stand for these: one is NaN, infinite, or so large that float32 has no room."""
+    return x.is_floating_point() and not bool((x.abs() <= 1.0 / _SMALLEST).all())
+
+
 def _check(plan: Plan, name: str, x: Tensor, where: str) -> None:
     value = plan.values[name]
     if x.dtype != value.dtype:
@@ -168,6 +178,8 @@ def _check(plan: Plan, name: str, x: Tensor, where: str) -> None:
         raise ValueError(f"{where} must be a batch of {plan.batch} ({plan.fixed_because}), got {len(x)}")
     if x.numel() == 0:
         raise ValueError(f"{where} must not be empty, got the shape {tuple(x.shape)}")
+    if not read_by_layers(plan, name):  # a mask of -inf, say: what reads it stays float32
+        return
     if x.is_floating_point() and not x.isfinite().all():
         raise ValueError(f"{where} has a number that is NaN or infinite")
     largest = float(x.abs().max()) if x.is_floating_point() else 0.0

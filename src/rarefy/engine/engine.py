@@ -119,6 +119,7 @@ class Engine:
         """What measuring the kernels took."""
         return self.report.measuring_seconds
 
+    @torch.compiler.disable
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Compute the model's output for these inputs, of any batch size (see ``batch``), without gradient.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -37,7 +39,7 @@ def explicit_dtypes(graph: fx.Graph) -> None:
                 node.replace_input_with(each, _converted(graph, each, made.dtype))
 
 
-def _number(graph: fx.Graph, like: fx.Node, number: object, dtype: torch.dtype) -> fx.Node:
+def _number(graph: fx.Graph, like: fx.Node, number: Any, dtype: torch.dtype) -> fx.Node:
     """A tensor without axes."""
     node = graph.call_function(_ATEN.full.default, ([], number), {"dtype": dtype})
     node.meta["val"] = like.meta["val"].new_full((), number, dtype=dtype)

@@ -48,16 +48,19 @@ class Layout:
 
 
 def lay_out(
-    plan: Plan, kept: Iterable[str], quantized: Callable[[Collection[str], Mapping[str, str]], Mapping[str, Quantized]]
+    plan: Plan,
+    kept: Iterable[str],
+    quantized: Callable[[Collection[str], Mapping[str, str]], Mapping[str, Quantized]],
+    wild: Collection[str] = (),
 ) -> Layout:
     """Tell what runs in int8 when these layers do not.
 
     ``quantized`` gives what the bytes of values mean, from the values that are read as bytes, and from those that must
-    have the same bytes as another.
+    have the same bytes as another. No step reads or makes bytes of ``wild`` values.
     """
     left = {*kept}
     while True:
-        inside, float32 = _inside(plan, left)
+        inside, float32 = _inside(plan, left, wild)
         read = {name for step in plan.steps if step.output in inside for name in step.inputs}
         # A sum with what is float32 for its own reasons, or that nothing in int8 reads, is better float32.
         apart = {
@@ -71,19 +74,23 @@ def lay_out(
         plan = _without_residuals(plan, apart)
 
 
-def _inside(plan: Plan, kept: set[str]) -> tuple[set[str], set[str]]:
+def _inside(plan: Plan, kept: set[str], wild: Collection[str]) -> tuple[set[str], set[str]]:
     """The values that steps in int8 make, and those that are float32 for reasons of their own.
 
     What is no layer is int8 where it reads something that is, and nothing of what PyTorch's operators make; and where
     something in int8 reads it.
     """
     inside, float32 = set[str](), {name for name in plan.inputs if plan.values[name].dtype is not torch.float32}
-    float32.update(plan.constants)
+    float32.update(plan.constants, wild)
     for step in plan.steps:
         if isinstance(step, Layer):
             if key(step) not in kept:
                 inside.add(step.output)
-        elif not isinstance(step, OTHERS) or not _has_int8(plan, step) or float32.intersection(step.inputs):
+        elif (
+            not isinstance(step, OTHERS)
+            or not _has_int8(plan, step)
+            or float32.intersection((*step.inputs, step.output))
+        ):
             float32.add(step.output)
         elif inside.intersection(step.inputs):
             inside.add(step.output)

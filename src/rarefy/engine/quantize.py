@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine import int8, reference
-from rarefy.engine.calibrate import METHODS, Histogram, Method, checked, weight_scales
+from rarefy.engine.calibrate import METHODS, Histogram, Method, checked, is_wild, read_by_layers, weight_scales
 from rarefy.engine.int8_layout import OTHERS, Layout, key, lay_out
 from rarefy.engine.int8_plan import Int8Plan, levels
 from rarefy.engine.passes import fuse_activations
@@ -134,13 +134,14 @@ class _Network:
     method: Method
     batches: Sequence[_Inputs]
     seen: dict[str, Histogram] = field(init=False)
+    wild: frozenset[str] = field(init=False)  # the values that have no range
     kept: dict[str, str] = field(default_factory=dict)  # why layers stay float32
     scales: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, _Loss] = field(default_factory=dict)
     exact: dict[int, list[list[Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.seen = _observed(self.base, self.batches)
+        self.seen, self.wild = _observed(self.base, self.batches)
         for step in self.base.steps:
             if isinstance(step, Layer):
                 self._begin(step)
@@ -149,6 +150,9 @@ class _Network:
         """The scales of a layer's weights, or why it cannot be quantised."""
         if not step.weight.isfinite().all() or (step.bias is not None and not step.bias.isfinite().all()):
             self.kept[key(step)] = "a weight is not finite"
+            return
+        if step.input in self.wild:
+            self.kept[key(step)] = "what it reads has no range"
             return
         if isinstance(step, Conv) and not 1 <= len(step.stride) <= 2:
             self.kept[key(step)] = f"it has {len(step.stride)} axes"  # and native layers of three are float32
@@ -159,7 +163,7 @@ class _Network:
 
     def _layout(self, kept: Iterable[str] | None = None) -> Layout:
         """What runs in int8 when these layers do not; by custom those that were given back."""
-        return lay_out(self.base, self.kept if kept is None else kept, self._quantized)
+        return lay_out(self.base, self.kept if kept is None else kept, self._quantized, self.wild)
 
     def _quantized(self, read: Collection[str], groups: Mapping[str, str]) -> dict[str, Quantized]:
         """The quantisation of values that steps in int8 read: one for each group."""
@@ -256,23 +260,34 @@ class _Network:
         return tuple(found)
 
 
-def _observed(plan: Plan, batches: Sequence[_Inputs]) -> dict[str, Histogram]:
-    """Histograms of the float32 values that steps which may be int8 read or make."""
+def _observed(plan: Plan, batches: Sequence[_Inputs]) -> tuple[dict[str, Histogram], frozenset[str]]:
+    """Histograms of the float32 values that steps which may be int8 read or make, and the values that have no range.
+
+    Inputs are such, and what is no layer's result, where a number is NaN, infinite or very large: masks, logarithms of
+    0. Raises ValueError where a layer makes NaN or infinities of what has a range.
+    """
     steps = [step for step in plan.steps if isinstance(step, (Conv, Linear, *OTHERS))]
     seen = {name: Histogram() for step in steps for name in (*step.inputs, step.output)}
-    names = {step.output: step.name for step in plan.steps}
+    made = {step.output: step for step in plan.steps}
+    wild = set[str]()
     for batch in batches:
         values: dict[str, Any] = {**plan.constants, **dict(zip(plan.inputs, batch, strict=True))}
 
         def count(name: str, values: Mapping[str, Any] = values) -> None:
-            if name in seen:
-                try:
-                    seen[name].add(values[name])
-                except ValueError as error:
-                    raise ValueError(
-                        f"the model cannot be quantised: of what {names.get(name, name)!r} makes of the calibration "
-                        f"batches {error}"
-                    ) from None
+            if name not in seen:
+                return
+            step = made.get(name)
+            tame = isinstance(step, Layer) and not wild.intersection(step.inputs[1:])
+            if not tame and is_wild(values[name]):
+                wild.add(name)
+                return
+            try:
+                seen[name].add(values[name])
+            except ValueError as error:
+                raise ValueError(
+                    f"the model cannot be quantised: of what {step.name if step else name!r} makes of the calibration "
+                    f"batches {error}"
+                ) from None
 
         for name in plan.inputs:
             count(name)
@@ -282,9 +297,12 @@ def _observed(plan: Plan, batches: Sequence[_Inputs]) -> dict[str, Histogram]:
             for name in freed:
                 del values[name]
     for name in plan.inputs:
-        if name in seen and seen[name].exponent is None:
+        if name not in seen or name in wild or seen[name].exponent is not None:
+            continue
+        if read_by_layers(plan, name):
             raise ValueError(
                 f"calibration input {name!r}: every number in its batches is 0, so there is no range to choose bytes "
                 "for; give some hundred examples of what the model will see"
             )
-    return seen
+        wild.add(name)
+    return seen, frozenset(wild)
