@@ -398,3 +398,21 @@ def test_missing_extras_say_what_to_install(
     monkeypatch.setitem(sys.modules, "accelerate", None)
     message = refused(capsys, "train", "small.yaml")
     assert message == "rarefy: rarefy.train needs accelerate: pip install 'rarefy[train]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("bench", "engine", "nosuch.engine"),
+            "there is no engine nosuch.engine: engine.save(engine, path) writes one",
+        ),
+        (("table", "show", "nosuch.json"), "nosuch.json: No such file or directory"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(list(arguments)) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Errno" not in told

@@ -143,6 +143,13 @@ def test_torchscript_is_refused_by_its_name(script, inside):
         engine.compile(nn.Sequential(made).eval() if inside else made, torch.ones(3, 5))
 
 
+def test_an_engine_within_compiled_code_is_left_alone():
+    model, x = nn.Linear(5, 5).eval().requires_grad_(False), torch.randn(3, 5)
+    compiled = engine.compile(model, x, choose="native")
+    around = torch.compile(lambda x: compiled(x * 2) + 1, backend="eager")
+    torch.testing.assert_close(around(x), model(x * 2) + 1)
+
+
 def test_a_model_of_inference_mode_is_copied():
     with torch.inference_mode():
         model, x = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).eval(), torch.randn(3, 5)

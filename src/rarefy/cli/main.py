@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("nothing was measured: the results would have no place", flush=True)
         return _told(str(error), 1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        return _told(str(error) or type(error).__name__, 1)
+        return _told(_words(error), 1)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{Path(place.filename).name}, line {place.lineno}"
@@ -74,6 +74,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _words(error: Exception) -> str:
+    """What an error says: the system's, which is a number and the file at the end, begins with the file."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _told(message: str, status: int) -> int:

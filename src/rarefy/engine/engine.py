@@ -119,7 +119,6 @@ class Engine:
         """What measuring the kernels took."""
         return self.report.measuring_seconds
 
-    @torch.compiler.disable
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Compute the model's output for these inputs, of any batch size (see ``batch``), without gradient.
 
@@ -129,6 +128,8 @@ class Engine:
         Raises TypeError for an input that is no tensor of the dtype compiled for, or is missing, ValueError for another
         shape.
         """
+        if torch.compiler.is_compiling():  # which finds no graph in here; without it the wrapper costs too much
+            return _uncompiled(self, inputs, named)
         return self.result(self.flat(self.tensors(inputs, named)))
 
     def tensors(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
@@ -275,6 +276,12 @@ class Engine:
         if self.batch is not None and given[:1] != port.shape[:1]:
             return ValueError(f"{what}: the model takes one batch size alone ({self._fixed_because})")
         return ValueError(f"{what}: the batch must not be empty")
+
+
+@torch.compiler.disable
+def _uncompiled(engine: Engine, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Call an engine from within code that is compiled."""
+    return engine.result(engine.flat(engine.tensors(inputs, named)))
 
 
 def plain(x: Tensor) -> Tensor:

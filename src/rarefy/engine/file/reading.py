@@ -60,6 +60,8 @@ def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) 
     where there is no native library; OSError for one that cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no engine {path}: engine.save(engine, path) writes one")
     with path.open("rb") as file:  # once: another file may be put in its place at any time
         size = os.fstat(file.fileno()).st_size
         if size < HEAD.size:
