@@ -67,10 +67,6 @@ class Band(SoftOnBudget, Exploring):
         alive = total(weight.count_nonzero()[None].double(), [layer.shard]) > 0
         return not is_restored(self.model, layer.key) and bool(alive)
 
-    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
-        """See :class:`Latent`: W^ + sign(W^) T."""
-        return used + self.threshold(bucket).to(used.dtype).copysign(used)
-
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where W lives and in the band, else 0."""
         return torch.where(self.live(bucket) | bucket.kept["explore"], grad, 0.0)
