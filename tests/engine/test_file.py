@@ -88,8 +88,9 @@ def test_what_comes_back_is_what_was_saved(saved):
         *(compiled.inputs, compiled.outputs),
         *(compiled.batch, compiled.threads),
     )
-    names = [row.name for row in compiled.profile(rounds=1).rows]
-    assert [row.name for row in again.profile(rounds=1).rows] == names
+    # What lies between the steps has no name, and no row where one call was as short as its steps.
+    names = [row.name for row in compiled.profile(rounds=1).rows if row.name]
+    assert [row.name for row in again.profile(rounds=1).rows if row.name] == names
     with pytest.raises(ValueError, match="the model takes 3 channels"):
         again(torch.zeros(1, 4, 16, 16))
 

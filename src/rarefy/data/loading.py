@@ -123,7 +123,7 @@ class Loader:
     def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
         """Give what the dataset makes of each request, in order."""
         self._given.requests = requests
-        return iter(self._loader)
+        yield from self._loader  # which holds this loader, and so its workers, for as long
 
 
 class _Given:
