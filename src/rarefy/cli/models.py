@@ -95,7 +95,8 @@ def calibration(file: Path | None, source: Source, example: Tensor) -> list[Tens
             raise ValueError("--precision int8 needs --calibration FILE.npy: some hundred examples of what it will see")
         return list(torch.split(_pictures_of(source.run, _CALIBRATION), _BATCH))
     try:
-        examples = torch.from_numpy(np.load(file, allow_pickle=False))
+        with file.open("rb") as opened:
+            examples = torch.from_numpy(np.load(opened, allow_pickle=False))
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"--calibration takes a file of numpy.save with float32 examples, {file} is none: {error}"
