@@ -384,7 +384,7 @@ def _call(kind: str, tensors: tuple[Tensor | None, ...], *options: Any) -> tuple
         return stepped
     transformed = _transformed()
     # torch.jit.trace records a second time without gradients, and compares
-    wanted = torch.is_grad_enabled() or torch.jit.is_tracing()
+    wanted = torch.is_grad_enabled() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     keep = transformed or (wanted and any(t is not None and t.requires_grad for t in tensors))
     way: Any
     if not (transformed or _eager(*tensors)):
