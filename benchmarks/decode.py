@@ -165,7 +165,16 @@ def tables(rows: Sequence[Mapping[str, str]]) -> str:
                                                           else ", dense")  # fmt: skip
         ratios = (f"{float(row[key]):.2f}" if row[key] else "" for key in ("against_int8", "against_bfloat16"))
         lines.append(
-            [row["cpu"], row["batch"], row["threads"], name, row["ms"], *ratios, row["weight_mb"], row["gb_s"]]
+            [
+                results.processor(row),
+                row["batch"],
+                row["threads"],
+                name,
+                row["ms"],
+                *ratios,
+                row["weight_mb"],
+                row["gb_s"],
+            ]
         )
     head = [
         "processor",
@@ -189,8 +198,8 @@ def main() -> None:
     if arguments.print:
         print(tables(results.read("decode")))
         return
-    cpu = results.provenance()["cpu"]
-    kept = [row for row in results.read("decode") if row["cpu"] != cpu]
+    here = results.processor(results.provenance())
+    kept = [row for row in results.read("decode") if results.processor(row) != here]
     rows: list[dict[str, Any]] = []
     others = peers()
     for batch, every in BATCHES.items():

@@ -322,7 +322,8 @@ def main() -> None:
         for row in rows:
             about = f"{row['runtime']:>14} {row['precision']:8} {row['ms']:9.3f} ms  {row['speedup']}"
             print(f"{cell!s:32}{about}  error {row['error']}  load {row['load']}", flush=True)
-        old = [r for r in results.read("engine") if (r["cell"], r["cpu"]) != (str(cell), rows[0]["cpu"])]
+        here = (str(cell), results.processor(rows[0]))
+        old = [row for row in results.read("engine") if (row["cell"], results.processor(row)) != here]
         results.write("engine", [*old, *rows])
     for worker in kept.values():
         worker.close()

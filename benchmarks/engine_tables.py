@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import results
+
 Row = Mapping[str, str]
 
 DENSE = ("onnxruntime", "openvino", "torch.compile")
@@ -204,12 +206,13 @@ def judged(rows: Sequence[Row]) -> str:
 
 def machines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each processor."""
-    return {cpu: [row for row in rows if row["cpu"] == cpu] for cpu in sorted({row["cpu"] for row in rows})}
+    names = sorted(set(map(results.processor, rows)))
+    return {name: [row for row in rows if results.processor(row) == name] for name in names}
 
 
 def tables(rows: Sequence[Row]) -> str:
     """All of them, machine by machine."""
     parts = [
-        (f"### {cpu}", speeds(own), precisions(own), judged(own), others(own)) for cpu, own in machines(rows).items()
+        (f"### {name}", speeds(own), precisions(own), judged(own), others(own)) for name, own in machines(rows).items()
     ]
     return "\n\n".join(line for part in parts for line in part if line)

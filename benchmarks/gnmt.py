@@ -136,20 +136,21 @@ def table(name: str) -> str:
     """Return the means over seeds, and how far a mode is from the exact one of the same seed, in Markdown."""
     runs: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in results.read(name):
-        key = tuple(row[each] for each in ("network", "longest", "device", "mode", "method", "target"))
+        place = results.processor(row) if row["device"] == row["cpu"] else row["device"]
+        key = (row["network"], row["longest"], place, row["mode"], row["method"], row["target"])
         runs.setdefault(key, {}).setdefault(row["seed"], []).append(row)
     lines = [["network", "device", "mode", "method", "steps", "seeds", "perplexity", "over exact", "BLEU"]]
-    for (network, longest, device, mode, method, target), seeds in runs.items():
+    for (network, longest, place, mode, method, target), seeds in runs.items():
         steps = min(int(each[-1]["step"]) for each in seeds.values())  # those of a run that was cut off, for all
 
         def at(found: dict[str, list[dict[str, str]]], seed: str, step: int = steps) -> float:
             return next(float(row["valid_perplexity"]) for row in found[seed] if int(row["step"]) == step)
 
-        exact = runs.get((network, longest, device, "exact", "dense", "0"), {})
+        exact = runs.get((network, longest, place, "exact", "dense", "0"), {})
         apart = [at(seeds, seed) - at(exact, seed) for seed in seeds if seed in exact and seeds is not exact]
         scores = [float(each[-1]["test_bleu"]) for each in seeds.values() if each[-1]["test_bleu"]]
         sparsity = "" if method == "dense" else f", {100 * float(target):.0f} %"
-        cells = [network, device, mode, f"{method}{sparsity}", str(steps)]
+        cells = [network, place, mode, f"{method}{sparsity}", str(steps)]
         cells += [str(len(seeds)), mean([at(seeds, seed) for seed in seeds], 2)]
         lines.append([*cells, mean(apart, 2) if apart else "", mean(scores, 1) if scores else ""])
     lines.insert(1, ["---"] * len(lines[0]))
@@ -227,7 +228,7 @@ def main() -> None:
         about = results.provenance()
         begun = [name for name in names if (given.folder / name / "metrics.jsonl").exists()]
         made = [row for name in begun for row in rows(name, given.folder / name, names[name], about)]
-        key = ("network", "longest", "mode", "method", "target", "seed", "device")
+        key = ("network", "longest", "mode", "method", "target", "seed", "device", "native_isa")
         again = {tuple(str(row[each]) for each in key) for row in made}
         kept: list[Any] = [row for row in results.read(given.name) if tuple(row[each] for each in key) not in again]
         if made:

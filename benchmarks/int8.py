@@ -90,8 +90,8 @@ def measure(cell: engine.Cell, workers: dict[engine.Runtime, engine.Worker], rou
 def tables(rows: Sequence[Mapping[str, str]]) -> str:
     """A table for each processor and instruction set."""
     parts = []
-    for machine in dict.fromkeys((row["cpu"], row["native_isa"]) for row in rows):
-        own = [row for row in rows if (row["cpu"], row["native_isa"]) == machine]
+    for machine in dict.fromkeys(map(results.processor, rows)):
+        own = [row for row in rows if results.processor(row) == machine]
         lines = []
         for name, goal in GOALS.items():
             found = {(row["runtime"], row["precision"]): row for row in own if row["cell"] == name}
@@ -106,7 +106,7 @@ def tables(rows: Sequence[Mapping[str, str]]) -> str:
             lines.append([network, batch, *times, engine_tables.times(best), shown])
         head = ["ms a batch", "batch", "rarefy, float32", "rarefy, int8", "OpenVINO, dense int8",
                 "onnxruntime, dense int8", "deepsparse, int8", "against the best dense int8", "goal"]  # fmt: skip
-        parts.append(f"### {machine[0]}, {machine[1]}\n\n{engine_tables.table(head, lines)}")
+        parts.append(f"### {machine}\n\n{engine_tables.table(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -131,8 +131,8 @@ def main() -> None:
         for row in rows:
             print(f"{cell!s:20}{row['runtime']:>12} {row['precision']:8} {row['ms']:9.3f} ms  {row['speedup']}  "
                   f"error {row['error']}  load {row['load']}", flush=True)  # fmt: skip
-        key = (rows[0]["cell"], rows[0]["cpu"], rows[0]["native_isa"])
-        old = [r for r in results.read("engine-int8") if (r["cell"], r["cpu"], r["native_isa"]) != key]
+        here = (rows[0]["cell"], results.processor(rows[0]))
+        old = [row for row in results.read("engine-int8") if (row["cell"], results.processor(row)) != here]
         results.write("engine-int8", [*old, *rows])
     for worker in kept.values():
         worker.close()

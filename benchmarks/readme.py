@@ -73,7 +73,9 @@ def rows() -> Iterator[tuple[str, str, str]]:
         "int8",
     )
     networks = [row for row in results.read("zoo") if zoo_tables.compiled(row)]
-    networks = [row for row in networks if row["cpu"] == networks[-1]["cpu"]]  # the processor measured last
+    networks = [
+        row for row in networks if results.processor(row) == results.processor(networks[-1])
+    ]  # the processor measured last
     means = [
         zoo_tables.geometric_mean([float(row[name]) for row in networks if row[name]])
         for name in ("speedup_1", "ort_speedup_1")

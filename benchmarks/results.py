@@ -40,6 +40,12 @@ def provenance(about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return {**columns, "commit": commit() if about is None else about["commit"], "command": command}
 
 
+def processor(row: Mapping[str, Any]) -> str:
+    """The processor of a row and the instructions that were used: a machine may show its guests fewer than it has."""
+    isa = row["native_isa"]
+    return f"{row['cpu'].removesuffix(' Processor')}, {'AVX-512' if isa.startswith('avx512') else isa.upper()}"
+
+
 def read(name: str) -> list[dict[str, str]]:
     """The rows of results/NAME.csv; none if it is not there."""
     path = FOLDER / f"{name}.csv"

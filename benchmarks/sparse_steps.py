@@ -229,13 +229,11 @@ def break_even(rows: Sequence[Mapping[str, str]]) -> str:
 
 def tables(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """The tables of docs/results/sparse-steps.md: whole steps on every processor, then each one's layers."""
-    processors = dict.fromkeys(map(processor, rows))
-    return [networks(rows), *itertools.chain(*(of_layers([r for r in rows if processor(r) == p]) for p in processors))]
-
-
-def processor(row: Mapping[str, str]) -> str:
-    """The processor, and which of its instructions were used: a machine may show its guests fewer than it has."""
-    return f"{row['cpu'].removesuffix(' Processor')}, {'AVX-512' if 'avx512' in row['native_isa'] else 'AVX2'}"
+    processors = dict.fromkeys(map(results.processor, rows))
+    return [
+        networks(rows),
+        *itertools.chain(*(of_layers([r for r in rows if results.processor(r) == p]) for p in processors)),
+    ]
 
 
 def networks(rows: Sequence[Mapping[str, str]]) -> str:
@@ -246,7 +244,7 @@ def networks(rows: Sequence[Mapping[str, str]]) -> str:
         name = {"resnet50": "ResNet-50, 224x224", "mlp": "MLP, three layers of 1,024"}[r["name"]]
         sparsity = f"{100 * (1 - float(r['density'])):g} %"
         times = (f"{float(r['dense_ms']):.0f} ms", f"{float(r['sparse_ms']):.0f} ms", f"{float(r['speedup']):.2f}")
-        lines.append([name, r["batch"], sparsity, processor(r), *times])
+        lines.append([name, r["batch"], sparsity, results.processor(r), *times])
     return markdown(lines)
 
 

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def run(corpus: Path, name: str, batch: int, beam: int, rounds: int) -> None:
     entries: dict[str, Network] = {"PyTorch": network(name, percents[0])}
     entries |= {f"engine, {percent} % zeros": CompiledGNMT(network(name, percent), threads=1) for percent in percents}
     part, about = {"network": name, "batch": str(batch), "beam": str(beam)}, results.provenance()
-    of_part = {**part, "cpu": about["cpu"]}
+    of_part = {**part, "cpu": about["cpu"], "native_isa": about["native_isa"]}
     rows: list[Any] = [row for row in results.read(NAME) if any(row[key] != of_part[key] for key in of_part)]
     found = measure(entries, given, beam, rounds)
     for entry, seconds in found.items():
@@ -92,7 +93,11 @@ def run(corpus: Path, name: str, batch: int, beam: int, rounds: int) -> None:
         )
         print(*row.values(), f"{rate} sentences/s, {gain} times PyTorch")
     names = list(NETWORKS)
-    rows.sort(key=lambda row: (row["cpu"], names.index(row["network"]), int(row["batch"]), int(row["beam"])))
+
+    def place(row: Mapping[str, str]) -> tuple[str, int, int, int]:
+        return results.processor(row), names.index(row["network"]), int(row["batch"]), int(row["beam"])
+
+    rows.sort(key=place)
     results.write(NAME, rows)
 
 
@@ -100,7 +105,7 @@ def table() -> str:
     """The measurements as Markdown: sentences a second, and how many times as many as PyTorch's."""
     found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in results.read(NAME):
-        found.setdefault((row["cpu"], row["network"], row["batch"], row["beam"]), {})[row["entry"]] = row
+        found.setdefault((results.processor(row), row["network"], row["batch"], row["beam"]), {})[row["entry"]] = row
     entries = list(dict.fromkeys(row["entry"] for row in results.read(NAME)))
     head = ("processor", "network", "sentences at once", "beam", *entries)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -99,7 +99,8 @@ def run(turns: int) -> None:
             row |= {"seconds": "", "tokens_per_s": "", "activation_share": "", "refused": refused[entry]}
         rows.append({**row, **about})
         print(*row.values())
-    results.write(NAME, [*(row for row in results.read(NAME) if row["cpu"] != about["cpu"]), *rows])
+    here = results.processor(about)
+    results.write(NAME, [*(row for row in results.read(NAME) if results.processor(row) != here), *rows])
 
 
 def table() -> str:
@@ -115,7 +116,7 @@ def table() -> str:
         if row["tokens_per_s"]:
             rate, share = float(row["tokens_per_s"]), float(row["activation_share"])
             figures = [f"{rate:.0f}", f"{rate / first:.2f}", f"{100 * share:.1f} %"]
-        lines.append([row["cpu"], name, row["dtype"], *figures])
+        lines.append([results.processor(row), name, row["dtype"], *figures])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -30,7 +30,6 @@ import torch
 
 import results
 import zoo_tables
-from rarefy import environment
 from zoo_networks import NETWORKS, Network
 
 HERE = Path(__file__).parent
@@ -113,11 +112,11 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"no such network: {', '.join(unknown)}; there is {', '.join(NETWORKS)}")
     torch.set_num_threads(1)
-    cpu, commit = environment.cpu_name(), results.commit()
+    here, commit = results.processor(results.provenance()), results.commit()
     for name in arguments.only:
         known: list[dict[str, Any]] = [{**dict.fromkeys(COLUMNS, ""), **row} for row in results.read("zoo")]
-        rows = {row["network"]: row for row in known if row["cpu"] == cpu}
-        others = [row for row in known if row["cpu"] != cpu]
+        rows = {row["network"]: row for row in known if results.processor(row) == here}
+        others = [row for row in known if results.processor(row) != here]
         old = rows.get(name)
         done = old is not None and old["commit"] == commit and (arguments.quick or bool(old["rounds"]))
         if done and not commit.endswith("-dirty") and not arguments.again:
@@ -126,7 +125,7 @@ def main() -> None:
         print(line_of(new), flush=True)
         rows[name] = new
         results.write("zoo", [*others, *(rows[each] for each in NETWORKS if each in rows)])
-    print(zoo_tables.summary([row for row in results.read("zoo") if row["cpu"] == cpu]))
+    print(zoo_tables.summary([row for row in results.read("zoo") if results.processor(row) == here]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import results
+
 Row = Mapping[str, str]
 
 #: A difference from PyTorch above this share of the largest output is named.
@@ -155,7 +157,7 @@ def table(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row]) -> str:
     """All of it, machine by machine."""
     parts = []
-    for cpu in sorted({row["cpu"] for row in rows}):
-        own = [row for row in rows if row["cpu"] == cpu]
-        parts.append(f"## {cpu}\n{summary(own)}\n\n{table(own)}")
+    for processor in sorted(set(map(results.processor, rows))):
+        own = [row for row in rows if results.processor(row) == processor]
+        parts.append(f"## {processor}\n{summary(own)}\n\n{table(own)}")
     return "\n\n".join(parts)

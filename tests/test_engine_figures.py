@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import engine_tables, results
+
+import engine_tables
+import results
 
 ROOT = Path(__file__).parents[1]
 ROWS = results.read("engine")
@@ -26,6 +28,7 @@ def row(cell: str, runtime: str, ms: float, speedup: float, **changes: str) -> d
         "speedup": str(speedup),
         "load": "0.5",
         "cpu": "a processor",
+        "native_isa": "avx2",
         **dict.fromkeys(("compile_seconds", "compile_cpu_seconds", "measuring_seconds"), "10"),
         **dict.fromkeys(("weight_mb", "scratch_mb"), "10"),
         "bound_mb": "20",
@@ -62,9 +65,12 @@ def test_every_target_is_judged() -> None:
 
 
 def test_the_tables_of_an_example() -> None:
-    other = [{**line, "cpu": "another"} for line in EXAMPLE]
+    other = [{**line, "native_isa": "avx512_vbmi2"} for line in EXAMPLE]
     text = engine_tables.tables([*EXAMPLE, *other])
-    assert [line for line in text.splitlines() if line.startswith("#")] == ["### a processor", "### another"]
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "### a processor, AVX-512",
+        "### a processor, AVX2",
+    ]
     assert "| ResNet-50, 90 % of each layer | 1 | 12.6 % | 12.0 | 37.0 | 36.0 | 45.0 | 36.0 | 2.99 | 2.40 |" in text
     assert "| 1 | OpenVINO, int8, dense | 9.00 | 0.75 |" in text
     assert text.count("| missed |") == 2 * 3

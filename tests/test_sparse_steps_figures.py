@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from benchmarks import results, sparse_steps
+
+import results
+import sparse_steps
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "sparse-steps.md"
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from benchmarks import act as figures
 
+import act as figures
 from rarefy.act.fit import shipped
 from rarefy.bench import act as bench
 from rarefy.cli import main

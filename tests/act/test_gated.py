@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import act_blocks, act_gated
 from torch import Tensor
 from torch.nn import functional as F
 
+import act_blocks
+import act_gated
 from rarefy import act, kernels
 from rarefy.act import gated, gradients
 from rarefy.act.kernels import slopes

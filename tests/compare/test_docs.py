@@ -6,7 +6,9 @@ import statistics
 from pathlib import Path
 
 import pytest
-from benchmarks import comparison, results
+
+import comparison
+import results
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "results" / "methods.md").read_text()
