@@ -162,6 +162,9 @@ def test_an_optimizer_without_a_schedule(tmp_path):
     whole = trainer(tmp_path, SparsifierCallback(make("autosparse", target=0.8)), **options)
     whole.train()
     assert whole.callback_handler.callbacks[-2].sparsifier.sparsity() == pytest.approx(0.8, abs=2e-3)
+    end = [parameter.clone() for parameter in whole.model.parameters()]
+    whole.evaluate()
+    assert all(torch.equal(a, b) for a, b in zip(end, whole.model.parameters(), strict=True))
     resumed = trainer(tmp_path, SparsifierCallback(make("autosparse", target=0.8)), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):

@@ -489,6 +489,33 @@ def test_an_optimizer_that_moves_the_weights_in_train_and_eval(case):
     assert not {"train", "eval"} & set(vars(optimizer))
 
 
+@pytest.mark.parametrize("case", EVERY)
+def test_the_end_takes_the_averages_of_an_optimizer_and_its_modes_keep_the_zeros(case):
+    def copied():
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    ends = []
+    for mode in ("eval", "train"):
+        model, optimizer, sparsifier = start(case, lambda parameters: ScheduleFree(parameters, lr=0.05))
+        for step in range(STEPS):
+            plain_step(model, optimizer, step)
+        getattr(optimizer, mode)()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sparsifier.finalize()
+        ends.append(copied())
+    assert_equal(*ends)
+    optimizer.eval()  # as its users are told to before they evaluate
+    assert_equal(copied(), ends[0])
+    for move in (optimizer.train, optimizer.eval):
+        move()
+        for layer in sparsifier.layers():
+            key = f"{layer.name}.weight"
+            assert torch.equal(model.state_dict()[key] == 0, ends[0][key] == 0), key
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, ends[0][name], rtol=1e-4, atol=1e-6)
+
+
 class Centralized(torch.optim.AdamW):
     """A subclass that calls super().step(), which is hooked too once an AdamW has been made."""
 

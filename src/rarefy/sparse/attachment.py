@@ -86,9 +86,8 @@ class Attachment:
                 self._wrap(each, "step", self._guard)
             else:  # a wrapper that never called Optimizer.__init__
                 self._wrap(each, "step", self._step)
-        for name in ("train", "eval"):  # schedule-free optimizers move the weights in these
-            if callable(getattr(optimizer, name, None)):
-                self._wrap(optimizer, name, self._move)
+        for name in ("train", "eval") if has_modes(optimizer) else ():
+            self._wrap(optimizer, name, self._move)
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -216,6 +215,11 @@ class _Gradients:
             if parameter.grad is grad and mine._version == version:
                 mine.detach().copy_(saved)
         self._saved, self._versions = [], []
+
+
+def has_modes(optimizer: object) -> bool:
+    """Whether it moves the weights in ``train()`` and ``eval()``, as schedule-free optimizers do."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def with_nested(optimizer: Optimizer) -> list[Optimizer]:

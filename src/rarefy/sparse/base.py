@@ -262,8 +262,9 @@ class Sparsifier(Method):
     def finalize(self, model: nn.Module | None = None) -> nn.Module:
         """Leave exact zeros in the trained model and return it; the sparsifier lets go of it and of the optimizers.
 
-        With a target the number of zeros is exact: the best weights whose cost fits the budget stay. Give ``model`` to
-        cut a copy of the trained model to the same mask instead (an exponential moving average, a deepcopy).
+        With a target the number of zeros is exact: the best weights whose cost fits the budget stay. Of a schedule-free
+        optimizer the averages are taken: it is in its ``eval()`` mode from here on. Give ``model`` to cut a copy of the
+        trained model to the same mask instead (an exponential moving average, a deepcopy).
 
         Raises:
             ValueError: weights that are not finite; a model given without one of the layers; called twice.
@@ -277,6 +278,9 @@ class Sparsifier(Method):
             for layer, parameter in zip(self._layers, copies, strict=True):
                 write_sparse(local(parameter.detach()), local(parameter.detach()), layer.local != 0)
             return given
+        averaging = [part.optimizer for part in self._parts if attachment.has_modes(part.optimizer)] if own else []
+        for optimizer in averaging:
+            optimizer.eval()  # type: ignore[attr-defined]
         if not self._build() and self._shown:
             resolve(self.model, self._layers)
             for bucket in self._moved(by_value=True):
@@ -297,6 +301,10 @@ class Sparsifier(Method):
         if before is not None:
             state.restore(self._buckets, before)
             return given
+        for layer, mask in zip(self._layers, masks, strict=True):
+            bucket, _ = self.where(layer)
+            if bucket.optimizer in averaging:  # its modes move the weights towards what it remembers
+                bucket.forget(layer, ~mask)
         self._detach()
         self._buckets, self._finalized = [], True
         self._places.clear()

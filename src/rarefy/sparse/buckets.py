@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rarefy.sparse.attachment import with_nested
 from rarefy.sparse.companion import Companion
-from rarefy.sparse.layers import Layer, dense_in_memory
+from rarefy.sparse.layers import Layer, dense_in_memory, local
 from rarefy.sparse.shards import total
 
 #: How many weights a bucket holds at most, unless a single layer has more: what is computed in passing is as large.
@@ -90,6 +90,13 @@ class Bucket:
         """Have what the method learns here stepped as the weights are, at this multiple of their learning rate."""
         if self.own and self.optimizer is not None and self.group is not None:
             self.companion = Companion(self.trainers, self.group, self.own, rate)
+
+    def forget(self, layer: Layer, where: Tensor) -> None:
+        """Set what the optimizers remember of a layer's weights to 0, where this mask says so."""
+        for optimizer in self.trainers:
+            for value in optimizer.state.get(layer.parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
+                    local(value).masked_fill_(where, 0.0)
 
     @property
     def maximized(self) -> bool:

@@ -19,7 +19,6 @@ from torch import Tensor
 from rarefy.kernels.thresholds import Masks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
-from rarefy.sparse.layers import local
 from rarefy.sparse.masks import block_expand, block_sum, count_all, random_scores, top_k_each
 
 
@@ -140,10 +139,7 @@ class Masked(Budgeted):
     def _forget(self, masks: Sequence[Tensor]) -> None:
         """The optimizer forgets what it knows of the weights that are masked, or come back, from here on."""
         for layer, old, new in zip(self._layers, self.kept("mask"), masks, strict=True):
-            for optimizer in self.where(layer)[0].trainers:
-                for value in optimizer.state.get(layer.parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
-                        local(value).masked_fill_(old ^ new, 0.0)
+            self.where(layer)[0].forget(layer, old ^ new)
 
     def _settle(self) -> list[Tensor]:
         masks = self.kept("mask")
