@@ -134,6 +134,30 @@ def test_it_is_the_same_as_a_loop_by_hand(tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.filterwarnings("ignore:(weights were changed outside|finalize.. after 24 of 24 steps goes):UserWarning")
+@pytest.mark.parametrize("method", ["gmp", "autosparse"])
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_an_average_that_another_callback_writes_at_the_end_has_the_zeros(tmp_path, method, kind):
+    options = {"swa_lrs": 1e-3, "swa_epoch_start": 1} if kind == "StochasticWeightAveraging" else {}
+    ends = []
+    for sparsifier_first in (True, False):
+        torch.manual_seed(0)
+        module, averaging = Module(), getattr(L.pytorch.callbacks, kind)(**options)
+        saving = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path)
+        callbacks = [callback_of(method), averaging][:: 1 if sparsifier_first else -1]
+        trainer = trainer_of(saving, *callbacks, enable_checkpointing=True)
+        trainer.fit(module, loader())
+        assert trainer.callbacks[-1] is saving
+        ends.append(module.state_dict())
+        assert sum(int((module.body[i].weight == 0).sum()) for i in (0, 2)) == int(0.8 * (20 * 64 + 64 * 5))
+    for name, end in ends[0].items():
+        assert torch.equal(end, ends[1][name]), name
+        if method == "gmp":
+            average = dict(averaging._average_model.named_parameters())
+            average = average.get(name, average.get(f"module.{name}"))
+            assert torch.equal(end, torch.where(end == 0, 0, average)), name
+
+
 def test_a_checkpoint_of_the_end_has_the_zeros_and_is_not_gone_on_from(tmp_path):
     module, _, trainer = fit(tmp_path, "gmp")
     trainer.save_checkpoint(tmp_path / "end.ckpt")

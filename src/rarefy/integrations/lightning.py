@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from rarefy.integrations._callback import Make, checked, made, whole_state
 from rarefy.sparse import Sparsifier
@@ -48,8 +49,16 @@ class SparsifierCallback(Callback):
         self._sparsity = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the checkpoint of an earlier call of the trainer; this one's is loaded next."""
+        """Forget the checkpoint of an earlier call of the trainer; this one's is loaded next.
+
+        The callback takes its turn after all others, which may write an average of the weights into the module when
+        training ends; those that save checkpoints stay the last.
+        """
         self._loaded = None
+        trainer.callbacks = sorted(  # type: ignore[attr-defined, unused-ignore]
+            trainer.callbacks,  # type: ignore[attr-defined, unused-ignore]
+            key=lambda callback: (isinstance(callback, Checkpoint), callback is self),
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what Lightning takes out of a checkpoint, before there are optimizers."""
