@@ -216,6 +216,14 @@ def test_a_training_without_an_end_is_refused(kind):
         trainer.fit(Module(), data)
 
 
+@pytest.mark.parametrize("method", sparse.names())
+def test_a_dry_run_ends_with_exact_zeros(method):
+    callback = callback_of(method)
+    trainer_of(callback, fast_dev_run=True).fit(Module(), loader())
+    assert callback.sparsifier.steps == 1
+    assert callback.sparsifier.sparsity() == pytest.approx(0.5 if method == "nm" else 0.8, abs=1e-3)
+
+
 def test_what_makes_no_sparsifier_is_refused():
     with pytest.raises(TypeError, match="must return the sparsifier, as lambda .*; it returned NoneType"):
         trainer_of(SparsifierCallback(lambda module, steps: None)).fit(Module(), loader())

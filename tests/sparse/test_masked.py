@@ -319,7 +319,11 @@ def test_blocks_of_four_live_and_die_together():
         ("mest", {"gradient_weight": -1.0}, "gradient_weight must be a finite number that is not negative"),
         ("granet", {"initial_density": 0.05}, "initial_density=0.05 must be above the target's density, 0.1"),
         ("acdc", {"final": 0.05}, "0 <= warmup < final < 1 must hold"),
-        ("acdc", {"phase": 0.001}, "phase must be a share of the run and last a step at least"),
+        (
+            "acdc",
+            {"phase": 0.001},
+            "phase must be a share of the run and last a step at least, got 0.001 of 100 steps: train 1000 or more",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_changed(method, options, message):

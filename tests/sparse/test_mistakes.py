@@ -81,6 +81,19 @@ def test_options(method, name):
         assert_equal(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("method", sparse.names())
+def test_too_few_steps_are_told_alike(method):
+    options = {} if method == "nm" else {"target": 0.8}
+    if "update_every" in sparse.options(method):
+        options["update_every"] = 5
+    least = sparse.create(method, mlp(), total_steps=20, **options).least_steps
+    if least > 1:
+        with pytest.raises(ValueError, match=f"^total_steps=1 is too few for the schedule of .*needs at least {least}"):
+            sparse.create(method, mlp(), total_steps=1, **options)
+    with pytest.raises(ValueError, match="^total_steps must be a positive whole number of optimizer steps, got None"):
+        sparse.create(method, mlp(), total_steps=None, **options)
+
+
 def test_a_model_that_is_none():
     with pytest.raises(ValueError, match="model must be a torch.nn.Module, got list"):
         gmp([1])

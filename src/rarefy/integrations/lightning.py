@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from rarefy.integrations._callback import Make, checked, made, whole_state
 from rarefy.sparse import Sparsifier
+
+#: The number of steps that a dry run (``fast_dev_run``) is taken for, which every schedule fits into.
+DRY_RUN = 100_000
 
 
 class SparsifierCallback(Callback):
@@ -29,7 +33,8 @@ class SparsifierCallback(Callback):
 
     The state is part of Lightning's checkpoints. "sparsity", in [0, 1], is logged in every step, and measured as often
     as the trainer logs. With several optimizers under manual optimization a step is over when each has stepped;
-    where that is not once a batch, let ``make`` use a number of steps of its own.
+    where that is not once a batch, let ``make`` use a number of steps of its own. A dry run (``fast_dev_run``) is taken
+    for the beginning of a long one, and ends with exact zeros too.
 
     Args:
         make: called with the module and the number of optimizer steps when training begins; gives the sparsifier.
@@ -66,7 +71,8 @@ class SparsifierCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the sparsifier, and attach it to the optimizers."""
-        steps = trainer.estimated_stepping_batches
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined, unused-ignore]
+        steps = DRY_RUN if dry else trainer.estimated_stepping_batches
         if not 0 < steps < math.inf:
             raise ValueError(
                 "the sparsifier needs to know when training ends: give the Trainer max_steps, or max_epochs and a "
@@ -94,7 +100,10 @@ class SparsifierCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave exact zeros in the module."""
         if self.sparsifier is not None:
-            self.sparsifier.finalize()
+            with warnings.catch_warnings():
+                if trainer.fast_dev_run:  # type: ignore[attr-defined, unused-ignore]
+                    warnings.filterwarnings("ignore", r"finalize\(\) after")  # how far it is from the target
+                self.sparsifier.finalize()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning puts into a checkpoint; nothing before training begins, and when it has ended."""

@@ -154,12 +154,12 @@ class Projected(Budgeted, Latent):
     ramp: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        _checks.update_every(self.update_every, self.total_steps)
         self.start = self.ramp[0] if self.start is None else self.start
         self.end = self.ramp[1] if self.end is None else self.end
         if (self.start, self.end) != (0.0, 0.0):
             _checks.ramp(self.start, self.end)
         super().__post_init__()
+        _checks.update_every(self.update_every, self.total_steps)
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:

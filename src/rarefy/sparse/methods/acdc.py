@@ -9,6 +9,7 @@ in shares of the run. In a compressed phase forward and both gradients are spars
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -50,17 +51,17 @@ class ACDC(Masked):
     takes_global = True
 
     def __post_init__(self) -> None:
-        total = _checks.whole("total_steps", self.total_steps, what="number of optimizer steps")
         if not 0.0 <= self.warmup < self.final < 1.0:
             raise ValueError(
                 f"0 <= warmup < final < 1 must hold, as shares of the run; got {self.warmup} and {self.final}"
             )
         _checks.fraction("phase", self.phase, zero=False, one=False)
-        if self.phase * total < 1.0:
-            raise ValueError(
-                f"phase must be a share of the run and last a step at least, got {self.phase} of {total} steps"
-            )
         super().__post_init__()
+        if self.phase * self.total_steps < 1.0:
+            raise ValueError(
+                f"phase must be a share of the run and last a step at least, got {self.phase} of {self.total_steps} "
+                f"steps: train {math.ceil(1.0 / self.phase)} or more, or give a longer phase"
+            )
         self._sparse = False
 
     def compressed(self) -> bool:

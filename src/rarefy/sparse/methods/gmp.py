@@ -53,9 +53,9 @@ class GMP(Masked):
     takes_global = True
 
     def __post_init__(self) -> None:
-        _checks.update_every(self.update_every, self.total_steps)
         _checks.ramp(self.start, self.end)
         super().__post_init__()
+        _checks.update_every(self.update_every, self.total_steps)
         self._every = self.update_every or self.interval
         self._initial_density = 1.0
 

@@ -66,10 +66,10 @@ class MEST(Masked):
         _checks.flag("soft", self.soft)
         _checks.number("gradient_weight", self.gradient_weight)
         _checks.whole("seed", self.seed, least=0)
-        _checks.update_every(self.update_every, self.total_steps)
         if self.moved is None:
             self.moved = 0.5 if self.soft else 0.2
         super().__post_init__()
+        _checks.update_every(self.update_every, self.total_steps)
         self._every = self.update_every or max(1, self.total_steps // 32)
         self._gradients: dict[str, Tensor] = {}
 

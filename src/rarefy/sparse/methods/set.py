@@ -55,13 +55,13 @@ class SET(Masked):
         _checks.fraction("drop_fraction", self.drop_fraction, zero=False, one=False)
         _checks.fraction("stop", self.stop, zero=False)
         _checks.whole("seed", self.seed, least=0)
+        super().__post_init__()
         _checks.update_every(self.update_every, self.total_steps)
         every = self.update_every or 1
         if every > self.stop * self.total_steps:
             raise ValueError(
                 f"update_every={every} leaves no update within {self.stop:.0%} of total_steps={self.total_steps}"
             )
-        super().__post_init__()
         self._every = self.update_every or self.interval
 
     def initial_masks(self) -> list[Tensor]:
