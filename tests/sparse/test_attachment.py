@@ -623,6 +623,9 @@ def test_a_wrapper_of_the_users_own_is_told_what_to_give():
         sparsifier.attach(Wrapper(optimizer))
     with pytest.raises(TypeError, match=r"got list; write attach\(\*optimizers\)"):
         sparsifier.attach([optimizer])
+    wrapper = type("ScheduleFreeWrapper", (), {"__module__": "schedulefree.wrap_schedulefree"})
+    with pytest.raises(TypeError, match="got ScheduleFreeWrapper; take one that .* such as AdamWScheduleFree or SGD"):
+        sparsifier.attach(wrapper())
     with pytest.raises(TypeError, match="takes the optimizers that train the model.*got NoneType"):
         sparsifier.attach(None)
     with pytest.raises(TypeError, match=r"got none: attach\(optimizer\)"):

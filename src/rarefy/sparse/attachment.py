@@ -58,6 +58,8 @@ def unwrapped(optimizer: Any) -> Optimizer:
             hint = "; write attach(*optimizers)"
         elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             hint = "; give the one that it wraps, its .optimizer"
+        elif package == "schedulefree":  # its wrapper averages outside the step of the optimizer that it holds
+            hint = "; take one that is schedule-free by itself, such as AdamWScheduleFree or SGDScheduleFree"
         raise TypeError(
             "attach() takes the optimizers that train the model, each a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}{hint}"
