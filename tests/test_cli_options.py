@@ -143,11 +143,18 @@ def test_paths_to_read(name: str, place: str | None, path: str, here: Path, caps
 
 def test_what_can_be_written_is_let_pass(here: Path) -> None:
     before = sorted(here.rglob("*"))
-    for path in (Path("new/folders/file.sv"), Path("file"), None):
+    for path in (Path("new/folders/file.sv"), Path("file"), Path("模" * 85), None):
         check_file(path, "--output")
     for path in (Path("new/folders"), Path("folder.json"), None):
         check_folder(path, "--run")
     assert sorted(here.rglob("*")) == before
+
+
+def test_a_name_that_no_file_can_have_is_refused(here: Path) -> None:
+    for check in (check_file, check_folder):
+        for path in (Path("模" * 86), Path("new", "模" * 86, "below")):
+            with pytest.raises(ValueError, match="--output must have names of at most 255 bytes, got one of 258"):
+                check(path, "--output")
 
 
 # Closed pipes and signals
