@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,11 +143,18 @@ def test_paths_to_read(name: str, place: str | None, path: str, here: Path, caps
 
 def test_what_can_be_written_is_let_pass(here: Path) -> None:
     before = sorted(here.rglob("*"))
-    for path in (Path("new/folders/file.sv"), Path("file"), None):
+    for path in (Path("new/folders/file.sv"), Path("file"), Path("模" * 85), None):
         check_file(path, "--output")
     for path in (Path("new/folders"), Path("folder.json"), None):
         check_folder(path, "--run")
     assert sorted(here.rglob("*")) == before
+
+
+def test_a_name_that_no_file_can_have_is_refused(here: Path) -> None:
+    for check in (check_file, check_folder):
+        for path in (Path("模" * 86), Path("new", "模" * 86, "below")):
+            with pytest.raises(ValueError, match="--output must have names of at most 255 bytes, got one of 258"):
+                check(path, "--output")
 
 
 # Closed pipes and signals
@@ -160,6 +168,46 @@ def test_a_reader_that_goes_away() -> None:
     os.close(writer)
     assert done.returncode == 1
     assert done.stderr == "rarefy: standard output was closed before everything was written\n"
+
+
+def ended(*words: str, **streams: Any) -> tuple[int, str]:
+    """Run the command in a process of its own; gives its status and what it says on standard error."""
+    command = [sys.executable, "-m", "rarefy.cli", *words]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **streams)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["rtl", "emit", "--help"]])
+def test_help_for_a_full_disk(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        assert ended(*words, stdout=full) == (1, "rarefy: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words", "message"),
+    [
+        ("stdin", [], "standard input is closed: name a FILE of text"),
+        ("stdout", ["file"], "standard output is closed: name an --output"),
+        ("stdout", ["file", "--json"], "standard output is closed: name an --output"),
+    ],
+)
+def test_translating_between_closed_streams(
+    stream: str, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["translate", "run", *words]) == 1
+    assert capsys.readouterr().err == f"rarefy: {message}\n"
+
+
+def test_what_is_told_goes_nowhere_else_where_standard_error_is_closed() -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "rarefy.cli", "table", "show", "nosuch"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+def test_ctrl_c_while_pytorch_is_imported(here: Path) -> None:
+    (here / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    assert ended("info") == (130, "rarefy: interrupted\n")
 
 
 #: Run by the Python inside the simulator when that starts: it says so, and holds the pipe open until it ends.

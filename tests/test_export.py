@@ -351,10 +351,19 @@ RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
         (["weights", "--to", "onnx", "--model", "resnet2", "--input", "1,28,28"], "did you mean 'resnet20'?"),
         (["weights", "--to", "onnx", "--model", "resnet20", "--input", "1,28,28"], "weights does not fit the network"),
         (["weights", "--to", "onnx", *RESNET, "--input", "1,28,x"], "--input must be sizes with commas"),
+        (
+            ["weights", "--to", "onnx", *RESNET, "--input", f"1,28,{'9' * 5000}"],
+            f"for example 3,224,224, got '1,28,{'9' * 74}\n",
+        ),
+        (["weights", "--to", "onnx", *RESNET, "--input", "1,99999999,99999999"], "of shape (1, 99999999, 99999999): "),
         (["weights", "--to", "onnx", *RESNET, "--input", "3,28,28"], "does not take inputs of shape (3, 28, 28)"),
         (["weights", "--to", "onnx", *RESNET, "--set", "widht=4", "--input", "1,28,28"], "did you mean 'width'?"),
         (["weights", "--to", "onnx", *RESNET, "--set", "width", "--input", "1,28,28"], "--set takes KEY=VALUE"),
         (["weights", "--to", "onnx", *RESNET, "--set", "width=a", "--input", "1,28,28"], "--set takes KEY=VALUE"),
+        (
+            ["weights", "--to", "onnx", *RESNET, "--set", f"width={'[' * 100_000}", "--input", "1,28,28"],
+            f"such as num_classes=10, got 'width={'[' * 73}\n",
+        ),
         (["run", "--to", "onnx", "--model", "resnet20"], "run says what its model is: leave --model and --set out"),
         (["run", "--to", "onnx", "--precision", "bfloat16"], "--to onnx writes float32 or int8, not bfloat16"),
         (["run", "--to", "safetensors", "--precision", "int8"], "--to safetensors writes float32, not int8"),
@@ -366,6 +375,7 @@ RESNET = ["--model", "resnet20", "--set", "width=4", "--set", "in_channels=1"]
             "takes a file of numpy.save with float32 examples",
         ),
         (["run", "--to", "engine", *INT8, "--calibration", "cut"], "takes a file of numpy.save with float32 examples"),
+        (["run", "--to", "engine", *INT8, "--calibration", "(("], "float32 examples, (( is none: "),
         (["run", "--to", "engine", *INT8, "--calibration", "few.npy"], "(2, 3, 28, 28) of float64"),
         (["weights", "--to", "safetensors", "--output", "weights"], "cannot write to weights, which is the weights"),
         (["weights", "--to", "safetensors", "--output", "run"], "cannot write to run, which is a folder"),
@@ -377,6 +387,7 @@ def test_what_cannot_be_exported(
     Path("text").write_text("nonsense " * 100)
     Path("empty").write_bytes(b"")
     Path("cut").write_bytes(b"PK\x03\x04abc")
+    Path("((").write_bytes(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16)
     Path("weights").write_bytes((run / "model.safetensors").read_bytes())
     Path("unfinished").mkdir()
     Path("unfinished/recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())

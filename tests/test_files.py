@@ -63,6 +63,16 @@ def test_permissions_are_those_of_a_plain_open(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "模" * 85, "é" * 127, "a" * 99 + "模" * 52, os.fsdecode(b"\xff" * 255)])
+def test_names_as_long_as_a_file_can_have(name: str, tmp_path: Path) -> None:
+    def text(partial: Path) -> None:
+        str(partial).encode()  # writers in other languages refuse what is no text
+        partial.write_text("all")
+
+    write_atomically(tmp_path / name, text)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "all")]
+
+
 def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
     def full(partial: Path) -> None:
         partial.write_text("half")

@@ -53,6 +53,21 @@ WRONG = {
     "half a block": change(["block"], [4]),
     "an empty list": change(["layers"], []),
     "precision": change(["precision"], "int4"),
+    "a huge number": change(["fixed"], 10**400),
+    "infinitely many weights": change(["layers", 0, "weights"], float("inf")),
+    "half a weight": change(["layers", 0, "weights"], 1.5),
+    "a true weight": change(["layers", 0, "weights"], True),
+    "too many weights": change(["layers", 0, "weights"], 1 << 53),
+    "no name": change(["layers", 0, "name"], None),
+    "text for densities": change(["layers", 0, "densities"], "01"),
+    "a true density": change(["layers", 0, "densities"], [0, 0.1, 0.6, True]),
+    "text for a number": change(["fixed"], "0.1"),
+    "an infinite block": change(["block"], [float("inf"), 1]),
+    "a huge block": change(["block"], [10**400, 1]),
+    "text for a block": change(["block"], "11"),
+    "three sides of a block": change(["block"], [1, 1, 1]),
+    "pairs about it": change(["about"], [["cpu", "none"]]),
+    "layers by name": change(["layers"], {"0": {}}),
 }
 
 
@@ -63,7 +78,13 @@ def test_another_file_is_refused(given, tmp_path):
         Latency.load(tmp_path / "a.json")
 
 
-def test_what_is_no_json_is_refused(tmp_path):
-    (tmp_path / "a.json").write_bytes(b"\xff{")
+def test_whole_numbers_are_seconds_and_densities_too():
+    given = change(["layers", 0, "densities"], [0, 0.1, 0.6, 1])
+    assert Latency.from_dict({**given, "fixed": 1}).seconds() == pytest.approx(1.0027)
+
+
+@pytest.mark.parametrize("text", [b"\xff{", b"[" * 100_000, b'{"fixed": 1' + b"0" * 5000 + b"}"])
+def test_what_is_no_json_is_refused(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"a.json is not a table of latencies"):
         Latency.load(tmp_path / "a.json")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,25 @@ def test_errors_name_the_nearest_right_one() -> None:
         models.create("fashion_cnn", width=8)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
         models.create("mobilenet_v1", width=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "why"),
+    [
+        ("resnet20", -1, r"Trying to create tensor with negative dimension -1: .*"),
+        ("resnet20", 10**20, r".*Overflow when unpacking .*"),
+        ("resnet20", "x", r".*"),
+        ("mobilenet_v1", math.inf, r"cannot convert float infinity to integer"),
+        ("mobilenet_v1", math.nan, r"width must be positive, got nan; .*"),
+    ],
+)
+def test_values_that_make_no_network_are_named_in_a_line(name: str, width: object, why: str) -> None:
+    with pytest.raises(ValueError, match="cannot be called") as caught:
+        models.create(name, width=width)
+    assert re.fullmatch(rf"{name} cannot be called with {{'width': {width!r}}}: {why}", str(caught.value))
+
+
+def test_long_values_are_cut_short() -> None:
+    with pytest.raises(ValueError, match="cannot be called") as caught:
+        models.create("resnet20", width=10**400)
+    assert len(str(caught.value)) < 500

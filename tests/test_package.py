@@ -121,9 +121,13 @@ def test_the_wheel_runs_on_other_machines_with_every_instruction_set(tmp_path, i
 
 
 IMPORTS = """
-import importlib, sys, torch
+import importlib, sys
+import rarefy, rarefy.cli
+assert "torch" not in sys.modules
+assert set(rarefy.__all__) <= set(dir(rarefy)), dir(rarefy)
+import torch
 before = set(sys.modules)
-import rarefy
+print(rarefy.AutoSparse, rarefy.cost.count, rarefy.kernels.table, rarefy.models.create)
 extras = {"accelerate", "matplotlib", "jinja2", "rich", "yaml", "tensorboard", "safetensors"}
 made = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not extras & made, extras & made
@@ -140,7 +144,7 @@ for room, missing in (("train", "accelerate"), ("report", "jinja2")):
 
 
 def test_what_importing_rarefy_imports_and_what_a_missing_extra_says():
-    """No extra, no compiler of PyTorch and no room that is not used is imported, and all are there by their names."""
+    """What is not used is not imported, no room, no extra and PyTorch neither, and all is there by its name."""
     out = run(sys.executable, "-c", IMPORTS).stdout
     for room, missing in (("train", "accelerate"), ("report", "jinja2")):
         assert f"rarefy.{room} needs {missing}: pip install 'rarefy[train]'" in out

@@ -13,16 +13,17 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from rarefy import cost, kernels, models, sparse
-from rarefy.sparse import STR, AutoSparse, LayerState, Sparsifier
-
 if TYPE_CHECKING:
-    from rarefy import act, engine, rtl
+    from rarefy import act, cost, engine, kernels, models, rtl, sparse
+    from rarefy.sparse import STR, AutoSparse, LayerState, Sparsifier
     from rarefy.sparse_files import load_sparse, save_sparse
 
-#: What is imported with its first use, so that ``import rarefy`` stays quick: rooms, and functions by their module.
-_ROOMS = ("act", "engine", "rtl")
-_LATER = {"load_sparse": "rarefy.sparse_files", "save_sparse": "rarefy.sparse_files"}
+#: Everything is imported with its first use: a command can tell what it does, and be interrupted, without PyTorch.
+_ROOMS = ("act", "cost", "engine", "kernels", "models", "rtl", "sparse")
+_OTHERS = {
+    **dict.fromkeys(("STR", "AutoSparse", "LayerState", "Sparsifier"), "rarefy.sparse"),
+    **dict.fromkeys(("load_sparse", "save_sparse"), "rarefy.sparse_files"),
+}
 
 __version__ = version("rarefy")
 
@@ -47,6 +48,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return import_module(f"rarefy.{name}")
-    if name not in _LATER:
+    if name not in _OTHERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    return getattr(import_module(_OTHERS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

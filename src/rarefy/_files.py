@@ -76,7 +76,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if target.exists() and not target.is_file():
             raise FileExistsError(17, "there is something else than a file", str(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        short = os.fsencode(target.name)[:100].decode(errors="ignore")  # file systems count bytes
+        beside = target.with_name(f".{short}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         partial = beside
         mode = (target if target.exists() else partial).stat().st_mode

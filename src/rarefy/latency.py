@@ -99,16 +99,17 @@ class Latency:
         try:
             layers = tuple(
                 LayerLatency(
-                    str(layer["name"]),
-                    int(layer["weights"]),
-                    tuple(float(density) for density in layer["densities"]),
-                    tuple(float(seconds) for seconds in layer["seconds"]),
+                    _of(str, layer["name"]),
+                    _whole(layer["weights"]),
+                    tuple(map(_number, _of((list, tuple), layer["densities"]))),
+                    tuple(map(_number, _of((list, tuple), layer["seconds"]))),
                 )
-                for layer in given["layers"]
+                for layer in _of((list, tuple), given["layers"])
             )
-            rows, columns = map(int, given["block"])
-            found = cls(layers, float(given["fixed"]), str(given["precision"]), (rows, columns), dict(given["about"]))
-        except (KeyError, TypeError, ValueError) as error:
+            rows, columns = map(_whole, _of((list, tuple), given["block"]))
+            precision, about = _of(str, given["precision"]), dict(_of(Mapping, given["about"]))
+            found = cls(layers, _number(given["fixed"]), precision, (rows, columns), about)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a table of latencies: {type(error).__name__}: {error}") from None
         if not layers or found.precision not in _PRECISIONS:
             raise ValueError(f"not a table of latencies: precision={found.precision!r} and {len(layers)} layers")
@@ -121,10 +122,8 @@ class Latency:
                     f"not a table of latencies: layer {layer.name!r} needs densities from 0 to 1 and as many seconds, "
                     f"both rising; got {layer.densities} and {layer.seconds}"
                 )
-            if layer.weights < 1:
-                raise ValueError(f"not a table of latencies: layer {layer.name!r} has {layer.weights} weights")
-        if not math.isfinite(found.fixed) or found.fixed < 0 or min(found.block) < 1:
-            raise ValueError(f"not a table of latencies: fixed={found.fixed}, block={found.block}")
+        if not math.isfinite(found.fixed) or found.fixed < 0:
+            raise ValueError(f"not a table of latencies: fixed={found.fixed}")
         return found
 
     def save(self, path: str | Path) -> None:
@@ -138,6 +137,23 @@ class Latency:
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.from_dict(given)
-        except ValueError as error:  # what is no text and no JSON, too
+        except (ValueError, RecursionError) as error:  # what is no text and no JSON, too
             why = str(error).removeprefix("not a table of latencies: ")
             raise ValueError(f"{path} is not a table of latencies: {why}") from None
+
+
+def _of(kinds: type | tuple[type, ...], value: Any) -> Any:
+    """The value, if it is of this kind. Raises TypeError for another; a truth value is no number."""
+    if isinstance(value, kinds) and not isinstance(value, bool):
+        return value
+    raise TypeError(f"there is {value!r:.80}")
+
+
+def _number(value: Any) -> float:
+    return float(_of((int, float), value))
+
+
+def _whole(value: Any) -> int:
+    if _of(int, value) not in range(1, 1 << 53):
+        raise ValueError(f"{value!r:.80} is not in [1, 2^53)")
+    return int(value)

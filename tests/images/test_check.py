@@ -1,5 +1,6 @@
 """`rarefy data check`: what a set of pictures holds, what is damaged in it, and by its exit code whether it is fit."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -71,6 +72,21 @@ def test_damaged_pictures_are_all_named(root, capsys):
     lines = told(capsys, root, 1)
     assert "  3 damaged:" in lines
     assert f"    {empty}: no picture of a known format" in lines
+
+
+def test_what_is_no_ordinary_file_is_damaged_and_not_waited_for(root, tmp_path, capsys):
+    pipe, link, shard = root / "train/red/pipe.jpg", root / "train/red/link.jpg", root / "test/0.tar"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/zero")
+    shard.parent.mkdir()
+    os.mkfifo(shard)
+    about = printed(capsys, "data", "check", str(root), status=1)
+    assert about["splits"]["train"]["damaged"] == dict.fromkeys((str(link), str(pipe)), "not an ordinary file")
+    assert about["splits"]["train"]["pictures"] == 14
+    assert (
+        f"{shard} is damaged or cut off after its beginning (not an ordinary file): fetch it again"
+        in (about["problems"])
+    )
 
 
 def test_many_damaged_pictures_are_listed_in_part(root, capsys):

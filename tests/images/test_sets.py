@@ -276,6 +276,10 @@ def test_names_of_long_paths_in_either_format(tmp_path):
         ({"a.jpg": ONE, "a.cls": b"cat"}, "a.cls must be a number (.cls), or JSON with a number 'label', got b'cat'"),
         ({"a.jpg": ONE, "a.cls": b"-1"}, "a.cls must give a class from 0 on, got -1"),
         ({"a.jpg": ONE, "a.json": b"[]"}, "a.json must be a number (.cls), or JSON with a number 'label', got b'[]'"),
+        (
+            {"a.jpg": ONE, "a.json": b'{"label": ' + b"[" * 100_000},
+            "a.json must be a number (.cls), or JSON with a number 'label', got b'{\"label\": [[",
+        ),
         ({"a.jpg": ONE, "a.json": b'{"label": "x"}'}, "a.json must give a class from 0 on, got 'x'"),
         ({"a.jpg": ONE, "a.json": b'{"label": true}'}, "a.json must give a class from 0 on, got True"),
         ({"a.jpg": ONE, "a.json": b'{"label": 1e300}'}, "a.json must give a class from 0 on, got 1e+300"),
@@ -297,6 +301,13 @@ def test_names_of_classes_too_few(tmp_path):
     assert found.problems == [f"{tmp_path}/{CLASSES} has 2 lines, and a picture has the class 2, counted from 0"]
     (tmp_path / "train" / CLASSES).write_text("cat\ndog\nbird\nfish\n")
     assert find(tmp_path, "train").classes == ("cat", "dog", "bird", "fish")
+
+
+def test_names_of_classes_that_are_no_text(tmp_path):
+    shard(tmp_path / "train" / "0.tar", {"a.jpg": ONE, "a.cls": b"1"})
+    (tmp_path / CLASSES).write_bytes(b"cat\nd\xf6g\n")
+    found = find(tmp_path, "train")
+    assert (found.classes, found.problems) == (("0", "1"), [f"{tmp_path}/{CLASSES} is not UTF-8 text"])
 
 
 def test_the_same_classes_in_another_order(root, tmp_path):
@@ -357,6 +368,33 @@ def test_shards_that_are_damaged_inside(three):
     assert len(found) == 1
     (line,) = found.problems
     assert f"{three} is damaged or cut off after 0.cls (" in line
+
+
+def header(kind: bytes, size: int, content: bytes = b"") -> bytes:
+    """A tar header of any size, and what follows it."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT) + content.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (header(b"x", 26, b"999999999999999999999 a=b\n"), "Python int too large to convert to C ssize_t"),
+        (header(b"x", 0)[:512] * 3000, ""),
+        (header(b"0", -1024), "it ends in x"),
+        (header(b"0", 1 << 62), "it ends in x"),
+        (header(b"L", 1 << 62), ""),
+    ],
+    ids=["pax", "deep", "backwards", "huge", "huge name"],
+)
+def test_headers_of_shards_that_lie(three, damage, why):
+    three.write_bytes(three.read_bytes()[:4608] + damage + three.read_bytes()[4608:])
+    found = find(three.parent.parent, "train")
+    assert (len(found), found.read(0)) == (1, bytes(3000))
+    (line,) = found.problems
+    assert line.startswith(f"{three} is damaged or cut off after 0.cls ({why}")
+    assert line.endswith("): fetch it again")
 
 
 @pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x1f\x8b" + bytes(1000)])

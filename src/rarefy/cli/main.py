@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rarefy.cli import bench, compare, data, export, info, options, plan, report, rtl, table, train, translate
 from rarefy.cli.outputs import NowhereToWriteError
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 for an error; 130 after Ctrl-C and 143 after SIGTERM (128 and the signal's number, as shells count). A call
     that cannot be understood exits with 2. Whatever goes wrong is told in one line on standard error.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = argparse.Namespace()
     try:
         with _ended_by_sigterm():
+            build_parser().parse_args(argv, arguments)
             _check_numbers(arguments)
             status = int(arguments.command(arguments))
             if sys.stdout is not None:
@@ -100,14 +101,19 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and that tells where its help cannot be written."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"rarefy: {' '.join(message.split())} (usage: {self.prog} --help)\n")
+        sys.exit(_told(f"{message} (usage: {self.prog} --help)", 2))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file, flush=True)  # argparse itself says nothing of a full disk
 
 
 def script() -> NoReturn:
     """The ``rarefy`` command of a shell: :func:`main`, then the end of the process with its status."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - print would take standard output for None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -122,7 +128,7 @@ def leave(status: int) -> NoReturn:
     """
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         sys.exit(status)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError):
             stream.flush()
     os._exit(status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import zipfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +76,9 @@ def network(arguments: argparse.Namespace, source: Source) -> tuple[nn.Module, T
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{source.weights} does not fit the network: {_short(str(error))}") from error
-    model, example = model.float().eval(), torch.zeros(1, *shape)
+    model.float().eval()
     try:
+        example = torch.zeros(1, *shape)
         with torch.no_grad():
             model(example)
     except RuntimeError as error:
@@ -97,7 +98,9 @@ def calibration(file: Path | None, source: Source, example: Tensor) -> list[Tens
     try:
         with file.open("rb") as opened:
             examples = torch.from_numpy(np.load(opened, allow_pickle=False))
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # there is no end to what NumPy stumbles over in a damaged header
         raise ValueError(
             f"--calibration takes a file of numpy.save with float32 examples, {file} is none: {error}"
         ) from error
@@ -153,8 +156,10 @@ def _pictures_of(run: Path, number: int) -> Tensor:
 def input_shape(text: str) -> tuple[int, ...]:
     """Read ``--input``: the sizes of one input; raises ValueError where it is none."""
     sizes = text.split(",")
-    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--input must be sizes with commas between them, for example 3,224,224, got {text!r}")
+    if not all(re.fullmatch(r"\s*0*[1-9]\d{0,8}\s*", size) for size in sizes):
+        raise ValueError(
+            f"--input must be sizes with commas between them, below 10^9, for example 3,224,224, got {text!r:.80}"
+        )
     return tuple(map(int, sizes))
 
 
@@ -165,10 +170,11 @@ def model_options(changes: list[str]) -> dict[str, Any]:
         key, equals, value = change.partition("=")
         try:
             options[key] = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"--set takes KEY=VALUE with a number, such as num_classes=10, got {change!r}") from error
+        except (ValueError, RecursionError) as error:
+            given = f"{change!r:.80}"
+            raise ValueError(f"--set takes KEY=VALUE with a number, such as num_classes=10, got {given}") from error
         if not equals or not key:
-            raise ValueError(f"--set takes KEY=VALUE, such as num_classes=10, got {change!r}")
+            raise ValueError(f"--set takes KEY=VALUE, such as num_classes=10, got {change!r:.80}")
     return options
 
 

@@ -11,7 +11,7 @@ class NowhereToWriteError(OSError):
     """The results would have no place: nothing was done yet."""
 
 
-_BESIDE = len("..partial")  # what write_atomically adds to a name while it writes
+_LONGEST = 255  # bytes that a file's name has at most
 
 
 def check_file(path: Path | None, option: str, ending: str | None = None) -> None:
@@ -25,6 +25,7 @@ def check_file(path: Path | None, option: str, ending: str | None = None) -> Non
         return
     if ending is not None and path.suffix != ending:
         raise ValueError(f"{option} must be a {ending} file, got {path}")
+    _check_names(path, option)
     if path.is_dir():
         raise NowhereToWriteError(f"{option} must be a file, and {path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
@@ -36,6 +37,7 @@ def check_folder(path: Path | None, option: str) -> None:
     """The same for a folder that results go into; one that is there must be writable."""
     if path is None:
         return
+    _check_names(path, option)
     if path.is_dir():
         _try(path, path, option)
     elif path.exists():
@@ -44,18 +46,22 @@ def check_folder(path: Path | None, option: str) -> None:
         _check_above(path, option)
 
 
-def _check_above(path: Path, option: str) -> None:
-    """Whether the folders up to ``path`` are there or can be made, and its name has a length that a file can have."""
+def _check_names(path: Path, option: str) -> None:
+    """Whether the names on the way to ``path`` are such as files can have."""
     if "\0" in str(path):
         raise ValueError(f"{option} must be a path, got {str(path)!r}")
+    longest = max(len(os.fsencode(part)) for part in path.parts or ("",))
+    if longest > _LONGEST:
+        raise ValueError(f"{option} must have names of at most {_LONGEST} bytes, got one of {longest}")
+
+
+def _check_above(path: Path, option: str) -> None:
+    """Whether the folders up to ``path`` are there or can be made."""
     above = path.absolute().parent
     while not above.exists():
         above = above.parent
     if not above.is_dir():
         raise NowhereToWriteError(f"{option} cannot be written: {above} on the way to {path} is not a folder")
-    longest = max(len(os.fsencode(part)) for part in path.parts or ("",))
-    if longest + _BESIDE > 255:
-        raise ValueError(f"{option} must have names of at most {255 - _BESIDE} bytes, got one of {longest}")
     _try(above, path, option)
 
 

@@ -50,6 +50,10 @@ def _translate(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.beam <= 1000:
         raise ValueError(f"--beam must be in [1, 1000], got {arguments.beam}")
     check_file(arguments.output, "--output")
+    if arguments.input is None and sys.stdin is None:
+        raise ValueError("standard input is closed: name a FILE of text")
+    if arguments.output is None and sys.stdout is None:
+        raise ValueError("standard output is closed: name an --output")
     translator = load_translator(arguments.run)
     if arguments.engine:
         translator = translator.compiled()

@@ -10,10 +10,12 @@ A set is indexed by number, in an order that is the same on every machine, and r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -128,8 +130,16 @@ class FolderImages(Images):
         return os.path.join(self.place, self.classes[self.labels[index]], self._names[index])
 
     def read(self, index: int) -> bytes:  # noqa: D102
-        with open(self.name(index), "rb", buffering=0) as file:
+        path = self.name(index)
+        _ordinary(path)
+        with open(path, "rb", buffering=0) as file:
             return file.readall()
+
+
+def _ordinary(path: str | Path) -> None:
+    """Raise OSError for what is no file: whoever opens a pipe waits for its writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
 
 
 def _below(folder: Path) -> Iterator[str]:
@@ -212,10 +222,11 @@ def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
     last = "its beginning"
     wrong: list[str] = []
     try:
+        _ordinary(shard)
         whole = shard.stat().st_size
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if member.offset_data + member.size > whole:
+                if not 0 <= member.size <= whole - member.offset_data:
                     raise tarfile.ReadError(f"it ends in {member.name}")
                 last = member.name
                 if not (member.isfile() or member.islnk()):
@@ -248,8 +259,8 @@ def _indexed(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
                 raise tarfile.ReadError("its end is missing")
             if block.strip(b"\0"):
                 raise tarfile.ReadError("what follows is no header")
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:  # there is no end to what tarfile stumbles over in a damaged header
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         wrong.append(f"{shard} is damaged or cut off after {last} ({reason}): fetch it again")
     labels: dict[str, int] = {}
     for key, (name, text) in {**told["json"], **told["cls"]}.items():  # what has both may tell of other things in JSON
@@ -264,7 +275,7 @@ def _label(content: bytes, ending: str) -> int:
     """Read a number from .cls, or the "label" of .json. Raises ValueError saying what is there."""
     try:
         value = int(content) if ending == "cls" else json.loads(content)["label"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"must be a number (.cls), or JSON with a number 'label', got {content[:60]!r}") from error
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 20:
         raise ValueError(f"must give a class from 0 on, got {value!r:.60}")
@@ -276,7 +287,11 @@ def _classes(folder: Path, labels: Sequence[int], problems: list[str]) -> list[s
     highest = max(labels, default=-1)
     for listed in (folder / CLASSES, folder.parent / CLASSES):
         if listed.is_file():
-            names = listed.read_text(encoding="utf-8").splitlines()
+            try:
+                names = listed.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError:
+                problems.append(f"{listed} is not UTF-8 text")
+                break
             if highest < len(names):
                 return names
             problems.append(f"{listed} has {len(names)} lines, and a picture has the class {highest}, counted from 0")
@@ -314,6 +329,7 @@ class HubImages(Images):
         picture = self._rows[int(self._numbers[index])][self._column]
         if picture["bytes"] is not None:
             return bytes(picture["bytes"])
+        _ordinary(picture["path"])
         return Path(picture["path"]).read_bytes()
 
 

@@ -74,8 +74,8 @@ def fitting(name: str, *, num_classes: int, in_channels: int) -> dict[str, int]:
 def create(name: str, **arguments: Any) -> nn.Module:
     """Make a freshly initialised network by its name; the options are the arguments of the function of that name.
 
-    Raises ValueError, naming the nearest right one, for a name or an option that does not exist, and for a function of
-    others that does not take the options or returns no module; ImportError where its package is not installed.
+    Raises ValueError, naming the nearest right one, for a name or an option that does not exist, and for a function
+    that does not take the options or, of others, returns no module; ImportError where its package is not installed.
     """
     known = options(name)
     for option in arguments:
@@ -83,8 +83,9 @@ def create(name: str, **arguments: Any) -> nn.Module:
             raise ValueError(unknown(f"option of model {name!r}:", option, known))
     try:
         made = _function(name)(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be called with {arguments or 'no options'}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]  # PyTorch's errors go on with a stack of C++
+        raise ValueError(f"{name} cannot be called with {arguments or 'no options'!s:.200}: {why:.400}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module, got {type(made).__name__}")
     return made
