@@ -11,6 +11,9 @@ import yaml
 #: Characters and entries of a text, every alias written out.
 _LARGEST = 1 << 20
 
+#: Digits of a whole number, in any base: every float holds it, and Python writes it.
+_DIGITS = 200
+
 #: What PyYAML raises for text that is none: a tag that does not fit its node ends in Python's own errors.
 _NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
@@ -32,7 +35,15 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, which takes the last of keys that stand twice, without that."""
+    """PyYAML's, which takes the last of keys that stand twice and numbers of any length, without that."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _DIGITS:
+            mark = node.start_mark
+            begun = (mark.buffer or "")[mark.pointer - mark.column : mark.pointer + 20]
+            raise ValueError(f"line {mark.line + 1}, {begun!r}..., has a number of more than {_DIGITS} digits")
+        value: int = super().construct_yaml_int(node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         known = []
@@ -42,6 +53,9 @@ class _Loader(yaml.SafeLoader):
             known.append(name)
         made: dict[Any, Any] = super().construct_mapping(node, deep)
         return made
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _parsed(text: str) -> Any:

@@ -203,6 +203,78 @@ def test_the_command(tmp_path, capsys):
     assert "no run of the comparison is finished yet" in message
 
 
+@pytest.mark.parametrize("html", ["x", "./x", "below/../x", "link"])
+def test_table_and_page_are_two_files(html, tmp_path, monkeypatch, capsys):
+    path = comparison(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("below").mkdir()
+    Path("x").write_text("before")
+    Path("link").symlink_to("x")
+    message = refused(capsys, "compare", str(path), "--run", "runs", "--csv", "x", "--html", html)
+    assert f"--csv and --html must be two files, got x and {Path(html)}" in message
+    assert Path("x").read_text() == "before"
+    assert not Path("runs").exists()
+    message = refused(capsys, "compare", str(path), "--run", "runs", "--csv", "runs/compare.html")
+    assert "--csv and --html must be two files, got runs/compare.html and runs/compare.html" in message
+
+
+SUMMARY = {
+    "test_accuracy": 0.875,
+    "sparsity": 0.8,
+    "inference_flops_ratio": 0.25,
+    "training_flops_ratio": 0.5,
+    "seconds": 12.34,
+    "model": "fashion_cnn",
+    "epochs": 3,
+    "layers": [{"name": "conv1", "density": 0.2}],
+}
+ABOUT = dict.fromkeys(("cpu", "native_isa", "torch", "rarefy", "python", "date"), "some")
+ABOUT |= {"device": "cuda:0", "gpu": "a GPU"}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The comparison of one run, and the folder of that run, which has finished."""
+    path = comparison(tmp_path, methods={"dense": {"name": "dense"}})
+    folder = tmp_path / "runs" / "dense_seed0"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    (folder / "environment.json").write_text(json.dumps(ABOUT))
+    return path, folder
+
+
+def test_a_row_says_what_the_run_said(finished):
+    path, folder = finished
+    (row,) = rows(load(path), folder.parent)
+    numbers = {"test_accuracy": 87.5, "sparsity": 0.8, "inference_flops": 0.25, "training_flops": 0.5, "seconds": 12.3}
+    said = {"model": "fashion_cnn", "epochs": 3, "layer_densities": '{"conv1": 0.2}', "cpu": "some", "device": "a GPU"}
+    assert {**row, **numbers, **said} == row
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("summary.json", "", "not JSON"),
+        ("summary.json", "[" * 100_000, "not JSON"),
+        ("summary.json", "5", "expected a JSON object, got 5"),
+        ("summary.json", "{}", "test_accuracy is missing"),
+        ("summary.json", json.dumps({**SUMMARY, "sparsity": float("nan")}), "sparsity must be a number, got nan"),
+        ("summary.json", json.dumps({**SUMMARY, "layers": [{"name": "a"}]}), "layers[0]: density is missing"),
+        ("environment.json", "", "not JSON"),
+        ("environment.json", "{}", "cpu is missing"),
+        ("environment.json", json.dumps({**ABOUT, "device": 5}), "device must be text, got 5"),
+    ],
+    ids=lambda part: part[:20],
+)
+def test_a_damaged_file_of_a_finished_run_is_named_before_others_run(file, text, message, finished, capsys):
+    path, folder = finished
+    (folder / file).write_text(text)
+    for words in (["--write-only"], []):
+        said = refused(capsys, "compare", str(path), "--run", str(folder.parent), *words)
+        assert said.startswith(f"rarefy: {folder / file}: {message}")
+        assert said.endswith(f"; delete {folder / 'summary.json'}, and rarefy compare does that run again\n")
+
+
 def test_means_and_intervals():
     row = {"label": "a", "target": 0.9, "sparsity": 0.9, "inference_flops": 0.1, "training_flops": 0.5, "seconds": 9}
     content = [{**row, "test_accuracy": accuracy} for accuracy in (88.0, 89.0, 90.0)]

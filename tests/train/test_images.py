@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rarefy.data import images, loading
 from rarefy.train import Recipe, TrainingInterruptedError, parse, prepare
 from rarefy.train import image_batches as batches_module
 from rarefy.train.image_batches import HeldOut, ImageBatches, normalise
+from rarefy.train.images import class_names
 from rarefy.train.recipe import Images as Data
 from rarefy.train.run import Run
 from tests.cli import printed, refused
@@ -276,6 +278,50 @@ def test_half_a_line_of_what_was_damaged(root, tmp_path):
         "/a.png",
         str(root / "train" / "red" / "000.jpg"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("data.json", "", "data.json: not JSON .*; put the file back, or start a new run"),
+        ("data.json", "[" * 100_000, "data.json: not JSON .*; put the file back, or start a new run"),
+        ("data.json", "5", "data.json: expected a JSON object, got 5; put the file back"),
+        ("damaged.jsonl", "x\n", "damaged.jsonl, line 1: not JSON .*; delete that line"),
+        (
+            "damaged.jsonl",
+            '["/a.png", "gone"]\n5\n',
+            "line 2: expected a picture's path and what is wrong, got 5; d",
+        ),
+        ("damaged.jsonl", "[]\n", "line 1: expected a picture's path and what is wrong, got "),
+        ("damaged.jsonl", "{}\n", "line 1: expected a picture's path and what is wrong, got {}"),
+        ("damaged.jsonl", '[["/a.png"], "gone"]\n', "line 1: expected a picture's path and what is wrong"),
+    ],
+    ids=lambda part: part[:20],
+)
+def test_damaged_files_beside_a_checkpoint_are_named(file, text, message, root, tmp_path):
+    made = recipe(root)
+    with pytest.raises(TrainingInterruptedError):
+        prepare(made, tmp_path / "run").train(stop_at(1))
+    (tmp_path / "run" / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        prepare(made, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "classes must be a list of texts, got None"),
+        ('{"classes": 5}', "classes must be a list of texts, got 5"),
+        ('{"classes": [5]}', "classes must be a list of texts, got [5]"),
+    ],
+)
+def test_classes_that_are_none_are_named(text, message, tmp_path):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        class_names(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'data.json'}: ")
+    assert str(caught.value).endswith("; put back what the run wrote")
 
 
 def test_the_run_is_exported_and_measured(root, tmp_path, capsys):

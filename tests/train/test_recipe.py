@@ -1,5 +1,6 @@
 """Whatever is wrong in a recipe is named, with what would be right, before anything starts."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,18 @@ def test_a_misspelt_name_gets_the_nearest_right_one(changes: dict[str, Any], mes
         ({"compile": True, "shard": True}, "compile must be false with shard: true, got True"),
         ({"compile": True, "accelerate": True, "method": {"name": "set"}}, "compile must be false with accelerate: tr"),
         ({"threads": 0}, "threads must be in [1, 1024], or null, got 0"),
+        ({"model": {"name": "resnet20", "width": 1 << 21}}, "model.width must be at most 1048576, got 2097152"),
+        ({"model": {"name": "mobilenet_v1", "width": 1e300}}, "model.width must be at most 1048576, got 1e+300"),
+        # Of more digits than Python writes.
+        ({"seed": 1 << 20000}, "seed must be below 2^31, got a number of thousands of digits"),
+        ({"optimizer": {"lr": 1 << 20000}}, "optimizer.lr must be a number, got a number of thousands of digits"),
+        ({"schedule": 1 << 20000}, "schedule must be a mapping of keys, got a number of thousands of digits"),
+        # Before anything is measured.
+        ({"method": {"name": "gmp", "target_ms": -1}}, "target_ms must be a finite number above 0, got -1.0"),
+        ({"method": {"name": "gmp", "target_ms": 0}}, "target_ms must be a finite number above 0, got 0.0"),
+        ({"method": {"name": "str", "target_ms": float("nan")}}, "target_ms must be a finite number above 0, got nan"),
+        ({"method": {"name": "gmp", "target": 0.9, "target_ms": 1}}, "not both target and target_ms"),
+        ({"method": {"name": "gmp", "target": 1}}, "target must be in (0, 1), got 1.0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_right(changes: dict[str, Any], message: str) -> None:
@@ -135,6 +148,28 @@ def test_a_wrong_value_is_named_with_what_is_right(changes: dict[str, Any], mess
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         parse(wrong)
     assert message in str(caught.value)
+
+
+def test_layers_of_a_translator_have_an_end() -> None:
+    data = {"name": "translation", "folder": "x"}
+
+    def layers(count: int) -> Any:
+        return parse({"name": "x", "model": {"name": "gnmt", "num_layers": count}, "data": data}).model.options
+
+    assert layers(1000) == {"num_layers": 1000}
+    with pytest.raises(ValueError, match="model.num_layers must be at most 1000, got 100000000"):
+        layers(100_000_000)
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "9" * 201, "-" + "0" * 5000, "1" + ":59" * 9000])
+def test_numbers_of_endless_digits_are_named(number: str, tmp_path: Path) -> None:
+    path = written(tmp_path, f"model: {{name: fashion_cnn}}\nseed: {number}\n")
+    message = re.escape(f"is not valid YAML: line 2, 'seed: {number[:20]}'..., has a number of more than 200 digits")
+    with pytest.raises(ValueError, match=f"{path} {message}"):
+        load(path)
+    with pytest.raises(ValueError, match=r"^--set optimizer.lr=.* has a number of more than 200 digits"):
+        load(written(tmp_path), [f"optimizer.lr={number}"])
+    assert load(written(tmp_path), ["optimizer.lr=0x" + "0" * 197 + "2"]).optimizer.lr == 2.0
 
 
 def test_what_a_recipe_must_have() -> None:

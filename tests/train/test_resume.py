@@ -178,6 +178,86 @@ def test_something_else_saved_by_torch_is_no_checkpoint(stopped: Path) -> None:
         Classification(recipe(**AUTOSPARSE), stopped, resume=True)
 
 
+WRONG = [
+    ("step", None),
+    ("step", -1),
+    ("step", STEPS + 1),
+    ("processes", 0),
+    ("seconds", None),
+    ("seconds", float("nan")),
+    ("seconds_saved", "x"),
+    ("best", "x"),
+    ("losses", None),
+    ("losses", torch.tensor(1.0)),
+    ("recipe", {}),
+    ("model", None),
+    ("model", {}),
+    ("optimizer", {}),
+    ("sparsifier", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=lambda part: str(part)[:20])
+def test_a_checkpoint_with_something_else_in_it_is_refused(key: str, value: Any, stopped: Path) -> None:
+    path = stopped / "checkpoints" / "last.pt"
+    torch.save({**torch.load(path, weights_only=True), key: value}, path)
+    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"last.pt is cut off, altered or not a checkpoint of a run.*; delete it"):
+        Classification(recipe(**AUTOSPARSE), stopped, resume=True)
+    assert {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()} == before
+
+
+def test_an_optimizer_that_forgot_or_has_another_shape_is_refused(stopped: Path) -> None:
+    path = stopped / "checkpoints" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    whole = saved["optimizer"]["state"]
+    saved["optimizer"]["state"] = {}
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=r"not a checkpoint of a run \(the optimizer remembers nothing\); delete it"):
+        Classification(recipe(**AUTOSPARSE), stopped, resume=True)
+    momentum = whole[0]["momentum_buffer"]
+    saved["optimizer"]["state"] = {**whole, 0: {"momentum_buffer": momentum[:1]}}
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=r"momentum_buffer has the shape \[1, .*, and its parameter \["):
+        Classification(recipe(**AUTOSPARSE), stopped, resume=True)
+
+
+def test_without_momentum_there_is_nothing_to_remember(tmp_path: Path) -> None:
+    made = recipe(optimizer={"momentum": 0.0})
+    with pytest.raises(TrainingInterruptedError):
+        Classification(made, tmp_path).train(stop_at(7))
+    assert not torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert Classification(made, tmp_path, resume=True).step == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ("5", "line 2: expected a JSON object, got 5"),
+        ("{}", "line 2: step is missing"),
+        ('{"step": null}', "line 2: step is missing"),
+        ('{"step": "1"}', "line 2: step must be a number, got '1'"),
+        (
+            '{"step": 3, "layers": [{"name": "a", "density": 1}]}',
+            r"line 2: layers\[0\]: weight_grad_density is missing",
+        ),
+    ],
+    ids=lambda part: part[:20],
+)
+def test_damaged_metrics_are_named_before_anything_is_done(line: str, message: str, stopped: Path) -> None:
+    path = stopped / "metrics.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(f"{first}\n{line}\n{rest}")
+    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=rf"metrics.jsonl, {message}.*; delete that line to go on without it"):
+        Classification(recipe(**AUTOSPARSE), stopped, resume=True)
+    assert {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()} == before
+    path.write_text(f"{first}\n{rest}")
+    assert Classification(recipe(**AUTOSPARSE), stopped, resume=True).train()["steps"] == STEPS
+
+
 def test_the_best_checkpoint_stands_in_for_a_damaged_last(tmp_path: Path) -> None:
     run(recipe(), tmp_path / "whole")
     with pytest.raises(TrainingInterruptedError):

@@ -12,16 +12,17 @@ from rarefy.train.run_folder import RunFolder
 
 def test_an_error_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    names = ("total_steps", "processes", "seconds", "best", "losses", "recipe", "model", "optimizer", "sparsifier")
-    tensors = dict.fromkeys((*names, "scaler", "average"))
-    folder.save("last", {"step": 1, **tensors})
+    known = {"total_steps": 9, "processes": 1, "seconds": 0.5, "losses": torch.zeros(0), "recipe": {"data": {}}}
+    unknown = dict.fromkeys(("seconds_saved", "best", "sparsifier", "scaler", "average"))
+    rest = {**known, **unknown, "model": {}, "optimizer": {}}
+    folder.save("last", {"step": 1, **rest})
 
     class Unsaveable:
         def __reduce__(self) -> str:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        folder.save("last", {"step": 2, "big": torch.zeros(1000), **tensors, "model": Unsaveable()})
+        folder.save("last", {"step": 2, "big": torch.zeros(1000), **rest, "model": Unsaveable()})
     state = folder.load("last")
     assert state is not None
     assert state["step"] == 1

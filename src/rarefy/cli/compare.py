@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -49,8 +50,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
     check_folder(folder, "--run")
-    check_file(arguments.csv or folder / "compare.csv", "--csv")
-    check_file(arguments.html or folder / "compare.html", "--html")
+    table, shown = arguments.csv or folder / "compare.csv", arguments.html or folder / "compare.html"
+    check_file(table, "--csv")
+    check_file(shown, "--html")
+    if os.path.realpath(table) == os.path.realpath(shown):
+        raise ValueError(f"--csv and --html must be two files, got {table} and {shown}")
+    rows(comparison, folder)  # what is finished is whole, or nothing more is run
     failed: dict[str, str] = {}
     if not arguments.write_only:
         began = time.monotonic()
@@ -70,7 +75,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     page = write(comparison, folder, csv=arguments.csv, html=arguments.html)
     found = means(rows(comparison, folder))
     if arguments.json:
-        about: dict[str, Any] = {"html": str(page), "csv": str(arguments.csv or folder / "compare.csv")}
+        about: dict[str, Any] = {"html": str(page), "csv": str(table)}
         content = [{**vars(mean), "interval": None if mean.runs == 1 else mean.interval} for mean in found]
         print(json.dumps({**about, "failed": failed, "means": content}))
     else:

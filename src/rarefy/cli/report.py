@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rarefy.cli import options
 from rarefy.cli.outputs import check_file
+
+if TYPE_CHECKING:
+    from rarefy.report.run import Summary
+
+_LATENCY = "{:.3g} ms measured, {:.3g} ms by the table, {:.3g} ms asked for (one thread)"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,41 +40,47 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def print_summary(folder: Path, page: Path, baseline: Path | None) -> None:
-    """Print what a finished run came to, read from its folder; an unfinished one has only its page."""
-    summary, dense = _summary(folder), None if baseline is None else _summary(baseline)
-    rows = [("report", str(page))]
-    if summary is not None:
+    """Print what a finished run came to, as far as its summary knows; an unfinished one has only its page."""
+    from rarefy import report
+
+    run = report.load(folder)
+    dense = None if baseline is None else report.load(baseline).summary
+    rows: list[tuple[str, str | None]] = [("report", str(page))]
+    if (summary := run.summary) is not None:
         rows[:0] = [
             *_quality(summary),
             *([("of the baseline", _quality(dense)[0][1])] if dense is not None else []),
-            ("sparsity", f"{100 * summary['sparsity']:.2f} %"),
-            ("nonzero weights", f"{summary['nonzeros']:,} of {summary['parameters']:,}"),
-            ("inference FLOPs", f"{100 * summary['inference_flops_ratio']:.1f} % of dense (counted, MACs)"),
-            ("training FLOPs", f"{100 * summary['training_flops_ratio']:.1f} % of dense (counted)"),
-            *([("latency", _latency(summary))] if summary.get("latency_ms") is not None else []),
-            ("training time", f"{summary['seconds']:.0f} s"),
+            ("sparsity", _percent(summary.sparsity, 2)),
+            ("nonzero weights", _told("{:,} of {:,}", summary.nonzeros, summary.parameters)),
+            ("inference FLOPs", _told("{} of dense (counted, MACs)", _percent(summary.inference_flops_ratio, 1))),
+            ("training FLOPs", _told("{} of dense (counted)", _percent(summary.training_flops_ratio, 1))),
+            ("latency", _told(_LATENCY, summary.measured_ms, summary.latency_ms, run.target)),
+            ("training time", _told("{:.0f} s", summary.seconds)),
             ("model", str(folder / "model.safetensors")),
         ]
     for name, value in rows:
-        print(f"{name:>16}  {value}")
+        if value is not None:
+            print(f"{name:>16}  {value}")
 
 
-def _quality(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _told(form: str, *values: float | str | None) -> str | None:
+    """The values in this form; None where one is not known."""
+    return None if None in values else form.format(*values)
+
+
+def _percent(share: float | None, digits: int) -> str | None:
+    return None if share is None else f"{100 * share:.{digits}f} %"
+
+
+def _quality(summary: Summary) -> list[tuple[str, str | None]]:
     """How well the model does its task, the most telling first."""
-    if "test_bleu" in summary:
+    if summary.test_bleu is not None:
+        signature = "" if summary.bleu_signature is None else f" ({summary.bleu_signature})"
         return [
-            ("test BLEU", f"{summary['test_bleu']:.2f} ({summary['bleu_signature']})"),
-            ("perplexity", f"{summary['valid_perplexity']:.2f} on the validation set"),
+            ("test BLEU", f"{summary.test_bleu:.2f}{signature}"),
+            ("perplexity", _told("{:.2f} on the validation set", summary.valid_perplexity)),
         ]
-    top5 = [("top-5 accuracy", f"{100 * summary['test_top5']:.2f} %")] if "test_top5" in summary else []
-    return [("test accuracy", f"{100 * summary['test_accuracy']:.2f} %"), *top5]
-
-
-def _latency(summary: dict[str, Any]) -> str:
-    measured, planned, target = summary["measured_ms"], summary["latency_ms"], summary["target"]
-    return f"{measured:.3g} ms measured, {planned:.3g} ms by the table, {target:.3g} ms asked for (one thread)"
-
-
-def _summary(folder: Path) -> dict[str, Any] | None:
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return [
+        ("test accuracy", _percent(summary.test_accuracy, 2)),
+        ("top-5 accuracy", _percent(summary.test_top5, 2)),
+    ]

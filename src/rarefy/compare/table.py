@@ -12,12 +12,44 @@ from pathlib import Path
 from typing import Any
 
 from rarefy import _files, sparse
+from rarefy._json import read_fields
 from rarefy.compare.plan import BUDGETS, Comparison, Job
 
 #: Two-sided 95 % quantiles of Student's t distribution by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
-_ABOUT = ("cpu", "native_isa", "torch", "rarefy", "python", "date")
+
+@dataclass(frozen=True)
+class _Finished:
+    """What the table takes of a run's summary."""
+
+    test_accuracy: float
+    sparsity: float
+    inference_flops_ratio: float
+    training_flops_ratio: float
+    seconds: float
+    model: str
+    epochs: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    density: float
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the table takes of a run's environment."""
+
+    cpu: str
+    native_isa: str
+    torch: str
+    rarefy: str
+    python: str
+    date: str
+    device: str
+    gpu: str | None
 
 
 def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
@@ -27,14 +59,19 @@ def rows(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
     dense network's; ``training_flops_convention`` says what the method's weight gradient is counted at;
     ``layer_densities`` is JSON; ``budget`` says what ``target`` is of, and ``device`` what trained: "cpu", or the
     GPU's name.
+
+    Raises ValueError, naming the file, where one of a finished run is damaged.
     """
     finished = [job for job in comparison.jobs if (folder / job.folder / "summary.json").is_file()]
     return [_row(job, folder / job.folder, comparison) for job in finished]
 
 
 def _row(job: Job, path: Path, comparison: Comparison) -> dict[str, Any]:
-    summary = json.loads((path / "summary.json").read_text())
-    about = json.loads((path / "environment.json").read_text())
+    advice = f"delete {path / 'summary.json'}, and rarefy compare does that run again"
+    fields = read_fields(path / "summary.json", advice)
+    summary = fields.read(_Finished)
+    layers = [layer.read(_Layer) for layer in fields.objects("layers")]
+    about = read_fields(path / "environment.json", advice).read(_About)
     name = job.recipe.method.name
     options = {
         key: value
@@ -50,17 +87,22 @@ def _row(job: Job, path: Path, comparison: Comparison) -> dict[str, Any]:
         "budget": job.budget,
         "target": "" if job.target is None else job.target,
         "seed": job.seed,
-        "test_accuracy": round(100 * summary["test_accuracy"], 2),
-        "sparsity": round(summary["sparsity"], 6),
-        "inference_flops": round(summary["inference_flops_ratio"], 4),
-        "training_flops": round(summary["training_flops_ratio"], 4),
+        "test_accuracy": round(100 * summary.test_accuracy, 2),
+        "sparsity": round(summary.sparsity, 6),
+        "inference_flops": round(summary.inference_flops_ratio, 4),
+        "training_flops": round(summary.training_flops_ratio, 4),
         "training_flops_convention": convention,
-        "seconds": round(summary["seconds"], 1),
-        "model": summary["model"],
-        "epochs": summary["epochs"],
-        "layer_densities": json.dumps({layer["name"]: round(layer["density"], 5) for layer in summary["layers"]}),
-        **{key: about[key] for key in _ABOUT},
-        "device": about["gpu"] if about["device"].startswith("cuda") else about["device"],
+        "seconds": round(summary.seconds, 1),
+        "model": summary.model,
+        "epochs": summary.epochs,
+        "layer_densities": json.dumps({layer.name: round(layer.density, 5) for layer in layers}),
+        "cpu": about.cpu,
+        "native_isa": about.native_isa,
+        "torch": about.torch,
+        "rarefy": about.rarefy,
+        "python": about.python,
+        "date": about.date,
+        "device": about.gpu if about.device.startswith("cuda") else about.device,
         "threads": 1,
         "command": shlex.join(["rarefy", "compare", str(comparison.source), *changes]),
     }

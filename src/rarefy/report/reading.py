@@ -7,13 +7,10 @@ density, accuracy, FLOPs ratios) are in [0, 1].
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
+from rarefy._json import Fields, parse_json, read_fields
 from rarefy._yaml import read_yaml
 from rarefy.report.run import Attention, EvalRecord, Histogram, Layer, LayerRecord, Run, Sample, Summary, TrainRecord
 
@@ -22,119 +19,45 @@ class RunError(ValueError):
     """The folder is not a run, or a file in it cannot be read; the message says which and what to do."""
 
 
-_T = TypeVar("_T")
+#: What to do about a file that is damaged, and about a line of the metrics.
+_MEND, _DELETE = "mend the file, or delete it to report without it", "delete that line and report again"
 
 
-class _Fields:
-    """A JSON object and where it stands, so that a value of the wrong type is named in the error."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, Mapping):
-            raise RunError(f"{where}: expected a JSON object, got {value!r:.80}")
-        self.value = value
-        self.where = where
-
-    def number(self, key: str) -> float | None:
-        value = self.value.get(key)
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            return None if value is None else float(value)
-        raise RunError(f"{self.where}: {key} must be a number, got {value!r:.80}")
-
-    def integer(self, key: str) -> int | None:
-        value = self.number(key)
-        if value is None or value.is_integer():
-            return None if value is None else int(value)
-        raise RunError(f"{self.where}: {key} must be a whole number, got {value!r}")
-
-    def text(self, key: str) -> str | None:
-        value = self.value.get(key)
-        if value is None or isinstance(value, str):
-            return value
-        raise RunError(f"{self.where}: {key} must be text, got {value!r:.80}")
-
-    def numbers(self, key: str) -> tuple[float, ...]:
-        value = self.value.get(key)
-        if isinstance(value, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value):
-            return tuple(float(x) for x in value)
-        raise RunError(f"{self.where}: {key} must be a list of numbers, got {value!r:.80}")
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.value.get(key)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise RunError(f"{self.where}: {key} must be a list of texts, got {value!r:.80}")
-
-    def rows(self, key: str, count: int, width: int) -> tuple[tuple[float, ...], ...]:
-        value = self.value.get(key)
-        if not isinstance(value, list) or len(value) != count:
-            raise RunError(f"{self.where}: {key} must be a list of {count} rows, got {value!r:.80}")
-        rows = tuple(_Fields({key: row}, self.where).numbers(key) for row in value)
-        if any(len(row) != width for row in rows):
-            raise RunError(f"{self.where}: {key} must have {width} numbers in each row, got {value!r:.80}")
-        return rows
-
-    def objects(self, key: str) -> list[_Fields]:
-        value = self.value.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            raise RunError(f"{self.where}: {key} must be a list, got {value!r:.80}")
-        return [_Fields(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(value)]
-
-    def read(self, kind: type[_T], /, **given: object) -> _T:
-        """A dataclass of this object's values: those not given are read by the type of their field."""
-        readers = {"float": self.number, "int": self.integer, "str": self.text}
-        values = dict(given)
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind here is a dataclass
-            if field.name not in given:
-                wanted, optional, _ = str(field.type).partition(" | None")
-                values[field.name] = readers[wanted](field.name)
-                if values[field.name] is None and not optional:
-                    raise RunError(f"{self.where}: {field.name} is missing")
-        return kind(**values)
-
-
-def _train_record(fields: _Fields) -> TrainRecord:
+def _train_record(fields: Fields) -> TrainRecord:
     return fields.read(TrainRecord, layers=tuple(layer.read(LayerRecord) for layer in fields.objects("layers")))
 
 
-def _layer(fields: _Fields) -> Layer:
+def _layer(fields: Fields) -> Layer:
     shape = tuple(int(size) for size in fields.numbers("shape")) if "shape" in fields.value else ()
     return fields.read(Layer, kind=fields.text("kind") or "", shape=shape)
 
 
-def _summary(fields: _Fields) -> Summary:
+def _summary(fields: Fields) -> Summary:
     layers = tuple(_layer(layer) for layer in fields.objects("layers"))
     samples = tuple(sample.read(Sample) for sample in fields.objects("samples"))
     return fields.read(Summary, layers=layers, samples=samples)
 
 
-def _histogram(fields: _Fields) -> Histogram:
+def _histogram(fields: Fields) -> Histogram:
     edges, counts = fields.numbers("edges"), fields.numbers("counts")
     if not counts or len(edges) != len(counts) + 1 or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise RunError(
-            f"{fields.where}: n counts need n + 1 rising edges, got {len(counts)} counts and {len(edges)} edges"
-        )
+        raise fields.wrong(f"n counts need n + 1 rising edges, got {len(counts)} counts and {len(edges)} edges")
     return fields.read(Histogram, edges=edges, counts=counts)
 
 
-def _attention(fields: _Fields) -> Attention:
+def _attention(fields: Fields) -> Attention:
     source, target = fields.texts("source"), fields.texts("target")
     if not source or not target:
-        raise RunError(f"{fields.where}: source and target must have a piece at least")
+        raise fields.wrong("source and target must have a piece at least")
     return Attention(source, target, fields.rows("weights", len(target), len(source)))
 
 
-def _json(path: Path) -> _Fields | None:
+def _json(path: Path) -> Fields | None:
     """The JSON object in this file; None where there is no such file."""
     try:
-        return _Fields(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return read_fields(path, _MEND)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{path}: not JSON ({error}); mend the file, or delete it to report without it") from error
 
 
 def _metrics(path: Path) -> tuple[tuple[TrainRecord, ...], tuple[EvalRecord, ...]]:
@@ -148,11 +71,12 @@ def _metrics(path: Path) -> tuple[tuple[TrainRecord, ...], tuple[EvalRecord, ...
             continue
         where = f"{path}, line {number}"
         try:
-            fields = _Fields(json.loads(line), where)
-        except json.JSONDecodeError as error:
+            value = parse_json(line, where, _DELETE)
+        except ValueError:
             if number == len(lines):  # no line end: being written just now, or cut when the run was stopped
                 break
-            raise RunError(f"{where}: not JSON ({error}); delete that line and report again") from error
+            raise
+        fields = Fields(value, where, _DELETE, finite=False)  # a loss need not be
         event = fields.value.get("event")
         if event not in ("train", "eval"):
             continue
@@ -175,32 +99,35 @@ def load(run: Path) -> Run:
     step again, the later record counts. Raises RunError where the folder is not a run, has no record yet or holds a
     file that cannot be read.
     """
-    run = Path(run)
-    if not run.is_dir():
-        raise RunError(f"{run} is not a folder; expected the folder that `rarefy train` wrote")
-    if not (run / "recipe.yaml").is_file():
-        raise RunError(f"{run} is not a run's folder: it has no recipe.yaml; expected what `rarefy train` wrote")
-    if not (run / "metrics.jsonl").is_file():
-        raise RunError(f"{run} has no metrics.jsonl: the run has logged nothing yet, or the file was lost")
-
     try:
-        recipe = read_yaml(run / "recipe.yaml")
+        return _read(Path(run))
     except ValueError as error:
         raise RunError(str(error)) from error
+
+
+def _read(run: Path) -> Run:
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a folder; expected the folder that `rarefy train` wrote")
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is not a run's folder: it has no recipe.yaml; expected what `rarefy train` wrote")
+    if not (run / "metrics.jsonl").is_file():
+        raise ValueError(f"{run} has no metrics.jsonl: the run has logged nothing yet, or the file was lost")
+
+    recipe = read_yaml(run / "recipe.yaml")
     recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
     if not isinstance(recipe, dict):
-        raise RunError(f"{run / 'recipe.yaml'}: expected a mapping of name, data, model, ...; got {recipe!r:.80}")
+        raise ValueError(f"{run / 'recipe.yaml'}: expected a mapping of name, data, model, ...; got {recipe!r:.80}")
 
     train, evals = _metrics(run / "metrics.jsonl")
     summary = _json(run / "summary.json")
     if summary is None and not train and not evals:
-        raise RunError(f"{run} has no records yet: report again once the run has logged its first step")
+        raise ValueError(f"{run} has no records yet: report again once the run has logged its first step")
     histograms = _json(run / "histograms.json")
     attentions = _json(run / "attention.json")
     environment = _json(run / "environment.json")
 
     method = recipe.get("method")
-    planned = _Fields(method if isinstance(method, dict) else {}, f"{run / 'recipe.yaml'}: method")
+    planned = Fields(method if isinstance(method, dict) else {}, f"{run / 'recipe.yaml'}: method")
     if summary:
         target, kind = summary.number("target"), summary.text("target_kind")
     else:

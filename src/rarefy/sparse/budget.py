@@ -207,15 +207,8 @@ def latency_budget(latency: Latency, seconds: float, prices: tuple[Prices, ...],
     return replace(budget, goal=budget.density_at(seconds))
 
 
-def make_budget(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    targets: Mapping[str, Any],
-    example_input: Any,
-    latency: Latency | None,
-    block: tuple[int, int],
-) -> Budget | None:
-    """The budget that the options name, or None without a target; ``block`` is of what live together."""
+def check_targets(targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the targets, by option, that are given. Raises ValueError for several, and for one out of its range."""
     given = {option: value for option, value in targets.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"give one of target (a sparsity), target_flops and target_ms, not both {' and '.join(given)}")
@@ -226,6 +219,19 @@ def make_budget(
             _checks.number(option, value, above=True)
         else:
             _checks.fraction(option, value, zero=False, one=False, percent=True)
+    return given
+
+
+def make_budget(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    targets: Mapping[str, Any],
+    example_input: Any,
+    latency: Latency | None,
+    block: tuple[int, int],
+) -> Budget | None:
+    """The budget that the options name, or None without a target; ``block`` is of what live together."""
+    given = check_targets(targets)
     if example_input is not None and "target_flops" not in given:
         raise ValueError("example_input is what FLOPs are counted with: give it with target_flops, or leave it out")
     if latency is not None and "target_ms" not in given:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy._json import read_fields, read_lines
 from rarefy.data import images
 from rarefy.train.classification import Classification
 from rarefy.train.image_batches import HeldOut, ImageBatches
@@ -41,7 +42,7 @@ class ImageClassification(Classification):
             "classes": list(train.classes),
             **{name: {"pictures": len(some), "sha256": some.digest()} for name, some in splits.items()},
         }
-        self._damaged = {line[0] for line in _lines(self.folder.path / DAMAGED)} if self._resumed else set()
+        self._damaged = _damaged(self.folder.path / DAMAGED) if self._resumed else set()
         if self._resumed:
             self.folder.compare(ABOUT, self._about, f"the pictures in {data.folder}")
         world = self.accelerator.num_processes
@@ -84,18 +85,25 @@ class ImageClassification(Classification):
         return {ABOUT: json.dumps(self._about, indent=1) + "\n"}
 
     def _results(self) -> dict[str, Any]:
-        return {"damaged_pictures": len({line[0] for line in _lines(self.folder.path / DAMAGED)})}
+        return {"damaged_pictures": len(_damaged(self.folder.path / DAMAGED))}
 
 
-def _lines(path: Path) -> list[Any]:
-    """Read what was found damaged; a last line that a crash cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def _damaged(path: Path) -> set[str]:
+    """The pictures that were found damaged; a last line that a crash cut off is left out. Raises ValueError."""
+    advice, found = "delete that line to go on without it", set()
+    for where, line in read_lines(path, advice):
+        if not isinstance(line, list) or len(line) != 2 or not isinstance(line[0], str):
+            raise ValueError(f"{where}: expected a picture's path and what is wrong, got {line!r:.80}; {advice}")
+        found.add(line[0])
+    return found
 
 
 def class_names(run: Path) -> list[str]:
-    """Give the names of the classes that a run tells apart. Raises FileNotFoundError where the run does not say."""
+    """Give the names of the classes that a run tells apart.
+
+    Raises FileNotFoundError where the run does not say, ValueError where what it says is damaged.
+    """
     path = run / ABOUT
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says which classes the run tells apart; put it back")
-    return list(json.loads(path.read_text(encoding="utf-8"))["classes"])
+    return list(read_fields(path, "put back what the run wrote").texts("classes"))

@@ -17,7 +17,12 @@ from rarefy import models, sparse
 from rarefy._names import unknown
 from rarefy._yaml import parse_yaml, read_yaml
 from rarefy.models import GNMT
+from rarefy.sparse.budget import check_targets
+from rarefy.sparse.families.targeted import Targeted
 from rarefy.sparse.registry import METHODS
+
+#: The largest size of a model that is taken for one, and the most layers.
+_LARGEST, _MOST_LAYERS = 1 << 20, 1000
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ def _build(cls: type[T], plain: Any, where: str) -> T:
     if cls is Named:
         return typing.cast(T, _named(plain, where))
     if not isinstance(plain, Mapping):
-        raise ValueError(f"{where or 'the recipe'} must be a mapping of keys, got {plain!r}")
+        raise ValueError(f"{where or 'the recipe'} must be a mapping of keys, got {_shown(plain)}")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in plain:
         if key not in known:
@@ -250,7 +255,7 @@ def _build(cls: type[T], plain: Any, where: str) -> T:
 
 def _named(plain: Any, where: str) -> Named:
     if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
-        raise ValueError(f"{where} needs a name, such as `{where}: {{name: ...}}`, got {plain!r}")
+        raise ValueError(f"{where} needs a name, such as `{where}: {{name: ...}}`, got {_shown(plain)}")
     name = plain["name"]
     if where == "model" and ":" in name:
         # Its module is imported when the model is made: reading a recipe runs no code of others.
@@ -314,7 +319,15 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return _converted(one, value)
     names = " or ".join(_KINDS[typing.get_origin(one) or one] for one in allowed)
-    raise ValueError(f"{where} must be {names}, got {value!r:.80}")
+    raise ValueError(f"{where} must be {names}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value as a message has it; Python writes no numbers of more than 4300 digits."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _converted(kind: Any, value: Any) -> Any:
@@ -340,7 +353,7 @@ def _one_of(where: str, value: str, known: Sequence[str]) -> None:
 def _check(recipe: Recipe) -> None:
     def require(ok: bool, where: str, expected: str, value: object) -> None:
         if not ok:
-            raise ValueError(f"{where} must be {expected}, got {value!r}")
+            raise ValueError(f"{where} must be {expected}, got {_shown(value)}")
 
     def at_least(least: float, where: str, value: float | None) -> None:
         expected = f"at least {least}" + (", and finite" if isinstance(least, float) else "")
@@ -375,6 +388,11 @@ def _check(recipe: Recipe) -> None:
     for option, value in () if ":" in recipe.model.name else recipe.model.options.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and option != "dropout"
         require(not number or 0 < value < math.inf, f"model.{option}", "above 0, and finite", value)
+        most = _MOST_LAYERS if option == "num_layers" else _LARGEST
+        require(not number or value <= most, f"model.{option}", f"at most {most}", value)
+    if recipe.method.name != "dense" and issubclass(METHODS[recipe.method.name], Targeted):
+        # Here, since milliseconds are measured before the method is made.
+        check_targets({key: recipe.method.options.get(key) for key in ("target", "target_flops", "target_ms")})
     at_least(1, "schedule.epochs", schedule.epochs)
     at_least(1, "schedule.batch_size", schedule.batch_size)
     fits = schedule.accumulate >= 1 and schedule.batch_size % schedule.accumulate == 0

@@ -464,6 +464,8 @@ class Run(ABC):
                 f"{path} was started with another recipe, which differs in {', '.join(changed)}; resume with the same "
                 "one, or start a new run"
             )
+        if state is not None:
+            self.folder.records()  # damaged ones are refused before anything is done
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -474,20 +476,33 @@ class Run(ABC):
                 f"{now} would cut the data into {self.total_steps} other ones: resume it with {before}, or start a new "
                 "run"
             )
-        load_model(self.plain_model, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        if self.sparsifier is not None:
-            self.sparsifier.load_state_dict(state["sparsifier"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load(state["average"])
+        try:
+            self._load(state)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # there is no end to what a damaged state makes its readers stumble over
+            raise self.folder.damaged("last", error) from error
         # They are sums over the processes, of which there may be others now.
         losses = state["losses"].to(self.accelerator.device) * (now / before)
         self._losses = list(losses if self.is_main else torch.zeros_like(losses))
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.seconds_saved = state["seconds_saved"] or 0.0
         self._saved = self.step
+
+    def _load(self, state: dict[str, Any]) -> None:
+        load_model(self.plain_model, state["model"])
+        scaler, optimizer = self.accelerator.scaler, self.recipe.optimizer
+        # A scaler may have left out every step so far.
+        remembers = scaler is None and (optimizer.name == "adamw" or optimizer.momentum > 0)
+        if remembers and state["step"] and not state["optimizer"]["state"]:
+            raise ValueError("the optimizer remembers nothing")
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.sparsifier is not None:
+            self.sparsifier.load_state_dict(state["sparsifier"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load(state["average"])
 
     def _finish(self) -> dict[str, Any]:
         """Finalize the model, and write what the run came to."""

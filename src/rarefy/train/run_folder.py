@@ -5,37 +5,53 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import yaml
+from torch import Tensor
 
 from rarefy._files import write_atomically, write_through
+from rarefy._json import Fields, read_fields, read_lines
 
 #: The file of a finished model, and that which tells what a run learns from.
 MODEL, ABOUT = "model.safetensors", "data.json"
 
-#: What a checkpoint holds.
-_STATE = {
-    "step",
-    "total_steps",
-    "processes",
-    "seconds",
-    "best",
-    "losses",
-    "recipe",
-    "model",
-    "optimizer",
-    "sparsifier",
-    "scaler",
-    "average",
+#: What a checkpoint holds, and of what type.
+_STATE: dict[str, Any] = {
+    "step": int,
+    "total_steps": int,
+    "processes": int,
+    "seconds": float,
+    "seconds_saved": float | None,
+    "best": float | None,
+    "losses": Tensor,
+    "recipe": dict,
+    "model": dict,
+    "optimizer": dict,
+    "sparsifier": dict | None,
+    "scaler": dict | None,
+    "average": dict | None,
 }
+
+_DELETE = "delete that line to go on without it"
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """What a record of the metrics must say of a layer, since the training's FLOPs are counted from it."""
+
+    name: str
+    density: float
+    weight_grad_density: float
 
 
 class RunFolder:
@@ -74,10 +90,10 @@ class RunFolder:
         if not (self.path / MODEL).is_file():
             return None
         try:
-            found = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            found = dict(read_fields(self.path / "summary.json", "resume the run").value)
         except (FileNotFoundError, ValueError):
             return None
-        return found if isinstance(found, dict) and "steps" in found else None
+        return found if "steps" in found else None
 
     def write_text(self, name: str, text: str) -> None:
         """Replace the file ``name``."""
@@ -108,19 +124,27 @@ class RunFolder:
     def compare(self, name: str, now: Mapping[str, Any], what: str) -> None:
         """Refuse to go on with other data than the file ``name`` tells of: batches follow from what the data are.
 
-        Raises ValueError.
+        Raises ValueError, for a damaged file too.
         """
         path = self.path / name
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
+        if path.is_file() and read_fields(path, "put the file back, or start a new run").value != now:
             raise ValueError(
                 f"{what} are not those that the run began with ({path} says what they were): bring them back, or start "
                 "a new run"
             )
 
     def records(self) -> list[dict[str, Any]]:
-        """The metrics so far; a last line cut off by a crash is left out."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The metrics so far; a last line cut off by a crash is left out. Raises ValueError for another that is wrong.
+
+        Each has its ``step``, and of the layers that it tells of what the training's FLOPs are counted from.
+        """
+        found = [Fields(line, where, _DELETE, finite=False) for where, line in read_lines(self.metrics, _DELETE)]
+        for record in found:
+            if record.integer("step") is None:
+                raise record.wrong("step is missing")
+            for layer in record.objects("layers"):
+                layer.read(_Logged)
+        return [dict(record.value) for record in found]
 
     def rewind(self, step: int) -> None:
         """Forget the metrics of steps after ``step``, and all at step 0: the run writes them again.
@@ -129,7 +153,7 @@ class RunFolder:
         """
         for half in self.checkpoint("last").parent.glob(".*.partial"):
             half.unlink()
-        kept = [json.dumps(record) + "\n" for record in self.records() if 0 < step >= record["step"]]
+        kept = [json.dumps(record) + "\n" for record in (self.records() if step else []) if record["step"] <= step]
         write_atomically(self.metrics, lambda p: p.write_text("".join(kept)))
 
     def checkpoint(self, name: str) -> Path:
@@ -152,15 +176,35 @@ class RunFolder:
         except OSError:
             raise
         except Exception as error:  # there is no end to what a reader stumbles over in a damaged file
-            raise ValueError(self._damaged(path)) from error
-        if not isinstance(state, dict) or not state.keys() >= _STATE:
-            raise ValueError(self._damaged(path))
+            raise self.damaged(name) from error
+        if not _is_checkpoint(state):
+            raise self.damaged(name)
         return state
 
-    def _damaged(self, path: Path) -> str:
-        best = self.checkpoint("best")
+    def damaged(self, name: str, why: object = None) -> ValueError:
+        """The error that says that this checkpoint cannot be gone on from, and what can."""
+        path, best = self.checkpoint(name), self.checkpoint("best")
+        reason = "" if why is None else f" ({' '.join(str(why).split()):.200})"
         other = f", or put {best.name} in its place to go on from there" if best.exists() else ""
-        return f"{path} is cut off, altered or not a checkpoint of a run; delete it to train from the start{other}"
+        return ValueError(
+            f"{path} is cut off, altered or not a checkpoint of a run{reason}; delete it to train from the start{other}"
+        )
+
+
+def _is_checkpoint(state: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this has what a checkpoint has, of the right types and within its range."""
+    if not isinstance(state, dict) or not all(
+        key in state and isinstance(state[key], kind) for key, kind in _STATE.items()
+    ):
+        return False
+    numbers = [state[key] for key in ("seconds", "seconds_saved", "best") if state[key] is not None]
+    return (
+        0 <= state["step"] <= state["total_steps"]
+        and state["processes"] >= 1
+        and all(math.isfinite(number) for number in numbers)
+        and state["losses"].dim() == 1
+        and isinstance(state["recipe"].get("data"), dict)
+    )
 
 
 class Writer:

@@ -86,10 +86,17 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load whole tensors into an optimizer whose parameters may be split."""
+    """Load whole tensors into an optimizer whose parameters may be split.
+
+    Raises ValueError for tensors of another shape than their parameter's, which the next step would stumble over.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def parts(parameter: Tensor, kept: Mapping[str, Any]) -> dict[str, Any]:
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                shapes = f"{list(value.shape)}, and its parameter {list(parameter.shape)}"
+                raise ValueError(f"the optimizer's {name} has the shape {shapes}")
         alike = (isinstance(value, Tensor) and value.shape == parameter.shape for value in kept.values())
         return {
             name: part(value, parameter) if split else value
