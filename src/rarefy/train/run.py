@@ -29,8 +29,9 @@ from rarefy.train.averaging import Average, tensors
 from rarefy.train.batches import mixed_seed
 from rarefy.train.memory import keep_freed
 from rarefy.train.optimizer import learning_rate, make_optimizer
-from rarefy.train.recipe import Recipe, differences, load
+from rarefy.train.recipe import Recipe
 from rarefy.train.recorder import Recorder, histograms
+from rarefy.train.resuming import to_resume
 from rarefy.train.run_folder import MODEL, RunFolder, Writer
 from rarefy.train.sharding import load_model, load_optimizer, shard, snapshot, whole
 
@@ -103,7 +104,7 @@ class Run(ABC):
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         self.recipe = recipe
         self.folder = RunFolder(folder)
-        state = self._checkpoint() if resume else None
+        state = to_resume(self.folder, recipe) if resume else None
         self._resumed = state is not None
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
@@ -448,25 +449,6 @@ class Run(ABC):
             "scaler": None if scaler is None else scaler.state_dict(),
             "average": None if self.average is None else self.average.tensors,
         }
-
-    def _checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, of this recipe; None for a run that ended before its first one."""
-        path, state = self.folder.path, self.folder.load("last")
-        if state is None and not (path / "recipe.yaml").is_file():
-            raise FileNotFoundError(f"there is no run in {path} to resume; without --resume it starts there")
-        old, new = state["recipe"] if state else load(path / "recipe.yaml").to_dict(), self.recipe.to_dict()
-        for free in {"folder", "workers"} & new["data"].keys():  # the content of the data is checked, wherever it lies
-            old["data"][free] = new["data"][free]
-        old["shard"] = new["shard"]  # a checkpoint holds whole tensors
-        changed = differences(old, new)
-        if changed:
-            raise ValueError(
-                f"{path} was started with another recipe, which differs in {', '.join(changed)}; resume with the same "
-                "one, or start a new run"
-            )
-        if state is not None:
-            self.folder.records()  # damaged ones are refused before anything is done
-        return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         before, now = state["processes"], self.accelerator.num_processes
