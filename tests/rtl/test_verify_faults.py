@@ -56,7 +56,7 @@ def test_counterexamples_are_read_whatever_their_width_and_sign():
 
 def test_a_proof_that_fails_counts_without_a_counterexample(monkeypatch):
     design = changed(rtl.emit(SMALL), ("assign y = result;", "assign y = ~result;"))
-    monkeypatch.setattr("rarefy.rtl.check.formal._counterexample", lambda log: None)
+    monkeypatch.setattr("rarefy.rtl.check.formal._counterexample", lambda *given: None)
     found = rtl.verify(design, "formal")
     assert (found.passed, found.mismatches, found.first) == (False, 1, None)
 
@@ -155,3 +155,62 @@ def test_a_latency_that_is_not_the_designs_is_a_fault():
     slow = rtl.emit(SMALL, stages=2, handshake=True)
     assert rtl.verify(slow).passed
     assert any("not 1" in fault for fault in rtl.verify(replace(slow, latency=1)).faults)
+
+
+READY, VALID = "assign in_ready = rst_n && go_1;", "assign out_valid = valid_2;"
+UNPROVEN = {
+    "nothing comes out": ((VALID, "assign out_valid = 1'b0;"), "out_valid is 0 where a number was taken 2 clocks"),
+    "nothing is taken in": ((READY, "assign in_ready = 1'b0;"), "in_ready is 0 where rst_n is 1 and nothing waits"),
+    "the reset is inverted": (("(!rst_n)", "(rst_n)"), "out_valid is"),
+    "the reset is not heard": (("if (!rst_n) valid_2 <= 1'b0;\n    else", ""), "out_valid is 1 where nothing"),
+    "taken during reset": ((READY, "assign in_ready = go_1;"), "in_ready is 1 where rst_n is 0"),
+    "a clock late": (
+        (VALID, "logic late;\n  always_ff @(posedge clk) late <= valid_2;\n  assign out_valid = late;"),
+        "out_valid is",
+    ),
+    "a clock early": ((VALID, "assign out_valid = valid_1;"), "out_valid is"),
+    "never known": ((VALID, "assign out_valid = 1'bx;"), "out_valid is"),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_a_proof_looks_at_the_handshake(name):
+    change, fault = UNPROVEN[name]
+    found = rtl.verify(changed(rtl.emit(SMALL, stages=2, handshake=True), change), "formal")
+    assert (found.passed, found.mismatches, found.first) == (False, 0, None)
+    assert any(fault in each for each in found.faults), found.faults
+
+
+def test_a_proof_of_a_handshake_finds_a_wrong_result():
+    wrong = ("y_q <= result;", "y_q <= result == 8'h30 ? 8'h31 : result;")
+    found = rtl.verify(changed(rtl.emit(SMALL, stages=1, handshake=True), wrong), "formal")
+    assert (found.mismatches, found.faults) == (1, ())
+    assert found.first is not None
+    assert (found.first.y, found.first.expected) == (0x31, 0x30)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "assign y = x == 8'h33 ? 8'bz : result;",
+        "assign y = 8'bz;",
+        "",
+        "logic [7:0] z;\n  always_comb if (x == 8'h33) z = 8'bzzzz0000; else z = result;\n  assign y = z;",
+    ],
+)
+def test_a_proof_does_not_take_a_result_that_floats(result):
+    design = changed(rtl.emit(SMALL), ("assign y = result;", result))
+    for tool in ("icarus", "formal"):
+        found = rtl.verify(design, tool)
+        assert found.first is not None
+        assert found.first.x == 0x33 or "x" not in result
+        assert found.first.expected == int(SMALL.compute([found.first.x])[0]) != found.first.y
+
+
+def test_a_latch_without_a_clock_is_a_fault():
+    latch = "logic [7:0] q;\n  always_latch if (x != 8'h55) q = result;\n  assign y = q;"
+    found = rtl.verify(changed(rtl.emit(SMALL), ("assign y = result;", latch)), "formal")
+    assert (found.mismatches, found.faults) == (
+        0,
+        ("a latch, where a register at the rising edge of clk was expected",),
+    )

@@ -38,7 +38,8 @@ class Verification:
         mismatches: inputs whose result differs; a proof that fails counts one.
         first: the first of them, None without any; of a proof that fails, None where Yosys shows none.
         faults: breaches of the handshake (numbers lost, added, changed while they waited, late, or left over by a
-            reset), of the clock (what changes elsewhere than at its rising edge), or what a proof cannot see through.
+            reset), of the clock (what changes elsewhere than at its rising edge), ports that are not the design's, or
+            what a proof cannot see through.
         exceptions: inputs that the statement leaves out, in words.
         versions: of the tools.
         seconds: how long it took.
@@ -77,9 +78,11 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
     written in a shuffled order over other words, and not where ``we`` is 0.
 
     "formal" proves equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of
-    the model, in float32 with the table's definition written down row by row. What is undefined equals nothing;
-    latches, other clocks and the falling edge are faults. A proof holds a handshake open (simulate its stalls), and
-    takes no programmable table.
+    the model, in float32 with the table's definition written down row by row. What is undefined or floats equals
+    nothing; other ports than the design's, latches, other clocks, the falling edge and what is set or reset without the
+    clock are faults, and then no proof is tried. Of a handshake nothing waits (simulate its stalls): ``in_ready`` must
+    be ``rst_n``, and ``out_valid`` 1 exactly ``latency`` clocks after a number was taken that no reset has dropped. A
+    proof takes no programmable table.
 
     Args:
         design: what to verify.
@@ -89,7 +92,8 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
         seed: of the shuffle, the stalls and the sample.
 
     Raises ValueError for a tool that is none or arguments that do not go together, and MissingToolError, with what to
-    install, when a tool is not there.
+    install, when a tool is not there; RuntimeError with the tool's own lines when it does not accept the design, or when
+    a proof comes to no end.
 
     """
     if tool not in TOOLS:
@@ -108,7 +112,7 @@ def _prove(design: Design, against: Design | None) -> Verification:
     first = None if proof.counterexample is None else Mismatch(*proof.counterexample)
     every = 1 << design.format.bits
     return Verification(
-        design.top, "formal", proof.statement, every, int(not proof.holds), first, proof.faults, proof.exceptions,
+        design.top, "formal", proof.statement, every, int(proof.refuted), first, proof.faults, proof.exceptions,
         proof.versions, 0.0
     )  # fmt: skip
 
