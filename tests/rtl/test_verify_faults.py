@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rarefy import act, rtl
+from rarefy.rtl.check import formal
 from rarefy.rtl.check.simulate import simulate
 
 pytestmark = pytest.mark.slow
@@ -214,3 +215,67 @@ def test_a_latch_without_a_clock_is_a_fault():
         0,
         ("a latch, where a register at the rising edge of clk was expected",),
     )
+
+
+@pytest.mark.parametrize("tool", ["icarus", "formal"])
+def test_a_reset_that_does_not_wait_for_the_clock_is_a_fault(tool):
+    edges = ("(posedge clk)\n    if (!rst_n)", "(posedge clk or negedge rst_n)\n    if (!rst_n)")
+    found = rtl.verify(changed(rtl.emit(SMALL, stages=2, handshake=True), edges), tool)
+    wanted = {"icarus": "out_valid or y changed with the inputs", "formal": "set or reset without the clock"}[tool]
+    assert any(wanted in each for each in found.faults), found.faults
+
+
+@pytest.mark.parametrize("tool", ["icarus", "formal"])
+@pytest.mark.parametrize(
+    ("port", "other", "icarus", "formal"),
+    [
+        ("output logic [7:0] y", "output logic [8:0] y", "y is of 9 bits", "y is an output of 9 bits"),
+        ("output logic [7:0] y", "output logic y", "y is of 1 bits", "y is an output of 1 bits"),
+        ("input  logic [7:0] x", "input  logic [15:0] x", "x is of 16 bits", "x is an input of 16 bits"),
+        ("output logic [7:0] y", "output logic [7:0] z", "y is missing", "y is none"),
+    ],
+)
+def test_ports_that_are_not_the_designs_are_faults(port, other, icarus, formal, tool):
+    design = changed(rtl.emit(SMALL), (port, other), *[("assign y =", "assign z =")] * other.endswith("z"))
+    found = rtl.verify(design, tool)
+    assert not found.passed
+    kind = {"y": "an output", "x": "an input"}[port[-1]]
+    wanted = {
+        "icarus": f"port {icarus}, the design's is of 8 bits",
+        "formal": f"port {formal}, the design's is {kind} of 8 bits",
+    }[tool]
+    assert wanted in found.faults
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_formats_are_driven_again_and_again(seed):
+    held = ("y_q <= result;", "if (y_q != 8'h30 || x[0]) y_q <= result;")
+    assert rtl.verify(changed(rtl.emit(SMALL, stages=1), held), seed=seed).mismatches > 1
+
+
+def test_what_no_tool_accepts_is_told_in_its_own_words():
+    design = rtl.emit(SMALL)
+    typed = changed(design, ("assign y = result;", "assign y = resul;"))
+    with pytest.raises(RuntimeError, match=r"icarus did not run tanh_e4m3fn:\n.*design.sv:\d+: error.*resul'"):
+        rtl.verify(typed)
+    renamed = changed(design, ("module tanh_e4m3fn", "module other"))
+    with pytest.raises(RuntimeError, match='Unable to find the root module "tanh_e4m3fn"'):
+        rtl.verify(renamed)
+    with pytest.raises(RuntimeError, match="Module `tanh_e4m3fn' not found"):
+        rtl.verify(renamed, "formal")
+
+
+def test_a_proof_without_an_end_says_what_ended_it(monkeypatch):
+    slow = changed(rtl.emit(SMALL, stages=1), ("y_q <= result;", "q <= result;"), ("logic [7:0] y_q;", "FILL"))
+    count = "logic [7:0] count = 0;\n  always_ff @(posedge clk) count <= count == 99 ? 0 : count + 1;\n"
+    wait = changed(slow, ("FILL", f"logic [7:0] q, y_q;\n  {count}  assign y_q = count == 200 ? 8'h00 : q;"))
+    with pytest.raises(RuntimeError, match="induction over 4 clocks does not decide tanh_e4m3fn: simulate it"):
+        rtl.verify(wait, "formal")
+    monkeypatch.setattr("rarefy.rtl.check.formal.tools.yosys", unended(formal.tools.yosys))
+    with pytest.raises(RuntimeError, match="no end with tanh_e4m3fn within 300 s"):
+        rtl.verify(rtl.emit(SMALL), "formal")
+
+
+def unended(yosys):
+    """Yosys whose proofs take too long."""
+    return lambda script, folder: "Interrupted SAT solver: TIMEOUT!" if "sat " in script else yosys(script, folder)

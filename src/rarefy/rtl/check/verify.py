@@ -15,6 +15,8 @@ from rarefy.rtl.design import Design
 
 #: What a unit may be verified by: two simulators, and a proof.
 TOOLS = ("icarus", "verilator", "formal")
+#: How many a simulation drives at least: all inputs of a narrow format several times, each time after others.
+_WORDS = 4096
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
     """Compare a design with its software model.
 
     "icarus" and "verilator" simulate (cocotb): all inputs of a format of at most 16 bits, one a clock in a shuffled
-    order, in every lane in another; of float32 every value of the high 16 bits, with random low bits. Inputs change
-    between rising edges of the clock, too, where outputs of registers must not. Where there is a handshake both sides
-    stall at random, and resets come while numbers are in flight; where nothing waits a number a clock must be taken,
-    and come out after ``latency`` clocks; ``out_valid`` must not wait for ``out_ready``. A programmable table is
-    written in a shuffled order over other words, and not where ``we`` is 0.
+    order, in every lane in another, and those of 8 bits 16 times over; of float32 every value of the high 16 bits, with
+    random low bits. Inputs change between rising edges of the clock, too, where outputs of registers must not. Where
+    there is a handshake both sides stall at random, and resets come while numbers are in flight; where nothing waits a
+    number a clock must be taken, and come out after ``latency`` clocks; ``out_valid`` must not wait for ``out_ready``.
+    A programmable table is written in a shuffled order over other words, and not where ``we`` is 0.
 
     "formal" proves equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of
     the model, in float32 with the table's definition written down row by row. What is undefined or floats equals
@@ -92,8 +94,8 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
         seed: of the shuffle, the stalls and the sample.
 
     Raises ValueError for a tool that is none or arguments that do not go together, and MissingToolError, with what to
-    install, when a tool is not there; RuntimeError with the tool's own lines when it does not accept the design, or when
-    a proof comes to no end.
+    install, when a tool is not there; RuntimeError with the tool's own lines when it does not accept the design, or
+    when a proof comes to no end.
 
     """
     if tool not in TOOLS:
@@ -120,7 +122,8 @@ def _prove(design: Design, against: Design | None) -> Verification:
 def _simulate(design: Design, tool: str, seed: int) -> Verification:
     random = np.random.default_rng(seed)
     x, statement = _inputs(design, random)
-    order = random.permuted(np.tile(np.arange(len(x))[:, None], design.lanes), axis=0)
+    once = np.tile(np.arange(len(x))[:, None], design.lanes)
+    order = np.concatenate([random.permuted(once, axis=0) for _ in range(max(1, _WORDS // len(x)))])
     answers = simulate(design, x[order], tool, seed)
     expected = design.compute(x).astype(np.int64)
     differs = answers.outputs != expected[order]
