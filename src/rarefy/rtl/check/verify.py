@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarefy.rtl import arguments
 from rarefy.rtl.check.formal import prove
 from rarefy.rtl.check.simulate import simulate
 from rarefy.rtl.design import Design
@@ -93,17 +94,18 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
             format with as many exponent bits, whose result must be the high bits of the wide one's.
         seed: of the shuffle, the stalls and the sample.
 
-    Raises ValueError for a tool that is none or arguments that do not go together, and MissingToolError, with what to
-    install, when a tool is not there; RuntimeError with the tool's own lines when it does not accept the design, or
-    when a proof comes to no end.
+    Raises TypeError for what is no design, ValueError for a tool that is none or arguments that do not go together,
+    MissingToolError, with what to install, when a tool is not there, and RuntimeError, with the tool's own lines, when
+    it does not accept the design, or when a proof comes to no end.
 
     """
-    if tool not in TOOLS:
-        raise ValueError(f"tool must be one of {', '.join(TOOLS)}, got {tool!r}")
+    arguments.design("verify", design)
+    arguments.choice("tool", tool, TOOLS)
+    seed = arguments.seed(seed)
+    if against is not None:
+        arguments.design("verify", against, "against")
     if against is not None and tool != "formal":
         raise ValueError(f'against goes with tool="formal", got {tool!r}')
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be 0 to 2^32 - 1, got {seed}")
     began = time.perf_counter()
     found = _prove(design, against) if tool == "formal" else _simulate(design, tool, seed)
     return replace(found, seconds=time.perf_counter() - began)
