@@ -1,5 +1,6 @@
 """``rarefy rtl``: one result on standard output, and an error in words."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_emit_takes_a_table_from_a_file(capsys):
         ).text
     )
     assert [port["name"] for port in result["ports"]][:2] == ["clk", "rst_n"]
+
+
+def test_the_command_of_a_header_makes_the_unit_again(capsys):
+    act.load("tanh_e4m3fn").save("my table's.json")
+    text = printed(capsys, "rtl", "emit", "my table's.json", "--top", "unit")["text"]
+    command = next(line for line in text.splitlines() if "made by" in line).partition("made by: ")[2]
+    words = shlex.split(command)
+    assert words == ["rarefy", "rtl", "emit", "my table's.json", "--top", "unit"]
+    assert printed(capsys, *words[1:])["text"] == text
+    assert "top must be a name of letters" in refused(capsys, "rtl", "emit", "tanh_e4m3fn", "--top", "")
 
 
 def test_verify_says_what_was_compared(capsys):

@@ -62,7 +62,15 @@ def test_ports_of_a_stalling_vector_with_a_programmable_table():
         ({"style": "small"}, "style must be one of shift_add, flat, programmable, got 'small'"),
         ({"stages": 3}, "stages must be 0"),
         ({"handshake": True}, "stages must be 1 or 2, got 0"),
-        ({"lanes": 0}, "lanes must be 1 to 1024, got 0"),
+        ({"stages": True}, "stages must be 0 .combinational., 1 or 2, got True"),
+        ({"stages": 1.0}, "stages must be 0 .combinational., 1 or 2, got 1.0"),
+        ({"handshake": "no", "stages": 1}, "handshake must be True or False, got 'no'"),
+        ({"lanes": 0}, "lanes must be a whole number from 1 to 1024, got 0"),
+        ({"lanes": 2.0}, "lanes must be a whole number from 1 to 1024, got 2.0"),
+        ({"lanes": "2"}, "lanes must be a whole number from 1 to 1024, got '2'"),
+        ({"nan": ["keep"]}, "nan must be one of keep, quiet, none, got .'keep'."),
+        ({"command": None}, "command must be a string, got None"),
+        ({"top": ""}, "top must be a name of letters, digits and underscores, got ''"),
         ({"nan": "zero"}, "nan must be one of keep, quiet, none, got 'zero'"),
         ({"top": "8bit"}, "top must be a name"),
     ],
@@ -70,6 +78,27 @@ def test_ports_of_a_stalling_vector_with_a_programmable_table():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         rtl.emit(PUBLISHED, **arguments)
+
+
+def test_what_is_no_table_is_refused():
+    with pytest.raises(TypeError, match=r"emit takes a table, got str: rarefy\.act\.load gives one by its name"):
+        rtl.emit("tanh_bf16_ktanh")
+
+
+def test_whole_numbers_of_numpy_are_numbers():
+    design = rtl.emit(PUBLISHED, stages=np.int64(1), lanes=np.int32(2))
+    assert design.text == rtl.emit(PUBLISHED, stages=1, lanes=2).text
+    assert "rarefy.rtl.emit(table, stages=1, lanes=2)" in design.text
+
+
+@pytest.mark.parametrize("nan", ["keep", "quiet", "none"])
+def test_software_models_take_patterns_alone(nan):
+    design = rtl.emit(PUBLISHED, nan=nan)
+    for wrong in (np.array([0.5, 1.5]), np.array([True, False])):
+        with pytest.raises(TypeError, match="compute takes bit patterns as integers"):
+            design.compute(wrong)
+    with pytest.raises(ValueError, match="bit patterns of bf16 lie in 0 to 0xffff"):
+        design.compute(np.array([1 << 16]))
 
 
 def test_styles_refuse_what_they_cannot_hold():

@@ -63,6 +63,13 @@ def test_the_same_seed_gives_the_same_design_and_steps_do_not_make_it_worse():
     assert first.synthesis.gate_equivalents <= none.synthesis.gate_equivalents
 
 
+def test_the_command_of_a_unit_has_its_whole_error():
+    found = search.smallest(error=0.23850001, kinds=("logic",), steps=0)
+    assert found.design.about.command.startswith("rarefy rtl search tanh --format bf16 --error 0.23850001 --goal area")
+    with pytest.raises(TypeError, match="compute takes bit patterns as integers, got float64"):
+        found.design.compute(np.array([0.5]))
+
+
 def test_an_exact_limit():
     found = search.smallest(error=0.02, kinds=("logic",), exact_limit=True, steps=0, goal="delay")
     y = found.design.compute(np.array([0x7F80, 0xFF80, 0x7F81, 0x4200]))
@@ -131,12 +138,22 @@ def test_shipped_units_keep_their_error(name):
 def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(ValueError, match="goal must be one of area, delay, got 'power'"):
         search.smallest(goal="power")
-    with pytest.raises(ValueError, match="kinds must be some of logic, table, got none"):
+    with pytest.raises(ValueError, match=r"kinds must be some of logic, table, got \(\)"):
         search.smallest(kinds=())
-    with pytest.raises(ValueError, match="error must lie between 0 and 0.5, got 0.7"):
+    with pytest.raises(ValueError, match="error must be a number between 0 and 0.5, got 0.7"):
         search.smallest(error=0.7)
-    with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 0, got -1"):
         search.smallest(steps=-1)
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 0, got 1.5"):
+        search.smallest(steps=1.5)
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\^32 - 1, got True"):
+        search.smallest(seed=True)
+    with pytest.raises(ValueError, match="error must be a number between 0 and 0.5, got '0.1'"):
+        search.smallest(error="0.1")
+    with pytest.raises(ValueError, match="kinds must be some of logic, table, got 'logic'"):
+        search.smallest(kinds="logic")
+    with pytest.raises(ValueError, match="exact_limit must be True or False, got 'no'"):
+        search.smallest(exact_limit="no")
     with pytest.raises(ValueError, match="fp32 is too wide"):
         search.smallest(fmt="fp32")
     with pytest.raises(ValueError, match="for odd functions like tanh, silu is none"):

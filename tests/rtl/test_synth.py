@@ -83,8 +83,16 @@ def test_wrong_arguments_and_broken_designs():
         rtl.synth(peers.hard_tanh(), script="fast")
     with pytest.raises(RuntimeError, match="failed"):
         rtl.synth(gates("assign y = nothing_of_this_name(x);"), timing=False)
-    with pytest.raises(ValueError, match="seeds"):
-        fpga.place(peers.hard_tanh(), seeds=())
+    with pytest.raises(ValueError, match="timing must be True or False, got 'no'"):
+        rtl.synth(peers.hard_tanh(), timing="no")
+    for seeds in ((), 3):
+        with pytest.raises(ValueError, match="seeds must hold at least one number"):
+            fpga.place(peers.hard_tanh(), seeds=seeds)
+    with pytest.raises(ValueError, match="a seed must be a whole number from 0 to 2147483647, got 1.5"):
+        fpga.place(peers.hard_tanh(), seeds=(1.5,))
+    for function in (rtl.synth, rtl.place):
+        with pytest.raises(TypeError, match=f"{function.__name__} takes a Design, got str"):
+            function("hardtanh")
 
 
 def test_missing_programs_name_their_package(monkeypatch, tmp_path):

@@ -189,6 +189,19 @@ def test_missing_tools_are_named_with_what_to_install(monkeypatch, tmp_path):
         rtl.verify(design, "formal")
 
 
+def test_what_is_no_design_or_seed_is_refused():
+    design = rtl.emit(PUBLISHED)
+    with pytest.raises(
+        TypeError, match=r"verify takes a Design, got ShiftTable: rarefy\.rtl\.emit makes one of a table"
+    ):
+        rtl.verify(PUBLISHED)
+    with pytest.raises(TypeError, match="against must be a Design, got ShiftTable"):
+        rtl.verify(design, "formal", against=PUBLISHED)
+    for seed in (1.5, True, "1", 1 << 32):
+        with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\^32 - 1"):
+            rtl.verify(design, seed=seed)
+
+
 def test_arguments_that_do_not_go_together_are_refused():
     design = rtl.emit(PUBLISHED)
     wide = rtl.emit(PUBLISHED.to_format("fp32"))

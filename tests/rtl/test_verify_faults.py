@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rarefy import act, rtl
+from rarefy.rtl.check import formal
 from rarefy.rtl.check.simulate import simulate
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def test_counterexamples_are_read_whatever_their_width_and_sign():
 
 def test_a_proof_that_fails_counts_without_a_counterexample(monkeypatch):
     design = changed(rtl.emit(SMALL), ("assign y = result;", "assign y = ~result;"))
-    monkeypatch.setattr("rarefy.rtl.check.formal._counterexample", lambda log: None)
+    monkeypatch.setattr("rarefy.rtl.check.formal._counterexample", lambda *given: None)
     found = rtl.verify(design, "formal")
     assert (found.passed, found.mismatches, found.first) == (False, 1, None)
 
@@ -155,3 +156,126 @@ def test_a_latency_that_is_not_the_designs_is_a_fault():
     slow = rtl.emit(SMALL, stages=2, handshake=True)
     assert rtl.verify(slow).passed
     assert any("not 1" in fault for fault in rtl.verify(replace(slow, latency=1)).faults)
+
+
+READY, VALID = "assign in_ready = rst_n && go_1;", "assign out_valid = valid_2;"
+UNPROVEN = {
+    "nothing comes out": ((VALID, "assign out_valid = 1'b0;"), "out_valid is 0 where a number was taken 2 clocks"),
+    "nothing is taken in": ((READY, "assign in_ready = 1'b0;"), "in_ready is 0 where rst_n is 1 and nothing waits"),
+    "the reset is inverted": (("(!rst_n)", "(rst_n)"), "out_valid is"),
+    "the reset is not heard": (("if (!rst_n) valid_2 <= 1'b0;\n    else", ""), "out_valid is 1 where nothing"),
+    "taken during reset": ((READY, "assign in_ready = go_1;"), "in_ready is 1 where rst_n is 0"),
+    "a clock late": (
+        (VALID, "logic late;\n  always_ff @(posedge clk) late <= valid_2;\n  assign out_valid = late;"),
+        "out_valid is",
+    ),
+    "a clock early": ((VALID, "assign out_valid = valid_1;"), "out_valid is"),
+    "never known": ((VALID, "assign out_valid = 1'bx;"), "out_valid is"),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_a_proof_looks_at_the_handshake(name):
+    change, fault = UNPROVEN[name]
+    found = rtl.verify(changed(rtl.emit(SMALL, stages=2, handshake=True), change), "formal")
+    assert (found.passed, found.mismatches, found.first) == (False, 0, None)
+    assert any(fault in each for each in found.faults), found.faults
+
+
+def test_a_proof_of_a_handshake_finds_a_wrong_result():
+    wrong = ("y_q <= result;", "y_q <= result == 8'h30 ? 8'h31 : result;")
+    found = rtl.verify(changed(rtl.emit(SMALL, stages=1, handshake=True), wrong), "formal")
+    assert (found.mismatches, found.faults) == (1, ())
+    assert found.first is not None
+    assert (found.first.y, found.first.expected) == (0x31, 0x30)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "assign y = x == 8'h33 ? 8'bz : result;",
+        "assign y = 8'bz;",
+        "",
+        "logic [7:0] z;\n  always_comb if (x == 8'h33) z = 8'bzzzz0000; else z = result;\n  assign y = z;",
+    ],
+)
+def test_a_proof_does_not_take_a_result_that_floats(result):
+    design = changed(rtl.emit(SMALL), ("assign y = result;", result))
+    for tool in ("icarus", "formal"):
+        found = rtl.verify(design, tool)
+        assert found.first is not None
+        assert found.first.x == 0x33 or "x" not in result
+        assert found.first.expected == int(SMALL.compute([found.first.x])[0]) != found.first.y
+
+
+def test_a_latch_without_a_clock_is_a_fault():
+    latch = "logic [7:0] q;\n  always_latch if (x != 8'h55) q = result;\n  assign y = q;"
+    found = rtl.verify(changed(rtl.emit(SMALL), ("assign y = result;", latch)), "formal")
+    assert (found.mismatches, found.faults) == (
+        0,
+        ("a latch, where a register at the rising edge of clk was expected",),
+    )
+
+
+@pytest.mark.parametrize("tool", ["icarus", "formal"])
+def test_a_reset_that_does_not_wait_for_the_clock_is_a_fault(tool):
+    edges = ("(posedge clk)\n    if (!rst_n)", "(posedge clk or negedge rst_n)\n    if (!rst_n)")
+    found = rtl.verify(changed(rtl.emit(SMALL, stages=2, handshake=True), edges), tool)
+    wanted = {"icarus": "out_valid or y changed with the inputs", "formal": "set or reset without the clock"}[tool]
+    assert any(wanted in each for each in found.faults), found.faults
+
+
+@pytest.mark.parametrize("tool", ["icarus", "formal"])
+@pytest.mark.parametrize(
+    ("port", "other", "icarus", "formal"),
+    [
+        ("output logic [7:0] y", "output logic [8:0] y", "y is of 9 bits", "y is an output of 9 bits"),
+        ("output logic [7:0] y", "output logic y", "y is of 1 bits", "y is an output of 1 bits"),
+        ("input  logic [7:0] x", "input  logic [15:0] x", "x is of 16 bits", "x is an input of 16 bits"),
+        ("output logic [7:0] y", "output logic [7:0] z", "y is missing", "y is none"),
+    ],
+)
+def test_ports_that_are_not_the_designs_are_faults(port, other, icarus, formal, tool):
+    design = changed(rtl.emit(SMALL), (port, other), *[("assign y =", "assign z =")] * other.endswith("z"))
+    found = rtl.verify(design, tool)
+    assert not found.passed
+    kind = {"y": "an output", "x": "an input"}[port[-1]]
+    wanted = {
+        "icarus": f"port {icarus}, the design's is of 8 bits",
+        "formal": f"port {formal}, the design's is {kind} of 8 bits",
+    }[tool]
+    assert wanted in found.faults
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_formats_are_driven_again_and_again(seed):
+    held = ("y_q <= result;", "if (y_q != 8'h30 || x[0]) y_q <= result;")
+    assert rtl.verify(changed(rtl.emit(SMALL, stages=1), held), seed=seed).mismatches > 1
+
+
+def test_what_no_tool_accepts_is_told_in_its_own_words():
+    design = rtl.emit(SMALL)
+    typed = changed(design, ("assign y = result;", "assign y = resul;"))
+    with pytest.raises(RuntimeError, match=r"icarus did not run tanh_e4m3fn:\n.*design.sv:\d+: error.*resul'"):
+        rtl.verify(typed)
+    renamed = changed(design, ("module tanh_e4m3fn", "module other"))
+    with pytest.raises(RuntimeError, match='Unable to find the root module "tanh_e4m3fn"'):
+        rtl.verify(renamed)
+    with pytest.raises(RuntimeError, match="Module `tanh_e4m3fn' not found"):
+        rtl.verify(renamed, "formal")
+
+
+def test_a_proof_without_an_end_says_what_ended_it(monkeypatch):
+    slow = changed(rtl.emit(SMALL, stages=1), ("y_q <= result;", "q <= result;"), ("logic [7:0] y_q;", "FILL"))
+    count = "logic [7:0] count = 0;\n  always_ff @(posedge clk) count <= count == 99 ? 0 : count + 1;\n"
+    wait = changed(slow, ("FILL", f"logic [7:0] q, y_q;\n  {count}  assign y_q = count == 200 ? 8'h00 : q;"))
+    with pytest.raises(RuntimeError, match="induction over 4 clocks does not decide tanh_e4m3fn: simulate it"):
+        rtl.verify(wait, "formal")
+    monkeypatch.setattr("rarefy.rtl.check.formal.tools.yosys", unended(formal.tools.yosys))
+    with pytest.raises(RuntimeError, match="no end with tanh_e4m3fn within 300 s"):
+        rtl.verify(rtl.emit(SMALL), "formal")
+
+
+def unended(yosys):
+    """Yosys whose proofs take too long."""
+    return lambda script, folder: "Interrupted SAT solver: TIMEOUT!" if "sat " in script else yosys(script, folder)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy.act.spec import oracle
-from rarefy.act.spec.formats import BF16, Bits, Format, Values
+from rarefy.act.spec.formats import BF16, Bits, Format, Values, patterns
 from rarefy.rtl.design import About, Compute, Design, Port
 
 _ONE, _QUARTER, _HALF, _FOUR, _SATURATED = 0x3F80, 0x3E80, 0x3F00, 0x4080, 0x4071
@@ -63,7 +63,7 @@ def _framed(
     )
 
     def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        x = np.asarray(bits, dtype=np.int64)
+        x = patterns(BF16, bits)
         u = x & 0x7FFF
         y = np.where(u < first, u, np.where(u >= end, _ONE, model(np.clip(u, first, end - 1))))
         y = np.where(u > _INFINITY, u | 0x40, y)
@@ -268,7 +268,7 @@ def fixed_point(rows: int = 1024) -> Design:
     )
 
     def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        x = np.asarray(bits, dtype=np.int64)
+        x = patterns(FIXED, bits)
         signed = np.where(x >= 32768, x - 65536, x)
         row: Bits = values[np.clip((signed >> shift) + rows // 2, 0, rows - 1)]
         return (row & 0xFFFF).astype(np.uint16)

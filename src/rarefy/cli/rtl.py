@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,11 +72,11 @@ def _design(arguments: argparse.Namespace) -> Design:
     table = act.load(arguments.table)
     if arguments.format is not None and arguments.format != table.format:
         table = table.to_format(arguments.format)
-    given = [f" {arguments.table}"]
+    given = ["rarefy", "rtl", "emit", arguments.table]
     for option in ("style", "format", "stages", "handshake", "lanes", "nan", "top"):
         value = getattr(arguments, option)
         if value not in (None, False, 0) and value != _DEFAULTS.get(option):
-            given.append(f" --{option}" + ("" if value is True else f" {value}"))
+            given += [f"--{option}"] if value is True else [f"--{option}", str(value)]
     return rtl.emit(
         table,
         arguments.style,
@@ -84,7 +85,7 @@ def _design(arguments: argparse.Namespace) -> Design:
         lanes=arguments.lanes,
         nan=arguments.nan,
         top=arguments.top,
-        command="rarefy rtl emit" + "".join(given),
+        command=shlex.join(given),
     )
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from rarefy.act.spec import error, oracle
 from rarefy.act.spec.formats import Format
 from rarefy.act.spec.table import LinearTable, SegmentsTable, ShiftTable, Table
+from rarefy.rtl import arguments
 from rarefy.rtl.datapaths.flat import flat
 from rarefy.rtl.datapaths.ktanh import programmable, shift_add
 from rarefy.rtl.datapaths.lane import NAN, Lane, Wire
@@ -54,10 +55,15 @@ def emit(
         top: name of the module; default the table's name, and the style where it is not "shift_add".
         command: what the header says that made it; default the call of this function.
 
-    Raises ValueError for arguments that do not go together, before anything is made.
+    Raises TypeError for what is no table, and ValueError for options that there are not or that do not go together,
+    before anything is made.
 
     """
-    name = _check(table, style, stages, handshake, lanes, nan, top)
+    if not isinstance(table, Table):
+        raise TypeError(f"emit takes a table, got {type(table).__name__}: rarefy.act.load gives one by its name")
+    stages = arguments.whole("stages", stages, 0, 2, "0 (combinational), 1 or 2")
+    lanes = arguments.whole("lanes", lanes, 1, 1024)
+    name = _check(table, style, stages, handshake, nan, top, command)
     fmt = table.fmt
     compute = _model(table, nan)
     if style == "flat":
@@ -81,23 +87,23 @@ def emit(
     return Design(name, text, fmt, stages, ports, compute, about, lanes, handshake, clock, table, nan, lane.setup)
 
 
-def _check(table: Table, style: str, stages: int, handshake: bool, lanes: int, nan: str, top: str | None) -> str:
+def _check(table: Table, style: str, stages: int, handshake: bool, nan: str, top: str | None, command: str) -> str:
     """Raise ValueError where the arguments of :func:`emit` do not go together; give the module's name."""
     fmt = table.fmt
-    if style not in STYLES:
-        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
-    if stages not in (0, 1, 2):
-        raise ValueError(f"stages must be 0 (combinational), 1 or 2, got {stages!r}")
-    if nan not in NAN:
-        raise ValueError(f"nan must be one of {', '.join(NAN)}, got {nan!r}")
+    arguments.choice("style", style, STYLES)
+    arguments.choice("nan", nan, NAN)
+    arguments.flag("handshake", handshake)
     if handshake and not stages:
         raise ValueError("a handshake needs registers to hold what waits: stages must be 1 or 2, got 0")
-    if not 1 <= lanes <= 1024:
-        raise ValueError(f"lanes must be 1 to 1024, got {lanes!r}")
     if not isinstance(table.name, str):
         raise ValueError(f"the table's name must be a string, got {table.name!r}")
-    name = top or table.name + {"shift_add": "", "flat": "_flat", "programmable": "_prog"}[style]
-    module_name(name, "top" if top else "top, by default the table's name,")
+    if not isinstance(command, str):
+        raise ValueError(f"command must be a string, got {command!r}")
+    if top is None:
+        ending = {"shift_add": "", "flat": "_flat", "programmable": "_prog"}[style]
+        name = module_name(table.name + ending, "top, by default the table's name,")
+    else:
+        name = module_name(top, "top")
     if style == "flat" and fmt.bits > 16:
         raise ValueError(f"style flat lists every input, and {fmt.name} has 2^{fmt.bits}: use shift_add")
     if style == "programmable" and not isinstance(table, ShiftTable):
@@ -121,12 +127,11 @@ def _model(table: Table, nan: str) -> Compute:
     fmt = table.fmt
 
     def compute(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        x = np.asarray(bits, dtype=np.int64)
         if nan == "none":
-            return table.arithmetic(x)
-        y = table.compute(x)
+            return table.arithmetic(bits)
+        y = table.compute(bits)
         if nan == "quiet" and fmt.infinities:
-            y = np.where(fmt.is_nan(x), y | fmt.dtype(1 << (fmt.mantissa_bits - 1)), y).astype(fmt.dtype)
+            y = np.where(fmt.is_nan(bits), y | fmt.dtype(1 << (fmt.mantissa_bits - 1)), y).astype(fmt.dtype)
         return y
 
     return compute

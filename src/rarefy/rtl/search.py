@@ -25,6 +25,7 @@ from rarefy.act.spec import formats, oracle
 from rarefy.act.spec.formats import Bits, Format
 from rarefy.act.spec.oracle import Function
 from rarefy.act.spec.table import BitIndex, CarryTable, Table
+from rarefy.rtl import arguments
 from rarefy.rtl.design import Design
 from rarefy.rtl.eda import flow, tools
 from rarefy.rtl.eda.synth import SCRIPTS, Synthesis, synth
@@ -94,7 +95,9 @@ def smallest(
     MissingToolError, naming the package, without Yosys or cells.
 
     """
-    _check(function, fmt, error, goal, kinds, steps, seed)
+    steps, seed = arguments.whole("steps", steps, 0), arguments.seed(seed)
+    arguments.flag("exact_limit", exact_limit)
+    _check(function, fmt, error, goal, kinds)
     f = formats.get(fmt)
     cells = flow.library(None if liberty is None else Path(liberty))
     tools.yosys_version()
@@ -114,19 +117,14 @@ def smallest(
     return Found(design, synthesis, largest, units[best] if best < len(units) else None, tuple(tried))
 
 
-def _check(function: Function, fmt: str, error: float, goal: str, kinds: Sequence[str], steps: int, seed: int) -> None:
+def _check(function: Function, fmt: str, error: float, goal: str, kinds: Sequence[str]) -> None:
     """Raise ValueError for arguments of :func:`smallest` that make no sense."""
     f = formats.get(fmt)
-    if goal not in GOALS:
-        raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {goal!r}")
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}")
-    if not 0.0 < error < 0.5:
-        raise ValueError(f"error must lie between 0 and 0.5, got {error}")
-    if steps < 0:
-        raise ValueError(f"steps must be 0 or more, got {steps}")
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be 0 to 2^32 - 1, got {seed}")
+    arguments.choice("goal", goal, GOALS)
+    if not isinstance(kinds, Sequence) or not kinds or any(kind not in KINDS for kind in kinds):
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}")
+    if isinstance(error, (bool, str)) or not hasattr(error, "__float__") or not 0.0 < error < 0.5:
+        raise ValueError(f"error must be a number between 0 and 0.5, got {error!r}")
     if f.bits > 16:
         raise ValueError(f"every input is looked at, so {f.name} is too wide: at most 16 bits")
     if not oracle.is_odd(function):
@@ -146,7 +144,7 @@ def _units(
     """Search the units of logic; they are named after the goal and the digits of the error."""
     name = oracle.name_of(function)
     digits = f"{error:.6f}".rstrip("0")[2:]
-    options = f"--format {fmt} --error {error:g} --goal {goal} --steps {steps} --seed {seed}"
+    options = f"--format {fmt} --error {float(error)!r} --goal {goal} --steps {steps} --seed {seed}"
     command = f"rarefy rtl search {name} {options}" + " --exact-limit" * exact_limit
     return [
         LogicUnit(f"{name}_{fmt}_{goal}_{digits}", state.spec, state.choice.covers, command)

@@ -135,3 +135,14 @@ def get(name: str | Format) -> Format:
         return FORMATS[name]
     except KeyError:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}") from None
+
+
+def patterns(fmt: Format, bits: npt.ArrayLike) -> Bits:
+    """Give bit patterns of a format as int64; raises TypeError for other than integers, ValueError for wider ones."""
+    given = np.asarray(bits)
+    if given.dtype.kind not in "ui":
+        raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
+    x = given.astype(np.int64)
+    if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
+        raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
+    return x

@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from rarefy._files import read_shipped, shipped_names, write_atomically
 from rarefy.act.spec import formats
-from rarefy.act.spec.formats import Bits, Format
+from rarefy.act.spec.formats import Bits, Format, patterns
 
 FILE_VERSION = 1
 _NUMBERS = ("identity_below", "saturate_above", "fraction_bits", "offset")
@@ -199,7 +199,7 @@ class Table(metaclass=_ByForm):
         This is the reference: every kernel, the PyTorch fallback and the hardware equal it bit for bit.
         Raises TypeError for an array that does not hold integers, ValueError for patterns wider than the format.
         """
-        x = self._patterns(bits)
+        x = patterns(self.fmt, bits)
         result: npt.NDArray[Any] = np.where(self.fmt.is_nan(x), x, self.arithmetic(x)).astype(self.fmt.dtype)
         return result
 
@@ -208,21 +208,11 @@ class Table(metaclass=_ByForm):
 
         Results are modulo the format's bits. This is what hardware without logic for NaN gives.
         """
-        x, fmt = self._patterns(bits), self.fmt
+        x, fmt = patterns(self.fmt, bits), self.fmt
         y = self._results(x)
         if self.symmetry == "odd":
             y = y & (fmt.sign - 1) | (x & fmt.sign)
         return (y & ((1 << fmt.bits) - 1)).astype(fmt.dtype)
-
-    def _patterns(self, bits: npt.ArrayLike) -> Bits:
-        fmt = self.fmt
-        given = np.asarray(bits)
-        if given.dtype.kind not in "ui":
-            raise TypeError(f"compute takes bit patterns as integers, got {given.dtype}; view floats as integers first")
-        x = given.astype(np.int64)
-        if x.size and (x.min() < 0 or x.max() >= 1 << fmt.bits):
-            raise ValueError(f"bit patterns of {fmt.name} lie in 0 to {(1 << fmt.bits) - 1:#x}")
-        return x
 
     def _columns(self) -> tuple[Bits, ...]:
         return tuple(np.array(column, dtype=np.int64) for column in zip(*self.rows, strict=True))

@@ -27,7 +27,8 @@ class Answers:
 
     Attributes:
         outputs: one bit pattern an input, int64 [words, lanes]; -1 where a bit is unknown, or where nothing came out.
-        faults: breaches of the handshake, and changes elsewhere than at a rising edge of the clock.
+        faults: breaches of the handshake, changes elsewhere than at a rising edge of the clock, and ports that are not
+            the design's, with which nothing is driven.
         versions: the simulator's and cocotb's.
 
     """
@@ -41,7 +42,7 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
     """Run a design on bit patterns [words, lanes], a word at a time.
 
     With a handshake both sides wait at random clocks, drawn from ``seed``. Raises MissingToolError when the simulator
-    is not installed, and RuntimeError with its last lines when it does not accept the design.
+    is not installed, and RuntimeError with the simulator's last lines when it does not accept the design.
     """
     environment = dict(os.environ, PATH=tools.search_path())
     versions = {"cocotb": tools.package("cocotb", "simulation")}
@@ -65,6 +66,7 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
             "top": design.top,
             "build_args": _BUILD[tool],
             "latency": design.latency,
+            "ports": {port.name: port.width for port in design.ports},
             "clock": design.clock is not None,
             "handshake": design.handshake,
             "setup": design.setup,
@@ -76,8 +78,9 @@ def simulate(design: Design, inputs: npt.NDArray[np.int64], tool: str = "icarus"
         result = tools.run(command, folder, _SECONDS, environment)
         written = folder / "outputs.json"
         if not written.exists():
-            logs = [path.read_text() for path in (folder / "build.log", folder / "test.log") if path.exists()]
-            last = "\n".join("".join([*logs, result.stderr]).strip().splitlines()[-12:])
+            logs = [path.read_text() for path in (folder / "test.log", folder / "build.log") if path.exists()]
+            said = next((log for log in logs if log.strip()), result.stderr)  # which is cocotb's, of what it ran
+            last = "\n".join(said.strip().splitlines()[-12:])
             raise RuntimeError(f"{tool} did not run {design.top}:\n{last}")
         found = json.loads(written.read_text())
     return Answers(_unpacked(found["outputs"], found["unknown"], design), found["faults"], versions)

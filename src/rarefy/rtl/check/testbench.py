@@ -9,7 +9,7 @@ import os
 import random
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,31 @@ async def bench(dut: Any) -> None:
     """Drive the words of the plan, in their order, and write the outputs beside it."""
     path = Path(os.environ[PLAN])
     plan = json.loads(path.read_text())
-    tick, chance = Timer(1, "ns"), random.Random(plan["seed"])
     words = [int(word, 16) for word in plan["words"]]
+    faults = list(misfits(dut, plan["ports"]))
+    outputs: list[int | str | None] = [None] * len(words)
+    if not faults:
+        outputs, faults = await driven(dut, plan, words)
+    written = {
+        "outputs": [f"{y:x}" if isinstance(y, int) else None for y in outputs],
+        "unknown": {index: y for index, y in enumerate(outputs) if isinstance(y, str)},
+        "faults": faults[:16],
+    }
+    (path.parent / "outputs.json").write_text(json.dumps(written))
+
+
+def misfits(dut: Any, ports: dict[str, int]) -> Iterator[str]:
+    """Say which ports the design has not, or in another width."""
+    for name, width in ports.items():
+        port = getattr(dut, name, None)
+        found = 0 if port is None else len(str(port.value))
+        if found != width:
+            yield f"port {name} is {f'of {found} bits' if found else 'missing'}, the design's is of {width} bits"
+
+
+async def driven(dut: Any, plan: dict[str, Any], words: list[int]) -> tuple[list[int | str | None], list[str]]:
+    """Drive words as the design takes them; gives what came out, and what was wrong on the way."""
+    tick, chance = Timer(1, "ns"), random.Random(plan["seed"])
     if plan["clock"]:
         dut.clk.value = 0
     if plan["handshake"]:
@@ -75,19 +98,11 @@ async def bench(dut: Any) -> None:
         if plan["setup"]:
             any_word(dut, chance)
 
-    outputs: list[int | str | None]
     if plan["handshake"]:
-        outputs, faults = await stalled(dut, tick, words, plan["latency"], chance, disturb)
-    elif plan["clock"]:
-        outputs, faults = await steady(dut, tick, words, plan["latency"], chance, disturb)
-    else:
-        outputs, faults = await combinational(dut, tick, words), []
-    written = {
-        "outputs": [f"{y:x}" if isinstance(y, int) else None for y in outputs],
-        "unknown": {index: y for index, y in enumerate(outputs) if isinstance(y, str)},
-        "faults": faults[:16],
-    }
-    (path.parent / "outputs.json").write_text(json.dumps(written))
+        return await stalled(dut, tick, words, plan["latency"], chance, disturb)
+    if plan["clock"]:
+        return await steady(dut, tick, words, plan["latency"], chance, disturb)
+    return await combinational(dut, tick, words), []
 
 
 def any_word(dut: Any, chance: random.Random) -> None:
@@ -171,9 +186,10 @@ async def stalled(
 
     The rates change every 64 clocks, so that full, empty and bursty pipelines occur; every fourth time nothing waits.
     When the taker has taken for a while a number a clock must be taken in, and come out ``latency`` clocks later. After
-    each rising edge the inputs change, which the outputs of registers must not see, ``out_ready`` among them. Again and
-    again a reset comes while numbers are in flight: during it nothing may be taken, nor given from its first edge on,
-    and what was in flight never comes out; it is sent again.
+    each rising edge the inputs change, which the outputs of registers must not see, ``out_ready`` among them, and
+    sometimes ``rst_n``, which is back before the next edge. Again and again a reset comes while numbers are in flight:
+    during it nothing may be taken, nor given from its first edge on, and what was in flight never comes out; it is sent
+    again.
     """
     outputs: list[int | str | None] = [None] * len(words)
     faults: list[str] = []
@@ -194,7 +210,8 @@ async def stalled(
             left, resets = chance.choice((1, 1, 2, 3)), resets + 1
         offered = bool(pending) and (offered or chance.random() < send)
         taking = chance.random() < take
-        dut.rst_n.value, dut.in_valid.value, dut.out_ready.value = int(not left), int(offered), int(taking)
+        running = int(not left)
+        dut.rst_n.value, dut.in_valid.value, dut.out_ready.value = running, int(offered), int(taking)
         dut.x.value = words[pending[0]] if offered else 0
         disturb()
         await tick
@@ -240,6 +257,10 @@ async def stalled(
             int(not taking),
             words[cycle % len(words)],
         )
+        if chance.random() < 1 / 8:
+            dut.rst_n.value = 1 - running
+            await tick
+            dut.rst_n.value = running
         await tick
         if given(dut) != stood:
             faults.append(f"clock {cycle}: out_valid or y changed with the inputs, not with the clock")

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarefy.rtl import arguments
 from rarefy.rtl.check.formal import prove
 from rarefy.rtl.check.simulate import simulate
 from rarefy.rtl.design import Design
 
 #: What a unit may be verified by: two simulators, and a proof.
 TOOLS = ("icarus", "verilator", "formal")
+#: How many a simulation drives at least: all inputs of a narrow format several times, each time after others.
+_WORDS = 4096
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Verification:
         mismatches: inputs whose result differs; a proof that fails counts one.
         first: the first of them, None without any; of a proof that fails, None where Yosys shows none.
         faults: breaches of the handshake (numbers lost, added, changed while they waited, late, or left over by a
-            reset), of the clock (what changes elsewhere than at its rising edge), or what a proof cannot see through.
+            reset), of the clock (what changes elsewhere than at its rising edge), ports that are not the design's, or
+            what a proof cannot see through.
         exceptions: inputs that the statement leaves out, in words.
         versions: of the tools.
         seconds: how long it took.
@@ -70,16 +74,18 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
     """Compare a design with its software model.
 
     "icarus" and "verilator" simulate (cocotb): all inputs of a format of at most 16 bits, one a clock in a shuffled
-    order, in every lane in another; of float32 every value of the high 16 bits, with random low bits. Inputs change
-    between rising edges of the clock, too, where outputs of registers must not. Where there is a handshake both sides
-    stall at random, and resets come while numbers are in flight; where nothing waits a number a clock must be taken,
-    and come out after ``latency`` clocks; ``out_valid`` must not wait for ``out_ready``. A programmable table is
-    written in a shuffled order over other words, and not where ``we`` is 0.
+    order, in every lane in another, and those of 8 bits 16 times over; of float32 every value of the high 16 bits, with
+    random low bits. Inputs change between rising edges of the clock, too, where outputs of registers must not. Where
+    there is a handshake both sides stall at random, and resets come while numbers are in flight; where nothing waits a
+    number a clock must be taken, and come out after ``latency`` clocks; ``out_valid`` must not wait for ``out_ready``.
+    A programmable table is written in a shuffled order over other words, and not where ``we`` is 0.
 
     "formal" proves equality on all inputs by Yosys (SAT; induction where there are registers): with the truth table of
-    the model, in float32 with the table's definition written down row by row. What is undefined equals nothing;
-    latches, other clocks and the falling edge are faults. A proof holds a handshake open (simulate its stalls), and
-    takes no programmable table.
+    the model, in float32 with the table's definition written down row by row. What is undefined or floats equals
+    nothing; other ports than the design's, latches, other clocks, the falling edge and what is set or reset without the
+    clock are faults, and then no proof is tried. Of a handshake nothing waits (simulate its stalls): ``in_ready`` must
+    be ``rst_n``, and ``out_valid`` 1 exactly ``latency`` clocks after a number was taken that no reset has dropped. A
+    proof takes no programmable table.
 
     Args:
         design: what to verify.
@@ -88,16 +94,18 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
             format with as many exponent bits, whose result must be the high bits of the wide one's.
         seed: of the shuffle, the stalls and the sample.
 
-    Raises ValueError for a tool that is none or arguments that do not go together, and MissingToolError, with what to
-    install, when a tool is not there.
+    Raises TypeError for what is no design, ValueError for a tool that is none or arguments that do not go together,
+    MissingToolError, with what to install, when a tool is not there, and RuntimeError, with the tool's own lines, when
+    it does not accept the design, or when a proof comes to no end.
 
     """
-    if tool not in TOOLS:
-        raise ValueError(f"tool must be one of {', '.join(TOOLS)}, got {tool!r}")
+    arguments.design("verify", design)
+    arguments.choice("tool", tool, TOOLS)
+    seed = arguments.seed(seed)
+    if against is not None:
+        arguments.design("verify", against, "against")
     if against is not None and tool != "formal":
         raise ValueError(f'against goes with tool="formal", got {tool!r}')
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be 0 to 2^32 - 1, got {seed}")
     began = time.perf_counter()
     found = _prove(design, against) if tool == "formal" else _simulate(design, tool, seed)
     return replace(found, seconds=time.perf_counter() - began)
@@ -108,7 +116,7 @@ def _prove(design: Design, against: Design | None) -> Verification:
     first = None if proof.counterexample is None else Mismatch(*proof.counterexample)
     every = 1 << design.format.bits
     return Verification(
-        design.top, "formal", proof.statement, every, int(not proof.holds), first, proof.faults, proof.exceptions,
+        design.top, "formal", proof.statement, every, int(proof.refuted), first, proof.faults, proof.exceptions,
         proof.versions, 0.0
     )  # fmt: skip
 
@@ -116,7 +124,8 @@ def _prove(design: Design, against: Design | None) -> Verification:
 def _simulate(design: Design, tool: str, seed: int) -> Verification:
     random = np.random.default_rng(seed)
     x, statement = _inputs(design, random)
-    order = random.permuted(np.tile(np.arange(len(x))[:, None], design.lanes), axis=0)
+    once = np.tile(np.arange(len(x))[:, None], design.lanes)
+    order = np.concatenate([random.permuted(once, axis=0) for _ in range(max(1, _WORDS // len(x)))])
     answers = simulate(design, x[order], tool, seed)
     expected = design.compute(x).astype(np.int64)
     differs = answers.outputs != expected[order]

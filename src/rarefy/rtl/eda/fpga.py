@@ -11,9 +11,11 @@ import json
 import re
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rarefy.rtl import arguments
 from rarefy.rtl.design import Design
 from rarefy.rtl.eda import flow, tools
 
@@ -51,14 +53,17 @@ class Placement:
         return json.dumps(asdict(self))
 
 
-def place(design: Design, seeds: tuple[int, ...] = SEEDS) -> Placement:
+def place(design: Design, seeds: Sequence[int] = SEEDS) -> Placement:
     """Place and route a design on an iCE40 HX8K.
 
-    Raises ValueError without seeds, MissingToolError (naming the package) without Yosys or nextpnr, RuntimeError with
-    the program's own message when one fails, for example when the design is too large.
+    Raises TypeError for what is no design, ValueError without seeds, MissingToolError (naming the package) without
+    Yosys or nextpnr, RuntimeError with the program's own message when one fails, for example when the design is too
+    large.
     """
-    if not seeds:
-        raise ValueError("seeds must hold at least one number, got none")
+    arguments.design("place", design)
+    if not isinstance(seeds, Sequence) or not seeds:
+        raise ValueError(f"seeds must hold at least one number, got {seeds!r}")
+    seeds = tuple(arguments.whole("a seed", seed, 0, (1 << 31) - 1) for seed in seeds)
     versions = {"yosys": tools.yosys_version(), "nextpnr": flow.version("nextpnr-ice40")}
     nextpnr = tools.program("nextpnr-ice40", "placement")
     with tempfile.TemporaryDirectory(prefix="rarefy-fpga-") as name:

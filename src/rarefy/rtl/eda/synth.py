@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rarefy.act.spec.formats import Bits
+from rarefy.rtl import arguments
 from rarefy.rtl.design import Design
 from rarefy.rtl.eda import flow, tools
 from rarefy.rtl.eda.flow import Library
@@ -84,12 +85,14 @@ def synth(
         script: "area" or "speed".
         timing: run OpenSTA; default if it is installed. True raises when it is not.
 
-    Raises ValueError for another script or a file without cells, MissingToolError (naming the package) without Yosys or
-    cells, and RuntimeError with the program's own message when one fails.
+    Raises TypeError for what is no design, ValueError for another script or a file without cells, MissingToolError
+    (naming the package) without Yosys or cells, and RuntimeError with the program's own message when one fails.
 
     """
-    if script not in SCRIPTS:
-        raise ValueError(f"script must be one of {', '.join(SCRIPTS)}, got {script!r}")
+    arguments.design("synth", design)
+    arguments.choice("script", script, SCRIPTS)
+    if timing is not None:
+        arguments.flag("timing", timing)
     cells = flow.library(None if liberty is None else Path(liberty))
     versions = {"yosys": tools.yosys_version(), "library": cells.name}
     timing = flow.has("sta") if timing is None else timing

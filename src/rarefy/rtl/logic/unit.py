@@ -278,9 +278,12 @@ class LogicUnit:
         return result
 
     def compute(self, bits: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Compute the results of an array of bit patterns, as unsigned integers of the format's width."""
+        """Compute the results of an array of bit patterns, as unsigned integers of the format's width.
+
+        Raises TypeError for an array that does not hold integers, ValueError for patterns wider than the format.
+        """
         spec, fmt = self.spec, self.spec.fmt
-        x = np.asarray(bits, dtype=np.int64)
+        x = formats.patterns(fmt, bits)
         u = x & (fmt.sign - 1)
         lin, _ = spec.regions(u)
         base = (fmt.bias + 1 - (1 << spec.low)) << fmt.mantissa_bits
