@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rarefy._encoders import padded_encoders
 from rarefy._files import write_atomically
 from rarefy._forward import arguments
+from rarefy._transformer import traceable_transformers
 
 #: Largest difference from PyTorch that is still rounding, as a share of the largest output.
 TOLERANCE = 1e-4
@@ -106,7 +106,7 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
     if kwargs and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
         traced, batch_args, batch_kwargs = _ByPosition(model, names).eval(), tuple(batch_kwargs.values()), {}
     bound = inspect.signature(traced.forward).bind(*batch_args, **batch_kwargs).arguments
-    with _quiet(), padded_encoders():
+    with _quiet(), traceable_transformers():
         try:
             program = torch.onnx.export(
                 traced,

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from rarefy._encoders import padded_encoders
+from rarefy._transformer import traceable_transformers
 from rarefy.act.functional import kept_operators
 from rarefy.engine import named, nodes, operators, recurrent, views
 from rarefy.engine.batch_first import batch_first
@@ -51,7 +51,7 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | Non
         torch.no_grad(),
         kept_operators(),
         recurrent.by_layers(),
-        padded_encoders(),
+        traceable_transformers(),
         uncollected(),
         warnings.catch_warnings(),
     ):

@@ -1,4 +1,4 @@
-"""``nn.TransformerEncoder`` with padding, which without gradient gives zeros there, as an engine and as ONNX."""
+"""``nn.Transformer`` and its encoder, which without gradient gives zeros where it is padded, as engine and as ONNX."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 
 from rarefy import engine
-from rarefy._encoders import padded_encoders
+from rarefy._transformer import traceable_transformers
 from rarefy.onnx_files import save_onnx
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
@@ -88,11 +89,27 @@ def test_a_whole_transformer_reads_the_zeros() -> None:
     torch.testing.assert_close(compiled(*given), answers(model, *given), rtol=1e-4, atol=1e-5)
 
 
-def test_pytorchs_own_forward_comes_back() -> None:
-    forward = nn.TransformerEncoder.forward
-    with padded_encoders():
-        assert nn.TransformerEncoder.forward is not forward
-    assert nn.TransformerEncoder.forward is forward
+@pytest.mark.parametrize("causal", [None, True])
+def test_masks_whose_numbers_are_not_read(causal: bool | None) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Transformer(8, 2, 1, 1, 16, batch_first=True).eval(), torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+    masks = [nn.Transformer.generate_square_subsequent_mask(4), torch.randn(4, 4)]
+    given = {"src": x, "tgt": y, "tgt_mask": masks[0], "tgt_is_causal": causal}
+    compiled = engine.compile(model, given, choose="native")
+    for mask in masks[: 2 if causal is None else 1]:
+        with torch.no_grad():
+            expected = model(x, y, tgt_mask=mask)
+        torch.testing.assert_close(compiled(x, y, tgt_mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pytorchs_own_functions_come_back() -> None:
+    def found() -> tuple[Any, Any]:
+        return nn.TransformerEncoder.forward, transformer._detect_is_causal_mask
+
+    before = found()
+    with traceable_transformers():
+        assert not {*before} & {*found()}
+    assert found() == before
 
 
 @pytest.mark.slow
