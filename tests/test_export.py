@@ -15,6 +15,7 @@ import yaml
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import rarefy
 from rarefy import engine, models, onnx_files
@@ -217,6 +218,36 @@ def test_two_inputs_and_nested_outputs(tmp_path: Path) -> None:
     save_onnx(model, (left[:1], right[:1]), path)
     assert [each.name for each in onnx.load(path).graph.output] == ["output_0", "output_1", "output_2", "output_3"]
     torch.testing.assert_close(answers(path, input_0=left, input_1=right), expected, rtol=1e-4, atol=1e-5)
+
+
+class Wrapper(nn.Module):
+    """It names none of its arguments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")  # which PyTorch itself calls
+@pytest.mark.parametrize("wrap", [Wrapper, torch.compile])
+def test_models_without_names_of_arguments(wrap: Any, tmp_path: Path) -> None:
+    model, path = Pair().eval(), tmp_path / "model.onnx"
+    left, right = torch.randn(3, 4), torch.randn(3, 5)
+    expected = tree_leaves(model(left, right))
+    save_onnx(wrap(model), (left[:1], right[:1]), path)
+    torch.testing.assert_close(answers(path, input_0=left, input_1=right), expected, rtol=1e-4, atol=1e-5)
+    save_onnx(wrap(model), {"right": right, "left": left}, path)
+    torch.testing.assert_close(answers(path, left=left, right=right), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_model_is_refused_by_its_class(tmp_path: Path) -> None:
+    x = torch.randn(1, 4)
+    for model in ("resnet20", engine.compile(nn.Linear(4, 3).eval(), x, choose="torch")):
+        with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {type(model).__name__}"):
+            save_onnx(model, x, tmp_path / "model.onnx")
 
 
 # The command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rarefy._files import write_atomically
 from rarefy._forward import arguments
+from rarefy._transformer import traceable_transformers
 
 #: Largest difference from PyTorch that is still rounding, as a share of the largest output.
 TOLERANCE = 1e-4
@@ -52,10 +54,12 @@ def save_onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        TypeError: example_input is none of these.
+        TypeError: model is no module, or example_input is none of these.
         ValueError: it holds something else than tensors with a sample in their first dimension.
         RuntimeError: PyTorch cannot export the model, or onnxruntime's answers are others; no file is written.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     args, kwargs = arguments(example_input)
     for value in (*args, *kwargs.values()):
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -78,26 +82,41 @@ def save_onnx(
     return found[0]
 
 
+class _ByPosition(nn.Module):
+    """A model that is given keyword arguments, by position: torch.export has no batch sizes for ``**kwargs``."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *args: Tensor) -> Any:
+        """What the model gives."""
+        return self.model(**dict(zip(self.names, args, strict=True)))
+
+
 def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], path: Path) -> list[str]:
     """Write the file; gives the names of its inputs in the order of the arguments."""
     batch_args, batch_kwargs = _batch(args, kwargs, 2, None)  # a batch of one would be taken for a constant
     batch = torch.export.Dim("batch")
     names = list(kwargs) or (["input"] if len(args) == 1 else [f"input_{i}" for i in range(len(args))])
-    shapes = {name: {0: batch} for name in kwargs} if kwargs else tuple({0: batch} for _ in args)
     with torch.no_grad():
         answer = model.eval()(*batch_args, **batch_kwargs)
     outputs = _tensors(answer)
-    with _quiet():
+    traced, parameters = model, inspect.signature(model.forward).parameters.values()
+    if kwargs and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        traced, batch_args, batch_kwargs = _ByPosition(model, names).eval(), tuple(batch_kwargs.values()), {}
+    bound = inspect.signature(traced.forward).bind(*batch_args, **batch_kwargs).arguments
+    with _quiet(), traceable_transformers():
         try:
             program = torch.onnx.export(
-                model,
+                traced,
                 batch_args,
                 kwargs=batch_kwargs,
                 dynamo=True,
                 verbose=False,
                 input_names=names,
                 output_names=["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))],
-                dynamic_shapes=shapes,
+                dynamic_shapes=tree_map(lambda _: {0: batch}, dict(bound)),
             )
         except torch.onnx.OnnxExporterError as error:
             why = str(error.__cause__ or error).strip().splitlines()[0]

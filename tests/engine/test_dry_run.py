@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rarefy.engine.dry_run import _BY_NUMBER, _by_number, _without_numbers, plain_shape
+from rarefy.engine.dry_run import _BY_NUMBER, _by_number, _without_numbers, dry_run, plain_shape
 from rarefy.engine.plan import Linear, Norm, Operator, Pointwise, Ref
 from rarefy.engine.reference import run_step
 
@@ -93,3 +93,11 @@ def test_new_tensors_lie_where_the_engines_numbers_do(kwargs):
     with pytest.raises(ValueError, match=r"aten.zeros.default makes tensors on the CPU, not pinned; got device"):
         _without_numbers(step)
     _without_numbers(Operator(**ABOUT, target="aten.zeros.default", args=([2, 3],), kwargs={"pin_memory": False}))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_normalisation_of_other_channels_is_refused(channels):
+    args = (Ref("x"), Ref("w"), None, None, None, True, 0.1, 1e-5, False)
+    step = Operator(**ABOUT, target="aten.batch_norm.default", args=args)
+    with pytest.raises(ValueError, match=f"weight should contain 8 elements not {channels}"):
+        dry_run([step], {"x": torch.zeros(4, 8)}, {"w": torch.ones(channels)})

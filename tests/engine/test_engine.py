@@ -122,7 +122,10 @@ def test_one_part_in_training_mode_is_named():
 
 def test_an_exported_program_has_one_mode():
     net, x = nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.ReLU()).eval(), torch.randn(3, 5)
-    model = torch.export.export(net, (x,)).module()
+    program = torch.export.export(net, (x,))
+    with pytest.raises(TypeError, match=r"an ExportedProgram of torch.export: compile its module, program.module\(\)"):
+        engine.compile(program, x)
+    model = program.module()
     assert model.training
     torch.testing.assert_close(engine.compile(model, x, choose="native")(x), net(x))
     head = nn.Sequential(model, nn.BatchNorm1d(6))
@@ -327,6 +330,14 @@ def test_the_profile_adds_up(compiled):
     assert len(text.splitlines()) == len(found.rows) + 2
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         compiled.profile(rounds=0)
+
+
+def test_timing_leaves_random_numbers_alone(compiled):
+    before = torch.get_rng_state()
+    compiled.profile(rounds=1)
+    compiled.seconds(rounds=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(x.std() > 0.5 for x in compiled.example())
 
 
 def test_the_break_even_of_a_profile():

@@ -1,5 +1,6 @@
-"""PyTorch's default dtype may be any, while an engine is made and while it runs: transformers sets it as it loads."""
+"""PyTorch's default dtype and device may be any, while an engine is made and while it runs: libraries set them."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from rarefy import engine
 from rarefy.engine.capture import capture
+from rarefy.engine.eager import Eager
 from tests.engine.networks import UNet, thinned
 from tests.engine.test_capture import f
 
@@ -89,6 +91,48 @@ def test_int8_is_the_same_by_any_default_dtype(dtype):
         with by_default(each):
             made.append(engine.compile(model, x, precision="int8", calibration=[x], choose="native"))
     assert torch.equal(made[0](x), made[1](x))
+
+
+@pytest.mark.parametrize("choose", ["native", "torch"])
+@pytest.mark.parametrize("name", ["attention", "whole numbers", "images"])
+def test_another_default_device_changes_nothing(name, choose, tmp_path):
+    model, given = case(name)
+    compiled = engine.compile(model.eval(), given, choose=choose)
+    engine.save(compiled, tmp_path / "a.engine")
+    with torch.device("meta"):  # which stands for a GPU
+        loaded, again = engine.load(tmp_path / "a.engine"), engine.compile(model, given, choose=choose)
+        found = [each(*given) for each in (compiled, copy.deepcopy(compiled), loaded, again)]
+        profiled, took = compiled.profile(rounds=1), compiled.seconds(rounds=1)
+    for each in found:
+        torch.testing.assert_close(each, compiled(*given), rtol=1e-4, atol=1e-5)
+    assert len(profiled.rows) == len(compiled.steps()) + 1
+    assert took > 0
+
+
+def test_int8_is_the_same_by_another_default_device(tmp_path):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(288, 5)).eval(),
+        torch.randn(4, 3, 8, 8),
+    )
+    compiled = engine.compile(model, x, precision="int8", calibration=[x], choose="native")
+    engine.save(compiled, tmp_path / "a.engine")
+    with torch.device("meta"):
+        again = engine.compile(model, x, precision="int8", calibration=[x], choose="native")
+        found = [each(x) for each in (again, copy.deepcopy(compiled), engine.load(tmp_path / "a.engine"))]
+    for each in found:
+        assert torch.equal(each, compiled(x))
+
+
+def test_the_model_as_it_is_makes_its_tensors_on_the_cpu():
+    class Counts(nn.Module):
+        def forward(self, x):
+            return x + torch.arange(x.shape[1])
+
+    x = torch.randn(2, 3)
+    with torch.device("meta"):
+        (made,) = Eager(Counts(), ("x",), ("y",), single=True).run(x)
+    assert torch.equal(made, x + torch.tensor([0.0, 1.0, 2.0]))
 
 
 def test_dtypes_are_written_out():

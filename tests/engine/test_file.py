@@ -20,8 +20,10 @@ from rarefy.engine.capture import capture
 from rarefy.engine.file import format, reading, writing
 from rarefy.engine.passes import optimize
 from tests.engine.networks import UNet, Vision, thinned
+from tests.engine.test_capture import f
 
 HEAD = struct.Struct("<8sIIQQ32s")
+HANN = torch.hann_window(16)
 
 
 def make(model, shape, choose="native", precision="float32"):
@@ -356,6 +358,37 @@ def test_an_operator_of_somebody_else_runs_but_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"the engine runs rarefy_tests.double.default, which cannot be saved"):
         engine.save(compiled, tmp_path / "a.engine")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("forward", "target"),
+    [
+        (lambda x: x / x.abs().max().item(), "aten.item.default"),
+        (
+            lambda x: torch.istft(torch.stft(x, 16, 8, window=HANN, return_complex=True), 16, 8, window=HANN),
+            "aten.istft",
+        ),
+    ],
+    ids=["item", "istft"],
+)
+def test_what_reads_numbers_runs_but_is_not_saved(forward, target, tmp_path):
+    x = torch.randn(2, 64)
+    compiled = engine.compile(f(forward).eval(), x, choose="native")
+    torch.testing.assert_close(compiled(x), forward(x))
+    with pytest.raises(
+        ValueError, match=rf"the engine runs {target}.*, which must read numbers .*: it cannot be saved"
+    ):
+        engine.save(compiled, tmp_path / "a.engine")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8, track_running_stats=False), nn.InstanceNorm1d(8)])
+def test_normalisation_by_the_batch_comes_back(layer, tmp_path):
+    path, x = tmp_path / "a.engine", torch.randn(6, 8, 5)
+    engine.save(engine.compile(layer.eval(), x[:4], choose="native"), path)
+    of = (0, 2) if isinstance(layer, nn.BatchNorm1d) else 2
+    expected = (x - x.mean(of, keepdim=True)) / (x.var(of, keepdim=True, correction=0) + layer.eps).sqrt()
+    torch.testing.assert_close(engine.load(path)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_engines_are_saved(tmp_path):

@@ -20,7 +20,7 @@ from tests.engine.test_capture import f
 pytestmark = pytest.mark.slow
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime")
 
 
 def compared(step, of, to, shape, result):
@@ -99,6 +99,48 @@ def test_what_has_no_form(tmp_path):
     x = [torch.randn(4, 3, 16, 16)]
     with pytest.raises(ValueError, match="has no form in ONNX in int8: save_onnx"):
         onnx_int8.save_int8_onnx(thinned(Vision()), x[0], x, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_by_name(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
+
+        def forward(self, x, y):
+            return torch.relu(self.left(x)) + self.right(y)
+
+    torch.manual_seed(0)
+    model, path = Two().eval(), tmp_path / "a.onnx"
+    batches = [{"y": torch.randn(32, 8), "x": torch.randn(32, 8)} for _ in range(2)]
+    report, difference = onnx_int8.save_int8_onnx(model, batches[0], batches, path)
+    assert report.samples == 64
+    assert difference < 0.005
+    session = ort.InferenceSession(path)
+    assert {each.name for each in session.get_inputs()} == {"x", "y"}
+    (got,) = session.run(None, {name: x.numpy() for name, x in batches[0].items()})
+    expected = model(**batches[0])
+    assert (torch.from_numpy(got) - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "resnet20"}, TypeError, "model must be a torch.nn.Module, got str"),
+        ({"model": nn.Linear(8, 4)}, ValueError, "the model is in training mode"),
+        ({"model": nn.Linear(8, 4, device="meta").eval()}, ValueError, "the model must be on the CPU"),
+        ({"example_input": torch.zeros(1, 8).numpy()}, TypeError, "'input' is a numpy.ndarray: tensors"),
+        ({"example_input": torch.zeros(0, 8)}, ValueError, "example_input must not be empty"),
+        ({"calibration": None}, ValueError, "needs calibration="),
+        ({"error_budget": -1}, ValueError, "error_budget must be at least 0, got -1"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, error, message, tmp_path):
+    x = torch.ones(4, 8)
+    arguments = {"model": nn.Linear(8, 4).eval(), "example_input": x, "calibration": [x], **change}
+    with pytest.raises(error, match=message):
+        onnx_int8.save_int8_onnx(path=tmp_path / "a.onnx", **arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -284,11 +284,17 @@ def test_an_example_of_another_dtype(module):
         engine.compile(module.eval(), torch.randn(2, 4, 4).half())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_tensors_without_plain_memory():
     layer, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
     compiled = engine.compile(layer, x, choose="native")
     with pytest.raises(ValueError, match=r"input 'input\w*': .*torch.sparse_coo: call it with to_dense\(\)"):
         compiled(x.to_sparse())
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([x, x[:2]], layout=layout)
+        for call in (compiled, lambda given: engine.compile(layer, given)):
+            with pytest.raises(ValueError, match=r"got a nested one: pad it with torch.nested.to_padded_tensor\(\)"):
+                call(nested)
     with pytest.raises(ValueError, match="inside a transform of torch.func"):
         torch.func.vmap(compiled)(torch.randn(2, 3, 4))
     numbers = torch.randn(3, 4, dtype=torch.complex64).conj().imag

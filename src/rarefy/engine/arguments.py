@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.export import ExportedProgram
 
 from rarefy import kernels
 from rarefy.engine import programs
@@ -28,6 +29,8 @@ def checked(
     tune_seconds: float,
 ) -> tuple[Flat, tuple[Tensor, ...]]:
     """The model as one of tensors alone, and the example's; raises for arguments that :func:`compile` does not take."""
+    if isinstance(model, ExportedProgram):
+        raise TypeError("model is an ExportedProgram of torch.export: compile its module, program.module()")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():

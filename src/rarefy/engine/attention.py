@@ -39,7 +39,7 @@ def additive_scores(keys: Tensor, queries: Tensor, vector: Tensor, mode: str = "
     if kernel is None:
         mixed = keys + queries.unsqueeze(1)
         return (torch.tanh(mixed) if mode in ("exact", "fast") else activate(mixed, f"tanh {mode} {table}")) @ vector
-    scores = torch.empty(batch, tokens, dtype=torch.float32)
+    scores = torch.empty(batch, tokens, dtype=torch.float32, device="cpu")
     tensors = [x.detach().resolve_neg().contiguous() for x in (keys, queries, vector)]
     places = [kernels.address(x) for x in (*tensors, scores)]
     if scores.numel():

@@ -12,6 +12,7 @@ import torch
 
 from rarefy.engine.builder import LAYOUTS, Layout, Result
 from rarefy.engine.building import Building, CannotError, NativeSegment, Options, SegmentPort, laid
+from rarefy.engine.explicit import on_cpu
 from rarefy.engine.int8 import Int8, bounds, levels, packed, unpacked
 from rarefy.engine.places import geometry
 from rarefy.engine.plan import (
@@ -51,6 +52,7 @@ class Int8Segment(NativeSegment):
         return again, (self.source, self.options)
 
 
+@on_cpu()
 def again(source: Plan, options: Options) -> Int8Segment:
     """The segment of a plan all of whose steps one int8 program computes. Raises ValueError for another."""
     quantizers = {step.output: step for step in source.steps if isinstance(step, Quantize)}

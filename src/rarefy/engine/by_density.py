@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rarefy import environment
 from rarefy.engine.arguments import Precision, checked
 from rarefy.engine.assembling import build
-from rarefy.engine.compiler import COMPILING
+from rarefy.engine.compiler import compiling
 from rarefy.engine.engine import Engine
 from rarefy.engine.plan import Layer, Plan, Step
 from rarefy.engine.preparing import flattened, prepare
@@ -76,7 +76,7 @@ def latency(
     flat, inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
     if calibration is not None:
         calibration = flattened(calibration, flat.takes)
-    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    with compiling():
         plan = prepare(flat, inputs, precision, calibration, error_budget).better
         sizes = weights_of(plan)
         if not sizes:

@@ -21,7 +21,9 @@ _BINS = 2048  # on each side of 0
 _OUTERMOST = 1e-4
 #: Examples whose largest magnitude is smaller, or larger than its inverse, leave float32 no room for products and sums.
 _SMALLEST = 1e-30
-_SHARES = torch.linspace(0.3, 1, 36, dtype=torch.float64)  # of the range seen, which are tried for the least error
+_SHARES = torch.linspace(
+    0.3, 1, 36, dtype=torch.float64, device="cpu"
+)  # of the range seen, which are tried for the least error
 
 
 class Histogram:

@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from rarefy._transformer import traceable_transformers
 from rarefy.act.functional import kept_operators
 from rarefy.engine import named, nodes, operators, recurrent, views
 from rarefy.engine.batch_first import batch_first
@@ -45,8 +46,15 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], fixed_because: str | Non
     Raises CaptureError for a model that ``torch.export`` does not trace, or that does more than to compute tensors from
     tensors.
     """
-    quiet = contextlib.redirect_stderr(cast(TextIO, OthersAlone(sys.stderr)))
-    with quiet, torch.no_grad(), kept_operators(), recurrent.by_layers(), uncollected(), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stderr(cast(TextIO, OthersAlone(sys.stderr))),
+        torch.no_grad(),
+        kept_operators(),
+        recurrent.by_layers(),
+        traceable_transformers(),
+        uncollected(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # torch.export warns of its own parts
         program, fixed_because = export(model, tuple(inputs), fixed_because)
         if fixed_because is None and recurrent.along_batch(program.graph):

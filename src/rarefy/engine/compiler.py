@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, overload
@@ -19,13 +19,23 @@ from rarefy.engine.arguments import Choose, Precision, checked
 from rarefy.engine.assembling import build
 from rarefy.engine.engine import Engine, plain
 from rarefy.engine.execute import torch_threads
+from rarefy.engine.explicit import on_cpu
 from rarefy.engine.preparing import Prepared, flattened, prepare
 from rarefy.engine.quantize import BUDGET
 from rarefy.engine.shapes import Engines
 from rarefy.engine.structure import Flat
 
-#: Tracing and measuring change state of the process.
-COMPILING = threading.Lock()
+_COMPILING = threading.Lock()
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """One thread at a time is within the block: tracing and measuring change state of the process.
+
+    A step may draw random numbers; what autocast or a default device would make of the layers is not the model.
+    """
+    with _COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), on_cpu():
+        yield
 
 
 @overload
@@ -147,8 +157,7 @@ def _compiled(
     torch_compile: bool,
 ) -> Engine:
     begun = time.perf_counter()
-    # A step may draw random numbers; what autocast would make of the layers is not the model.
-    with COMPILING, torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), _threads_there():
+    with compiling(), _threads_there():
         prepared = prepare(flat, inputs, precision, calibration, error_budget, later=precision == "float32")
         how = (threads, precision, choose, tune_seconds, flat, False, torch_compile)
         engine = build(prepared.better, inputs, *how)

@@ -67,11 +67,22 @@ def dry_run(items: Sequence[Item], inputs: Mapping[str, Tensor], constants: Mapp
             made = _made(item, values)
         except Exception as error:  # whatever PyTorch says to arguments that do not fit
             _, what = uses(item)
+            if isinstance(item, Operator) and _reads_numbers(item, error):
+                raise ValueError(
+                    f"the engine runs {item.target}, which must read numbers to tell what it makes: it cannot be "
+                    "saved, since a file is checked on shapes alone. Save the model and compile it where it is used"
+                ) from error
             raise ValueError(f"what makes {', '.join(what)} cannot run: {str(error).splitlines()[:1]}") from error
         for name, value in made.items():
             _check_size(name, value)
         values.update(made)
     return values
+
+
+def _reads_numbers(step: Operator, error: Exception) -> bool:
+    """Whether an operator fails on the device "meta" whatever it is given: it, or what it calls, needs numbers."""
+    depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return isinstance(error, NotImplementedError) or not depends.isdisjoint(getattr(resolve(step.target), "tags", ()))
 
 
 def _made(item: Item, values: Mapping[str, Any]) -> dict[str, Any]:

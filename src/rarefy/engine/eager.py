@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rarefy.engine.explicit import on_cpu
+
 
 @dataclass(frozen=True, eq=False)
 class Eager:
@@ -26,7 +28,8 @@ class Eager:
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The model's outputs, which may be parameters and buffers of it, without gradient."""
-        result = self.model(*inputs)
+        with on_cpu():
+            result = self.model(*inputs)
         return tuple(x.detach() if x.requires_grad else x for x in ((result,) if self.single else result))
 
     def tensors(self) -> list[Tensor]:

@@ -214,10 +214,11 @@ class Engine:
 
     def example(self) -> tuple[Tensor, ...]:
         """Make random tensors of the shapes that it was compiled for, one for each of ``inputs``."""
+        chance = torch.Generator("cpu").manual_seed(0)  # PyTorch's own is the caller's
         return tuple(
-            torch.randn(port.shape, dtype=port.dtype)
+            torch.randn(port.shape, generator=chance, dtype=port.dtype, device="cpu")
             if port.dtype.is_floating_point
-            else torch.zeros(port.shape, dtype=port.dtype)
+            else torch.zeros(port.shape, dtype=port.dtype, device="cpu")
             for port in self.inputs
         )
 
@@ -237,6 +238,11 @@ class Engine:
             raise TypeError(f"input {port.name!r} must be {port.dtype}, got {x.dtype}: convert it first")
         if not x.is_cpu:
             raise ValueError(f"input {port.name!r} must be on the CPU, got {x.device}: call it with x.cpu()")
+        if x.is_nested:  # which may have no shape
+            raise ValueError(
+                f"input {port.name!r} must be a plain tensor, got a nested one: pad it with "
+                "torch.nested.to_padded_tensor()"
+            )
         shape = x.shape
         if len(shape) != len(port.shape) or (port.shape and not self._fits(shape, port.shape)):
             raise self._wrong_shape(x, port)

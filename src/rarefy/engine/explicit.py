@@ -1,7 +1,11 @@
-"""Dtypes written out in a graph: what an operator takes from PyTorch's default dtype may be another when it runs."""
+"""What PyTorch takes from defaults of the process: dtypes written out in a graph, which may run under another default,
+and the CPU in the place of another device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +13,16 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 _ATEN = torch.ops.aten
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the block new tensors are on the CPU, whatever PyTorch's default device is."""
+    if torch.get_default_device().type == "cpu":  # a default that is set makes all of PyTorch's functions slower
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 def explicit_dtypes(graph: fx.Graph) -> None:

@@ -306,7 +306,7 @@ def table(function: Activation, of: Quantized, to: Quantized) -> Tensor:
 
     They are computed in float64; the modes of :mod:`rarefy.act`, which has none, in float32.
     """
-    x = of.scale * (torch.arange(256, dtype=torch.float64) - of.zero_point)
+    x = of.scale * (torch.arange(256, dtype=torch.float64, device="cpu") - of.zero_point)
     y = activate(x if function in ACTIVATIONS else x.float(), function).double()
     return _bytes(y / to.scale + to.zero_point, 0, 255)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy._files import write_atomically
-from rarefy.engine import int8, reference
-from rarefy.engine.calibrate import checked
+from rarefy.engine import arguments, calibrate, int8, reference
 from rarefy.engine.capture import capture
+from rarefy.engine.compiler import compiling
 from rarefy.engine.int8 import Int8, Runnable
 from rarefy.engine.passes import optimize
 from rarefy.engine.plan import (
@@ -47,6 +47,7 @@ from rarefy.engine.plan import (
     Upsample,
     parts,
 )
+from rarefy.engine.preparing import flattened
 from rarefy.engine.quantization import Quantization
 from rarefy.engine.quantize import BUDGET, quantize
 
@@ -69,8 +70,8 @@ _SIMPLE: dict[Activation, tuple[str, dict[str, Any]]] = {
 
 def save_int8_onnx(
     model: nn.Module,
-    example_input: Tensor | Sequence[Tensor],
-    calibration: Iterable[Tensor | Sequence[Tensor]],
+    example_input: Any,
+    calibration: Iterable[Any],
     path: str | Path,
     *,
     error_budget: float = BUDGET,
@@ -79,8 +80,9 @@ def save_int8_onnx(
 
     Args:
         model: in evaluation mode, on the CPU, float32; one that was trained sparse, finalized.
-        example_input: a tensor, or one for each input; the file takes any batch size where the model does.
-        calibration: some hundred examples of what the model will see, in batches.
+        example_input: as that of :func:`rarefy.engine.compile`, of tensors in float32; the file takes any batch size
+            where the model does.
+        calibration: some hundred examples of what the model will see, in batches, each like ``example_input``.
         path: the file, by custom NAME.onnx.
         error_budget: as that of :func:`rarefy.engine.compile`.
 
@@ -90,16 +92,20 @@ def save_int8_onnx(
 
     Raises:
         ImportError: onnx is not installed.
-        ValueError: the model cannot be traced, or quantised, or has an operator without a form here.
+        TypeError: ``model`` is no module, ``example_input`` has no tensors, or ``calibration`` is none.
+        ValueError: the model is in training mode or not on the CPU, cannot be traced, or quantised, or has an operator
+            without a form here.
         RuntimeError: onnxruntime answers differently; no file is written.
     """
     if importlib.util.find_spec("onnx") is None:
         raise ImportError("export to ONNX needs onnx: pip install 'rarefy[export]'")
-    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    plan = optimize(capture(model, inputs))
-    batches = checked(plan, calibration)
-    plan, report = quantize(plan, batches, budget=error_budget)
-    content, found = serialized(plan), list[float | None]()
+    flat, inputs = arguments.checked(model, example_input, None, "int8", "native", 0.0)
+    arguments.check_calibration("int8", calibration, error_budget, quantized=False)
+    with compiling():
+        plan = optimize(capture(flat.model if flat.takes.is_plain else flat, inputs))
+        batches = calibrate.checked(plan, flattened(calibration, flat.takes))
+        plan, report = quantize(plan, batches, budget=error_budget)
+        content, found = serialized(plan), list[float | None]()
 
     def fill(partial: Path) -> None:
         partial.write_bytes(content)

@@ -301,9 +301,9 @@ class Flat(nn.Module):
 
 def _as_tensor(number: Any) -> Tensor:
     if isinstance(number, (bool, torch.SymBool)):
-        return torch.full((), cast(bool, number), dtype=torch.bool)
+        return torch.full((), cast(bool, number), dtype=torch.bool, device="cpu")
     whole = isinstance(number, (int, torch.SymInt))
-    return torch.full((), number, dtype=torch.int64 if whole else torch.float64)
+    return torch.full((), number, dtype=torch.int64 if whole else torch.float64, device="cpu")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

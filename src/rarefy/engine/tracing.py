@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
+from rarefy import _transformer
 from rarefy.engine import contractions, named, rearranged, recurrent
 from rarefy.engine.structure import title, unwrapped
 
-_OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent), str(Path(_transformer.__file__)))
 
 
 class CaptureError(ValueError):

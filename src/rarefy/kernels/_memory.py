@@ -70,6 +70,8 @@ _FREED = "one whose memory was freed: gather its shards first"
 
 def _not_plain(tensor: Tensor, device: str) -> str | None:
     """What the tensor is and what to do about it, where its numbers are not simply in memory; otherwise None."""
+    if tensor.is_nested:
+        return "a nested one: pad it with torch.nested.to_padded_tensor()"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}: give its local tensor (to_local(), full_tensor())"
     if _functorch.is_functorch_wrapped_tensor(tensor):
@@ -78,8 +80,6 @@ def _not_plain(tensor: Tensor, device: str) -> str | None:
         return f"one of layout {tensor.layout}: call it with to_dense()"
     if tensor.device.type != device:
         return f"one on {tensor.device}: call it with {device}()"
-    if tensor.is_nested:
-        return "a nested one: pad it with torch.nested.to_padded_tensor()"
     if tensor.is_quantized:
         return f"a quantised one ({tensor.dtype}): call it with dequantize()"
     if tensor.is_conj() or tensor.is_neg():

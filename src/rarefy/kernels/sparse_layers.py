@@ -99,7 +99,7 @@ class Grid:
         columns = self.columns = self.chunk or across.columns
         taps = [(y, x) for y in range(shape.kernel[0]) for x in range(shape.kernel[1])]
         phases = sorted({(down.phase[y], across.phase[x]) for y, x in taps})
-        self.phases = torch.tensor(phases, dtype=torch.int64).reshape(-1, 2)
+        self.phases = torch.tensor(phases, dtype=torch.int64, device="cpu").reshape(-1, 2)
         self.all_phases = len(phases) == shape.stride[0] * shape.stride[1]
         reach = down.span * columns + across.span
         self.y_begin = down.high * columns + across.high
@@ -135,12 +135,12 @@ class Grid:
     def columns_of(self, channels_last: bool) -> tuple[Tensor, ...]:
         """Return (forward block, forward offset, backward row, backward offset) of every column of the weight."""
         if channels_last not in self._columns:
-            channel = torch.arange(self.shape.inputs).unsqueeze(1)
+            channel = torch.arange(self.shape.inputs, device="cpu").unsqueeze(1)
             parts = (
                 (channel // self.block).expand(-1, len(self.tap_offset)),
-                channel * self.plane + torch.tensor(self.tap_offset),
-                torch.tensor(self.tap_phase) * self.shape.inputs + channel,
-                torch.tensor(self.tap_inner).expand(self.shape.inputs, -1),
+                channel * self.plane + torch.tensor(self.tap_offset, device="cpu"),
+                torch.tensor(self.tap_phase, device="cpu") * self.shape.inputs + channel,
+                torch.tensor(self.tap_inner, device="cpu").expand(self.shape.inputs, -1),
             )
             self._columns[channels_last] = tuple(
                 (part.t() if channels_last else part).to(torch.int32).contiguous().flatten() for part in parts
@@ -237,14 +237,14 @@ def live_places(weight: Tensor, mask: Tensor | None = None) -> Tensor:
     kernel = find("sparse_live_f32", _INT64, _POINTER, _POINTER, _INT64, _POINTER)
     given = address(weight), None if mask is None else address(mask), weight.numel()
     count = kernel(*given, None)
-    places = torch.empty(count + 1, dtype=torch.int32)
+    places = torch.empty(count + 1, dtype=torch.int32, device="cpu")
     kernel(*given, address(places))
     return places[:count]
 
 
 def take(weight: Tensor, places: Tensor) -> tuple[Tensor, int, int]:
     """Return the elements of a weight at the places, how many of all are not 0, and how many of these."""
-    values, counts = torch.empty(len(places), dtype=torch.float32), (_INT64 * 2)()
+    values, counts = torch.empty(len(places), dtype=torch.float32, device="cpu"), (_INT64 * 2)()
     kernel = find("sparse_take_f32", None, _POINTER, _INT64, _POINTER, _INT64, _POINTER, _POINTER)
     kernel(address(weight), weight.numel(), address(places), len(places), address(values), counts)
     return values, counts[0], counts[1]
@@ -266,10 +266,10 @@ class Index:
         rows, columns, entries = shape.outputs, shape.inputs * taps, len(places)
         blocks, inner_blocks = -(-shape.inputs // grid.block), -(-rows // grid.inner_block)
         inner_rows = len(grid.phases) * shape.inputs
-        whole = functools.partial(torch.empty, dtype=torch.int32)
+        whole = functools.partial(torch.empty, dtype=torch.int32, device="cpu")
         self._rows, self._inner_rows = whole(blocks, rows, 2), whole(inner_blocks, inner_rows, 2)
-        self._begin = torch.zeros(blocks + 1, dtype=torch.int64)
-        self._inner_begin = torch.zeros(inner_blocks + 1, dtype=torch.int64)
+        self._begin = torch.zeros(blocks + 1, dtype=torch.int64, device="cpu")
+        self._inner_begin = torch.zeros(inner_blocks + 1, dtype=torch.int64, device="cpu")
         self._offset, self._which = whole(entries), whole(entries)
         self._inner_offset, self._inner_which = whole(entries), whole(entries)
         most = grid.inner_block * taps
@@ -328,7 +328,7 @@ class Index:
 
     def _scratch(self, step: _Step, planes: int, rows: int) -> Tensor:
         step.scratch_size = planes + rows * (MOST_VECTORS * self.grid.lanes + 16) + 16
-        scratch = torch.empty(step.slices * step.scratch_size + 16, dtype=torch.float32)
+        scratch = torch.empty(step.slices * step.scratch_size + 16, dtype=torch.float32, device="cpu")
         step.scratch = -(-scratch.data_ptr() // 64) * 64
         return scratch
 
@@ -339,7 +339,7 @@ class Index:
         """
         step = self._step(x, y, values)
         shape = self.grid.shape
-        ordered = torch.empty(len(self), dtype=torch.float32)
+        ordered = torch.empty(len(self), dtype=torch.float32, device="cpu")
         step.input, step.output = address(x), address(y)
         step.bias = None if bias is None else address(bias)
         step.forward_weights = ordered.data_ptr()
@@ -353,12 +353,12 @@ class Index:
         """Compute dx = W^T dy and dW = dy x^T, 0 where no weight lives; either may be None."""
         step = self._step(x, y_gradient, values)
         shape = self.grid.shape
-        ordered, gradients = torch.empty(2, len(self), dtype=torch.float32).unbind()
+        ordered, gradients = torch.empty(2, len(self), dtype=torch.float32, device="cpu").unbind()
         step.input, step.output_gradient = address(x), address(y_gradient)
         step.backward_weights, step.gradients = ordered.data_ptr(), gradients.data_ptr()
         step.input_gradient = None if x_gradient is None else address(x_gradient)
         if weight_gradient is not None:
-            products = torch.empty(step.slices * len(self) + 4, dtype=torch.float32)
+            products = torch.empty(step.slices * len(self) + 4, dtype=torch.float32, device="cpu")
             step.weight_gradient, step.weights = address(weight_gradient), weight_gradient.numel()
             step.products = products.data_ptr()
         planes = shape.inputs * self.grid.plane + shape.outputs * self.grid.y_plane
@@ -367,4 +367,4 @@ class Index:
         del scratch
 
 
-_ONE_PHASE = torch.zeros(2, dtype=torch.int64)
+_ONE_PHASE = torch.zeros(2, dtype=torch.int64, device="cpu")

@@ -24,7 +24,7 @@ from rarefy.act.spec import reference, subnormals
 from rarefy.act.spec.table import ShiftTable
 
 #: The bits that this version of PyTorch makes of a number too large for float8_e4m3fn: 448, or NaN.
-_OVER = tl.constexpr(int(torch.tensor(1e6).to(torch.float8_e4m3fn).view(torch.uint8)))
+_OVER = tl.constexpr(int(torch.tensor(1e6, device="cpu").to(torch.float8_e4m3fn).view(torch.uint8)))
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator, unused-ignore]

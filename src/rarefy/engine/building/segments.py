@@ -19,6 +19,7 @@ from rarefy.engine.programs import Program
 INTEGERS = {4: torch.int32, 8: torch.int64}
 #: Of so many shapes of inputs a segment remembers what it makes of them.
 _MOST_KNOWN = 64
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class NativeSegment:
                 self._known.clear()
             known = self._known[shapes] = self._sizes(shapes)
         count, sizes = known
-        outputs = [torch.empty(size, dtype=torch.float32) for size in sizes]
+        outputs = [torch.empty(size, dtype=torch.float32, device=_CPU) for size in sizes]
         if count:
             self.program.run(inputs, outputs, count, threads, seconds, known=True)
         if not self._gives_bytes:

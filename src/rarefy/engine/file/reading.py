@@ -21,6 +21,7 @@ from rarefy.engine.building import INTEGERS, NativeSegment, Options, SegmentPort
 from rarefy.engine.building_int8 import again
 from rarefy.engine.dry_run import LARGEST_INTEGER, check_conv, check_target
 from rarefy.engine.engine import Engine, Port, Report
+from rarefy.engine.explicit import on_cpu
 from rarefy.engine.file.format import (
     ALIGNMENT,
     DTYPES,
@@ -84,7 +85,8 @@ def load(path: str | Path, *, mmap: bool = False, classes: Sequence[type] = ()) 
                 f"{path} holds native programs, and there is no native engine here (rarefy info says why): "
                 "compile the model again"
             )
-        return _Reader(blobs, classes).engine(header)
+        with on_cpu():
+            return _Reader(blobs, classes).engine(header)
     except _UnusableError:
         raise
     except Exception as error:  # there is no end to what a reader stumbles over in a forged file

@@ -9,7 +9,7 @@ from torch import fx
 
 from rarefy.engine.nodes import is_call
 from rarefy.engine.operators.calls import Call, handles
-from rarefy.engine.plan import Affine, GroupNorm, Norm, Step
+from rarefy.engine.plan import Affine, GroupNorm, Norm, Operator, Ref, Step
 
 
 @handles("aten.layer_norm.default")
@@ -99,3 +99,11 @@ def _batch_norm(call: Call) -> Step | None:
     shift = shift if bias is None else shift + bias.double()
     axis: Literal[1, -1] = -1 if folded else 1
     return Affine(**call.layer(), input=x, scale=scale.float(), shift=shift.float(), axis=axis)
+
+
+@handles("aten._native_batch_norm_legit.no_stats")
+def _batch_norm_of_the_batch(call: Call) -> Step:
+    """The public operator that comes to it: one that looks at its arguments, so that a file may name it."""
+    x, weight, bias = (Ref(node.name) if (node := call.args[name]) else None for name in ("input", "weight", "bias"))
+    args = (x, weight, bias, None, None, True, call.args["momentum"], call.args["eps"], False)
+    return Operator(**call.labels, target="aten.batch_norm.default", args=args)

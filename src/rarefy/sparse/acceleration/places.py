@@ -24,7 +24,7 @@ SLACK = 0.1
 #: Over so many calls of a layer what its indices cost is averaged.
 MEMORY = 10
 
-_NOWHERE = torch.empty(0, dtype=torch.int32)
+_NOWHERE = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 class AcceleratedLayer:
