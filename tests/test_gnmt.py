@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rarefy import cost
 from rarefy.models import GNMT, gnmt
-from rarefy.models.search import length_penalty, translate
+from rarefy.models.search import NotANumberError, length_penalty, translate
 
 LENGTHS = torch.tensor([5, 1, 3])
 
@@ -164,6 +164,34 @@ def test_who_is_done_leaves(beam, monkeypatch):
     assert [each.score for each in found] == pytest.approx([each.score for (each,) in alone], abs=1e-4)
     assert rows[0] == 5 * beam
     assert rows[3:] == [beam] * len(rows[3:])
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_sentence_without_numbers_is_named(beam):
+    model = small().float()
+    with torch.no_grad():
+        model.source_embedding.weight[7] = math.nan
+    source, lengths = torch.tensor([[4, 5, 3], [6, 5, 3], [6, 7, 3], [4, 4, 3]]), torch.tensor([3, 1, 3, 2])
+    with pytest.raises(ValueError, match="the sentence at index 2 has no translation: .* NaN") as caught:
+        translate(model, source, lengths, begin=1, end=2, beam=beam, longest=torch.tensor([1, 2, 9, 9]))
+    assert caught.value.sentence == 2
+    whole = torch.tensor([0, 1, 3])
+    assert len(translate(model, source[whole], lengths[whole], begin=1, end=2, beam=beam)) == 3
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_numbers_that_end_later_are_named_too(length, monkeypatch):
+    """What was found before they are NaN may not be the best."""
+    model, decode, steps = small(), GNMT.decode, itertools.count(1)
+
+    def failing(self, *inputs):
+        logits, state, weights = decode(self, *inputs)
+        logits[..., 2] += 1.0  # so that some translations end at once
+        return logits * (math.nan if next(steps) == length else 1.0), state, weights
+
+    monkeypatch.setattr(GNMT, "decode", failing)
+    with pytest.raises(NotANumberError, match="index 0"):
+        translate(model, sentences()[:1], LENGTHS[:1], begin=1, end=2, beam=3, longest=5, alpha=5.0)
 
 
 def test_what_cannot_be_is_told():

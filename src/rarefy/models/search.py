@@ -39,6 +39,20 @@ class Translation:
     score: float
 
 
+class NotANumberError(ValueError):
+    """The network's numbers for a sentence are NaN, so there is nothing to search for.
+
+    Attributes:
+        sentence: its index.
+
+    """
+
+    def __init__(self, sentence: int, name: str | None = None) -> None:
+        name = name or f"the sentence at index {sentence}"
+        super().__init__(f"{name} has no translation: the network's logits for it are NaN")
+        self.sentence = sentence
+
+
 def length_penalty(length: int, alpha: float) -> float:
     """Return lp = ((5 + length) / 6)^alpha; ``length`` counts the end."""
     return float(((5.0 + length) / 6.0) ** alpha)
@@ -84,7 +98,7 @@ def translate(
         beta: strength of the coverage penalty.
 
     Raises:
-        ValueError: a beam, a length or a shape that cannot be.
+        ValueError: a beam, a length or a shape that cannot be; as :class:`NotANumberError` logits that are NaN.
 
     """
     if source.ndim != 2 or lengths.shape != source.shape[:1]:
@@ -135,10 +149,11 @@ class _Search:
         self.seen = torch.zeros(sentences * beam, source.shape[1], device=device)
         self.said = torch.zeros(sentences * beam, 0, dtype=torch.long, device=device)
         self.state: list[LayerState] = []
-        self.best: list[Translation | None] = [None] * sentences
+        self.best: dict[int, Translation] = {}
         self.numbers = list(range(sentences))  # of those that are searched for still
 
     def run(self) -> list[Translation]:
+        sentences = len(self.numbers)
         for length in range(1, max(self.limits) + 1):
             self._step(length)
             open_ = self._open()
@@ -146,7 +161,7 @@ class _Search:
                 break
             if 2 * len(open_) <= len(self.numbers):
                 self._keep(open_)
-        return [each for each in self.best if each is not None]
+        return [self.best[number] for number in range(sentences)]
 
     def _open(self) -> list[int]:
         """Return the places of those of which something partial can still win.
@@ -155,7 +170,10 @@ class _Search:
         """
         found = []
         for place, total in enumerate(self.total.amax(1).tolist()):
-            before, hope = self.best[self.numbers[place]], total / length_penalty(self.limits[place], self.alpha)
+            number = self.numbers[place]
+            if math.isnan(total):
+                raise NotANumberError(number)
+            before, hope = self.best.get(number), total / length_penalty(self.limits[place], self.alpha)
             if before is None or before.score < hope:
                 found.append(place)
         return found
@@ -195,7 +213,9 @@ class _Search:
         value, which = final.masked_fill(~over, -math.inf).max(1)
         for index, (number, row) in enumerate(zip(value.tolist(), which.tolist(), strict=True)):
             sentence = self.numbers[index]
-            before = self.best[sentence]
+            if math.isnan(number):
+                raise NotANumberError(sentence)
+            before = self.best.get(sentence)
             if number > (-math.inf if before is None else before.score):
                 tokens = self.said[index * beam + row].tolist()
                 self.best[sentence] = Translation(tokens[:-1] if tokens[-1] == self.end else tokens, number)
