@@ -26,6 +26,7 @@ derivatives of every order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -45,7 +46,7 @@ Tensors: TypeAlias = list[Any]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _options(mode: str, table: Table | str | None) -> tuple[str, Table | None]:
+def _options(mode: str, table: Table | str | Path | None) -> tuple[str, Table | None]:
     """Return the two, or raise ValueError: a table is one of tanh, from which sigmoid derives."""
     given = table_of(table)
     if mode not in reference.MODES:
@@ -235,8 +236,8 @@ class LSTM(_Layers, nn.LSTM):
     """``torch.nn.LSTM`` with these activations: the same arguments, parameters, inputs, outputs and errors.
 
     ``mode`` is that of :func:`rarefy.act.tanh` for all gates; ``table``, for mode "ktanh", a table of tanh in the
-    format of the weights, or its name. Formats: bfloat16, float16, float32; TypeError for others, ValueError for a
-    mode or table that is none. :mod:`rarefy.act.recurrent` says what is computed and how it is rounded.
+    format of the weights, its name or its file. Formats: bfloat16, float16, float32; TypeError for others, ValueError
+    for a mode or table that is none. :mod:`rarefy.act.recurrent` says what is computed and how it is rounded.
     """
 
     _layer = staticmethod(_lstm_layer)
@@ -255,7 +256,7 @@ class LSTM(_Layers, nn.LSTM):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
@@ -289,7 +290,7 @@ class GRU(_Layers, nn.GRU):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
@@ -367,7 +368,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         nn.LSTMCell.__init__(self, input_size, hidden_size, bias, device=device, dtype=dtype)
@@ -391,7 +392,7 @@ class GRUCell(_Cell, nn.GRUCell):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, device=device, dtype=dtype)
