@@ -303,6 +303,19 @@ def test_gradient_y_equals_pytorchs_bits(path):
         assert same(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "function", ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish", "elu", "softplus"]
+)
+def test_slopes_have_their_limits_at_infinity(function, dtype):
+    large = torch.finfo(dtype).max / 8
+    x = torch.tensor([-torch.inf, -large, large, torch.inf], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(call(function, x).sum(), x, create_graph=True)  # type: ignore[no-untyped-call]
+    assert slope.tolist() == [0.0, 0.0, 1.0, 1.0]
+    (bend,) = torch.autograd.grad(slope.sum(), x)
+    assert bend.tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(("function", "mode"), [case for case in CASES if case[1] != "hard"])
 def test_gradients_against_float64(function, mode):
     """grad="x" is the derivative of the true function, whatever the mode; "y" follows the result's error."""
