@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.models.best import best
-from rarefy.models.gnmt import LayerState, Memory
+from rarefy.models.gnmt import LayerState, Memory, check_sentences
 
 
 class Network(Protocol):
@@ -98,23 +98,23 @@ def translate(
         beta: strength of the coverage penalty.
 
     Raises:
+        TypeError: sentences or lengths that are no tensors.
         ValueError: a beam, a length or a shape that cannot be; as :class:`NotANumberError` logits that are NaN.
 
     """
-    if source.ndim != 2 or lengths.shape != source.shape[:1]:
-        shapes = f"{tuple(source.shape)} and {tuple(lengths.shape)}"
-        raise ValueError(f"source must be (B, S) and lengths (B,), got {shapes}")
-    if beam < 1:
-        raise ValueError(f"beam must be at least 1, got {beam}")
+    check_sentences(source, lengths)
+    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
+        raise ValueError(f"beam must be a whole number of at least 1, got {beam!r}")
     if source.shape[0] == 0:
         return []
-    if int(lengths.min()) < 1:
-        raise ValueError("every sentence needs a token at least: leave the empty ones out")
     if longest is None:
         longest = (10 + 1.5 * lengths.float()).long()
-    limits = torch.as_tensor(longest, device=source.device).expand(len(source))
+    limits = torch.as_tensor(longest, device=source.device)
+    if limits.is_floating_point() or limits.shape not in ((), lengths.shape):
+        raise ValueError(f"longest must be a whole number, or (B,) of them, got {longest!r:.80}")
     if int(limits.min()) < 1:
         raise ValueError(f"longest must be at least 1, got {int(limits.min())}")
+    limits = limits.expand(len(source))
     return _Search(model, source, lengths, limits, begin, end, beam, alpha, beta).run()
 
 
