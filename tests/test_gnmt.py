@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rarefy import cost
 from rarefy.models import GNMT, gnmt
-from rarefy.models.search import length_penalty, translate
+from rarefy.models.compiled import CompiledGNMT
+from rarefy.models.search import NotANumberError, length_penalty, translate
 
 LENGTHS = torch.tensor([5, 1, 3])
 
@@ -166,6 +167,34 @@ def test_who_is_done_leaves(beam, monkeypatch):
     assert rows[3:] == [beam] * len(rows[3:])
 
 
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_sentence_without_numbers_is_named(beam):
+    model = small().float()
+    with torch.no_grad():
+        model.source_embedding.weight[7] = math.nan
+    source, lengths = torch.tensor([[4, 5, 3], [6, 5, 3], [6, 7, 3], [4, 4, 3]]), torch.tensor([3, 1, 3, 2])
+    with pytest.raises(ValueError, match="the sentence at index 2 has no translation: .* NaN") as caught:
+        translate(model, source, lengths, begin=1, end=2, beam=beam, longest=torch.tensor([1, 2, 9, 9]))
+    assert caught.value.sentence == 2
+    whole = torch.tensor([0, 1, 3])
+    assert len(translate(model, source[whole], lengths[whole], begin=1, end=2, beam=beam)) == 3
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_numbers_that_end_later_are_named_too(length, monkeypatch):
+    """What was found before they are NaN may not be the best."""
+    model, decode, steps = small(), GNMT.decode, itertools.count(1)
+
+    def failing(self, *inputs):
+        logits, state, weights = decode(self, *inputs)
+        logits[..., 2] += 1.0  # so that some translations end at once
+        return logits * (math.nan if next(steps) == length else 1.0), state, weights
+
+    monkeypatch.setattr(GNMT, "decode", failing)
+    with pytest.raises(NotANumberError, match="index 0"):
+        translate(model, sentences()[:1], LENGTHS[:1], begin=1, end=2, beam=3, longest=5, alpha=5.0)
+
+
 def test_what_cannot_be_is_told():
     for options, message in (
         ({"num_layers": 1}, "num_layers must be a whole number of at least 2, got 1"),
@@ -178,14 +207,56 @@ def test_what_cannot_be_is_told():
             small(**options)
     model = small()
     for source, lengths, options, message in (
-        (sentences(), LENGTHS, {"beam": 0}, "beam must be at least 1"),
+        (sentences(), LENGTHS, {"beam": 0}, "beam must be a whole number of at least 1, got 0"),
+        (sentences(), LENGTHS, {"beam": 2.0}, "beam must be a whole number of at least 1, got 2.0"),
+        (sentences(), LENGTHS, {"beam": True}, "beam must be a whole number of at least 1, got True"),
         (sentences(), LENGTHS, {"longest": 0}, "longest must be at least 1"),
-        (sentences(), torch.tensor([5, 0, 3]), {}, "every sentence needs a token"),
-        (sentences()[0], LENGTHS, {}, r"source must be \(B, S\)"),
+        (sentences(), LENGTHS, {"longest": 3.5}, r"longest must be a whole number, or \(B,\) of them, got 3.5"),
+        (sentences(), LENGTHS, {"longest": torch.tensor([4, 4])}, r"longest must .*, got tensor\(\[4, 4\]\)"),
     ):
         with pytest.raises(ValueError, match=message):
             translate(model, source, lengths, begin=1, end=2, **options)
     assert translate(model, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), begin=1, end=2) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "lengths", "error", "message"),
+    [
+        (sentences(), torch.tensor([5, 0, 3]), ValueError, "every sentence needs a token .* got a length of 0"),
+        (sentences(), torch.tensor([5, 1, -3]), ValueError, "got a length of -3"),
+        (sentences(), torch.tensor([5, 6, 3]), ValueError, "source has 5 tokens a sentence, got a length of 6"),
+        (sentences(), torch.tensor([5.0, 1.0, 3.0]), ValueError, "lengths must be whole numbers, got torch.float32"),
+        (
+            sentences(),
+            torch.tensor([5, 1]),
+            ValueError,
+            r"source must be \(B, S\) and lengths \(B,\), got \(3, 5\) and \(2,\)",
+        ),
+        (sentences()[0], LENGTHS, ValueError, r"source must be \(B, S\)"),
+        (sentences(), [5, 1, 3], TypeError, "lengths must be a tensor, got list"),
+        (sentences().tolist(), LENGTHS, TypeError, "source must be a tensor, got list"),
+    ],
+)
+def test_sentences_that_cannot_be_are_told(source, lengths, error, message):
+    model = small(num_layers=2)
+    fast = CompiledGNMT(small(num_layers=2).float(), threads=1, tune_seconds=0.0)
+    for call in (
+        lambda: model(source, lengths, sentences()),
+        lambda: translate(model, source, lengths, begin=1, end=2),
+        lambda: fast.encode(source, lengths),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_records_the_network_looks_at_no_lengths():
+    model = small(num_layers=2)
+    given = (sentences(), LENGTHS, sentences())
+    wanted = model(*given)
+    for recorded in (torch.jit.trace(model, given, check_trace=False), torch.export.export(model, given).module()):
+        torch.testing.assert_close(recorded(*given), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -73,6 +73,8 @@ def test_what_is_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match="languages must be two"):
         translation.load(tmp_path, ("en", "en"))
+    with pytest.raises(ValueError, match=r'languages must be two, such as \("en", "de"\), got \'en\''):
+        translation.load(tmp_path, "en")
     for content, message in (
         ("a\nb\nc\nd\ne\nf\n", r"train.de has a line|train.en has a line 6 but .*train.de ends before it"),
         ("a\nb\n", r"train.de has a line 3 but .*train.en ends before it"),

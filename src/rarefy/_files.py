@@ -7,10 +7,12 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+
+T = TypeVar("T")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -31,17 +33,22 @@ def shipped_names(folder: Traversable) -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
-def read_shipped(name: str | Path, folder: Traversable, kind: str, about: str) -> str:
-    """The text of a shipped file by its name, or of a ``.json`` file. Raises ValueError, as a ``kind``, for others."""
+def load_shipped(name: str | Path, folder: Traversable, kind: str, about: str, parse: Callable[[str], T]) -> T:
+    """Parse a shipped file by its name, or a ``.json`` file. Raises ValueError, as a ``kind``, for others.
+
+    What ``parse`` raises ValueError for is told with the name of the file.
+    """
     if str(name).endswith(".json"):
         try:
-            return Path(name).read_text(encoding="utf-8")
+            return parse(Path(name).read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise ValueError(f"{str(name)!r} is not {about}: it is not UTF-8 text") from None
+        except ValueError as error:
+            raise ValueError(f"{str(name)!r}: {error}") from None
     known = shipped_names(folder)
     if name not in known:
         raise ValueError(f"{kind} must be a .json file or one of {', '.join(known)}; got {str(name)!r}")
-    return (folder / f"{name}.json").read_text(encoding="utf-8")
+    return parse((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 class _Remembering:

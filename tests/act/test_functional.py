@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +208,9 @@ def test_bad_arguments_are_named():
     x = torch.zeros(3, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="mode must be one of exact, fast, ktanh, hard, got 'swift'"):
         act.tanh(x, "swift")
+    for call_in in (act.tanh, lambda x, mode: act.silu_and_mul(x, x, mode)):
+        with pytest.raises(ValueError, match=r"mode must be one of exact, fast, ktanh, hard, got \['exact'\]"):
+            call_in(x, ["exact"])
     for function in ("mish", "softplus", "hardswish", "elu", "exp"):
         with pytest.raises(ValueError, match=f"{function} has the mode \"exact\" alone, .* got 'ktanh'"):
             call(function, x, "ktanh")
@@ -217,7 +223,9 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="table must be"):
         act.tanh(x, "ktanh", table="nothing")
     for call_with in (lambda table: act.tanh(x, "ktanh", table=table), lambda table: act.Tanh("ktanh", table=table)):
-        with pytest.raises(TypeError, match="table must be a Table or the name of a shipped one, got int"):
+        with pytest.raises(
+            TypeError, match="table must be a Table, the name of a shipped one or a .json file, got int"
+        ):
             call_with(3)
     with pytest.raises(ValueError, match="grad must be"):
         act.tanh(x, grad="z")
@@ -237,6 +245,50 @@ def test_bad_arguments_are_named():
         act.tanh(x.requires_grad_(), out=torch.zeros(3, dtype=x.dtype))
 
 
+def test_a_file_is_what_it_holds_at_the_call(tmp_path, monkeypatch):
+    x = everything(torch.bfloat16)
+    published, wider = act.load("tanh_bf16_ktanh"), act.load("tanh_bf16_carry64")
+    calls: dict[str, Callable[..., Tensor]] = {
+        "function": lambda table: act.tanh(x, "ktanh", table=table),
+        "module": lambda table: act.Tanh("ktanh", table=table)(x),
+        "gated unit": lambda table: act.silu_and_mul(x, x, "ktanh", table=table),
+    }
+    for folder, table in (("one", published), ("one", wider), ("two", published)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        table.save("a.json")
+        for what, using in calls.items():
+            wanted = using(table)
+            assert same(using("a.json"), wanted), what
+            assert same(using(Path("a.json")), wanted), what
+    assert not same(calls["function"](published), calls["function"](wider))
+    for path in ("a.json", Path("a.json")):
+        compiled = torch.compile(lambda x, path=path: act.tanh(x, "ktanh", table=path), backend="eager", fullgraph=True)
+        assert same(compiled(x), calls["function"](published))
+
+
+def test_a_file_without_a_table_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.json").write_text("{")
+    Path("list.json").write_text("[]")
+    Path("row.json").write_text(act.load("tanh_bf16_ktanh").to_json().replace("[126,", "[999,", 1))
+    x = torch.zeros(3, dtype=torch.bfloat16)
+    for table, message in (
+        ("cut.json", "'cut.json': not a table: "),
+        (Path("list.json"), "'list.json': not a table of version 1"),
+        ("row.json", "'row.json': tanh_bf16_ktanh: row "),
+    ):
+        for using in (
+            act.load,
+            lambda table: act.tanh(x, "ktanh", table=table),
+            lambda table: act.LSTM(1, 1, mode="ktanh", table=table),
+        ):
+            with pytest.raises(ValueError, match=message):
+                using(table)
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        act.tanh(x, "ktanh", table="none.json")
+
+
 @pytest.mark.parametrize("path", [None, "pytorch"])
 def test_gradient_y_equals_pytorchs_bits(path):
     x = everything(torch.bfloat16)
@@ -249,6 +301,19 @@ def test_gradient_y_equals_pytorchs_bits(path):
         assert a.grad is not None
         assert b.grad is not None
         assert same(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "function", ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish", "elu", "softplus"]
+)
+def test_slopes_have_their_limits_at_infinity(function, dtype):
+    large = torch.finfo(dtype).max / 8
+    x = torch.tensor([-torch.inf, -large, large, torch.inf], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(call(function, x).sum(), x, create_graph=True)  # type: ignore[no-untyped-call]
+    assert slope.tolist() == [0.0, 0.0, 1.0, 1.0]
+    (bend,) = torch.autograd.grad(slope.sum(), x)
+    assert bend.tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("function", "mode"), [case for case in CASES if case[1] != "hard"])

@@ -175,7 +175,7 @@ def test_bad_arguments_are_named():
             act.silu_and_mul(x.to(dtype))
     with pytest.raises(TypeError, match=r"silu_and_mul takes a dense tensor, got layout .*: use x.to_dense\(\)"):
         act.silu_and_mul(x.to_sparse())
-    with pytest.raises(TypeError, match="table must be a Table or the name of a shipped one, got int"):
+    with pytest.raises(TypeError, match="table must be a Table, the name of a shipped one or a .json file, got int"):
         act.silu_and_mul(x, mode="ktanh", table=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode must be one of exact, fast, ktanh, hard"):
         act.silu_and_mul(x, mode="fastest")

@@ -542,7 +542,7 @@ def test_errors_of_its_own():
         act.GRU(3, 4, table="tanh_bf16_monotone")
     with pytest.raises(ValueError, match="table must be one of tanh"):
         act.GRUCell(3, 4, mode="ktanh", table="sigmoid_bf16")
-    with pytest.raises(TypeError, match="table must be a Table or the name of a shipped one, got int"):
+    with pytest.raises(TypeError, match="table must be a Table, the name of a shipped one or a .json file, got int"):
         act.LSTMCell(3, 4, mode="ktanh", table=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LSTM and GRU take bfloat16, float16, float32; got float64: convert"):
         act.LSTM(3, 4, dtype=torch.float64)(torch.zeros(2, 1, 3, dtype=torch.float64))

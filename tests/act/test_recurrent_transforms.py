@@ -1,4 +1,4 @@
-"""LSTM and GRU under forward mode, the transforms of torch.func, and torch.jit.trace."""
+"""LSTM and GRU under forward mode, the transforms of torch.func, torch.jit.trace and exports to ONNX."""
 
 from __future__ import annotations
 
@@ -174,3 +174,105 @@ def test_torchscript_traces_modules_that_train(kind):
     module(x)[0].sum().backward()
     for theirs, ours in zip(loaded.parameters(), module.parameters(), strict=True):
         assert torch.allclose(theirs.grad, ours.grad, atol=1e-6)
+
+
+class Step(nn.Module):
+    """A cell that takes the first step of a sequence."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cell(x[0])
+        return y[0] if isinstance(y, tuple) else y
+
+
+def network(name: str, mode: str = "exact") -> nn.Module:
+    """A layer, or a cell, of ours; or one of PyTorch's that is swapped."""
+    torch.manual_seed(0)
+    if name == "swapped":
+        swapped = nn.GRU(4, 5, num_layers=2, bidirectional=True).eval()
+        assert act.swap(swapped, mode=mode).replaced
+        return swapped
+    module = getattr(act, name)(4, 5, mode=mode).eval()
+    return Step(module) if name.endswith("Cell") else module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("LSTM", "exact"),
+        ("LSTM", "fast"),
+        ("GRU", "exact"),
+        ("LSTMCell", "exact"),
+        ("GRUCell", "fast"),
+        ("swapped", "exact"),
+    ],
+)
+def test_onnx_has_torchs_own(name, mode, dynamo, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = network(name, mode), torch.randn(3, 2, 4)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=dynamo, **({"verbose": False} if dynamo else {}))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (got, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    wanted = model(x)
+    torch.testing.assert_close(
+        torch.from_numpy(got), wanted if isinstance(wanted, Tensor) else wanted[0], atol=1e-6, rtol=0
+    )
+
+
+def causes(error: BaseException | None) -> str:
+    return "" if error is None else f"{error}\n{causes(error.__cause__)}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    [
+        ("LSTM", "hard", torch.float32),
+        ("GRUCell", "ktanh", torch.float32),
+        ("LSTMCell", "hard", torch.float32),
+        ("swapped", "exact", torch.bfloat16),
+        ("swapped", "hard", torch.float32),
+    ],
+)
+def test_onnx_that_has_not_the_numbers_says_what_to_do(name, mode, dtype, dynamo, tmp_path):
+    pytest.importorskip("onnxscript")
+    model, x = network(name, mode).to(dtype), torch.randn(3, 2, 4, dtype=dtype)
+    with pytest.raises(Exception, match="ONNX|torch.export") as caught:
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=dynamo, **({"verbose": False} if dynamo else {}))
+    assert "restore() of its report" in causes(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_does_not_become_onnx_and_says_so(tmp_path):
+    pytest.importorskip("onnxscript")
+    program = torch.export.export(network("GRU"), (torch.randn(3, 2, 4),))
+    with pytest.raises(Exception, match="ONNX|torch.export") as caught:
+        torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    assert "where torch.onnx.export is given the model itself" in causes(caught.value)
+
+
+def test_what_a_swap_takes_away_is_told_with_the_way_back():
+    model = nn.GRU(4, 5)
+    x = torch.randn(3, 2, 4, requires_grad=True)
+
+    def penalty() -> Tensor:
+        (slope,) = torch.autograd.grad(model(x)[0].sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        return model.weight_hh_l0.grad
+
+    wanted = penalty()
+    report = act.swap(model)
+    with pytest.raises(RuntimeError, match=r"after rarefy.act.swap: restore\(\) of its report"):
+        penalty()
+    with pytest.raises(NotImplementedError, match=r"after rarefy.act.swap: restore\(\) of its report"):
+        torch.vmap(lambda each: model(each)[0])(x[None])
+    report.restore()
+    model.zero_grad()
+    assert torch.equal(penalty(), wanted)

@@ -67,6 +67,25 @@ def test_torchscript_traces_the_operator(known):
     assert torch.allclose(next(loaded.parameters()).grad, next(net.parameters()).grad, atol=1e-6)
 
 
+class FromAFile(nn.Module):
+    def forward(self, x):
+        return act.tanh(x, "ktanh", table="mine.json")
+
+
+def test_a_trace_has_the_table_that_was_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = act.load("tanh_bf16_carry64")
+    table.save("mine.json")
+    x = everything(torch.bfloat16)
+    traced, symbolic = torch.jit.trace(FromAFile(), x), fx.symbolic_trace(FromAFile())
+    torch.jit.save(traced, "net.pt")
+    Path("mine.json").unlink()
+    wanted = act.tanh(x, "ktanh", table=table)
+    assert not same(wanted, act.tanh(x, "ktanh"))
+    for model in (traced, torch.jit.load("net.pt"), symbolic):
+        assert same(model(x), wanted)
+
+
 def test_torchscript_cannot_compile_a_module_and_says_so():
     net = nn.Sequential(nn.Linear(3, 3), act.SiLU())
     with pytest.raises(RuntimeError, match=r"SiLU of rarefy.act cannot be scripted: use torch.jit.trace"):

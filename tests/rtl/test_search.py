@@ -123,6 +123,9 @@ def test_units_are_kept_in_files(found, tmp_path):
         logic.LogicUnit.from_json(json.dumps({**data, "covers": data["covers"][:8]}))
     with pytest.raises(ValueError, match="not a unit of logic"):
         logic.LogicUnit.from_json("[]")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="unit.json': not a unit of logic"):
+        logic.load(path)
     with pytest.raises(ValueError, match="unit must be a .json file or one of"):
         logic.load("nothing")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,22 @@ def test_a_translator_says_what_it_takes(texts, options, error, said):
     translate = Translator(GNMT(9, hidden_size=6, num_layers=2), train_tokenizer(Pairs(["a"], ["b"]), 9), 20)
     with pytest.raises(error, match=said):
         translate(texts, **options)
+
+
+def test_a_line_without_numbers_is_named(tmp_path, capsys, monkeypatch):
+    tokenizer = train_tokenizer(Pairs(["a b"], ["c d"]), 20)
+    model = GNMT(tokenizer.get_vocab_size(), hidden_size=6, num_layers=2)
+    with torch.no_grad():
+        model.source_embedding.weight[tokenizer.encode("b").ids] = math.nan
+    translator = Translator(model, tokenizer, 20)
+    with pytest.raises(ValueError, match="the sentence at index 2 has no translation"):
+        translator(["", "a a a a", "b", "a"])
+    (tmp_path / "text").write_text("a\n\na a a\nb\na\n")
+    monkeypatch.setattr("rarefy.train.translation.load_translator", lambda run: translator)
+    assert main(["translate", str(tmp_path), str(tmp_path / "text")]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "line 4 has no translation: the network's logits for it are NaN" in output.err
 
 
 @pytest.mark.parametrize("mode", ["torch", "ktanh"])

@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def tanh(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return the hyperbolic tangent of every element, in [-1, 1], odd.
 
@@ -64,10 +65,11 @@ def tanh(
             ``elu`` and ``exp`` have "exact" alone.
         grad: "y" (1 - y^2, as PyTorch; the default) or "x" (from the input); in mode "hard" only "x".
         out: where to put the result, of the same shape and dtype; ``x`` itself computes in place. No gradient then.
-        table: for mode "ktanh": a :class:`Table` of the input's format, or the name of a shipped one.
+        table: for mode "ktanh": a :class:`Table` of the input's format, the name of a shipped one, or a ``.json`` file,
+            which is read in every call (under torch.compile when the graph is made).
 
     Raises TypeError for integers, complex numbers and float64; ValueError for an unknown mode or gradient, for a table
-    of another format or function, and for an ``out`` that does not match.
+    of another format or function, for a file that holds none, and for an ``out`` that does not match.
 
     """
     return _call("tanh", x, mode, grad, out, table)
@@ -79,7 +81,7 @@ def sigmoid(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return the logistic function 1 / (1 + e^-x) of every element, in [0, 1]; arguments and errors as :func:`tanh`."""
     return _call("sigmoid", x, mode, grad, out, table)
@@ -91,7 +93,7 @@ def silu(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return SiLU or Swish, x * sigmoid(x); arguments and errors as :func:`tanh`, but ``grad`` is "x" alone."""
     return _call("silu", x, mode, grad, out, table)
@@ -104,7 +106,7 @@ def gelu(
     approximate: str = "none",
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return GELU: x Phi(x) for ``approximate="none"``, by tanh for "tanh" (mode "ktanh" always has that form).
 
@@ -121,7 +123,7 @@ def quick_gelu(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return x * sigmoid(1.702 x), QuickGELU; arguments and errors as :func:`tanh`, but ``grad`` is "x" alone.
 
@@ -136,7 +138,7 @@ def mish(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return Mish (arXiv 1908.08681), x * tanh(log(1 + e^x)); as :func:`tanh`, but "exact" and ``grad`` "x" alone."""
     return _call("mish", x, mode, grad, out, table)
@@ -148,7 +150,7 @@ def softplus(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return log(1 + e^x), above 0; as :func:`tanh`, but "exact" and ``grad`` "x" alone.
 
@@ -164,7 +166,7 @@ def hardswish(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return x * min(max(x + 3, 0), 6) / 6 (arXiv 1905.02244); as :func:`tanh`, but "exact" and ``grad`` "x" alone."""
     return _call("hardswish", x, mode, grad, out, table)
@@ -176,7 +178,7 @@ def elu(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return x where it is positive, else e^x - 1; as :func:`tanh`, but "exact" and ``grad`` "x" alone.
 
@@ -191,7 +193,7 @@ def exp(
     *,
     grad: str | None = None,
     out: Tensor | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
 ) -> Tensor:
     """Return e^x, the exponent of softmax; as :func:`tanh`, but mode "exact" alone.
 
@@ -201,12 +203,13 @@ def exp(
 
 
 def _call(
-    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
+    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | Path | None
 ) -> Tensor:
     """Make one call by the first road that it can take; see the table at the top."""
     if torch.compiler.is_compiling():
         return _traced(function, x, mode, grad, out, table)
-    if type(x) is Tensor and table is None and grad is None and not (x.requires_grad and torch.is_grad_enabled()):
+    plain_call = type(x) is Tensor and type(mode) is str and table is None and grad is None
+    if plain_call and not (x.requires_grad and torch.is_grad_enabled()):
         kernel = launch.ready.get((function, mode, x.dtype, x.device, kernels.isa()))
         if kernel is not None and launch.is_plain(x) and x.is_contiguous() and not x.is_neg() and not launch.watched():
             if out is None:
@@ -313,7 +316,7 @@ def kept_operators() -> Iterator[None]:
 
 
 def _traced(
-    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | None
+    function: str, x: Tensor, mode: str, grad: str | None, out: Tensor | None, table: Table | str | Path | None
 ) -> Tensor:
     text = aten.text_of(table)
     _validated(function, mode, str(x.dtype), text)

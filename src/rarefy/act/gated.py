@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -38,7 +39,7 @@ def silu_and_mul(
     mode: str = "exact",
     *,
     grad: str | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return silu(gate) * up, the hidden layer of SwiGLU (arXiv 2002.05202).
@@ -48,7 +49,7 @@ def silu_and_mul(
         up: a tensor of the shape, dtype and device of ``x``, or None.
         mode: that of the activation: "exact" (correctly rounded, then the product rounded), "ktanh" or "hard".
         grad: "x", the derivative of the true function at the gate; None means the same.
-        table: for mode "ktanh": a table of the input's format, or the name of a shipped one.
+        table: for mode "ktanh": a table of the input's format, the name of a shipped one, or a ``.json`` file.
         out: where to put the result, [..., d] or the shape of the gate. No gradient then.
 
     Raises TypeError for dtypes but bfloat16, float16 and float32, ValueError for a last dimension that is odd, for
@@ -64,7 +65,7 @@ def gelu_and_mul(
     mode: str = "exact",
     *,
     grad: str | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return gelu(gate) * up, the hidden layer of GEGLU (arXiv 2002.05202); as :func:`silu_and_mul`."""
@@ -77,7 +78,7 @@ def gelu_tanh_and_mul(
     mode: str = "exact",
     *,
     grad: str | None = None,
-    table: Table | str | None = None,
+    table: Table | str | Path | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return gelu(gate, approximate="tanh") * up; as :func:`silu_and_mul`."""
@@ -98,10 +99,10 @@ def _call(
     up: Tensor | None,
     mode: str,
     grad: str | None,
-    table: Table | str | None,
+    table: Table | str | Path | None,
     out: Tensor | None,
 ) -> Tensor:
-    if table is None and grad is None and out is None and not torch.compiler.is_compiling():
+    if type(mode) is str and table is None and grad is None and out is None and not torch.compiler.is_compiling():
         ready = native.ready(function, x, up, mode) if type(x) is Tensor and type(up) in (Tensor, NoneType) else None
         if ready is not None:
             if torch.is_grad_enabled() and (x.requires_grad or (up is not None and up.requires_grad)):

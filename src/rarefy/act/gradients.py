@@ -1,13 +1,16 @@
 """Gradients of the activation functions, in PyTorch operators.
 
 ``grad="y"`` is the formula in the result, as PyTorch's own backward (tanh: 1 - y^2; sigmoid: y (1 - y); exp: y). With
-exact y
-it equals PyTorch's bits. In bf16 it is 0 from |x| = 3.469 on, where y rounds to 1; with K-TanH's y it is biased
+exact y it equals PyTorch's bits. In bf16 it is 0 from |x| = 3.469 on, where y rounds to 1; with K-TanH's y it is biased
 upwards, since errors of y that cancel in the mean do not cancel in y^2.
 
 ``grad="x"`` is the derivative of the true function at the input, computed in float32 and rounded once: it neither
 vanishes early nor carries a bias. All functions but tanh, sigmoid and exp have this form alone. In mode ``hard`` it is
 the derivative of the piecewise linear function.
+
+PyTorch's operators of silu, gelu and mish give NaN at infinity, where the derivative is 0 or 1, and that of gelu_tanh
+from 1.8e19 on, where x^2 is infinite. To bound the input first takes up to 1.4 times as long: that is done where the
+gradient is itself differentiated.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _PYTORCH: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
     ("gelu_tanh", "x"): lambda upstream, x: torch.ops.aten.gelu_backward(upstream, x, approximate="tanh"),
     ("mish", "x"): torch.ops.aten.mish_backward,
 }
+# the derivative of each function is 0 or 1 from before there on: of an infinite x, or x^2 in float16, products are NaN
+_FAR = 200.0
 # operators of PyTorch that have no derivative of their own
 _ONCE = ("silu", "mish")
 
@@ -62,6 +67,8 @@ def backward(upstream: Tensor, saved: Tensor, function: str, mode: str, grad: st
     if mode == "hard":
         return (upstream * hard(saved, function)).to(saved.dtype)
     if (function, grad) in _PYTORCH and not (function in _ONCE and torch.is_grad_enabled()):
+        if grad == "x" and torch.is_grad_enabled():
+            saved = saved.clamp(-_FAR, _FAR)
         result: Tensor = _PYTORCH[function, grad](upstream, saved)
         return result
     return (upstream.float() * _slope(saved.float(), function)).to(saved.dtype)
@@ -79,12 +86,12 @@ def _slope(x: Tensor, function: str) -> Tensor:
         return e / (1.0 + e).square()
     if function in ("silu", "quick_gelu"):
         # of x g(k x): g (1 + k x (1 - g))
-        # its limits are reached long before; of an infinite z the product is none
-        z = (x if function == "silu" else 1.702 * x).clamp(-1e4, 1e4)
+        z = (x if function == "silu" else 1.702 * x).clamp(-_FAR, _FAR)
         gate = torch.sigmoid(z)
         return gate * (1.0 + z * (1.0 - gate))
     if function == "mish":
         # t + x sigmoid(x) (1 - t^2),  t = tanh(log(1 + e^x))
+        x = x.clamp(-_FAR, _FAR)
         t = torch.tanh(torch.nn.functional.softplus(x))
         return t + x * torch.sigmoid(x) * (1.0 - t * t)
     if function == "hardswish":

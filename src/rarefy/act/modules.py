@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from rarefy.act import functional, gated, gradients
@@ -18,11 +20,13 @@ class Activation(nn.Module):
     grad: str | None
     table: Table | None
 
-    def __init__(self, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> None:
+    def __init__(
+        self, mode: str = "exact", *, grad: str | None = None, table: Table | str | Path | None = None
+    ) -> None:
         super().__init__()
         self.configure(mode, grad, table)
 
-    def configure(self, mode: str, grad: str | None, table: Table | str | None) -> None:
+    def configure(self, mode: str, grad: str | None, table: Table | str | Path | None) -> None:
         """Set the three options; raises ValueError for those that no function takes."""
         given = table_of(table)
         reference.check_mode(self.function, mode)
@@ -60,7 +64,7 @@ class InPlace(Activation):
         *,
         inplace: bool = False,
         grad: str | None = None,
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         super().__init__(mode, grad=grad, table=table)
         self.inplace = inplace
@@ -136,7 +140,7 @@ class GELU(Activation):
         *,
         approximate: str = "none",
         grad: str | None = None,
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         super().__init__(mode, grad=grad, table=table)
         if approximate not in ("none", "tanh"):

@@ -20,12 +20,14 @@ and vmap are refused, but in forward mode.
 On the CPU a layer is one product for all steps and one native call, in bfloat16 and float32; float16, projections, and
 other devices go step by step in PyTorch operators, in formats of 16 bits on a GPU by one Triton kernel a step. In
 forward mode (``torch.func.jvp``, ``jacfwd`` and ``hessian``, ``torch.autograd.forward_ad``) all do, in operators with
-derivatives of every order.
+derivatives of every order. ``torch.onnx.export`` records those of ``torch.nn``, in float32 and modes "exact" and
+"fast"; others are refused there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rarefy.act import operator
 from rarefy.act.cells import multiplies, offsets_of
 from rarefy.act.kernels.aten import table_of
-from rarefy.act.sequences import run_gru, run_lstm
+from rarefy.act.sequences import ONNX, run_gru, run_lstm
 from rarefy.act.spec import reference
 from rarefy.act.spec.table import Table
 
@@ -45,7 +47,7 @@ Tensors: TypeAlias = list[Any]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _options(mode: str, table: Table | str | None) -> tuple[str, Table | None]:
+def _options(mode: str, table: Table | str | Path | None) -> tuple[str, Table | None]:
     """Return the two, or raise ValueError: a table is one of tanh, from which sigmoid derives."""
     given = table_of(table)
     if mode not in reference.MODES:
@@ -73,6 +75,12 @@ def _not_scripted(module: nn.Module) -> RuntimeError:
         f"{type(module).__name__} of rarefy.act cannot be scripted: use torch.jit.trace, or torch.nn's with the same"
         " state_dict"
     )
+
+
+def _check_onnx(module: nn.Module, mode: str) -> None:
+    """Raise RuntimeError unless what ONNX has, torch.nn's, gives the same numbers but for float rounding."""
+    if mode not in ("exact", "fast") or next(module.parameters()).dtype != torch.float32:
+        raise RuntimeError(ONNX)
 
 
 def _is_autocast(device: str) -> bool:
@@ -235,8 +243,8 @@ class LSTM(_Layers, nn.LSTM):
     """``torch.nn.LSTM`` with these activations: the same arguments, parameters, inputs, outputs and errors.
 
     ``mode`` is that of :func:`rarefy.act.tanh` for all gates; ``table``, for mode "ktanh", a table of tanh in the
-    format of the weights, or its name. Formats: bfloat16, float16, float32; TypeError for others, ValueError for a
-    mode or table that is none. :mod:`rarefy.act.recurrent` says what is computed and how it is rounded.
+    format of the weights, its name or its file. Formats: bfloat16, float16, float32; TypeError for others, ValueError
+    for a mode or table that is none. :mod:`rarefy.act.recurrent` says what is computed and how it is rounded.
     """
 
     _layer = staticmethod(_lstm_layer)
@@ -255,7 +263,7 @@ class LSTM(_Layers, nn.LSTM):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
@@ -267,6 +275,9 @@ class LSTM(_Layers, nn.LSTM):
 
         Return the output and (h, c) after the last step, as ``nn.LSTM`` does.
         """
+        if torch.onnx.is_in_onnx_export():
+            _check_onnx(self, self.activation_mode)
+            return nn.LSTM.forward(self, input, hx)
         y, (h, c) = self._sequence(input, hx)
         return y, (h, c)
 
@@ -289,7 +300,7 @@ class GRU(_Layers, nn.GRU):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
@@ -298,6 +309,9 @@ class GRU(_Layers, nn.GRU):
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Take what :meth:`LSTM.forward` takes; return the output and h after the last step, as ``nn.GRU`` does."""
+        if torch.onnx.is_in_onnx_export():
+            _check_onnx(self, self.activation_mode)
+            return nn.GRU.forward(self, input, hx)
         y, (h,) = self._sequence(input, None if hx is None else (hx,))
         return y, h
 
@@ -367,7 +381,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         nn.LSTMCell.__init__(self, input_size, hidden_size, bias, device=device, dtype=dtype)
@@ -375,6 +389,9 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step: input [batch, input_size] and (h, c), each [batch, hidden_size]; return the new (h, c)."""
+        if torch.onnx.is_in_onnx_export():
+            _check_onnx(self, self.mode)
+            return nn.LSTMCell.forward(self, input, hx)
         h, c = self._step("LSTMCell", input, [] if hx is None else list(hx), 2)
         return h, c
 
@@ -391,7 +408,7 @@ class GRUCell(_Cell, nn.GRUCell):
         dtype: torch.dtype | None = None,
         *,
         mode: str = "exact",
-        table: Table | str | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         chosen = _options(mode, table)
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, device=device, dtype=dtype)
@@ -399,5 +416,8 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step: input [batch, input_size] and h [batch, hidden_size]; return the new h."""
+        if torch.onnx.is_in_onnx_export():
+            _check_onnx(self, self.mode)
+            return nn.GRUCell.forward(self, input, hx)
         (h,) = self._step("GRUCell", input, [] if hx is None else [hx], 1)
         return h

@@ -19,12 +19,17 @@ from rarefy.act.cells import Gates
 from rarefy.act.kernels import launch
 
 _TWICE = (
-    "an LSTM or GRU of rarefy.act has no second derivative: for one use torch.nn's, or a cell of your own made of"
-    " rarefy.act.sigmoid and tanh"
+    "an LSTM or GRU of rarefy.act has no second derivative: for one use torch.nn's (after rarefy.act.swap: restore() of"
+    " its report), or a cell of your own made of rarefy.act.sigmoid and tanh"
 )
 _VMAP = (
     "an LSTM or GRU of rarefy.act does not run under torch.vmap (nor torch.func.jacrev and the like): call it outside,"
-    " with what vmap maps over as its batch"
+    " with what vmap maps over as its batch, or use torch.nn's (after rarefy.act.swap: restore() of its report)"
+)
+ONNX = (
+    "ONNX has no LSTM or GRU of rarefy.act but, as torch.nn's, in float32 and modes exact and fast, where"
+    " torch.onnx.export is given the model itself: use torch.nn's with the same state_dict (after rarefy.act.swap:"
+    " restore() of its report)"
 )
 _FORWARD = (
     "the operators of an LSTM or GRU of rarefy.act have no forward-mode derivative: call the module itself, and its"
@@ -326,6 +331,18 @@ def _no_second(ctx: Any, *upstream: Any) -> NoReturn:
 def _no_vmap(info: Any, dims: Any, *inputs: Any) -> NoReturn:
     raise NotImplementedError(_VMAP)
 
+
+@torch._decomp.register_decomposition([torch.ops.rarefy.lstm.default, torch.ops.rarefy.gru.default])
+def _undecomposed(*inputs: Any) -> Any:
+    """Stay an operator, but in an export to ONNX, whose own error would not say what to do."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(ONNX)
+    return NotImplemented
+
+
+# without them fake tensors of symbolic shapes would ask the decomposition
+torch._decomp.register_decomposition([torch.ops.rarefy.lstm.default], type="meta")(_lstm_fake)
+torch._decomp.register_decomposition([torch.ops.rarefy.gru.default], type="meta")(_gru_fake)
 
 for _operator in (lstm_backward, gru_backward):
     _operator.register_autograd(_no_second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,9 @@ class Swap:
             _change(module, Role("watched", role.methods), module.__dict__["_rarefy"], self)
 
 
-def swap(model: nn.Module, mode: str = "exact", *, grad: str | None = None, table: Table | str | None = None) -> Swap:
+def swap(
+    model: nn.Module, mode: str = "exact", *, grad: str | None = None, table: Table | str | Path | None = None
+) -> Swap:
     """Compute the activations of a model by the functions of :mod:`rarefy.act`, and tell where.
 
     Nothing of the model is rewritten, and no attribute changes: modules change their class for one of the same name

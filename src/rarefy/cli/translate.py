@@ -45,6 +45,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _translate(arguments: argparse.Namespace) -> int:
+    from rarefy.models.search import NotANumberError
     from rarefy.train.translation import load_translator
 
     if not 1 <= arguments.beam <= 1000:
@@ -72,7 +73,10 @@ def _translate(arguments: argparse.Namespace) -> int:
     done = 0
     for lines in pieces:
         _tell_long(translator, lines, done)
-        said = translator(lines, beam=arguments.beam)
+        try:
+            said = translator(lines, beam=arguments.beam)
+        except NotANumberError as error:
+            raise NotANumberError(error.sentence, f"line {done + error.sentence + 1}") from None
         done += len(lines)
         if streams:
             sys.stdout.write("".join(f"{line}\n" for line in said))

@@ -76,8 +76,8 @@ def load(place: str | os.PathLike[str], languages: tuple[str, str] = ("en", "de"
     UTF-8, or without a single pair.
     """
     path = Path(place)
-    if len(set(languages)) != 2:
-        raise ValueError(f"languages must be two, got {languages!r}")
+    if isinstance(languages, str) or len(languages) != 2 or languages[0] == languages[1]:
+        raise ValueError(f'languages must be two, such as ("en", "de"), got {languages!r}')
     if path.is_dir():
         train, valid, test = (_folder(path, split, languages) for split in SPLITS)
         return Corpus(train, valid, test, languages)

@@ -13,7 +13,7 @@ from rarefy.act.kernels import aten
 from rarefy.engine import Engine
 from rarefy.engine.attention import additive_scores
 from rarefy.engine.functions import whole_table
-from rarefy.models.gnmt import GNMT, Attention, Decoder, LayerState, Memory, reversed_steps
+from rarefy.models.gnmt import GNMT, Attention, Decoder, LayerState, Memory, check_sentences, reversed_steps
 
 #: Rows that a part is made for: a batch is padded to the first that is not smaller, or to some times the last. They are
 #: the numbers of samples that native programs take together.
@@ -75,8 +75,10 @@ class CompiledGNMT:
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
         """Read sentences: tokens (B, S), padded at the end, and how many each has, (B,), at least 1.
 
-        The keys of what comes back have the attention's bias in them.
+        The keys of what comes back have the attention's bias in them. Raises TypeError and ValueError for sentences
+        and lengths that cannot be.
         """
+        check_sentences(source, lengths)
         (batch, tokens), model = source.shape, self._model
         rows = _rows(batch)
         source = F.pad(source, (0, -tokens % _TOKENS, 0, rows - batch), value=model.padding)

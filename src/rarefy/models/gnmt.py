@@ -60,6 +60,31 @@ def reversed_steps(x: Tensor, lengths: Tensor) -> Tensor:
     return x.gather(1, order.unsqueeze(2).expand_as(x))
 
 
+def check_sentences(source: Tensor, lengths: Tensor) -> None:
+    """Raise TypeError or ValueError unless these are tokens (B, S) and how many each sentence has, (B,), 1 to S."""
+    for name, given in (("source", source), ("lengths", lengths)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    if source.ndim != 2 or lengths.shape != source.shape[:1]:
+        shapes = f"{tuple(source.shape)} and {tuple(lengths.shape)}"
+        raise ValueError(f"source must be (B, S) and lengths (B,), got {shapes}")
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be whole numbers, got {lengths.dtype}")
+    least, most = (int(each) for each in lengths.aminmax()) if len(lengths) else (1, 1)
+    if least < 1:
+        raise ValueError(f"every sentence needs a token at least: leave the empty ones out; got a length of {least}")
+    if most > source.shape[1]:
+        raise ValueError(f"source has {source.shape[1]} tokens a sentence, got a length of {most}")
+
+
+def _is_recorded(lengths: Tensor) -> bool:
+    """Whether lengths have no numbers to look at, or on a GPU only such as must be waited for."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    wrapped = type(lengths) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    return wrapped or not lengths.is_cpu
+
+
 class Encoder(nn.Module):
     """Source tokens to one vector each: a bidirectional layer, then layers with residuals from the third on."""
 
@@ -224,7 +249,12 @@ class GNMT(nn.Module):
                     embedding.weight[self.padding] = 0
 
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
-        """Read sentences: tokens (B, S), padded at the end, and how many each has, (B,), at least 1."""
+        """Read sentences: tokens (B, S), padded at the end, and how many each has, (B,), at least 1.
+
+        Raises TypeError and ValueError for what they cannot be; lengths on a GPU are not looked at.
+        """
+        if not isinstance(lengths, Tensor) or not _is_recorded(lengths):
+            check_sentences(source, lengths)
         values = self.encoder(self.source_embedding(source), lengths)
         steps = torch.arange(source.shape[1], device=source.device)
         padding = steps >= lengths.to(source.device).unsqueeze(1)

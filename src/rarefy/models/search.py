@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.models.best import best
-from rarefy.models.gnmt import LayerState, Memory
+from rarefy.models.gnmt import LayerState, Memory, check_sentences
 
 
 class Network(Protocol):
@@ -37,6 +37,20 @@ class Translation:
 
     tokens: list[int]
     score: float
+
+
+class NotANumberError(ValueError):
+    """The network's numbers for a sentence are NaN, so there is nothing to search for.
+
+    Attributes:
+        sentence: its index.
+
+    """
+
+    def __init__(self, sentence: int, name: str | None = None) -> None:
+        name = name or f"the sentence at index {sentence}"
+        super().__init__(f"{name} has no translation: the network's logits for it are NaN")
+        self.sentence = sentence
 
 
 def length_penalty(length: int, alpha: float) -> float:
@@ -84,23 +98,23 @@ def translate(
         beta: strength of the coverage penalty.
 
     Raises:
-        ValueError: a beam, a length or a shape that cannot be.
+        TypeError: sentences or lengths that are no tensors.
+        ValueError: a beam, a length or a shape that cannot be; as :class:`NotANumberError` logits that are NaN.
 
     """
-    if source.ndim != 2 or lengths.shape != source.shape[:1]:
-        shapes = f"{tuple(source.shape)} and {tuple(lengths.shape)}"
-        raise ValueError(f"source must be (B, S) and lengths (B,), got {shapes}")
-    if beam < 1:
-        raise ValueError(f"beam must be at least 1, got {beam}")
+    check_sentences(source, lengths)
+    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
+        raise ValueError(f"beam must be a whole number of at least 1, got {beam!r}")
     if source.shape[0] == 0:
         return []
-    if int(lengths.min()) < 1:
-        raise ValueError("every sentence needs a token at least: leave the empty ones out")
     if longest is None:
         longest = (10 + 1.5 * lengths.float()).long()
-    limits = torch.as_tensor(longest, device=source.device).expand(len(source))
+    limits = torch.as_tensor(longest, device=source.device)
+    if limits.is_floating_point() or limits.shape not in ((), lengths.shape):
+        raise ValueError(f"longest must be a whole number, or (B,) of them, got {longest!r:.80}")
     if int(limits.min()) < 1:
         raise ValueError(f"longest must be at least 1, got {int(limits.min())}")
+    limits = limits.expand(len(source))
     return _Search(model, source, lengths, limits, begin, end, beam, alpha, beta).run()
 
 
@@ -135,10 +149,11 @@ class _Search:
         self.seen = torch.zeros(sentences * beam, source.shape[1], device=device)
         self.said = torch.zeros(sentences * beam, 0, dtype=torch.long, device=device)
         self.state: list[LayerState] = []
-        self.best: list[Translation | None] = [None] * sentences
+        self.best: dict[int, Translation] = {}
         self.numbers = list(range(sentences))  # of those that are searched for still
 
     def run(self) -> list[Translation]:
+        sentences = len(self.numbers)
         for length in range(1, max(self.limits) + 1):
             self._step(length)
             open_ = self._open()
@@ -146,7 +161,7 @@ class _Search:
                 break
             if 2 * len(open_) <= len(self.numbers):
                 self._keep(open_)
-        return [each for each in self.best if each is not None]
+        return [self.best[number] for number in range(sentences)]
 
     def _open(self) -> list[int]:
         """Return the places of those of which something partial can still win.
@@ -155,7 +170,10 @@ class _Search:
         """
         found = []
         for place, total in enumerate(self.total.amax(1).tolist()):
-            before, hope = self.best[self.numbers[place]], total / length_penalty(self.limits[place], self.alpha)
+            number = self.numbers[place]
+            if math.isnan(total):
+                raise NotANumberError(number)
+            before, hope = self.best.get(number), total / length_penalty(self.limits[place], self.alpha)
             if before is None or before.score < hope:
                 found.append(place)
         return found
@@ -195,7 +213,9 @@ class _Search:
         value, which = final.masked_fill(~over, -math.inf).max(1)
         for index, (number, row) in enumerate(zip(value.tolist(), which.tolist(), strict=True)):
             sentence = self.numbers[index]
-            before = self.best[sentence]
+            if math.isnan(number):
+                raise NotANumberError(sentence)
+            before = self.best.get(sentence)
             if number > (-math.inf if before is None else before.score):
                 tokens = self.said[index * beam + row].tolist()
                 self.best[sentence] = Translation(tokens[:-1] if tokens[-1] == self.end else tokens, number)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rarefy.data import translation
 from rarefy.data.translation import BEGIN, END, PADDING, Batch, Encoded, Pairs
 from rarefy.models import GNMT
+from rarefy.models.search import NotANumberError, translate
 from rarefy.models.search import Translation as Found
-from rarefy.models.search import translate
 from rarefy.train import activation_share
 from rarefy.train.cross_entropy import cross_entropy
 from rarefy.train.recipe import Translation as Data
@@ -253,7 +253,10 @@ def translate_texts(
 
 
 def _search(model: GNMT | CompiledGNMT, ids: list[list[int]], **options: Any) -> list[list[int]]:
-    """The tokens of the best translations of sentences without their ends; none for an empty one."""
+    """The tokens of the best translations of sentences without their ends; none for an empty one.
+
+    Raises NotANumberError, by the index in ``ids``, where the model's logits are NaN.
+    """
     device = next(model.parameters()).device if isinstance(model, GNMT) else torch.device("cpu")
     said: list[list[int]] = [[] for _ in ids]
     many = 8 if device.type == "cuda" else 1  # sentences that a GPU searches in the time of one
@@ -261,7 +264,10 @@ def _search(model: GNMT | CompiledGNMT, ids: list[list[int]], **options: Any) ->
         sentences = [[*ids[index], END] for index in some]
         source = translation.padded(sentences).to(device)
         lengths = torch.tensor([len(each) for each in sentences], device=device)
-        found: list[Found] = translate(model, source, lengths, begin=BEGIN, end=END, **options)
+        try:
+            found: list[Found] = translate(model, source, lengths, begin=BEGIN, end=END, **options)
+        except NotANumberError as error:
+            raise NotANumberError(some[error.sentence]) from None
         for index, each in zip(some, found, strict=True):
             said[index] = each.tokens
     return said
@@ -307,7 +313,8 @@ class Translator:
     def __call__(self, texts: list[str], *, beam: int = 1) -> list[str]:
         """Translate sentences; see :func:`translate_texts`.
 
-        Raises TypeError for anything but a list (or tuple) of sentences, ValueError for a beam below 1.
+        Raises TypeError for anything but a list (or tuple) of sentences, ValueError for a beam below 1, and, as
+        :class:`rarefy.models.search.NotANumberError`, for a sentence for which the model's logits are NaN.
         """
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             kinds = (

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,26 @@ def given_table(text: str) -> Table | None:
     return Table.from_json(text) if text.startswith("{") else load(text)
 
 
-def text_of(table: Table | str | None) -> str:
-    """Return an argument ``table`` as :func:`given_table` takes it; raises TypeError for no table and no name."""
-    if table is None or isinstance(table, str):
-        return table or ""
-    if not isinstance(table, Table):
-        raise TypeError(f"table must be a Table or the name of a shipped one, got {type(table).__name__}")
-    return table.text
+def text_of(table: Table | str | Path | None) -> str:
+    """Return an argument ``table`` as :func:`given_table` takes it: a file as what it holds now.
+
+    Raises TypeError for no table, no name and no path; ValueError and OSError for a file as :func:`load`.
+    """
+    if table is None:
+        return ""
+    if isinstance(table, Table):
+        return table.text
+    if not isinstance(table, (str, Path)):
+        raise TypeError(f"table must be a Table, the name of a shipped one or a .json file, got {type(table).__name__}")
+    return _text_in(str(table)) if isinstance(table, Path) or table.endswith(".json") else table
 
 
-def table_of(table: Table | str | None) -> Table | None:
+@torch.compiler.assume_constant_result
+def _text_in(path: str) -> str:
+    return load(path).text
+
+
+def table_of(table: Table | str | Path | None) -> Table | None:
     """Return the table that an argument means; errors as :func:`text_of`, and ValueError for an unknown name."""
     return table if isinstance(table, Table) else given_table(text_of(table))
 

@@ -26,7 +26,7 @@ import json
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from rarefy._files import read_shipped, shipped_names, write_atomically
+from rarefy._files import load_shipped, shipped_names, write_atomically
 from rarefy.act.spec import formats
 from rarefy.act.spec.formats import Bits, Format, patterns
 
@@ -484,4 +484,10 @@ def list_tables() -> list[str]:
 
 def load(name: str | Path) -> Table:
     """Load a shipped table by its name, or a table from a ``.json`` file; raises ValueError when there is none."""
-    return Table.from_json(read_shipped(name, _SHIPPED, "table", "a table"))
+    return load_shipped(name, _SHIPPED, "table", "a table", _parsed)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Table:
+    """Return a table by what its file holds: a file that is named in every call is read, not parsed, each time."""
+    return Table.from_json(text)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rarefy._files import read_shipped, shipped_names, write_atomically
+from rarefy._files import load_shipped, shipped_names, write_atomically
 from rarefy.act.spec import error, formats, oracle
 from rarefy.act.spec.formats import Bits, Format
 from rarefy.act.spec.oracle import Function
@@ -363,4 +363,4 @@ def names() -> list[str]:
 
 def load(name: str | Path) -> LogicUnit:
     """Load a shipped unit by its name, or one from a ``.json`` file; raises ValueError when there is none."""
-    return LogicUnit.from_json(read_shipped(name, _SHIPPED, "unit", "a unit of logic"))
+    return load_shipped(name, _SHIPPED, "unit", "a unit of logic", LogicUnit.from_json)
