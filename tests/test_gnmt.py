@@ -251,6 +251,7 @@ def test_sentences_that_cannot_be_are_told(source, lengths, error, message):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")  # PyTorch's of its own LSTM
 def test_what_records_the_network_looks_at_no_lengths():
     model = small(num_layers=2)
     given = (sentences(), LENGTHS, sentences())
