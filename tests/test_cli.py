@@ -305,6 +305,9 @@ def test_the_report_of_a_run_and_of_a_stopped_one(
     assert "<html" in Path("page.html").read_text()
     assert "nowhere is not a folder" in refused(capsys, "report", "runs/test", "--baseline", "nowhere")
     assert "small.yaml" in refused(capsys, "report", "runs/test", "--output", "small.yaml/page.html")
+    metrics = Path("runs/test/metrics.jsonl").read_bytes()
+    assert "must be a .html file" in refused(capsys, "report", "runs/test", "--output", "runs/test/metrics.jsonl")
+    assert Path("runs/test/metrics.jsonl").read_bytes() == metrics
 
 
 def test_resuming_another_recipe(at_step: dict[int, list[signal.Signals]], capsys: pytest.CaptureFixture[str]) -> None:

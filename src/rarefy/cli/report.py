@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     report = commands.add_parser("report", help="write a run's report as one HTML file")
     report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
     report.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run's folder, to compare with")
-    report.add_argument("--output", type=Path, metavar="FILE", help="the page; default RUN/report.html")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page, a .html file; default RUN/report.html")
     options.add_json(report)
     report.set_defaults(command=_report)
 
@@ -29,8 +29,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from rarefy import report
 
-    if arguments.folder.is_dir():
-        check_file(arguments.output or arguments.folder / "report.html", "--output")
+    if arguments.folder.is_dir():  # the other files of a run are no place for a page
+        check_file(arguments.output or arguments.folder / "report.html", "--output", ".html")
     page = report.write(arguments.folder, baseline=arguments.baseline, output=arguments.output)
     if arguments.json:
         print(json.dumps({"report": str(page)}))
