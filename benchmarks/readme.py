@@ -69,8 +69,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
     best: dict[str, float] = {}
     for row in int8_rows:
         if row["runtime"] in ("openvino", "onnxruntime"):
-            here = results.processor(row).partition(", ")[2]
-            best[here] = min(best.get(here, math.inf), float(row["speedup"]))
+            isa = results.processor(row).partition(", ")[2]
+            best[isa] = min(best.get(isa, math.inf), float(row["speedup"]))
     yield (
         f"the same in int8, {', '.join(best)}: over the best dense int8",
         ", ".join(f"{engine_tables.times(each)}x" for each in best.values()),
