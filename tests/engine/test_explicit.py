@@ -105,7 +105,7 @@ def test_another_default_device_changes_nothing(name, choose, tmp_path):
         profiled, took = compiled.profile(rounds=1), compiled.seconds(rounds=1)
     for each in found:
         torch.testing.assert_close(each, compiled(*given), rtol=1e-4, atol=1e-5)
-    assert len(profiled.rows) == len(compiled.steps()) + 1
+    assert {row.name for row in profiled.rows} >= {step.name for step in compiled.steps()}
     assert took > 0
 
 
