@@ -1,4 +1,4 @@
-"""Runs a comparison: a process a run, one thread and one core each, finished runs kept; or over machines by Ray."""
+"""Runs a comparison: a process a run, each on its share of the cores, finished runs kept; or over machines by Ray."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def run(
     Args:
         comparison: what to run.
         folder: each run gets a folder of its own in it.
-        jobs: how many at a time, each on a core of its own; None takes as many as there are cores.
+        jobs: how many at a time, each on cores of its own and with one thread of PyTorch: what a run has more than one
+            core for is decoding pictures; None takes as many as there are cores.
         ray_address: run them through Ray instead, on the cluster at this address ("local" starts one here, "auto"
             finds one). Runs go to any machine, one core each, and their results come back into ``folder``.
         tell: called after each run.
@@ -63,7 +64,7 @@ def run(
 
 
 def _plain(job: Job) -> dict[str, Any]:
-    """The recipe on one thread, since as many run at a time as there are cores."""
+    """The recipe on one thread, whatever the cores: so that seconds compare."""
     return {**job.recipe.to_dict(), "threads": 1}
 
 
@@ -75,7 +76,7 @@ class _Processes:
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def finish(self, command: list[str], standard_input: str, cpu: int | None) -> tuple[int, str]:
+    def finish(self, command: list[str], standard_input: str, cores: set[int] | None = None) -> tuple[int, str]:
         """Run a command to its end: exit status and what it wrote to standard error."""
         with self._lock:
             if self._stopped:
@@ -84,8 +85,8 @@ class _Processes:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             process = subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
             self._running.add(process)
-        if cpu is not None:
-            os.sched_setaffinity(process.pid, {cpu})
+        if cores:
+            os.sched_setaffinity(process.pid, cores)
         try:
             error = process.communicate(standard_input)[1]
         finally:
@@ -111,20 +112,21 @@ def _ended(processes: _Processes) -> Iterator[None]:
 
 
 def _local(todo: list[Job], folder: Path, jobs: int | None) -> Iterator[tuple[Job, str | None]]:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else [None] * (os.cpu_count() or 1)
-    workers = jobs or len(cores)
-    free: queue.Queue[int | None] = queue.Queue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    workers = jobs or len(cores) or os.cpu_count() or 1
+    share = len(cores) // workers  # none where there are more runs than cores: then all are for all
+    free: queue.Queue[set[int]] = queue.Queue()
     for index in range(workers):
-        free.put(cores[index] if workers <= len(cores) else None)
+        free.put(set(cores[index * share : (index + 1) * share]))
     processes = _Processes()
 
     def one(job: Job) -> str | None:
-        cpu = free.get()
+        own = free.get()
         try:
             command = [sys.executable, *WORKER, str(folder / job.folder)]
-            status, error = processes.finish(command, json.dumps(_plain(job)), cpu)
+            status, error = processes.finish(command, json.dumps(_plain(job)), own)
         finally:
-            free.put(cpu)
+            free.put(own)
         return None if status == 0 else _last_line(status, error)
 
     with ThreadPoolExecutor(workers) as pool, _ended(processes):
@@ -139,7 +141,7 @@ def _remote(plain: dict[str, Any], name: str, worker: tuple[str, ...]) -> dict[s
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        status, error = _Processes().finish([sys.executable, *worker, str(path)], json.dumps(plain), None)
+        status, error = _Processes().finish([sys.executable, *worker, str(path)], json.dumps(plain))
         if status:
             return {"error": _last_line(status, error).encode()}
         kept = ("summary.json", "environment.json", "metrics.jsonl", "recipe.yaml")
