@@ -252,7 +252,7 @@ def test_a_diverged_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["small.yaml", "--set", "method.tagret=0.9"], "did you mean 'target'?"),
         (["small.yaml", "--set", "method.target=90"], "for 90 % write 0.9"),
         (["small.yaml", "--set", "method.target=much"], "method.target must be a number or null, got 'much'"),
-        (["small.yaml", "--set", "model.width=8"], "unknown option of model 'fashion_cnn': 'width' (there is none)"),
+        (["small.yaml", "--set", "model.width=8"], "unknown option of model 'fashion_cnn': 'width' (there is in"),
         (["small.yaml", "--set", "model={name: resnet20, width: 0}"], "model.width must be above 0, and finite, got 0"),
         (["small.yaml", "--set", "seed"], "--set takes KEY=VALUE"),
         (["small.yaml", "--set", "schedule.batch_size=1000"], "more than the 160 training images"),

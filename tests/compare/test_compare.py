@@ -291,6 +291,18 @@ def test_no_runs_at_all_is_an_error(tmp_path):
         run(load(comparison(tmp_path)), tmp_path, jobs=0)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runs_share_the_cores_out(tmp_path, monkeypatch, jobs):
+    said = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(str(sorted(os.sched_getaffinity(0))))"
+    monkeypatch.setattr("rarefy.compare.runner.WORKER", ("-c", said))
+    made = load(comparison(tmp_path, methods={"dense": {"name": "dense"}}))
+    assert not run(made, tmp_path / "runs", jobs=jobs)
+    cores, share = sorted(os.sched_getaffinity(0)), len(os.sched_getaffinity(0)) // jobs
+    shares = [cores[index * share : (index + 1) * share] or cores for index in range(jobs)]
+    for job in made.jobs:
+        assert json.loads((tmp_path / "runs" / job.folder).read_text()) in shares
+
+
 @pytest.mark.slow
 def test_a_terminated_comparison_leaves_no_process_and_goes_on(tmp_path):
     path = comparison(tmp_path, methods={"dense": {"name": "dense"}}, changes={"schedule.epochs": 400})

@@ -76,7 +76,7 @@ class _Processes:
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def finish(self, command: list[str], standard_input: str, cores: set[int] | None = None) -> tuple[int, str]:
+    def finish(self, command: list[str], standard_input: str) -> tuple[int, str]:
         """Run a command to its end: exit status and what it wrote to standard error."""
         with self._lock:
             if self._stopped:
@@ -85,8 +85,6 @@ class _Processes:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             process = subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
             self._running.add(process)
-        if cores:
-            os.sched_setaffinity(process.pid, cores)
         try:
             error = process.communicate(standard_input)[1]
         finally:
@@ -114,22 +112,23 @@ def _ended(processes: _Processes) -> Iterator[None]:
 def _local(todo: list[Job], folder: Path, jobs: int | None) -> Iterator[tuple[Job, str | None]]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     workers = jobs or len(cores) or os.cpu_count() or 1
-    share = len(cores) // workers  # none where there are more runs than cores: then all are for all
-    free: queue.Queue[set[int]] = queue.Queue()
+    share = len(cores) // workers
+    shares: queue.Queue[list[int]] = queue.Queue()
     for index in range(workers):
-        free.put(set(cores[index * share : (index + 1) * share]))
+        shares.put(cores[index * share : (index + 1) * share])
     processes = _Processes()
 
+    def begin() -> None:
+        """Let a thread, and what it starts, have its share of the cores; where there are too few, all have all."""
+        if own := shares.get():
+            os.sched_setaffinity(0, own)
+
     def one(job: Job) -> str | None:
-        own = free.get()
-        try:
-            command = [sys.executable, *WORKER, str(folder / job.folder)]
-            status, error = processes.finish(command, json.dumps(_plain(job)), own)
-        finally:
-            free.put(own)
+        command = [sys.executable, *WORKER, str(folder / job.folder)]
+        status, error = processes.finish(command, json.dumps(_plain(job)))
         return None if status == 0 else _last_line(status, error)
 
-    with ThreadPoolExecutor(workers) as pool, _ended(processes):
+    with ThreadPoolExecutor(workers, initializer=begin) as pool, _ended(processes):
         futures = {pool.submit(one, job): job for job in todo}
         for future in as_completed(futures):
             yield futures[future], future.result()

@@ -1,4 +1,4 @@
-"""A small network for small pictures: it trains in seconds on one CPU core and still loses accuracy when pruned hard."""
+"""A network for small pictures: it trains in seconds on one CPU core, and still loses accuracy when pruned hard."""
 
 from __future__ import annotations
 
