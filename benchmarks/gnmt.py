@@ -143,15 +143,16 @@ def table(name: str) -> str:
     for (network, longest, place, mode, method, target), seeds in runs.items():
         steps = min(int(each[-1]["step"]) for each in seeds.values())  # those of a run that was cut off, for all
 
-        def at(found: dict[str, list[dict[str, str]]], seed: str, step: int = steps) -> float:
-            return next(float(row["valid_perplexity"]) for row in found[seed] if int(row["step"]) == step)
+        def reached(found: dict[str, list[dict[str, str]]], step: int = steps) -> dict[str, float]:
+            at = {seed: [row["valid_perplexity"] for row in some if int(row["step"]) == step] for seed, some in found.items()}
+            return {seed: float(perplexity[0]) for seed, perplexity in at.items() if perplexity}
 
-        exact = runs.get((network, longest, place, "exact", "dense", "0"), {})
-        apart = [at(seeds, seed) - at(exact, seed) for seed in seeds if seed in exact and seeds is not exact]
+        ended, exact = reached(seeds), reached(runs.get((network, longest, place, "exact", "dense", "0"), {}))
+        apart = [ended[seed] - exact[seed] for seed in ended if seed in exact and (mode, method) != ("exact", "dense")]
         scores = [float(each[-1]["test_bleu"]) for each in seeds.values() if each[-1]["test_bleu"]]
         sparsity = "" if method == "dense" else f", {100 * float(target):.0f} %"
         cells = [network, place, mode, f"{method}{sparsity}", str(steps)]
-        cells += [str(len(seeds)), mean([at(seeds, seed) for seed in seeds], 2)]
+        cells += [str(len(seeds)), mean(list(ended.values()), 2)]
         lines.append([*cells, mean(apart, 2) if apart else "", mean(scores, 1) if scores else ""])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
