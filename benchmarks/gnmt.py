@@ -144,7 +144,10 @@ def table(name: str) -> str:
         steps = min(int(each[-1]["step"]) for each in seeds.values())  # those of a run that was cut off, for all
 
         def reached(found: dict[str, list[dict[str, str]]], step: int = steps) -> dict[str, float]:
-            at = {seed: [row["valid_perplexity"] for row in some if int(row["step"]) == step] for seed, some in found.items()}
+            at = {
+                seed: [row["valid_perplexity"] for row in some if int(row["step"]) == step]
+                for seed, some in found.items()
+            }
             return {seed: float(perplexity[0]) for seed, perplexity in at.items() if perplexity}
 
         ended, exact = reached(seeds), reached(runs.get((network, longest, place, "exact", "dense", "0"), {}))
