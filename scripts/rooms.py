@@ -19,7 +19,7 @@ from pathlib import Path
 
 #: From the ground up. A name that begins with an underscore is a module that several rooms share.
 ORDER = (
-    ("_names", "_files", "_json", "_yaml", "_prices", "_transformer"),
+    ("_names", "_checks", "_files", "_json", "_yaml", "_prices", "_transformer"),
     ("kernels", "environment", "_products", "_forward", "cost", "latency"),
     ("sparse", "act", "sparse_files", "onnx_files"),
     ("engine", "rtl"),

@@ -207,9 +207,9 @@ def test_what_cannot_be_is_told():
             small(**options)
     model = small()
     for source, lengths, options, message in (
-        (sentences(), LENGTHS, {"beam": 0}, "beam must be a whole number of at least 1, got 0"),
-        (sentences(), LENGTHS, {"beam": 2.0}, "beam must be a whole number of at least 1, got 2.0"),
-        (sentences(), LENGTHS, {"beam": True}, "beam must be a whole number of at least 1, got True"),
+        (sentences(), LENGTHS, {"beam": 0}, "beam must be a positive whole number, got 0"),
+        (sentences(), LENGTHS, {"beam": 2.0}, "beam must be a positive whole number, got 2.0"),
+        (sentences(), LENGTHS, {"beam": True}, "beam must be a positive whole number, got True"),
         (sentences(), LENGTHS, {"longest": 0}, "longest must be at least 1"),
         (sentences(), LENGTHS, {"longest": 3.5}, r"longest must be a whole number, or \(B,\) of them, got 3.5"),
         (sentences(), LENGTHS, {"longest": torch.tensor([4, 4])}, r"longest must .*, got tensor\(\[4, 4\]\)"),

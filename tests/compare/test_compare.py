@@ -95,7 +95,7 @@ def test_the_shipped_comparison_names_every_method():
         ({"methods": {"a": "rigl"}}, "method 'a' must be a mapping with a name"),
         ({"methods": {"a": {"name": "rigl", "drop": 0.3}}}, "drop"),
         ({"methods": {"a b": {"name": "rigl"}, "a, b": {"name": "set"}}}, "would share the folder 'a-b_0.8_seed0'"),
-        ({"seeds": 0}, "seeds must be a whole number from 1 to 10000, got 0"),
+        ({"seeds": 0}, "must be a whole number from 1 to 10000, got 0"),
         ({"changes": {"optimizer.rate": 1}}, "rate"),
         ({"budget": "flop"}, "unknown budget in .*: 'flop'; did you mean 'flops'"),
     ],

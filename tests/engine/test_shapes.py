@@ -148,7 +148,7 @@ def test_what_is_no_other_size_is_an_error(made):
             compiled(given)
     assert len(compiled.engines) == 1
     for shapes in (0, True, 1.5):
-        with pytest.raises(ValueError, match="shapes must be a whole number of at least 1"):
+        with pytest.raises(ValueError, match="shapes must be a positive whole number"):
             engine.compile(nn.Linear(4, 3).eval(), torch.zeros(2, 4), shapes=shapes)
     x = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="shapes is for models that are not calibrated"):

@@ -83,7 +83,7 @@ def test_wrong_arguments_and_broken_designs():
         rtl.synth(peers.hard_tanh(), script="fast")
     with pytest.raises(RuntimeError, match="failed"):
         rtl.synth(gates("assign y = nothing_of_this_name(x);"), timing=False)
-    with pytest.raises(ValueError, match="timing must be True or False, got 'no'"):
+    with pytest.raises(ValueError, match="timing must be True or False, got the text 'no'"):
         rtl.synth(peers.hard_tanh(), timing="no")
     for seeds in ((), 3):
         with pytest.raises(ValueError, match="seeds must hold at least one number"):

@@ -296,7 +296,7 @@ def test_a_long_sentence_is_searched_for_alone():
     [
         ("one sentence", {}, TypeError, "takes a list of sentences, .* got str"),
         ([b"bytes", "text"], {}, TypeError, "got list of bytes, str"),
-        (["text"], {"beam": 1.5}, ValueError, "beam must be a whole number from 1 on, got 1.5"),
+        (["text"], {"beam": 1.5}, ValueError, "beam must be a positive whole number, got 1.5"),
         (["text"], {"beam": True}, ValueError, "got True"),
     ],
 )

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rarefy import sparse
+from rarefy import _checks, sparse
 from rarefy._names import unknown
 from rarefy._yaml import read_yaml
 from rarefy.train import Recipe
@@ -36,6 +36,9 @@ from rarefy.train import load as load_recipe
 from rarefy.train.recipe import differences, parse
 
 _KEYS = ("name", "recipe", "seeds", "targets", "budget", "changes", "methods")
+
+#: A mistake is more likely than more runs of one kind.
+_MOST_SEEDS = 10_000
 
 #: What targets are of -> the methods' option.
 BUDGETS = {"sparsity": "target", "flops": "target_flops", "ms": "target_ms"}
@@ -139,7 +142,7 @@ def _comparison(
         aims: Sequence[float | None] = method.get("targets", targets) if _targeted(options) else (None,)
         for target in aims:
             aim = {} if target is None else {BUDGETS[budget]: target}
-            for seed in range(_count(method.get("seeds", seeds), label)):
+            for seed in range(_checks.whole(f"seeds of {label!r}", method.get("seeds", seeds), 1, _MOST_SEEDS)):
                 parsed = parse({**base, "method": {**options, **aim}, "seed": base["seed"] + seed})
                 if parsed.data.name == "translation":
                     raise ValueError(f"{name} compares by test accuracy, which a translator has not: rarefy train it")
@@ -159,12 +162,6 @@ def _targeted(options: Mapping[str, Any]) -> bool:
     if name not in sparse.list_methods():
         raise ValueError(unknown("method", str(name), ["dense", *sparse.list_methods()]))
     return sparse.list_methods(name, details=True)[name].targeted != "never"
-
-
-def _count(seeds: object, label: str) -> int:
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= 10_000:
-        raise ValueError(f"seeds must be a whole number from 1 to 10000, got {seeds!r} for {label!r}")
-    return seeds
 
 
 def pending(comparison: Comparison, folder: Path) -> list[Job]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
-from rarefy import kernels
+from rarefy import _checks, kernels
 from rarefy.engine import programs
 from rarefy.engine.engine import plain
 from rarefy.engine.quantize import BUDGET
@@ -53,16 +53,14 @@ def checked(
             raise ValueError(f"example_input must be on the CPU, got {x.device}: call it with x.cpu()")
         if x.numel() == 0:
             raise ValueError(f"example_input must not be empty, got the shape {tuple(x.shape)}")
-    most = programs.MOST_THREADS
     if isinstance(threads, Tensor):
         raise TypeError(
             "threads got a tensor: the inputs of a model with several go in one tuple, compile(model, (x, h))"
         )
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
-        raise ValueError(f"threads must be a whole number from 1 to {most}, or None for PyTorch's, got {threads!r}")
-    for name, value, known in (("precision", precision, get_args(Precision)), ("choose", choose, get_args(Choose))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if threads is not None:
+        _checks.whole("threads", threads, 1, programs.MOST_THREADS, or_else="None for PyTorch's")
+    _checks.one_of("precision", precision, get_args(Precision))
+    _checks.one_of("choose", choose, get_args(Choose))
     if isinstance(tune_seconds, bool) or not isinstance(tune_seconds, (int, float)):
         raise TypeError(f"tune_seconds must be a number of seconds, got {tune_seconds!r}")
     if not tune_seconds >= 0:

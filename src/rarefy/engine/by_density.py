@@ -28,7 +28,7 @@ from rarefy.engine.plan import Layer, Plan, Step
 from rarefy.engine.preparing import flattened, prepare
 from rarefy.engine.quantize import BUDGET
 from rarefy.latency import Latency, LayerLatency
-from rarefy.sparse import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.masks import Block, block_expand
 
 #: Where layers are measured; below the first the line through the first two goes on. Sparse kernels are tried up to a
@@ -72,7 +72,7 @@ def latency(
         ValueError: as :func:`compile`; ``block`` is no positive whole number, and no two; the engine knows no layer
             of the model, as where PyTorch runs all that has weights.
     """
-    together = _checks.block("block", block)
+    together = _options.block("block", block)
     flat, inputs = checked(model, example_input, 1, precision, "measure", tune_seconds)
     if calibration is not None:
         calibration = flattened(calibration, flat.takes)

@@ -14,6 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from rarefy import _checks
 from rarefy.engine import verify
 from rarefy.engine.arguments import Choose, Precision, checked
 from rarefy.engine.assembling import build
@@ -121,6 +122,7 @@ def compile(
             bfloat16 and int8 what PyTorch does with the same rounding.
     """
     flat, inputs = checked(model, example_input, threads, precision, choose, tune_seconds)
+    threads = None if threads is None else int(threads)
     if torch_compile and (precision != "float32" or choose != "measure"):
         raise ValueError('torch_compile is measured beside the others: it needs precision="float32", choose="measure"')
     if shapes is None:
@@ -128,10 +130,7 @@ def compile(
             calibration = flattened(calibration, flat.takes)
         rest = (error_budget, choose, tune_seconds, torch_compile)
         return _compiled(inputs, flat, threads, precision, calibration, *rest)
-    if isinstance(shapes, bool) or not isinstance(shapes, int) or shapes < 1:
-        raise ValueError(
-            f"shapes must be a whole number of at least 1, or None for the example's alone, got {shapes!r}"
-        )
+    shapes = _checks.whole("shapes", shapes, or_else="None for the example's alone")
     if calibration is not None:
         raise ValueError("shapes is for models that are not calibrated: compile for each size, with batches of it")
     flat = deepcopy(flat)

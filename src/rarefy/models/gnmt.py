@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rarefy import _checks
+
 #: (h, c) of one layer, each (1, batch, hidden_size).
 LayerState = tuple[Tensor, Tensor]
 
@@ -206,8 +208,7 @@ class GNMT(nn.Module):
             ("hidden_size", hidden_size, 1),
             ("num_layers", num_layers, 2),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            _checks.whole(name, value, least)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         if mode != "torch":

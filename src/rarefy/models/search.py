@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rarefy import _checks
 from rarefy.models.best import best
 from rarefy.models.gnmt import LayerState, Memory, check_sentences
 
@@ -103,8 +104,7 @@ def translate(
 
     """
     check_sentences(source, lengths)
-    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
-        raise ValueError(f"beam must be a whole number of at least 1, got {beam!r}")
+    beam = _checks.whole("beam", beam)
     if source.shape[0] == 0:
         return []
     if longest is None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarefy import _checks
 from rarefy.act.spec import error, oracle
 from rarefy.act.spec.formats import Format
 from rarefy.act.spec.table import LinearTable, SegmentsTable, ShiftTable, Table
-from rarefy.rtl import arguments
 from rarefy.rtl.datapaths.flat import flat
 from rarefy.rtl.datapaths.ktanh import programmable, shift_add
 from rarefy.rtl.datapaths.lane import NAN, Lane, Wire
@@ -61,8 +61,8 @@ def emit(
     """
     if not isinstance(table, Table):
         raise TypeError(f"emit takes a table, got {type(table).__name__}: rarefy.act.load gives one by its name")
-    stages = arguments.whole("stages", stages, 0, 2, "0 (combinational), 1 or 2")
-    lanes = arguments.whole("lanes", lanes, 1, 1024)
+    stages = _checks.whole("stages", stages, 0, 2)
+    lanes = _checks.whole("lanes", lanes, 1, 1024)
     name = _check(table, style, stages, handshake, nan, top, command)
     fmt = table.fmt
     compute = _model(table, nan)
@@ -90,9 +90,9 @@ def emit(
 def _check(table: Table, style: str, stages: int, handshake: bool, nan: str, top: str | None, command: str) -> str:
     """Raise ValueError where the arguments of :func:`emit` do not go together; give the module's name."""
     fmt = table.fmt
-    arguments.choice("style", style, STYLES)
-    arguments.choice("nan", nan, NAN)
-    arguments.flag("handshake", handshake)
+    _checks.one_of("style", style, STYLES)
+    _checks.one_of("nan", nan, NAN)
+    _checks.flag("handshake", handshake)
     if handshake and not stages:
         raise ValueError("a handshake needs registers to hold what waits: stages must be 1 or 2, got 0")
     if not isinstance(table.name, str):

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from rarefy import _checks
 from rarefy.act.spec import error as errors
 from rarefy.act.spec import formats, oracle
 from rarefy.act.spec.formats import Bits, Format
@@ -95,8 +96,8 @@ def smallest(
     MissingToolError, naming the package, without Yosys or cells.
 
     """
-    steps, seed = arguments.whole("steps", steps, 0), arguments.seed(seed)
-    arguments.flag("exact_limit", exact_limit)
+    steps, seed = _checks.whole("steps", steps, 0), arguments.seed(seed)
+    _checks.flag("exact_limit", exact_limit)
     _check(function, fmt, error, goal, kinds)
     f = formats.get(fmt)
     cells = flow.library(None if liberty is None else Path(liberty))
@@ -120,7 +121,7 @@ def smallest(
 def _check(function: Function, fmt: str, error: float, goal: str, kinds: Sequence[str]) -> None:
     """Raise ValueError for arguments of :func:`smallest` that make no sense."""
     f = formats.get(fmt)
-    arguments.choice("goal", goal, GOALS)
+    _checks.one_of("goal", goal, GOALS)
     if not isinstance(kinds, Sequence) or not kinds or any(kind not in KINDS for kind in kinds):
         raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}")
     if isinstance(error, (bool, str)) or not hasattr(error, "__float__") or not 0.0 < error < 0.5:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rarefy.sparse import _checks, attachment, notices, owners, state
+from rarefy import _checks
+from rarefy.sparse import _options, attachment, notices, owners, state
 from rarefy.sparse.buckets import Bucket, make_buckets
 from rarefy.sparse.budget import ACTIONS, Budget, check_feasible
 from rarefy.sparse.contract import Method, Part
@@ -98,7 +99,7 @@ class Sparsifier(Method):
     def __new__(cls: type[S], *arguments: Any, **options: Any) -> S:
         """Refuse options that are not there, naming what was meant."""
         known = [option.name for option in fields(cls) if option.init and option.kw_only]
-        _checks.known(f"option of {cls.__name__}:", [each for each in options if each != "model"], known)
+        _options.known(f"option of {cls.__name__}:", [each for each in options if each != "model"], known)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -115,8 +116,8 @@ class Sparsifier(Method):
         self.model = unwrapped(self.model)
         self.steps = 0
         self.interval = max(1, self.total_steps // ACTIONS)
-        self.include = _checks.patterns("include", self.include)
-        self.exclude = _checks.patterns("exclude", self.exclude)
+        self.include = _options.patterns("include", self.include)
+        self.exclude = _options.patterns("exclude", self.exclude)
         self._chosen = select_layers(self.model, self.include, self.exclude, self._floors())
         self._layers = list(self._chosen)
         self._check_shapes()

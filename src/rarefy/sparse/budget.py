@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from rarefy import cost
+from rarefy import _checks, cost
 from rarefy._prices import Prices
 from rarefy.latency import Latency
-from rarefy.sparse import _checks, schedules
+from rarefy.sparse import schedules
 from rarefy.sparse.layers import Layer
 from rarefy.sparse.shards import reshard
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy import _checks
 from rarefy._names import layer_name, matches, unknown
-from rarefy.sparse import _checks
 from rarefy.sparse.shards import Shard, reshard, shard_of, shared_group, total
 
 #: The least density of a layer, where nothing else is asked for.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 
 Schedule = Callable[[float], float]
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rarefy import _checks
 from rarefy.data import translation
 from rarefy.data.translation import BEGIN, END, PADDING, Batch, Encoded, Pairs
 from rarefy.models import GNMT
@@ -324,8 +325,7 @@ class Translator:
                 f"a translator takes a list of sentences, such as ['How are you?'], got {type(texts).__name__}"
                 + (f" of {kinds}" if kinds else "")
             )
-        if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
-            raise ValueError(f"beam must be a whole number from 1 on, got {beam!r}")
+        _checks.whole("beam", beam)  # before anything is encoded
         return translate_texts(self.model, self.tokenizer, texts, beam=beam)
 
 

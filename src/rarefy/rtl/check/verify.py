@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rarefy import _checks
 from rarefy.rtl import arguments
 from rarefy.rtl.check.formal import prove
 from rarefy.rtl.check.simulate import simulate
@@ -100,7 +101,7 @@ def verify(design: Design, tool: str = "icarus", *, against: Design | None = Non
 
     """
     arguments.design("verify", design)
-    arguments.choice("tool", tool, TOOLS)
+    _checks.one_of("tool", tool, TOOLS)
     seed = arguments.seed(seed)
     if against is not None:
         arguments.design("verify", against, "against")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rarefy import _checks
 from rarefy.rtl import arguments
 from rarefy.rtl.design import Design
 from rarefy.rtl.eda import flow, tools
@@ -63,7 +64,7 @@ def place(design: Design, seeds: Sequence[int] = SEEDS) -> Placement:
     arguments.design("place", design)
     if not isinstance(seeds, Sequence) or not seeds:
         raise ValueError(f"seeds must hold at least one number, got {seeds!r}")
-    seeds = tuple(arguments.whole("a seed", seed, 0, (1 << 31) - 1) for seed in seeds)
+    seeds = tuple(_checks.whole("a seed", seed, 0, (1 << 31) - 1) for seed in seeds)
     versions = {"yosys": tools.yosys_version(), "nextpnr": flow.version("nextpnr-ice40")}
     nextpnr = tools.program("nextpnr-ice40", "placement")
     with tempfile.TemporaryDirectory(prefix="rarefy-fpga-") as name:

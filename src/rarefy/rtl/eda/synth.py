@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rarefy import _checks
 from rarefy.act.spec.formats import Bits
 from rarefy.rtl import arguments
 from rarefy.rtl.design import Design
@@ -90,9 +91,9 @@ def synth(
 
     """
     arguments.design("synth", design)
-    arguments.choice("script", script, SCRIPTS)
+    _checks.one_of("script", script, SCRIPTS)
     if timing is not None:
-        arguments.flag("timing", timing)
+        _checks.flag("timing", timing)
     cells = flow.library(None if liberty is None else Path(liberty))
     versions = {"yosys": tools.yosys_version(), "library": cells.name}
     timing = flow.has("sta") if timing is None else timing

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rarefy import _checks
 from rarefy._names import matches, unknown
-from rarefy.sparse import _checks
+from rarefy.sparse import _options
 from rarefy.sparse import distribution as spread
 from rarefy.sparse.budget import Budget
 from rarefy.sparse.families.targeted import Targeted
@@ -54,7 +55,7 @@ class Budgeted(Targeted):
 
     def __post_init__(self) -> None:
         self._check_target()
-        self.block = self._block = _checks.block("block", self.block)
+        self.block = self._block = _options.block("block", self.block)
         super().__post_init__()
         self.distribution = self._checked(self.default_distribution if self.distribution is None else self.distribution)
         self._relayer()

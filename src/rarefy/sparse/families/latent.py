@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.base import Sparsifier
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.budgeted import Budgeted
@@ -157,9 +157,9 @@ class Projected(Budgeted, Latent):
         self.start = self.ramp[0] if self.start is None else self.start
         self.end = self.ramp[1] if self.end is None else self.end
         if (self.start, self.end) != (0.0, 0.0):
-            _checks.ramp(self.start, self.end)
+            _options.ramp(self.start, self.end)
         super().__post_init__()
-        _checks.update_every(self.update_every, self.total_steps)
+        _options.update_every(self.update_every, self.total_steps)
         self._every = self.update_every or self.interval
 
     def scores(self, layer: Layer, weight: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class Thresholding(Projected):
     drifts = True
 
     def __post_init__(self) -> None:
-        if _checks.block("block", self.block) != (1, 1):
+        if _options.block("block", self.block) != (1, 1):
             raise ValueError(f"{type(self).__name__} thresholds single weights: leave block out")
         super().__post_init__()
 

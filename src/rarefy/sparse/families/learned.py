@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import PIController, log_error
 from rarefy.sparse.families.latent import Latent

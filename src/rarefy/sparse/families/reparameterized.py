@@ -19,8 +19,9 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
+from rarefy import _checks
 from rarefy.kernels.thresholds import ThresholdedLayers
-from rarefy.sparse import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.families.targeted import Targeted
@@ -63,7 +64,7 @@ class Reparameterized(Targeted, Latent):
         _checks.one_of("granularity", self.granularity, ("layer", "channel"))
         _checks.one_of("threshold_function", self.threshold_function, THRESHOLD_FUNCTIONS)
         _checks.number("threshold_init", self.threshold_init, least=-math.inf)
-        self.block = self._block = _checks.block("block", self.block)
+        self.block = self._block = _options.block("block", self.block)
         if self.granularity == "channel" and self._block[0] > 1:
             raise ValueError(
                 f"granularity='channel' has a threshold for each output, and block={self._block} needs one for "

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import log_error
 from rarefy.sparse.families import freedom

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.reports import Info
 

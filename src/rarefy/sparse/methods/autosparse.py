@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.budget import PIController
 from rarefy.sparse.families.soft_threshold import SoftThreshold
@@ -87,7 +88,7 @@ class AutoSparse(SoftThreshold):
         self.policy = (self.policy or "accuracy") if self.targeted else None
         if self.backward_density is not None:
             _checks.fraction("backward_density", self.backward_density)
-            if _checks.block("block", self.block) != (1, 1):
+            if _options.block("block", self.block) != (1, 1):
                 raise ValueError("backward_density chooses single weights: leave it out with block")
         if self.steps_per_epoch is not None:
             _checks.whole("steps_per_epoch", self.steps_per_epoch)

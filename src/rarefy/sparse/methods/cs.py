@@ -17,7 +17,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.learned import Learned
 from rarefy.sparse.layers import Layer

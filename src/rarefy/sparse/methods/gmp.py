@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.budget import RAMP
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import count_all
@@ -53,9 +53,9 @@ class GMP(Masked):
     takes_global = True
 
     def __post_init__(self) -> None:
-        _checks.ramp(self.start, self.end)
+        _options.ramp(self.start, self.end)
         super().__post_init__()
-        _checks.update_every(self.update_every, self.total_steps)
+        _options.update_every(self.update_every, self.total_steps)
         self._every = self.update_every or self.interval
         self._initial_density = 1.0
 

@@ -14,7 +14,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.methods.rigl import RigL
 from rarefy.sparse.reports import Info
 from rarefy.sparse.schedules import cosine_decay
@@ -48,7 +49,7 @@ class GraNet(RigL):
     takes_global = True
 
     def __post_init__(self) -> None:
-        _checks.ramp(0.0, self.end)
+        _options.ramp(0.0, self.end)
         _checks.fraction("initial_density", self.initial_density, zero=False)
         super().__post_init__()
         if self.initial_density <= self.budget.goal:

@@ -18,7 +18,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import block_expand, block_sum, top_k
@@ -69,7 +70,7 @@ class MEST(Masked):
         if self.moved is None:
             self.moved = 0.5 if self.soft else 0.2
         super().__post_init__()
-        _checks.update_every(self.update_every, self.total_steps)
+        _options.update_every(self.update_every, self.total_steps)
         self._every = self.update_every or max(1, self.total_steps // 32)
         self._gradients: dict[str, Tensor] = {}
 

@@ -15,7 +15,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.latent import Latent
 from rarefy.sparse.masks import check_divisible

@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.budget import RAMP
 from rarefy.sparse.families.latent import Projected
 from rarefy.sparse.layers import Layer

@@ -16,7 +16,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
+from rarefy.sparse import _options
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.masks import drop_and_grow
 from rarefy.sparse.reports import Info
@@ -56,7 +57,7 @@ class SET(Masked):
         _checks.fraction("stop", self.stop, zero=False)
         _checks.whole("seed", self.seed, least=0)
         super().__post_init__()
-        _checks.update_every(self.update_every, self.total_steps)
+        _options.update_every(self.update_every, self.total_steps)
         every = self.update_every or 1
         if every > self.stop * self.total_steps:
             raise ValueError(

@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.buckets import Bucket
 from rarefy.sparse.families.soft_on_budget import SoftOnBudget
 from rarefy.sparse.layers import Layer

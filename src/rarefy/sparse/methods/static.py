@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from rarefy.sparse import _checks
+from rarefy import _checks
 from rarefy.sparse.budget import Budget, sparsity_budget
 from rarefy.sparse.families.masked import Masked
 from rarefy.sparse.layers import DEFAULT_FLOOR

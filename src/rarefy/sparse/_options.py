@@ -1,14 +1,14 @@
-"""Checks of options, each with the message that says what was given and what is expected."""
+"""Checks of the options that methods share, each with a message that says what was given and what is expected."""
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rarefy._checks import shown
 from rarefy._names import unknown
 
 #: What users of other libraries write, and what it is called here.
@@ -24,36 +24,6 @@ def known(what: str, given: Iterable[str], names: Sequence[str]) -> None:
             raise ValueError(unknown(what, name, sorted(names)) + hint)
 
 
-def fraction(name: str, value: Any, *, zero: bool = True, one: bool = True, percent: bool = False) -> None:
-    """Raise ValueError unless the value is a number in [0, 1], without the ends that are said to be out.
-
-    ``percent`` is for what people give in percent: the message says how to write it.
-    """
-    span = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number in {span}, got {_shown(value)}")
-    if not 0.0 <= value <= 1.0 or (value == 0.0 and not zero) or (value == 1.0 and not one):
-        hint = f"; for {value:g} % write {value / 100:g}" if percent and 1.0 < value < 100.0 else ""
-        raise ValueError(f"{name} must be in {span}, got {value}{hint}")
-
-
-def number(name: str, value: Any, *, least: float = 0.0, above: bool = False) -> None:
-    """Raise ValueError unless the value is a finite number of at least ``least``, or above it."""
-    given = not isinstance(value, (bool, str)) and hasattr(value, "__float__")
-    if not given or not math.isfinite(value) or value < least or (above and value == least):
-        bound = f" above {least:g}" if above else " that is not negative" if least == 0.0 else f" of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number{'' if least == -math.inf else bound}, got {_shown(value)}")
-
-
-def whole(name: str, value: Any, *, least: int = 1, what: str = "number") -> int:
-    """The value as an int. Raises ValueError unless it is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        kind = "positive whole" if least == 1 else "whole"
-        bound = "" if least == 1 else f" of at least {least}"
-        raise ValueError(f"{name} must be a {kind} {what}{bound}, got {_shown(value)}")
-    return operator.index(value)
-
-
 def block(name: str, value: Any) -> tuple[int, int]:
     """How many outputs and inputs a block has, given as both, or as the inputs alone. Raises ValueError otherwise."""
     pair = tuple(value) if isinstance(value, (list, tuple)) else (1, value)
@@ -61,15 +31,9 @@ def block(name: str, value: Any) -> tuple[int, int]:
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, number) or n < 1 for n in pair):
         raise ValueError(
             f"{name} must be a positive whole number of inputs, such as 4, or of outputs and of inputs, such as "
-            f"(8, 4), got {_shown(value)}"
+            f"(8, 4), got {shown(value)}"
         )
     return operator.index(pair[0]), operator.index(pair[1])
-
-
-def flag(name: str, value: Any) -> None:
-    """Raise ValueError unless the value is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {_shown(value)}")
 
 
 def patterns(name: str, value: Any) -> list[str] | None:
@@ -80,13 +44,6 @@ def patterns(name: str, value: Any) -> list[str] | None:
     if listed is not None and not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
         raise ValueError(f"{name} must be a list of names or shell patterns of layers, got {value!r:.80}")
     return listed
-
-
-def one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raise ValueError unless the value is one of the known ones."""
-    names = list(known)
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
 
 
 def ramp(start: float, end: float) -> None:
@@ -104,7 +61,3 @@ def update_every(value: int | None, total_steps: int) -> None:
         raise ValueError(
             f"update_every must be a whole number of steps between 1 and total_steps={total_steps}, got {value!r}"
         )
-
-
-def _shown(value: Any) -> str:
-    return f"the text {value!r}" if isinstance(value, str) else repr(value)
