@@ -65,6 +65,7 @@ WRONG = {
     "an infinite block": change(["block"], [float("inf"), 1]),
     "a huge block": change(["block"], [10**400, 1]),
     "text for a block": change(["block"], "11"),
+    "a side and a half": change(["block"], [1.5, 1]),
     "three sides of a block": change(["block"], [1, 1, 1]),
     "pairs about it": change(["about"], [["cpu", "none"]]),
     "layers by name": change(["layers"], {"0": {}}),
@@ -74,7 +75,7 @@ WRONG = {
 @pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
 def test_another_file_is_refused(given, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(given))
-    with pytest.raises(ValueError, match="a.json is not a table of latencies"):
+    with pytest.raises(ValueError, match=r"a.json: .*; rarefy.engine.latency measures"):
         Latency.load(tmp_path / "a.json")
 
 
@@ -86,5 +87,5 @@ def test_whole_numbers_are_seconds_and_densities_too():
 @pytest.mark.parametrize("text", [b"\xff{", b"[" * 100_000, b'{"fixed": 1' + b"0" * 5000 + b"}"])
 def test_what_is_no_json_is_refused(text, tmp_path):
     (tmp_path / "a.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"a.json is not a table of latencies"):
+    with pytest.raises(ValueError, match=r"a.json: .*; rarefy.engine.latency measures"):
         Latency.load(tmp_path / "a.json")

@@ -1,4 +1,4 @@
-"""JSON that a run left behind and anybody may have changed: values of their type, or a ValueError that says where."""
+"""JSON that was left behind and anybody may have changed: values of their type, or a ValueError that says where."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Fields:
     """A JSON object and where it stands, so that a value of the wrong type is named in the error, a ValueError.
 
     Args:
-        value: what is there; anything but an object is refused.
+        value: what is there; anything but an object is refused. Tuples stand for lists.
         where: the file, and the place in it.
         advice: what to do about a wrong value.
         finite: whether NaN and infinite numbers are wrong, too.
@@ -61,7 +61,7 @@ class Fields:
 
     def numbers(self, key: str) -> tuple[float, ...]:
         value = self.value.get(key)
-        found = [self._number(item) for item in value] if isinstance(value, list) else [None]
+        found = [self._number(item) for item in value] if isinstance(value, (list, tuple)) else [None]
         numbers = tuple(item for item in found if item is not None)
         if len(numbers) == len(found):
             return numbers
@@ -86,7 +86,7 @@ class Fields:
         value = self.value.get(key)
         if value is None:
             return []
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise self.wrong(f"{key} must be a list, got {value!r:.80}")
         return [self._inner(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(value)]
 

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rarefy._files import write_atomically
+from rarefy._json import Fields, read_fields
 from rarefy._prices import Prices
 
 #: Those of :func:`rarefy.engine.compile`.
 _PRECISIONS = ("float32", "bfloat16", "int8")
+
+_ADVICE = "rarefy.engine.latency measures a table of latencies anew"
 
 
 @dataclass(frozen=True)
@@ -96,34 +99,35 @@ class Latency:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Latency:
         """Return what :meth:`to_dict` gave. Raises ValueError for anything else."""
-        try:
-            layers = tuple(
-                LayerLatency(
-                    _of(str, layer["name"]),
-                    _whole(layer["weights"]),
-                    tuple(map(_number, _of((list, tuple), layer["densities"]))),
-                    tuple(map(_number, _of((list, tuple), layer["seconds"]))),
-                )
-                for layer in _of((list, tuple), given["layers"])
+        return cls._read(Fields(given, "the table of latencies", _ADVICE))
+
+    @classmethod
+    def _read(cls, given: Fields) -> Latency:
+        layers = tuple(
+            layer.read(LayerLatency, densities=layer.numbers("densities"), seconds=layer.numbers("seconds"))
+            for layer in given.objects("layers")
+        )
+        sides, about = given.numbers("block"), given.value.get("about")
+        block = tuple(int(side) for side in sides if side.is_integer() and side >= 1)
+        found = given.read(cls, layers=layers, block=block, about=about)
+        if not layers or found.precision not in _PRECISIONS or not len(sides) == len(block) == 2:
+            raise given.wrong(
+                f"needs layers, a precision of {', '.join(_PRECISIONS)} and a block of two sides, got {len(layers)} "
+                f"layers, {found.precision!r:.80} and {sides}"
             )
-            rows, columns = map(_whole, _of((list, tuple), given["block"]))
-            precision, about = _of(str, given["precision"]), dict(_of(Mapping, given["about"]))
-            found = cls(layers, _number(given["fixed"]), precision, (rows, columns), about)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"not a table of latencies: {type(error).__name__}: {error}") from None
-        if not layers or found.precision not in _PRECISIONS:
-            raise ValueError(f"not a table of latencies: precision={found.precision!r} and {len(layers)} layers")
+        if found.fixed < 0 or not isinstance(about, Mapping):
+            raise given.wrong(
+                f"needs seconds that are not negative and an object about, got {found.fixed}, {about!r:.80}"
+            )
         for layer in layers:
-            steps = layer.densities, layer.seconds
-            rising = all(list(each) == sorted(each) and all(map(math.isfinite, each)) for each in steps)
+            rising = all(list(each) == sorted(each) for each in (layer.densities, layer.seconds))
             ends = layer.densities[:1] == (0.0,) and layer.densities[-1:] == (1.0,)
-            if not rising or not ends or len(layer.densities) != len(layer.seconds) or layer.seconds[0] < 0:
-                raise ValueError(
-                    f"not a table of latencies: layer {layer.name!r} needs densities from 0 to 1 and as many seconds, "
-                    f"both rising; got {layer.densities} and {layer.seconds}"
+            counted = 1 <= layer.weights < 1 << 53 and len(layer.densities) == len(layer.seconds)
+            if not rising or not ends or not counted or layer.seconds[0] < 0:
+                raise given.wrong(
+                    f"layer {layer.name!r:.80} needs weights, densities from 0 to 1 and as many seconds, both rising; "
+                    f"got {layer.weights}, {layer.densities} and {layer.seconds}"
                 )
-        if not math.isfinite(found.fixed) or found.fixed < 0:
-            raise ValueError(f"not a table of latencies: fixed={found.fixed}")
         return found
 
     def save(self, path: str | Path) -> None:
@@ -134,26 +138,4 @@ class Latency:
     @classmethod
     def load(cls, path: str | Path) -> Latency:
         """Return what :meth:`save` wrote. Raises ValueError for another file, FileNotFoundError without one."""
-        try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls.from_dict(given)
-        except (ValueError, RecursionError) as error:  # what is no text and no JSON, too
-            why = str(error).removeprefix("not a table of latencies: ")
-            raise ValueError(f"{path} is not a table of latencies: {why}") from None
-
-
-def _of(kinds: type | tuple[type, ...], value: Any) -> Any:
-    """The value, if it is of this kind. Raises TypeError for another; a truth value is no number."""
-    if isinstance(value, kinds) and not isinstance(value, bool):
-        return value
-    raise TypeError(f"there is {value!r:.80}")
-
-
-def _number(value: Any) -> float:
-    return float(_of((int, float), value))
-
-
-def _whole(value: Any) -> int:
-    if _of(int, value) not in range(1, 1 << 53):
-        raise ValueError(f"{value!r:.80} is not in [1, 2^53)")
-    return int(value)
+        return cls._read(read_fields(Path(path), _ADVICE))

@@ -419,7 +419,7 @@ def test_gmp_goes_on_from_a_sparse_model():
         ({"masks": "nonzero", "floor": 0.1}, "holds the zeros that the model has: leave floor"),
         ({"masks": "nonzero", "seed": 1}, "masks='nonzero' draws nothing: leave seed out"),
         ({"masks": "magnitude", "seed": 1, "target": 0.5}, "masks='magnitude' draws nothing: leave seed out"),
-        ({"masks": "zeros", "target": 0.5}, "masks must be one of 'random', 'magnitude', 'nonzero', got 'zeros'"),
+        ({"masks": "zeros", "target": 0.5}, "masks must be one of random, magnitude, nonzero, got 'zeros'"),
         ({"masks": "random", "target": 0.5, "distribution": "global"}, "distribution='global'.*pass masks='magnitude'"),
     ],
 )
