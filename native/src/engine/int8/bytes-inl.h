@@ -31,6 +31,15 @@ inline I select(I mask, I a, I b) { return RAREFY_W(or)(RAREFY_W (and)(mask, a),
 inline I select(I mask, I a, I b) { return _mm256_blendv_epi8(b, a, mask); }
 #endif
 
+// The same in a register: the compiler would rather load twice what is used twice.
+template <class V>
+inline __attribute__((always_inline)) V kept(V v) {
+#if defined(__GNUC__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
 // Sums of B pixels of one row.
 struct Sums {
     I a[4];
@@ -86,7 +95,8 @@ inline I add_blocks(I sum, const Pixels &p, const Block &w) {
 #endif
 
 inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
-    const I x0 = bytes(x + o[0]), x1 = bytes(x + o[1]), x2 = bytes(x + o[2]), x3 = bytes(x + o[3]);
+    const I x0 = kept(bytes(x + o[0])), x1 = kept(bytes(x + o[1]));
+    const I x2 = kept(bytes(x + o[2])), x3 = kept(bytes(x + o[3]));
     const I l01 = RAREFY_V(unpacklo_epi8)(x0, x1), h01 = RAREFY_V(unpackhi_epi8)(x0, x1);
     const I l23 = RAREFY_V(unpacklo_epi8)(x2, x3), h23 = RAREFY_V(unpackhi_epi8)(x2, x3);
     s.a[0] = dot(s.a[0], RAREFY_V(unpacklo_epi16)(l01, l23), w.quad);
@@ -94,6 +104,30 @@ inline __attribute__((always_inline)) void add(Sums &s, const uint8_t *x, const 
     s.a[2] = dot(s.a[2], RAREFY_V(unpacklo_epi16)(h01, h23), w.quad);
     s.a[3] = dot(s.a[3], RAREFY_V(unpackhi_epi16)(h01, h23), w.quad);
 }
+
+#if defined(__AVX512VNNI__)
+inline __m256i half_dot(__m256i sum, __m256i x, __m256i w) { return _mm256_dpbusd_epi32(sum, x, w); }
+#elif defined(__AVX512BW__)
+inline __m256i half_dot(__m256i sum, __m256i x, __m256i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+}
+#endif
+#if defined(__AVX512BW__)
+// The same of the first B / 2 pixels.
+inline __attribute__((always_inline)) void add_half(Sums &s, const uint8_t *x, const int32_t *o, const Weights &w) {
+    const auto half = [=](int k) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + o[k])); };
+    const auto add = [&](I &sum, __m256i pixels) {
+        sum = _mm512_castsi256_si512(half_dot(_mm512_castsi512_si256(sum), pixels, _mm512_castsi512_si256(w.quad)));
+    };
+    const __m256i x0 = kept(half(0)), x1 = kept(half(1)), x2 = kept(half(2)), x3 = kept(half(3));
+    const __m256i l01 = _mm256_unpacklo_epi8(x0, x1), h01 = _mm256_unpackhi_epi8(x0, x1);
+    const __m256i l23 = _mm256_unpacklo_epi8(x2, x3), h23 = _mm256_unpackhi_epi8(x2, x3);
+    add(s.a[0], _mm256_unpacklo_epi16(l01, l23));
+    add(s.a[1], _mm256_unpackhi_epi16(l01, l23));
+    add(s.a[2], _mm256_unpacklo_epi16(h01, h23));
+    add(s.a[3], _mm256_unpackhi_epi16(h01, h23));
+}
+#endif
 
 // 4 B bytes, the pixels of four planes in turn.
 inline void put_interleaved(uint8_t *out, I a, I b, I c, I d) {

@@ -2,7 +2,9 @@
 #include "engine/int8/kernels.h"
 
 #include <stddef.h>
+#include <stdint.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "isa.h"
@@ -26,12 +28,14 @@ using namespace int8;
 // The sums of a row over any four weights at a time, whose pixels lie in planes of their own.
 struct Any {
     static constexpr int OFFSETS = QUAD, WIDTH = QUAD;
-    static constexpr bool IN_LINE = false;
+    static constexpr bool IN_LINE = false, FAR = true;
     template <int N, int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
+        constexpr int WHOLE = N / QUARTERS;
         const Weights weights(w);
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) RAREFY_ISA::add(s[t], x + t * B, o, weights);
+        RAREFY_UNROLL for (int t = 0; t < WHOLE; ++t) RAREFY_ISA::add(s[t], x + t * B, o, weights);
+        if constexpr (WHOLE < T) add_half(s[WHOLE], x + WHOLE * B, o, weights);
     }
 };
 
@@ -39,7 +43,7 @@ struct Any {
 // The sums over blocks of four channels, whose pixels are interleaved.
 struct Blocks {
     static constexpr int OFFSETS = BLOCKS_AT_ONCE, WIDTH = QUAD * BLOCKS_AT_ONCE;
-    static constexpr bool IN_LINE = true;
+    static constexpr bool IN_LINE = true, FAR = false;
     template <int N, int T>
     static inline __attribute__((always_inline)) void add(Sums (&s)[T], const uint8_t *x, const int32_t *o,
                                                           const int8_t *w) {
@@ -69,21 +73,46 @@ inline __attribute__((always_inline)) void finish(const RowsCall &c, const Ends 
     put(c.y + r * c.y_stride + at, v);
 }
 
-// Tiles of N quarters of vectors of pixels.
-template <class Quads, int N>
+// Weights are read once a run, from far away: so many quads before they are used.
+constexpr int AHEAD = 128;
+
+// Tiles of N quarters of vectors of pixels, R rows at once: the sums of few pixels wait for one another.
+template <class Quads, int N, int R>
 void rows(const RowsCall *call) {
     constexpr int T = (N + QUARTERS - 1) / QUARTERS;
     const RowsCall &c = *call;
     const Ends ends = ends_of(c);
-    for (int64_t r = 0; r < c.rows; ++r) {
-        Sums s[T];
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) s[t] = sums_of(c.first[r]);
-        const int32_t *o = c.offsets + c.starts[r] * Quads::OFFSETS,
-                      *end = c.offsets + c.starts[r + 1] * Quads::OFFSETS;
-        const int8_t *w = c.weights + c.starts[r] * Quads::WIDTH;
-        for (; o != end; o += Quads::OFFSETS, w += Quads::WIDTH) Quads::template add<N>(s, c.x, o, w);
-        RAREFY_UNROLL for (int t = 0; t < T; ++t) finish<Quads::IN_LINE>(c, ends, r, t * B, s[t]);
-    }
+    const auto some = [&](int64_t row, auto many) {
+        constexpr int M = decltype(many)::value;
+        Sums s[M][T];
+        const int32_t *o[M];
+        const int8_t *w[M];
+        int64_t left[M], common = INT64_MAX;
+        RAREFY_UNROLL for (int r = 0; r < M; ++r) {
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) s[r][t] = sums_of(c.first[row + r]);
+            const int64_t start = c.starts[row + r];
+            o[r] = c.offsets + start * Quads::OFFSETS;
+            w[r] = c.weights + start * Quads::WIDTH;
+            left[r] = c.starts[row + r + 1] - start;
+            common = left[r] < common ? left[r] : common;
+        }
+        const auto next = [&](int r) {
+            if (Quads::FAR) {
+                __builtin_prefetch(o[r] + AHEAD * Quads::OFFSETS);
+                __builtin_prefetch(w[r] + AHEAD * Quads::WIDTH);
+            }
+            Quads::template add<N>(s[r], c.x, o[r], w[r]);
+            o[r] += Quads::OFFSETS, w[r] += Quads::WIDTH;
+        };
+        for (int64_t i = 0; i < common; ++i) RAREFY_UNROLL for (int r = 0; r < M; ++r) next(r);
+        RAREFY_UNROLL for (int r = 0; r < M; ++r)
+            for (int64_t i = common; i < left[r]; ++i) next(r);
+        RAREFY_UNROLL for (int r = 0; r < M; ++r)
+            RAREFY_UNROLL for (int t = 0; t < T; ++t) finish<Quads::IN_LINE>(c, ends, row + r, t * B, s[r][t]);
+    };
+    int64_t row = 0;
+    for (; row + R <= c.rows; row += R) some(row, std::integral_constant<int, R>());
+    for (; row < c.rows; ++row) some(row, std::integral_constant<int, 1>());
 }
 
 #if !defined(RAREFY_NO_BLOCKS)
@@ -109,7 +138,10 @@ void dense_rows(const RowsCall *call) {
         const int32_t *o = c.shared_offsets + start[0] * BLOCKS_AT_ONCE,
                       *end = c.shared_offsets + start[1] * BLOCKS_AT_ONCE;
         const int8_t *w = c.shared + start[0] * Blocks::WIDTH * TOGETHER;
-        for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH * TOGETHER) add_together<N>(s, c.x, o, w);
+        for (; o != end; o += BLOCKS_AT_ONCE, w += Blocks::WIDTH * TOGETHER) {
+            __builtin_prefetch(w + AHEAD * Blocks::WIDTH * TOGETHER);
+            add_together<N>(s, c.x, o, w);
+        }
         RAREFY_UNROLL for (int r = 0; r < TOGETHER; ++r) all[r] = s[r];
         const int64_t last = c.rows - row < TOGETHER ? c.rows - row : TOGETHER;
         for (int64_t r = row < 0 ? -row : 0; r < last; ++r) {
@@ -141,6 +173,24 @@ void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n
     }
 }
 
+#if defined(__AVX512BW__)
+// Every second pixel, half a vector of them at once.
+void second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    constexpr int64_t SOME = B / 2;
+    const __mmask32 all = ~__mmask32{0}, last = n % SOME ? all >> (SOME - n % SOME) : all;
+    for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line)
+        for (int64_t i = 0; i < n; i += SOME) {
+            const __mmask32 there = i + SOME < n ? all : last;
+            const __m512i both = _mm512_maskz_loadu_epi16(there, x + 2 * i);
+            _mm256_mask_storeu_epi8(out + i, there, _mm512_cvtepi16_epi8(both));
+        }
+}
+
+bool every_second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    second(x, x_line, out, out_line, n, lines);
+    return true;
+}
+#else
 // Lines of at least SOME pixels, every second of which `take` takes, SOME of the result at once.
 template <int64_t SOME, void (*take)(const uint8_t *, uint8_t *)>
 void second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
@@ -158,15 +208,41 @@ void alternate_some(const uint8_t *x, uint8_t *out, int64_t n) {
     __builtin_memcpy(out + n - 4, all + n - 4, 4);
 }
 
+bool every_second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+    if (n >= B) second<B, alternate>(x, x_line, out, out_line, n, lines);
+    else if (n >= 8) second<8, alternate_eight>(x, x_line, out, out_line, n, lines);
+    else if (n >= 4)
+        for (int64_t r = 0; r < lines; ++r) alternate_some(x + r * x_line, out + r * out_line, n);
+    return n >= 4;
+}
+#endif
+
 void every(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
-    if (step == 2 && n >= B) return second<B, alternate>(x, x_line, out, out_line, n, lines);
-    if (step == 2 && n >= 8) return second<8, alternate_eight>(x, x_line, out, out_line, n, lines);
+    if (step == 2 && every_second(x, x_line, out, out_line, n, lines)) return;
     for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line) {
-        if (step == 2 && n >= 4) alternate_some(x, out, n);
-        else if (step == 1) __builtin_memcpy(out, x, static_cast<size_t>(n));
+        if (step == 1) __builtin_memcpy(out, x, static_cast<size_t>(n));
         else
             for (int64_t i = 0; i < n; ++i) out[i] = x[step * i];
     }
+}
+
+// The sum of n pixels of so many lines.
+int64_t total(const uint8_t *x, int64_t x_line, int64_t n, int64_t lines) {
+#if defined(__AVX512BW__)
+    const __mmask64 all = ~__mmask64{0}, last = n % B ? all >> (B - n % B) : all;
+    I sum = _mm512_setzero_si512();
+    for (int64_t r = 0; r < lines; ++r, x += x_line)
+        for (int64_t i = 0; i < n; i += B) {
+            const I pixels = _mm512_maskz_loadu_epi8(i + B < n ? all : last, x + i);
+            sum = _mm512_add_epi64(sum, _mm512_sad_epu8(pixels, _mm512_setzero_si512()));
+        }
+    return _mm512_reduce_add_epi64(sum);
+#else
+    int64_t sum = 0;
+    for (int64_t r = 0; r < lines; ++r, x += x_line)
+        for (int64_t i = 0; i < n; ++i) sum += x[i];
+    return sum;
+#endif
 }
 
 void largest(const uint8_t *const *from, int64_t count, uint8_t *__restrict to, int64_t n) {
@@ -325,11 +401,18 @@ constexpr bool MANY_REGISTERS = true;  // 32
 #else
 constexpr bool MANY_REGISTERS = false;
 #endif
+// Rows at once of tiles of so many quarters.
+constexpr int rows_of(int quarters) { return MANY_REGISTERS && quarters <= 2 * QUARTERS ? 2 : 1; }
+
+template <class Quads, int... N>
+void put_rows(Kernels &k, Layout layout, std::integer_sequence<int, N...>) {
+    ((k.rows[layout][N] = rows<Quads, N, rows_of(N)>), ...);
+}
 
 #if !defined(RAREFY_NO_BLOCKS)
 template <int... N>
 void put_quarters(Kernels &k, std::integer_sequence<int, N...>) {
-    ((k.rows[BLOCKS][N + 1] = rows<Blocks, N + 1>), ...);
+    ((k.rows[BLOCKS][N + 1] = rows<Blocks, N + 1, 1>), ...);
     ((k.rows[DENSE][N % QUARTERS + 1] = dense_rows<N % QUARTERS + 1>), ...);
 }
 #endif
@@ -345,16 +428,19 @@ Kernels make() {
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
     k.spreads = 1;
 #endif
-    k.rows[ANY][QUARTERS] = rows<Any, QUARTERS>;
-    k.rows[ANY][2 * QUARTERS] = rows<Any, 2 * QUARTERS>;
-    if constexpr (MANY_REGISTERS) k.rows[ANY][4 * QUARTERS] = rows<Any, 4 * QUARTERS>;
+    put_rows<Any>(k, ANY, std::integer_sequence<int, QUARTERS, 2 * QUARTERS>());
+    if constexpr (MANY_REGISTERS) put_rows<Any>(k, ANY, std::integer_sequence<int, 4 * QUARTERS>());
+#if defined(__AVX512BW__)
+    put_rows<Any>(k, ANY, std::integer_sequence<int, 2, 6, 10, 12, 14>());
+#endif
 #if !defined(RAREFY_NO_BLOCKS)
     put_quarters(k, std::make_integer_sequence<int, 2 * QUARTERS>());
-    if constexpr (MANY_REGISTERS) k.rows[BLOCKS][4 * QUARTERS] = rows<Blocks, 4 * QUARTERS>;
+    if constexpr (MANY_REGISTERS) put_rows<Blocks>(k, BLOCKS, std::integer_sequence<int, 4 * QUARTERS>());
     k.together = TOGETHER;
 #endif
     k.interleave = interleave;
     k.every = every;
+    k.total = RAREFY_ISA::total;
     k.largest = largest;
     k.quantize = quantize;
     k.add = rarefy::RAREFY_ISA::add;

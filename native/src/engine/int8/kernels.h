@@ -129,6 +129,8 @@ struct Kernels {
     // last pixel on are read
     void (*every)(const uint8_t *x, int64_t x_line, int64_t step, uint8_t *out, int64_t out_line, int64_t n,
                   int64_t lines);
+    // the sum of n pixels of so many lines
+    int64_t (*total)(const uint8_t *x, int64_t x_line, int64_t n, int64_t lines);
     // to[i] = the largest one of from[0 .. count - 1][i] for n of them
     void (*largest)(const uint8_t *const *from, int64_t count, uint8_t *to, int64_t n);
     void (*quantize)(const float *x, uint8_t *out, int64_t n, const Factors *factors);

@@ -55,13 +55,14 @@ Value value_of(const Shape &shape, int32_t group, const Sizes &sizes) {
 
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Bytes from one plane to the next: its positions, written in whole vectors, and what is read behind them.
+// Bytes from one plane to the next: its positions, written in whole vectors, and what is read behind its last pixel. A
+// plane of 7x7 with gaps of one then is 64 bytes, and one byte more would be 128.
 int64_t stride_of(const Value &v) {
     const int64_t positions = v.positions(v.group), one = v.positions(1);
     if (positions == 1 && v.margin() == 0) return 1;
     const int64_t written =
         std::max(rounded_up(positions, MOST_PIXELS), positions - one + rounded_up(one, MOST_PIXELS));
-    const int64_t bytes = rounded_up(std::max(positions + v.margin(), written), 64);
+    const int64_t bytes = rounded_up(std::max(positions + v.behind(), written), 64);
     // planes an odd number of lines apart do not compete for the same lines of a cache
     return bytes >= 512 && bytes / 64 % 2 == 0 ? bytes + 64 : bytes;
 }

@@ -39,8 +39,9 @@ struct Value {
     int64_t image() const { return (int64_t{shape.height} + gaps.rows) * row(); }
     // From the first pixel of `images` images to behind the last one's row.
     int64_t positions(int64_t images) const { return images * image() - gaps.rows * row(); }
-    // What may be read on both sides of a plane's positions.
+    // What may be read before a plane's positions, and behind them: the last row's gap is a part of them.
     int64_t margin() const { return gaps.rows * row() + gaps.columns; }
+    int64_t behind() const { return gaps.rows * row(); }
 };
 
 // The weights of a convolution: as quads of every row, as quads of groups of rows, or of vectors as numbers for dot

@@ -202,7 +202,7 @@ class Conv {
  private:
     template <class F>
     void tiles(const F &body) const {
-        const int64_t quarter = kernels_.pixels / QUARTERS, least = s_.layout == ANY ? QUARTERS : 1;
+        const int64_t quarter = kernels_.pixels / QUARTERS, least = least_of(s_.layout);
         const int64_t all = (positions_ + least * quarter - 1) / (least * quarter) * least;
         const int64_t end = std::min(all, last_ * QUARTERS);
         for (int64_t q = first_ * QUARTERS, count; q < end; q += count) {
@@ -210,6 +210,13 @@ class Conv {
             while (count > end - q || !kernels_.rows[s_.layout][count]) --count;
             body(q * quarter, kernels_.rows[s_.layout][count], std::min(count * quarter, positions_ - q * quarter));
         }
+    }
+
+    // The fewest quarters of a vector that there is a kernel for.
+    int64_t least_of(Layout layout) const {
+        int64_t least = 1;
+        while (!kernels_.rows[layout][least]) ++least;
+        return least;
     }
 
     void put_results(int64_t position, int64_t row) {
@@ -304,7 +311,7 @@ void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, con
     const int64_t n = std::min<int64_t>(columns, w.out_w + s.reach[1].high);
     const int64_t rows = std::min<int64_t>(lines, w.out_h + s.reach[0].high);
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
-                  after = s.reach[0].high * to.row() + s.reach[1].high;
+                  after = s.reach[0].high * to.row();
     std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
     f.program->kernels->every(x.line(planes.channel(plane), image, first_y) + first_x, w.stride[0] * x.value->row(),
                               w.stride[1], first, to.row(), n, rows);
@@ -322,7 +329,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
         return;
     }
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
-                  after = s.reach[0].high * to.row() + s.reach[1].high, length = before + to.positions(1) + after;
+                  after = s.reach[0].high * to.row(), length = before + to.positions(1) + after;
     const bool bands = in_place(s.node.window) && in_bands(f, to.positions(1));
     const Share all(0, (to.shape.channels + QUAD - 1) / QUAD), mine = bands ? all : Share(f, all.to);
     const Share band = bands ? Share(f, length) : Share(0, length);
@@ -510,11 +517,8 @@ void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
         for (int64_t i = 0; i < images; ++i) {
-            int64_t sum = 0;
-            for (int64_t row = 0; row < shape.height; ++row) {
-                const uint8_t *line = x.line(c, i, row);
-                for (int64_t p = 0; p < shape.width; ++p) sum += line[p];
-            }
+            const int64_t sum =
+                f.program->kernels->total(x.line(c, i, 0), x.value->row(), shape.width, shape.height);
             float t = static_cast<float>(sum) * factor;
             t = t + bias;
             *y.line(c, i, 0) = rounded(t, s.result.low, s.result.high);
