@@ -1,4 +1,4 @@
-"""Learned thresholds on networks without normalisation, which cannot give back what a soft threshold takes."""
+"""Learned thresholds where the loss does not answer the pressure, and on networks without normalisation."""
 
 from __future__ import annotations
 
@@ -80,9 +80,26 @@ def test_without_a_norm_thresholds_take_nothing_from_what_stays(method):
         assert torch.equal(used[used != 0], latent[used != 0])
 
 
-def test_with_adam_the_density_keeps_to_the_curve():
+@pytest.mark.parametrize("norm", [False, True])
+def test_with_adam_the_density_keeps_to_the_curve(norm):
     torch.manual_seed(0)
-    model = Tagger(norm=False)
+    model = Tagger(norm)
     factors = run(model, torch.optim.AdamW(model.parameters(), 2e-3), 300, "autosparse", 0.8)
     assert min(factors) > 0.85
     assert max(factors[200:]) < 1.2
+
+
+@pytest.mark.parametrize("method", ["autosparse", "str"])
+def test_before_a_network_learns_the_density_keeps_to_the_curve(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    sparsifier = sparse.create(method, model, total_steps=400, target=0.9)
+    sparsifier.attach(optimizer)
+    for _ in range(200):
+        loss = 0.1 * (model(torch.randn(32, 16)) * torch.randn(32, 4)).mean()  # moves the weights, and says nothing
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        density = sparsifier.budget.density([layer.live for layer in sparsifier.layers()])
+        assert density > 0.5 * sparsifier.budget.aim(sparsifier.progress)

@@ -13,10 +13,11 @@ loss hold against the pressure then: the pressure rests where the density is bel
 and with no target it is ``shrink`` of the method's own.
 
 The loss answers the pressure through the optimizer's steps of s. SGD's are as large as the sum of gradients that they
-follow; those of Adam are the learning rate, whatever the gradient, and those of a warm-up are small. Where they are
-less than the pressure's, the density is at the goal before the weights have learned anything, from which a network
-without normalisation does not recover. So there the exponent above is ``min(shrink, answer)``,
-``answer = (largest |step of s| by the optimizer) / (largest by the pressure)``.
+follow; those of Adam are the learning rate, whatever the gradient, and those of a warm-up are small. While they are
+less than the pressure's, as they are for as long as a network has not begun to learn, nothing holds against it, and the
+density would be at the goal before the weights have learned anything, from which a network hardly recovers. So the
+exponent above is ``min(shrink, answer)``,
+``answer = (largest |step of s| by the optimizer so far) / (largest by the pressure)``.
 """
 
 from __future__ import annotations
@@ -68,9 +69,8 @@ def see_answer(bucket: Bucket, decay: float) -> None:
 
 def share(bucket: Bucket) -> Tensor:
     """Of each layer, how well loss and weights follow the pressure, in [0, 1]: the exponent above, (L,)."""
-    kept = bucket.kept
-    answered = torch.stack([part.mean() for part in bucket.parts(kept["answered"])])
-    return torch.where(kept["restored"] > 0.0, kept["shrink"], torch.minimum(kept["shrink"], answered))
+    answered = torch.stack([part.mean() for part in bucket.parts(bucket.kept["answered"])])
+    return torch.minimum(bucket.kept["shrink"], answered)
 
 
 def resting_density(budget: Budget, progress: float, share: float) -> float:
