@@ -55,14 +55,15 @@ Value value_of(const Shape &shape, int32_t group, const Sizes &sizes) {
 
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Bytes from one plane to the next: its positions, written in whole vectors, and what is read behind its last pixel. A
-// plane of 7x7 with gaps of one then is 64 bytes, and one byte more would be 128.
+// Bytes from one plane to the next: its positions, written in whole vectors, and what is read behind its last pixel, or
+// of a copy, whose planes are filled apart from one another, what is behind its positions. A plane of 7x7 with gaps of
+// one is 64 bytes, and one byte more would be 128.
 int64_t stride_of(const Value &v) {
     const int64_t positions = v.positions(v.group), one = v.positions(1);
     if (positions == 1 && v.margin() == 0) return 1;
     const int64_t written =
         std::max(rounded_up(positions, MOST_PIXELS), positions - one + rounded_up(one, MOST_PIXELS));
-    const int64_t bytes = rounded_up(std::max(positions + v.behind(), written), 64);
+    const int64_t bytes = rounded_up(std::max(positions + (v.copied ? v.margin() : v.behind()), written), 64);
     // planes an odd number of lines apart do not compete for the same lines of a cache
     return bytes >= 512 && bytes / 64 % 2 == 0 ? bytes + 64 : bytes;
 }
@@ -141,7 +142,7 @@ class Planner {
         if (channels > MOST_BYTES) too_large_ = true;
         Value v =
             value_of({static_cast<int32_t>(std::min(channels, MOST_BYTES - 1)), w.out_h, w.out_w}, conv.group, sizes_);
-        v.around = true;
+        v.around = v.copied = true;
         v.interleaved = conv.layout != ANY;
         v.zero_point = program_.values[conv.node.x].zero_point;
         for (size_t i = static_cast<size_t>(begun_); i < program_.steps.size(); ++i)

@@ -32,6 +32,7 @@ struct Value {
     Gaps gaps;
     bool around = false;  // what reads it looks beyond the edges: the gaps hold the zero point
     bool floats = false, interleaved = false;
+    bool copied = false;  // phases for a convolution
     uint8_t zero_point = 0;
     int64_t stride = 0, offset = 0;
 

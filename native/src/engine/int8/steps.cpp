@@ -59,14 +59,16 @@ uint8_t rounded(float t, float low, float high) {
 }
 
 // Zero points around images of a plane, where they are read: before the first one, and behind the last. What follows a
-// plane may also be what stands before the next one, which writes it then.
+// plane may also be what stands before the next one, which writes it then, but for the gap that ends a whole plane.
 void surround(const View &y, int64_t c, int64_t at, int64_t images) {
     const Value &v = *y.value;
     if (!v.around) return;
     const int64_t margin = v.margin(), end = at % v.group * v.image() + v.positions(images);
+    const bool whole = at % v.group == 0 && images == v.group;
+    const int64_t between = whole ? std::min(margin, v.stride - end) : margin, own = c ? between : margin;
     uint8_t *first = y.plane(c) - at % v.group * v.image();
-    std::memset(y.plane(c) - margin, v.zero_point, static_cast<size_t>(margin));
-    const int64_t stop = c + 1 == v.shape.channels ? end + margin : std::min(end + margin, v.stride - margin);
+    std::memset(y.plane(c) - own, v.zero_point, static_cast<size_t>(own));
+    const int64_t stop = c + 1 == v.shape.channels ? end + margin : std::min(end + margin, v.stride - between);
     if (stop > end) std::memset(first + end, v.zero_point, static_cast<size_t>(stop - end));
 }
 
@@ -311,7 +313,7 @@ void phase_of(const Frame &f, const Step &s, const View &x, const Value &to, con
     const int64_t n = std::min<int64_t>(columns, w.out_w + s.reach[1].high);
     const int64_t rows = std::min<int64_t>(lines, w.out_h + s.reach[0].high);
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
-                  after = s.reach[0].high * to.row();
+                  after = s.reach[0].high * to.row() + s.reach[1].high;
     std::memset(first - before, to.zero_point, static_cast<size_t>(before + to.positions(1) + after));
     f.program->kernels->every(x.line(planes.channel(plane), image, first_y) + first_x, w.stride[0] * x.value->row(),
                               w.stride[1], first, to.row(), n, rows);
@@ -329,7 +331,7 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
         return;
     }
     const int64_t before = s.reach[0].low * to.row() + s.reach[1].low,
-                  after = s.reach[0].high * to.row(), length = before + to.positions(1) + after;
+                  after = s.reach[0].high * to.row() + s.reach[1].high, length = before + to.positions(1) + after;
     const bool bands = in_place(s.node.window) && in_bands(f, to.positions(1));
     const Share all(0, (to.shape.channels + QUAD - 1) / QUAD), mine = bands ? all : Share(f, all.to);
     const Share band = bands ? Share(f, length) : Share(0, length);
