@@ -127,9 +127,10 @@ def main() -> None:
         ("autosparse", "accuracy (the default)"),
         ("resnet20", "AutoSparse, accuracy"),
         ("blocks", "AutoSparse"),
+        ("glyphs", "AutoSparse, accuracy"),
     ):
         rows = read(name)
-        if name == "blocks":
+        if name in ("blocks", "glyphs"):
             print(table(rows, [None]), end="\n\n")
         for target in sorted({float(row["target"]) for row in rows if row["target"]}, reverse=True):
             print(table(rows, [target]), end="\n\n")
