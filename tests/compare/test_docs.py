@@ -48,6 +48,13 @@ def test_blocks_are_those_of_the_results_and_hold():
     assert all(min(json.loads(row["layer_densities"]).values()) > 0.03 for row in blocks)
 
 
+def test_printed_characters_are_those_of_the_results():
+    rows = comparison.read("glyphs")
+    assert comparison.table(rows, [None]) in AUTOSPARSE
+    assert comparison.table(rows, [0.1]) in AUTOSPARSE
+    assert comparison.against(rows, "AutoSparse, accuracy") in AUTOSPARSE
+
+
 def test_the_ablation_is_that_of_the_results():
     assert comparison.table(comparison.read("autosparse"), [0.07]) in AUTOSPARSE
     with (ROOT / "results" / "autosparse-variants.csv").open() as file:
