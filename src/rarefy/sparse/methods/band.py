@@ -34,7 +34,8 @@ class Band(SoftOnBudget, Exploring):
     """Soft thresholds on the budget, with gradients for the largest weights alone.
 
     Args:
-        start, end: shares of the run between which the sparsity rises; None takes 0 and 0.2.
+        start, end: shares of the run between which the sparsity rises; None takes 0 and 0.2, which is cheap, and too
+            early for a network that has not begun to learn by then: give it 0.05 and 0.5.
         band: how many times as many weights of a layer get a gradient as live, at least 1; 5 % of them always do.
 
     Raises:
