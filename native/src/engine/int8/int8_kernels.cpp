@@ -25,7 +25,8 @@ using namespace int8;
 
 #define RAREFY_UNROLL _Pragma("GCC unroll 8")
 
-// The sums of a row over any four weights at a time, whose pixels lie in planes of their own.
+// The sums of a row over any four weights at a time, whose pixels lie in planes of their own. FAR: whether weights are
+// fetched ahead; blocks, of which there are fewer, took 1.02 times as long with it on an AMD EPYC with AVX-512.
 struct Any {
     static constexpr int OFFSETS = QUAD, WIDTH = QUAD;
     static constexpr bool IN_LINE = false, FAR = true;
@@ -105,10 +106,9 @@ void rows(const RowsCall *call) {
             o[r] += Quads::OFFSETS, w[r] += Quads::WIDTH;
         };
         for (int64_t i = 0; i < common; ++i) RAREFY_UNROLL for (int r = 0; r < M; ++r) next(r);
-        RAREFY_UNROLL for (int r = 0; r < M; ++r)
-            for (int64_t i = common; i < left[r]; ++i) next(r);
-        RAREFY_UNROLL for (int r = 0; r < M; ++r)
-            RAREFY_UNROLL for (int t = 0; t < T; ++t) finish<Quads::IN_LINE>(c, ends, row + r, t * B, s[r][t]);
+        RAREFY_UNROLL for (int r = 0; r < M; ++r) for (int64_t i = common; i < left[r]; ++i) next(r);
+        RAREFY_UNROLL for (int r = 0; r < M; ++r) RAREFY_UNROLL for (int t = 0; t < T; ++t)
+            finish<Quads::IN_LINE>(c, ends, row + r, t * B, s[r][t]);
     };
     int64_t row = 0;
     for (; row + R <= c.rows; row += R) some(row, std::integral_constant<int, R>());

@@ -519,8 +519,7 @@ void global_average(const Frame &f, const Step &s, int64_t at, int64_t images) {
     const Share mine(f, shape.channels);
     for (int64_t c = mine.from; c < mine.to; ++c) {
         for (int64_t i = 0; i < images; ++i) {
-            const int64_t sum =
-                f.program->kernels->total(x.line(c, i, 0), x.value->row(), shape.width, shape.height);
+            const int64_t sum = f.program->kernels->total(x.line(c, i, 0), x.value->row(), shape.width, shape.height);
             float t = static_cast<float>(sum) * factor;
             t = t + bias;
             *y.line(c, i, 0) = rounded(t, s.result.low, s.result.high);
