@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused_in_words():
         search.smallest(error="0.1")
     with pytest.raises(ValueError, match="kinds must be some of logic, table, got 'logic'"):
         search.smallest(kinds="logic")
-    with pytest.raises(ValueError, match="exact_limit must be True or False, got 'no'"):
+    with pytest.raises(ValueError, match="exact_limit must be True or False, got the text 'no'"):
         search.smallest(exact_limit="no")
     with pytest.raises(ValueError, match="fp32 is too wide"):
         search.smallest(fmt="fp32")

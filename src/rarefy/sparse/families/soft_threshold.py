@@ -54,6 +54,9 @@ MOST_SHIFT = 0.5
 #: run it is this much over the whole run instead, to have an effect at all.
 MAX_DECAY, LEAST_REACH = 0.05, 6.0
 
+#: The share of the way to the target that the trim goes at most.
+MOST_OF_GAP = 0.9
+
 #: How far below its first value s may fall: a threshold of nothing has no gradient to come back by.
 MAX_FALL = 3.0
 
@@ -232,7 +235,13 @@ class SoftThreshold(Reparameterized):
             for layer, mask in zip(self._layers, self._select(), strict=True):
                 self._move(layer, mask)
         elif self.progress >= self.trim_from or self._density < self._rest():
-            self._shift(self._pace * trim(log_error(self._density, self._rest())))
+            by = self._pace * trim(log_error(self._density, self._rest()))
+            if self.progress >= self.trim_from and self._rest() < 1.0:
+                # Weights that end close about their threshold would swing from one side of it to the other. Not the
+                # whole way, which ends at a weight, whose last bit would then say whether it is masked.
+                gap = MOST_OF_GAP * self._gap(self._rest())
+                by = min(max(by, min(gap, 0.0)), max(gap, 0.0))
+            self._shift(by)
         elif self._steered and self.budget.aim(self.progress) < 1.0:
             gap = self._gap(self.budget.aim(self.progress))
             self._shift(self._steered * min(max(gap, -MOST_SHIFT), MOST_SHIFT))
