@@ -92,11 +92,14 @@ class Bucket:
             self.companion = Companion(self.trainers, self.group, self.own, rate)
 
     def forget(self, layer: Layer, where: Tensor) -> None:
-        """Set what the optimizers remember of a layer's weights to 0, where this mask says so."""
+        """Set what the optimizers remember of a layer's weights to 0, where this mask says so.
+
+        Codes whose meaning only the optimizer knows (integers, as bitsandbytes keeps) stay, and fade as it steps.
+        """
         for optimizer in self.trainers:
             for value in optimizer.state.get(layer.parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
-                    local(value).masked_fill_(where, 0.0)
+                if isinstance(value, Tensor) and value.shape == layer.parameter.shape and value.is_floating_point():
+                    _clear(local(value), where)
 
     @property
     def maximized(self) -> bool:
@@ -268,6 +271,14 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         sums = ctx.bucket.channel_sums if ctx.channels else ctx.bucket.sums
         return sums(grad.contiguous()), None, None
+
+
+def _clear(state: Tensor, where: Tensor) -> None:
+    """Set an optimizer's state to 0 where this mask says so."""
+    if type(state) is Tensor:
+        state.masked_fill_(where, 0.0)
+    else:  # a subclass that keeps codes of 8 or 4 bits (torchao), and takes numbers by copy_ alone
+        state.copy_(state.dequantize().masked_fill(where, 0.0))
 
 
 def _about(weight: Tensor) -> tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]:

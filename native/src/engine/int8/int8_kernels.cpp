@@ -175,7 +175,7 @@ void interleave(const uint8_t *const *planes, uint8_t *__restrict out, int64_t n
 
 #if defined(__AVX512BW__)
 // Every second pixel, half a vector of them at once.
-void second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
+bool every_second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
     constexpr int64_t SOME = B / 2;
     const __mmask32 all = ~__mmask32{0}, last = n % SOME ? all >> (SOME - n % SOME) : all;
     for (int64_t r = 0; r < lines; ++r, x += x_line, out += out_line)
@@ -184,10 +184,6 @@ void second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, in
             const __m512i both = _mm512_maskz_loadu_epi16(there, x + 2 * i);
             _mm256_mask_storeu_epi8(out + i, there, _mm512_cvtepi16_epi8(both));
         }
-}
-
-bool every_second(const uint8_t *x, int64_t x_line, uint8_t *out, int64_t out_line, int64_t n, int64_t lines) {
-    second(x, x_line, out, out_line, n, lines);
     return true;
 }
 #else
