@@ -172,9 +172,38 @@ def test_the_band_gives_back_what_no_normalisation_does(after, first, scaled):
     assert bucket.kept["rescaled"].tolist() == [scaled]
 
 
-def test_a_wide_band_is_st3_without_rescaling():
-    runs = [Run("band", band=1000.0).train(40), Run("st3", start=0.0, end=0.2).train(40)]
+@pytest.mark.parametrize(("power", "rival"), [(3.0, ("feather", {"theta": 1.0})), (1.0, ("st3", {"start": 0.0}))])
+def test_a_wide_band_is_what_it_is_made_of(power, rival):
+    name, options = rival
+    runs = [Run("band", band=1000.0, power=power).train(40), Run(name, **options).train(40)]
     assert all(torch.equal(a, b) for a, b in zip(*(run.sparsifier.latents() for run in runs), strict=True))
+
+
+def test_the_band_beside_a_normalisation_and_in_recurrent_layers_of_one_model():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"in": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "cell": nn.LSTMCell(8, 8)})
+    dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    options = {"target": 0.5, "total_steps": 10, "start": 0.0, "end": 0.1}
+    sparsifier = sparse.create("band", model, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier.attach(optimizer)
+    optimizer.step()
+    first, recurrent = (layer.threshold for layer in sparsifier.layers()[:2])
+    size = dense["in.weight"].abs()
+    used = (size**3 - first**3).clamp(min=0.0) ** (1 / 3) * dense["in.weight"].sign()
+    torch.testing.assert_close(model["in"].weight.detach(), used)
+    size = dense["cell.weight_ih"].abs()
+    shrunk = (size - recurrent).clamp(min=0.0)
+    scale = 1.01 / (shrunk.sum(1, keepdim=True) / size.sum(1, keepdim=True) + 0.01)
+    torch.testing.assert_close(model["cell"].weight_ih.detach(), shrunk * scale * dense["cell.weight_ih"].sign())
+    # weights that somebody wrote are taken as those in use, in both kinds
+    written = {name: 1.5 * parameter.detach() for name, parameter in model.named_parameters()}
+    model.load_state_dict(written)
+    with pytest.warns(UserWarning, match="changed"):
+        optimizer.step()
+    for name in ("in.weight", "cell.weight_ih"):
+        live = model.get_parameter(name) != 0
+        torch.testing.assert_close(model.get_parameter(name)[live], written[name][live], rtol=1e-4, atol=1e-6)
 
 
 def test_feather_by_hand():
@@ -276,6 +305,7 @@ def test_finalize_early_warns_and_lands():
         ("st3", {"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2"),
         ("st3", {"anneal": "never"}, "anneal must be one of"),
         ("band", {"band": 0.5}, "band must be a finite number of at least 1, got 0.5"),
+        ("band", {"power": 0.5}, "power must be a finite number of at least 1, got 0.5"),
         ("band", {"block": 4}, "Band thresholds single weights"),
         ("st3", {"block": 4}, "ST3 thresholds single weights"),
         ("optg", {"target": None}, "OptG needs a target"),

@@ -1,16 +1,18 @@
 """Band: AutoSparse with its thresholds on the budget, and full gradients in a band of weights below them.
 
-    forward     W^ = sign(W) * max(|W| - T, 0) * c,   c as in ST-3 where no normalisation gives the scale back, else 1
+    forward     W^ = sign(W) * (|W|^p - T^p)^(1/p) for |W| > T, else 0,   p = 3, where a normalisation stands;
+                W^ = sign(W) * max(|W| - T, 0) * c,   c as in ST-3, where nothing else gives the scale back
     backward    dL/dW = dL/dW^    for the `band` times as many largest weights of a layer as live, and at least 5 %
                                   of them; 0 for the others
 
-AutoSparse (arXiv 2304.06941) lets every masked weight have alpha of its gradient; ST-3 (arXiv 2212.01076), whose curve
-the thresholds follow, all of it, which costs a dense product a step. Those far below their threshold hardly come back:
-left out, they cost nothing. The share of gradients that are computed falls with the density, as alpha would.
+AutoSparse (arXiv 2304.06941) lets every masked weight have alpha of its gradient; Feather (arXiv 2310.02448), whose
+curve and threshold these are, all of it, which costs a dense product a step. Those far below their threshold hardly
+come back: left out, they cost nothing. The share of gradients that are computed falls with the density, as alpha would.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -22,6 +24,7 @@ from rarefy.sparse.families.freedom import is_restored
 from rarefy.sparse.families.latent import Exploring
 from rarefy.sparse.families.soft_on_budget import SoftOnBudget
 from rarefy.sparse.layers import Layer
+from rarefy.sparse.methods.feather import thresholded, unthresholded
 from rarefy.sparse.reports import Info
 from rarefy.sparse.shards import total
 
@@ -31,12 +34,12 @@ LEAST = 0.05
 
 @dataclass(eq=False, repr=False)
 class Band(SoftOnBudget, Exploring):
-    """Soft thresholds on the budget, with gradients for the largest weights alone.
+    """Thresholds on the budget, with gradients for the largest weights alone.
 
     Args:
-        start, end: shares of the run between which the sparsity rises; None takes 0 and 0.2, which is cheap, and too
-            early for a network that has not begun to learn by then: give it 0.05 and 0.5.
+        start, end: shares of the run between which the sparsity rises; None takes 0 and 0.5.
         band: how many times as many weights of a layer get a gradient as live, at least 1; 5 % of them always do.
+        power: Feather's p, at least 1, where a normalisation stands; 1 is the soft threshold.
 
     Raises:
         ValueError: as :class:`Budgeted`; blocks; an option out of its range.
@@ -44,18 +47,20 @@ class Band(SoftOnBudget, Exploring):
 
     _: KW_ONLY
     band: float = 3.0
+    power: float = 3.0
 
     info = Info(
         title="AutoSparse, band",
-        paper="of this library, after Kundu et al., 2023, arXiv 2304.06941, and ST-3",
+        paper="of this library, after Kundu et al., 2023, arXiv 2304.06941, and Feather",
         start="dense",
         targeted="always",
         training_flops="at band times the density of the weights",
     )
-    ramp = (0.0, 0.2)
+    ramp = (0.0, 0.5)
 
     def __post_init__(self) -> None:
         _checks.number("band", self.band, least=1.0)
+        _checks.number("power", self.power, least=1.0)
         super().__post_init__()
 
     def prepare(self, bucket: Bucket) -> None:
@@ -67,6 +72,31 @@ class Band(SoftOnBudget, Exploring):
         """Tell whether nothing else gives back what the threshold takes; of a layer that starts at 0 it takes all."""
         alive = total(weight.count_nonzero()[None].double(), [layer.shard]) > 0
         return not is_restored(self.model, layer.key) and bool(alive)
+
+    def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
+        """See :class:`SoftOnBudget`; where nothing is rescaled the threshold of a power."""
+        return self._by_kind(
+            bucket,
+            lambda: super(Band, self).value(weight, bucket),
+            lambda: thresholded(weight, self.threshold(bucket), self.power),
+        )
+
+    def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
+        """See :class:`Latent`."""
+        return self._by_kind(
+            bucket,
+            lambda: super(Band, self).unmasked(used, bucket),
+            lambda: unthresholded(used, self.threshold(bucket), self.power),
+        )
+
+    @staticmethod
+    def _by_kind(bucket: Bucket, soft: Callable[[], Tensor], other: Callable[[], Tensor]) -> Tensor:
+        """Take one of two values for each weight, and compute no more than is taken."""
+        rescaled = bucket.kept["rescaled"]
+        share = float(rescaled.mean())
+        if share in (0.0, 1.0):
+            return soft() if share else other()
+        return torch.where(bucket.spread(rescaled) > 0.0, soft(), other())
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where W lives and in the band, else 0."""

@@ -20,6 +20,19 @@ from rarefy.sparse.families.latent import Thresholding
 from rarefy.sparse.reports import Info
 
 
+def thresholded(weight: Tensor, threshold: Tensor, p: float) -> Tensor:
+    """W^ = sign(W) (|W|^p - T^p)^(1/p) for |W| > T, else 0: soft for p = 1, and the larger p the harder."""
+    size = weight.float().abs()
+    shrunk = (size**p - threshold**p).clamp(min=0.0) ** (1.0 / p)
+    return shrunk.copysign(weight) * (size > threshold)
+
+
+def unthresholded(used: Tensor, threshold: Tensor, p: float) -> Tensor:
+    """W = sign(W^) (|W^|^p + T^p)^(1/p), of W^ that are not 0."""
+    size = (used.float().abs() ** p + threshold**p) ** (1.0 / p)
+    return size.to(used.dtype).copysign(used)
+
+
 @dataclass(eq=False, repr=False)
 class Feather(Thresholding):
     """The power threshold on the budget.
@@ -56,15 +69,11 @@ class Feather(Thresholding):
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = sign(W) (|W|^p - T^p)^(1/p)."""
-        p, size, threshold = self.power, weight.float().abs(), self.threshold(bucket)
-        shrunk = (size**p - threshold**p).clamp(min=0.0) ** (1.0 / p)
-        return shrunk.copysign(weight) * (size > threshold)
+        return thresholded(weight, self.threshold(bucket), self.power)
 
     def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
         """See :class:`Latent`: sign(W^) (|W^|^p + T^p)^(1/p)."""
-        p = self.power
-        size = (used.float().abs() ** p + self.threshold(bucket) ** p) ** (1.0 / p)
-        return size.to(used.dtype).copysign(used)
+        return unthresholded(used, self.threshold(bucket), self.power)
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where |W| > T, else theta dL/dW^."""
