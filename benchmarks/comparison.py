@@ -18,6 +18,9 @@ from rarefy.compare.table import half_interval, means
 
 Rows = Sequence[Mapping[str, Any]]
 
+#: The length of recipes/compare-glyphs.yaml; what ran for fewer or more is compared by its training FLOPs.
+GLYPH_EPOCHS = 40
+
 #: What is published, and the pairs of runs that say whether it holds here: the claim, (the better, the worse).
 ORDERINGS: Mapping[str, Sequence[tuple[str, str]]] = {
     "ERK above uniform at equal sparsity": [
@@ -31,10 +34,10 @@ ORDERINGS: Mapping[str, Sequence[tuple[str, str]]] = {
 }
 
 
-def read(name: str) -> Rows:
-    """The rows of results/compare-NAME.csv."""
+def read(name: str, epochs: int | None = None) -> Rows:
+    """The rows of results/compare-NAME.csv; those of runs of so many epochs, or all."""
     with (Path(__file__).parent.parent / "results" / f"compare-{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if epochs is None or row["epochs"] == str(epochs)]
 
 
 def table(rows: Rows, targets: Sequence[float | None]) -> str:
@@ -129,12 +132,13 @@ def main() -> None:
         ("blocks", "AutoSparse"),
         ("glyphs", "AutoSparse, accuracy"),
     ):
-        rows = read(name)
+        rows = read(name, GLYPH_EPOCHS if name == "glyphs" else None)
         if name in ("blocks", "glyphs"):
             print(table(rows, [None]), end="\n\n")
         for target in sorted({float(row["target"]) for row in rows if row["target"]}, reverse=True):
             print(table(rows, [target]), end="\n\n")
         print(against(rows, reference), end="\n\n")
+    print(by_training(read("glyphs")), end="\n\n")
     print(by_training([*read("training-flops"), *(row for row in read("equal-flops") if row["target"] == "0.07")]))
 
 

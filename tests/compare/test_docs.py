@@ -49,10 +49,11 @@ def test_blocks_are_those_of_the_results_and_hold():
 
 
 def test_printed_characters_are_those_of_the_results():
-    rows = comparison.read("glyphs")
+    rows = comparison.read("glyphs", comparison.GLYPH_EPOCHS)
     assert comparison.table(rows, [None]) in AUTOSPARSE
     assert comparison.table(rows, [0.1]) in AUTOSPARSE
     assert comparison.against(rows, "AutoSparse, accuracy") in AUTOSPARSE
+    assert comparison.by_training(comparison.read("glyphs")) in AUTOSPARSE
 
 
 def test_the_ablation_is_that_of_the_results():

@@ -69,6 +69,7 @@ class Bucket:
         self._made_for = [_about(weight) for weight in weights]
         self._stretches: dict[bool, Tensor] = {}
         self._indices: dict[bool, Tensor] = {}
+        self._shares: dict[str, tuple[int, float]] = {}
 
     @property
     def trainers(self) -> list[Optimizer]:
@@ -207,6 +208,13 @@ class Bucket:
         """(N,) to (L,): the mean over each layer, over all processes that hold a part of it."""
         sizes = torch.tensor([layer.size for layer in self.layers], dtype=torch.float32, device=self.device)
         return self.sums(flat) / sizes
+
+    def share(self, name: str) -> float:
+        """The mean of what is kept by this name, which is read from the device again only where it was written to."""
+        kept = self.kept[name]
+        if name not in self._shares or self._shares[name][0] != kept._version:
+            self._shares[name] = (kept._version, float(kept.mean()))
+        return self._shares[name][1]
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""

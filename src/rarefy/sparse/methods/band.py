@@ -92,11 +92,10 @@ class Band(SoftOnBudget, Exploring):
     @staticmethod
     def _by_kind(bucket: Bucket, soft: Callable[[], Tensor], other: Callable[[], Tensor]) -> Tensor:
         """Take one of two values for each weight, and compute no more than is taken."""
-        rescaled = bucket.kept["rescaled"]
-        share = float(rescaled.mean())
+        share = bucket.share("rescaled")
         if share in (0.0, 1.0):
             return soft() if share else other()
-        return torch.where(bucket.spread(rescaled) > 0.0, soft(), other())
+        return torch.where(bucket.spread(bucket.kept["rescaled"]) > 0.0, soft(), other())
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where W lives and in the band, else 0."""
