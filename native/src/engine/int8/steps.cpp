@@ -349,8 +349,11 @@ void copy(const Frame &f, const Step &s, int64_t at, int64_t images) {
                 phase_of(f, s, x, to, order, plane, i, some + before);
                 planes[k] = some;
             }
-            uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + (at % to.group + i) * to.image() - before);
-            f.program->kernels->interleave(planes, out + QUAD * band.from, band.to - band.from);
+            const int64_t start = (at % to.group + i) * to.image();
+            // What follows a block is what stands before the next one, which another thread may write.
+            const int64_t end = block + 1 < all.to ? std::min(band.to, to.stride - start) : band.to;
+            uint8_t *out = f.arena + to.offset + QUAD * (block * to.stride + start - before);
+            if (end > band.from) f.program->kernels->interleave(planes, out + QUAD * band.from, end - band.from);
         }
     }
 }
