@@ -103,6 +103,8 @@ def test_what_comes_back_starts_without_momentum(torchao):
     where = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3
     before = optimizer.state[weight]["exp_avg"].dequantize()
     assert before[where].count_nonzero()
+    bucket.forget(layer, torch.zeros_like(where))
+    assert torch.equal(optimizer.state[weight]["exp_avg"].dequantize(), before), "rounded for nothing"
     bucket.forget(layer, where)
     after = optimizer.state[weight]["exp_avg"].dequantize()
     assert not after[where].any()

@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import torch
 from torch import nn
 
 from tests.sparse.methods import EVERY, Run, assert_equal
@@ -54,6 +55,23 @@ def test_a_question_about_an_average_leaves_the_training_as_it_is(case, question
                     ASK[question](run.sparsifier)
             run.plain.load_state_dict(mine)
         ends.append(run.train(4).state())
+    assert_equal(*ends)
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_a_copy_that_is_asked_in_inference_mode_goes_on(case):
+    run = Run(case, total_steps=20).train(4)
+    ends = []
+    for mode in (False, True):
+        model, sparsifier = copy.deepcopy((run.plain, run.sparsifier))
+        with torch.inference_mode(mode):
+            for question in ASK.values():
+                question(sparsifier)
+        sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+        with torch.inference_mode(mode), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a run that ends early
+            sparsifier.finalize()
+        ends.append(model.state_dict())
     assert_equal(*ends)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rarefy import sparse
+from rarefy.sparse.methods import feather
 from rarefy.sparse.schedules import cubic_ramp, sigmoid_cosine
 from tests.sparse.by_hand import ByHand
 from tests.sparse.methods import Run, batch
@@ -176,7 +177,8 @@ def test_the_band_gives_back_what_no_normalisation_does(after, first, scaled):
 def test_a_wide_band_is_what_it_is_made_of(power, rival):
     name, options = rival
     runs = [Run("band", band=1000.0, power=power).train(40), Run(name, **options).train(40)]
-    assert all(torch.equal(a, b) for a, b in zip(*(run.sparsifier.latents() for run in runs), strict=True))
+    for a, b in zip(*(run.sparsifier.latents() for run in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_band_beside_a_normalisation_and_in_recurrent_layers_of_one_model():
@@ -225,9 +227,37 @@ def test_feathers_theta_is_the_papers(target, theta):
 def test_feather_of_power_1_is_the_soft_threshold():
     weight = torch.randn(6, 10)
     soft = layer("st3", weight, rescale=False, start=0.0, end=0.1).rest()
-    feather = layer("feather", weight, power=1.0, start=0.0, end=0.1).rest()
-    assert soft.used == pytest.approx(feather.used, abs=1e-6)
-    assert soft.step() == feather.step()
+    power = layer("feather", weight, power=1.0, start=0.0, end=0.1).rest()
+    assert soft.used == pytest.approx(power.used, abs=1e-6)
+    assert soft.step() == power.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("power", [1.0, 1.5, 3.0, 100.0, 1e9])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e15])
+def test_the_threshold_of_a_power_at_any_size(scale, power, dtype):
+    weight = torch.tensor([0.0, -0.5, 1.0, -1.5, 2.0, 1000.0], dtype=dtype) * scale
+    assert torch.equal(feather.thresholded(weight, torch.zeros(6), power).to(dtype), weight)
+    threshold = torch.full((6,), 0.75 * scale)
+    used = feather.thresholded(weight, threshold, power)
+    assert (used != 0.0).tolist() == [False, False, True, True, True, True]
+    size = weight.double().abs() / scale
+    wanted = weight.double().sign() * scale * size * (1.0 - (0.75 / size.clamp(min=0.75)) ** power) ** (1.0 / power)
+    tolerance = (
+        {"rtol": 1e-2, "atol": 1e-2 * scale} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6 * scale}
+    )
+    torch.testing.assert_close(used.double(), wanted, **tolerance)
+    live = used != 0.0
+    torch.testing.assert_close(feather.unthresholded(used, threshold, power)[live].to(dtype), weight[live], **tolerance)
+    just_above = torch.nextafter(threshold, torch.tensor(math.inf))
+    assert feather.thresholded(just_above, threshold, power).all(), "what lives is not 0"
+
+
+def test_a_row_of_zeros_in_half_precision_is_rescaled():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)).half()
+    model[0].weight.data[3] = 0.0
+    sparse.create("band", model, target=0.5, total_steps=10).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_powerprop_by_hand():

@@ -368,6 +368,7 @@ class Sparsifier(Method):
 
     # Buckets and layers
 
+    @torch.inference_mode(False)  # which no tensor may be of that is written to later
     @torch.no_grad()
     def _rebuild(self, trainers: Sequence[Owner]) -> None:
         self._buckets = make_buckets(self._layers, trainers, inputs_last=self.inputs_last)
@@ -401,7 +402,7 @@ class Sparsifier(Method):
         Those that somebody else has written, such as an average to evaluate, may be put back: what is there in the next
         step is what training goes on from.
         """
-        with torch.no_grad(), contextlib.ExitStack() as after:
+        with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as after:
             if not self._build() and self._shown:
                 if by_value:
                     known = [layer.parameter for layer in self._layers]

@@ -69,7 +69,7 @@ class Bucket:
         self._made_for = [_about(weight) for weight in weights]
         self._stretches: dict[bool, Tensor] = {}
         self._indices: dict[bool, Tensor] = {}
-        self._shares: dict[str, tuple[int, float]] = {}
+        self._means: dict[str, tuple[int, float]] = {}
 
     @property
     def trainers(self) -> list[Optimizer]:
@@ -209,12 +209,12 @@ class Bucket:
         sizes = torch.tensor([layer.size for layer in self.layers], dtype=torch.float32, device=self.device)
         return self.sums(flat) / sizes
 
-    def share(self, name: str) -> float:
+    def mean(self, name: str) -> float:
         """The mean of what is kept by this name, which is read from the device again only where it was written to."""
         kept = self.kept[name]
-        if name not in self._shares or self._shares[name][0] != kept._version:
-            self._shares[name] = (kept._version, float(kept.mean()))
-        return self._shares[name][1]
+        if name not in self._means or self._means[name][0] != kept._version:
+            self._means[name] = (kept._version, float(kept.mean()))
+        return self._means[name][1]
 
     def channel_sums(self, flat: Tensor) -> Tensor:
         """(N,) to (C,): the sum over each output channel of each layer, those that this process holds."""
@@ -283,9 +283,9 @@ class _Spread(torch.autograd.Function):
 
 def _clear(state: Tensor, where: Tensor) -> None:
     """Set an optimizer's state to 0 where this mask says so."""
-    if type(state) is Tensor:
+    if type(state) in (Tensor, nn.Parameter):
         state.masked_fill_(where, 0.0)
-    else:  # a subclass that keeps codes of 8 or 4 bits (torchao), and takes numbers by copy_ alone
+    elif where.any():  # a subclass that keeps codes of 8 or 4 bits (torchao) takes numbers by copy_, which rounds all
         state.copy_(state.dequantize().masked_fill(where, 0.0))
 
 

@@ -23,6 +23,11 @@ from rarefy.sparse.layers import Layer
 from rarefy.sparse.masks import count_all, separate, top_k_each
 
 
+def wide(weight: Tensor) -> Tensor:
+    """The same in float32, or in float64 where it is in that."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 @dataclass(eq=False, repr=False)
 class Latent(Sparsifier):
     """Dense weights kept as ``bucket.kept["latent"]``, and a formula over all layers of a bucket at once.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.sparse.buckets import Bucket
-from rarefy.sparse.families.latent import Thresholding
+from rarefy.sparse.families.latent import Thresholding, wide
 from rarefy.sparse.layers import Layer
 
 
@@ -34,9 +34,9 @@ class SoftOnBudget(Thresholding):
 
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = sign(W) max(|W| - T, 0) c."""
-        size = weight.abs()
+        size = wide(weight).abs()
         shrunk = (size - self.threshold(bucket)).clamp(min=0.0)
-        if bucket.share("rescaled"):
+        if bucket.mean("rescaled"):
             # r of each channel, and c for each of its weights
             left = bucket.channel_sums(shrunk) / bucket.channel_sums(size).clamp(min=1e-12)
             shrunk = shrunk * self._where_rescaled(bucket.spread(1.01 / (left + 0.01), channels=True), bucket)
@@ -45,7 +45,7 @@ class SoftOnBudget(Thresholding):
     def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
         """See :class:`Latent`: W^ / c + sign(W^) T, with the c that comes of these."""
         threshold, latent = self.threshold(bucket), bucket.kept["latent"]
-        if bucket.share("rescaled"):
+        if bucket.mean("rescaled"):
             # With S = sum |W^| and A = sum of T where W lives and |W| elsewhere c = 1.01 / (r + 0.01) has
             # r = (S / c) / (S / c + A), so that 0.01 A c^2 + 1.01 (S - A) c - 1.01 S = 0.
             live = self.live(bucket) & (used != 0.0)

@@ -1,7 +1,7 @@
 """Band: AutoSparse with its thresholds on the budget, and full gradients in a band of weights below them.
 
-    forward     W^ = sign(W) * (|W|^p - T^p)^(1/p) for |W| > T, else 0,   p = 3, where a normalisation stands;
-                W^ = sign(W) * max(|W| - T, 0) * c,   c as in ST-3, where nothing else gives the scale back
+    forward     W^ = sign(W) * (|W|^p - T^p)^(1/p) for |W| > T, else 0,   p = 3, but
+                W^ = sign(W) * max(|W| - T, 0) * c,   c as in ST-3, where no normalisation gives the scale back
     backward    dL/dW = dL/dW^    for the `band` times as many largest weights of a layer as live, and at least 5 %
                                   of them; 0 for the others
 
@@ -39,7 +39,8 @@ class Band(SoftOnBudget, Exploring):
     Args:
         start, end: shares of the run between which the sparsity rises; None takes 0 and 0.5.
         band: how many times as many weights of a layer get a gradient as live, at least 1; 5 % of them always do.
-        power: Feather's p, at least 1, where a normalisation stands; 1 is the soft threshold.
+        power: Feather's p, at least 1; 1 is the soft threshold. Where no normalisation stands layers are soft anyway,
+            but for those that start at 0.
 
     Raises:
         ValueError: as :class:`Budgeted`; blocks; an option out of its range.
@@ -69,7 +70,10 @@ class Band(SoftOnBudget, Exploring):
         Exploring.prepare(self, bucket)
 
     def rescales(self, layer: Layer, weight: Tensor) -> bool:
-        """Tell whether nothing else gives back what the threshold takes; of a layer that starts at 0 it takes all."""
+        """Tell whether nothing else gives back what the threshold takes.
+
+        A layer that starts at 0 is left alone: as soon as it lives it would be scaled up by a hundred.
+        """
         alive = total(weight.count_nonzero()[None].double(), [layer.shard]) > 0
         return not is_restored(self.model, layer.key) and bool(alive)
 
@@ -77,25 +81,25 @@ class Band(SoftOnBudget, Exploring):
         """See :class:`SoftOnBudget`; where nothing is rescaled the threshold of a power."""
         return self._by_kind(
             bucket,
-            lambda: super(Band, self).value(weight, bucket),
-            lambda: thresholded(weight, self.threshold(bucket), self.power),
+            soft=lambda: super(Band, self).value(weight, bucket),
+            hard=lambda: thresholded(weight, self.threshold(bucket), self.power),
         )
 
     def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
         """See :class:`Latent`."""
         return self._by_kind(
             bucket,
-            lambda: super(Band, self).unmasked(used, bucket),
-            lambda: unthresholded(used, self.threshold(bucket), self.power),
+            soft=lambda: super(Band, self).unmasked(used, bucket),
+            hard=lambda: unthresholded(used, self.threshold(bucket), self.power),
         )
 
     @staticmethod
-    def _by_kind(bucket: Bucket, soft: Callable[[], Tensor], other: Callable[[], Tensor]) -> Tensor:
-        """Take one of two values for each weight, and compute no more than is taken."""
-        share = bucket.share("rescaled")
+    def _by_kind(bucket: Bucket, *, soft: Callable[[], Tensor], hard: Callable[[], Tensor]) -> Tensor:
+        """Take one of two values for each weight; both are computed only where layers of both kinds are there."""
+        share = bucket.mean("rescaled")
         if share in (0.0, 1.0):
-            return soft() if share else other()
-        return torch.where(bucket.spread(bucket.kept["rescaled"]) > 0.0, soft(), other())
+            return soft() if share else hard()
+        return torch.where(bucket.spread(bucket.kept["rescaled"]) > 0.0, soft(), hard())
 
     def gradient(self, grad: Tensor, weight: Tensor, bucket: Bucket) -> Tensor:
         """dL/dW = dL/dW^ where W lives and in the band, else 0."""

@@ -16,21 +16,27 @@ from torch import Tensor
 
 from rarefy import _checks
 from rarefy.sparse.buckets import Bucket
-from rarefy.sparse.families.latent import Thresholding
+from rarefy.sparse.families.latent import Thresholding, wide
 from rarefy.sparse.reports import Info
 
 
 def thresholded(weight: Tensor, threshold: Tensor, p: float) -> Tensor:
-    """W^ = sign(W) (|W|^p - T^p)^(1/p) for |W| > T, else 0: soft for p = 1, and the larger p the harder."""
-    size = weight.float().abs()
-    shrunk = (size**p - threshold**p).clamp(min=0.0) ** (1.0 / p)
-    return shrunk.copysign(weight) * (size > threshold)
+    """W^ = sign(W) (|W|^p - T^p)^(1/p) for |W| > T, else 0: soft for p = 1, and the larger p the harder.
+
+    Computed as |W| (1 - (T / |W|)^p)^(1/p), which no power of a small or large number takes part in, and which is 0 for
+    no weight that lives.
+    """
+    size = wide(weight).abs()
+    left = (1.0 - (threshold / size) ** p).clamp(min=torch.finfo(size.dtype).eps) ** (1.0 / p)
+    return torch.where(size <= threshold, 0.0, size * left).copysign(weight)
 
 
 def unthresholded(used: Tensor, threshold: Tensor, p: float) -> Tensor:
-    """W = sign(W^) (|W^|^p + T^p)^(1/p), of W^ that are not 0."""
-    size = (used.float().abs() ** p + threshold**p) ** (1.0 / p)
-    return size.to(used.dtype).copysign(used)
+    """W = sign(W^) (|W^|^p + T^p)^(1/p), of W^ that are not 0; computed as a (1 + (b / a)^p)^(1/p), a the larger."""
+    size = wide(used).abs()
+    larger, smaller = torch.maximum(size, threshold), torch.minimum(size, threshold)
+    found = larger * (1.0 + (smaller / larger.clamp(min=torch.finfo(size.dtype).tiny)) ** p) ** (1.0 / p)
+    return found.to(used.dtype).copysign(used)
 
 
 @dataclass(eq=False, repr=False)
