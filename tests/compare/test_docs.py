@@ -9,6 +9,7 @@ import pytest
 
 import comparison
 import results
+from rarefy import sparse
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "results" / "methods.md").read_text()
@@ -92,3 +93,10 @@ def test_an_ordering_holds_when_its_interval_leaves_out_zero():
     found = comparison.differences(rows)
     assert "| RigL over SET | 0.9 | +1.00 ± 0.25 | yes |" in found
     assert "| RigL over static | 0.9 | +0.00 ± 2.48 | not to be told |" in found
+
+
+def test_the_guides_table_is_what_the_methods_say_of_themselves():
+    guide = (ROOT / "docs" / "guides" / "methods.md").read_text()
+    for name, info in sparse.list_methods(details=True).items():
+        about = f"{info.title} ({info.paper})"
+        assert f"| `{name}` | {about} | {info.start} | {info.targeted} | {info.training_flops} |" in guide, name
