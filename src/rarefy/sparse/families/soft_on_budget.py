@@ -35,12 +35,12 @@ class SoftOnBudget(Thresholding):
     def value(self, weight: Tensor, bucket: Bucket) -> Tensor:
         """W^ = sign(W) max(|W| - T, 0) c."""
         size = wide(weight).abs()
-        shrunk = (size - self.threshold(bucket)).clamp(min=0.0)
+        shrunk = (size - self.threshold(bucket)).clamp_(min=0.0)
         if bucket.mean("rescaled"):
             # r of each channel, and c for each of its weights
             left = bucket.channel_sums(shrunk) / bucket.channel_sums(size).clamp(min=1e-12)
             shrunk = shrunk * self._where_rescaled(bucket.spread(1.01 / (left + 0.01), channels=True), bucket)
-        return shrunk.copysign(weight)
+        return shrunk.copysign_(weight)
 
     def unmasked(self, used: Tensor, bucket: Bucket) -> Tensor:
         """See :class:`Latent`: W^ / c + sign(W^) T, with the c that comes of these."""

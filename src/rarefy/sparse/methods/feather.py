@@ -27,8 +27,9 @@ def thresholded(weight: Tensor, threshold: Tensor, p: float) -> Tensor:
     no weight that lives.
     """
     size = wide(weight).abs()
-    left = (1.0 - (threshold / size) ** p).clamp(min=torch.finfo(size.dtype).eps) ** (1.0 / p)
-    return torch.where(size <= threshold, 0.0, size * left).copysign(weight)
+    # in place: new memory costs more than the arithmetic
+    used = (threshold / size).pow_(p).neg_().add_(1.0).clamp_(min=torch.finfo(size.dtype).eps).pow_(1.0 / p).mul_(size)
+    return used.masked_fill_(size <= threshold, 0.0).copysign_(weight)
 
 
 def unthresholded(used: Tensor, threshold: Tensor, p: float) -> Tensor:
