@@ -70,7 +70,6 @@ def step(model, optimizer, number):
 @pytest.mark.parametrize("kind", ["AdamW8bit", pytest.param("AdamW4bit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [each for each in EVERY if each.values[0] in PLAIN])
 def test_states_of_8_and_4_bits(torchao, case, kind):
-
     def make(parameters):
         return getattr(torchao, kind)(parameters, lr=1e-3)
 
